@@ -1,0 +1,97 @@
+# make book    the whole book: environment, notebooks, gate, pages
+# make test    everything a change must pass
+# make help    all targets
+PROFILE ?= demo
+PARAMS ?=
+PYTHON ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+RUN := $(PY) -m scfm_circuits.book
+OPTIONS := --profile "$(PROFILE)" $(foreach pair,$(PARAMS),-p "$(pair)")
+READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
+READY_LAB := $(VENV)/.ready-lab
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: book notebooks check test lint types unit smoke bench lab clean help
+
+book: $(READY) ## Execute what is stale, check it, build the pages [PROFILE=demo PARAMS="seed=1"]
+	@$(RUN) all $(OPTIONS)
+
+notebooks: $(READY) ## Execute the stale notebooks of PROFILE only
+	@$(RUN) execute $(OPTIONS)
+
+check: $(READY) ## The gate: are all executed chapters of PROFILE whole and fresh?
+	@$(RUN) check $(OPTIONS)
+
+test: lint types unit smoke ## Lint, types, unit tests, and the whole book on PROFILE=smoke
+	@echo "All tests passed."
+
+lint: $(READY_DEV) ## ruff over package, tests, notebooks and the book's extensions
+	@echo "Lint"
+	@$(PY) -m ruff check --quiet src tests notebooks book/_ext
+
+types: $(READY_DEV) ## mypy over the package
+	@echo "Types"
+	@$(PY) -m mypy src
+
+unit: $(READY_DEV) ## Unit tests
+	@echo "Unit tests"
+	@$(PY) -m pytest -n 2 tests
+
+smoke: $(READY) ## The whole book on PROFILE=smoke, into book/_build/smoke
+	@echo "The book on PROFILE=smoke"
+	@$(RUN) all --profile smoke --output book/_build/smoke
+
+bench: $(READY_DEV) ## Benchmarks; figures go to results/bench/*.json
+	@ls tests/benchmarks/bench_*.py >/dev/null 2>&1 || \
+	  { echo "There is no benchmark (tests/benchmarks/bench_*.py)." >&2; exit 1; }
+	@for script in tests/benchmarks/bench_*.py; do echo "$$script"; $(PY) "$$script" || exit 1; done
+
+lab: $(READY_LAB) ## JupyterLab, in which the .py notebooks open as notebooks
+	@$(PY) -m jupyterlab --ServerApp.root_dir=.
+
+clean: ## Remove the built book, caches, and the results of PROFILE (demo unless given)
+	@rm -rf book/_build ".mypy_cache" ".pytest_cache" ".ruff_cache" ".hypothesis"
+	@rm -rf "results/$(notdir $(PROFILE:.yml=))" "results/$(notdir $(PROFILE:.yml=))+"*
+	@find src tests book -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo "Removed book/_build and results/$(notdir $(PROFILE:.yml=)); $(VENV) stays."
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- the environment ----------------------------------------------------------------------------
+
+# The first Python that is new enough; the one named in PYTHON is taken alone.
+$(PY):
+	@for candidate in $(or $(PYTHON),python3 python3.12 python3.13 python3.11 python); do \
+	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    found="$$candidate"; break; fi; done; \
+	if [ -z "$$found" ]; then \
+	  echo "Python 3.11 or newer is needed and was not found; install it or give PYTHON=path." >&2; \
+	  exit 1; fi; \
+	if ! "$$found" -c 'import ensurepip, venv' >/dev/null 2>&1; then \
+	  echo "$$found lacks the module venv; install it (Debian, Ubuntu: python3-venv)." >&2; exit 1; fi; \
+	echo "Making $(VENV) with $$("$$found" --version)"; "$$found" -m venv $(VENV)
+
+# Each stamp is written last, so an interrupted installation is taken up again.
+$(READY): requirements.lock pyproject.toml | $(PY)
+	@echo "Installing the packages of requirements.lock (minutes, the first time)"
+	@$(PIP) -r requirements.lock
+	@$(PIP) --no-deps -e .
+	@touch $@
+
+$(READY_DEV): requirements-dev.lock $(READY)
+	@echo "Installing the test tools of requirements-dev.lock"
+	@$(PIP) -r requirements-dev.lock
+	@touch $@
+
+$(READY_LAB): pyproject.toml $(READY)
+	@echo "Installing JupyterLab"
+	@$(PIP) -c requirements.lock -e ".[lab]"
+	@$(VENV)/bin/jupytext-config --settings-file \
+	  $(VENV)/etc/jupyter/labconfig/default_setting_overrides.json set-default-viewer python >/dev/null
+	@touch $@

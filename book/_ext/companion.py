@@ -1,0 +1,113 @@
+"""On every page: which cells and profile (banner), and where the numbers come from (footer).
+
+The run is described by `companion.json`, which stands beside the configuration when the book is
+built. All of its text is escaped: titles and names come from profiles that anybody may write.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+SHOWN_VERSIONS = ("python", "torch", "transformers", "scanpy", "numpy")
+
+
+def banner(run: Mapping[str, Any], small: bool) -> str:
+    """The line above every page, as HTML."""
+    real = run["cells_are"] == "real"
+    kind = "REAL cells" if real else "SIMULATED cells"
+    overrides = ", ".join(f"{key}={value}" for key, value in sorted(run["overrides"].items()))
+    parts = [
+        f'<strong class="cells-{"real" if real else "simulated"}">{kind}</strong> '
+        f"{escape(run['cells_name'])}",
+        f"profile <strong>{escape(run['profile'])}</strong>"
+        + (f" ({escape(overrides)})" if overrides else ""),
+    ]
+    if small:
+        parts.append("numbers that depend on scale are marked not comparable")
+    return '<span class="companion-banner">' + " · ".join(parts) + "</span>"
+
+
+def commit_text(git: Mapping[str, Any]) -> str:
+    """The commit in short, and whether there were changes on top of it."""
+    commit = git.get("commit")
+    if not commit:
+        return "no commit"
+    return f"commit {commit[:10]}" + (" with uncommitted changes" if git.get("dirty") else "")
+
+
+def footer(
+    run: Mapping[str, Any], chapter: Mapping[str, Any] | None, page: str,
+    link: Callable[[str], str],
+) -> str:
+    """The lines below a page, as HTML.
+
+    chapter: the page's execution record, or None for a page of prose.
+    link: turns a path below the book's root into an address relative to the page.
+    """
+    versions = {**run["versions"], **((chapter or {}).get("versions") or {})}
+    kind = "real" if run["cells_are"] == "real" else "simulated"
+    lines = []
+    if chapter is not None:
+        source = f"{page}.py"
+        lines.append(
+            f'This page: <a href="{escape(link(f"downloads/notebooks/{source}"), quote=True)}">'
+            f"notebooks/{escape(source)}</a>, executed {escape(chapter['executed_at'])} "
+            f"in {chapter['seconds']:.0f} s."
+        )
+    lines += [
+        f"Run: profile {escape(run['profile'])}, seed {run['seed']}, "
+        f"{escape(commit_text((chapter or {}).get('git') or run))}, {kind} cells "
+        f"({escape(run['cells_name'])}), {run['seconds_total']:.0f} s in all on "
+        f"{run['machine']['cpus']} processors.",
+        "Versions: " + ", ".join(
+            f"{name} {escape(versions[name])}" for name in SHOWN_VERSIONS if name in versions
+        ) + ".",
+        f'Files of this run: <a href="{escape(link("downloads.html"), quote=True)}">downloads</a>, '
+        f'<a href="{escape(link("downloads/provenance.json"), quote=True)}">provenance.json</a>.',
+    ]
+    body = "".join(f"<p>{line}</p>" for line in lines)
+    return f'<section class="provenance" aria-label="Provenance">{body}</section>'
+
+
+def load(app: Sphinx) -> None:
+    """Read the run; the theme shows the banner."""
+    path = Path(app.srcdir) / "companion.json"
+    app.companion = json.loads(path.read_text(encoding="utf-8"))  # type: ignore[attr-defined]
+
+
+def add_to_page(
+    app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: object
+) -> None:
+    """Give the theme this page's banner and footer."""
+    data = app.companion  # type: ignore[attr-defined]
+    context["theme_announcement"] = banner(data["run"], data["small"])
+    context["theme_extra_footer"] = footer(
+        data["run"], data["chapters"].get(pagename), pagename,
+        lambda path: context["pathto"](path, 1),
+    )
+
+
+def drop_thebe(
+    app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: object
+) -> None:
+    """Leave out Thebe, which Jupyter Book registers twice (an error in every page's console).
+
+    It would start a kernel on another host; these pages are read without one.
+    """
+    context["script_files"] = [
+        script for script in context["script_files"]
+        if "thebe" not in f"{script} {getattr(script, 'attributes', {}).get('body', '')}".lower()
+    ]
+
+
+def setup(app: Sphinx) -> dict[str, object]:
+    """Register with Sphinx."""
+    app.connect("builder-inited", load)
+    app.connect("html-page-context", add_to_page)
+    # After the extensions that add scripts to single pages.
+    app.connect("html-page-context", drop_thebe, priority=900)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,146 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   scfm:
+#     after: []
+#     produces: [corpus.npz, tables/cell_types.csv]
+#     exhibits: "Figure 1, data split"
+#     modules: [cells, sentences, language_model]
+# ---
+
+# %% [markdown]
+# # Cells, sentences and the model
+#
+# The paper's model reads a cell as a sentence: the names of the genes it expresses, most expressed
+# first {cite:p}`levine2024cell2sentence`. A question follows, and the model completes it with the
+# cell's type. This chapter makes the sentences of this run's cells, and gets the model that the
+# rest of the book takes apart (the left half of the paper's Figure 1).
+
+# %% tags=["parameters"]
+profile = "demo"
+
+# %%
+import numpy as np
+import pandas as pd
+
+from scfm_circuits import figures
+from scfm_circuits.language_model import get_model, predict_answers
+from scfm_circuits.profile import from_notebook
+from scfm_circuits.report import Report
+from scfm_circuits.sentences import load_corpus
+
+run = from_notebook(globals())
+report = Report(run, "01_cells_and_model")
+corpus = load_corpus(run)
+report.not_comparable(run)
+
+# %% [markdown]
+# ## Cells
+#
+# The paper uses Heart Cell Atlas v2 {cite:p}`` and holds out 10 % of it. This run
+# uses {glue:text}`cells.name`: {glue:text}`cells.total` cells, of which {glue:text}`cells.held_out`
+# are held out. The split is by cell, so that nothing of a held-out cell is ever trained on.
+
+# %% tags=["hide-input"]
+report.value("cells.name", run.cells_name)
+report.value("cells.total", len(corpus))
+report.value("cells.held_out", int(corpus.held_out.sum()))
+report.value("split.train_share", float(np.mean(~corpus.held_out)))
+types = pd.DataFrame({"cell type": corpus.labels, "held out": corpus.held_out})
+types = types.groupby("cell type")["held out"].agg(cells="size", held_out="sum").reset_index()
+report.table("cell_types", types.sort_values("cells", ascending=False, ignore_index=True),
+             caption="Cells of each type")
+
+# %% mystnb={"image": {"alt": "Bars of the number of cells of each type, training and held-out cells stacked."}, "figure": {"caption": "Cells of each type, and how many of them are held out.", "name": "fig-cells"}} tags=["hide-input"]
+report.figure("cells_per_type", figures.cells_per_type(corpus.labels, corpus.held_out))
+
+# %% tags=["hide-input"]
+report.show(pd.DataFrame({"what was decided while reading the cells": corpus.decisions}))
+
+# %% [markdown]
+# ## Sentences
+#
+# Each cell becomes the names of its {glue:text}`cells.k` most expressed genes. Genes of equal
+# expression come in random order, and genes that are not expressed are left out. The prompt is that
+# of the paper's Figure 4. Here is one held-out cell, with the answer the model should give.
+
+# %% tags=["hide-input"]
+report.value("cells.k", run.genes_per_cell)
+cell = int(np.flatnonzero(corpus.held_out & (corpus.labels == run.case_type))[0])
+n_genes = (corpus.place == 0).sum(axis=1)
+report.value("cells.n_genes_in_prompt", int(n_genes[cell]))
+print(run.prompt.replace("{genes}", " ".join(corpus.genes_of(cell)))
+      + run.response.replace("{label}", str(corpus.labels[cell])))
+
+# %% [markdown]
+# The tokenizer cuts gene names into pieces. Every token remembers the gene it came from and its
+# place in it; the words of the question and the answer belong to no gene. A gene of this corpus
+# takes {glue:text}`cells.tokens_per_gene` tokens on average; the paper's sentence takes 3.30 with
+# Pythia's tokenizer.
+
+# %% tags=["hide-input"]
+inside = corpus.gene >= 0
+report.value("cells.tokens_per_gene", float(inside.sum() / n_genes.sum()))
+report.value("cells.tokens", int(corpus.mask.sum()))
+first = slice(0, 14)
+report.show(pd.DataFrame({
+    "token": corpus.pieces(cell)[first],
+    "gene": [corpus.symbols[g] if g >= 0 else "" for g in corpus.gene[cell][first]],
+    "place in the gene": corpus.place[cell][first],
+}), caption="The first tokens of that cell (a leading space is shown as _)")
+
+# %% [markdown]
+# ## The model
+#
+# C2S-Pythia-410m is a GPT-NeoX with 24 layers of width 1,024. Its layers run attention and MLP side
+# by side: an MLP sees what earlier layers wrote, and not the attention of its own layer. A profile
+# that names a Hugging Face model loads it; the small profiles train one of the same kind on the
+# spot, on the training cells alone. This run's model has {glue:text}`model.layers` layers of width
+# {glue:text}`model.width`.
+
+# %%
+model, curve = get_model(run, corpus)
+report.value("model.layers", model.config.num_hidden_layers)
+report.value("model.width", model.config.hidden_size)
+report.value("model.parameters", sum(p.numel() for p in model.parameters()))
+
+# %% mystnb={"image": {"alt": "Line of the language model's training loss falling with steps; empty if the model was loaded."}, "figure": {"caption": "Training loss of the small language model. A model that was loaded has no curve.", "name": "fig-lm"}} tags=["hide-input"]
+report.figure("language_model_training", figures.training_curve(curve.step, curve.loss))
+
+# %% [markdown]
+# ### How often does it name the right type?
+#
+# The model answers each held-out cell's prompt in its own words, the likeliest token at a time, and
+# the answer counts as right if it is the cell's label to the letter. Always answering the commonest
+# type would be right for {glue:text}`model.majority_percent` % of these cells. The model is right
+# for {glue:text}`model.accuracy_percent` %.
+
+# %% tags=["hide-input"]
+held_out = np.flatnonzero(corpus.held_out)[:500]
+answers = np.array(predict_answers(model, corpus, held_out))
+truth = corpus.labels[held_out]
+commonest = pd.Series(corpus.labels[~corpus.held_out]).mode()[0]
+report.value("model.accuracy", float(np.mean(answers == truth)))
+report.value("model.majority", float(np.mean(truth == commonest)))
+for key in ("accuracy", "majority"):
+    value = np.mean(answers == truth) if key == "accuracy" else np.mean(truth == commonest)
+    report.value(f"model.{key}_percent", 100 * float(value), f"{100 * value:.0f}")
+by_type = pd.DataFrame({"cell type": truth, "right": answers == truth, "answer": answers})
+report.table("cell_type_answers", by_type.groupby("cell type").agg(
+    cells=("right", "size"), right=("right", "sum"),
+    commonest_answer=("answer", lambda a: a.mode()[0])).reset_index(),
+    caption="Answers for held-out cells, by true type")
+
+# %% [markdown]
+# ```{admonition} Key points
+# - A cell is its expressed genes in order; counts themselves never reach the model.
+# - The MLP of a layer reads the residual stream at the layer's input (parallel residual).
+# - The model is used as it is; from here on, nothing about it is trained.
+# ```

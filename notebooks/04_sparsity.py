@@ -1,0 +1,92 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   scfm:
+#     after: [02_training]
+#     produces: [tables/l0.csv, tables/live_features.csv, features.npz]
+#     exhibits: "Figure 2"
+#     modules: [features]
+# ---
+
+# %% [markdown]
+# # How sparse the features are
+#
+# Figure 2 of the paper: the mean number of features that are active on a token (L0), layer by layer.
+# The counts here and in the chapters that follow are taken over every token of all cells.
+
+# %% tags=["parameters"]
+profile = "demo"
+
+# %%
+import numpy as np
+import pandas as pd
+
+from scfm_circuits import figures
+from scfm_circuits.features import get_statistics
+from scfm_circuits.language_model import get_model
+from scfm_circuits.profile import from_notebook
+from scfm_circuits.report import Report
+from scfm_circuits.sentences import load_corpus
+from scfm_circuits.training import get_transcoders
+
+run = from_notebook(globals())
+report = Report(run, "04_sparsity")
+corpus = load_corpus(run)
+model, _ = get_model(run, corpus)
+transcoders, _ = get_transcoders(model, corpus, run)
+statistics = get_statistics(model, transcoders, corpus, run)
+report.not_comparable(run)
+
+# %% mystnb={"image": {"alt": "Line of mean active features per token against layer, with a band from the 10 to the 90 percent quantile over tokens."}, "figure": {"caption": "Mean number of active features per token, as in the paper's Figure 2, with the spread over tokens that the paper does not show.", "name": "fig-l0"}} tags=["hide-input"]
+quantiles = statistics.l0_quantiles((0.1, 0.5, 0.9))
+report.figure("figure2_l0", figures.l0_per_layer(statistics.l0, quantiles))
+
+# %% tags=["hide-input"]
+layers = np.arange(transcoders.n_layers)
+report.table("l0", pd.DataFrame({
+    "layer": layers, "l0": statistics.l0, "quantile_10": quantiles[:, 0],
+    "median": quantiles[:, 1], "quantile_90": quantiles[:, 2],
+    "share_of_width": statistics.l0 / transcoders.n_features,
+}), caption="L0 per layer")
+
+# %% tags=["hide-input"]
+report.values({f"layer_{i}": float(value) for i, value in enumerate(statistics.l0)}, prefix="l0.")
+report.value("l0.mean", float(statistics.l0.mean()))
+report.value("l0.width", transcoders.n_features)
+
+# %% [markdown]
+# On average over layers {glue:text}`l0.mean` of {glue:text}`l0.width` features are active on a token.
+# The paper prints no numbers for its Figure 2, so there is nothing to hold ours against but its
+# shape.
+#
+# ## Live features
+#
+# The paper counts a feature as live if it fires often enough: $\log_{10} E(f) \ge -4$ for the human
+# evaluation, $-3$ for Table 4. In a corpus of {glue:text}`live.n_tokens` tokens, a feature at the
+# cut of $-4$ has fired {glue:text}`live.at_cut` times.
+
+# %% tags=["hide-input"]
+report.value("live.n_tokens", statistics.n_tokens)
+at_cut = statistics.n_tokens * 10**run.live_cut
+report.value("live.at_cut", float(at_cut), f"{at_cut:,.0f}")
+report.table("live_features", pd.DataFrame({
+    "layer": layers,
+    "features": transcoders.n_features,
+    "never_fired": (statistics.fired == 0).sum(axis=1),
+    "live_human_evaluation": statistics.live(run.live_cut).sum(axis=1),
+    "live_table4": statistics.live(run.live_cut_table4).sum(axis=1),
+}), caption="Live features per layer, under both of the paper's cuts")
+
+# %% [markdown]
+# ```{admonition} Key points
+# - L0 alone says little: it can be had at any value by the choice of $\lambda$, so it belongs beside
+#   the loss of {doc}`03_validation`.
+# - What counts as live depends on the size of the corpus, not only on the features.
+# ```

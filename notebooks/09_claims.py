@@ -1,0 +1,76 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   scfm:
+#     after: [01_cells_and_model, 02_training, 03_validation, 04_sparsity, 05_human_evaluation, 06_enrichment, 07_endothelial_case_study, 08_controls]
+#     produces: [claims.csv]
+#     exhibits: "every exhibit"
+#     modules: [claims]
+# ---
+
+# %% [markdown]
+# # The paper's claims, one by one
+#
+# Every number and every checkable sentence of the paper, with ours beside it. *match*: equal at the
+# precision the paper prints, or the statement holds. *within*: inside the tolerance that the rule
+# names. *off*: outside. *not comparable at this scale*: this profile cannot judge the claim; ours is
+# shown all the same where there is one. *not measured*: this run has no number for it.
+
+# %% tags=["parameters"]
+profile = "demo"
+
+# %%
+import pandas as pd
+
+from scfm_circuits.claims import VERDICTS, write_claims
+from scfm_circuits.profile import from_notebook
+from scfm_circuits.report import Report
+
+run = from_notebook(globals())
+report = Report(run, "09_claims")
+claims = pd.read_csv(write_claims(run.name, run.results), dtype=str, keep_default_na=False)
+report.not_comparable(run)
+
+# %% tags=["hide-input"]
+own = claims[claims["kind"] != "internal"]
+internal = claims[claims["kind"] == "internal"]
+counts = pd.DataFrame({"verdict": list(VERDICTS)})
+counts["claims about the model"] = [int((own["verdict"] == v).sum()) for v in VERDICTS]
+counts["the paper's own arithmetic"] = [int((internal["verdict"] == v).sum()) for v in VERDICTS]
+report.show(counts, caption="Verdicts of this run")
+
+# %% [markdown]
+# ## Judged in this run
+
+# %% tags=["hide-input"]
+columns = ["exhibit", "claim", "paper", "ours", "rule", "verdict", "note"]
+judged = own[~own["verdict"].isin(["not comparable at this scale", "not measured"])]
+report.show(judged[columns], caption="Claims that this profile can judge")
+
+# %% [markdown]
+# ## The paper's own arithmetic
+#
+# These need no run: do the printed numbers agree with each other, and with what they are said to be?
+
+# %% tags=["hide-input"]
+odd = internal[internal["verdict"] != "match"]
+report.show(odd[columns], caption="Internal checks that do not come out as printed")
+
+# %% tags=["hide-input"]
+report.show(internal[internal["verdict"] == "match"][["exhibit", "claim", "paper", "ours"]],
+            caption="Internal checks that do")
+
+# %% [markdown]
+# ## Not comparable at this scale, or not measured
+
+# %% tags=["hide-input"]
+rest = own[own["verdict"].isin(["not comparable at this scale", "not measured"])]
+report.show(rest[["exhibit", "claim", "paper", "ours", "verdict"]],
+            caption="Claims about the paper's own model and cells")

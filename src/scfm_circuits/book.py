@@ -1,0 +1,128 @@
+"""The book from end to end: execute the stale notebooks, gate them, build the pages.
+
+    python -m scfm_circuits.book {all,execute,check,build,plan} --profile demo [-p key=value ...]
+
+`all` is what `make book` runs. Errors a person can mend end in one sentence on the terminal.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scfm_circuits import InputError, gate, provenance
+from scfm_circuits.execution import ExecutionFailed, execute
+from scfm_circuits.files import write_json
+from scfm_circuits.freshness import Run, load_run, plan, read_record
+from scfm_circuits.profile import ROOT, _Loader
+
+
+def check(run: Run) -> None:
+    """The gate over the whole run; ExecutionFailed with one line per problem.
+
+    Every chapter must be executed, fresh and whole (`gate.problems`), every declared file there.
+    On success the run's `provenance.json` is written.
+    """
+    problems = [f"{notebook.name}: {reason}" for notebook, reason in plan(run)]
+    if problems:
+        raise ExecutionFailed(
+            "The executed chapters are not up to date; run `make notebooks` first:\n  "
+            + "\n  ".join(problems)
+        )
+    known = {"profile", *run.overrides}
+    records: dict[str, dict[str, Any]] = {}
+    glued: dict[str, str] = {}
+    for notebook in run.notebooks:
+        path = run.output(notebook.name)
+        executed = json.loads(path.read_text(encoding="utf-8"))
+        found = gate.problems(executed, known)
+        found += gate.missing_products(run.profile.results, notebook.produces)
+        problems += [f"{notebook.name}: {problem}" for problem in found]
+        for key in gate.glued_keys(executed):
+            other = glued.setdefault(key, notebook.name)
+            if other != notebook.name:
+                problems.append(f"{notebook.name}: the value {key!r} is also one of {other}")
+        records[notebook.name] = read_record(path) or {}
+    if problems:
+        raise ExecutionFailed("The gate refuses the book:\n  " + "\n  ".join(problems))
+    order = [notebook.name for notebook in run.notebooks]
+    write_json(run.profile.results / "provenance.json", provenance.summary(records, order))
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """`key=value` pairs, the values read as in a profile file."""
+    overrides = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"The parameter {pair!r} must have the form key=value.")
+        try:
+            overrides[key.strip()] = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError:
+            raise InputError(f"The value in {pair!r} cannot be read as YAML.") from None
+    return overrides
+
+
+def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m scfm_circuits.book", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["all", "execute", "check", "build", "plan"])
+    parser.add_argument("--profile", default="demo", help="name or .yml file (default: demo)")
+    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="KEY=VALUE",
+                        help="override a field of the profile; may be repeated")
+    parser.add_argument("--cell-seconds", type=int, default=None,
+                        help="a cell that runs longer fails (default: $SCFM_CELL_SECONDS or 3600)")
+    parser.add_argument("--output", type=Path, default=ROOT / "book" / "_build",
+                        help="folder that receives html/ (default: book/_build)")
+    return parser.parse_args(given)
+
+
+def _perform(arguments: argparse.Namespace) -> None:
+    if arguments.cell_seconds is not None and arguments.cell_seconds < 1:
+        raise InputError("--cell-seconds must be at least 1.")
+    run = load_run(arguments.profile, parse_overrides(arguments.parameters))
+    if arguments.command == "plan":
+        for notebook, reason in plan(run):
+            print(f"{notebook.name}: {reason}")
+        return
+    executed: list[str] = []
+    if arguments.command in ("all", "execute"):
+        executed = execute(run, cell_seconds=arguments.cell_seconds)
+        if not executed and arguments.command == "execute":
+            print(f"Every notebook of {run.profile.name} is up to date.")
+    if arguments.command == "execute":
+        return
+    check(run)
+    if arguments.command == "check":
+        print(f"{len(run.notebooks)} chapters of {run.profile.name} pass the gate.")
+        return
+    from scfm_circuits import pages
+
+    index = arguments.output / "html" / "index.html"
+    built = pages.build(run, arguments.output)
+    print(f"{'Built' if built or executed else 'Everything is up to date'}: "
+          f"{os.path.relpath(index)}")
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 1 on an error that was explained, 130 if interrupted."""
+    arguments = _arguments(given)
+    try:
+        _perform(arguments)
+    except (InputError, ExecutionFailed) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted; finished chapters are kept, run the same command again to go on.",
+              file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

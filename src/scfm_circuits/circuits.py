@@ -1,0 +1,347 @@
+"""From contributions to a circuit: search, graph, genes, export.
+
+The search is the paper's: take the strongest contributors of the target, extend each upstream,
+iterate. Nodes are extended best first by influence, the share of all absolute contributions that
+reaches the target through them. Negative contributions are kept. For every extended node the parts
+that were not kept are summed up, so nothing of its value is unaccounted for.
+"""
+
+import heapq
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from scfm_circuits.attribution import (
+    Contributions,
+    Direction,
+    Frozen,
+    contributions,
+    feature_direction,
+    head_direction,
+)
+from scfm_circuits.files import write_json
+
+if TYPE_CHECKING:
+    from scfm_circuits.sentences import Corpus
+
+
+class Node(NamedTuple):
+    """A node of a circuit.
+
+    kind: feature, head, embedding, error or logit. layer: -1 for embeddings. position: the token
+    at which it writes; source: the token it read (a head's source, else the position itself).
+    index: feature or head number, else -1. value: activation, or the node's contribution to its
+    target if it is a head, an error or an embedding seen from one target only.
+    """
+
+    id: str
+    kind: str
+    layer: int
+    position: int
+    source: int
+    index: int
+    value: float
+
+
+class Edge(NamedTuple):
+    """`source` contributes `weight` to the value of `target`, in units of that value."""
+
+    source: str
+    target: str
+    weight: float
+
+
+class Expansion(NamedTuple):
+    """How a node's value adds up: kept edges, biases, and the parts that were not kept."""
+
+    node: str
+    value: float
+    kept: float
+    constant: float
+    rest_features: float
+    rest_heads: float
+    rest_errors: float
+    rest_embedding: float
+    absolute: float
+
+    @property
+    def residual(self) -> float:
+        """What is missing between the parts and the value; rounding only."""
+        return (self.kept + self.constant + self.rest_features + self.rest_heads
+                + self.rest_errors + self.rest_embedding - self.value)
+
+
+@dataclass
+class Circuit:
+    """Nodes by id (the target first), signed edges, and the expansions that prove them."""
+
+    target: str
+    nodes: dict[str, Node] = field(default_factory=dict)
+    edges: list[Edge] = field(default_factory=list)
+    expansions: dict[str, Expansion] = field(default_factory=dict)
+
+    @property
+    def closure_max_relative(self) -> float:
+        """Largest |residual| over the sum of absolute contributions, among expanded nodes."""
+        return max(abs(one.residual) / max(one.absolute, 1e-30)
+                   for one in self.expansions.values())
+
+    def influence(self) -> dict[str, float]:
+        """Share of the target's absolute contributions that passes through each node.
+
+        An edge passes on |weight| / (sum of all absolute contributions, kept or not) of its
+        target's influence; the target has 1.
+        """
+        incoming: dict[str, list[Edge]] = {}
+        for edge in self.edges:
+            incoming.setdefault(edge.target, []).append(edge)
+        result = dict.fromkeys(self.nodes, 0.0)
+        result[self.target] = 1.0
+        for node in sorted(self.nodes.values(), key=_height, reverse=True):
+            for edge in incoming.get(node.id, []):
+                share = abs(edge.weight) / max(self.expansions[node.id].absolute, 1e-30)
+                result[edge.source] += share * result[node.id]
+        return result
+
+
+def _height(node: Node) -> float:
+    """Order in which the forward pass computes nodes: an edge always goes upwards."""
+    step = {"embedding": -1.0, "head": 2.0 * node.layer, "error": 2.0 * node.layer + 1,
+            "feature": 2.0 * node.layer + 1, "logit": float("inf")}
+    return step[node.kind]
+
+
+def feature_id(layer: int, feature: int, position: int) -> str:
+    """Identifier of a feature node."""
+    return f"L{layer}_F{feature}_P{position}"
+
+
+# --- search --------------------------------------------------------------------------------------
+
+
+class _Candidate(NamedTuple):
+    node: Node
+    weight: float
+    reading: Direction | None
+
+
+def trace(frozen: Frozen, target: Node, reading: Direction, *, branches: int, depth: int,
+          max_nodes: int, sign: str = "both") -> Circuit:
+    """The circuit upstream of a target.
+
+    branches: contributors kept at each expansion; depth: expansions between a node and the target;
+    max_nodes: where the search stops. sign: `both` ranks by absolute value; `positive` keeps
+    positive contributions only, as the code the paper builds on does.
+    """
+    circuit = Circuit(target.id, {target.id: target})
+    readings: dict[str, Direction] = {target.id: reading}
+    best = {target.id: 1.0}
+    queue: list[tuple[float, int, str]] = [(-1.0, 0, target.id)]
+    while queue and len(circuit.nodes) < max_nodes:
+        influence, level, name = heapq.heappop(queue)
+        if name in circuit.expansions or level >= depth:
+            continue
+        parts = contributions(frozen, readings[name])
+        kept = _strongest(frozen, circuit.nodes[name], readings[name], parts, branches, sign)
+        kept = kept[: max(0, max_nodes - len(circuit.nodes)) or 1]
+        circuit.expansions[name] = _expansion(name, readings[name], parts, kept)
+        for candidate in kept:
+            node = candidate.node
+            circuit.nodes.setdefault(node.id, node)
+            circuit.edges.append(Edge(node.id, name, candidate.weight))
+            share = abs(candidate.weight) / max(circuit.expansions[name].absolute, 1e-30)
+            reached = -influence * share
+            if candidate.reading is not None and reached > best.get(node.id, 0.0):
+                best[node.id] = reached
+                readings.setdefault(node.id, candidate.reading)
+                heapq.heappush(queue, (-reached, level + 1, node.id))
+    return circuit
+
+
+def trace_feature(frozen: Frozen, layer: int, feature: int, position: int, **options: Any
+                  ) -> Circuit:
+    """`trace` of one feature at one position; options as there."""
+    reading = feature_direction(frozen, layer, feature, position)
+    node = Node(feature_id(layer, feature, position), "feature", layer, position, position,
+                feature, float(reading.value))
+    return trace(frozen, node, reading, **options)
+
+
+def _strongest(frozen: Frozen, target: Node, reading: Direction, parts: Contributions,
+               branches: int, sign: str) -> list[_Candidate]:
+    """The strongest contributors of all kinds, strongest first."""
+    pieces = [parts.features.flatten(), parts.heads.flatten(), parts.errors,
+              parts.embedding[None]]
+    flat = torch.cat(pieces)
+    score = flat if sign == "positive" else flat.abs()
+    top = torch.topk(score, min(branches, len(flat)))
+    ends = np.cumsum([len(piece) for piece in pieces])
+    chosen = []
+    for value, place in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+        if value <= 0:
+            break
+        kind = int(np.searchsorted(ends, place, side="right"))
+        local = place - (ends[kind - 1] if kind else 0)
+        chosen.append(_candidate(frozen, target, reading, parts, kind, int(local),
+                                 float(flat[place])))
+    return chosen
+
+
+def _candidate(frozen: Frozen, target: Node, reading: Direction, parts: Contributions, kind: int,
+               local: int, weight: float) -> _Candidate:
+    """The node behind one entry of the flattened contributions."""
+    position = reading.position
+    if kind == 0:
+        layer, feature = divmod(local, parts.features.shape[1])
+        node = Node(feature_id(layer, feature, position), "feature", layer, position, position,
+                    feature, float(frozen.activations[layer, position, feature]))
+        return _Candidate(node, weight, feature_direction(frozen, layer, feature, position))
+    if kind == 1:
+        layer, head, source = (int(i) for i in np.unravel_index(local, parts.heads.shape))
+        # What a head carries depends on who reads it, so the reader is part of its name.
+        node = Node(f"A{layer}.{head}_P{position}_from_P{source}_for_{target.id}", "head", layer,
+                    position, source, head, weight)
+        return _Candidate(node, weight, head_direction(frozen, reading, layer, head, source))
+    if kind == 2:
+        return _Candidate(Node(f"err_L{local}_P{position}", "error", local, position, position, -1,
+                               float(frozen.error[local, position].norm())), weight, None)
+    return _Candidate(Node(f"E_P{position}", "embedding", -1, position, position,
+                           int(frozen.tokens[position]), float(frozen.residual[0, position].norm())
+                           ), weight, None)
+
+
+def _expansion(name: str, reading: Direction, parts: Contributions, kept: list[_Candidate]
+               ) -> Expansion:
+    def rest(total: Tensor, kind: str) -> float:
+        return float(total) - sum(one.weight for one in kept if one.node.kind == kind)
+
+    absolute = sum(float(part.abs().sum()) for part in parts)
+    return Expansion(
+        name, float(reading.value), sum(one.weight for one in kept), float(parts.constant),
+        rest(parts.features.sum(), "feature"), rest(parts.heads.sum(), "head"),
+        rest(parts.errors.sum(), "error"), rest(parts.embedding, "embedding"), absolute)
+
+
+# --- reading a circuit ---------------------------------------------------------------------------
+
+
+def strongest_features(frozen: Frozen, layer: int, position: int, n: int) -> list[int]:
+    """The n most active features of a layer at a position, strongest first (active ones only)."""
+    z = frozen.activations[layer, position]
+    top = torch.topk(z, min(n, len(z)))
+    return [int(i) for i, value in zip(top.indices, top.values, strict=True) if value > 0]
+
+
+def node_table(circuit: Circuit, texts: list[str], genes: list[str | None]) -> pd.DataFrame:
+    """One row per node, most influential first.
+
+    texts, genes: (n_pos,) token texts and the gene of each token (None outside genes). A head
+    counts for the token it read, every other node for the token it stands on.
+    """
+    influence = circuit.influence()
+    rows = [{
+        "node": node.id, "kind": node.kind, "layer": node.layer,
+        "feature": node.index if node.kind == "feature" else None,
+        "head": node.index if node.kind == "head" else None,
+        "position": node.position, "source": node.source, "token": texts[node.source],
+        "gene": genes[node.source] or "", "value": node.value, "influence": influence[node.id],
+        "expanded": node.id in circuit.expansions,
+    } for node in circuit.nodes.values()]
+    frame = pd.DataFrame(rows)
+    frame["feature"] = frame["feature"].astype("Int64")
+    frame["head"] = frame["head"].astype("Int64")
+    return frame.sort_values(["influence", "node"], ascending=[False, True], ignore_index=True)
+
+
+def edge_table(circuit: Circuit) -> pd.DataFrame:
+    """One row per edge: source, target, weight, share of the target's absolute contributions."""
+    frame = pd.DataFrame(circuit.edges, columns=["source", "target", "weight"])
+    frame["share"] = [abs(edge.weight) / circuit.expansions[edge.target].absolute
+                      for edge in circuit.edges]
+    return frame
+
+
+def expansion_table(circuit: Circuit) -> pd.DataFrame:
+    """One row per extended node: its value, how it adds up, and the rounding left."""
+    frame = pd.DataFrame(circuit.expansions.values(), columns=list(Expansion._fields))
+    frame["residual"] = [one.residual for one in circuit.expansions.values()]
+    return frame
+
+
+def circuit_genes(nodes: pd.DataFrame) -> list[str]:
+    """Genes on whose tokens nodes stand, by their nodes' summed influence (paper: 9 genes)."""
+    with_gene = nodes[nodes["gene"] != ""]
+    total = with_gene.groupby("gene", sort=True)["influence"].sum()
+    return total.sort_values(ascending=False, kind="stable").index.tolist()
+
+
+def prompt_genes(corpus: "Corpus", cell: int) -> list[str | None]:
+    """The gene of each of a cell's tokens, None outside genes."""
+    return [str(corpus.symbols[g]) if g >= 0 else None
+            for g in corpus.gene[cell][corpus.mask[cell]]]
+
+
+# --- export --------------------------------------------------------------------------------------
+
+
+def collapsed_edges(circuit: Circuit) -> list[Edge]:
+    """Edges between nodes other than heads.
+
+    What contributes to a head's term contributes the same amount to the head's reader, so a head
+    that was extended is replaced by its own edges; one that was not is dropped.
+    """
+    reader = {edge.source: edge.target for edge in circuit.edges
+              if circuit.nodes[edge.source].kind == "head"}
+    summed: dict[tuple[str, str], float] = {}
+    for edge in circuit.edges:
+        if circuit.nodes[edge.source].kind == "head":
+            continue
+        target = edge.target
+        while circuit.nodes[target].kind == "head":
+            target = reader[target]
+        summed[edge.source, target] = summed.get((edge.source, target), 0.0) + edge.weight
+    return [Edge(source, target, weight) for (source, target), weight in summed.items()]
+
+
+_FEATURE_TYPES = {"feature": "cross layer transcoder", "error": "mlp reconstruction error",
+                  "embedding": "embedding", "logit": "logit"}
+
+
+def neuronpedia_graph(circuit: Circuit, texts: list[str], *, slug: str, scan: str,
+                      labels: dict[str, str] | None = None) -> dict[str, Any]:
+    """The circuit in the graph schema of Neuronpedia and circuit-tracer.
+
+    Heads, which the schema does not know, are collapsed exactly. Error nodes have identifiers of
+    their own (`err_...`), which cannot collide with features of layer 0.
+    """
+    influence, labels = circuit.influence(), labels or {}
+    nodes = [{
+        "node_id": node.id, "feature": node.index if node.kind == "feature" else None,
+        "layer": "E" if node.kind == "embedding" else str(node.layer), "ctx_idx": node.position,
+        "feature_type": _FEATURE_TYPES[node.kind], "jsNodeId": f"{node.id}-0",
+        "clerp": labels.get(node.id, texts[node.position]),
+        "influence": influence[node.id],
+        "activation": node.value if node.kind == "feature" else None,
+    } for node in circuit.nodes.values() if node.kind != "head"]
+    links = [{"source": e.source, "target": e.target, "weight": e.weight}
+             for e in collapsed_edges(circuit)]
+    return {
+        "metadata": {
+            "slug": slug, "scan": scan, "prompt_tokens": texts, "prompt": "".join(texts),
+            "info": {"generator": {"name": "scfm-circuits"}},
+            "closure_max_relative": circuit.closure_max_relative,
+        },
+        "qParams": {"pinnedIds": [circuit.target], "supernodes": [], "linkType": "both",
+                    "clickedId": circuit.target},
+        "nodes": nodes, "links": links,
+    }
+
+
+def save_graph(path: Path, graph: dict[str, Any]) -> Path:
+    """Write a graph as JSON."""
+    return write_json(path, graph)

@@ -1,0 +1,287 @@
+"""What each feature fires on: E(f), E(f, t), L0, live features, contexts, genes.
+
+E(f) is the share of tokens on which feature f is active (paper, Figure 3), counted over every
+token of the corpus that is not padding. E(f, t) is kept as counts per pair of token and gene, from
+which both readings of the paper's gene rule follow.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from tqdm import tqdm
+
+from scfm_circuits.files import atomic_path
+from scfm_circuits.language_model import batches, device_of, mlp_sites
+from scfm_circuits.sentences import Corpus, token_texts
+from scfm_circuits.training import training_stamp
+from scfm_circuits.transcoder import Transcoders
+
+if TYPE_CHECKING:
+    from transformers import GPTNeoXForCausalLM
+
+    from scfm_circuits.profile import Profile
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Counts over the corpus.
+
+    n_tokens: tokens counted. fired: (n_layers, n_features) tokens on which a feature is active.
+    pair_token, pair_gene, pair_count: (n_pairs,) the pairs of token id and gene id (-1: no gene)
+    in the corpus, and how often each occurs. counts: per layer (n_features, n_pairs) sparse, how
+    often a feature is active on a pair. l0_histogram: (n_layers, n_features + 1) tokens by their
+    number of active features.
+    """
+
+    n_tokens: int
+    fired: np.ndarray
+    pair_token: np.ndarray
+    pair_gene: np.ndarray
+    pair_count: np.ndarray
+    counts: tuple[sp.csr_matrix, ...]
+    l0_histogram: np.ndarray
+
+    @property
+    def frequency(self) -> np.ndarray:
+        """(n_layers, n_features) E(f)."""
+        return self.fired / self.n_tokens
+
+    @property
+    def log10_frequency(self) -> np.ndarray:
+        """log10 E(f); -10 for a feature that never fires, as in the code the paper builds on."""
+        return np.log10(self.frequency + 1e-10)
+
+    def live(self, cut: float) -> np.ndarray:
+        """(n_layers, n_features) bool: log10 E(f) >= cut."""
+        return self.log10_frequency >= cut
+
+    @property
+    def l0(self) -> np.ndarray:
+        """(n_layers,) mean number of active features per token (Figure 2)."""
+        return self.l0_histogram @ np.arange(self.l0_histogram.shape[1]) / self.n_tokens
+
+    def l0_quantiles(self, levels: tuple[float, ...]) -> np.ndarray:
+        """(n_layers, len(levels)) quantiles over tokens of the number of active features."""
+        cumulative = np.cumsum(self.l0_histogram, axis=1) / self.n_tokens
+        return np.stack([(cumulative < level).sum(axis=1) for level in levels], axis=1)
+
+
+def corpus_pairs(corpus: Corpus) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct pairs of token and gene: (tokens, genes, counts, pair index of each position)."""
+    n_genes = len(corpus.symbols) + 1
+    keys = corpus.tokens * n_genes + (corpus.gene + 1)
+    unique, inverse, counts = np.unique(keys[corpus.mask], return_inverse=True, return_counts=True)
+    index = np.full(corpus.mask.shape, -1, np.int64)
+    index[corpus.mask] = inverse
+    return unique // n_genes, (unique % n_genes - 1).astype(np.int32), counts, index
+
+
+@torch.no_grad()
+def count_features(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus,
+                   forward_cells: int, *, progress: bool = True) -> FeatureStatistics:
+    """One pass over all cells; memory is (n_layers, n_features, n_pairs) int32 counts."""
+    tokens_of, genes_of, counts_of, index = corpus_pairs(corpus)
+    n_layers, n_features = transcoders.n_layers, transcoders.n_features
+    device = device_of(model)
+    totals = torch.zeros(n_layers, len(tokens_of), n_features, dtype=torch.int32, device=device)
+    histogram = torch.zeros(n_layers, n_features + 1, dtype=torch.int64, device=device)
+    every = np.arange(len(corpus))
+    steps = range(0, len(every), forward_cells)
+    bar = tqdm(zip(steps, batches(corpus, every, forward_cells, device), strict=True),
+               total=len(steps), desc="features", unit="batch", disable=not progress)
+    for _, (rows, tokens, mask) in bar:
+        pairs = torch.from_numpy(index[rows, : tokens.shape[1]][mask.cpu().numpy()]).to(device)
+        inputs = mlp_sites(model, tokens, mask).inputs
+        for layer in range(n_layers):
+            active = transcoders.layer_pre_activations(layer, inputs[layer]) > 0
+            totals[layer].index_add_(0, pairs, active.int())
+            histogram[layer] += torch.bincount(active.sum(dim=1), minlength=n_features + 1)
+    return FeatureStatistics(
+        n_tokens=int(corpus.mask.sum()), fired=totals.sum(dim=1).cpu().numpy(),
+        pair_token=tokens_of, pair_gene=genes_of, pair_count=counts_of,
+        counts=tuple(sp.csr_matrix(layer.T.cpu().numpy()) for layer in totals),
+        l0_histogram=histogram.cpu().numpy(),
+    )
+
+
+def get_statistics(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus,
+                   profile: "Profile") -> FeatureStatistics:
+    """The profile's statistics: from `results/<profile>/features.npz` if current, else counted."""
+    path = profile.results / "features.npz"
+    stamp = json.dumps([training_stamp(profile, corpus), profile.fingerprint((), ("features",))],
+                       sort_keys=True)
+    stored = _read(path, stamp)
+    if stored is None:
+        stored = count_features(model, transcoders, corpus, profile.forward_cells)
+        parts = {f"counts_{i}_{key}": getattr(matrix, key) for i, matrix in
+                 enumerate(stored.counts) for key in ("data", "indices", "indptr")}
+        plain = {key: value for key, value in vars(stored).items() if key != "counts"}
+        with atomic_path(path) as temporary:
+            np.savez_compressed(temporary, stamp=np.array(stamp), **plain, **parts)
+    return stored
+
+
+def _read(path: Path, stamp: str) -> FeatureStatistics | None:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            if str(stored["stamp"]) != stamp:
+                return None
+            fired, n_pairs = stored["fired"], len(stored["pair_token"])
+            counts = tuple(
+                sp.csr_matrix(tuple(stored[f"counts_{i}_{key}"] for key in
+                                    ("data", "indices", "indptr")), shape=(fired.shape[1], n_pairs))
+                for i in range(len(fired)))
+            return FeatureStatistics(
+                int(stored["n_tokens"]), fired, stored["pair_token"], stored["pair_gene"],
+                stored["pair_count"], counts, stored["l0_histogram"])
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+
+
+# --- genes ---------------------------------------------------------------------------------------
+
+
+def gene_scores(statistics: FeatureStatistics, layer: int, n_genes: int, rule: str
+                ) -> sp.csr_matrix:
+    """(n_features, n_genes) activation counts of genes.
+
+    `occurrence`: activations inside that gene. `token`: for each gene, activations on any of its
+    tokens wherever in the corpus they stand, which is what the paper describes.
+    """
+    inside = np.flatnonzero(statistics.pair_gene >= 0)
+    counts = statistics.counts[layer][:, inside]
+    genes, tokens = statistics.pair_gene[inside], statistics.pair_token[inside]
+    ones = np.ones(len(inside))
+    by_gene = sp.csr_matrix((ones, (np.arange(len(inside)), genes)), (len(inside), n_genes))
+    if rule == "occurrence":
+        return sp.csr_matrix(counts @ by_gene)
+    unique, token = np.unique(tokens, return_inverse=True)
+    by_token = sp.csr_matrix((ones, (np.arange(len(inside)), token)), (len(inside), len(unique)))
+    # A gene may hold a token twice; it still contains it once.
+    contains = sp.csr_matrix((ones, (token, genes)), (len(unique), n_genes)).sign()
+    return sp.csr_matrix((counts @ by_token) @ contains)
+
+
+def ranked_genes(statistics: FeatureStatistics, layer: int, features: np.ndarray, n_genes: int,
+                 rule: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each feature its activating genes, most active first, and their scores.
+
+    Genes that share a token tie under the rule `token`; activations inside the gene itself decide,
+    then the gene's id, so the order never depends on chance.
+    """
+    scores = gene_scores(statistics, layer, n_genes, rule)[features]
+    own = gene_scores(statistics, layer, n_genes, "occurrence")[features]
+    ranked = []
+    for row in range(len(features)):
+        genes, values = scores[row].indices, scores[row].data
+        second = np.asarray(own[row].todense()).ravel()[genes]
+        order = np.lexsort((genes, -second, -values))
+        ranked.append((genes[order], values[order]))
+    return ranked
+
+
+def select_genes(genes: np.ndarray, scores: np.ndarray, list_rule: str, size: int, share: float
+                 ) -> np.ndarray:
+    """The head of a ranking that is tested: all, the first `size`, or `share` of the scores."""
+    if list_rule == "all":
+        return genes
+    if list_rule == "top":
+        return genes[:size]
+    cumulative = np.cumsum(scores)
+    if not len(cumulative):
+        return genes
+    return genes[: int(np.searchsorted(cumulative, share * cumulative[-1])) + 1]
+
+
+def gene_lists(statistics: FeatureStatistics, layer: int, features: np.ndarray, corpus: Corpus,
+               profile: "Profile") -> list[list[str]]:
+    """The gene list of each feature under the profile's gene rule and list rule."""
+    ranked = ranked_genes(statistics, layer, features, len(corpus.symbols), profile.gene_rule)
+    return [
+        corpus.symbols[select_genes(genes, scores, profile.list_rule, profile.list_size,
+                                    profile.list_share)].tolist()
+        for genes, scores in ranked
+    ]
+
+
+def token_table(statistics: FeatureStatistics, layer: int, feature: int, corpus: Corpus
+                ) -> pd.DataFrame:
+    """E(f, t): the tokens a feature fires on, most often first.
+
+    Columns: token (text), count, share (of the feature's activations), rate (share of the token's
+    occurrences on which it fires), genes (in which it fires, most often first).
+    """
+    row = statistics.counts[layer][feature]
+    pairs, counts = row.indices, row.data
+    frame = pd.DataFrame({"token_id": statistics.pair_token[pairs], "count": counts,
+                          "gene": statistics.pair_gene[pairs]})
+    occurrences = np.bincount(statistics.pair_token, weights=statistics.pair_count)
+    rows = []
+    for token, group in frame.groupby("token_id"):
+        order = group.sort_values(["count", "gene"], ascending=[False, True])
+        genes = [str(corpus.symbols[gene]) for gene in order["gene"] if gene >= 0]
+        total = int(group["count"].sum())
+        rows.append((token, total, total / counts.sum(), total / occurrences[token], genes))
+    table = pd.DataFrame(rows, columns=["token_id", "count", "share", "rate", "genes"])
+    table = table.sort_values(["count", "token_id"], ascending=[False, True], ignore_index=True)
+    table.insert(0, "token", token_texts(corpus.tokenizer, table["token_id"].to_numpy()))
+    return table
+
+
+# --- contexts ------------------------------------------------------------------------------------
+
+
+class Context(NamedTuple):
+    """Where a feature fires: a cell, a position in it, the activation, and the text around."""
+
+    cell: int
+    position: int
+    activation: float
+    before: str
+    token: str
+    after: str
+
+
+@torch.no_grad()
+def top_contexts(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus, layer: int,
+                 features: np.ndarray, n: int, forward_cells: int, window: int = 6
+                 ) -> list[list[Context]]:
+    """The n strongest activations of each feature, at most one per cell, strongest first."""
+    best = np.zeros((len(corpus), len(features)), np.float32)
+    where = np.zeros((len(corpus), len(features)), np.int64)
+    index = torch.from_numpy(np.asarray(features)).to(device_of(model))
+    every = np.arange(len(corpus))
+    for rows, tokens, mask in batches(corpus, every, forward_cells, device_of(model)):
+        inputs = mlp_sites(model, tokens, mask).inputs[layer]
+        z = torch.zeros(*mask.shape, len(features), device=inputs.device)
+        z[mask] = transcoders.layer_pre_activations(layer, inputs)[:, index].relu()
+        strongest = z.max(dim=1)
+        best[rows], where[rows] = strongest.values.cpu().numpy(), strongest.indices.cpu().numpy()
+    contexts = []
+    for column in range(len(features)):
+        order = np.argsort(-best[:, column], kind="stable")[:n]
+        chosen = [cell for cell in order if best[cell, column] > 0]
+        contexts.append([_context(corpus, int(cell), int(where[cell, column]),
+                                  float(best[cell, column]), window) for cell in chosen])
+    return contexts
+
+
+def _context(corpus: Corpus, cell: int, position: int, activation: float, window: int) -> Context:
+    pieces = corpus.pieces(cell)
+    before = pieces[max(0, position - window) : position]
+    after = pieces[position + 1 : position + 1 + window]
+    return Context(cell, position, activation, "".join(before), pieces[position], "".join(after))
+
+
+def draw_features(statistics: FeatureStatistics, layer: int, n: int, cut: float, seed: int
+                  ) -> np.ndarray:
+    """n live features of a layer drawn at random (all of them if there are fewer), sorted."""
+    live = np.flatnonzero(statistics.live(cut)[layer])
+    drawn = np.random.default_rng([seed, 7, layer]).permutation(live)[:n]
+    return np.sort(drawn)

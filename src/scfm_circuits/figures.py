@@ -1,0 +1,255 @@
+"""Every plot of the book, one function each, returning a matplotlib Figure.
+
+Colours are seaborn's colour-blind palette. Captions and alternative texts stand in the notebooks.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from scfm_circuits.circuits import Circuit
+
+sns.set_theme(context="notebook", style="whitegrid", palette="colorblind",
+              rc={"figure.dpi": 100, "axes.titlesize": "medium", "axes.titleweight": "bold"})
+BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, _, _ = sns.color_palette("colorblind")
+
+
+def _panels(n: int, *, width: float = 4.4, height: float = 3.4) -> tuple[Figure, Sequence[Axes]]:
+    figure, axes = plt.subplots(1, n, figsize=(width * n, height), constrained_layout=True)
+    return figure, np.atleast_1d(axes).tolist()
+
+
+def _layer_colours(n: int) -> list[Any]:
+    return sns.color_palette("viridis", n)
+
+
+def cells_per_type(labels: np.ndarray, held_out: np.ndarray) -> Figure:
+    """Cells of each type, training and held-out."""
+    frame = pd.DataFrame({"type": labels, "set": np.where(held_out, "held out", "training")})
+    counts = frame.value_counts(["type", "set"]).unstack(fill_value=0)
+    counts = counts.loc[counts.sum(axis=1).sort_values().index]
+    figure, (axis,) = _panels(1, width=7.5, height=0.5 + 0.36 * len(counts))
+    left = np.zeros(len(counts))
+    for name, colour in (("training", BLUE), ("held out", ORANGE)):
+        values = counts.get(name, pd.Series(0, counts.index)).to_numpy()
+        axis.barh(counts.index.astype(str), values, left=left, color=colour, label=name)
+        left += values
+    axis.set(xlabel="cells")
+    axis.grid(axis="y", visible=False)
+    axis.legend()
+    return figure
+
+
+def training_curve(step: Sequence[int], loss: Sequence[float]) -> Figure:
+    """Loss of the small language model against its steps."""
+    figure, (axis,) = _panels(1, width=6)
+    axis.plot(step, loss, color=BLUE, linewidth=1)
+    axis.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
+    return figure
+
+
+def transcoder_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Reconstruction, L0, FVU and dead share of every layer against training tokens."""
+    tokens = [row["tokens"] for row in history]
+    n_layers = len(history[0]["l0"])
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), constrained_layout=True, sharex=True)
+    panels = (("reconstruction", "reconstruction loss", "log"), ("l0", "active features (L0)",
+              "log"), ("fvu", "FVU", "log"), ("dead", "dead share", "linear"))
+    for axis, (key, label, scale) in zip(axes.flat, panels, strict=True):
+        for layer, colour in enumerate(_layer_colours(n_layers)):
+            axis.plot(tokens, [row[key][layer] for row in history], color=colour, linewidth=1.2,
+                      label=f"layer {layer}")
+        axis.set(ylabel=label, yscale=scale)
+    axes[1, 1].set_ylim(-0.02, 1.02)
+    for axis in axes[1]:
+        axis.set(xlabel="training tokens")
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if n_layers <= 12:
+        figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    return figure
+
+
+def loss_comparison(scores: pd.DataFrame, paper: Mapping[str, float]) -> Figure:
+    """Validation loss of the three configurations, ours and the paper's, side by side."""
+    names = {"original": "original", "transcoder": "transcoders", "no_mlp": "no MLP"}
+    whole = scores[scores["layer"] == -1].set_index("configuration")
+    figure, axes = _panels(2, width=4.2)
+    ours = [whole.loc[key, "loss"] for key in names]
+    errors = [whole.loc[key, "loss_se"] for key in names]
+    for axis, values, title, error in ((axes[0], ours, "this run", errors),
+                                       (axes[1], [paper[key] for key in names], "the paper", None)):
+        bars = axis.bar(list(names.values()), values, yerr=error, color=[BLUE, GREEN, ORANGE])
+        axis.bar_label(bars, fmt="%.2f", padding=3)
+        axis.set(title=title, ylim=(0, max(values) * 1.15))
+        axis.grid(axis="x", visible=False)
+    axes[0].set_ylabel("validation loss (nats per token)")
+    return figure
+
+
+def layer_alone(scores: pd.DataFrame, fvu: np.ndarray) -> Figure:
+    """KL when one layer alone is replaced or removed, and FVU of each layer."""
+    figure, axes = _panels(2)
+    single = scores[scores["layer"] >= 0]
+    for name, colour, label in (("transcoder", GREEN, "replaced"), ("no_mlp", ORANGE, "removed")):
+        rows = single[single["configuration"] == name]
+        axes[0].plot(rows["layer"], rows["kl"], "o-", color=colour, label=label)
+    axes[0].set(yscale="log", xlabel="layer", ylabel="KL(original || modified), nats")
+    axes[0].legend()
+    axes[1].bar(np.arange(len(fvu)), fvu, color=BLUE)
+    axes[1].set(xlabel="layer", ylabel="FVU on held-out cells", ylim=(0, None))
+    for axis in axes:
+        axis.set_xticks(_ticks(len(fvu)))
+    return figure
+
+
+def _ticks(n: int) -> list[int]:
+    return list(range(0, n, 1 if n <= 12 else 2))
+
+
+def l0_per_layer(mean: np.ndarray, quantiles: np.ndarray) -> Figure:
+    """Figure 2: mean active features per token, with the 10 and 90 % quantiles over tokens."""
+    figure, (axis,) = _panels(1, width=6.5)
+    layers = np.arange(len(mean))
+    axis.fill_between(layers, quantiles[:, 0], quantiles[:, -1], color=BLUE, alpha=0.2,
+                      label="10 to 90 % of tokens")
+    axis.plot(layers, mean, "o-", color=BLUE, label="mean")
+    axis.set(xlabel="layer", ylabel="active features per token (L0)", ylim=(0, None),
+             xticks=_ticks(len(mean)))
+    axis.legend()
+    return figure
+
+
+def frequency_distribution(log10_frequency: np.ndarray, cut: float, layer: int) -> Figure:
+    """Figure 3: distribution of log10 E(f) of one layer's live features."""
+    live = log10_frequency[log10_frequency >= cut]
+    figure, (axis,) = _panels(1, width=6.5)
+    sns.histplot(live, bins=40, ax=axis, color=BLUE)
+    axis.axvline(cut, color=ORANGE, linestyle="--", label=f"live cut, {cut:g}")
+    axis.set(xlabel=r"$\log_{10} E(f)$", ylabel="features", title=f"layer {layer}")
+    axis.legend()
+    return figure
+
+
+def interpretable_per_layer(percentages: Mapping[str, np.ndarray], paper: np.ndarray | None
+                            ) -> Figure:
+    """Table 4 as a picture: percentage of live features called interpretable, per layer."""
+    figure, (axis,) = _panels(1, width=7)
+    for (label, values), colour in zip(percentages.items(), (BLUE, GREEN, ORANGE, RED),
+                                       strict=False):
+        axis.plot(np.arange(len(values)), values, "o-", color=colour, label=label)
+    if paper is not None:
+        # Depth as a share, so that a shallow model and the paper's 24 layers share an axis.
+        last = max(len(next(iter(percentages.values()))) - 1, 1)
+        axis.plot(np.linspace(0, last, len(paper)), paper, "--", color=GREY,
+                  label="the paper (24 layers, same relative depth)")
+    n = len(next(iter(percentages.values())))
+    axis.set(xlabel="layer", ylabel="interpretable (% of live features)", ylim=(0, 105),
+             xticks=_ticks(n))
+    axis.legend(loc="lower right")
+    return figure
+
+
+def share_with_controls(frame: pd.DataFrame) -> Figure:
+    """Share called interpretable per layer, features beside their controls, one panel a rule.
+
+    frame: columns rule, lists, layer, percentage.
+    """
+    rules = list(dict.fromkeys(frame["rule"]))
+    figure, axes = _panels(len(rules), width=5.2, height=3.8)
+    styles = {"features": ("o-", BLUE), "uniform": ("v--", ORANGE),
+              "frequency-matched": ("s--", GREEN), "token-preserving": ("D--", RED),
+              "untrained encoder": ("^:", PURPLE)}
+    for axis, rule in zip(axes, rules, strict=True):
+        part = frame[frame["rule"] == rule]
+        for name, (style, colour) in styles.items():
+            rows = part[part["lists"] == name].sort_values("layer")
+            if len(rows):
+                axis.plot(rows["layer"], rows["percentage"], style, color=colour, label=name)
+        axis.set(title=rule, xlabel="layer", ylim=(-3, 105),
+                 xticks=_ticks(int(part["layer"].max()) + 1))
+    axes[0].set_ylabel("called interpretable (%)")
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    return figure
+
+
+def contribution_kinds(shares: Mapping[str, float]) -> Figure:
+    """How a pre-activation adds up, by kind of source (signed sums)."""
+    figure, (axis,) = _panels(1, width=6.5, height=0.6 + 0.42 * len(shares))
+    names, values = list(shares), list(shares.values())
+    colours = [BLUE if value >= 0 else ORANGE for value in values]
+    bars = axis.barh(names[::-1], values[::-1], color=colours[::-1])
+    axis.bar_label(bars, fmt="%.3f", padding=4)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.margins(x=0.18)
+    axis.set(xlabel="contribution to the target's pre-activation")
+    axis.grid(axis="y", visible=False)
+    return figure
+
+
+def circuit_picture(circuit: "Circuit", texts: Sequence[str], genes: Sequence[str | None],
+                    n_layers: int, max_edges: int = 80) -> Figure:
+    """Figure 5: layers upwards, tokens along, width by weight, colour by sign.
+
+    Only tokens that carry a node are given a place. The strongest edges are drawn.
+    """
+    positions = sorted({p for node in circuit.nodes.values() for p in (node.position, node.source)})
+    column = {position: i for i, position in enumerate(positions)}
+    heights = {"embedding": -1.0, "logit": float(n_layers)}
+    influence = circuit.influence()
+    figure, axis = plt.subplots(figsize=(max(7.0, 0.3 * len(positions)), 5.5),
+                                constrained_layout=True)
+    place = {}
+    for node in circuit.nodes.values():
+        y = heights.get(node.kind, node.layer + (0.0 if node.kind == "head" else 0.4))
+        place[node.id] = (column[node.source], y)
+    strongest = sorted(circuit.edges, key=lambda e: -influence[e.source])[:max_edges]
+    top = max((abs(edge.weight) for edge in strongest), default=1.0)
+    for edge in strongest:
+        (x0, y0), (x1, y1) = place[edge.source], place[edge.target]
+        axis.plot([x0, x1], [y0, y1], color=BLUE if edge.weight > 0 else ORANGE, alpha=0.6,
+                  linewidth=0.4 + 3.5 * abs(edge.weight) / top, zorder=1)
+    markers = {"feature": ("o", GREEN), "head": ("D", PURPLE), "embedding": ("s", GREY),
+               "error": ("X", RED), "logit": ("*", "black")}
+    for kind, (marker, colour) in markers.items():
+        chosen = [node for node in circuit.nodes.values() if node.kind == kind]
+        if chosen:
+            axis.scatter([place[n.id][0] for n in chosen], [place[n.id][1] for n in chosen],
+                         s=[24 + 240 * influence[n.id] for n in chosen], marker=marker,
+                         color=colour, edgecolor="white", linewidth=0.6, zorder=2, label=kind)
+    labels = [f"{texts[p]} ({genes[p]})" if genes[p] else texts[p] for p in positions]
+    axis.set_xticks(range(len(positions)), [label.replace("$", r"\$") for label in labels],
+                    rotation=90, fontsize=7)
+    axis.set_yticks([-1, *range(n_layers)], ["embedding", *(f"layer {i}" for i in range(n_layers))])
+    axis.grid(axis="x", visible=False)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    return figure
+
+
+def faithfulness(frame: pd.DataFrame) -> Figure:
+    """Predicted against measured change under ablation, circuits and random circuits.
+
+    frame: columns lists (`circuit` or `random`), predicted, measured (shares of the target).
+    """
+    figure, axes = _panels(2, width=4.6, height=3.8)
+    for name, colour in (("random", GREY), ("circuit", BLUE)):
+        rows = frame[frame["features"] == name]
+        axes[0].scatter(rows["predicted"], rows["measured"], s=22, alpha=0.7, color=colour,
+                        label=name)
+    low = min(frame["predicted"].min(), frame["measured"].min(), -1.0)
+    high = max(frame["predicted"].max(), frame["measured"].max(), 0.1)
+    axes[0].plot([low, high], [low, high], color="black", linewidth=0.8, linestyle=":")
+    axes[0].set(xlabel="predicted change / target", ylabel="measured change / target")
+    axes[0].legend()
+    sns.stripplot(frame, x="features", y="measured", hue="features", order=["circuit", "random"],
+                  palette={"circuit": BLUE, "random": GREY}, ax=axes[1], legend=False, alpha=0.7)
+    axes[1].axhline(0, color="black", linewidth=0.8)
+    axes[1].set(xlabel="features ablated", ylabel="measured change / target")
+    return figure

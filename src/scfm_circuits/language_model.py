@@ -1,0 +1,300 @@
+"""The model that is explained: loading or training it, and its MLP sites.
+
+GPT-NeoX computes `h' = h + attention(LN1(h)) + mlp(LN2(h))` (parallel residual): a layer's MLP does
+not see the same layer's attention. Hugging Face calls LN2 `post_attention_layernorm` all the same.
+An MLP site is the `mlp` module itself: its input is LN2's output, its output what is added.
+
+Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from scfm_circuits import InputError
+from scfm_circuits.files import atomic_folder, read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import GPTNeoXForCausalLM
+
+    from scfm_circuits.profile import Profile
+    from scfm_circuits.sentences import Corpus
+
+Replacement = Callable[[int, Tensor], Tensor]
+"""From a layer and its MLP input (..., d_model) to what takes the MLP output's place."""
+
+_FIELDS = ("seed", "model", "model_layers", "model_width", "model_heads", "model_steps",
+           "model_batch_cells", "model_learning_rate", "model_revision")
+
+
+class Sites(NamedTuple):
+    """What the MLPs of all layers read and wrote on some tokens.
+
+    inputs, outputs: (n_layers, n_tokens, d_model); row `n` of both is the same token.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device
+
+
+def best_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def mlps(model: "GPTNeoXForCausalLM") -> list[nn.Module]:
+    """The MLP modules, layer by layer; InputError for a model that is no GPT-NeoX."""
+    body = getattr(model, "gpt_neox", None)
+    if body is None:
+        raise InputError(f"The model is a {type(model).__name__}; MLP sites are known for GPT-NeoX "
+                         "(Pythia, C2S-Pythia) only: set `model` to one of these.")
+    return [layer.mlp for layer in body.layers]
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+def load_model(name: str | Path, revision: str | None = None, layers: int | None = None,
+               dtype: torch.dtype = torch.float32) -> "GPTNeoXForCausalLM":
+    """A causal language model from a Hugging Face id or folder, in evaluation mode.
+
+    Only safetensors weights are read and no code of the repository is run. Attention is `eager`,
+    because the tracer reads its patterns. Raises InputError if it cannot be had, is no GPT-NeoX,
+    or has fewer layers than the profile asks for.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(name), revision=revision, dtype=dtype, use_safetensors=True,
+            trust_remote_code=False, attn_implementation="eager",
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(f"The model {str(name)!r} cannot be loaded ({reason}); check `model` in "
+                         "the profile, or download it once with a network.") from None
+    found = len(mlps(model))
+    if layers is not None and found != layers:
+        raise InputError(f"The profile asks for {layers} layers (`model_layers`), but the model "
+                         f"{str(name)!r} has {found}; set `model_layers: {found}`.")
+    return model.eval()
+
+
+def build_small_model(profile: "Profile", vocabulary: int, length: int) -> "GPTNeoXForCausalLM":
+    """An untrained GPT-NeoX of the profile's size, in Pythia's proportions."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=vocabulary, hidden_size=profile.model_width,
+        num_hidden_layers=profile.model_layers, num_attention_heads=profile.model_heads,
+        intermediate_size=4 * profile.model_width, max_position_embeddings=max(256, length),
+        rotary_pct=0.25, use_parallel_residual=True, tie_word_embeddings=False,
+        bos_token_id=0, eos_token_id=0, attn_implementation="eager",
+    )
+    torch.manual_seed(profile.seed)
+    return GPTNeoXForCausalLM(config).float()
+
+
+class TrainingCurve(NamedTuple):
+    """Loss of each training step of the small model, in nats per token."""
+
+    step: list[int]
+    loss: list[float]
+
+
+def train_small_model(corpus: "Corpus", profile: "Profile", *, progress: bool = True
+                      ) -> tuple["GPTNeoXForCausalLM", TrainingCurve]:
+    """Train a small GPT-NeoX on the training cells to write sentences and name the cell's type.
+
+    AdamW with a cosine schedule after a tenth of warm-up; the loss is the mean cross-entropy of
+    the next token over all tokens that are not padding.
+    """
+    model = build_small_model(profile, len(corpus.tokenizer), corpus.tokens.shape[1])
+    model = model.to(best_device()).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=profile.model_learning_rate,
+                                  betas=(0.9, 0.95), weight_decay=0.1)
+    steps = profile.model_steps
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=profile.model_learning_rate, total_steps=steps, pct_start=0.1)
+    rng = np.random.default_rng([profile.seed, 4])
+    train = np.flatnonzero(~corpus.held_out)
+    size = min(profile.model_batch_cells, len(train))
+    queue = np.array([], np.int64)
+    losses: list[float] = []
+    bar = tqdm(range(steps), desc="language model", unit="step", disable=not progress)
+    for _ in bar:
+        while len(queue) < size:
+            queue = np.append(queue, rng.permutation(train))
+        batch, queue = queue[:size], queue[size:]
+        # Batches are cut to their longest cell; padding would be computed and thrown away.
+        length = int(corpus.lengths[batch].max())
+        tokens = torch.from_numpy(corpus.tokens[batch, :length]).to(device_of(model))
+        mask = torch.from_numpy(corpus.mask[batch, :length]).to(device_of(model))
+        loss = next_token_loss(model(input_ids=tokens, attention_mask=mask).logits, tokens,
+                               mask).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
+    return model.eval(), TrainingCurve(list(range(1, steps + 1)), losses)
+
+
+def get_model(profile: "Profile", corpus: "Corpus") -> tuple["GPTNeoXForCausalLM", TrainingCurve]:
+    """The profile's model: loaded, or trained once and kept as a Hugging Face checkpoint folder.
+
+    Returns the model in float32 on the best device, and its training curve (empty if loaded).
+    """
+    if profile.model != "train":
+        model = load_model(profile.model, profile.model_revision, profile.model_layers)
+        check_vocabulary(model, corpus)
+        return model.to(best_device()), TrainingCurve([], [])
+    folder = profile.results / "language_model"
+    stamp = profile.fingerprint(_FIELDS, ("sentences", "cells", "language_model"))
+    stamp["corpus"] = corpus_digest(corpus)
+    stored = read_json(folder / "training.json")
+    if stored.get("stamp") != stamp:
+        model, curve = train_small_model(corpus, profile)
+        with atomic_folder(folder) as fresh:
+            model.save_pretrained(fresh)
+            corpus.tokenizer.save_pretrained(fresh)
+            write_json(fresh / "training.json", {"stamp": stamp, **curve._asdict()})
+    else:
+        curve = TrainingCurve(stored["step"], stored["loss"])
+    return load_model(folder).to(best_device()), curve
+
+
+def corpus_digest(corpus: "Corpus") -> str:
+    """A short hash of the corpus's tokens and split; what was trained on them depends on it."""
+    import hashlib
+
+    digest = hashlib.sha256(np.ascontiguousarray(corpus.tokens).tobytes())
+    digest.update(np.ascontiguousarray(corpus.held_out).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_vocabulary(model: nn.Module, corpus: "Corpus") -> None:
+    """Raise InputError if the corpus has token ids or lengths that the model cannot take."""
+    config = model.config  # type: ignore[union-attr]
+    largest, length = int(corpus.tokens.max()), corpus.tokens.shape[1]
+    if largest >= config.vocab_size:
+        raise InputError(f"The tokenizer gives token {largest}, but the model has "
+                         f"{config.vocab_size} rows; `tokenizer` and `model` do not belong "
+                         "together.")
+    if length > config.max_position_embeddings:
+        raise InputError(f"The longest cell has {length} tokens, the model takes "
+                         f"{config.max_position_embeddings}; lower `genes_per_cell`.")
+
+
+# --- forward passes ------------------------------------------------------------------------------
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy of each next token that is not padding, in nats, computed in float32.
+
+    logits: (n, length, vocabulary); tokens, mask: (n, length). Returns (n_predictions,).
+    """
+    wanted = mask[:, 1:]
+    return nn.functional.cross_entropy(
+        logits[:, :-1][wanted].float(), tokens[:, 1:][wanted], reduction="none")
+
+
+def batches(corpus: "Corpus", cells: Sequence[int] | np.ndarray, size: int, device: torch.device
+            ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """Cells in the given order, `size` at a time, cut to their longest.
+
+    Yields (rows, tokens, mask): (n,) cell indices, (n, length) token ids, (n, length) bool.
+    """
+    cells = np.asarray(cells)
+    for start in range(0, len(cells), size):
+        rows = cells[start : start + size]
+        length = int(corpus.lengths[rows].max())
+        yield (rows, torch.from_numpy(corpus.tokens[rows, :length]).to(device),
+               torch.from_numpy(corpus.mask[rows, :length]).to(device))
+
+
+@contextlib.contextmanager
+def replaced_mlps(model: "GPTNeoXForCausalLM", replacement: Replacement,
+                  layers: Sequence[int] | None = None) -> Iterator[None]:
+    """Within the block, the MLPs of `layers` (default: all) give `replacement(layer, input)`."""
+    modules = mlps(model)
+    chosen = range(len(modules)) if layers is None else layers
+
+    def hook(layer: int) -> Callable:
+        return lambda module, args, output: replacement(layer, args[0])
+
+    handles = [modules[layer].register_forward_hook(hook(layer)) for layer in chosen]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def zero_ablation(layer: int, inputs: Tensor) -> Tensor:
+    """The replacement that removes an MLP: it writes nothing (the paper's "No MLP")."""
+    return torch.zeros_like(inputs)
+
+
+@torch.no_grad()
+def mlp_sites(model: "GPTNeoXForCausalLM", tokens: Tensor, mask: Tensor) -> Sites:
+    """Inputs and outputs of all MLPs on the tokens that are not padding, from one forward pass.
+
+    tokens, mask: (n, length). No logits are computed.
+    """
+    seen: list[tuple[Tensor, Tensor]] = []
+    handles = [
+        module.register_forward_hook(
+            lambda module, args, output: seen.append((args[0][mask], output[mask])))
+        for module in mlps(model)
+    ]
+    try:
+        model.gpt_neox(input_ids=tokens, attention_mask=mask, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    inputs, outputs = zip(*seen, strict=True)
+    return Sites(torch.stack(inputs), torch.stack(outputs))
+
+
+@torch.no_grad()
+def predict_answers(model: "GPTNeoXForCausalLM", corpus: "Corpus",
+                    cells: Sequence[int] | np.ndarray, new_tokens: int = 24) -> list[str]:
+    """The model's own answer to each cell's prompt, decoded greedily up to its full stop."""
+    answers = []
+    for cell in cells:
+        prompt = corpus.tokens[cell][: corpus.answer_start[cell]]
+        answers.append(answer_prompt(model, corpus.tokenizer, prompt, new_tokens))
+    return answers
+
+
+@torch.no_grad()
+def answer_prompt(model: "GPTNeoXForCausalLM", tokenizer, prompt: np.ndarray,  # type: ignore[no-untyped-def]
+                  new_tokens: int = 24) -> str:
+    """Greedy answer to one tokenized prompt (length,), without the full stop that ends it."""
+    tokens = torch.from_numpy(np.asarray(prompt))[None].to(device_of(model))
+    past, produced = None, []
+    for _ in range(new_tokens):
+        output = model(input_ids=tokens, past_key_values=past, use_cache=True)
+        past, tokens = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        if int(tokens) == tokenizer.eos_token_id:
+            break
+        produced.append(int(tokens))
+        # A cell type may contain a full stop, but not as the last character before the end.
+        if tokenizer.decode(produced[-1:]).strip() == ".":
+            break
+    text = tokenizer.decode(produced, clean_up_tokenization_spaces=False)
+    return text.strip().removesuffix(".").strip()

@@ -1,0 +1,307 @@
+"""Cell sentences: genes in order of expression, as text, as tokens, and back to genes.
+
+The encoding is Cell2Sentence's (Levine et al. 2024): the genes a cell expresses, most expressed
+first, ties in random order, upper case, joined by spaces. The prompt is the paper's Figure 4.
+Every token knows the gene it is part of and its place in it; words of the prompt and of the
+answer belong to no gene.
+"""
+
+import json
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from scfm_circuits import InputError
+from scfm_circuits.files import atomic_path
+from scfm_circuits.profile import ROOT, Profile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from scfm_circuits.cells import Cells
+
+END_OF_TEXT = "<|endoftext|>"
+_FIELDS = (
+    "seed", "cells", "matrix", "symbol_column", "duplicate_symbols", "label_column", "max_cells",
+    "validation_share", "genes_per_cell", "prompt", "response", "tokenizer", "vocabulary_size",
+    "model_revision",
+)
+_MODULES = ("cells", "sentences")
+
+
+class Encoded(NamedTuple):
+    """One text as tokens: `tokens`, `gene` (id or -1) and `place` in the gene, each (length,)."""
+
+    tokens: np.ndarray
+    gene: np.ndarray
+    place: np.ndarray
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All cells as tokens, right-padded.
+
+    tokens: (n_cells, length) int64 token ids; mask: the same shape, False on padding.
+    gene: (n_cells, length) int32 index into `symbols`, -1 where a token belongs to no gene.
+    place: (n_cells, length) int16 position of the token within its gene, -1 outside genes.
+    answer_start: (n_cells,) index of the answer's first token; the token before it asks.
+    answer_end: (n_cells,) index of the answer's last token, the full stop.
+    labels, cell_ids: (n_cells,) text; held_out: (n_cells,) True for validation cells.
+    symbols: the corpus's genes; decisions: sentences for the page.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    gene: np.ndarray
+    place: np.ndarray
+    answer_start: np.ndarray
+    answer_end: np.ndarray
+    labels: np.ndarray
+    cell_ids: np.ndarray
+    held_out: np.ndarray
+    symbols: np.ndarray
+    decisions: np.ndarray
+    tokenizer: "PreTrainedTokenizerFast"
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n_cells,) tokens of each cell without padding."""
+        return self.mask.sum(axis=1)
+
+    def genes_of(self, cell: int) -> list[str]:
+        """The cell's sentence: its genes in rank order."""
+        starts = (self.place[cell] == 0) & self.mask[cell]
+        return [str(self.symbols[i]) for i in self.gene[cell][starts]]
+
+    def pieces(self, cell: int) -> list[str]:
+        """The cell's tokens as text, one string per token."""
+        ids = self.tokens[cell][self.mask[cell]]
+        return token_texts(self.tokenizer, ids)
+
+    def gene_tokens(self) -> dict[int, np.ndarray]:
+        """For each token id seen inside a gene, the sorted ids of all genes that contain it."""
+        inside = self.gene >= 0
+        pairs = np.unique(np.stack([self.tokens[inside], self.gene[inside]]), axis=1)
+        ids, starts = np.unique(pairs[0], return_index=True)
+        return dict(zip(ids.tolist(), np.split(pairs[1], starts[1:]), strict=True))
+
+
+def token_texts(tokenizer: "PreTrainedTokenizerFast", ids: Sequence[int] | np.ndarray) -> list[str]:
+    """Tokens as readable text: a leading space is shown as `_`, as in the paper's Table 3."""
+    texts = [tokenizer.decode([int(i)], clean_up_tokenization_spaces=False) for i in ids]
+    return [text.replace(" ", "_").replace("\n", "\\n") for text in texts]
+
+
+def rank_genes(values: np.ndarray, genes: np.ndarray, k: int, rng: np.random.Generator
+               ) -> np.ndarray:
+    """The k most expressed genes of one cell, ties in random order (Levine et al. 2024).
+
+    values, genes: (n_expressed,) expression above zero and gene ids. Returns (<= k,) gene ids.
+    """
+    shuffled = rng.permutation(len(values))
+    order = np.argsort(-values[shuffled], kind="stable")
+    return genes[shuffled[order]][:k]
+
+
+def cell_rankings(cells: "Cells", k: int, seed: int) -> list[np.ndarray]:
+    """`rank_genes` for every cell; a cell's ties depend on the seed and its row alone."""
+    x = cells.expression
+    return [
+        rank_genes(x.data[a:b], x.indices[a:b], k, np.random.default_rng([seed, 2, row]))
+        for row, (a, b) in enumerate(zip(x.indptr[:-1], x.indptr[1:], strict=True))
+    ]
+
+
+def split_cells(n_cells: int, share: float, seed: int) -> np.ndarray:
+    """(n_cells,) bool: True for the held-out share, drawn at random by cell."""
+    n_held_out = max(1, round(n_cells * share))
+    if n_held_out >= n_cells:
+        raise InputError(f"{n_cells} cells cannot be split with validation_share {share}: nothing "
+                         "would be left to train on; use more cells.")
+    held_out = np.zeros(n_cells, bool)
+    held_out[np.random.default_rng([seed, 3]).permutation(n_cells)[:n_held_out]] = True
+    return held_out
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary_size: int) -> "PreTrainedTokenizerFast":
+    """A byte-level BPE (as Pythia's, but small) trained on the given texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size, special_tokens=[END_OF_TEXT], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT, clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokenizerFast":
+    """A tokenizer from a Hugging Face id, a folder, or a folder with only `tokenizer.json`."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = Path(name).expanduser()
+    try:
+        if (folder / "tokenizer.json").is_file() and not (
+            folder / "tokenizer_config.json"
+        ).is_file():
+            return PreTrainedTokenizerFast(
+                tokenizer_file=str(folder / "tokenizer.json"), bos_token=END_OF_TEXT,
+                eos_token=END_OF_TEXT, unk_token=END_OF_TEXT,
+            )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:  # a broken file makes `tokenizers` raise a bare Exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise InputError(f"The tokenizer {name!r} cannot be loaded ({reason}); check `tokenizer` "
+                         "in the profile, or download it once with a network.") from None
+    if not tokenizer.is_fast:
+        raise InputError(f"The tokenizer {name!r} gives no character offsets, which tell a token's "
+                         "gene; use one with a tokenizer.json.")
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"The tokenizer {name!r} has no token for the end of a text; set "
+                         "`eos_token` in its tokenizer_config.json.")
+    return tokenizer
+
+
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerFast", prompt: str, genes: Sequence[str],
+    gene_ids: Sequence[int] | np.ndarray, answer: str = "", *, end: bool = False,
+) -> tuple[Encoded, int]:
+    """One cell's prompt and answer as tokens, each with its gene.
+
+    prompt: a template with `{genes}`; genes: the sentence, in order; gene_ids: their ids.
+    Returns the encoding and the index of the answer's first token (the length if it has none).
+    A token belongs to the gene that its last character stands in, so the space that a sub-word
+    carries in front does not matter.
+    """
+    before, after = prompt.split("{genes}")
+    sentence = " ".join(genes)
+    text = before + sentence + after + answer
+    owner = np.full(len(text) + 1, -1, np.int32)
+    start = len(before)
+    for gene, symbol in zip(gene_ids, genes, strict=True):
+        owner[start : start + len(symbol)] = gene
+        # The rank in the sentence tells two mentions apart; genes are unique, so the id does too.
+        start += len(symbol) + 1
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = np.array(encoding["input_ids"], np.int64)
+    offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
+    gene = np.where(offsets[:, 1] > offsets[:, 0], owner[np.maximum(offsets[:, 1] - 1, 0)], -1)
+    answer_start = int(np.searchsorted(offsets[:, 1], len(text) - len(answer), side="right"))
+    if end:
+        tokens = np.append(tokens, tokenizer.eos_token_id)
+        gene = np.append(gene, -1)
+    return Encoded(tokens, gene.astype(np.int32), _places(gene)), answer_start
+
+
+def _places(gene: np.ndarray) -> np.ndarray:
+    """(length,) index of each token within its run of equal gene ids; -1 outside genes."""
+    new = np.append(True, gene[1:] != gene[:-1])
+    start = np.maximum.accumulate(np.where(new, np.arange(len(gene)), 0))
+    return np.where(gene >= 0, np.arange(len(gene)) - start, -1).astype(np.int16)
+
+
+def build_corpus(cells: "Cells", profile: Profile) -> Corpus:
+    """All cells as prompts with answers, tokenized, split and padded.
+
+    Raises InputError if the tokenizer cannot be had or there are too few cells to split.
+    """
+    held_out = split_cells(len(cells), profile.validation_share, profile.seed)
+    rankings = cell_rankings(cells, profile.genes_per_cell, profile.seed)
+    symbols = np.array(cells.symbols)
+    sentences = [symbols[ranking].tolist() for ranking in rankings]
+    answers = [profile.response.replace("{label}", label) for label in cells.labels]
+    if profile.tokenizer == "train":
+        texts = [
+            profile.prompt.replace("{genes}", " ".join(sentences[i])) + answers[i]
+            for i in np.flatnonzero(~held_out)
+        ]
+        tokenizer = train_tokenizer(texts, profile.vocabulary_size)
+    else:
+        tokenizer = load_tokenizer(profile.tokenizer, profile.model_revision)
+    encoded, starts = zip(*(
+        encode_prompt(tokenizer, profile.prompt, genes, ids, answer, end=True)
+        for genes, ids, answer in zip(sentences, rankings, answers, strict=True)
+    ), strict=True)
+    lengths = np.array([len(one.tokens) for one in encoded])
+    shape = (len(cells), int(lengths.max()))
+    tokens = np.full(shape, tokenizer.eos_token_id, np.int64)
+    gene, place = np.full(shape, -1, np.int32), np.full(shape, -1, np.int16)
+    for row, one in enumerate(encoded):
+        tokens[row, : lengths[row]] = one.tokens
+        gene[row, : lengths[row]] = one.gene
+        place[row, : lengths[row]] = one.place
+    return Corpus(
+        tokens=tokens, mask=np.arange(shape[1]) < lengths[:, None], gene=gene, place=place,
+        answer_start=np.array(starts), answer_end=lengths - 2, labels=cells.labels,
+        cell_ids=cells.cell_ids, held_out=held_out, symbols=symbols,
+        decisions=np.array(cells.decisions), tokenizer=tokenizer,
+    )
+
+
+def load_corpus(profile: Profile) -> Corpus:
+    """The profile's corpus: from `results/<profile>/corpus.npz` if it is current, else built."""
+    from transformers import PreTrainedTokenizerFast
+
+    path = profile.results / "corpus.npz"
+    stamp = json.dumps(profile.fingerprint(_FIELDS, _MODULES), sort_keys=True)
+    stamp += _file_stamp(profile.cells)
+    arrays = _read_arrays(path, stamp)
+    if arrays is not None:
+        text, end = str(arrays.pop("tokenizer_json")), str(arrays.pop("end_of_text"))
+        from tokenizers import Tokenizer
+
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(text), bos_token=end, eos_token=end,
+            unk_token=end,
+        )
+        return _with_case(Corpus(tokenizer=tokenizer, **arrays), profile)
+    from scfm_circuits.cells import read_cells
+
+    corpus = _with_case(build_corpus(read_cells(profile), profile), profile)
+    fields = {key: value for key, value in vars(corpus).items() if key != "tokenizer"}
+    with atomic_path(path) as temporary:
+        np.savez(temporary, stamp=np.array(stamp), allow_pickle=False,
+                 tokenizer_json=np.array(corpus.tokenizer.backend_tokenizer.to_str()),
+                 end_of_text=np.array(corpus.tokenizer.eos_token), **fields)
+    return corpus
+
+
+def _with_case(corpus: Corpus, profile: Profile) -> Corpus:
+    """The corpus, if it can serve the case study; a wrong type is told before any training."""
+    if not np.any(corpus.held_out & (corpus.labels == profile.case_type)):
+        known = ", ".join(np.unique(corpus.labels[corpus.held_out]))
+        raise InputError(f"No held-out cell has the type {profile.case_type!r} (`case_type` in the "
+                         f"profile); held-out cells have the types {known}.")
+    return corpus
+
+
+def _file_stamp(cells: str) -> str:
+    """Size and time of the cells' file, so that a changed file is read again."""
+    path = ROOT / Path(cells).expanduser()
+    return f"{path.stat().st_size}:{path.stat().st_mtime_ns}" if path.is_file() else ""
+
+
+def _read_arrays(path: Path, stamp: str) -> dict[str, Any] | None:
+    """The arrays stored at `path` if they carry this stamp and can be read, else None."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            if str(stored["stamp"]) != stamp:
+                return None
+            return {key: stored[key] for key in stored.files if key != "stamp"}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None

@@ -1,0 +1,86 @@
+"""Tiny random models, cells and corpora for identities."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from scfm_circuits.cells import Cells
+from scfm_circuits.profile import Profile, load_profile
+from scfm_circuits.sentences import Corpus, build_corpus
+from scfm_circuits.transcoder import Transcoders
+
+torch.set_num_threads(1)  # the models are too small to share out
+
+GENES = ("CD3D", "CD8A", "MS4A1", "LYZ", "NKG7", "GNLY", "HLA-DQA1", "HLA-DRA", "MT-CO1", "C1ORF112",
+         "RP11-291B21.2", "FOXO1", "FOXP3", "S100A8", "S100A9", "PSD3")
+LABELS = ("CD4+ T cell", "B cell", "CD34+", "Dendritic {cell}")
+
+
+def tiny_model(*, layers: int = 3, width: int = 16, heads: int = 2, vocabulary: int = 40,
+               parallel: bool = True, seed: int = 0, dtype: torch.dtype = torch.float64
+               ) -> GPTNeoXForCausalLM:
+    """A random GPT-NeoX whose LayerNorm gains and all biases are random too."""
+    torch.manual_seed(seed)
+    config = GPTNeoXConfig(
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers,
+        num_attention_heads=heads, intermediate_size=2 * width, max_position_embeddings=64,
+        use_parallel_residual=parallel, attn_implementation="eager", bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = GPTNeoXForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        scale = 0.3 if name.endswith("bias") or "norm" in name else 0.0
+        parameter.mul_(8 if parameter.ndim > 1 else 1).add_(
+            scale * torch.randn(parameter.shape, dtype=dtype))
+    return model
+
+
+def tiny_transcoders(model: GPTNeoXForCausalLM, features: int = 24, seed: int = 1) -> Transcoders:
+    """Random transcoders with random biases, in the model's precision."""
+    config = model.config
+    transcoders = Transcoders(config.num_hidden_layers, config.hidden_size, features)
+    transcoders.to(next(model.parameters()).dtype).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in (*transcoders.parameters(), transcoders.b_in):
+        tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * 0.5)
+    return transcoders
+
+
+def tokens(n: int, vocabulary: int = 40, seed: int = 2) -> np.ndarray:
+    """n random token ids."""
+    return np.random.default_rng(seed).integers(0, vocabulary, n)
+
+
+def tiny_profile(monkeypatch: pytest.MonkeyPatch, results: Path, **overrides: Any) -> Profile:
+    """The smoke profile, smaller still, with its results under `results`."""
+    monkeypatch.setenv("SCFM_RESULTS", str(results))
+    return load_profile("smoke", {"genes_per_cell": 6, "max_cells": None, **overrides})
+
+
+def tiny_cells(n: int = 12, genes: Sequence[str] = GENES, labels: Sequence[str] = LABELS,
+               seed: int = 3) -> Cells:
+    """n random cells of small counts with many ties; a cell expresses 2 to all genes."""
+    rng = np.random.default_rng(seed)
+    values = np.zeros((n, len(genes)), np.float32)
+    for row in values:
+        chosen = rng.permutation(len(genes))[: rng.integers(2, len(genes) + 1)]
+        row[chosen] = rng.integers(1, 4, len(chosen))
+    return Cells(sp.csr_matrix(values), tuple(genes), np.array([labels[i % len(labels)] for i in
+                 range(n)]), np.array([f"cell{i}" for i in range(n)]), ("simulated",))
+
+
+def tiny_corpus(n: int = 12, seed: int = 3, **overrides: Any) -> Corpus:
+    """`tiny_cells` as prompts of up to 6 genes, with a small tokenizer trained on them."""
+    fields = {"genes_per_cell": 6, "max_cells": None, "validation_share": 0.25, **overrides}
+    return build_corpus(tiny_cells(n, seed=seed), load_profile("smoke", fields))
+
+
+def model_for(corpus: Corpus, **options: Any) -> GPTNeoXForCausalLM:
+    """`tiny_model` with a row for each of the corpus's tokens."""
+    return tiny_model(vocabulary=len(corpus.tokenizer), **{"layers": 2, **options})

@@ -1,0 +1,146 @@
+"""The files that set the project up agree with each other and with what is imported."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from fnmatch import fnmatch
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from scfm_circuits.freshness import NOTEBOOKS, read_notebooks
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def pins(name: str) -> dict[str, str]:
+    """Package and version of each line of a lock; anything but `==` fails."""
+    found: dict[str, str] = {}
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+        line = line.split("#")[0].strip()
+        if not line or line.startswith("-c "):
+            continue
+        requirement = Requirement(line)
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "==", line
+        found[canonicalize_name(requirement.name)] = specifier.version
+    return found
+
+
+def imported() -> set[str]:
+    """Top-level packages imported by the package, the notebooks and the book's extensions."""
+    names: set[str] = set()
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "notebooks").glob("*.py"),
+             *(ROOT / "book" / "_ext").glob("*.py")]
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.split(".")[0])
+    return names - set(sys.stdlib_module_names) - {"scfm_circuits"}
+
+
+@pytest.mark.parametrize("text", PROJECT["dependencies"])
+def test_every_dependency_is_pinned_in_the_lock(text: str) -> None:
+    requirement = Requirement(text)
+    locked = pins("requirements.lock")
+    name = canonicalize_name(requirement.name)
+    assert name in locked, f"{name} is not in requirements.lock"
+    assert requirement.specifier.contains(Version(locked[name]))
+
+
+@pytest.mark.parametrize("text", PROJECT["optional-dependencies"]["dev"])
+def test_every_test_tool_is_pinned(text: str) -> None:
+    requirement = Requirement(text)
+    locked = pins("requirements-dev.lock")
+    assert requirement.specifier.contains(Version(locked[canonicalize_name(requirement.name)]))
+
+
+def test_no_package_is_pinned_twice() -> None:
+    assert not set(pins("requirements.lock")) & set(pins("requirements-dev.lock"))
+
+
+def test_what_is_imported_is_declared() -> None:
+    declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    distributions = packages_distributions()
+    undeclared = [
+        name for name in sorted(imported())
+        if not declared & {canonicalize_name(d) for d in distributions.get(name, [name])}
+    ]
+    assert not undeclared
+
+
+def test_pins_that_have_a_reason() -> None:
+    locked = pins("requirements.lock")
+    # Jupyter Book 2 fetches its theme at build time; later ipykernels warn in every notebook.
+    assert Version(locked["jupyter-book"]) < Version("2")
+    assert locked["ipykernel"] == "7.2.0"
+    assert Version(locked["sphinx"]) < Version("8")
+
+
+def test_conda_environment_delegates_to_the_lock() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    conda = [item for item in environment["dependencies"] if isinstance(item, str)]
+    (pip,) = [item["pip"] for item in environment["dependencies"] if isinstance(item, dict)]
+    assert pip == ["-r requirements.lock"]
+    assert {re.split("[=<> ]", item)[0] for item in conda} == {"python", "make", "pip"}
+    version = next(item for item in conda if item.startswith("python")).split("=")[-1]
+    assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(version)
+
+
+def test_make_says_when_there_is_no_python(tmp_path: Path) -> None:
+    answer = subprocess.run(
+        ["make", "-C", str(ROOT), f"{tmp_path}/venv/bin/python", f"VENV={tmp_path}/venv",
+         "PYTHON=no-such-python"], capture_output=True, text=True,
+    )
+    assert answer.returncode != 0
+    assert "Python 3.11 or newer is needed" in answer.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_make_hands_overrides_on() -> None:
+    answer = subprocess.run(
+        ["make", "-n", "-C", str(ROOT), "book", "PROFILE=smoke", "PARAMS=seed=1 fdr=0.1"],
+        capture_output=True, text=True, check=True,
+    )
+    assert 'all --profile "smoke" -p "seed=1" -p "fdr=0.1"' in answer.stdout
+
+
+CONTRACT = {
+    *(f"tables/{name}.csv" for name in (
+        "table1", "table2", "l0", "live_features", "human_eval_sample", "table4", "circuit_nodes",
+        "circuit_enrichment")),
+    "figures/*.png", "figures/*.svg", "transcoders/config.yaml", "transcoders/layer_*.safetensors",
+    "circuits/*.json", "claims.csv",
+}
+"""What scripts may rely on under `results/<profile>/`, beside the executed notebooks."""
+
+
+def test_notebooks_declare_every_file_of_the_contract() -> None:
+    # The gate refuses a chapter that has not written what it declares.
+    declared = {pattern for notebook in read_notebooks(NOTEBOOKS) for pattern in notebook.produces}
+    missing = {
+        pattern for pattern in CONTRACT
+        if not any(fnmatch(name, pattern) or fnmatch(pattern, name) for name in declared)
+    }
+    assert not missing
+
+
+def test_the_neighbouring_data_folder_is_named_in_one_place() -> None:
+    needle = "../" + "shared"
+    folders = ["src", "notebooks", "book", "tests", "data", ".github", ".ci"]
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")
+             if path.is_file() and not {"_build", "__pycache__"} & set(path.parts)]
+    files += [path for path in ROOT.iterdir() if path.is_file()]
+    naming = [path.relative_to(ROOT).as_posix() for path in files
+              if needle in path.read_text(encoding="utf-8", errors="ignore")]
+    assert naming == [".ci/run"]

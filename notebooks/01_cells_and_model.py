@@ -44,7 +44,7 @@ report.not_comparable(run)
 # %% [markdown]
 # ## Cells
 #
-# The paper uses Heart Cell Atlas v2 {cite:p}`` and holds out 10 % of it. This run
+# The paper uses Heart Cell Atlas v2 {cite:p}`kanemaru2023spatially` and holds out 10 % of it. This run
 # uses {glue:text}`cells.name`: {glue:text}`cells.total` cells, of which {glue:text}`cells.held_out`
 # are held out. The split is by cell, so that nothing of a held-out cell is ever trained on.
 

@@ -120,7 +120,7 @@ report.table("training", pd.DataFrame({
     **{key: last[key] for key in ("reconstruction", "sparsity", "l0", "fvu", "dead")},
 }), caption="The last training batch, per layer")
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input"]
 report.value("training.dead_share", float(np.mean(last["dead"])))
 report.value("training.final_l0", float(np.mean(last["l0"])))
 report.value("training.final_fvu", float(np.mean(last["fvu"])))

@@ -10,7 +10,7 @@
 #     name: python3
 #   scfm:
 #     after: [02_training]
-#     produces: [tables/table1.csv, tables/table2.csv, tables/validation_layers.csv]
+#     produces: [tables/table1.csv, tables/table2.csv, tables/validation_layers.csv, figures/*.png, figures/*.svg]
 #     exhibits: "Tables 1 and 2"
 #     modules: [validation]
 # ---
@@ -75,7 +75,7 @@ report.table("table1", table1, caption="Table 1: validation loss (standard error
 report.figure("table1", figures.loss_comparison(
     scores, {key: float(printed[name]) for key, name in names.items()}))
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input"]
 loss = whole["loss"]
 recovered = (loss["no_mlp"] - loss["transcoder"]) / (loss["no_mlp"] - loss["original"])
 theirs = (printed["No MLP"] - printed["Transcoder"]) / (printed["No MLP"] - printed["Original"])

@@ -56,7 +56,7 @@ report.table("l0", pd.DataFrame({
     "share_of_width": statistics.l0 / transcoders.n_features,
 }), caption="L0 per layer")
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input"]
 report.values({f"layer_{i}": float(value) for i, value in enumerate(statistics.l0)}, prefix="l0.")
 report.value("l0.mean", float(statistics.l0.mean()))
 report.value("l0.width", transcoders.n_features)

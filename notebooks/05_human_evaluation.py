@@ -55,7 +55,7 @@ report.not_comparable(run)
 report.figure("figure3_live_features", figures.frequency_distribution(
     statistics.log10_frequency[layer], run.live_cut, layer))
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input"]
 report.value("live.layer", layer)
 report.value("live.sampled_layer", int(statistics.live(run.live_cut)[layer].sum()))
 if layer == 12:
@@ -108,7 +108,7 @@ report.table("human_eval_rate", pd.DataFrame([{
     "lower_95": wilson_interval(k, total)[0], "upper_95": wilson_interval(k, total)[1],
 } for name, k, total in rows]), caption="Share rated gene-level interpretable, Wilson 95 % interval")
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input"]
 low, high = wilson_interval(paper_yes, len(paper))
 report.value("human.rate", yes / n if n else None, f"{yes} of {n}" if n else "nobody has rated yet")
 report.value("human.n", n if n else None, str(n))

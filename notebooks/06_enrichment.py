@@ -32,7 +32,7 @@ import pandas as pd
 
 from scfm_circuits import figures
 from scfm_circuits.enrichment import RULES, load_library, over_representation, prepare_background
-from scfm_circuits.features import gene_lists, get_statistics, select_genes, ranked_genes
+from scfm_circuits.features import gene_lists, get_statistics, ranked_genes, select_genes
 from scfm_circuits.language_model import get_model
 from scfm_circuits.profile import ROOT, from_notebook
 from scfm_circuits.report import Report
@@ -60,8 +60,11 @@ libraries = list(libraries.values())
 # %% tags=["hide-input"]
 report.table("gene_set_libraries", pd.DataFrame([{
     "library": one.name, "terms": len(one.terms), "genes": len(one.genes), "from": one.source,
-    "warning": one.warning or "",
+    "sha256": one.sha256[:12],
 } for one in libraries]), caption="Libraries used on this page")
+
+# %% tags=["remove-input"]
+report.warning(*(one.warning for one in libraries))
 
 # %% [markdown]
 # ## The lists and the test
@@ -98,14 +101,15 @@ for layer in range(transcoders.n_layers):
                     "layer": layer, "feature": feature,
                     "log10_E_f": statistics.log10_frequency[layer, feature],
                     "interpretable": bool(found[rule][row]), "n_genes": len(lists[row]),
-                    "library": library.name, "best_term": library.terms[term] if term >= 0 else "",
+                    "library": library.name,
+                    "best_term": library.terms[term] if term >= 0 else "",
                     "p": result.min_p[row], "q": result.min_q[row],
                     "genes": " ".join(lists[row][:10]),
                 })
     rows.append({"layer": layer, "live": len(features), **{
         f"interpretable_{rule}": int(found[rule].sum()) for rule in rules}})
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input"]
 report.value("enrichment.gene_rule", run.gene_rule)
 report.value("enrichment.list_rule", run.list_rule if run.list_rule != "top"
              else f"top {run.list_size}")
@@ -134,7 +138,7 @@ report.figure("table4", figures.interpretable_per_layer(
     {f"rule {rule}": values.to_numpy() for rule, values in share.items()},
     paper["percentage"].to_numpy()))
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input"]
 percentage = table4["percentage"]
 for row in table4.itertuples():
     report.values({"live": row.live, "interpretable": row.interpretable,
@@ -144,7 +148,7 @@ report.values({"live": total, "interpretable": called,
                "percentage": 100 * called / total if total else None}, prefix="table4.total.")
 report.value("table4.share_of_layers_over_80", float((percentage > 80).mean()))
 report.value("table4.layer0_dip", float(percentage[0] - percentage[1:].mean()))
-corpus_share = 100 * float(np.average(share["corpus"].fillna(0), weights=table4["live"]))
+corpus_share = float(np.average(share["corpus"].fillna(0), weights=table4["live"]))
 report.value("table4.corpus_percentage", corpus_share, f"{corpus_share:.1f}")
 
 # %% [markdown]

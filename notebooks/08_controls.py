@@ -34,7 +34,7 @@ from scfm_circuits import figures
 from scfm_circuits.attribution import feature_direction, freeze
 from scfm_circuits.circuits import strongest_features, trace_feature
 from scfm_circuits.controls import control_lists, enriched_share, untrained_statistics
-from scfm_circuits.enrichment import RULES, load_library, prepare_background, wilson_interval
+from scfm_circuits.enrichment import RULES, load_library, wilson_interval
 from scfm_circuits.features import get_statistics
 from scfm_circuits.interventions import FeatureAt, ablate, matched_features
 from scfm_circuits.language_model import get_model
@@ -96,7 +96,10 @@ pooled = controls.groupby(["rule", "lists"], sort=False)[["tested", "hits"]].sum
 pooled["percentage"] = 100 * pooled["hits"] / pooled["tested"]
 report.show(pooled, caption="All layers together")
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input"]
+report.warning(*(one.warning for one in libraries.values()))
+
+# %% tags=["remove-input"]
 for rule, kind, value in pooled[["rule", "lists", "percentage"]].itertuples(index=False):
     report.value(f"controls.{rule}.{kind.replace(' ', '-')}", float(value), f"{value:.1f} %")
 report.value("controls.libraries", ", ".join(
@@ -162,7 +165,7 @@ report.figure("circuit_faithfulness", figures.faithfulness(effects))
 report.table("circuit_faithfulness", effects, rows=8,
              caption="Predicted and measured change, as shares of the target's pre-activation")
 
-# %% tags=["hide-input"]
+# %% tags=["remove-input"]
 by_kind = effects.groupby("features")[["n_features", "predicted", "measured"]].median()
 own = effects[effects["features"] == "circuit"]
 correlation = own["predicted"].corr(own["measured"], method="spearman")

@@ -31,11 +31,13 @@ import pandas as pd
 
 from scfm_circuits.claims import VERDICTS, write_claims
 from scfm_circuits.profile import from_notebook
-from scfm_circuits.report import Report
+from scfm_circuits.report import Report, short_number
 
 run = from_notebook(globals())
 report = Report(run, "09_claims")
 claims = pd.read_csv(write_claims(run.name, run.results), dtype=str, keep_default_na=False)
+claims["ours"] = [short_number(text) for text in claims["ours"]]
+claims["claim"] += [f" ({note})" if note else "" for note in claims["note"]]
 report.not_comparable(run)
 
 # %% tags=["hide-input"]
@@ -50,7 +52,7 @@ report.show(counts, caption="Verdicts of this run")
 # ## Judged in this run
 
 # %% tags=["hide-input"]
-columns = ["exhibit", "claim", "paper", "ours", "rule", "verdict", "note"]
+columns = ["exhibit", "claim", "paper", "ours", "rule", "verdict"]
 judged = own[~own["verdict"].isin(["not comparable at this scale", "not measured"])]
 report.show(judged[columns], caption="Claims that this profile can judge")
 

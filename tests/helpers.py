@@ -17,8 +17,8 @@ from scfm_circuits.transcoder import Transcoders
 
 torch.set_num_threads(1)  # the models are too small to share out
 
-GENES = ("CD3D", "CD8A", "MS4A1", "LYZ", "NKG7", "GNLY", "HLA-DQA1", "HLA-DRA", "MT-CO1", "C1ORF112",
-         "RP11-291B21.2", "FOXO1", "FOXP3", "S100A8", "S100A9", "PSD3")
+GENES = ("CD3D", "CD8A", "MS4A1", "LYZ", "NKG7", "GNLY", "HLA-DQA1", "HLA-DRA", "MT-CO1",
+         "C1ORF112", "RP11-291B21.2", "FOXO1", "FOXP3", "S100A8", "S100A9", "PSD3")
 LABELS = ("CD4+ T cell", "B cell", "CD34+", "Dendritic {cell}")
 
 

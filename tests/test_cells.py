@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def test_duplicate_symbols_are_added_up(tmp_path: Path) -> None:
 def test_a_draw_of_cells_is_seeded_nested_and_in_order(tmp_path: Path) -> None:
     path = written(tmp_path, some_data())
     draws = [read(path, max_cells=n).cell_ids.tolist() for n in (2, 3, 5, 6, 100)]
-    for smaller, larger in zip(draws[:-1], draws[1:], strict=True):
+    for smaller, larger in pairwise(draws):
         assert set(smaller) <= set(larger)
         assert smaller == sorted(smaller)
     assert [len(one) for one in draws] == [2, 3, 5, 6, 6]

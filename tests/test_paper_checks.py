@@ -16,6 +16,7 @@ from scfm_circuits.paper_checks import (
     internal_values,
     named_genes,
     read_paper,
+    server_case,
 )
 
 
@@ -140,3 +141,22 @@ def test_malformed_exhibits_are_errors(folder: Path) -> None:
     (folder / "table1.csv").unlink()
     with pytest.raises(InputError, match=r"table1\.csv is missing"):
         read_paper(folder)
+
+
+def test_the_papers_case_from_counts_equals_the_real_library() -> None:
+    import os
+
+    folder = os.environ.get("SCFM_GENE_SETS")
+    if not folder:
+        pytest.skip("SCFM_GENE_SETS is not set: the real CellMarker library is not at hand")
+    from scfm_circuits.enrichment import load_library, term_table
+
+    nine = pd.read_csv(PAPER / "circuit_genes.csv")["gene"].tolist()
+    library = load_library("CellMarker_Augmented_2021", folder)
+    table = term_table(nine, library, background=20_000, family="hit", odds="enrichr")
+    counts = server_case()
+    assert counts["p"].to_numpy() == pytest.approx(table["P-value"].to_numpy(), rel=1e-9)
+    assert counts["FDR"].to_numpy() == pytest.approx(table["Adjusted P-value"].to_numpy(), rel=1e-9)
+    assert sorted(counts["score"]) == pytest.approx(sorted(table["Combined Score"]), rel=1e-9)
+    named = counts.loc[counts["term"] == "Endothelial cell:Heart"].iloc[0]
+    assert (named["overlap"], named["term_size"]) == (2, 96)

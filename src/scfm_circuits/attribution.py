@@ -18,7 +18,7 @@ features see attention of earlier layers only. Imports torch alone.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -128,6 +128,7 @@ def layer_weights(model: "GPTNeoXForCausalLM") -> tuple[LayerWeights, ...]:
     heads, width = model.config.num_attention_heads, model.config.hidden_size
     size = width // heads
     out = []
+    layer: Any
     for layer in model.gpt_neox.layers:
         qkv = layer.attention.query_key_value
         if qkv.bias is None:
@@ -156,6 +157,7 @@ def freeze(model: "GPTNeoXForCausalLM", transcoders: Transcoders, tokens: np.nda
 
     handles = [model.gpt_neox.final_layer_norm.register_forward_pre_hook(
         keep("final"), with_kwargs=True)]
+    layer: Any
     for layer, mlp in zip(model.gpt_neox.layers, mlps(model), strict=True):
         handles += [
             layer.register_forward_pre_hook(keep("residual"), with_kwargs=True),

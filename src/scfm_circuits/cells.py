@@ -124,7 +124,7 @@ def _symbols(variables: "pd.DataFrame", column: str | None, where: str
              ) -> tuple[list[str], list[str]]:
     """Upper-case symbols of all columns; refuses Ensembl identifiers and empty names."""
     if column is None:
-        raw = variables.index.astype(str)
+        raw = variables.index.to_series().astype(str)
     elif column in variables.columns:
         raw = variables[column].astype(str)
     else:

@@ -35,8 +35,9 @@ class Node(NamedTuple):
 
     kind: feature, head, embedding, error or logit. layer: -1 for embeddings. position: the token
     at which it writes; source: the token it read (a head's source, else the position itself).
-    index: feature or head number, else -1. value: activation, or the node's contribution to its
-    target if it is a head, an error or an embedding seen from one target only.
+    index: feature or head number, token of an embedding or a logit, else -1. value: a feature's
+    activation (the target's pre-activation), a head's contribution to its reader, or the norm of
+    an error or an embedding.
     """
 
     id: str
@@ -44,7 +45,7 @@ class Node(NamedTuple):
     layer: int
     position: int
     source: int
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple has a method of this name, not used here
     value: float
 
 
@@ -88,14 +89,14 @@ class Circuit:
     @property
     def closure_max_relative(self) -> float:
         """Largest |residual| over the sum of absolute contributions, among expanded nodes."""
-        return max(abs(one.residual) / max(one.absolute, 1e-30)
-                   for one in self.expansions.values())
+        return max((abs(one.residual) / max(one.absolute, 1e-30)
+                    for one in self.expansions.values()), default=0.0)
 
     def influence(self) -> dict[str, float]:
         """Share of the target's absolute contributions that passes through each node.
 
-        An edge passes on |weight| / (sum of all absolute contributions, kept or not) of its
-        target's influence; the target has 1.
+        An edge passes on |weight| / (sum of all absolute contributions, kept or not, and of the
+        constant) of its target's influence; the target has 1. What a constant takes ends there.
         """
         incoming: dict[str, list[Edge]] = {}
         for edge in self.edges:
@@ -326,7 +327,7 @@ def neuronpedia_graph(circuit: Circuit, texts: list[str], *, slug: str, scan: st
         "feature_type": _FEATURE_TYPES[node.kind], "jsNodeId": f"{node.id}-0",
         "clerp": labels.get(node.id, texts[node.position]),
         "influence": influence[node.id],
-        "activation": node.value if node.kind == "feature" else None,
+        "activation": max(node.value, 0.0) if node.kind == "feature" else None,
     } for node in circuit.nodes.values() if node.kind != "head"]
     links = [{"source": e.source, "target": e.target, "weight": e.weight}
              for e in collapsed_edges(circuit)]

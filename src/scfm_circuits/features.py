@@ -5,7 +5,10 @@ token of the corpus that is not padding. E(f, t) is kept as counts per pair of t
 which both readings of the paper's gene rule follow.
 """
 
+import hashlib
 import json
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -114,8 +117,10 @@ def get_statistics(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus
                    profile: "Profile") -> FeatureStatistics:
     """The profile's statistics: from `results/<profile>/features.npz` if current, else counted."""
     path = profile.results / "features.npz"
-    stamp = json.dumps([training_stamp(profile, corpus), profile.fingerprint((), ("features",))],
-                       sort_keys=True)
+    # The training stamp knows the tokens; counts also depend on which gene each stands in.
+    genes = hashlib.sha256(np.ascontiguousarray(corpus.gene).tobytes()).hexdigest()[:16]
+    stamp = json.dumps([training_stamp(profile, corpus), profile.fingerprint((), ("features",)),
+                        genes], sort_keys=True)
     stored = _read(path, stamp)
     if stored is None:
         stored = count_features(model, transcoders, corpus, profile.forward_cells)
@@ -140,7 +145,7 @@ def _read(path: Path, stamp: str) -> FeatureStatistics | None:
             return FeatureStatistics(
                 int(stored["n_tokens"]), fired, stored["pair_token"], stored["pair_gene"],
                 stored["pair_count"], counts, stored["l0_histogram"])
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
 
 
@@ -152,7 +157,7 @@ def gene_scores(statistics: FeatureStatistics, layer: int, n_genes: int, rule: s
     """(n_features, n_genes) activation counts of genes.
 
     `occurrence`: activations inside that gene. `token`: for each gene, activations on any of its
-    tokens wherever in the corpus they stand, which is what the paper describes.
+    tokens in whichever gene it stands, which is what the paper describes.
     """
     inside = np.flatnonzero(statistics.pair_gene >= 0)
     counts = statistics.counts[layer][:, inside]
@@ -227,7 +232,8 @@ def token_table(statistics: FeatureStatistics, layer: int, feature: int, corpus:
         order = group.sort_values(["count", "gene"], ascending=[False, True])
         genes = [str(corpus.symbols[gene]) for gene in order["gene"] if gene >= 0]
         total = int(group["count"].sum())
-        rows.append((token, total, total / counts.sum(), total / occurrences[token], genes))
+        rate = total / occurrences[token]  # type: ignore[index]
+        rows.append((token, total, total / counts.sum(), rate, genes))
     table = pd.DataFrame(rows, columns=["token_id", "count", "share", "rate", "genes"])
     table = table.sort_values(["count", "token_id"], ascending=[False, True], ignore_index=True)
     table.insert(0, "token", token_texts(corpus.tokenizer, table["token_id"].to_numpy()))

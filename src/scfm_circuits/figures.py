@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from scfm_circuits.circuits import Circuit
+    from scfm_circuits.circuits import Circuit, Node
 
 sns.set_theme(context="notebook", style="whitegrid", palette="colorblind",
               rc={"figure.dpi": 100, "axes.titlesize": "medium", "axes.titleweight": "bold"})
@@ -82,8 +82,8 @@ def loss_comparison(scores: pd.DataFrame, paper: Mapping[str, float]) -> Figure:
     names = {"original": "original", "transcoder": "transcoders", "no_mlp": "no MLP"}
     whole = scores[scores["layer"] == -1].set_index("configuration")
     figure, axes = _panels(2, width=4.2)
-    ours = [whole.loc[key, "loss"] for key in names]
-    errors = [whole.loc[key, "loss_se"] for key in names]
+    ours = whole["loss"].loc[list(names)].astype(float).tolist()
+    errors = whole["loss_se"].loc[list(names)].astype(float).tolist()
     for axis, values, title, error in ((axes[0], ours, "this run", errors),
                                        (axes[1], [paper[key] for key in names], "the paper", None)):
         bars = axis.bar(list(names.values()), values, yerr=error, color=[BLUE, GREEN, ORANGE])
@@ -195,42 +195,66 @@ def contribution_kinds(shares: Mapping[str, float]) -> Figure:
 
 
 def circuit_picture(circuit: "Circuit", texts: Sequence[str], genes: Sequence[str | None],
-                    n_layers: int, max_edges: int = 80) -> Figure:
+                    n_layers: int, max_edges: int = 150) -> Figure:
     """Figure 5: layers upwards, tokens along, width by weight, colour by sign.
 
-    Only tokens that carry a node are given a place. The strongest edges are drawn.
+    The edges that carry most of the target's contributions are drawn, with the nodes they join;
+    only tokens that carry such a node have a place. A head stands at the token it read.
     """
-    positions = sorted({p for node in circuit.nodes.values() for p in (node.position, node.source)})
-    column = {position: i for i, position in enumerate(positions)}
-    heights = {"embedding": -1.0, "logit": float(n_layers)}
     influence = circuit.influence()
-    figure, axis = plt.subplots(figsize=(max(7.0, 0.3 * len(positions)), 5.5),
+    carried = {edge: abs(edge.weight) / circuit.expansions[edge.target].absolute
+               * influence[edge.target] for edge in circuit.edges}
+    strongest = sorted(circuit.edges, key=lambda edge: -carried[edge])[:max_edges]
+    shown = {circuit.target, *(e.source for e in strongest), *(e.target for e in strongest)}
+    nodes = [node for node in circuit.nodes.values() if node.id in shown]
+    place, positions = _places(nodes, n_layers)
+    figure, axis = plt.subplots(figsize=(max(8.0, 0.3 * len(positions)), 6),
                                 constrained_layout=True)
-    place = {}
-    for node in circuit.nodes.values():
-        y = heights.get(node.kind, node.layer + (0.0 if node.kind == "head" else 0.4))
-        place[node.id] = (column[node.source], y)
-    strongest = sorted(circuit.edges, key=lambda e: -influence[e.source])[:max_edges]
-    top = max((abs(edge.weight) for edge in strongest), default=1.0)
-    for edge in strongest:
+    top = max(carried[edge] for edge in strongest)
+    for edge in reversed(strongest):
         (x0, y0), (x1, y1) = place[edge.source], place[edge.target]
-        axis.plot([x0, x1], [y0, y1], color=BLUE if edge.weight > 0 else ORANGE, alpha=0.6,
-                  linewidth=0.4 + 3.5 * abs(edge.weight) / top, zorder=1)
+        axis.plot([x0, x1], [y0, y1], color=BLUE if edge.weight > 0 else ORANGE, alpha=0.55,
+                  linewidth=0.5 + 4.5 * (carried[edge] / top) ** 0.5, zorder=1)
     markers = {"feature": ("o", GREEN), "head": ("D", PURPLE), "embedding": ("s", GREY),
                "error": ("X", RED), "logit": ("*", "black")}
     for kind, (marker, colour) in markers.items():
-        chosen = [node for node in circuit.nodes.values() if node.kind == kind]
+        chosen = [node for node in nodes if node.kind == kind]
         if chosen:
             axis.scatter([place[n.id][0] for n in chosen], [place[n.id][1] for n in chosen],
-                         s=[24 + 240 * influence[n.id] for n in chosen], marker=marker,
-                         color=colour, edgecolor="white", linewidth=0.6, zorder=2, label=kind)
+                         s=[22 + 220 * influence[n.id] for n in chosen], marker=marker,
+                         color=colour, edgecolor="white", linewidth=0.6, zorder=2)
+            # The legend's marks are of one size, whatever the first node's influence.
+            axis.scatter([], [], s=45, marker=marker, color=colour, label=kind)
+    for sign, colour in (("adds", BLUE), ("takes away", ORANGE)):
+        axis.plot([], [], color=colour, linewidth=3, label=sign)
     labels = [f"{texts[p]} ({genes[p]})" if genes[p] else texts[p] for p in positions]
     axis.set_xticks(range(len(positions)), [label.replace("$", r"\$") for label in labels],
-                    rotation=90, fontsize=7)
+                    rotation=90, fontsize=8)
     axis.set_yticks([-1, *range(n_layers)], ["embedding", *(f"layer {i}" for i in range(n_layers))])
     axis.grid(axis="x", visible=False)
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     return figure
+
+
+def _places(nodes: Sequence["Node"], n_layers: int
+            ) -> tuple[dict[str, tuple[float, float]], list[int]]:
+    """Where each node is drawn, and the token positions in use.
+
+    Heads stand below the MLP nodes of their layer; nodes that share a place are set side by side.
+    """
+    positions = sorted({p for node in nodes for p in (node.position, node.source)})
+    column = {position: i for i, position in enumerate(positions)}
+    heights = {"embedding": -1.0, "logit": float(n_layers)}
+    groups: dict[tuple[int, float], list[str]] = {}
+    for node in nodes:
+        y = heights.get(node.kind, node.layer + (-0.15 if node.kind == "head" else 0.25))
+        groups.setdefault((column[node.source], y), []).append(node.id)
+    place = {}
+    for (x, y), members in groups.items():
+        offsets = (np.arange(len(members)) - (len(members) - 1) / 2) / max(len(members), 4)
+        place.update({name: (x + 0.8 * offset, y) for name, offset in
+                      zip(members, offsets, strict=True)})
+    return place, positions
 
 
 def faithfulness(frame: pd.DataFrame) -> Figure:

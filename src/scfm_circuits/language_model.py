@@ -10,10 +10,11 @@ Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -48,6 +49,10 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def _move(model: nn.Module, device: torch.device) -> nn.Module:
+    return model.to(device)
+
+
 def best_device() -> torch.device:
     """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,17 +76,24 @@ def load_model(name: str | Path, revision: str | None = None, layers: int | None
 
     Only safetensors weights are read and no code of the repository is run. Attention is `eager`,
     because the tracer reads its patterns. Raises InputError if it cannot be had, is no GPT-NeoX,
-    or has fewer layers than the profile asks for.
+    lacks weights, or has another number of layers than the profile asks for.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    # Its bars are widgets in a notebook, which would pull scripts from other hosts into the page.
+    logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(name), revision=revision, dtype=dtype, use_safetensors=True,
-            trust_remote_code=False, attn_implementation="eager",
+            trust_remote_code=False, attn_implementation="eager", output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        model, loading = loaded
+        # transformers fills missing weights with random numbers and only warns.
+        if loading["missing_keys"]:
+            raise ValueError(f"it lacks the weights {', '.join(sorted(loading['missing_keys']))}")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InputError(f"The model {str(name)!r} cannot be loaded ({reason}); check `model` in "
                          "the profile, or download it once with a network.") from None
     found = len(mlps(model))
@@ -95,7 +107,7 @@ def build_small_model(profile: "Profile", vocabulary: int, length: int) -> "GPTN
     """An untrained GPT-NeoX of the profile's size, in Pythia's proportions."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    config = GPTNeoXConfig(
+    settings: dict[str, Any] = dict(
         vocab_size=vocabulary, hidden_size=profile.model_width,
         num_hidden_layers=profile.model_layers, num_attention_heads=profile.model_heads,
         intermediate_size=4 * profile.model_width, max_position_embeddings=max(256, length),
@@ -103,7 +115,7 @@ def build_small_model(profile: "Profile", vocabulary: int, length: int) -> "GPTN
         bos_token_id=0, eos_token_id=0, attn_implementation="eager",
     )
     torch.manual_seed(profile.seed)
-    return GPTNeoXForCausalLM(config).float()
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**settings)).float()
 
 
 class TrainingCurve(NamedTuple):
@@ -121,12 +133,13 @@ def train_small_model(corpus: "Corpus", profile: "Profile", *, progress: bool = 
     the next token over all tokens that are not padding.
     """
     model = build_small_model(profile, len(corpus.tokenizer), corpus.tokens.shape[1])
-    model = model.to(best_device()).train()
+    _move(model, best_device()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=profile.model_learning_rate,
                                   betas=(0.9, 0.95), weight_decay=0.1)
     steps = profile.model_steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=profile.model_learning_rate, total_steps=steps, pct_start=0.1)
+        optimizer, max_lr=profile.model_learning_rate, total_steps=steps, pct_start=0.1,
+        cycle_momentum=False)
     rng = np.random.default_rng([profile.seed, 4])
     train = np.flatnonzero(~corpus.held_out)
     size = min(profile.model_batch_cells, len(train))
@@ -161,12 +174,16 @@ def get_model(profile: "Profile", corpus: "Corpus") -> tuple["GPTNeoXForCausalLM
     if profile.model != "train":
         model = load_model(profile.model, profile.model_revision, profile.model_layers)
         check_vocabulary(model, corpus)
-        return model.to(best_device()), TrainingCurve([], [])
+        _move(model, best_device())
+        return model, TrainingCurve([], [])
     folder = profile.results / "language_model"
     stamp = profile.fingerprint(_FIELDS, ("sentences", "cells", "language_model"))
     stamp["corpus"] = corpus_digest(corpus)
     stored = read_json(folder / "training.json")
     if stored.get("stamp") != stamp:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         model, curve = train_small_model(corpus, profile)
         with atomic_folder(folder) as fresh:
             model.save_pretrained(fresh)
@@ -174,7 +191,9 @@ def get_model(profile: "Profile", corpus: "Corpus") -> tuple["GPTNeoXForCausalLM
             write_json(fresh / "training.json", {"stamp": stamp, **curve._asdict()})
     else:
         curve = TrainingCurve(stored["step"], stored["loss"])
-    return load_model(folder).to(best_device()), curve
+    model = load_model(folder)
+    _move(model, best_device())
+    return model, curve
 
 
 def corpus_digest(corpus: "Corpus") -> str:
@@ -188,7 +207,7 @@ def corpus_digest(corpus: "Corpus") -> str:
 
 def check_vocabulary(model: nn.Module, corpus: "Corpus") -> None:
     """Raise InputError if the corpus has token ids or lengths that the model cannot take."""
-    config = model.config  # type: ignore[union-attr]
+    config: Any = model.config
     largest, length = int(corpus.tokens.max()), corpus.tokens.shape[1]
     if largest >= config.vocab_size:
         raise InputError(f"The tokenizer gives token {largest}, but the model has "
@@ -230,13 +249,14 @@ def batches(corpus: "Corpus", cells: Sequence[int] | np.ndarray, size: int, devi
 def replaced_mlps(model: "GPTNeoXForCausalLM", replacement: Replacement,
                   layers: Sequence[int] | None = None) -> Iterator[None]:
     """Within the block, the MLPs of `layers` (default: all) give `replacement(layer, input)`."""
-    modules = mlps(model)
-    chosen = range(len(modules)) if layers is None else layers
+    modules = dict(enumerate(mlps(model)))
+    if layers is not None:
+        modules = {layer: modules[layer] for layer in layers}
 
     def hook(layer: int) -> Callable:
         return lambda module, args, output: replacement(layer, args[0])
 
-    handles = [modules[layer].register_forward_hook(hook(layer)) for layer in chosen]
+    handles = [module.register_forward_hook(hook(layer)) for layer, module in modules.items()]
     try:
         yield
     finally:
@@ -273,7 +293,7 @@ def mlp_sites(model: "GPTNeoXForCausalLM", tokens: Tensor, mask: Tensor) -> Site
 @torch.no_grad()
 def predict_answers(model: "GPTNeoXForCausalLM", corpus: "Corpus",
                     cells: Sequence[int] | np.ndarray, new_tokens: int = 24) -> list[str]:
-    """The model's own answer to each cell's prompt, decoded greedily up to its full stop."""
+    """The model's own answer to each cell's prompt, decoded greedily, without its full stop."""
     answers = []
     for cell in cells:
         prompt = corpus.tokens[cell][: corpus.answer_start[cell]]
@@ -284,17 +304,19 @@ def predict_answers(model: "GPTNeoXForCausalLM", corpus: "Corpus",
 @torch.no_grad()
 def answer_prompt(model: "GPTNeoXForCausalLM", tokenizer, prompt: np.ndarray,  # type: ignore[no-untyped-def]
                   new_tokens: int = 24) -> str:
-    """Greedy answer to one tokenized prompt (length,), without the full stop that ends it."""
+    """Greedy answer to one tokenized prompt (length,), without the full stop that ends it.
+
+    A cell type may hold a full stop of its own, so the model's end of text ends the answer; one
+    that goes on beyond `new_tokens` is cut at its first full stop.
+    """
     tokens = torch.from_numpy(np.asarray(prompt))[None].to(device_of(model))
-    past, produced = None, []
+    past, produced, ended = None, [], False
     for _ in range(new_tokens):
         output = model(input_ids=tokens, past_key_values=past, use_cache=True)
         past, tokens = output.past_key_values, output.logits[:, -1:].argmax(-1)
-        if int(tokens) == tokenizer.eos_token_id:
+        ended = int(tokens) == tokenizer.eos_token_id
+        if ended:
             break
         produced.append(int(tokens))
-        # A cell type may contain a full stop, but not as the last character before the end.
-        if tokenizer.decode(produced[-1:]).strip() == ".":
-            break
-    text = tokenizer.decode(produced, clean_up_tokenization_spaces=False)
-    return text.strip().removesuffix(".").strip()
+    text = tokenizer.decode(produced, clean_up_tokenization_spaces=False).strip()
+    return (text.removesuffix(".") if ended else text.partition(".")[0]).strip()

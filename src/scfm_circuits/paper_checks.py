@@ -302,6 +302,26 @@ def combined_score(overlap: int, term: int, query: int, population: int) -> tupl
     return -math.log(p) * odds, p
 
 
+def server_case(folder: str | Path | None = None, population: int = 20_000) -> pd.DataFrame:
+    """The paper's nine genes under the Enrichr server's formula, from overlap counts alone.
+
+    `cellmarker_overlaps.csv` has, for each of the terms of CellMarker_Augmented_2021 that hold one
+    of the nine, the overlap and the term's size; only the paper's term is named. So the case can be
+    computed where the library, which may not be passed on, is not at hand.
+
+    Returns one row per term: overlap, term_size, term, p (one-sided Fisher, N = population), FDR
+    (BH over these terms), score; smallest p first.
+    """
+    folder = Path(folder) if folder is not None else PAPER
+    nine = len(pd.read_csv(folder / "circuit_genes.csv"))
+    table = pd.read_csv(folder / "cellmarker_overlaps.csv", keep_default_na=False)
+    scored = [combined_score(int(x), int(size), nine, population)
+              for x, size in zip(table["overlap"], table["term_size"], strict=True)]
+    table["score"], table["p"] = [score for score, _ in scored], [p for _, p in scored]
+    table["FDR"] = stats.false_discovery_control(table["p"])
+    return table.sort_values("p", kind="stable", ignore_index=True)
+
+
 def _implied_p(paper: PaperTables) -> float:
     """The raw p that the printed score implies when two of the nine genes are in the term.
 

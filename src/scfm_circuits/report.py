@@ -112,6 +112,18 @@ class Report:
             self.value(f"{prefix}{key}", value)
 
     @staticmethod
+    def warning(*texts: str | None) -> Shown | None:
+        """A visible box for each distinct text that is not empty; None if there is none."""
+        said = [text for text in dict.fromkeys(texts) if text]
+        if not said:
+            return None
+        return Shown({
+            "text/html": "".join(
+                f'<p class="not-comparable" role="note">{html.escape(text)}</p>' for text in said),
+            "text/plain": "\n".join(said),
+        })
+
+    @staticmethod
     def not_comparable(profile: Profile) -> Shown | None:
         """A note for profiles that train their own small model; None for any other."""
         if profile.model != "train":
@@ -121,10 +133,7 @@ class Report:
             f"{profile.model_layers} layers and width {profile.model_width}, trained on the spot. "
             "Numbers that depend on scale stand beside the paper's without a verdict."
         )
-        return Shown({
-            "text/html": f'<p class="not-comparable" role="note">{html.escape(text)}</p>',
-            "text/plain": text,
-        })
+        return Report.warning(text)
 
 
 def readable(value: Any) -> str:
@@ -140,6 +149,15 @@ def readable(value: Any) -> str:
             return _number(4)(value)
         case _:
             return str(value)
+
+
+def short_number(text: str) -> str:
+    """A number written in full, with four significant digits; any other text as it is."""
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return text if len(text) <= 7 or not math.isfinite(value) else _number(4)(value)
 
 
 def _checked_name(name: str, kind: str) -> str:

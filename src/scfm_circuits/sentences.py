@@ -96,7 +96,7 @@ class Corpus:
 
 def token_texts(tokenizer: "PreTrainedTokenizerFast", ids: Sequence[int] | np.ndarray) -> list[str]:
     """Tokens as readable text: a leading space is shown as `_`, as in the paper's Table 3."""
-    texts = [tokenizer.decode([int(i)], clean_up_tokenization_spaces=False) for i in ids]
+    texts = [str(tokenizer.decode([int(i)], clean_up_tokenization_spaces=False)) for i in ids]
     return [text.replace(" ", "_").replace("\n", "\\n") for text in texts]
 
 
@@ -163,7 +163,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokeniz
                 tokenizer_file=str(folder / "tokenizer.json"), bos_token=END_OF_TEXT,
                 eos_token=END_OF_TEXT, unk_token=END_OF_TEXT,
             )
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=False)
     except Exception as error:  # a broken file makes `tokenizers` raise a bare Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise InputError(f"The tokenizer {name!r} cannot be loaded ({reason}); check `tokenizer` "

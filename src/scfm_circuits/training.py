@@ -11,8 +11,11 @@ a run resumed from a checkpoint at any step goes on as if it had not been interr
 Imports torch alone.
 """
 
+import contextlib
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -160,6 +163,26 @@ def memory_needed(profile: "Profile", corpus: "Corpus", n_layers: int, d_model: 
 # --- the run -------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back to the end of the block: a checkpoint of half a step could not be resumed.
+
+    Python delivers signals to the main thread only, so elsewhere there is nothing to hold back.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    held: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if held:
+        handler(held[0], None)
+
+
 class TrainingRun:
     """A training run that can stop at any step and be resumed from its checkpoint."""
 
@@ -202,10 +225,11 @@ class TrainingRun:
                 if self.step >= last:
                     break
                 log = (self.step + 1) % log_every == 0 or self.step + 1 == self.steps
-                row = self.train_step(batch, log=log)
+                with _interrupts_held():
+                    row = self.train_step(batch, log=log)
+                    self.history += [row] if row is not None else []
                 bar.update()
                 if row is not None:
-                    self.history.append(row)
                     bar.set_postfix({key: f"{np.mean(row[key]):.3g}" for key in
                                      ("reconstruction", "l0", "fvu", "dead")}, refresh=False)
                 if time.monotonic() - written > self.profile.checkpoint_seconds:
@@ -259,7 +283,7 @@ class TrainingRun:
 
     def save_checkpoint(self) -> None:
         """Write all that the next step depends on; the previous checkpoint stays until then."""
-        if self.checkpoint is None:
+        if self.checkpoint is None or self.step == 0:  # before the first step Adam has no state
             return
         tensors = {f"model.{key}": value for key, value in self.transcoders.state_dict().items()}
         for name, parameter in self.transcoders.named_parameters():
@@ -284,7 +308,7 @@ class TrainingRun:
                     print(f"A checkpoint of another run is set aside: {differing} changed.")
                     return False
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             print(f"The checkpoint {self.checkpoint} cannot be read ({error}); starting again.")
             return False
         self.transcoders.load_state_dict(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scfm_circuits import InputError
-from scfm_circuits.files import write_atomic, write_json
+from scfm_circuits.files import read_json, write_atomic, write_json
 
 
 class Transcoders(nn.Module):
@@ -118,7 +118,8 @@ def save_transcoders(transcoders: Transcoders, folder: Path, model_name: str,
     """Write the layout that circuit-tracer loads, and our own record beside it.
 
     config.yaml names the hooks; layer_<i>.safetensors holds W_enc, W_dec (n_features, d_model),
-    b_enc (n_features,) with b_in folded in, and b_dec (d_model,). training.json is `record`.
+    b_enc (n_features,) with b_in folded in, and b_dec (d_model,). training.json is `record` and the
+    number of layers, by which a missing last file is noticed.
     """
     bias = transcoders.folded_encoder_bias()
     for layer in range(transcoders.n_layers):
@@ -135,7 +136,7 @@ def save_transcoders(transcoders: Transcoders, folder: Path, model_name: str,
         "feature_output_hook": "mlp.hook_out",
         "scan": None,
     }, sort_keys=True))
-    write_json(folder / "training.json", dict(record))
+    write_json(folder / "training.json", {**record, "n_layers": transcoders.n_layers})
 
 
 def load_transcoders(folder: Path) -> Transcoders:
@@ -143,18 +144,21 @@ def load_transcoders(folder: Path) -> Transcoders:
 
     Raises InputError if files are missing, broken or of unequal shapes.
     """
-    paths = sorted(folder.glob("layer_*.safetensors"), key=lambda path: int(path.stem[6:]))
-    if not paths or [int(path.stem[6:]) for path in paths] != list(range(len(paths))):
+    found = len(list(folder.glob("layer_*.safetensors")))
+    wanted = read_json(folder / "training.json").get("n_layers", found)
+    paths = [folder / f"layer_{layer}.safetensors" for layer in range(wanted)]
+    if not paths or not all(path.is_file() for path in paths):
         raise InputError(f"There are no complete transcoders in {folder}; run the training "
                          "chapter first.")
     try:
         layers = [load_file(path) for path in paths]
         stacked = {key: torch.stack([layer[key] for layer in layers])
                    for key in ("W_enc", "W_dec", "b_enc", "b_dec")}
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise InputError(f"The transcoders in {folder} are broken ({error}); delete the folder and "
-                         "run the training chapter again.") from None
-    n_layers, n_features, d_model = stacked["W_enc"].shape
-    transcoders = Transcoders(n_layers, d_model, n_features)
-    transcoders.load_state_dict({**stacked, "b_in": torch.zeros(n_layers, d_model)})
+        n_layers, n_features, d_model = stacked["W_enc"].shape
+        transcoders = Transcoders(n_layers, d_model, n_features)
+        transcoders.load_state_dict({**stacked, "b_in": torch.zeros(n_layers, d_model)})
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"The transcoders in {folder} are broken ({reason}); delete the folder "
+                         "and run the training chapter again.") from None
     return transcoders.requires_grad_(False).eval()

@@ -117,13 +117,16 @@ report.figure("language_model_training", figures.training_curve(curve.step, curv
 # %% [markdown]
 # ### How often does it name the right type?
 #
-# The model answers each held-out cell's prompt in its own words, the likeliest token at a time, and
-# the answer counts as right if it is the cell's label to the letter. Always answering the commonest
+# The model answers the prompts of {glue:text}`model.asked` held-out cells in its own words, the
+# likeliest token at a time, and an answer counts as right if it is the cell's label to the letter (a
+# model that was taught other labels than the cells carry cannot be right in this sense). Always answering the commonest
 # type would be right for {glue:text}`model.majority_percent` % of these cells. The model is right
 # for {glue:text}`model.accuracy_percent` %.
 
 # %% tags=["hide-input"]
-held_out = np.flatnonzero(corpus.held_out)[:500]
+held_out = np.flatnonzero(corpus.held_out)
+held_out = np.sort(np.random.default_rng(run.seed).permutation(held_out)[:500])
+report.value("model.asked", len(held_out))
 answers = np.array(predict_answers(model, corpus, held_out))
 truth = corpus.labels[held_out]
 commonest = pd.Series(corpus.labels[~corpus.held_out]).mode()[0]

@@ -125,3 +125,10 @@ layers = pd.DataFrame({
     "kl_replaced": single["kl", "transcoder"], "kl_removed": single["kl", "no_mlp"],
 })
 report.table("validation_layers", layers, caption="Each layer alone")
+
+# %% [markdown]
+# ```{admonition} Key points
+# - The order of the three losses says that transcoders are better than nothing. The share of the gap
+#   they close says how good they are.
+# - Replacing one layer alone separates a transcoder's own error from what earlier layers pass on.
+# ```

@@ -31,8 +31,14 @@ import pandas as pd
 
 from scfm_circuits import figures
 from scfm_circuits.enrichment import wilson_interval
-from scfm_circuits.features import draw_features, get_statistics, top_contexts
-from scfm_circuits.human_evaluation import rating_sheet, read_ratings, study_name
+from scfm_circuits.features import check_live, draw_features, get_statistics, top_contexts
+from scfm_circuits.human_evaluation import (
+    feature_verdicts,
+    foreign_rows,
+    rating_sheet,
+    read_ratings,
+    study_name,
+)
 from scfm_circuits.language_model import get_model
 from scfm_circuits.profile import ROOT, from_notebook
 from scfm_circuits.report import Report
@@ -46,6 +52,7 @@ model, _ = get_model(run, corpus)
 transcoders, _ = get_transcoders(model, corpus, run)
 statistics = get_statistics(model, transcoders, corpus, run)
 layer = run.human_layer
+check_live(statistics, layer, run.live_cut)
 report.not_comparable(run)
 
 # %% [markdown]
@@ -58,8 +65,6 @@ report.figure("figure3_live_features", figures.frequency_distribution(
 # %% tags=["remove-input"]
 report.value("live.layer", layer)
 report.value("live.sampled_layer", int(statistics.live(run.live_cut)[layer].sum()))
-if layer == 12:
-    report.value("live.layer12", int(statistics.live(run.live_cut)[layer].sum()))
 
 # %% [markdown]
 # Layer {glue:text}`live.layer` has {glue:text}`live.sampled_layer` live features.
@@ -96,15 +101,17 @@ report.show(pd.DataFrame({
 # ## The rate
 
 # %%
-ratings = read_ratings(ROOT / "data" / "human_eval", study, drawn)
-yes, n = int((ratings["interpretable"] == "Yes").sum()), len(ratings)
+sheets = ROOT / "data" / "human_eval"
+ratings = read_ratings(sheets, study, drawn)
+verdicts = feature_verdicts(ratings)
+yes, n = int(verdicts.sum()), len(verdicts)
 paper = pd.read_csv(ROOT / "data" / "paper" / "table3.csv")
 paper_yes = int((paper["gene_level_interpretable"] == "Yes").sum())
 
 # %% tags=["hide-input"]
 rows = [("the paper", paper_yes, len(paper)), *([("this run", yes, n)] if n else [])]
 report.table("human_eval_rate", pd.DataFrame([{
-    "study": name, "yes": k, "ratings": total, "rate": k / total,
+    "study": name, "yes": k, "features": total, "rate": k / total,
     "lower_95": wilson_interval(k, total)[0], "upper_95": wilson_interval(k, total)[1],
 } for name, k, total in rows]), caption="Share rated gene-level interpretable, Wilson 95 % interval")
 
@@ -112,13 +119,18 @@ report.table("human_eval_rate", pd.DataFrame([{
 low, high = wilson_interval(paper_yes, len(paper))
 report.value("human.rate", yes / n if n else None, f"{yes} of {n}" if n else "nobody has rated yet")
 report.value("human.n", n if n else None, str(n))
+report.value("human.raters", int(ratings["rater"].nunique()))
+report.value("human.foreign", foreign_rows(sheets, study))
 report.value("human.paper_low", low, f"{100 * low:.0f}")
 report.value("human.paper_high", high, f"{100 * high:.0f}")
 
 # %% [markdown]
 # Seven of 20 is 35 %, with a 95 % interval from {glue:text}`human.paper_low` to
-# {glue:text}`human.paper_high` %: one rating of 20 features of one layer leaves open whether a
-# sixth or more than half of them are interpretable. For this run's sample: {glue:text}`human.rate`.
+# {glue:text}`human.paper_high` %: one rating of 20 features of one layer leaves open whether less
+# than a fifth or more than half of them are interpretable. For this run's sample:
+# {glue:text}`human.rate` (raters: {glue:text}`human.raters`; rated rows of other studies in the
+# folder, which are not counted: {glue:text}`human.foreign`). A feature counts as Yes if more than
+# half of its ratings are.
 #
 # ### The paper's own table
 

@@ -30,7 +30,7 @@ profile = "demo"
 import numpy as np
 import pandas as pd
 
-from scfm_circuits import figures
+from scfm_circuits import InputError, figures
 from scfm_circuits.attribution import feature_direction, freeze
 from scfm_circuits.circuits import strongest_features, trace_feature
 from scfm_circuits.controls import control_lists, enriched_share, untrained_statistics
@@ -40,7 +40,7 @@ from scfm_circuits.interventions import FeatureAt, ablate, matched_features
 from scfm_circuits.language_model import get_model
 from scfm_circuits.profile import from_notebook
 from scfm_circuits.report import Report
-from scfm_circuits.sentences import load_corpus
+from scfm_circuits.sentences import answered_prompt, load_corpus
 from scfm_circuits.training import get_transcoders
 
 run = from_notebook(globals())
@@ -63,14 +63,15 @@ report.not_comparable(run)
 #   anywhere at random lists the commonest genes of the tissue.
 # - **token-preserving**: the genes of as many random tokens as the feature fires on, as common and
 #   contained in as many genes. Pieces of gene names are gene families, and gene families are terms.
-# - **untrained encoder**: features of transcoders that were never trained, on the same model.
+# - **untrained encoder**: features of transcoders that were never trained, on the same model, with
+#   thresholds such that they fire as often as the trained ones.
 
 # %%
 draws = 5
 libraries = {one.content_sha256: one for one in
              (load_library(name, run.gene_sets) for name in run.libraries)}
 symbols = corpus.symbols[np.unique(corpus.gene[corpus.gene >= 0])].tolist()
-random_features = untrained_statistics(model, transcoders, corpus, run)
+random_features = untrained_statistics(model, statistics, corpus, run)
 rows = []
 for layer in range(transcoders.n_layers):
     lists = control_lists(statistics, random_features, layer, corpus, run, draws)
@@ -112,7 +113,9 @@ report.value("controls.libraries", ", ".join(
 # and {glue:text}`controls.enrichr.token-preserving` of those that keep the number and the kind of
 # tokens. Under the rule `corpus` the same numbers are {glue:text}`controls.corpus.features`,
 # {glue:text}`controls.corpus.uniform`, {glue:text}`controls.corpus.frequency-matched` and
-# {glue:text}`controls.corpus.token-preserving`. A percentage says something about the features only
+# {glue:text}`controls.corpus.token-preserving`. Encoders that were never trained score
+# {glue:text}`controls.enrichr.untrained-encoder` under `enrichr` and
+# {glue:text}`controls.corpus.untrained-encoder` under `corpus`. A percentage says something about the features only
 # by as much as it is above its controls.
 #
 # In a corpus of few, hand-picked genes, as the demo's blood cells are, the genes of the corpus share
@@ -121,8 +124,9 @@ report.value("controls.libraries", ", ".join(
 # %% [markdown]
 # ## Is the circuit what the model uses?
 #
-# For held-out cells of every type, the strongest feature of the last layer at the end of the answer
-# is traced. Then everything the circuit's features write is taken out of the real model, and the
+# For held-out cells of every type, the strongest feature of the last layer is traced at the place
+# where the case study reads its target ({glue:text}`faithfulness.targets` different features over
+# {glue:text}`faithfulness.cells` cells). Then everything the circuit's features write is taken out of the real model, and the
 # target's pre-activation is read again; attention, LayerNorm and the MLPs in between respond as they
 # will. The prediction holds attention and LayerNorm still and lets only attention carry the
 # difference on. The control takes away as many other features, active at the same tokens of the same
@@ -135,8 +139,9 @@ cells = np.concatenate([held_out[corpus.labels[held_out] == label][:2]
                         for label in np.unique(corpus.labels[held_out])])[:24]
 last, rows = transcoders.n_layers - 1, []
 for cell in cells:
-    position = int(corpus.answer_end[cell])
-    frozen = freeze(model, transcoders, corpus.tokens[cell][: position + 1])
+    case = answered_prompt(corpus, run, int(cell), str(corpus.labels[cell]))
+    position = case.position
+    frozen = freeze(model, transcoders, case.encoded.tokens)
     strongest = strongest_features(frozen, last, position, 1)
     if not strongest:
         continue
@@ -159,6 +164,9 @@ for cell in cells:
 
 # %% mystnb={"image": {"alt": "Left: predicted against measured change of the target when circuit features or random features are ablated. Right: measured changes of both kinds."}, "figure": {"caption": "What taking features away does to the circuit's target, as a share of its pre-activation; -1 means that the target is gone. Each point is a cell.", "name": "fig-faithfulness"}} tags=["hide-input"]
 effects = pd.DataFrame(rows)
+if effects.empty:
+    raise InputError("No feature of the last layer is active at the target of any held-out cell; "
+                     "lower `l1_coefficient` or train on more tokens.")
 report.figure("circuit_faithfulness", figures.faithfulness(effects))
 
 # %% tags=["hide-input"]
@@ -170,6 +178,7 @@ by_kind = effects.groupby("features")[["n_features", "predicted", "measured"]].m
 own = effects[effects["features"] == "circuit"]
 correlation = own["predicted"].corr(own["measured"], method="spearman")
 report.value("faithfulness.cells", len(own))
+report.value("faithfulness.targets", int(own["target"].nunique()))
 report.value("faithfulness.circuit", float(by_kind.loc["circuit", "measured"]))
 report.value("faithfulness.random", float(by_kind.loc["random", "measured"]))
 report.value("faithfulness.n_features", float(by_kind.loc["circuit", "n_features"]))
@@ -180,8 +189,9 @@ report.value("faithfulness.correlation", float(correlation), f"{correlation:.2f}
 # {glue:text}`faithfulness.n_features`) changes the target by a median of
 # {glue:text}`faithfulness.circuit` of its pre-activation, and as many other active features by
 # {glue:text}`faithfulness.random`. Predicted and measured changes have a rank correlation of
-# {glue:text}`faithfulness.correlation` over cells. Where they differ, attention, LayerNorm or the
-# MLPs in between have responded.
+# {glue:text}`faithfulness.correlation` over cells. Where they differ, attention, LayerNorm and
+# features outside the circuit have responded. The random features are active at the same tokens, but
+# not as strongly: the control is for their number and place, not for how much they write.
 #
 # ```{admonition} Key points
 # - A share of "interpretable" features needs a control; without one it mostly measures the rule.

@@ -36,7 +36,8 @@ from scfm_circuits.report import Report, short_number
 run = from_notebook(globals())
 report = Report(run, "09_claims")
 claims = pd.read_csv(write_claims(run.name, run.results), dtype=str, keep_default_na=False)
-claims["ours"] = [short_number(text) for text in claims["ours"]]
+for column in ("ours", "difference"):
+    claims[column] = [short_number(text) for text in claims[column]]
 claims["claim"] += [f" ({note})" if note else "" for note in claims["note"]]
 report.not_comparable(run)
 
@@ -52,7 +53,7 @@ report.show(counts, caption="Verdicts of this run")
 # ## Judged in this run
 
 # %% tags=["hide-input"]
-columns = ["exhibit", "claim", "paper", "ours", "rule", "verdict"]
+columns = ["exhibit", "claim", "paper", "ours", "difference", "unit", "rule", "verdict"]
 judged = own[~own["verdict"].isin(["not comparable at this scale", "not measured"])]
 report.show(judged[columns], caption="Claims that this profile can judge")
 

@@ -12,6 +12,7 @@ from helpers import model_for, tiny_corpus, tiny_model, tiny_transcoders, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scfm_circuits import InputError
 from scfm_circuits.attribution import (
     Frozen,
     contributions,
@@ -27,10 +28,11 @@ from scfm_circuits.circuits import (
     edge_table,
     expansion_table,
     feature_id,
+    gene_contributions,
     neuronpedia_graph,
     node_table,
-    prompt_genes,
     save_graph,
+    strongest_at_end,
     strongest_features,
     trace,
     trace_feature,
@@ -340,13 +342,41 @@ def test_genes_of_equal_influence_are_in_order_of_name():
     assert circuit_genes(table[table["gene"] == ""]) == []
 
 
-def test_prompt_genes_are_those_of_the_tokens():
+def test_gene_contributions_add_up_to_attention_on_genes():
+    model = tiny_model()
+    run = freeze(model, tiny_transcoders(model), tokens(6))
+    parts = contributions(run, feature_direction(run, 2, 4, 5))
+    genes = ["B", None, "A", "A", None, "B"]
+    table = gene_contributions(parts, genes)
+    heads = parts.heads.numpy()
+    expected = {"A": heads[:, :, [2, 3]].sum(), "B": heads[:, :, [0, 5]].sum()}
+    assert dict(zip(table["gene"], table["contribution"], strict=True)) == pytest.approx(expected)
+    assert table["contribution"].is_monotonic_decreasing
+    layer, head = (int(i) for i in table["strongest_head"].iloc[0].split("."))
+    places = [2, 3] if table["gene"].iloc[0] == "A" else [0, 5]
+    by_head = np.abs(heads[:, :, places].sum(axis=2))
+    assert by_head[layer, head] == by_head.max()
+
+
+@pytest.mark.parametrize("place", ["answer", "query"])
+def test_strongest_at_end_is_that_of_each_cells_own_run(place):
     corpus = tiny_corpus()
-    genes = prompt_genes(corpus, 3)
-    assert len(genes) == corpus.lengths[3]
-    assert list(dict.fromkeys(gene for gene in genes if gene)) == corpus.genes_of(3)
-    assert genes[corpus.answer_start[3]:] == [None] * int(
-        corpus.lengths[3] - corpus.answer_start[3])
+    model = model_for(corpus)
+    transcoders = tiny_transcoders(model)
+    cells = np.arange(len(corpus))
+    found = strongest_at_end(model, transcoders, corpus, cells, 1, place, 5)
+    for cell in cells:
+        end = corpus.answer_end[cell] if place == "answer" else corpus.answer_start[cell] - 1
+        run = freeze(model, transcoders, corpus.tokens[cell][: end + 1])
+        assert [found[cell]] == strongest_features(run, 1, int(end), 1)
+
+
+def test_an_unknown_sign_is_refused():
+    model = tiny_model()
+    run = freeze(model, tiny_transcoders(model), tokens(4))
+    with pytest.raises(InputError, match="positive"):
+        trace_feature(run, 2, 0, 3, branches=3, depth=2, max_nodes=9, sign="negative")
+
 
 
 def test_strongest_features_are_active_and_in_order(frozen):
@@ -366,5 +396,6 @@ def test_a_circuit_of_a_real_sentence_in_float32():
     feature = strongest_features(run, 2, last, 1)[0]
     circuit = trace_feature(run, 2, feature, last, **OPTIONS)
     assert circuit.closure_max_relative < 1e-4
-    table = node_table(circuit, corpus.pieces(0)[: last + 1], prompt_genes(corpus, 0)[: last + 1])
+    genes = [str(corpus.symbols[g]) if g >= 0 else None for g in corpus.gene[0][: last + 1]]
+    table = node_table(circuit, corpus.pieces(0)[: last + 1], genes)
     assert set(circuit_genes(table)) <= set(corpus.genes_of(0))

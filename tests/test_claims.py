@@ -62,8 +62,11 @@ def test_claims_name_only_the_project_s_profiles(claims: dict[str, Claim]) -> No
         assert "smoke" not in claim.profiles, claim.id
         if claim.kind == "internal":
             assert claim.profiles == ["all"], claim.id
-        if claim.kind == "order":
+        # A percentage of Table 4 says nothing at a small scale: lists of random genes reach it too.
+        if claim.source in ("derived.loss_order", "derived.kl_order", "derived.loss_recovered"):
             assert claim.profiles == ["demo", "planted", "paper"], claim.id
+        elif claim.kind == "order":
+            assert claim.profiles == ["paper"], claim.id
 
 
 def test_every_row_of_tables_1_2_and_4_is_a_claim(by_source: dict[str, list[Claim]]) -> None:
@@ -418,7 +421,7 @@ def test_the_ledger_has_a_row_for_every_claim(run: Path) -> None:
     assert row["enrichment-significant"]["verdict"] == "match"
     assert row["enrichment-highest-score"]["verdict"] == "off"
     assert row["enrichment-best-term"]["verdict"] == "not measured"
-    assert row["layer0-dip"]["verdict"] == "not measured"
+    assert row["layer0-dip"]["verdict"] == "not comparable at this scale"
     assert math.isnan(row["loss-order"]["difference"])
 
 

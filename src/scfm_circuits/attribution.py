@@ -14,7 +14,8 @@ so a pre-activation is a sum over what was written into the residual stream:
 
 The constant is computed from the biases, never as the rest, so the sum can be checked.
 GPT-NeoX's attention and MLP of one layer read the same residual (parallel residual), so an MLP's
-features see attention of earlier layers only. Imports torch alone.
+features see attention of earlier layers only.
+Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 from dataclasses import dataclass

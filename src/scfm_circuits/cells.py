@@ -7,20 +7,18 @@ centred or scaled per gene. Negative values give that away and are refused.
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
 
 from scfm_circuits import InputError
-from scfm_circuits.profile import ROOT, Profile
+from scfm_circuits.profile import BUNDLED_CELLS, ROOT, Profile, cells_path
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-BUNDLED = "pbmc68k_reduced"
 _ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{6,}", re.IGNORECASE)
 
 
@@ -76,7 +74,8 @@ def read_cells(profile: Profile) -> Cells:
 
 def _open(profile: Profile) -> "AnnData":
     """The profile's cells as AnnData, or InputError if the file cannot be read."""
-    if profile.cells == BUNDLED:
+    path = cells_path(profile, ROOT)
+    if path is None:
         import warnings
 
         import scanpy
@@ -85,11 +84,9 @@ def _open(profile: Profile) -> "AnnData":
             # scanpy's own file predates its own conventions, and says so at each reading.
             warnings.simplefilter("ignore")
             return scanpy.datasets.pbmc68k_reduced()
-    path = Path(profile.cells).expanduser()
-    path = path if path.is_absolute() else ROOT / path
     if path.suffix != ".h5ad":
-        raise InputError(f"Profile field `cells` is {profile.cells!r}; give `{BUNDLED}` or the "
-                         "path of an .h5ad file.")
+        raise InputError(f"Profile field `cells` is {profile.cells!r}; give `{BUNDLED_CELLS}` or "
+                         "the path of an .h5ad file.")
     if not path.is_file():
         raise InputError(f"The cells {path} do not exist; check `cells` in the profile.")
     import anndata

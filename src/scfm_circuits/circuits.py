@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from scfm_circuits import InputError
 from scfm_circuits.attribution import (
     Contributions,
     Direction,
@@ -25,8 +26,12 @@ from scfm_circuits.attribution import (
     head_direction,
 )
 from scfm_circuits.files import write_json
+from scfm_circuits.language_model import batches, device_of, mlp_sites
+from scfm_circuits.transcoder import Transcoders
 
 if TYPE_CHECKING:
+    from transformers import GPTNeoXForCausalLM
+
     from scfm_circuits.sentences import Corpus
 
 
@@ -139,6 +144,8 @@ def trace(frozen: Frozen, target: Node, reading: Direction, *, branches: int, de
     max_nodes: where the search stops. sign: `both` ranks by absolute value; `positive` keeps
     positive contributions only, as the code the paper builds on does.
     """
+    if sign not in ("both", "positive"):
+        raise InputError(f"`sign` is {sign!r}; use `both` or `positive`.")
     circuit = Circuit(target.id, {target.id: target})
     readings: dict[str, Direction] = {target.id: reading}
     best = {target.id: 1.0}
@@ -238,6 +245,39 @@ def strongest_features(frozen: Frozen, layer: int, position: int, n: int) -> lis
     return [int(i) for i, value in zip(top.indices, top.values, strict=True) if value > 0]
 
 
+@torch.no_grad()
+def strongest_at_end(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: "Corpus",
+                     cells: np.ndarray, layer: int, place: str, forward_cells: int) -> np.ndarray:
+    """(n_cells,) the most active feature of a layer where each cell's case would be read; -1 if
+    none is active. place: `answer` or `query`, as the profile's `case_position`."""
+    ends = corpus.answer_end if place == "answer" else corpus.answer_start - 1
+    found = []
+    for rows, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
+        # Kept tokens stand cell after cell, so a cell's own start where the earlier ones end.
+        starts = np.concatenate([[0], np.cumsum(corpus.lengths[rows])[:-1]])
+        chosen = torch.from_numpy(starts + ends[rows]).to(tokens.device)
+        inputs = mlp_sites(model, tokens, mask).inputs[layer][chosen]
+        strongest = transcoders.layer_pre_activations(layer, inputs).max(dim=1)
+        found.append(torch.where(strongest.values > 0, strongest.indices, -1).cpu().numpy())
+    return np.concatenate(found)
+
+
+def gene_contributions(parts: Contributions, genes: list[str | None]) -> pd.DataFrame:
+    """What attention brings to a reading from each gene's tokens, directly, most positive first.
+
+    genes: (n_pos,) the gene of each token. Columns: gene, contribution (signed sum over heads and
+    tokens), absolute (sum of absolute values), strongest_head ("layer.head").
+    """
+    heads = parts.heads.cpu().numpy()
+    rows = []
+    for gene in dict.fromkeys(gene for gene in genes if gene):
+        own = heads[:, :, [g == gene for g in genes]]
+        layer, head = np.unravel_index(np.abs(own.sum(axis=2)).argmax(), own.shape[:2])
+        rows.append((gene, float(own.sum()), float(np.abs(own).sum()), f"{layer}.{head}"))
+    frame = pd.DataFrame(rows, columns=["gene", "contribution", "absolute", "strongest_head"])
+    return frame.sort_values(["contribution", "gene"], ascending=[False, True], ignore_index=True)
+
+
 def node_table(circuit: Circuit, texts: list[str], genes: list[str | None]) -> pd.DataFrame:
     """One row per node, most influential first.
 
@@ -279,12 +319,6 @@ def circuit_genes(nodes: pd.DataFrame) -> list[str]:
     with_gene = nodes[nodes["gene"] != ""]
     total = with_gene.groupby("gene", sort=True)["influence"].sum()
     return total.sort_values(ascending=False, kind="stable").index.tolist()
-
-
-def prompt_genes(corpus: "Corpus", cell: int) -> list[str | None]:
-    """The gene of each of a cell's tokens, None outside genes."""
-    return [str(corpus.symbols[g]) if g >= 0 else None
-            for g in corpus.gene[cell][corpus.mask[cell]]]
 
 
 # --- export --------------------------------------------------------------------------------------

@@ -23,12 +23,7 @@ from scfm_circuits.enrichment import (
     ragged,
     uniform_null,
 )
-from scfm_circuits.features import (
-    FeatureStatistics,
-    count_features,
-    ranked_genes,
-    select_genes,
-)
+from scfm_circuits.features import FeatureStatistics, count_features, gene_list_ids
 from scfm_circuits.language_model import batches, device_of, mlp_sites
 from scfm_circuits.sentences import Corpus
 from scfm_circuits.transcoder import Transcoders
@@ -39,22 +34,12 @@ if TYPE_CHECKING:
     from scfm_circuits.profile import Profile
 
 
-def feature_lists(statistics: FeatureStatistics, layer: int, features: np.ndarray, corpus: Corpus,
-                  profile: "Profile") -> Ragged:
-    """The features' gene lists under the profile's rules, as ids into `corpus.symbols`."""
-    ranked = ranked_genes(statistics, layer, features, len(corpus.symbols), profile.gene_rule)
-    return ragged([
-        select_genes(genes, scores, profile.list_rule, profile.list_size, profile.list_share)
-        for genes, scores in ranked
-    ])
-
-
 def control_lists(statistics: FeatureStatistics, untrained: FeatureStatistics, layer: int,
                   corpus: Corpus, profile: "Profile", draws: int) -> dict[str, Ragged]:
     """The layer's live features' gene lists and `draws` control lists for each, by name."""
     rng = np.random.default_rng([profile.seed, 9, layer])
     live = np.flatnonzero(statistics.live(profile.live_cut_table4)[layer])
-    own = feature_lists(statistics, layer, live, corpus, profile)
+    own = ragged(gene_list_ids(statistics, layer, live, corpus, profile))
     occurrences = np.bincount(corpus.gene[corpus.gene >= 0], minlength=len(corpus.symbols))
     used = np.flatnonzero(occurrences)
     uniform, matched, moved = [], [], []
@@ -66,12 +51,12 @@ def control_lists(statistics: FeatureStatistics, untrained: FeatureStatistics, l
         alike = frequency_matched_null(Ragged(own.indptr, place), occurrences[used], 20, rng)
         matched.append(Ragged(alike.indptr, used[alike.ids]))
         other = exchange_tokens(statistics, layer, rng)
-        moved.append(feature_lists(other, layer, live, corpus, profile))
+        moved.append(ragged(gene_list_ids(other, layer, live, corpus, profile)))
     random_live = np.flatnonzero(untrained.live(profile.live_cut_table4)[layer])
     return {
         "features": own, "uniform": _joined(uniform), "frequency-matched": _joined(matched),
         "token-preserving": _joined(moved),
-        "untrained encoder": feature_lists(untrained, layer, random_live, corpus, profile),
+        "untrained encoder": ragged(gene_list_ids(untrained, layer, random_live, corpus, profile)),
     }
 
 
@@ -118,16 +103,34 @@ def _ranks(values: np.ndarray, n_bins: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def untrained_statistics(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus,
-                         profile: "Profile", n_features: int = 256) -> FeatureStatistics:
-    """Statistics of an encoder that was initialised as for training, and not trained."""
-    untrained = Transcoders(transcoders.n_layers, transcoders.d_model,
-                            min(n_features, transcoders.n_features)).to(device_of(model))
+def untrained_statistics(model: "GPTNeoXForCausalLM", statistics: FeatureStatistics,
+                         corpus: Corpus, profile: "Profile", n_features: int = 256
+                         ) -> FeatureStatistics:
+    """Statistics of an encoder that was initialised as for training, and not trained.
+
+    Its features' thresholds are set so that they fire as often as live trained features of the
+    same layer, drawn at random, do: they differ in what they fire on, not in how often.
+    """
+    d_model, n_layers = model.config.hidden_size, len(statistics.fired)
+    untrained = Transcoders(n_layers, d_model, n_features).to(device_of(model))
     generator = torch.Generator(device_of(model)).manual_seed(profile.seed + 1)
     untrained.initialise(generator)
+    rng = np.random.default_rng([profile.seed, 10])
     some = np.flatnonzero(~corpus.held_out)[: profile.forward_cells]
     _, tokens, mask = next(iter(batches(corpus, some, len(some), device_of(model))))
-    untrained.b_in.copy_(mlp_sites(model, tokens, mask).inputs.mean(dim=1))
+    inputs = mlp_sites(model, tokens, mask).inputs
+    untrained.b_in.copy_(inputs.mean(dim=1))
+    pre = untrained.pre_activations(inputs)
+    live = statistics.live(profile.live_cut_table4)
+    for layer in range(n_layers):
+        rates = statistics.frequency[layer][live[layer]]
+        if not len(rates):
+            continue
+        wanted = np.clip(rng.choice(rates, n_features), 0, 1)
+        ordered = pre[layer].sort(dim=0, descending=True).values
+        rank = np.minimum((wanted * len(ordered)).round().astype(int), len(ordered) - 1)
+        columns = torch.arange(n_features, device=ordered.device)
+        untrained.b_enc[layer] = -ordered[torch.from_numpy(rank).to(ordered.device), columns]
     return count_features(model, untrained, corpus, profile.forward_cells)
 
 

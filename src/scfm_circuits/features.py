@@ -19,6 +19,7 @@ import scipy.sparse as sp
 import torch
 from tqdm import tqdm
 
+from scfm_circuits import InputError
 from scfm_circuits.files import atomic_path
 from scfm_circuits.language_model import batches, device_of, mlp_sites
 from scfm_circuits.sentences import Corpus, token_texts
@@ -204,15 +205,26 @@ def select_genes(genes: np.ndarray, scores: np.ndarray, list_rule: str, size: in
     return genes[: int(np.searchsorted(cumulative, share * cumulative[-1])) + 1]
 
 
+def gene_list_ids(statistics: FeatureStatistics, layer: int, features: np.ndarray, corpus: Corpus,
+                  profile: "Profile") -> list[np.ndarray]:
+    """Each feature's gene list under the profile's gene rule and list rule, as gene ids."""
+    ranked = ranked_genes(statistics, layer, features, len(corpus.symbols), profile.gene_rule)
+    return [select_genes(genes, scores, profile.list_rule, profile.list_size, profile.list_share)
+            for genes, scores in ranked]
+
+
 def gene_lists(statistics: FeatureStatistics, layer: int, features: np.ndarray, corpus: Corpus,
                profile: "Profile") -> list[list[str]]:
-    """The gene list of each feature under the profile's gene rule and list rule."""
-    ranked = ranked_genes(statistics, layer, features, len(corpus.symbols), profile.gene_rule)
-    return [
-        corpus.symbols[select_genes(genes, scores, profile.list_rule, profile.list_size,
-                                    profile.list_share)].tolist()
-        for genes, scores in ranked
-    ]
+    """`gene_list_ids` as symbols."""
+    return [corpus.symbols[ids].tolist()
+            for ids in gene_list_ids(statistics, layer, features, corpus, profile)]
+
+
+def check_live(statistics: FeatureStatistics, layer: int, cut: float) -> None:
+    """InputError if a layer has no live feature: there would be nothing to show."""
+    if not statistics.live(cut)[layer].any():
+        raise InputError(f"Layer {layer} has no feature with log10 E(f) >= {cut:g}; lower "
+                         "`l1_coefficient`, train on more tokens, or lower the live cut.")
 
 
 def token_table(statistics: FeatureStatistics, layer: int, feature: int, corpus: Corpus

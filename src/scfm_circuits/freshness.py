@@ -3,7 +3,8 @@
 A notebook is stale when anything its outputs depend on has changed since it was executed:
 
 1. its own source (content, or a newer modification time, as with make);
-2. the package's sources, the profile, the data files, the lock, the external gene sets;
+2. the package's sources, the profile, the data files, the lock, the external gene sets, and those
+   gene sets in the cache that it asks for by name;
 3. the execution of a notebook it follows (`after` in its header);
 4. a file it declares (`produces`) that is no longer there.
 
@@ -14,9 +15,10 @@ imported here, so an up-to-date book answers at once.
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import yaml
 
 from scfm_circuits import InputError
 from scfm_circuits.files import sha256_of_file
-from scfm_circuits.profile import ROOT, Profile, load_profile, profile_files
+from scfm_circuits.profile import ROOT, Profile, cells_path, load_profile, profile_files
 
 NOTEBOOKS = ROOT / "notebooks"
 PACKAGE = Path(__file__).parent
@@ -134,14 +136,56 @@ def _hash_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _gene_set_inputs(profile: Profile) -> str:
-    """Names, sizes and times of the external gene sets; their contents may be hundreds of MB."""
-    folder = profile.gene_sets or os.environ.get("SCFM_GENE_SETS", "")
-    if not folder or not Path(folder).is_dir():
-        return "none"
+def _stamp_files(paths: Iterable[Path]) -> str:
+    """Names, sizes and times of files whose contents may be hundreds of MB; `none` without any."""
     lines = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
-             for path in sorted(Path(folder).iterdir()) if path.is_file()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+             for path in paths if path.is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] if lines else "none"
+
+
+def _gene_set_folders(profile: Profile) -> list[Path]:
+    """The folders where `gene_sets.load_library` looks first, as far as they exist."""
+    # A relative folder starts at the root, where notebooks run.
+    named = (profile.gene_sets, os.environ.get("SCFM_GENE_SETS"))
+    folders = [ROOT / os.path.expanduser(name) for name in named if name]
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _gene_set_inputs(profile: Profile) -> str:
+    return _stamp_files(path for folder in _gene_set_folders(profile)
+                        for path in sorted(folder.iterdir()))
+
+
+def gene_set_cache() -> Path:
+    """The folder of downloaded gene sets, as `gene_sets.load_library` has it."""
+    root = os.environ.get("SCFM_CACHE") or "~/.cache/scfm-circuits"
+    return ROOT / os.path.expanduser(root) / "gene-sets"
+
+
+def libraries_asked_for(notebook: Notebook, profile: Profile) -> list[str]:
+    """The gene-set libraries that the notebook's source loads."""
+    source = notebook.path.read_text(encoding="utf-8")
+    if "load_library(" not in source:
+        return []
+    names = set(re.findall(r"load_library\(\s*[\"']([\w.+-]+)[\"']", source))
+    # Whatever the notebook calls its profile.
+    if re.search(r"\.libraries\b", source):
+        names |= set(profile.libraries)
+    if re.search(r"\.case_library\b", source):
+        names.add(profile.case_library)
+    return sorted(names)
+
+
+def cache_inputs(run: Run, notebook: Notebook) -> dict[str, str]:
+    """The cached libraries that the notebook reads: those it asks for and no folder holds.
+
+    Only its own: a library that a later chapter downloads must not make earlier ones stale.
+    """
+    folders = _gene_set_folders(run.profile)
+    names = [f"{name}.gmt" for name in libraries_asked_for(notebook, run.profile)]
+    cached = [gene_set_cache() / name for name in names
+              if not any((folder / name).is_file() for folder in folders)]
+    return {"gene-set cache": _stamp_files(cached)}
 
 
 def shared_inputs(
@@ -159,12 +203,15 @@ def shared_inputs(
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "gene sets": _gene_set_inputs(profile),
     }
-    cells = Path(profile.cells) if profile.cells.endswith(".h5ad") else None
+    cells = cells_path(profile, ROOT)
     if cells is not None:
-        cells = cells if cells.is_absolute() or cells.exists() else ROOT / cells
-        if cells.exists():
-            inputs["cells"] = f"{cells.stat().st_size} {cells.stat().st_mtime_ns}"
+        inputs["cells"] = _stamp_files([cells])
     return inputs
+
+
+def rehashed(run: Run) -> Run:
+    """The run with its shared inputs as they are now."""
+    return replace(run, inputs=shared_inputs(run.profile, run.profile_name, run.overrides))
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -182,6 +229,19 @@ def source_inputs(notebook: Notebook) -> dict[str, str]:
             "touched": str(notebook.path.stat().st_mtime_ns)}
 
 
+def changed_inputs(run: Run, notebook: Notebook, record: Mapping[str, Any]) -> list[str]:
+    """The kinds of input that are not what the notebook's execution record says."""
+    used = record.get("inputs", {})
+    own = source_inputs(notebook)
+    changed = []
+    if used.get("notebook") != own["notebook"]:
+        changed.append("notebook")
+    elif int(own["touched"]) > int(used.get("touched", 0)):
+        changed.append("notebook touched")
+    shared = {**run.inputs, **cache_inputs(run, notebook)}
+    return changed + [kind for kind, value in shared.items() if used.get(kind) != value]
+
+
 def why_stale(run: Run, notebook: Notebook, records: Mapping[str, Mapping[str, Any]]) -> str:
     """Why the notebook has to be executed, or an empty string.
 
@@ -190,15 +250,9 @@ def why_stale(run: Run, notebook: Notebook, records: Mapping[str, Mapping[str, A
     record = read_record(run.output(notebook.name))
     if record is None:
         return "not executed yet"
-    used = record.get("inputs", {})
-    own = source_inputs(notebook)
-    if used.get("notebook") != own["notebook"]:
-        return "notebook changed"
-    if int(own["touched"]) > int(used.get("touched", 0)):
-        return "notebook touched"
-    for kind, value in run.inputs.items():
-        if used.get(kind) != value:
-            return f"{kind} changed"
+    changed = changed_inputs(run, notebook, record)
+    if changed:
+        return changed[0] if changed[0] == "notebook touched" else f"{changed[0]} changed"
     for name in notebook.after:
         if name not in records or record.get("after", {}).get(name) != records[name]["run_id"]:
             return f"follows {name}"

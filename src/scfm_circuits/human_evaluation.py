@@ -87,6 +87,21 @@ def read_ratings(folder: Path, study: str, features: np.ndarray) -> pd.DataFrame
     return ratings
 
 
+def feature_verdicts(ratings: pd.DataFrame) -> pd.Series:
+    """Per rated feature, whether more than half of its ratings are Yes; indexed by feature.
+
+    The rate is a share of features: two raters of one feature are not two features.
+    """
+    return (ratings["interpretable"] == "Yes").groupby(ratings["feature"]).mean() > 0.5
+
+
+def foreign_rows(folder: Path, study: str) -> int:
+    """Answered rows in the folder's sheets that belong to another study and are not counted."""
+    sheets = (pd.read_csv(path, dtype=str, keep_default_na=False) for path in folder.glob("*.csv"))
+    return sum(int(((sheet["study"] != study) & (sheet["interpretable"].str.strip() != "")).sum())
+               for sheet in sheets)
+
+
 def _checked(sheet: pd.DataFrame, path: Path, features: np.ndarray) -> pd.DataFrame:
     """Answers in one spelling and features as numbers, or InputError naming the first bad row."""
     spelled = {answer.lower(): answer for answer in ANSWERS}

@@ -1,9 +1,11 @@
 """Is a circuit what the model uses? Take its features away and see what the target does.
 
 A feature is ablated by subtracting what it writes, z d, from the MLP's output at its token, in the
-real model: attention, LayerNorm and the other MLPs then respond as they will. The prediction is the
-change in the frozen linear model, where only attention carries the difference on.
-Imports torch alone.
+real model: attention, LayerNorm and the MLPs' other features then respond as they will. z is what
+the feature's activation is by then, not what it was before: a feature that has already fallen
+silent because others were taken away has nothing left to lose. The prediction is the change in the
+frozen linear model, where only attention carries the difference on.
+Imports neither pandas nor scanpy.
 """
 
 from collections.abc import Sequence
@@ -68,14 +70,28 @@ def frozen_change(frozen: Frozen, change: Tensor, reading: Direction) -> float:
 def ablate(model: "GPTNeoXForCausalLM", frozen: Frozen, features: Sequence[FeatureAt],
            target: FeatureAt, reading: Direction) -> Ablation:
     """Remove the features' writing in the real model and read the target's pre-activation."""
-    removed = written_by(frozen, features)
     seen: list[Tensor] = []
-    modules = mlps(model)
-    handles = [
-        module.register_forward_hook(
-            lambda module, args, output, layer=layer: output - removed[layer])
-        for layer, module in enumerate(modules)
-    ]
+    modules, t = mlps(model), frozen.transcoders
+    by_layer: dict[int, tuple[list[int], list[int]]] = {}
+    for layer, feature, position in features:
+        positions, indices = by_layer.setdefault(layer, ([], []))
+        positions.append(position)
+        indices.append(feature)
+
+    def without(layer: int):  # type: ignore[no-untyped-def]
+        positions, indices = by_layer[layer]
+
+        def hook(module, args, output):  # type: ignore[no-untyped-def]
+            x = args[0][0, positions] - t.b_in[layer]
+            z = ((x * t.W_enc[layer, indices]).sum(dim=-1) + t.b_enc[layer, indices]).relu()
+            changed = output.clone()
+            changed[0].index_add_(0, torch.tensor(positions, device=x.device),
+                                  z[:, None] * t.W_dec[layer, indices], alpha=-1)
+            return changed
+
+        return hook
+
+    handles = [modules[layer].register_forward_hook(without(layer)) for layer in by_layer]
     handles.append(modules[target.layer].register_forward_pre_hook(
         lambda module, args: seen.append(args[0][0, target.position])))
     try:
@@ -85,7 +101,8 @@ def ablate(model: "GPTNeoXForCausalLM", frozen: Frozen, features: Sequence[Featu
             handle.remove()
     after = frozen.transcoders.layer_pre_activations(target.layer, seen[0])[target.feature]
     before = float(reading.value)
-    return Ablation(before, frozen_change(frozen, -removed, reading), float(after) - before)
+    predicted = frozen_change(frozen, -written_by(frozen, features), reading)
+    return Ablation(before, predicted, float(after) - before)
 
 
 def matched_features(frozen: Frozen, features: Sequence[FeatureAt], target: FeatureAt,

@@ -4,7 +4,7 @@ GPT-NeoX computes `h' = h + attention(LN1(h)) + mlp(LN2(h))` (parallel residual)
 not see the same layer's attention. Hugging Face calls LN2 `post_attention_layernorm` all the same.
 An MLP site is the `mlp` module itself: its input is LN2's output, its output what is added.
 
-Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
+Imports torch, transformers and numpy, so it runs on a bare GPU machine.
 """
 
 import contextlib
@@ -173,6 +173,9 @@ def get_model(profile: "Profile", corpus: "Corpus") -> tuple["GPTNeoXForCausalLM
     """
     if profile.model != "train":
         model = load_model(profile.model, profile.model_revision, profile.model_layers)
+        if profile.human_layer >= len(mlps(model)):
+            raise InputError(f"`human_layer` is {profile.human_layer}, but the model "
+                             f"{profile.model!r} has layers 0 to {len(mlps(model)) - 1}; lower it.")
         check_vocabulary(model, corpus)
         _move(model, best_device())
         return model, TrainingCurve([], [])

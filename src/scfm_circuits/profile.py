@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ from scfm_circuits import InputError
 
 ROOT = Path(os.environ.get("SCFM_ROOT", Path(__file__).resolve().parents[2]))
 PROFILES = ROOT / "notebooks" / "profiles"
+BUNDLED_CELLS = "pbmc68k_reduced"
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -42,12 +44,12 @@ class Profile(BaseModel):
     """Every random choice of the run follows from this number."""
 
     # --- cells -------------------------------------------------------------------------------
-    cells: str = "pbmc68k_reduced"
+    cells: str = BUNDLED_CELLS
     """`pbmc68k_reduced` (700 real PBMCs in scanpy's wheel), or the path of an `.h5ad` file."""
     cells_are: Literal["real", "simulated"] = "real"
     """Whether the cells were measured or made up; shown on every page."""
     cells_name: str = "700 PBMCs (68k PBMC data set, reduced), 10x Genomics"
-    """What the pages call the cells."""
+    """What the pages call the cells; by default a file's name."""
     matrix: str = "raw"
     """Where the expression values are: `X`, `raw`, or the name of a layer."""
     symbol_column: str | None = None
@@ -165,6 +167,15 @@ class Profile(BaseModel):
     circuit_nodes: Positive = 150
     """Largest number of nodes in the circuit."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _file_names_its_cells(cls, given: Any) -> Any:
+        """Without `cells_name`, cells from a file must not be called by the bundled cells' name."""
+        cells = given.get("cells", BUNDLED_CELLS) if isinstance(given, dict) else None
+        if not isinstance(cells, str) or cells == BUNDLED_CELLS or "cells_name" in given:
+            return given
+        return {**given, "cells_name": f"cells of {Path(cells).name}"}
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Profile":
         if self.model == "train":
@@ -196,14 +207,32 @@ class Profile(BaseModel):
         return Path(os.environ.get("SCFM_RESULTS", ROOT / "results")) / self.name
 
     def fingerprint(self, fields: Iterable[str], modules: Iterable[str] = ()) -> dict[str, Any]:
-        """What a stage's result depends on: the named fields and the sources of named modules."""
+        """What a stage's result depends on: fields, sources of modules, versions of libraries."""
         values = {field: getattr(self, field) for field in sorted(fields)}
         folder = Path(__file__).parent
         sources = {
             module: hashlib.sha256((folder / f"{module}.py").read_bytes()).hexdigest()[:16]
             for module in sorted(modules)
         }
-        return {"fields": values, "sources": sources}
+        # A new release of these may give other numbers from the same sources.
+        versions = {name: version(name) for name in ("numpy", "tokenizers", "torch",
+                                                     "transformers")}
+        return {"fields": values, "sources": sources, "versions": versions}
+
+
+def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
+    """The file of the profile's cells, which need not exist; None for the bundled cells.
+
+    root: the folder that a relative path starts from. Raises InputError for the home folder of a
+    user who does not exist (`~nobody/cells.h5ad`).
+    """
+    if profile.cells == BUNDLED_CELLS:
+        return None
+    try:
+        return root / Path(profile.cells).expanduser()
+    except RuntimeError:
+        raise InputError(f"Profile field `cells` is {profile.cells!r}, but that home folder is not "
+                         "known; give the whole path.") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -257,7 +286,16 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
     if not isinstance(base, str):
         raise InputError(f"{path}: `extends` must be the name of a profile.")
     inherited, files = _read_chain(profile_path(base), (*seen, path))
-    return {**inherited, **content}, [path, *files]
+    return _over(inherited, content), [path, *files]
+
+
+def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`own` fields over those of `base`; other cells do not keep the base's names for its cells."""
+    kept = dict(base)
+    if "cells" in own and own["cells"] != base.get("cells", BUNDLED_CELLS):
+        kept.pop("cells_name", None)
+        kept.pop("title", None)
+    return {**kept, **own}
 
 
 def profile_files(profile: str) -> list[Path]:
@@ -299,7 +337,7 @@ def load_profile(profile: str, overrides: Mapping[str, Any] | None = None) -> Pr
     if "name" in overrides or "extends" in overrides:
         raise InputError("`name` and `extends` cannot be overridden; write a profile file instead.")
     try:
-        checked = Profile.model_validate({**content, "name": path.stem, **overrides})
+        checked = Profile.model_validate({**_over(content, overrides), "name": path.stem})
         if not overrides:
             return checked
         digest = hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]

@@ -18,7 +18,7 @@ import numpy as np
 
 from scfm_circuits import InputError
 from scfm_circuits.files import atomic_path
-from scfm_circuits.profile import ROOT, Profile
+from scfm_circuits.profile import ROOT, Profile, cells_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -216,6 +216,33 @@ def _places(gene: np.ndarray) -> np.ndarray:
     return np.where(gene >= 0, np.arange(len(gene)) - start, -1).astype(np.int16)
 
 
+class AnsweredPrompt(NamedTuple):
+    """A cell's prompt with an answer: tokens, their texts and genes, and the target's position."""
+
+    encoded: Encoded
+    texts: list[str]
+    genes: list[str | None]
+    answer_start: int
+    position: int
+
+
+def answered_prompt(corpus: Corpus, profile: Profile, cell: int, answer: str) -> AnsweredPrompt:
+    """A cell's prompt followed by the given answer, as the case study traces it.
+
+    `position` is where the profile's `case_position` reads the target: the answer's last token, or
+    the prompt's.
+    """
+    genes = corpus.genes_of(cell)
+    ids = {str(symbol): i for i, symbol in enumerate(corpus.symbols)}
+    encoded, start = encode_prompt(corpus.tokenizer, profile.prompt, genes,
+                                   [ids[gene] for gene in genes],
+                                   profile.response.replace("{label}", answer))
+    position = len(encoded.tokens) - 1 if profile.case_position == "answer" else start - 1
+    named = [str(corpus.symbols[g]) if g >= 0 else None for g in encoded.gene]
+    return AnsweredPrompt(encoded, token_texts(corpus.tokenizer, encoded.tokens), named, start,
+                          position)
+
+
 def build_corpus(cells: "Cells", profile: Profile) -> Corpus:
     """All cells as prompts with answers, tokenized, split and padded.
 
@@ -260,7 +287,7 @@ def load_corpus(profile: Profile) -> Corpus:
 
     path = profile.results / "corpus.npz"
     stamp = json.dumps(profile.fingerprint(_FIELDS, _MODULES), sort_keys=True)
-    stamp += _file_stamp(profile.cells)
+    stamp += _file_stamp(profile)
     arrays = _read_arrays(path, stamp)
     if arrays is not None:
         text, end = str(arrays.pop("tokenizer_json")), str(arrays.pop("end_of_text"))
@@ -270,10 +297,15 @@ def load_corpus(profile: Profile) -> Corpus:
             tokenizer_object=Tokenizer.from_str(text), bos_token=end, eos_token=end,
             unk_token=end,
         )
-        return _with_case(Corpus(tokenizer=tokenizer, **arrays), profile)
+        corpus = Corpus(tokenizer=tokenizer, **arrays)
+        _check_case(corpus.labels, corpus.held_out, profile)
+        return corpus
     from scfm_circuits.cells import read_cells
 
-    corpus = _with_case(build_corpus(read_cells(profile), profile), profile)
+    cells = read_cells(profile)
+    _check_case(cells.labels, split_cells(len(cells), profile.validation_share, profile.seed),
+                profile)
+    corpus = build_corpus(cells, profile)
     fields = {key: value for key, value in vars(corpus).items() if key != "tokenizer"}
     with atomic_path(path) as temporary:
         np.savez(temporary, stamp=np.array(stamp), allow_pickle=False,
@@ -282,19 +314,20 @@ def load_corpus(profile: Profile) -> Corpus:
     return corpus
 
 
-def _with_case(corpus: Corpus, profile: Profile) -> Corpus:
-    """The corpus, if it can serve the case study; a wrong type is told before any training."""
-    if not np.any(corpus.held_out & (corpus.labels == profile.case_type)):
-        known = ", ".join(np.unique(corpus.labels[corpus.held_out]))
+def _check_case(labels: np.ndarray, held_out: np.ndarray, profile: Profile) -> None:
+    """InputError, before anything is tokenized or trained, if the case study has no cell."""
+    if not np.any(held_out & (labels == profile.case_type)):
+        known = ", ".join(np.unique(labels[held_out]))
         raise InputError(f"No held-out cell has the type {profile.case_type!r} (`case_type` in the "
                          f"profile); held-out cells have the types {known}.")
-    return corpus
 
 
-def _file_stamp(cells: str) -> str:
+def _file_stamp(profile: Profile) -> str:
     """Size and time of the cells' file, so that a changed file is read again."""
-    path = ROOT / Path(cells).expanduser()
-    return f"{path.stat().st_size}:{path.stat().st_mtime_ns}" if path.is_file() else ""
+    path = cells_path(profile, ROOT)
+    if path is None or not path.is_file():
+        return ""
+    return f"{path.stat().st_size}:{path.stat().st_mtime_ns}"
 
 
 def _read_arrays(path: Path, stamp: str) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@
 
 Which cells a fill takes and how it is permuted depend on the seed and the fill's number only, so
 a run resumed from a checkpoint at any step goes on as if it had not been interrupted.
-Imports torch alone.
+Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 import contextlib
@@ -338,7 +338,7 @@ def stamp_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     fields = old.get("fields", {}), new.get("fields", {})
     names = [key for key in sorted({*fields[0], *fields[1]})
              if fields[0].get(key) != fields[1].get(key)]
-    names += [key for key in ("sources", "corpus") if old.get(key) != new.get(key)]
+    names += [key for key in ("sources", "versions", "corpus") if old.get(key) != new.get(key)]
     return ", ".join(names)
 
 

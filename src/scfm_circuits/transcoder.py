@@ -6,7 +6,7 @@ active features (paper, Equations 1, 2 and 4):
     z = ReLU(W_enc (x - b_in) + b_enc),    y_hat = W_dec^T z + b_dec
 
 b_in is the mean input and is not trained; saved files fold it into b_enc.
-Imports torch alone.
+Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 from collections.abc import Mapping

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from scfm_circuits.language_model import (
 from scfm_circuits.transcoder import Transcoders
 
 if TYPE_CHECKING:
+    import pandas as pd
     from transformers import GPTNeoXForCausalLM
 
     from scfm_circuits.sentences import Corpus
@@ -57,13 +57,15 @@ def configurations(transcoders: Transcoders) -> list[Configuration]:
 
 @torch.no_grad()
 def compare_configurations(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: "Corpus",
-                           cells: np.ndarray, forward_cells: int) -> pd.DataFrame:
+                           cells: np.ndarray, forward_cells: int) -> "pd.DataFrame":
     """Loss and KL of every configuration on the given cells.
 
     Returns one row per configuration: configuration, layer (-1: all layers), loss, kl (nats per
     token), loss_se and kl_se (standard errors over cells), n_tokens (predictions). Memory is that
     of two sets of logits for `forward_cells` cells.
     """
+    import pandas as pd
+
     chosen = configurations(transcoders)
     per_cell = np.zeros((len(chosen), 2, len(cells)))
     predictions = np.zeros(len(cells))

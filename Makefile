@@ -53,19 +53,29 @@ smoke: $(READY) ## The whole book on PROFILE=smoke, into book/_build/smoke
 	@echo "The book on PROFILE=smoke"
 	@$(RUN) all --profile smoke --output book/_build/smoke
 
-bench: $(READY_DEV) ## Benchmarks; figures go to results/bench/*.json
-	@ls tests/benchmarks/bench_*.py >/dev/null 2>&1 || \
-	  { echo "There is no benchmark (tests/benchmarks/bench_*.py)." >&2; exit 1; }
-	@for script in tests/benchmarks/bench_*.py; do echo "$$script"; $(PY) "$$script" || exit 1; done
+bench: $(READY_DEV) ## Benchmarks; figures go to results/bench/*.json [BENCH=enrichment]
+	@ls tests/benchmarks/bench_$(or $(BENCH),*).py >/dev/null 2>&1 || \
+	  { echo "There is no benchmark tests/benchmarks/bench_$(or $(BENCH),*).py." >&2; exit 1; }
+	@for script in tests/benchmarks/bench_$(or $(BENCH),*).py; do \
+	  echo "$$script"; $(PY) "$$script" || exit 1; done
 
 lab: $(READY_LAB) ## JupyterLab, in which the .py notebooks open as notebooks
 	@$(PY) -m jupyterlab --ServerApp.root_dir=.
 
+# Through the environment, where a shell takes no character of it for its own.
+clean: export PROFILE := $(PROFILE)
 clean: ## Remove the built book, caches, and the results of PROFILE (demo unless given)
-	@rm -rf book/_build ".mypy_cache" ".pytest_cache" ".ruff_cache" ".hypothesis"
-	@rm -rf "results/$(notdir $(PROFILE:.yml=))" "results/$(notdir $(PROFILE:.yml=))+"*
-	@find src tests book -name __pycache__ -type d -prune -exec rm -rf {} +
-	@echo "Removed book/_build and results/$(notdir $(PROFILE:.yml=)); $(VENV) stays."
+	@case "$$PROFILE" in \
+	  *.yml) name="$${PROFILE##*/}"; name="$${name%.yml}" ;; \
+	  *.yaml) name="$${PROFILE##*/}"; name="$${name%.yaml}" ;; \
+	  *) name="$$PROFILE" ;; esac; \
+	case "$$name" in "" | [!A-Za-z0-9]* | *[!A-Za-z0-9._+-]*) \
+	  echo "Nothing was removed: PROFILE is '$$PROFILE'; give the name of one profile, such as" \
+	    "demo, or the path of its .yml file." >&2; exit 1 ;; esac; \
+	rm -rf book/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis && \
+	rm -rf "results/$$name" "results/$$name+"* && \
+	find src tests book -name __pycache__ -type d -prune -exec rm -rf {} + && \
+	echo "Removed book/_build and results/$$name; $(VENV) stays."
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

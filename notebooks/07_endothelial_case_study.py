@@ -127,16 +127,17 @@ tops = strongest_at_end(model, transcoders, corpus, others, last, run.case_posit
                         run.forward_cells)
 same = tops == target
 report.value("case.same_target", float(same.mean()), f"{100 * same.mean():.0f} %")
+report.value("case.n_types", len(np.unique(corpus.labels[others])))
 report.value("case.same_target_types", len(np.unique(corpus.labels[others[same]])))
 
 # %% [markdown]
 # Before tracing it: the same feature is the strongest of the last layer at the same place in
 # {glue:text}`case.same_target` of the held-out cells, which have
-# {glue:text}`case.same_target_types` different types. A feature that is strongest whatever the type
-# says that the model is at this place of the text, not which type it is about to name or has named,
-# and the full stop that ends an answer comes after the call. The paper does not report this check
-# for its feature 2692. The circuit of such a feature is still a circuit, and it is traced below as
-# the paper does; the call itself is traced at the end of this chapter.
+# {glue:text}`case.same_target_types` different types (labels of {glue:text}`case.n_types` types are
+# among them). A feature that is strongest whatever the type would only say that the model has come
+# to this place of the text; one that is strongest for a single type may carry it. The paper does not
+# report this check for its feature 2692. And the full stop that ends an answer comes after the call,
+# so no feature there can have made it: the call itself is traced at the end of this chapter.
 
 # %% [markdown]
 # ## How its pre-activation adds up

@@ -1,16 +1,29 @@
 """Executing, gating and building, on tiny notebooks of their own."""
 
+import io
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from scfm_circuits import book, execution, freshness, gate, pages, profile, report
+from scfm_circuits import (
+    InputError,
+    book,
+    claims,
+    execution,
+    freshness,
+    gate,
+    gene_sets,
+    pages,
+    profile,
+    report,
+)
 from scfm_circuits.freshness import load_run, plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +82,7 @@ def make_project(root: Path, patch: pytest.MonkeyPatch,
     patch.setattr(pages, "BOOK", root / "book")
     patch.setenv("SCFM_ROOT", str(root))
     patch.setenv("SCFM_GENE_SETS", "")
+    patch.setenv("SCFM_CACHE", str(root / "cache"))
     patch.delenv("SCFM_RESULTS", raising=False)
     return Project(root, capture)
 
@@ -229,6 +243,232 @@ def test_every_kind_of_change_is_noticed(project: Project) -> None:
         assert plan(run) == []
 
 
+def test_a_changed_cells_file_is_noticed_wherever_it_is(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(project.root / "home"))
+    (project.root / "home").mkdir()
+    project.notebook("01_first")
+    # A file of that name in the current folder is not the profile's.
+    monkeypatch.chdir(project.root / "package")
+    (project.root / "package" / "x.h5ad").write_text("another")
+    for cells, place in (("~/x.h5ad", project.root / "home"), ("x.h5ad", project.root)):
+        profiles = project.root / "notebooks" / "profiles"
+        (profiles / "tiny.yml").write_text(f"extends: demo\ncells: {cells}\n")
+        seen = {load_run("tiny").inputs["cells"]}
+        for text in ("a", "bc"):
+            (place / "x.h5ad").write_text(text)
+            seen.add(load_run("tiny").inputs["cells"])
+        assert len(seen) == 3
+
+
+def test_cached_gene_sets_make_only_the_chapters_that_ask_for_them_stale(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert freshness.gene_set_cache() == gene_sets._cache_folder()
+    cache = freshness.gene_set_cache()
+    loads = "# %%\ndef load_library(name): pass\n\n"
+    # As a download in the course of the chapter.
+    fetch = (f"from pathlib import Path\nPath({str(cache)!r}).mkdir(parents=True)\n"
+             f"Path({str(cache / 'KEGG_2021_Human.gmt')!r}).write_text('a')\n")
+    project.notebook("01_none")
+    project.notebook("02_by_field", f"{loads}# load_library(name) of run.libraries\n{fetch}",
+                     header="{after: []}")
+    project.notebook("03_by_name", f"{loads}load_library('Some_2020')\n", header="{after: []}")
+    assert project.command("execute")[0] == 0
+    (cache / "Unasked_2020.gmt").write_text("a")
+    assert plan(load_run("tiny")) == []
+    stale = []
+    for name, chapter in {"Some_2020": "03_by_name", "KEGG_2021_Human": "02_by_field"}.items():
+        (cache / f"{name}.gmt").write_text("more")
+        stale = sorted([*stale, (chapter, "gene-set cache changed")])
+        assert [(one.name, why) for one, why in plan(load_run("tiny"))] == stale
+    # A folder that is searched first hides the cache.
+    monkeypatch.setenv("SCFM_GENE_SETS", str(project.root / "sets"))
+    (project.root / "sets").mkdir()
+    (project.root / "sets" / "Some_2020.gmt").write_text("a")
+    run = load_run("tiny")
+    assert run.inputs["gene sets"] != "none"
+    assert freshness.cache_inputs(run, run.notebooks[2]) == {"gene-set cache": "none"}
+    assert freshness.cache_inputs(run, run.notebooks[1]) != {"gene-set cache": "none"}
+
+
+def test_which_libraries_the_real_chapters_ask_for() -> None:
+    run = load_run("demo")
+    asked = {notebook.name: freshness.libraries_asked_for(notebook, run.profile)
+             for notebook in run.notebooks}
+    assert asked["01_cells_and_model"] == asked["09_claims"] == []
+    assert asked["06_enrichment"] == asked["08_controls"] == sorted(run.profile.libraries)
+    assert run.profile.case_library in asked["07_endothelial_case_study"]
+    # Notebooks alone load libraries; else their sources would not tell.
+    calling = [path.name for path in (ROOT / "src").rglob("*.py")
+               if "load_library(" in path.read_text(encoding="utf-8")]
+    assert set(calling) <= {"gene_sets.py", "freshness.py"}
+
+
+def test_a_failure_over_old_results_leaves_nothing_that_counts_as_fresh(project: Project) -> None:
+    project.notebook("01_first")
+    project.notebook("02_second")
+    assert project.command("execute")[0] == 0
+    whole = (project.root / "notebooks" / "01_first.py").read_text()
+    stat = (project.root / "notebooks" / "01_first.py").stat()
+    project.notebook("01_first", "# %%\n1 / 0\n")
+    assert project.command("execute")[0] == 1
+    # The source is as it was, and older than the execution; its files may be overwritten.
+    (project.root / "notebooks" / "01_first.py").write_text(whole)
+    os.utime(project.root / "notebooks" / "01_first.py", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    told = project.command("plan")[1]
+    assert told == "01_first: not executed yet\n02_second: follows 01_first\n"
+    assert not project.output("01_first").exists()
+
+
+CHANGE = "# %%\nwith open('package/science.py', 'a') as file:\n    file.write('y = 1\\n')\n"
+
+
+@pytest.mark.parametrize("changing", ["01_first", "02_second"])
+def test_inputs_that_change_during_the_run_are_noticed(project: Project, changing: str) -> None:
+    for name in ("01_first", "02_second", "03_third"):
+        project.notebook(name, CHANGE if name == changing else "", header="{after: []}")
+    code, _, told = project.command("all")
+    assert code == 1 and told == "Changed while running: package; run `make book` again.\n"
+    project.notebook(changing, header="{after: []}")
+    project.executed()
+    # What ran after the change ran with what is there now.
+    names = ["01_first", "02_second", "03_third"]
+    assert project.command("execute")[0] == 0
+    assert project.executed() == names[: names.index(changing) + 1]
+    assert project.command("check")[0] == 0
+
+
+def test_a_profile_that_changes_during_the_run_ends_it(project: Project) -> None:
+    project.notebook("01_first", (
+        "# %%\nwith open('notebooks/profiles/tiny.yml', 'a') as file:\n"
+        "    file.write('seed: 3\\n')\n"))
+    project.notebook("02_second", header="{after: []}")
+    code, _, told = project.command("execute")
+    assert code == 1 and told == "Changed while running: profile; run `make book` again.\n"
+    assert project.executed() == ["01_first"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_and_messages_of_cells_reach_a_terminal_only(
+    project: Project, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    project.notebook("01_first", (
+        "# %%\nimport sys\nprint('Downloading', file=sys.stderr)\n"
+        "print('shown', 'in the notebook')\n"
+        "for step in range(3):\n"
+        "    print(f'\\rstep {step}', end='', file=sys.stderr, flush=True)\n"))
+    stderr = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stderr", stderr)
+    assert book.main(["execute", "--profile", "tiny"]) == 0
+    told = stderr.getvalue()
+    if terminal:
+        assert f"{execution.CLEARED}Downloading\n" in told
+        assert f"{execution.CLEARED}step 1{execution.CLEARED}step 2" in told.replace(
+            2 * execution.CLEARED, execution.CLEARED)
+        # The bar that was not ended does not share its line with what follows.
+        assert told.endswith(execution.CLEARED)
+    else:
+        assert told == ""
+    assert "shown in the notebook" not in told
+    assert "shown in the notebook" in project.output("01_first").read_text()
+
+
+def test_a_folder_is_held_by_one_run(tmp_path: Path) -> None:
+    def held() -> AbstractContextManager[None]:
+        return execution.only_one(tmp_path, "building pages into")
+
+    with held(), pytest.raises(InputError, match="Another run is building pages into"), held():
+        raise AssertionError("held twice")
+    with held():
+        pass
+
+
+@pytest.fixture
+def paged(project: Project) -> Project:
+    """A project with a chapter and pages that took no builder to make."""
+    project.notebook("01_first")
+    (project.root / "book").mkdir()
+    (project.root / "book" / "_toc.yml").write_text("root: 01_first\n")
+    return project
+
+
+def fake_builder(source: Path, work: Path) -> Path:
+    (work / "_build" / "html").mkdir(parents=True)
+    (work / "_build" / "html" / "index.html").write_text("new")
+    return work / "_build" / "html"
+
+
+def fail_in_notebook(project: Project) -> None:
+    project.notebook("01_first", "# %%\n1 / 0\n")
+
+
+def fail_in_gate(project: Project) -> None:
+    project.notebook("01_first", header="{produces: [never.csv]}")
+
+
+def fail_in_build(project: Project) -> None:
+    (project.root / "book" / "_toc.yml").write_text("root: gone\n")
+
+
+@pytest.mark.parametrize("fail", [fail_in_notebook, fail_in_gate, fail_in_build])
+def test_pages_stand_only_if_the_run_ended_well(
+    paged: Project, monkeypatch: pytest.MonkeyPatch, fail: Callable[[Project], None]
+) -> None:
+    monkeypatch.setattr(pages, "_run_jupyter_book", fake_builder)
+    output = paged.root / "out"
+    words = ["all", "--output", str(output)]
+    assert paged.command(*words)[0] == 0
+    assert (output / "html" / "index.html").is_file() and not (output / "html-old").exists()
+    (output / "html" / "index.html").write_text("earlier")
+    fail(paged)
+    for _ in range(2):
+        assert paged.command(*words)[0] == 1
+        assert not (output / "html").exists() and not (output / pages.STAMP).exists()
+        assert (output / "html-old" / "index.html").read_text() == "earlier"
+    paged.notebook("01_first")
+    (paged.root / "book" / "_toc.yml").write_text("root: 01_first\n")
+    assert paged.command(*words)[0] == 0
+    assert (output / "html" / "index.html").read_text() == "new"
+    assert not (output / "html-old").exists()
+
+
+def test_two_runs_do_not_build_into_one_folder(
+    paged: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "_run_jupyter_book", fake_builder)
+    words = ["all", "--output", str(paged.root / "out")]
+    with execution.only_one(paged.root / "out", "building pages into"):
+        code, _, told = paged.command(*words)
+    assert code == 1 and "Another run is building pages into" in told
+    assert paged.command(*words)[0] == 0
+
+
+def test_the_papers_own_arithmetic_is_counted_apart(project: Project) -> None:
+    project.notebook("01_first")
+    folder = project.root / "results" / "tiny"
+    folder.mkdir(parents=True)
+    lines = ["Table 1,off,number", "Table 1,match,number", "Fig. 2,off,number",
+             "Table 1,match,internal", "a|b,not measured,statement", "Table 2,off,internal",
+             "Table 2,match,internal"]
+    (folder / "claims.csv").write_text("exhibit,verdict,kind\n" + "\n".join(lines) + "\n")
+    table = [[cell.strip() for cell in line.strip("|").split(" | ")]
+             for line in pages.verdict_counts(load_run("tiny")).splitlines()]
+    assert table[0] == ["Exhibit", *claims.VERDICTS]
+    assert table[2:] == [
+        ["Table 1", "1", "", "1", "", ""], ["Fig. 2", "", "", "1", "", ""],
+        ["a\\|b", "", "", "", "", "1"],
+        ["**all claims about the model**", "1", "", "2", "", "1"],
+        ["**the paper's own arithmetic**", "2", "", "1", "", ""],
+    ]
+
+
 @pytest.fixture(scope="module")
 def good() -> dict[str, Any]:
     """An executed notebook as the gate wants it."""
@@ -319,7 +559,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             "report = Report(from_notebook({'profile': profile}), '01_first')\n"
             "report.value('t.loss', 0.25)\n"
             "with open(report.profile.results / 'claims.csv', 'w') as file:\n"
-            "    file.write('id,exhibit,verdict\\n1,Table 1,match\\n2,<b>,off\\n')\n"
+            "    file.write('exhibit,verdict,kind\\nTable 1,match,number\\n<b>,off,number\\n')\n"
             '\n# %% mystnb={"image": {"alt": "A dot."}, "figure": {"caption": "A dot."}}\n'
             f"Image(base64.b64decode('{PIXEL}'), format='png')\n"
         ), header='{exhibits: "Fig. 9", modules: [cells], produces: [claims.csv]}')

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from scfm_circuits import InputError
 from scfm_circuits import profile as profile_module
 from scfm_circuits.profile import (
+    BUNDLED_CELLS,
     PROFILES,
     Profile,
+    cells_path,
     from_notebook,
     load_profile,
     profile_files,
@@ -94,6 +96,49 @@ def test_a_profile_holds_what_differs(tmp_path: Path) -> None:
     same = mine.model_dump(exclude={"seed", "l1_coefficient", "name"})
     assert same == smoke.model_dump(exclude={"seed", "l1_coefficient", "name"})
     assert [file.name for file in profile_files(path)] == ["mine.yml", "smoke.yml", "demo.yml"]
+
+
+NAMED = "human_layer: 3\ncells: x.h5ad\ncells_name: hearts\ntitle: T\n"
+
+
+@pytest.mark.parametrize(("text", "overrides", "name", "title"), [
+    ("extends: demo\ncells: ~/a/x.h5ad\n", {}, "cells of x.h5ad", ""),
+    ("human_layer: 3\ncells: x.h5ad\n", {}, "cells of x.h5ad", ""),
+    ("extends: demo\ncells: x.h5ad\ncells_name: hearts\ntitle: T\n", {}, "hearts", "T"),
+    ("extends: demo\n", {"cells": "x.h5ad"}, "cells of x.h5ad", ""),
+    ("extends: demo\n", {"cells": "x.h5ad", "cells_name": "hearts"}, "hearts", ""),
+    (NAMED, {"cells": "y.h5ad"}, "cells of y.h5ad", ""),
+    (NAMED, {"cells": "x.h5ad"}, "hearts", "T"),
+    (NAMED, {"cells": BUNDLED_CELLS},
+     Profile.model_fields["cells_name"].default, ""),
+    ("extends: demo\ntitle: T\n", {"model": "org/name", "tokenizer": "org/name"},
+     load_profile("demo").cells_name, ""),
+])
+def test_other_cells_do_not_keep_the_names_of_the_base(
+    tmp_path: Path, text: str, overrides: dict[str, Any], name: str, title: str
+) -> None:
+    profile = load_profile(write(tmp_path, text), overrides)
+    assert (profile.cells_name, profile.title) == (name, title)
+
+
+def test_a_profile_that_extends_twice_keeps_the_nearest_names(tmp_path: Path) -> None:
+    write(tmp_path, "extends: demo\ncells: x.h5ad\ncells_name: hearts\n", "middle.yml")
+    path = write(tmp_path, f"extends: {tmp_path / 'middle.yml'}\nseed: 3\n")
+    assert load_profile(path).cells_name == "hearts"
+
+
+def test_where_the_cells_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+    def path(cells: str) -> Path | None:
+        return cells_path(load_profile("demo", {"cells": cells}), tmp_path)
+
+    assert path(BUNDLED_CELLS) is None
+    assert path("a/x.h5ad") == tmp_path / "a" / "x.h5ad"
+    assert path("~/x.h5ad") == tmp_path / "home" / "x.h5ad"
+    assert path("/data/x.h5ad") == Path("/data/x.h5ad")
+    with pytest.raises(InputError, match="give the whole path"):
+        path("~no-such-user/x.h5ad")
 
 
 @given(st.integers(0, 2**31 - 1), st.floats(0.01, 0.99))

@@ -35,12 +35,12 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag in ("td", "th", "caption"):
+        if tag in ("td", "th", "p"):
             self.cells.append("")
             self._inside = True
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in ("td", "th", "caption"):
+        if tag in ("td", "th", "p"):
             self._inside = False
 
     def handle_data(self, data: str) -> None:
@@ -57,9 +57,21 @@ def test_any_text_stays_text(cell: str, caption: str) -> None:
         pd.DataFrame({cell: [cell]}), caption=caption)
     page = Reader(shown.bundle["text/html"])
     assert page.cells == [caption, cell, cell]
-    assert page.tags[0][1]["aria-label"] == caption
     assert [tag for tag, _ in page.tags] == [
-        "div", "table", "caption", "thead", "tr", "th", "tbody", "tr", "td"]
+        "p", "div", "table", "thead", "tr", "th", "tbody", "tr", "td"]
+
+
+def test_a_caption_stands_above_the_box_that_scrolls_and_names_it(report: Report) -> None:
+    frame = pd.DataFrame({"x": [1]})
+    one, other = (report.show(frame, caption=text).bundle["text/html"] for text in "AB")
+    page = Reader(one)
+    (first, caption), (second, box), (third, table) = page.tags[:3]
+    assert (first, second, third) == ("p", "div", "table")
+    assert caption["id"] == box["aria-labelledby"] == table["aria-labelledby"]
+    assert caption["id"] != Reader(other).tags[0][1]["id"]
+    assert one == report.show(frame, caption="A").bundle["text/html"]
+    without = Reader(report.table("numbers", frame).bundle["text/html"])
+    assert without.tags[0][0] == "div" and without.tags[0][1]["aria-label"] == "numbers"
 
 
 def test_a_table_is_written_in_full_and_shown_in_part(report: Report, tmp_path: Path) -> None:
@@ -70,8 +82,8 @@ def test_a_table_is_written_in_full_and_shown_in_part(report: Report, tmp_path: 
     assert raw.startswith(b"x,name\n0,a\n0.3333333333,b\n") and b"\r" not in raw
     pd.testing.assert_frame_equal(pd.read_csv(path), frame, rtol=1e-9)
     page = Reader(shown.bundle["text/html"])
-    assert page.cells == ["Thirds", "x", "name", "0", "a", "0.333", "b"]
-    assert "2 of 5 rows" in shown.bundle["text/html"]
+    assert page.cells == ["Thirds", "x", "name", "0", "a", "0.333", "b",
+                          "2 of 5 rows; numbers.csv"]
     assert ("a", {"href": "downloads/tables/numbers.csv"}) in page.tags
     assert "c  " not in shown.bundle["text/plain"]
 

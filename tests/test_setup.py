@@ -115,6 +115,32 @@ def test_make_hands_overrides_on() -> None:
     assert 'all --profile "smoke" -p "seed=1" -p "fdr=0.1"' in answer.stdout
 
 
+@pytest.mark.parametrize(("given", "gone"), [
+    ("PROFILE=a", {"a", "a+0f"}), ("PROFILE=some/where/a.yml", {"a", "a+0f"}),
+    ("PROFILE=a+0f", {"a+0f"}), ("A=", {"demo"}),
+    ("PROFILE=", None), ("PROFILE=a/", None), ("PROFILE=..", None), ("PROFILE=.", None),
+    ("PROFILE=*", None), ("PROFILE=a b", None), ("PROFILE=../results", None),
+    ("PROFILE=.yml", None), ("PROFILE=x/...yml", None), ("PROFILE=a'; echo b", None),
+])
+def test_clean_removes_one_profile_or_nothing(
+    tmp_path: Path, given: str, gone: set[str] | None
+) -> None:
+    profiles = {"demo", "a", "a+0f", "ab", "b"}
+    for name in profiles:
+        (tmp_path / "results" / name).mkdir(parents=True)
+    for name in ("src", "tests", "book/_build"):
+        (tmp_path / name).mkdir(parents=True)
+    answer = subprocess.run(
+        ["make", "-C", str(tmp_path), "-f", str(ROOT / "Makefile"), "clean", given],
+        capture_output=True, text=True,
+    )
+    left = {path.name for path in (tmp_path / "results").iterdir()}
+    assert left == profiles - (gone or set())
+    assert (answer.returncode == 0) == (gone is not None)
+    assert (tmp_path / "book" / "_build").exists() == (gone is None)
+    assert gone is not None or "Nothing was removed: PROFILE is" in answer.stderr
+
+
 CONTRACT = {
     *(f"tables/{name}.csv" for name in (
         "table1", "table2", "l0", "live_features", "human_eval_sample", "table4", "circuit_nodes",

@@ -18,17 +18,29 @@ import yaml
 from scfm_circuits import InputError, gate, provenance
 from scfm_circuits.execution import ExecutionFailed, execute
 from scfm_circuits.files import write_json
-from scfm_circuits.freshness import Run, load_run, plan, read_record
+from scfm_circuits.freshness import Run, changed_inputs, load_run, plan, read_record, rehashed
 from scfm_circuits.profile import ROOT, _Loader
 
 
-def check(run: Run) -> None:
+def check(run: Run, just_executed: Sequence[str] = ()) -> None:
     """The gate over the whole run; ExecutionFailed with one line per problem.
 
     Every chapter must be executed, fresh and whole (`gate.problems`), every declared file there.
-    On success the run's `provenance.json` is written.
+    The inputs are looked at again, as they may have changed since the run was read. On success the
+    run's `provenance.json` is written.
+
+    just_executed: names of the notebooks that this command has executed before it.
     """
-    problems = [f"{notebook.name}: {reason}" for notebook, reason in plan(run)]
+    run = rehashed(run)
+    stale = plan(run)
+    changed = {kind for notebook, _ in stale if notebook.name in just_executed
+               for kind in changed_inputs(run, notebook,
+                                          read_record(run.output(notebook.name)) or {})}
+    if changed:
+        raise ExecutionFailed(
+            f"Changed while running: {', '.join(sorted(changed))}; run `make book` again."
+        )
+    problems = [f"{notebook.name}: {reason}" for notebook, reason in stale]
     if problems:
         raise ExecutionFailed(
             "The executed chapters are not up to date; run `make notebooks` first:\n  "
@@ -91,18 +103,21 @@ def _perform(arguments: argparse.Namespace) -> None:
             print(f"{notebook.name}: {reason}")
         return
     executed: list[str] = []
+    if arguments.command in ("all", "build"):
+        from scfm_circuits import pages
+
+        # From now on there are pages only if this run ends well.
+        pages.set_aside_unless_fresh(run, arguments.output)
     if arguments.command in ("all", "execute"):
         executed = execute(run, cell_seconds=arguments.cell_seconds)
         if not executed and arguments.command == "execute":
             print(f"Every notebook of {run.profile.name} is up to date.")
     if arguments.command == "execute":
         return
-    check(run)
+    check(run, executed)
     if arguments.command == "check":
         print(f"{len(run.notebooks)} chapters of {run.profile.name} pass the gate.")
         return
-    from scfm_circuits import pages
-
     index = arguments.output / "html" / "index.html"
     built = pages.build(run, arguments.output)
     print(f"{'Built' if built or executed else 'Everything is up to date'}: "

@@ -1,8 +1,9 @@
 """Executing the stale notebooks of one run, in order, each into its place only when it is good.
 
-A notebook is executed under a temporary name. It appears in `results/<profile>/notebooks/` only
-after it has passed the gate; otherwise the partial output is kept in `results/<profile>/failed/`
-and the notebook stays stale, so that the same command tries it again.
+A notebook is executed under a temporary name, after its earlier execution has been removed. It
+appears in `results/<profile>/notebooks/` only after it has passed the gate; otherwise the partial
+output is kept in `results/<profile>/failed/` and the notebook stays stale, so that the same command
+tries it again.
 """
 
 import contextlib
@@ -15,15 +16,27 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 from scfm_circuits import InputError, gate, provenance
 from scfm_circuits.files import write_atomic
-from scfm_circuits.freshness import Notebook, Run, plan, read_record, source_inputs
+from scfm_circuits.freshness import (
+    Notebook,
+    Run,
+    cache_inputs,
+    plan,
+    read_record,
+    rehashed,
+    source_inputs,
+)
 from scfm_circuits.profile import ROOT, profile_path
 
 CELL_SECONDS = 3600
 """A cell that runs longer than this fails; $SCFM_CELL_SECONDS or `--cell-seconds` change it."""
+
+
+CLEARED = "\r\x1b[K"
+"""Back to the start of the terminal's line, and nothing on it."""
 
 
 class ExecutionFailed(Exception):
@@ -31,15 +44,18 @@ class ExecutionFailed(Exception):
 
 
 @contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Refuse a second execution of the same profile at the same time."""
+def only_one(folder: Path, doing: str) -> Iterator[None]:
+    """Hold the folder for this process; InputError if another one holds it.
+
+    doing: what the other run is doing there, such as `executing notebooks into`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(
-                f"Another run is executing notebooks into {folder}; wait for it to end."
+                f"Another run is {doing} {folder}; wait for it to end."
             ) from None
         yield
 
@@ -51,17 +67,26 @@ def execute(run: Run, *, cell_seconds: int | None = None) -> list[str]:
     moved to `results/<profile>/failed/`, and the next call tries it again.
     """
     limit = cell_seconds or _seconds_from_environment()
-    with _only_one(run.profile.results):
+    with only_one(run.profile.results, "executing notebooks into"):
         stale = plan(run)
         for number, (notebook, reason) in enumerate(stale, 1):
             print(f"[{number}/{len(stale)}] {notebook.name}: {reason}", flush=True)
-            seconds = _execute_one(run, notebook, limit)
+            seconds = _execute_one(_as_it_is_now(run), notebook, limit)
             print(f"      done in {seconds:.1f} s", flush=True)
         known = {f"{notebook.name}.ipynb" for notebook in run.notebooks}
         for leftover in (run.profile.results / "notebooks").glob("*.ipynb"):
             if leftover.name not in known:
                 leftover.unlink()
         return [notebook.name for notebook, _ in stale]
+
+
+def _as_it_is_now(run: Run) -> Run:
+    """The run with the inputs that the next notebook will read; they may change during a run."""
+    now = rehashed(run)
+    if now.inputs["profile"] != run.inputs["profile"]:
+        # Only the notebook's kernel would read it again: its record would name the old settings.
+        raise ExecutionFailed("Changed while running: profile; run `make book` again.")
+    return now
 
 
 def _seconds_from_environment() -> int:
@@ -117,24 +142,28 @@ def _execute_one(run: Run, notebook: Notebook, limit: int) -> float:
     # What the notebook was before it ran: an edit during the run leaves it stale.
     own, git = source_inputs(notebook), provenance.git_state(ROOT)
     node = _prepared(run, notebook)
-    on_terminal = sys.stderr.isatty()
+    # From here on files of the earlier execution are overwritten; if this one fails, its record
+    # must not vouch for the mixture.
+    final.unlink(missing_ok=True)
     # Its warning about parameters without a default is no news: the profile has checked them.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     # String hashing differs between processes otherwise, and with it the order of sets.
     os.environ.setdefault("PYTHONHASHSEED", "0")
     started = time.perf_counter()
     try:
-        with open(partial.with_suffix(".log"), "w") as log:
+        with open(partial.with_suffix(".log"), "w") as log, _terminal() as live:
             papermill.execute_notebook(
                 node, str(partial), parameters=_parameters(run), kernel_name="python3",
                 kernel_manager_class=_kernel_manager(log), cwd=str(ROOT), execution_timeout=limit,
-                progress_bar={"leave": False, "desc": notebook.name} if on_terminal else False,
+                progress_bar={"leave": False, "desc": notebook.name} if live else False,
+                stderr_file=live,
             )
         executed = nbformat.read(partial, as_version=4)
         seconds = time.perf_counter() - started
         _tidy(executed, notebook, final)
         executed.metadata["scfm"] = _record(run, notebook, seconds, git)
-        executed.metadata["scfm"]["inputs"].update(own)
+        # The cache as the notebook leaves it: what it downloads itself is no change.
+        executed.metadata["scfm"]["inputs"].update({**own, **cache_inputs(run, notebook)})
         problems = gate.problems(executed, known_parameters=_parameters(run))
         problems += gate.missing_products(run.profile.results, notebook.produces)
         if problems:
@@ -149,6 +178,48 @@ def _execute_one(run: Run, notebook: Notebook, limit: int) -> float:
         partial.with_suffix(suffix).unlink(missing_ok=True)
         (run.profile.results / "failed" / final.name).with_suffix(suffix).unlink(missing_ok=True)
     return seconds
+
+
+class _Live:
+    """What cells write to stderr, on the terminal, as they write it: bars and `Downloading ...`.
+
+    papermill's own bar keeps its line; each line of the kernel's starts on a cleared one.
+    """
+
+    def __init__(self, terminal: TextIO) -> None:
+        self.terminal = terminal
+        self.at_start = True
+
+    def write(self, text: str) -> None:
+        """Write and show the text at once."""
+        if not text:
+            return
+        shown = text.replace("\r\n", "\n").replace("\r", CLEARED)
+        self.terminal.write((CLEARED if self.at_start else "") + shown)
+        self.at_start = text.endswith("\n")
+
+    def flush(self) -> None:
+        """papermill calls this after each piece."""
+        self.terminal.flush()
+
+    def end(self) -> None:
+        """Clear a line that was begun, so that the next message has it for itself."""
+        if not self.at_start:
+            self.terminal.write(CLEARED)
+            self.flush()
+
+
+@contextlib.contextmanager
+def _terminal() -> Iterator[_Live | None]:
+    """The terminal, if stderr is one; where nobody watches, cells stay quiet."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    live = _Live(sys.stderr)
+    try:
+        yield live
+    finally:
+        live.end()
 
 
 def _kernel_manager(log: IO[str]) -> type:

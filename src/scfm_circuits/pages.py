@@ -4,7 +4,10 @@
 2. Fill the generated parts of the prose (exhibit map, verdicts, downloads) from the run.
 3. Run Jupyter Book with every warning an error.
 4. Refuse pages that would fetch anything from another host.
-5. Move the result to `html/`. A build that fails leaves no `html/` behind.
+5. Move the result to `html/`.
+
+`html/` stands only if it shows a whole run: before anything stale is executed or built, the earlier
+pages are moved to `html-old/`, and they are removed when the new ones are there.
 """
 
 import csv
@@ -23,9 +26,9 @@ from typing import Any
 import yaml
 
 from scfm_circuits import InputError
-from scfm_circuits.execution import ExecutionFailed
+from scfm_circuits.execution import ExecutionFailed, only_one
 from scfm_circuits.files import sha256_of_file, write_atomic, write_json
-from scfm_circuits.freshness import Run
+from scfm_circuits.freshness import Run, plan
 from scfm_circuits.profile import ROOT
 
 BOOK = ROOT / "book"
@@ -45,16 +48,45 @@ def build(run: Run, output: Path) -> bool:
     """Build `<output>/html`; returns False if it already shows exactly this run.
 
     Raises ExecutionFailed with the builder's warnings if there is one, InputError if the table of
-    contents does not list the notebooks.
+    contents does not list the notebooks or another run is building into the folder.
     """
     output = output.resolve()
-    content = fingerprint(run)
-    stamp = output / STAMP
-    if (output / "html" / "index.html").is_file() and _read(stamp).get("content") == content:
-        return False
-    _check_contents(run)
-    stamp.unlink(missing_ok=True)
-    shutil.rmtree(output / "html", ignore_errors=True)
+    with only_one(output, "building pages into"):
+        content = fingerprint(run)
+        if _shows(output, content):
+            return False
+        _set_aside(output)
+        _check_contents(run)
+        _build(run, output)
+        write_json(output / STAMP, {"content": content, "profile": run.profile.name})
+        shutil.rmtree(output / "html-old", ignore_errors=True)
+        return True
+
+
+def set_aside_unless_fresh(run: Run, output: Path) -> None:
+    """Move `<output>/html` to `html-old` if it does not show this run as it now is."""
+    output = output.resolve()
+    if not (output / "html").exists():
+        return
+    with only_one(output, "building pages into"):
+        if plan(run) or not _shows(output, fingerprint(run)):
+            _set_aside(output)
+
+
+def _shows(output: Path, content: str) -> bool:
+    return ((output / "html" / "index.html").is_file()
+            and _read(output / STAMP).get("content") == content)
+
+
+def _set_aside(output: Path) -> None:
+    (output / STAMP).unlink(missing_ok=True)
+    if (output / "html").exists():
+        shutil.rmtree(output / "html-old", ignore_errors=True)
+        (output / "html").rename(output / "html-old")
+
+
+def _build(run: Run, output: Path) -> None:
+    """Stage, build and check in `<output>/work`, then move the pages to `<output>/html`."""
     work = output / "work"
     shutil.rmtree(work, ignore_errors=True)
     source = work / "source"
@@ -65,8 +97,6 @@ def build(run: Run, output: Path) -> bool:
         raise ExecutionFailed("The pages would fetch from other hosts:\n  " + "\n  ".join(foreign))
     built.rename(output / "html")
     shutil.rmtree(work)
-    write_json(stamp, {"content": content, "profile": run.profile.name})
-    return True
 
 
 def fingerprint(run: Run) -> str:
@@ -191,19 +221,28 @@ def exhibit_map(run: Run) -> str:
 
 
 def verdict_counts(run: Run) -> str:
-    """How many claims of each exhibit got which verdict, from the run's `claims.csv`."""
+    """How many claims got which verdict, from the run's `claims.csv`.
+
+    Claims about the model are counted by exhibit; checks of the paper against itself (`kind` is
+    `internal`) need no run and have one line of their own.
+    """
+    from scfm_circuits.claims import VERDICTS
+
     path = run.profile.results / "claims.csv"
     if not path.is_file():
         return "This run has no claims ledger."
     with open(path, encoding="utf-8", newline="") as handle:
         claims = list(csv.DictReader(handle))
-    verdicts = list(dict.fromkeys(claim["verdict"] for claim in claims))
-    exhibits = dict.fromkeys(claim["exhibit"] for claim in claims)
-    counts = Counter((claim["exhibit"], claim["verdict"]) for claim in claims)
-    rows = [[_cell(exhibit), *(str(counts[exhibit, verdict] or "") for verdict in verdicts)]
-            for exhibit in exhibits]
-    totals = [str(sum(counts[exhibit, verdict] for exhibit in exhibits)) for verdict in verdicts]
-    return _markdown_table(["Exhibit", *map(_cell, verdicts)], [*rows, ["all", *totals]])
+    own = [claim for claim in claims if claim["kind"] != "internal"]
+    internal = [claim for claim in claims if claim["kind"] == "internal"]
+    groups = {_cell(exhibit): [claim for claim in own if claim["exhibit"] == exhibit]
+              for exhibit in dict.fromkeys(claim["exhibit"] for claim in own)}
+    groups |= {"**all claims about the model**": own, "**the paper's own arithmetic**": internal}
+    rows = []
+    for title, group in groups.items():
+        counts = Counter(claim["verdict"] for claim in group)
+        rows.append([title, *(str(counts[verdict] or "") for verdict in VERDICTS)])
+    return _markdown_table(["Exhibit", *VERDICTS], rows)
 
 
 def download_list(run: Run) -> str:

@@ -123,7 +123,7 @@ class Profile(BaseModel):
     """A feature is live in Figure 3 and Table 3 if log10 E(f) is at least this."""
     live_cut_table4: Annotated[float, Field(le=0)] = -3.0
     """The same for Table 4, where the paper uses a stricter cut."""
-    human_layer: Annotated[int, Field(ge=0)] = 12
+    human_layer: Annotated[int, Field(ge=0)] = 3
     """Layer of the human evaluation (the paper: 12 of 24)."""
     human_features: Positive = 20
     """Live features drawn for the human evaluation."""
@@ -290,11 +290,14 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
 
 
 def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`own` fields over those of `base`; other cells do not keep the base's names for its cells."""
+    """`own` fields over those of `base`; other cells or models do not keep the base's names."""
     kept = dict(base)
-    if "cells" in own and own["cells"] != base.get("cells", BUNDLED_CELLS):
-        kept.pop("cells_name", None)
+    other = {field for field in ("cells", "model")
+             if field in own and own[field] != base.get(field, Profile.model_fields[field].default)}
+    if other:
         kept.pop("title", None)
+    if "cells" in other:
+        kept.pop("cells_name", None)
     return {**kept, **own}
 
 

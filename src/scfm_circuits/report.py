@@ -5,6 +5,7 @@ stands under `results/<profile>/` cannot differ. Text in tables may come from st
 files, labels, profiles) and is escaped.
 """
 
+import hashlib
 import html
 import math
 import os
@@ -216,7 +217,7 @@ def _number(digits: int) -> Callable[[float], str]:
     return as_text
 
 
-def _html_table(frame: "pd.DataFrame", caption: str | None, digits: int) -> str:
+def _html_table(frame: "pd.DataFrame", digits: int) -> str:
     """The table as HTML with every text escaped; numbers to the right, text to the left."""
     from pandas import NA
     from pandas.api.types import is_numeric_dtype
@@ -242,9 +243,8 @@ def _html_table(frame: "pd.DataFrame", caption: str | None, digits: int) -> str:
         "".join(f"<td{kind}>{as_text(value)}</td>" for value, kind in zip(row, kinds, strict=True))
         for row in zip(*columns, strict=True)
     )
-    title = f"<caption>{html.escape(caption)}</caption>\n" if caption else ""
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
-    return (f'<table class="dataframe">\n{title}<thead><tr>{head}</tr></thead>\n'
+    return (f'<table class="dataframe">\n<thead><tr>{head}</tr></thead>\n'
             f"<tbody>\n{body}\n</tbody>\n</table>")
 
 
@@ -252,7 +252,7 @@ def _shown_table(
     frame: "pd.DataFrame", caption: str | None, rows: int | None, digits: int, path: Path | None,
 ) -> Shown:
     part = frame if rows is None else frame.head(rows)
-    body = _html_table(part, caption, digits)
+    body = _html_table(part, digits)
     notes = []
     if len(part) < len(frame):
         notes.append(f"{len(part):,} of {len(frame):,} rows")
@@ -261,15 +261,23 @@ def _shown_table(
         # Beside the built pages, the results stand under downloads/.
         link = f'<a href="downloads/tables/{path.name}">{html.escape(path.name)}</a>'
     line = "; ".join([*map(html.escape, notes), *([link] if link else [])])
-    label = html.escape(caption or (path.stem if path else "table"), quote=True)
+    title, label = "", f'aria-label="{html.escape(path.stem if path else "table", quote=True)}"'
+    if caption:
+        # Above the box that scrolls, else a phone would show its beginning only.
+        whole = f"{caption}\0{path.name if path else ''}\0{body}"
+        key = f"table-{hashlib.sha256(whole.encode(errors='replace')).hexdigest()[:12]}"
+        title = f'<p class="table-caption mathjax_ignore" id="{key}">{html.escape(caption)}</p>\n'
+        label = f'aria-labelledby="{key}"'
+        body = body.replace("<table ", f"<table {label} ", 1)
     text = part.to_string(index=False, float_format=_number(digits), na_rep="")
     if path is not None:
         notes.append(os.path.relpath(path, ROOT))
     return Shown({
         "text/html": (
             # The reserved class keeps MathJax away from dollar signs in cells.
-            f'<div class="table-scroll mathjax_ignore" tabindex="0" role="region" '
-            f'aria-label="{label}">\n{body}\n</div>'
+            title
+            + f'<div class="table-scroll mathjax_ignore" tabindex="0" role="region" {label}>\n'
+            f'{body}\n</div>'
             + (f'\n<p class="table-note">{line}</p>' if line else "")
         ),
         "text/plain": "\n".join([*([caption] if caption else []), text, *notes]),

@@ -68,8 +68,8 @@ report.not_comparable(run)
 
 # %%
 draws = 5
-libraries = {one.content_sha256: one for one in
-             (load_library(name, run.gene_sets) for name in run.libraries)}
+loaded = [load_library(name, run.gene_sets) for name in run.libraries]
+libraries = {one.content_sha256: one for one in loaded}
 symbols = corpus.symbols[np.unique(corpus.gene[corpus.gene >= 0])].tolist()
 random_features = untrained_statistics(model, statistics, corpus, run)
 rows = []
@@ -98,7 +98,7 @@ pooled["percentage"] = 100 * pooled["hits"] / pooled["tested"]
 report.show(pooled, caption="All layers together")
 
 # %% tags=["remove-input"]
-report.warning(*(one.warning for one in libraries.values()))
+report.warning(*(one.warning for one in loaded))
 
 # %% tags=["remove-input"]
 for rule, kind, value in pooled[["rule", "lists", "percentage"]].itertuples(index=False):

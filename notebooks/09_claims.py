@@ -53,7 +53,7 @@ report.show(counts, caption="Verdicts of this run")
 # ## Judged in this run
 
 # %% tags=["hide-input"]
-columns = ["exhibit", "claim", "paper", "ours", "difference", "unit", "rule", "verdict"]
+columns = ["exhibit", "verdict", "claim", "paper", "ours", "difference", "unit", "rule"]
 judged = own[~own["verdict"].isin(["not comparable at this scale", "not measured"])]
 report.show(judged[columns], caption="Claims that this profile can judge")
 
@@ -75,5 +75,5 @@ report.show(internal[internal["verdict"] == "match"][["exhibit", "claim", "paper
 
 # %% tags=["hide-input"]
 rest = own[own["verdict"].isin(["not comparable at this scale", "not measured"])]
-report.show(rest[["exhibit", "claim", "paper", "ours", "verdict"]],
+report.show(rest[["exhibit", "verdict", "claim", "paper", "ours"]],
             caption="Claims about the paper's own model and cells")

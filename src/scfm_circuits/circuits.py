@@ -286,12 +286,12 @@ def node_table(circuit: Circuit, texts: list[str], genes: list[str | None]) -> p
     """
     influence = circuit.influence()
     rows = [{
-        "node": node.id, "kind": node.kind, "layer": node.layer,
+        "kind": node.kind, "layer": node.layer,
         "feature": node.index if node.kind == "feature" else None,
         "head": node.index if node.kind == "head" else None,
         "position": node.position, "source": node.source, "token": texts[node.source],
         "gene": genes[node.source] or "", "value": node.value, "influence": influence[node.id],
-        "expanded": node.id in circuit.expansions,
+        "expanded": node.id in circuit.expansions, "node": node.id,
     } for node in circuit.nodes.values()]
     frame = pd.DataFrame(rows)
     frame["feature"] = frame["feature"].astype("Int64")

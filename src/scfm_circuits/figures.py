@@ -272,8 +272,14 @@ def faithfulness(frame: pd.DataFrame) -> Figure:
     axes[0].plot([low, high], [low, high], color="black", linewidth=0.8, linestyle=":")
     axes[0].set(xlabel="predicted change / target", ylabel="measured change / target")
     axes[0].legend()
-    sns.stripplot(frame, x="features", y="measured", hue="features", order=["circuit", "random"],
-                  palette={"circuit": BLUE, "random": GREY}, ax=axes[1], legend=False, alpha=0.7)
+    # Own jitter: seaborn's comes from the global generator and would differ from run to run.
+    jitter = np.random.default_rng(0)
+    for place, (name, colour) in enumerate((("circuit", BLUE), ("random", GREY))):
+        values = frame.loc[frame["features"] == name, "measured"]
+        axes[1].scatter(place + jitter.uniform(-0.1, 0.1, len(values)), values, s=22, alpha=0.7,
+                        color=colour)
+    axes[1].set_xticks([0, 1], ["circuit", "random"])
+    axes[1].set_xlim(-0.5, 1.5)
     axes[1].axhline(0, color="black", linewidth=0.8)
     axes[1].set(xlabel="features ablated", ylabel="measured change / target")
     return figure

@@ -1,0 +1,66 @@
+"""Figures show what they are given, and are the same on every run."""
+
+import io
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import tiny_model, tiny_transcoders, tokens
+
+from scfm_circuits import figures
+from scfm_circuits.attribution import freeze
+from scfm_circuits.circuits import strongest_features, trace_feature
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def drawn(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=50, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def effects() -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    return pd.DataFrame({"features": ["circuit", "random"] * 8, "predicted": rng.normal(size=16),
+                         "measured": rng.normal(size=16)})
+
+
+def test_the_same_data_gives_the_same_picture_whatever_the_global_generator():
+    first = drawn(figures.faithfulness(effects()))
+    np.random.rand(7)  # moves the global generator
+    assert drawn(figures.faithfulness(effects())) == first
+
+
+def test_every_circuit_node_that_is_drawn_has_a_place_and_the_target_is_among_them():
+    model = tiny_model()
+    run = freeze(model, tiny_transcoders(model), tokens(7))
+    target = strongest_features(run, 2, 6, 1)[0]
+    circuit = trace_feature(run, 2, target, 6, branches=6, depth=3, max_nodes=40)
+    texts, genes = [f"t{i}" for i in range(7)], ["A", None, "$B$", None, None, None, None]
+    few = figures.circuit_picture(circuit, texts, genes, 3, max_edges=5)
+    many = figures.circuit_picture(circuit, texts, genes, 3, max_edges=500)
+
+    def lines(figure):
+        return sum(len(line.get_xdata()) == 2 for line in figure.axes[0].lines)
+
+    assert lines(few) == 5
+    assert lines(many) == len(circuit.edges)
+    drawn(many)  # a dollar sign in a gene is not mathematics
+
+
+def test_a_layer_axis_of_24_layers_is_not_crowded():
+    figure = figures.l0_per_layer(np.arange(24.0), np.ones((24, 3)))
+    assert len(figure.axes[0].get_xticks()) == 12
+
+
+def test_held_out_and_training_cells_add_up():
+    labels = np.array(["a", "a", "b", "a"])
+    figure = figures.cells_per_type(labels, np.array([True, False, False, False]))
+    widths = [bar.get_width() for bar in figure.axes[0].patches]
+    assert sorted(widths) == [0, 1, 1, 2]

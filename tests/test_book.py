@@ -558,8 +558,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             "from scfm_circuits.report import Report\n"
             "report = Report(from_notebook({'profile': profile}), '01_first')\n"
             "report.value('t.loss', 0.25)\n"
+            "report.value('t.count', 4646)\n"
+            "report.value('t.small', 8.03e-4, '8.03e-04')\n"
             "with open(report.profile.results / 'claims.csv', 'w') as file:\n"
             "    file.write('exhibit,verdict,kind\\nTable 1,match,number\\n<b>,off,number\\n')\n"
+            "\n# %% [markdown]\n# Count {glue:text}`t.count`, small {glue:text}`t.small`.\n"
             '\n# %% mystnb={"image": {"alt": "A dot."}, "figure": {"caption": "A dot."}}\n'
             f"Image(base64.b64decode('{PIXEL}'), format='png')\n"
         ), header='{exhibits: "Fig. 9", modules: [cells], produces: [claims.csv]}')
@@ -590,6 +593,9 @@ def test_generated_parts(built: Project) -> None:
     text = (html / "intro.html").read_text(encoding="utf-8")
     assert ">0.25</span>" in text and "generated:" not in text
     assert "&lt;b&gt;" in text and "Chapter 01_first" in text and "Fig. 9" in text
+    # The glue role evaluates what it is given; numbers must read as they were written.
+    chapter = (html / "01_first.html").read_text(encoding="utf-8")
+    assert ">4,646</span>" in chapter and ">8.03e-04</span>" in chapter
     assert 'href="downloads/values/01_first.json"' in text
     assert (html / "downloads" / "claims.csv").is_file()
 

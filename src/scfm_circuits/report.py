@@ -178,14 +178,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-class _Text:
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def __repr__(self) -> str:
-        return self.text
-
-
 def _glue(key: str, text: str) -> None:
     """Store `text` in the notebook under `key`; outside of IPython there is no notebook."""
     from IPython import get_ipython  # type: ignore[attr-defined]
@@ -194,7 +186,9 @@ def _glue(key: str, text: str) -> None:
         return
     from myst_nb import glue
 
-    glue(key, _Text(text), display=False)
+    # A string is glued in quotes. The glue role evaluates what it finds: without them `4,646` would
+    # read (4, 646) and `0.00` would read 0.0.
+    glue(key, text, display=False)
 
 
 def _let_go(figure: "Figure") -> None:

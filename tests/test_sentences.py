@@ -410,3 +410,19 @@ def test_a_tokenizer_in_a_folder_is_the_same(tmp_path):
         if other.name != "tokenizer.json":
             other.unlink()
     assert load_tokenizer(str(tmp_path))(text)["input_ids"] == trained()(text)["input_ids"]
+
+
+def test_an_answered_prompt_with_the_right_answer_is_the_corpus_itself():
+    from scfm_circuits.sentences import answered_prompt
+
+    corpus = tiny_corpus()
+    for place in ("answer", "query"):
+        profile = load_profile("smoke", {"genes_per_cell": 6, "case_position": place})
+        for cell in range(len(corpus)):
+            case = answered_prompt(corpus, profile, cell, str(corpus.labels[cell]))
+            end = int(corpus.answer_end[cell]) + 1
+            assert case.encoded.tokens.tolist() == corpus.tokens[cell][:end].tolist()
+            assert case.encoded.gene.tolist() == corpus.gene[cell][:end].tolist()
+            assert list(dict.fromkeys(g for g in case.genes if g)) == corpus.genes_of(cell)
+            asked = int(corpus.answer_start[cell]) - 1
+            assert case.position == (end - 1 if place == "answer" else asked)

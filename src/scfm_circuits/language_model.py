@@ -70,6 +70,14 @@ def mlps(model: "GPTNeoXForCausalLM") -> list[nn.Module]:
 # --- the model -----------------------------------------------------------------------------------
 
 
+def _without_widgets() -> None:
+    """Switch off the bars of transformers: in a notebook they are widgets, which would pull scripts
+    from other hosts into the page."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def load_model(name: str | Path, revision: str | None = None, layers: int | None = None,
                dtype: torch.dtype = torch.float32) -> "GPTNeoXForCausalLM":
     """A causal language model from a Hugging Face id or folder, in evaluation mode.
@@ -79,10 +87,8 @@ def load_model(name: str | Path, revision: str | None = None, layers: int | None
     lacks weights, or has another number of layers than the profile asks for.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    # Its bars are widgets in a notebook, which would pull scripts from other hosts into the page.
-    logging.disable_progress_bar()
+    _without_widgets()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(name), revision=revision, dtype=dtype, use_safetensors=True,
@@ -184,9 +190,7 @@ def get_model(profile: "Profile", corpus: "Corpus") -> tuple["GPTNeoXForCausalLM
     stamp["corpus"] = corpus_digest(corpus)
     stored = read_json(folder / "training.json")
     if stored.get("stamp") != stamp:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
+        _without_widgets()
         model, curve = train_small_model(corpus, profile)
         with atomic_folder(folder) as fresh:
             model.save_pretrained(fresh)

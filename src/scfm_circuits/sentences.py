@@ -76,10 +76,13 @@ class Corpus:
         """(n_cells,) tokens of each cell without padding."""
         return self.mask.sum(axis=1)
 
+    def gene_ids_of(self, cell: int) -> np.ndarray:
+        """The cell's sentence as gene ids, in rank order."""
+        return self.gene[cell][(self.place[cell] == 0) & self.mask[cell]]
+
     def genes_of(self, cell: int) -> list[str]:
         """The cell's sentence: its genes in rank order."""
-        starts = (self.place[cell] == 0) & self.mask[cell]
-        return [str(self.symbols[i]) for i in self.gene[cell][starts]]
+        return [str(self.symbols[i]) for i in self.gene_ids_of(cell)]
 
     def pieces(self, cell: int) -> list[str]:
         """The cell's tokens as text, one string per token."""
@@ -232,10 +235,8 @@ def answered_prompt(corpus: Corpus, profile: Profile, cell: int, answer: str) ->
     `position` is where the profile's `case_position` reads the target: the answer's last token, or
     the prompt's.
     """
-    genes = corpus.genes_of(cell)
-    ids = {str(symbol): i for i, symbol in enumerate(corpus.symbols)}
-    encoded, start = encode_prompt(corpus.tokenizer, profile.prompt, genes,
-                                   [ids[gene] for gene in genes],
+    encoded, start = encode_prompt(corpus.tokenizer, profile.prompt, corpus.genes_of(cell),
+                                   corpus.gene_ids_of(cell),
                                    profile.response.replace("{label}", answer))
     position = len(encoded.tokens) - 1 if profile.case_position == "answer" else start - 1
     named = [str(corpus.symbols[g]) if g >= 0 else None for g in encoded.gene]

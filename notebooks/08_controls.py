@@ -9,19 +9,18 @@
 #     language: python
 #     name: python3
 #   scfm:
-#     after: [06_enrichment, 07_endothelial_case_study]
-#     produces: [tables/controls_enrichment.csv, tables/circuit_faithfulness.csv]
+#     after: [07_endothelial_case_study]
+#     produces: [tables/circuit_faithfulness.csv]
 #     exhibits: "beyond the paper"
-#     modules: [enrichment, attribution, circuits, interventions]
+#     modules: [attribution, circuits, interventions]
 # ---
 
 # %% [markdown]
-# # Would anything else have done as well?
+# # Is the circuit what the model uses?
 #
-# The paper has no control. This chapter asks two questions of its two main results. Are features
-# called interpretable more often than gene lists that no model made? And does the circuit matter to
-# the model: does its target change when the circuit is taken away, by as much as predicted, and more
-# than when other active features are taken away?
+# The paper has no control. {doc}`06_enrichment` sets its features beside gene lists that no trained
+# feature made. This chapter asks the same of its circuit: does the target change when the circuit is
+# taken away, by as much as predicted, and more than when other active features are taken away?
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -33,9 +32,6 @@ import pandas as pd
 from scfm_circuits import InputError, figures
 from scfm_circuits.attribution import feature_direction, freeze
 from scfm_circuits.circuits import strongest_features, trace_feature
-from scfm_circuits.controls import control_lists, enriched_share, untrained_statistics
-from scfm_circuits.enrichment import RULES, load_library, wilson_interval
-from scfm_circuits.features import get_statistics
 from scfm_circuits.interventions import FeatureAt, ablate, matched_features
 from scfm_circuits.language_model import get_model
 from scfm_circuits.profile import from_notebook
@@ -48,81 +44,10 @@ report = Report(run, "08_controls")
 corpus = load_corpus(run)
 model, _ = get_model(run, corpus)
 transcoders, _ = get_transcoders(model, corpus, run)
-statistics = get_statistics(model, transcoders, corpus, run)
 report.not_comparable(run)
 
 # %% [markdown]
-# ## Interpretable by chance
-#
-# Each live feature's gene list is set beside lists of the same length that owe nothing to a trained
-# feature, {glue:text}`controls.draws` draws for each:
-#
-# - **uniform**: genes of the corpus drawn at random. Under a correct rule about 5 % of them should be
-#   called interpretable for each library; this tests the rule, not the features.
-# - **frequency-matched**: genes as common in the corpus as the feature's own. A feature that fires
-#   anywhere at random lists the commonest genes of the tissue.
-# - **token-preserving**: the genes of as many random tokens as the feature fires on, as common and
-#   contained in as many genes. Pieces of gene names are gene families, and gene families are terms.
-# - **untrained encoder**: features of transcoders that were never trained, on the same model, with
-#   thresholds such that they fire as often as the trained ones.
-
-# %%
-draws = 5
-loaded = [load_library(name, run.gene_sets) for name in run.libraries]
-libraries = {one.content_sha256: one for one in loaded}
-symbols = corpus.symbols[np.unique(corpus.gene[corpus.gene >= 0])].tolist()
-random_features = untrained_statistics(model, statistics, corpus, run)
-rows = []
-for layer in range(transcoders.n_layers):
-    lists = control_lists(statistics, random_features, layer, corpus, run, draws)
-    for name in dict.fromkeys([run.enrichment_rule, "enrichr", "corpus"]):
-        rule = RULES[name]
-        for kind, ragged in lists.items():
-            hits = enriched_share(ragged, corpus.symbols, list(libraries.values()), rule, symbols,
-                                  run.fdr)
-            low, high = wilson_interval(int(hits.sum()), max(len(hits), 1))
-            rows.append({"rule": name, "lists": kind, "layer": layer, "tested": len(hits),
-                         "hits": int(hits.sum()),
-                         "percentage": 100 * hits.mean() if len(hits) else np.nan,
-                         "lower_95": 100 * low, "upper_95": 100 * high})
-
-# %% mystnb={"image": {"alt": "Two panels, one per rule: percentage of lists called interpretable against layer, for the features and for four kinds of control lists."}, "figure": {"caption": "Share of lists called interpretable, layer by layer: the features, and lists that no trained feature made. Left the rule the paper most likely used, right the corpus as background with every term in the correction.", "name": "fig-controls"}} tags=["hide-input"]
-controls = pd.DataFrame(rows)
-report.figure("controls_enrichment", figures.share_with_controls(controls))
-
-# %% tags=["hide-input"]
-report.value("controls.draws", draws)
-report.table("controls_enrichment", controls, rows=0)
-pooled = controls.groupby(["rule", "lists"], sort=False)[["tested", "hits"]].sum().reset_index()
-pooled["percentage"] = 100 * pooled["hits"] / pooled["tested"]
-report.show(pooled, caption="All layers together")
-
-# %% tags=["remove-input"]
-report.warning(*(one.warning for one in loaded))
-
-# %% tags=["remove-input"]
-for rule, kind, value in pooled[["rule", "lists", "percentage"]].itertuples(index=False):
-    report.value(f"controls.{rule}.{kind.replace(' ', '-')}", float(value), f"{value:.1f} %")
-report.value("controls.libraries", ", ".join(
-    f"{one.name} ({one.source})" for one in libraries.values()))
-
-# %% [markdown]
-# Libraries: {glue:text}`controls.libraries`. Under the rule `enrichr`, {glue:text}`controls.enrichr.features`
-# of the features are called interpretable, and so are {glue:text}`controls.enrichr.uniform` of
-# uniformly random lists, {glue:text}`controls.enrichr.frequency-matched` of frequency-matched ones
-# and {glue:text}`controls.enrichr.token-preserving` of those that keep the number and the kind of
-# tokens. Under the rule `corpus` the same numbers are {glue:text}`controls.corpus.features`,
-# {glue:text}`controls.corpus.uniform`, {glue:text}`controls.corpus.frequency-matched` and
-# {glue:text}`controls.corpus.token-preserving`. Encoders that were never trained score
-# {glue:text}`controls.enrichr.untrained-encoder` under `enrichr` and
-# {glue:text}`controls.corpus.untrained-encoder` under `corpus`. A percentage says something about the features only
-# by as much as it is above its controls.
-#
-# In a corpus of few, hand-picked genes, as the demo's blood cells are, the genes of the corpus share
-# terms to begin with: a background of 20,000 genes then finds almost any list enriched.
-
-# %% [markdown]
-# ## Is the circuit what the model uses?
+# ## Taking the circuit away
 #
 # For held-out cells of every type, the strongest feature of the last layer is traced at the place
 # where the case study reads its target ({glue:text}`faithfulness.targets` different features over
@@ -194,6 +119,6 @@ report.value("faithfulness.correlation", float(correlation), f"{correlation:.2f}
 # not as strongly: the control is for their number and place, not for how much they write.
 #
 # ```{admonition} Key points
-# - A share of "interpretable" features needs a control; without one it mostly measures the rule.
+# - Closing to rounding is arithmetic; that the model's own value moves as predicted is evidence.
 # - A circuit is a claim about the model, and can be tested in the model.
 # ```

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from scfm_circuits import (
     gene_sets,
     pages,
     profile,
-    report,
+    report_tables,
 )
 from scfm_circuits.freshness import load_run, plan
 
@@ -72,7 +73,7 @@ def make_project(root: Path, patch: pytest.MonkeyPatch,
     (root / "notebooks" / "profiles" / "tiny.yml").write_text(
         f"extends: demo\ncells_name: {json.dumps(HOSTILE)}\ntitle: {json.dumps(HOSTILE)}\n")
     (root / "requirements.lock").write_text("a==1\n")
-    for module in (profile, freshness, execution, book, pages, report):
+    for module in (profile, freshness, execution, book, pages, report_tables):
         patch.setattr(module, "ROOT", root)
     patch.setattr(profile, "PROFILES", root / "notebooks" / "profiles")
     patch.setattr(freshness, "NOTEBOOKS", root / "notebooks")
@@ -297,8 +298,8 @@ def test_which_libraries_the_real_chapters_ask_for() -> None:
     run = load_run("demo")
     asked = {notebook.name: freshness.libraries_asked_for(notebook, run.profile)
              for notebook in run.notebooks}
-    assert asked["01_cells_and_model"] == asked["09_claims"] == []
-    assert asked["06_enrichment"] == asked["08_controls"] == sorted(run.profile.libraries)
+    assert asked["01_cells_and_model"] == asked["08_controls"] == asked["09_claims"] == []
+    assert asked["06_enrichment"] == sorted(run.profile.libraries)
     assert run.profile.case_library in asked["07_endothelial_case_study"]
     # Notebooks alone load libraries; else their sources would not tell.
     calling = [path.name for path in (ROOT / "src").rglob("*.py")
@@ -558,6 +559,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             "from scfm_circuits.report import Report\n"
             "report = Report(from_notebook({'profile': profile}), '01_first')\n"
             "report.value('t.loss', 0.25)\n"
+            "import pandas\n"
+            "frame = pandas.DataFrame({'x': range(60)})\n"
+            "shown = report.browse('many', frame)\n"
+            "display(shown)\n"
             "report.value('t.count', 4646)\n"
             "report.value('t.small', 8.03e-4, '8.03e-04')\n"
             "with open(report.profile.results / 'claims.csv', 'w') as file:\n"
@@ -598,6 +603,18 @@ def test_generated_parts(built: Project) -> None:
     assert ">4,646</span>" in chapter and ">8.03e-04</span>" in chapter
     assert 'href="downloads/values/01_first.json"' in text
     assert (html / "downloads" / "claims.csv").is_file()
+
+
+def test_a_browsable_table_finds_its_script_and_its_data(built: Project) -> None:
+    html = built.root / "book" / "_build" / "html"
+    chapter = (html / "01_first.html").read_text(encoding="utf-8")
+    assert 'data-source="downloads/tables/many.js?v=' in chapter
+    assert re.search(r'<script src="_static/browse\.js[?"]', chapter)
+    assert (html / "_static" / "browse.js").is_file()
+    assert (html / "downloads" / "tables" / "many.js").is_file()
+    # For people there is the CSV.
+    listed = re.findall(r'href="(downloads/tables/[^"]*)"', (html / "intro.html").read_text())
+    assert listed == ["downloads/tables/many.csv"]
 
 
 def test_pages_fetch_nothing_and_bring_their_mathematics(built: Project) -> None:

@@ -505,5 +505,5 @@ def test_kernel_works_where_machine_code_cannot_be_kept(
         return lambda function: function
 
     monkeypatch.setattr(enrichment_kernels.numba, "njit", refuses_to_cache)
-    assert enrichment_kernels._compiled(exact_tail) is exact_tail
+    assert enrichment_kernels.compiled(exact_tail) is exact_tail
     assert attempts == [True, False]

@@ -1,6 +1,5 @@
 """Null lists hold fixed what they say, and the statistics around them."""
 
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,15 +10,19 @@ from scipy.stats import chisquare, false_discovery_control
 from scfm_circuits import InputError
 from scfm_circuits.enrichment_nulls import (
     Ragged,
+    TokenCounts,
+    TokenFamilies,
     benjamini_hochberg,
     empirical_p,
     frequency_matched_null,
     ragged,
     symbols_of,
+    token_families,
     token_preserving_null,
     uniform_null,
     wilson_interval,
 )
+from scfm_circuits.features import select_genes
 
 
 def parts(lists: Ragged) -> list[list[int]]:
@@ -87,48 +90,97 @@ def test_frequency_matched_null_refuses(lists: list[list[int]], message: str) ->
         frequency_matched_null(ragged([[0]]), [1, 2, 3], 0, np.random.default_rng(0))
 
 
-def families_of(sizes: list[int]) -> Ragged:
-    """Token t stands for `sizes[t]` genes of its own."""
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    return ragged([range(a, b) for a, b in pairwise(starts)])
+def families_of(sizes: list[int], frequency: list[float], n_bins: int = 2) -> TokenFamilies:
+    """Token t stands for `sizes[t]` genes of its own and occurs `frequency[t]` times in each."""
+    token = np.repeat(np.arange(len(sizes)), sizes)
+    per_gene = np.repeat(np.asarray(frequency) / np.asarray(sizes), sizes)
+    return token_families(token, np.arange(token.size), per_gene, n_bins)
+
+
+def one_feature(tokens: list[int], counts: list[float], copies: int = 1) -> TokenCounts:
+    indptr = np.arange(copies + 1) * len(tokens)
+    return TokenCounts(indptr, np.tile(tokens, copies), np.tile(counts, copies).astype(float))
 
 
 def test_token_null_matches_frequency_and_family_size() -> None:
-    # Four kinds of token: rare or frequent, small or large family; 10 of each, and prompt words.
-    sizes = [2, 8] * 20 + [0] * 5
-    frequency = [0.1] * 20 + [0.9] * 20 + [1.0] * 5
-    families = families_of(sizes)
-    owner = np.repeat(np.arange(45), sizes)
-    features = ragged([[0, 2, 21]] * 200)
+    # Four kinds of token: rare or frequent, small or large family; 10 of each.
+    sizes = [2, 8] * 20
+    frequency = [16.0] * 20 + [160.0] * 20
+    families = families_of(sizes, frequency)
+    owner = np.repeat(np.arange(40), sizes)
     null = token_preserving_null(
-        features, frequency, sizes, families, np.random.default_rng(5), n_bins=2
+        one_feature([0, 2, 21], [5, 3, 9], 200), families, np.random.default_rng(5),
+        n_genes=owner.size, list_rule="all",
     )
     assert null.lengths.tolist() == [2 + 2 + 8] * 200
     drawn = np.array([[owner[i] for i in ids] for ids in parts(null)])
     tokens = [np.unique(row) for row in drawn]
     assert all(len(t) == 3 for t in tokens)
     for t in tokens:
-        assert [(frequency[i], sizes[i]) for i in t] == [(0.1, 2), (0.1, 2), (0.9, 8)]
+        assert [(frequency[i], sizes[i]) for i in t] == [(16.0, 2), (16.0, 2), (160.0, 8)]
     assert len({tuple(t) for t in tokens}) > 100
 
 
-def test_token_null_unites_overlapping_families() -> None:
-    families = ragged([[0, 1], [1, 2]])
+@given(st.integers(0, 10_000), st.sampled_from(["all", "top", "share"]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_token_null_is_the_list_of_a_feature_that_fires_on_the_drawn_tokens(
+    seed: int, list_rule: str, by_token: bool
+) -> None:
+    """With every token alone in its cell nothing can move, so the null is the feature's own list:
+    scored with a dense matrix, ranked by sorting, cut by `select_genes`."""
+    rng = np.random.default_rng(seed)
+    n_tokens, n_genes = int(rng.integers(2, 8)), int(rng.integers(2, 12))
+    holds = rng.random((n_tokens, n_genes)) < 0.5
+    holds[np.arange(n_tokens), rng.integers(0, n_genes, n_tokens)] = True
+    token, gene = np.nonzero(holds)
+    pair_count = rng.integers(1, 50, token.size)
+    families = token_families(token, gene, pair_count)._replace(cell=np.arange(n_tokens))
+    own = np.flatnonzero(rng.random(n_tokens) < 0.7)
+    counts = rng.integers(1, 100, own.size)
     null = token_preserving_null(
-        ragged([[0, 1]]), [1.0, 1.0], [2, 2], families, np.random.default_rng(0)
-    )
-    assert sorted(null.ids.tolist()) == [0, 1, 2]
+        TokenCounts(np.array([0, own.size]), own, counts.astype(float)), families, rng,
+        n_genes=n_genes, by_token=by_token, list_rule=list_rule, size=3, share=0.6)
+
+    occurs = np.zeros((n_tokens, n_genes))
+    occurs[token, gene] = pair_count
+    inside = counts @ (occurs / occurs.sum(axis=1, keepdims=True))[own]
+    whole = counts @ holds[own] if by_token else inside
+    order = np.lexsort((-inside, -whole))
+    order = order[inside[order] > 0]
+    expected = select_genes(order, whole[order], list_rule, 3, 0.6)
+    # Full ties may fall either way: the same scores must be on the list, not the same genes.
+    for scores in (whole, inside):
+        assert np.sort(scores[null.ids]) == pytest.approx(np.sort(scores[expected]))
+    assert len(set(null.ids.tolist())) == null.ids.size
+
+
+def test_nulls_of_several_draws_are_blocks_of_lists() -> None:
+    lists = ragged([[0, 1, 2], [3]])
+    for null in (
+        uniform_null(lists.lengths, 9, np.random.default_rng(0), draws=4),
+        frequency_matched_null(lists, np.ones(9), 2, np.random.default_rng(0), draws=4),
+    ):
+        assert null.lengths.tolist() == [3, 1] * 4
+    families = families_of([1] * 9, [1.0] * 9)
+    features = TokenCounts(lists.indptr, lists.ids, np.ones(4))
+    null = token_preserving_null(features, families, np.random.default_rng(0), n_genes=9, draws=4)
+    assert null.lengths.tolist() == [3, 1] * 4
+    assert len({tuple(sorted(ids)) for ids in parts(null)[::2]}) > 1
 
 
 def test_token_null_refuses() -> None:
-    families = families_of([1, 0])
+    families = families_of([1, 2], [1.0, 1.0])
     rng = np.random.default_rng(0)
     with pytest.raises(InputError, match="belongs to no gene"):
-        token_preserving_null(ragged([[1]]), [1.0, 1.0], [1, 0], families, rng)
-    with pytest.raises(InputError, match="must describe the same tokens"):
-        token_preserving_null(ragged([[0]]), [1.0], [1, 0], families, rng)
+        token_families([0, 2], [0, 1], [1, 1])
+    with pytest.raises(InputError, match="same gene twice"):
+        token_families([0, 0], [1, 1], [1, 1])
     with pytest.raises(InputError, match="same token twice"):
-        token_preserving_null(ragged([[0, 0]]), [1.0, 1.0], [1, 0], families, rng)
+        token_preserving_null(one_feature([0, 0], [1, 1]), families, rng, n_genes=3)
+    with pytest.raises(InputError, match=r"outside 0\.\.1"):
+        token_preserving_null(one_feature([2], [1]), families, rng, n_genes=3)
+    with pytest.raises(InputError, match="no list rule 'best'"):
+        token_preserving_null(one_feature([0], [1]), families, rng, n_genes=3, list_rule="best")
 
 
 def test_symbols_of() -> None:

@@ -23,6 +23,7 @@ from scfm_circuits.profile import Profile
 from scfm_circuits.sentences import Corpus
 from scfm_circuits.training import (
     ActivationBuffer,
+    Control,
     TrainingRun,
     get_transcoders,
     memory_needed,
@@ -342,6 +343,18 @@ def test_a_corpus_that_fits_is_harvested_once(model, corpus, profile, monkeypatc
     assert sum(calls) == (~corpus.held_out).sum()
 
 
+@pytest.mark.parametrize("buffer_tokens", [64, 100_000], ids=["refilled", "kept"])
+def test_scaled_outputs_are_scaled_once_and_layer_by_layer(model, corpus, profile, buffer_tokens):
+    profile = profile.model_copy(update={"buffer_tokens": buffer_tokens})
+    plain = ActivationBuffer(model, corpus, profile)
+    scaled = ActivationBuffer(model, corpus, profile, torch.tensor([2.0, 0.25]))
+    for fill in (0, 1, 0):
+        x, y = plain.sites(fill)
+        inputs, outputs = scaled.sites(fill)
+        assert torch.equal(inputs, x)
+        assert torch.equal(outputs[0], 2 * y[0]) and torch.equal(outputs[1], y[1] / 4)
+
+
 def test_memory_is_that_of_what_is_held(model, corpus, profile):
     needed = memory_needed(profile, corpus, 2, 16)
     assert needed["buffer"] == 2 * 4 * 2 * 16 * 64
@@ -488,6 +501,9 @@ def test_stamps_differ_in_sources_too(corpus, profile):
     stamp = training_stamp(profile, corpus)
     assert stamp_difference(stamp, stamp) == ""
     assert stamp_difference({**stamp, "sources": {}}, stamp) == "sources"
+    control = training_stamp(profile, corpus, Control("other", {}))
+    assert stamp_difference(control, stamp) == stamp_difference(stamp, control) == "control"
+    assert {key: value for key, value in control.items() if key != "control"} == stamp
     assert "seed" in stamp_difference({}, stamp)
 
 

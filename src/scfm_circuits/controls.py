@@ -1,147 +1,379 @@
-"""Gene lists that no trained feature made, to set beside those of the features.
+"""Table 4 beside gene lists that no trained feature made.
 
 Each control holds one more thing fixed: the lists' lengths, the genes' frequency in the corpus, the
-number and kind of tokens, the architecture. All go through the same enrichment rule.
+number and kind of tokens, the encoder's architecture, the training. All lists go through the same
+enrichment rules as the features' own. Phases for a layer:
+
+1. the live features' gene lists, tested under every rule;
+2. up to `null_draws` null lists of each kind for every feature, tested in threads. The first draws
+   say how many of a layer's lists are called interpretable by chance (the null band), all of them
+   how often a null list does as well as the feature. A feature leaves the race once 20 of its null
+   lists have (Besag and Clifford, Biometrika 1991): the many that fail do so after few draws;
+3. the live features of the baselines (an untrained encoder, a re-initialised model), tested alike.
+
+Layers are kept on disk as they are done, so an interrupted run goes on where it was.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
-import torch
+from tqdm import tqdm
 
+from scfm_circuits import InputError, enrichment_kernels
 from scfm_circuits.enrichment import (
+    RULES,
+    Background,
     GeneSets,
+    OverRepresentation,
     Ragged,
-    Rule,
     encode_ids,
     frequency_matched_null,
     over_representation,
     prepare_background,
     ragged,
+    token_preserving_null,
     uniform_null,
 )
-from scfm_circuits.features import FeatureStatistics, count_features, gene_list_ids
-from scfm_circuits.language_model import batches, device_of, mlp_sites
+from scfm_circuits.enrichment_inputs import GeneIds, gene_ids
+from scfm_circuits.enrichment_nulls import TokenCounts, TokenFamilies, token_families
+from scfm_circuits.features import FeatureStatistics, gene_list_ids
+from scfm_circuits.files import atomic_path
 from scfm_circuits.sentences import Corpus
-from scfm_circuits.transcoder import Transcoders
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXForCausalLM
-
     from scfm_circuits.profile import Profile
 
-
-def control_lists(statistics: FeatureStatistics, untrained: FeatureStatistics, layer: int,
-                  corpus: Corpus, profile: "Profile", draws: int) -> dict[str, Ragged]:
-    """The layer's live features' gene lists and `draws` control lists for each, by name."""
-    rng = np.random.default_rng([profile.seed, 9, layer])
-    live = np.flatnonzero(statistics.live(profile.live_cut_table4)[layer])
-    own = ragged(gene_list_ids(statistics, layer, live, corpus, profile))
-    occurrences = np.bincount(corpus.gene[corpus.gene >= 0], minlength=len(corpus.symbols))
-    used = np.flatnonzero(occurrences)
-    uniform, matched, moved = [], [], []
-    for _ in range(draws):
-        drawn = uniform_null(own.lengths, len(used), rng)
-        uniform.append(Ragged(drawn.indptr, used[drawn.ids]))
-        # The bins are those of genes that occur: the others cannot be on a list.
-        place = np.searchsorted(used, own.ids)
-        alike = frequency_matched_null(Ragged(own.indptr, place), occurrences[used], 20, rng)
-        matched.append(Ragged(alike.indptr, used[alike.ids]))
-        other = exchange_tokens(statistics, layer, rng)
-        moved.append(ragged(gene_list_ids(other, layer, live, corpus, profile)))
-    random_live = np.flatnonzero(untrained.live(profile.live_cut_table4)[layer])
-    return {
-        "features": own, "uniform": _joined(uniform), "frequency-matched": _joined(matched),
-        "token-preserving": _joined(moved),
-        "untrained encoder": ragged(gene_list_ids(untrained, layer, random_live, corpus, profile)),
-    }
+NULLS = ("uniform", "frequency-matched", "token-preserving")
+"""Kinds of null lists, each holding one more thing fixed."""
+BAND_DRAWS = 100
+"""Draws of a whole layer that the null bands are taken from."""
+ENOUGH = 20
+"""Null lists as good as the feature after which no more are drawn for it."""
+FREQUENCY_BINS = 20
+_STAGES = (BAND_DRAWS, 300, 1000)
+_IDS_AT_ONCE = 1_000_000
+_FIELDS = ("seed", "live_cut_table4", "fdr", "gene_rule", "list_rule", "list_size", "list_share",
+           "null_draws", "enrichment_rule")
+_MODULES = ("controls", "enrichment", "enrichment_inputs", "enrichment_kernels",
+            "enrichment_null_kernels", "enrichment_nulls", "features", "gene_sets")
 
 
-def _joined(parts: Sequence[Ragged]) -> Ragged:
-    lengths = np.concatenate([part.lengths for part in parts])
-    return Ragged(np.concatenate([[0], np.cumsum(lengths)]),
-                  np.concatenate([part.ids for part in parts]))
+def rules_shown(profile: "Profile") -> tuple[str, ...]:
+    """The profile's rule first, then `enrichr` and `corpus`, each once."""
+    return tuple(dict.fromkeys([profile.enrichment_rule, "enrichr", "corpus"]))
 
 
-def exchange_tokens(statistics: FeatureStatistics, layer: int, rng: np.random.Generator,
-                    n_bins: int = 8) -> FeatureStatistics:
-    """The statistics with every gene token's activations moved to another token.
+class LayerControls(NamedTuple):
+    """What was counted for the n live features of one layer, under R rules and 3 kinds of nulls."""
 
-    Tokens are exchanged within a grid of corpus frequency and number of genes that contain them, so
-    a feature keeps its number of tokens, their counts and what kind of tokens they are, and loses
-    which tokens they are. Only pairs inside genes are kept.
-    """
+    features: np.ndarray
+    """Indices of the live features, (n,)."""
+    lengths: np.ndarray
+    """Genes of each feature's list, (n,)."""
+    called: np.ndarray
+    """Whether a term of any library is significant, (R, n) bool."""
+    min_p: np.ndarray
+    """Smallest p over all libraries, (R, n)."""
+    min_q: np.ndarray
+    """Smallest BH-adjusted p over all libraries, (R, n)."""
+    null_called: np.ndarray
+    """How many of the n null lists of each draw are called, (R, 3, draws of the band)."""
+    null_p: np.ndarray
+    """Share of a feature's null lists whose smallest p (rule `corpus`) is at most its own, as a
+    sequential Monte Carlo p-value, (3, n)."""
+    baseline_called: tuple[np.ndarray, ...]
+    """For each baseline with m live features, whether they are called, (R, m) bool."""
+    baseline_min_p: tuple[np.ndarray, ...]
+    """For each baseline, the smallest p of its features under the rule `corpus`, (m,)."""
+
+
+@dataclass(frozen=True)
+class Tester:
+    """One rule on all libraries, for lists of the corpus's gene ids; safe to share by threads."""
+
+    rule: str
+    alpha: float
+    parts: tuple[tuple[GeneSets, Background, GeneIds], ...]
+
+    def tested(self, lists: Ragged) -> list[OverRepresentation]:
+        """Everything about each list, library by library."""
+        family = RULES[self.rule].family
+        return [over_representation(encode_ids(lists, ids, library, universe), library,
+                                    background=universe, family=family, alpha=self.alpha)
+                for library, universe, ids in self.parts]
+
+    def counted(self, lists: Ragged) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each list is called by any library, and its smallest p; in one thread."""
+        n = lists.lengths.size
+        called, smallest = np.zeros(n, bool), np.ones(n)
+        min_p, significant = np.empty(n), np.empty(n, np.int64)
+        for library, universe, ids in self.parts:
+            encoded = encode_ids(lists, ids, library, universe)
+            terms, (table, unit) = universe.term_index, universe.log_factorials
+            every = RULES[self.rule].family == "all"
+            setting = enrichment_kernels.Setting(
+                universe.total, table, unit, universe.n_terms if every else 0, self.alpha)
+            enrichment_kernels.count_lists(encoded, terms, setting,
+                                           enrichment_kernels.scratch(terms), min_p, significant)
+            called |= significant > 0
+            np.minimum(smallest, min_p, out=smallest)
+        if np.isnan(smallest).any():
+            raise InputError("A null list does not fit the background; raise its number of genes.")
+        return called, smallest
+
+
+def testers(libraries: Sequence[GeneSets], corpus: Corpus, profile: "Profile") -> list[Tester]:
+    """A tester for each rule shown; the rule `corpus` has the genes that occur as background."""
+    symbols = corpus.symbols.tolist()
+    occurring = corpus.symbols[np.unique(corpus.gene[corpus.gene >= 0])].tolist()
+    ready = []
+    for name in rules_shown(profile):
+        parts = []
+        for library in libraries:
+            universe = prepare_background(library, RULES[name].background_for(occurring))
+            # Computed here, once: threads would each do it for themselves.
+            _ = universe.term_index, universe.log_factorials
+            parts.append((library, universe, gene_ids(symbols, universe)))
+        ready.append(Tester(name, profile.fdr, tuple(parts)))
+    return ready
+
+
+class NullSource(NamedTuple):
+    """What a layer's null lists are drawn from."""
+
+    own: Ragged
+    """The features' lists as places in `used`."""
+    used: np.ndarray
+    """Ids of the genes that occur in the corpus: the others cannot be on a list."""
+    occurrences: np.ndarray
+    """How often each of them does."""
+    tokens: TokenCounts
+    families: TokenFamilies
+    profile: "Profile"
+
+    def draw(self, kind: str, rng: np.random.Generator, draws: int) -> Ragged:
+        """`draws` null lists of every feature, as gene ids of the corpus."""
+        if kind == "uniform":
+            null = uniform_null(self.own.lengths, len(self.used), rng, draws)
+        elif kind == "frequency-matched":
+            null = frequency_matched_null(self.own, self.occurrences, FREQUENCY_BINS, rng, draws)
+        else:
+            p = self.profile
+            null = token_preserving_null(
+                self.tokens, self.families, rng, n_genes=len(self.used),
+                by_token=p.gene_rule == "token", list_rule=p.list_rule, size=p.list_size,
+                share=p.list_share, draws=draws)
+        return Ragged(null.indptr, self.used[null.ids])
+
+    def part(self, chosen: np.ndarray) -> "NullSource":
+        """The same for some of the features."""
+        rows = self.tokens
+        starts, ends = rows.indptr[chosen], rows.indptr[chosen + 1]
+        places = np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)])
+        own = [self.own.ids[self.own.indptr[i] : self.own.indptr[i + 1]] for i in chosen]
+        tokens = TokenCounts(np.concatenate([[0], np.cumsum(ends - starts)]), rows.tokens[places],
+                             rows.counts[places])
+        return self._replace(own=ragged(own), tokens=tokens)
+
+    def longest(self) -> int:
+        """The most genes that one null list can have."""
+        return self.profile.list_size if self.profile.list_rule == "top" else len(self.used)
+
+
+def null_source(statistics: FeatureStatistics, layer: int, features: np.ndarray, own: Ragged,
+                corpus: Corpus, profile: "Profile") -> NullSource:
+    """The genes, tokens and families behind a layer's null lists."""
     inside = np.flatnonzero(statistics.pair_gene >= 0)
-    tokens, token = np.unique(statistics.pair_token[inside], return_inverse=True)
-    counts = statistics.counts[layer][:, inside]
-    ones = np.ones(len(inside), np.int64)
-    by_token = counts @ sp.csr_matrix((ones, (np.arange(len(inside)), token)))
-    frequency = np.bincount(token, weights=statistics.pair_count[inside])
-    family = np.bincount(token)
-    cell = _ranks(frequency, n_bins) * n_bins + _ranks(family, n_bins)
-    target = np.arange(len(tokens))
-    for members in (np.flatnonzero(cell == one) for one in np.unique(cell)):
-        target[members] = rng.permutation(members)
-    # A token's activations are spread over its genes as its occurrences are.
-    spread = sp.csr_matrix((statistics.pair_count[inside] / frequency[token],
-                            (token, np.arange(len(inside)))))
-    moved = by_token @ sp.csr_matrix((np.ones(len(tokens)), (np.arange(len(tokens)), target)))
-    matrices = list(statistics.counts)
-    matrices[layer] = sp.csr_matrix(moved @ spread)
-    return replace(statistics, pair_token=statistics.pair_token[inside],
-                   pair_gene=statistics.pair_gene[inside],
-                   pair_count=statistics.pair_count[inside], counts=tuple(matrices))
+    genes, counts = statistics.pair_gene[inside], statistics.pair_count[inside]
+    used = np.unique(genes)
+    place = np.searchsorted(used, genes)
+    _, token = np.unique(statistics.pair_token[inside], return_inverse=True)
+    by_token = sp.csr_matrix((np.ones(len(inside)), (np.arange(len(inside)), token)))
+    fired = sp.csr_matrix(statistics.counts[layer][features][:, inside] @ by_token)
+    return NullSource(
+        Ragged(own.indptr, np.searchsorted(used, own.ids)), used,
+        # Cells in which the gene stands matter, not how many tokens its name has.
+        np.bincount(corpus.gene[corpus.gene >= 0], minlength=used[-1] + 1)[used],
+        TokenCounts(fired.indptr, fired.indices, fired.data),
+        token_families(token, place, counts), profile)
 
 
-def _ranks(values: np.ndarray, n_bins: int) -> np.ndarray:
-    """Equal-sized bins by rank, ties in one bin."""
-    quantiles = np.quantile(values, np.linspace(0, 1, n_bins + 1)[1:-1])
-    return np.searchsorted(quantiles, values, side="left")
+def layer_controls(statistics: FeatureStatistics, baselines: Mapping[str, FeatureStatistics],
+                   layer: int, corpus: Corpus, profile: "Profile", ready: Sequence[Tester],
+                   bar: "tqdm[Any] | None" = None) -> LayerControls:
+    """All counts of one layer; `bar` advances by one for each null list."""
+    features = np.flatnonzero(statistics.live(profile.live_cut_table4)[layer])
+    own = ragged(gene_list_ids(statistics, layer, features, corpus, profile))
+    tested = [tester.tested(own) for tester in ready]
+    counted = [tester.counted(own) for tester in ready]
+    corpus_rule = [tester.rule for tester in ready].index("corpus")
+    source = null_source(statistics, layer, features, own, corpus, profile)
+    called, null_p = _nulls(source, ready, counted[corpus_rule][1], corpus_rule,
+                            (profile.seed, 9, layer), bar)
+    others = []
+    for other in baselines.values():
+        chosen = np.flatnonzero(other.live(profile.live_cut_table4)[layer])
+        lists = ragged(gene_list_ids(other, layer, chosen, corpus, profile))
+        others.append([tester.counted(lists) for tester in ready])
+    return LayerControls(
+        features, own.lengths, np.array([one for one, _ in counted]),
+        np.array([smallest for _, smallest in counted]),
+        np.array([np.min([result.min_q for result in results], axis=0) for results in tested]),
+        called, null_p,
+        tuple(np.array([one for one, _ in other]) for other in others),
+        tuple(other[corpus_rule][1] for other in others))
 
 
-@torch.no_grad()
-def untrained_statistics(model: "GPTNeoXForCausalLM", statistics: FeatureStatistics,
-                         corpus: Corpus, profile: "Profile", n_features: int = 256
-                         ) -> FeatureStatistics:
-    """Statistics of an encoder that was initialised as for training, and not trained.
+class Race:
+    """Null lists against features, draw by draw: a sequential Monte Carlo test of each feature.
 
-    Its features' thresholds are set so that they fire as often as live trained features of the
-    same layer, drawn at random, do: they differ in what they fire on, not in how often.
+    If the 20th null list that does as well comes at draw l, p = 20 / l; if it never comes,
+    p = (1 + those that did) / (1 + draws). Both are valid p-values (Besag and Clifford 1991).
     """
-    d_model, n_layers = model.config.hidden_size, len(statistics.fired)
-    untrained = Transcoders(n_layers, d_model, n_features).to(device_of(model))
-    generator = torch.Generator(device_of(model)).manual_seed(profile.seed + 1)
-    untrained.initialise(generator)
-    rng = np.random.default_rng([profile.seed, 10])
-    some = np.flatnonzero(~corpus.held_out)[: profile.forward_cells]
-    _, tokens, mask = next(iter(batches(corpus, some, len(some), device_of(model))))
-    inputs = mlp_sites(model, tokens, mask).inputs
-    untrained.b_in.copy_(inputs.mean(dim=1))
-    pre = untrained.pre_activations(inputs)
-    live = statistics.live(profile.live_cut_table4)
-    for layer in range(n_layers):
-        rates = statistics.frequency[layer][live[layer]]
-        if not len(rates):
+
+    def __init__(self, n: int) -> None:
+        self.draws = np.zeros(n, np.int64)
+        self.as_good = np.zeros(n, np.int64)
+
+    @property
+    def running(self) -> np.ndarray:
+        """Features that need more draws."""
+        return np.flatnonzero(self.as_good < ENOUGH)
+
+    def add(self, features: np.ndarray, as_good: np.ndarray) -> None:
+        """Take in the features' next draws; as_good: (draws, len(features)) bool."""
+        still = self.as_good[features] < ENOUGH
+        features, as_good = features[still], as_good[:, still]
+        sums = self.as_good[features] + np.cumsum(as_good, axis=0)
+        reached = (sums >= ENOUGH).any(axis=0)
+        self.draws[features] += np.where(reached, (sums >= ENOUGH).argmax(axis=0) + 1,
+                                         len(as_good))
+        self.as_good[features] = np.minimum(sums[-1], ENOUGH)
+
+    @property
+    def p(self) -> np.ndarray:
+        """(n,) p-values."""
+        ended = self.as_good >= ENOUGH
+        return np.where(ended, ENOUGH / np.maximum(self.draws, 1),
+                        (1 + self.as_good) / (1 + self.draws))
+
+
+def _nulls(source: NullSource, ready: Sequence[Tester], own_p: np.ndarray, corpus_rule: int,
+           seed: tuple[int, ...], bar: "tqdm[Any] | None") -> tuple[np.ndarray, np.ndarray]:
+    """(null_called, null_p) of a layer; the work is shared out in chunks of draws to threads."""
+    n, draws = own_p.size, source.profile.null_draws
+    band = min(BAND_DRAWS, draws)
+    called = np.zeros((len(ready), len(NULLS), band), np.int64)
+    races = [Race(n) for _ in NULLS]
+    if not n:
+        return called, np.zeros((len(NULLS), 0))
+
+    def work(kind: int, start: int, size: int, features: np.ndarray, part: NullSource
+             ) -> np.ndarray:
+        lists = part.draw(NULLS[kind], np.random.default_rng([*seed, kind, start]), size)
+        smallest = np.ones(0)
+        for r, tester in enumerate(ready):
+            if r == corpus_rule or start < band:
+                hits, p = tester.counted(lists)
+                smallest = p if r == corpus_rule else smallest
+                if start < band:
+                    called[r, kind, start : start + size] = hits.reshape(size, -1).sum(axis=1)
+        return smallest.reshape(size, -1) <= own_p[features]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        start = 0
+        for end in sorted({min(stage, draws) for stage in (*_STAGES, draws)}):
+            jobs = list(_jobs(races, source, start, end))
+            for (kind, _, size, features, _), as_good in zip(
+                    jobs, pool.map(work, *zip(*jobs, strict=True)) if jobs else (), strict=True):
+                races[kind].add(features, as_good)
+                if bar is not None:
+                    bar.update(size * len(features))
+            start = end
+    return called, np.array([race.p for race in races])
+
+
+def _jobs(races: Sequence[Race], source: NullSource, start: int, end: int
+          ) -> Iterator[tuple[int, int, int, np.ndarray, NullSource]]:
+    """Draws `start` to `end` in chunks: kind, first draw, draws, features, what to draw from.
+
+    The chunks depend on nothing but sizes, and so do the generators: threads change no number.
+    """
+    for kind, race in enumerate(races):
+        features = race.running
+        if not features.size:
             continue
-        wanted = np.clip(rng.choice(rates, n_features), 0, 1)
-        ordered = pre[layer].sort(dim=0, descending=True).values
-        rank = np.minimum((wanted * len(ordered)).round().astype(int), len(ordered) - 1)
-        columns = torch.arange(n_features, device=ordered.device)
-        untrained.b_enc[layer] = -ordered[torch.from_numpy(rank).to(ordered.device), columns]
-    return count_features(model, untrained, corpus, profile.forward_cells)
+        part = source.part(features)
+        chunk = max(1, _IDS_AT_ONCE // (features.size * source.longest()))
+        for first in range(start, end, chunk):
+            yield kind, first, min(chunk, end - first), features, part
 
 
-def enriched_share(lists: Ragged, symbols: np.ndarray, libraries: Sequence[GeneSets], rule: Rule,
-                   corpus_genes: Sequence[str], fdr: float) -> np.ndarray:
-    """(n_lists,) bool: whether a list has a significant term in one of the libraries."""
-    hit = np.zeros(len(lists.lengths), bool)
-    for library in libraries:
-        background = prepare_background(library, rule.background_for(corpus_genes))
-        encoded = encode_ids(lists, symbols.tolist(), library, background)
-        result = over_representation(encoded, library, background=background, family=rule.family,
-                                     alpha=fdr)
-        hit |= result.n_significant > 0
-    return hit
+def get_controls(statistics: FeatureStatistics, baselines: Mapping[str, FeatureStatistics],
+                 corpus: Corpus, profile: "Profile", libraries: Sequence[GeneSets], *,
+                 progress: bool = True) -> list[LayerControls]:
+    """`layer_controls` of every layer, kept in `results/<profile>/controls/<gene rule>/`."""
+    ready = testers(libraries, corpus, profile)
+    live = statistics.live(profile.live_cut_table4).sum(axis=1)
+    most = live * len(NULLS) * profile.null_draws
+    print(f"Testing {int(live.sum()):,} live features against up to {profile.null_draws:,} null "
+          f"lists of {len(NULLS)} kinds each.")
+    bar: tqdm[Any] = tqdm(desc="null lists", unit="list", unit_scale=True, disable=not progress,
+               total=int(most.sum()))
+    layers = []
+    with bar:
+        for layer in range(len(live)):
+            path = profile.results / "controls" / profile.gene_rule / f"layer_{layer}.npz"
+            stamp = _stamp(statistics, baselines, layer, corpus, profile, libraries)
+            stored = _read(path, stamp, len(baselines))
+            if stored is None:
+                stored = layer_controls(statistics, baselines, layer, corpus, profile, ready, bar)
+                _write(path, stamp, stored)
+            # Lists that need not be drawn count as done.
+            bar.update(int(most[: layer + 1].sum()) - bar.n)
+            layers.append(stored)
+    return layers
+
+
+def _stamp(statistics: FeatureStatistics, baselines: Mapping[str, FeatureStatistics], layer: int,
+           corpus: Corpus, profile: "Profile", libraries: Sequence[GeneSets]) -> str:
+    """Everything a layer's counts depend on."""
+    digest = hashlib.sha256("\n".join(corpus.symbols).encode())
+    digest.update(corpus.gene.tobytes())
+    for one in (statistics, *baselines.values()):
+        for array in (one.fired[layer], one.pair_token, one.pair_gene, one.pair_count,
+                      one.counts[layer].indptr, one.counts[layer].indices, one.counts[layer].data):
+            digest.update(array.tobytes())
+    return json.dumps([profile.fingerprint(_FIELDS, _MODULES), list(baselines), digest.hexdigest(),
+                       [library.content_sha256 for library in libraries]], sort_keys=True)
+
+
+def _write(path: Path, stamp: str, controls: LayerControls) -> None:
+    plain = {key: value for key, value in controls._asdict().items()
+             if not key.startswith("baseline")}
+    several = {f"{key}_{i}": array for key in ("baseline_called", "baseline_min_p")
+               for i, array in enumerate(getattr(controls, key))}
+    with atomic_path(path) as temporary:
+        np.savez_compressed(temporary, stamp=np.array(stamp), **plain, **several)
+
+
+def _read(path: Path, stamp: str, n_baselines: int) -> LayerControls | None:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            if str(stored["stamp"]) != stamp:
+                return None
+            parts: dict[str, Any] = {
+                key: tuple(stored[f"{key}_{i}"] for i in range(n_baselines))
+                if key.startswith("baseline") else stored[key] for key in LayerControls._fields}
+            return LayerControls(**parts)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None

@@ -9,7 +9,8 @@ Two choices decide the outcome and are stated with every result: the background,
 ("hit": only terms that share a gene with the list, as Enrichr and gseapy do; "all": every term).
 
 Phases: `prepare_background` fixes library, background and size limits; `encode_lists` turns symbols
-into ids; `over_representation` tests all lists; `term_table` gives one list's terms in full.
+into ids; `over_representation` tests all lists; `term_table` gives one list's terms in full,
+`top_terms` the best terms of every list.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 
 import numba
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from scfm_circuits import InputError, enrichment_kernels
@@ -41,6 +41,15 @@ from scfm_circuits.enrichment_nulls import (
     token_preserving_null,
     uniform_null,
     wilson_interval,
+)
+from scfm_circuits.enrichment_tables import (
+    Odds,
+    checked_lists,
+    impossible_list,
+    overlaps,
+    term_fdr,
+    term_table,
+    top_terms,
 )
 from scfm_circuits.gene_sets import GeneSets, gene_sets_from_dict, load_library, read_gmt
 
@@ -64,27 +73,16 @@ __all__ = [
     "ragged",
     "read_gmt",
     "symbols_of",
+    "term_fdr",
     "term_table",
     "token_preserving_null",
+    "top_terms",
     "uniform_null",
     "wilson_interval",
 ]
 
 IntArray = NDArray[np.integer[Any]]
 FloatArray = NDArray[np.floating[Any]]
-Odds = Literal["gseapy", "enrichr"]
-
-_TABLE_COLUMNS = (
-    "Term",
-    "Overlap",
-    "n_overlap",
-    "term_size",
-    "P-value",
-    "Adjusted P-value",
-    "Odds Ratio",
-    "Combined Score",
-    "Genes",
-)
 
 
 @dataclass(frozen=True)
@@ -186,34 +184,15 @@ def over_representation(
         InputError: a background that cannot hold a list, or as `prepare_background` and
             `encode_lists`.
     """
-    if family not in ("hit", "all"):
-        raise InputError(f"The BH family is {family!r}; use 'hit' or 'all'.")
     if not 0 < alpha < 1:
         raise InputError(f"alpha is {alpha}; use a level between 0 and 1, such as 0.05.")
     if engine not in ("fused", "plain"):
         raise InputError(f"The engine is {engine!r}; use 'fused' or 'plain'.")
-    universe = prepare_background(library, background)
-    encoded = lists if isinstance(lists, Encoded) else encode_lists(lists, library, universe)
-    if isinstance(lists, Encoded) and not universe.known[encoded.ids].all():
-        raise InputError(
-            f"The lists were encoded with another background than the {universe.total:,} genes "
-            "given here; encode them again."
-        )
-    longest = int(encoded.n_query.max(initial=0))
-    if longest > universe.total:
-        raise InputError(
-            f"A gene list has {longest:,} genes, more than the background's {universe.total:,}; "
-            "give the number of genes that the lists could have been drawn from."
-        )
+    encoded, universe = checked_lists(lists, library, background, family)
     run = {"fused": _fused, "plain": _plain}[engine]
     result = run(encoded, universe, universe.n_terms if family == "all" else 0, alpha, threads)
     if np.isnan(result.min_p).any():
-        i = int(np.isnan(result.min_p).argmax())
-        raise InputError(
-            f"The background of {universe.total:,} genes is too small: list {i} and one of its "
-            f"terms in {library.name} have more distinct genes than that; give the number of genes "
-            "that the lists could have been drawn from."
-        )
+        raise impossible_list(int(np.isnan(result.min_p).argmax()), universe)
     return result
 
 
@@ -255,10 +234,10 @@ def _plain(
     result = _empty_result(encoded)
     for i, n in enumerate(encoded.n_query):
         genes = encoded.ids[encoded.indptr[i] : encoded.indptr[i + 1]]
-        hit, overlaps = _overlaps(genes, universe)
+        hit, overlap = overlaps(genes, universe)
         if not hit.size:
             continue
-        p = _scipy_tails(overlaps, universe.sizes[hit], int(n), universe.total)
+        p = _scipy_tails(overlap, universe.sizes[hit], int(n), universe.total)
         padding = np.ones(max(n_tests - hit.size, 0))
         q = benjamini_hochberg(np.concatenate([p, padding])) if not np.isnan(p).any() else p
         result.n_hit[i] = hit.size
@@ -268,99 +247,8 @@ def _plain(
     return result
 
 
-def _overlaps(genes: IntArray, universe: Background) -> tuple[IntArray, IntArray]:
-    """Terms hit by one list of gene ids, and the overlap with each."""
-    indptr = universe.gene_indptr
-    parts = [universe.gene_terms[indptr[gene] : indptr[gene + 1]] for gene in genes]
-    terms = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-    overlaps = np.bincount(terms, minlength=universe.sizes.size)
-    hit = np.flatnonzero(overlaps)
-    return hit, overlaps[hit]
-
-
 def _scipy_tails(overlaps: IntArray, sizes: IntArray, n: int, total: int) -> FloatArray:
     from scipy.stats import hypergeom
 
     p = hypergeom.sf(overlaps - 1, total, sizes, n)
     return np.where(overlaps < n + sizes - total, np.nan, p)
-
-
-def term_table(
-    genes: Collection[str],
-    library: GeneSets,
-    *,
-    background: int | Collection[str] | Background | None,
-    family: Family = "hit",
-    odds: Odds = "gseapy",
-) -> pd.DataFrame:
-    """All terms hit by one list, sorted by p (ties in the library's order).
-
-    Columns: Term, Overlap ("2/96"), n_overlap, term_size (within the background), P-value, Adjusted
-    P-value, Odds Ratio, Combined Score (-ln p times odds ratio), Genes (";"-joined, in the order of
-    the query). `attrs["statement"]` states background and BH family, `attrs["unmatched"]` the
-    symbols the library does not know.
-
-    Args:
-        genes: symbols of the list, in the order wanted in the Genes column.
-        library: the gene sets.
-        background: see `prepare_background`.
-        family: BH over terms "hit" by the list, or over "all".
-        odds: "gseapy" adds 0.5 to each cell of the 2 x 2 table (gseapy >= 1.1.1); "enrichr" is the
-            server's x d / max(b c, 1), recovered from its published outputs.
-
-    Raises:
-        InputError: as `over_representation`.
-    """
-    if odds not in ("gseapy", "enrichr"):
-        raise InputError(f"The odds ratio is {odds!r}; use 'gseapy' or 'enrichr'.")
-    universe = prepare_background(library, background)
-    encoded = encode_lists([genes], library, universe)
-    # Checks the list against the background before anything is divided by it.
-    over_representation(encoded, library, background=universe, family=family)
-    n, total = int(encoded.n_query[0]), universe.total
-    hit, x = _overlaps(encoded.ids, universe)
-    size = universe.sizes[hit]
-    log_p = enrichment_kernels.log_upper_tails(x, size, n, total, *universe.log_factorials)
-    p = np.exp(log_p)
-    padding = np.ones(universe.n_terms - hit.size if family == "all" else 0)
-    ratio = _odds_ratio(x, size, n, total, odds)
-    table = pd.DataFrame(
-        dict(
-            zip(
-                _TABLE_COLUMNS,
-                (
-                    [library.terms[i] for i in hit],
-                    [f"{a}/{b}" for a, b in zip(x, size, strict=True)],
-                    x, size, p,
-                    benjamini_hochberg(np.concatenate([p, padding]))[: hit.size],
-                    ratio,
-                    -log_p * ratio,
-                    _hit_genes(encoded.ids, hit, universe),
-                ),
-                strict=True,
-            )
-        )
-    )  # fmt: skip
-    table = table.sort_values("P-value", kind="stable", ignore_index=True)
-    known = library.index
-    table.attrs["statement"] = universe.statement(family)
-    table.attrs["unmatched"] = [symbol for symbol in genes if symbol.strip().upper() not in known]
-    return table
-
-
-def _odds_ratio(x: IntArray, size: IntArray, n: int, total: int, odds: Odds) -> FloatArray:
-    """Odds ratio of the 2 x 2 table [[x, c], [b, d]] as gseapy or the Enrichr server has it."""
-    b, c, d = size - x, n - x, total - size - n + x
-    if odds == "gseapy":
-        return (x + 0.5) * (d + 0.5) / ((b + 0.5) * (c + 0.5))
-    return x * d / np.maximum(b * c, 1)
-
-
-def _hit_genes(ids: IntArray, hit: IntArray, universe: Background) -> list[str]:
-    """The list's genes in each term hit, joined by ";" in the order of the list."""
-    members: dict[int, list[str]] = {int(term): [] for term in hit}
-    for gene in ids:
-        start, stop = universe.gene_indptr[gene], universe.gene_indptr[gene + 1]
-        for term in universe.gene_terms[start:stop]:
-            members[int(term)].append(universe.library.genes[gene])
-    return [";".join(symbols) for symbols in members.values()]

@@ -226,38 +226,61 @@ def encode_lists(
         flat.extend(map(symbol_ids.__getitem__, genes))
         lengths.append(len(genes))
     indptr = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return _compact(indptr, np.asarray(flat, dtype=np.int64), list(symbol_ids.names), universe)
+    counts, gene = _looked_up(list(symbol_ids.names), universe)
+    return _compact(indptr, np.asarray(flat, dtype=np.int64), counts, gene)
+
+
+class GeneIds(NamedTuple):
+    """The genes that lists name by id, as the library and the background know them."""
+
+    canonical: IntArray
+    """The same number for all spellings of a symbol, (n_genes,)."""
+    counts: NDArray[np.bool_]
+    """Whether each canonical gene counts as drawn."""
+    gene: IntArray
+    """The library's id of each canonical gene, -1 for none."""
+
+
+def gene_ids(genes: Sequence[str], universe: Background) -> GeneIds:
+    """Look the symbols up once, for many calls of `encode_ids`."""
+    symbol_ids = _SymbolIds()
+    canonical = np.array([symbol_ids[gene] for gene in genes], dtype=np.int64)
+    return GeneIds(canonical, *_looked_up(list(symbol_ids.names), universe))
 
 
 def encode_ids(
     lists: Ragged,
-    genes: Sequence[str],
+    genes: Sequence[str] | GeneIds,
     library: GeneSets,
     background: int | Collection[str] | Background | None,
 ) -> Encoded:
     """As `encode_lists`, for lists that are ids into `genes` already (the nulls): far faster.
 
     Raises:
-        InputError: an id outside `genes`, or as `encode_lists`.
+        InputError: an id outside `genes`, or as `prepare_background`.
     """
     universe = prepare_background(library, background)
-    if lists.ids.size and not 0 <= lists.ids.min() <= lists.ids.max() < len(genes):
-        raise InputError(f"The lists hold an id outside the {len(genes)} genes they refer to.")
-    symbol_ids = _SymbolIds()
-    canonical = np.array([symbol_ids[gene] for gene in genes], dtype=np.int64)
+    known = genes if isinstance(genes, GeneIds) else gene_ids(genes, universe)
+    n_genes = known.canonical.size
+    if lists.ids.size and not 0 <= lists.ids.min() <= lists.ids.max() < n_genes:
+        raise InputError(f"The lists hold an id outside the {n_genes} genes they refer to.")
     indptr = np.asarray(lists.indptr, dtype=np.int64)
-    return _compact(indptr, canonical[lists.ids], list(symbol_ids.names), universe)
+    return _compact(indptr, known.canonical[lists.ids], known.counts, known.gene)
 
 
-def _compact(
-    indptr: IntArray, symbols: IntArray, names: Sequence[str], universe: Background
-) -> Encoded:
-    """Drop repeats and what the background excludes; translate to the library's gene ids."""
+def _looked_up(names: Sequence[str], universe: Background
+               ) -> tuple[NDArray[np.bool_], IntArray]:
+    """Whether each symbol counts as drawn, and the library's id of it."""
     index = universe.library.index
     gene = np.array([index.get(name, -1) for name in names], dtype=np.int32)
-    counts = np.ones(len(names), dtype=bool)
-    if universe.symbols is not None:
-        counts = np.array([name in universe.symbols for name in names], dtype=bool)
+    if universe.symbols is None:
+        return np.ones(len(names), dtype=bool), gene
+    return np.array([name in universe.symbols for name in names], dtype=bool), gene
+
+
+def _compact(indptr: IntArray, symbols: IntArray, counts: NDArray[np.bool_], gene: IntArray
+             ) -> Encoded:
+    """Drop repeats and what the background excludes; translate to the library's gene ids."""
     ids = np.empty(symbols.size, dtype=np.int32)
     n_query = np.zeros(indptr.size - 1, dtype=np.int64)
     starts = enrichment_kernels.compact_lists(indptr, symbols, counts, gene, ids, n_query)

@@ -109,7 +109,7 @@ class Setting(NamedTuple):
     """Level below which q counts as significant."""
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any]) -> Any:
     """Compile with numba, keeping the machine code on disk where a writable folder is found."""
     try:
         return numba.njit(cache=True, nogil=True)(function)
@@ -133,7 +133,7 @@ def log_factorial_table(n_max: int) -> tuple[NDArray[np.int64], float]:
     return table, 2.0**-shift
 
 
-@_compiled
+@compiled
 def _log_pmf(x, size, n, total, table, unit):  # type: ignore[no-untyped-def]
     """Log of the hypergeometric probability of exactly x hits."""
     return unit * (
@@ -143,7 +143,7 @@ def _log_pmf(x, size, n, total, table, unit):  # type: ignore[no-untyped-def]
     )
 
 
-@_compiled
+@compiled
 def log_upper_tail(x, size, n, total, table, unit):  # type: ignore[no-untyped-def]
     """Log of P(X >= x) for n draws from `total` genes of which `size` are in the term.
 
@@ -175,7 +175,7 @@ def log_upper_tail(x, size, n, total, table, unit):  # type: ignore[no-untyped-d
     return math.log1p(-math.exp(_log_pmf(x - 1, size, n, total, table, unit)) * terms)
 
 
-@_compiled
+@compiled
 def log_upper_tails(overlaps, sizes, n, total, table, unit):  # type: ignore[no-untyped-def]
     """`log_upper_tail` of one list for arrays of overlaps and term sizes."""
     logs = np.empty(overlaps.size)
@@ -184,7 +184,7 @@ def log_upper_tails(overlaps, sizes, n, total, table, unit):  # type: ignore[no-
     return logs
 
 
-@_compiled
+@compiled
 def _count_overlaps(genes, terms, work):  # type: ignore[no-untyped-def]
     """Phase 1: add each gene to its terms' overlaps; returns how many terms were touched."""
     hits = 0
@@ -197,7 +197,7 @@ def _count_overlaps(genes, terms, work):  # type: ignore[no-untyped-def]
     return hits
 
 
-@_compiled
+@compiled
 def _group_terms(hits, terms, work):  # type: ignore[no-untyped-def]
     """Phase 2: count the touched terms of each cell; returns how many cells there are."""
     n_cells = 0
@@ -209,7 +209,7 @@ def _group_terms(hits, terms, work):  # type: ignore[no-untyped-def]
     return n_cells
 
 
-@_compiled
+@compiled
 def _look_up_tails(n_cells, n, terms, setting, work):  # type: ignore[no-untyped-def]
     """Phase 3: p and sorting bin of the cells in use; returns whether all are possible."""
     possible = True
@@ -225,7 +225,7 @@ def _look_up_tails(n_cells, n, terms, setting, work):  # type: ignore[no-untyped
     return possible
 
 
-@_compiled
+@compiled
 def _sort_cells(n_cells, work):  # type: ignore[no-untyped-def]
     """Sort the cells in use by p: into bins first, then by insertion within and between bins."""
     cells, ordered, bin_end = work.cells[:n_cells], work.ordered, work.bin_end
@@ -249,7 +249,7 @@ def _sort_cells(n_cells, work):  # type: ignore[no-untyped-def]
         ordered[j] = cell
 
 
-@_compiled
+@compiled
 def _adjusted(n_cells, n_tests, alpha, work):  # type: ignore[no-untyped-def]
     """Phase 4, Benjamini-Hochberg: smallest q, and number of terms with q < alpha.
 
@@ -267,7 +267,7 @@ def _adjusted(n_cells, n_tests, alpha, work):  # type: ignore[no-untyped-def]
     return smallest, significant
 
 
-@_compiled
+@compiled
 def _first_best(n_cells, terms, work):  # type: ignore[no-untyped-def]
     """First term (in the library's order) of the lowest p: a walk through its size class."""
     best = work.overlap.size
@@ -282,7 +282,7 @@ def _first_best(n_cells, terms, work):  # type: ignore[no-untyped-def]
     return best
 
 
-@_compiled
+@compiled
 def score_lists(order, lists, terms, setting, work, result):  # type: ignore[no-untyped-def]
     """Test the lists whose positions `order` holds (best sorted by length), filling `result`.
 
@@ -309,7 +309,55 @@ def score_lists(order, lists, terms, setting, work, result):  # type: ignore[no-
             work.members[cell] = 0
 
 
-@_compiled
+@compiled
+def _count_significant(candidates, n_tests, alpha):  # type: ignore[no-untyped-def]
+    """Benjamini-Hochberg without sorting: number of terms with q < alpha.
+
+    The largest r with r terms at p * n_tests / r < alpha is the fixed point that is reached from
+    above by counting the terms below the line of the last count.
+    """
+    significant = candidates.size
+    while significant > 0:
+        below = 0
+        for p in candidates:
+            below += p * n_tests / significant < alpha
+        if below == significant:
+            break
+        significant = below
+    return significant
+
+
+@compiled
+def count_lists(lists, terms, setting, work, min_p, n_significant):  # type: ignore[no-untyped-def]
+    """`score_lists` for nulls: only each list's smallest p and number of significant terms.
+
+    One pass over the terms touched is enough, without cells: a term can only be significant if it
+    is below the line of all terms touched, and few are.
+    """
+    candidates = np.empty(work.overlap.size + 1)
+    for i in range(lists.n_query.size):
+        n = lists.n_query[i]
+        hits = _count_overlaps(lists.ids[lists.indptr[i] : lists.indptr[i + 1]], terms, work)
+        n_tests = setting.n_tests or hits
+        smallest, kept = 1.0, 0
+        for term in work.touched[:hits]:
+            cell = terms.first_cell[work.overlap[term]] + terms.size_class[term]
+            work.overlap[term] = 0
+            if work.cell_length[cell] != n:
+                x, size = terms.cell_overlap[cell], terms.class_size[terms.cell_class[cell]]
+                log_p = log_upper_tail(x, size, n, setting.total, setting.table, setting.unit)
+                work.cell_p[cell] = math.exp(log_p)
+                work.cell_length[cell] = n
+            p = work.cell_p[cell]
+            # Not min(): an impossible overlap (NaN) has to come through.
+            smallest = smallest if p >= smallest else p
+            candidates[kept] = p
+            kept += p * n_tests / hits < setting.alpha
+        min_p[i] = smallest
+        n_significant[i] = _count_significant(candidates[:kept], n_tests, setting.alpha)
+
+
+@compiled
 def compact_lists(indptr, symbols, counts, gene, ids, n_query):  # type: ignore[no-untyped-def]
     """Drop repeats within each list and translate symbol ids to the library's gene ids.
 
@@ -328,44 +376,5 @@ def compact_lists(indptr, symbols, counts, gene, ids, n_query):  # type: ignore[
             if gene[symbol] >= 0:
                 ids[written] = gene[symbol]
                 written += 1
-        starts[i + 1] = written
-    return starts
-
-
-@_compiled
-def sample_within_bins(indptr, ids, item_bin, bin_start, items, uniforms, out):  # type: ignore[no-untyped-def]
-    """Replace each id by a random item of its own bin, without repeats within a list.
-
-    `items` lists all items bin by bin, `bin_start` (n_bins + 1,) where each bin starts; `uniforms`
-    (ids' size) are draws from [0, 1). A partial Fisher-Yates shuffle of the bin: `items` may start
-    in any order, so it is left shuffled for the next list. Fills `out`.
-    """
-    taken = np.zeros(bin_start.size, np.int64)
-    for i in range(indptr.size - 1):
-        for position in range(indptr[i], indptr[i + 1]):
-            b = item_bin[ids[position]]
-            first = bin_start[b] + taken[b]
-            chosen = first + np.int64(uniforms[position] * (bin_start[b + 1] - first))
-            items[first], items[chosen] = items[chosen], items[first]
-            out[position] = items[first]
-            taken[b] += 1
-        for position in range(indptr[i], indptr[i + 1]):
-            taken[item_bin[ids[position]]] = 0
-
-
-@_compiled
-def union_of_families(indptr, tokens, family_indptr, family_ids, n_genes, ids, fill):  # type: ignore[no-untyped-def]
-    """Distinct genes of each list's tokens; counts only if `fill` is false. Returns the indptr."""
-    seen = np.full(n_genes, -1, np.int64)
-    starts = np.zeros(indptr.size, np.int64)
-    written = 0
-    for i in range(indptr.size - 1):
-        for token in tokens[indptr[i] : indptr[i + 1]]:
-            for gene in family_ids[family_indptr[token] : family_indptr[token + 1]]:
-                if seen[gene] != i:
-                    seen[gene] = i
-                    if fill:
-                        ids[written] = gene
-                    written += 1
         starts[i + 1] = written
     return starts

@@ -4,8 +4,8 @@ Each null answers "could a list made without the model have done as well?", hold
 fixed than the one before:
 - `uniform_null`: the list's length. A correct test must come out near its nominal level here.
 - `frequency_matched_null`: also how often its genes occur in the corpus.
-- `token_preserving_null`: also that a feature fires on tokens, and a token stands for a family of
-  genes that share a piece of their name.
+- `token_preserving_null`: also that a feature fires on tokens, so often on each, and that a token
+  stands for a family of genes that share a piece of their name.
 
 Lists are `Ragged`: integer ids into whatever the caller counts as genes (or tokens). Everything is
 drawn from the generator handed in, so a seed fixes the result.
@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from scfm_circuits import InputError, enrichment_kernels
+from scfm_circuits import InputError
+from scfm_circuits import enrichment_null_kernels as kernels
 
 IntArray = NDArray[np.integer[Any]]
 FloatArray = NDArray[np.floating[Any]]
@@ -50,7 +51,8 @@ def _indptr(lengths: ArrayLike) -> IntArray:
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
 
 
-def uniform_null(lengths: ArrayLike, genes: int, rng: np.random.Generator) -> Ragged:
+def uniform_null(lengths: ArrayLike, genes: int, rng: np.random.Generator, draws: int = 1
+                 ) -> Ragged:
     """Lists of distinct genes drawn uniformly, one for each length.
 
     Controls for list length alone: under a correct rule the share of significant lists must be
@@ -60,6 +62,7 @@ def uniform_null(lengths: ArrayLike, genes: int, rng: np.random.Generator) -> Ra
         lengths: list lengths, (n_lists,).
         genes: how many genes there are; ids are 0..genes-1.
         rng: source of randomness.
+        draws: null lists for each length; the result has `draws` blocks of n_lists.
 
     Raises:
         InputError: a list is longer than there are genes.
@@ -70,15 +73,14 @@ def uniform_null(lengths: ArrayLike, genes: int, rng: np.random.Generator) -> Ra
             f"Cannot draw a null list of {int(lengths.max())} distinct genes from {genes}; use the "
             "same genes for the lists and for the null."
         )
-    indptr = _indptr(lengths)
+    indptr = _indptr(np.tile(lengths, draws))
     one_bin = np.zeros(max(genes, 1), dtype=np.int64)
     # Which genes are replaced does not matter when all share one bin.
     return _resample(Ragged(indptr, np.zeros(indptr[-1], dtype=np.int64)), one_bin, rng)
 
 
-def frequency_matched_null(
-    lists: Ragged, gene_frequency: ArrayLike, n_bins: int, rng: np.random.Generator
-) -> Ragged:
+def frequency_matched_null(lists: Ragged, gene_frequency: ArrayLike, n_bins: int,
+                           rng: np.random.Generator, draws: int = 1) -> Ragged:
     """Replace each gene by a random gene of similar corpus frequency; no repeats within a list.
 
     Controls for length and for how often the genes occur: lists ranked by activation favour
@@ -89,71 +91,115 @@ def frequency_matched_null(
         gene_frequency: corpus frequency of every gene, (n_genes,).
         n_bins: number of equally filled frequency bins within which genes are exchanged.
         rng: source of randomness.
+        draws: null lists for each list; the result has `draws` blocks of n_lists.
 
     Raises:
         InputError: an id without a frequency, a repeated id, or no bins.
     """
     frequency = np.asarray(gene_frequency, dtype=np.float64)
     _check_ids(lists, frequency.size, "gene")
-    return _resample(lists, _quantile_bins(frequency, n_bins), rng)
+    return _resample(_repeated(lists, draws), _quantile_bins(frequency, n_bins), rng)
+
+
+class TokenFamilies(NamedTuple):
+    """The tokens that occur in genes, each with its family: the genes that contain it."""
+
+    indptr: IntArray
+    """Where each token's family starts in `genes` and `shares`, (n_tokens + 1,)."""
+    genes: IntArray
+    """Gene ids, distinct within a family, (indptr[-1],)."""
+    shares: FloatArray
+    """Share of the token's occurrences that stand in that gene, (indptr[-1],)."""
+    cell: IntArray
+    """Which tokens may stand in for each other: bin of frequency by bin of family size."""
+
+
+def token_families(pair_token: ArrayLike, pair_gene: ArrayLike, pair_count: ArrayLike,
+                   n_bins: int = 8) -> TokenFamilies:
+    """`TokenFamilies` from the distinct pairs of token and gene and how often each occurs.
+
+    Args:
+        pair_token: places 0..n_tokens-1, every one of them in use, (n_pairs,).
+        pair_gene: gene ids, (n_pairs,).
+        pair_count: occurrences, at least 1, (n_pairs,).
+        n_bins: bins of frequency, and of family size.
+
+    Raises:
+        InputError: a pair twice, a token without a gene, or no bins.
+    """
+    token, gene = (np.asarray(values, dtype=np.int64) for values in (pair_token, pair_gene))
+    count = np.asarray(pair_count, dtype=np.float64)
+    sizes = np.bincount(token)
+    if (sizes == 0).any() or (count <= 0).any():
+        raise InputError("A token belongs to no gene; leave out tokens that stand in none.")
+    order = np.argsort(token, kind="stable")
+    _check_ids(Ragged(_indptr(sizes), gene[order]), int(gene.max(initial=0)) + 1, "gene")
+    frequency = np.bincount(token, weights=count)
+    size_bin = _quantile_bins(np.asarray(sizes, dtype=np.float64), n_bins)
+    cell = _quantile_bins(frequency.astype(np.float64), n_bins) * n_bins + size_bin
+    return TokenFamilies(_indptr(sizes), gene[order], (count / frequency[token])[order], cell)
+
+
+class TokenCounts(NamedTuple):
+    """How often each feature fires on each token."""
+
+    indptr: IntArray
+    """Where each feature's tokens start, (n_features + 1,)."""
+    tokens: IntArray
+    """Tokens, distinct within a feature, as places in `TokenFamilies`, (indptr[-1],)."""
+    counts: FloatArray
+    """How often the feature fires on that token, above 0, (indptr[-1],)."""
 
 
 def token_preserving_null(
-    feature_tokens: Ragged,
-    token_frequency: ArrayLike,
-    family_size: ArrayLike,
-    families: Ragged,
-    rng: np.random.Generator,
-    n_bins: int = 10,
+    features: TokenCounts, families: TokenFamilies, rng: np.random.Generator, *, n_genes: int,
+    by_token: bool = True, list_rule: str = "top", size: int = 50, share: float = 0.5,
+    draws: int = 1,
 ) -> Ragged:
-    """Gene lists of as many random tokens as the feature has, alike in frequency and family size.
+    """Gene lists of features that fire as often, on as many tokens of the same kind.
 
     Controls for sub-words: a token stands for the family of genes whose names contain it, families
     share functions, so even one token with no model behind it is "enriched". A feature must do
     better than random tokens to say something about biology.
 
-    Tokens are exchanged within cells of a grid, frequency bins by family-size bins; a token alone
-    in its cell stays, which makes the control stricter. The null list is the union of the drawn
-    tokens' families and can differ in length from the feature's own list.
+    Each token hands its count to a random token of its cell (like in frequency and family size); a
+    token alone in its cell stays, which makes the control stricter. Genes are then ranked and
+    selected as those of the feature were, so a null list has at most the feature's length.
 
     Args:
-        feature_tokens: token ids each feature fires on, distinct within a feature.
-        token_frequency: corpus frequency of every token, (n_tokens,).
-        family_size: number of genes containing each token, (n_tokens,); tokens of size 0 (prompt
-            words) are never drawn and must not be among a feature's tokens.
-        families: gene ids of every token, n_tokens lists.
+        features: tokens and counts of each feature.
+        families: the genes of each token.
         rng: source of randomness.
-        n_bins: bins of frequency, and of family size.
-
-    Returns:
-        Distinct gene ids per feature.
+        n_genes: how many genes there are.
+        by_token: a gene's score is the counts of all its tokens (gene rule `token`), or only what
+            falls inside the gene (`occurrence`).
+        list_rule, size, share: as `features.select_genes`.
+        draws: null lists for each feature; the result has `draws` blocks of n_features.
 
     Raises:
-        InputError: shapes that disagree, a token without a family, or a repeated token.
+        InputError: a token twice in a feature or outside the families; an unknown list rule.
     """
-    frequency = np.asarray(token_frequency, dtype=np.float64)
-    sizes = np.asarray(family_size, dtype=np.int64)
-    if not frequency.size == sizes.size == families.lengths.size:
-        raise InputError(
-            f"Token frequencies ({frequency.size}), family sizes ({sizes.size}) and families "
-            f"({families.lengths.size}) must describe the same tokens; pass one of each per token."
-        )
-    _check_ids(feature_tokens, sizes.size, "token")
-    if (sizes[feature_tokens.ids] == 0).any():
-        raise InputError(
-            "A feature's tokens include one that belongs to no gene; leave prompt words out."
-        )
-    with_family = np.flatnonzero(sizes > 0)
-    cells = np.full(sizes.size, -1, dtype=np.int64)
-    frequency_bin = _quantile_bins(frequency[with_family], n_bins)
-    size_bin = _quantile_bins(sizes[with_family].astype(np.float64), n_bins)
-    cells[with_family] = frequency_bin * n_bins + size_bin
-    tokens = _resample(feature_tokens, cells, rng)
-    n_genes = int(families.ids.max()) + 1 if families.ids.size else 0
-    arguments = (tokens.indptr, tokens.ids, families.indptr, families.ids, n_genes)
-    counted = enrichment_kernels.union_of_families(*arguments, np.empty(0, np.int64), False)
-    genes = np.empty(counted[-1], dtype=np.int64)
-    return Ragged(enrichment_kernels.union_of_families(*arguments, genes, True), genes)
+    rules = {"all": kernels.ALL, "top": kernels.TOP, "share": kernels.SHARE}
+    if list_rule not in rules:
+        raise InputError(f"There is no list rule {list_rule!r}; known are all, top and share.")
+    own = Ragged(features.indptr, features.tokens)
+    _check_ids(own, families.cell.size, "token")
+    tokens = _resample(_repeated(own, draws), families.cell, rng)
+    longest = min(size, n_genes) if list_rule == "top" else n_genes
+    genes = np.empty((tokens.indptr.size - 1) * longest, dtype=np.int64)
+    counts = np.tile(np.asarray(features.counts, dtype=np.float64), draws)
+    indptr = kernels.lists_of_tokens(tokens.indptr, tokens.ids, counts, families, n_genes,
+                                     by_token, rules[list_rule], size, share, genes)
+    return Ragged(indptr, genes[: indptr[-1]])
+
+
+def _repeated(lists: Ragged, draws: int) -> Ragged:
+    """The lists `draws` times, one block after another."""
+    indptr = np.asarray(lists.indptr, dtype=np.int64)
+    ids = np.asarray(lists.ids, dtype=np.int64)
+    if draws == 1:
+        return Ragged(indptr, ids)
+    return Ragged(_indptr(np.tile(np.diff(indptr), draws)), np.tile(ids, draws))
 
 
 def _check_ids(lists: Ragged, n_items: int, noun: str) -> None:
@@ -181,7 +227,7 @@ def _resample(lists: Ragged, item_bin: IntArray, rng: np.random.Generator) -> Ra
     items = np.argsort(item_bin, kind="stable")[np.count_nonzero(item_bin < 0) :]
     bin_start = _indptr(np.bincount(item_bin[items], minlength=1))
     drawn = np.empty(lists.ids.size, dtype=np.int64)
-    enrichment_kernels.sample_within_bins(
+    kernels.sample_within_bins(
         np.asarray(lists.indptr, dtype=np.int64),
         np.asarray(lists.ids, dtype=np.int64),
         item_bin,

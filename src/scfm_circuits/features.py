@@ -23,7 +23,7 @@ from scfm_circuits import InputError
 from scfm_circuits.files import atomic_path
 from scfm_circuits.language_model import batches, device_of, mlp_sites
 from scfm_circuits.sentences import Corpus, token_texts
-from scfm_circuits.training import training_stamp
+from scfm_circuits.training import Control, stage_folder, training_stamp
 from scfm_circuits.transcoder import Transcoders
 
 if TYPE_CHECKING:
@@ -114,22 +114,35 @@ def count_features(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus
     )
 
 
-def get_statistics(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus,
-                   profile: "Profile") -> FeatureStatistics:
-    """The profile's statistics: from `results/<profile>/features.npz` if current, else counted."""
-    path = profile.results / "features.npz"
-    # The training stamp knows the tokens; counts also depend on which gene each stands in.
+def _stamp(corpus: Corpus, profile: "Profile", control: Control | None) -> str:
+    """What counts depend on: the transcoders, this module, and which gene each token stands in."""
     genes = hashlib.sha256(np.ascontiguousarray(corpus.gene).tobytes()).hexdigest()[:16]
-    stamp = json.dumps([training_stamp(profile, corpus), profile.fingerprint((), ("features",)),
-                        genes], sort_keys=True)
-    stored = _read(path, stamp)
+    return json.dumps([training_stamp(profile, corpus, control),
+                       profile.fingerprint((), ("features",)), genes], sort_keys=True)
+
+
+def stored_statistics(corpus: Corpus, profile: "Profile", control: Control | None = None
+                      ) -> FeatureStatistics | None:
+    """The statistics that `get_statistics` stored, if they are current."""
+    path = stage_folder(profile, control) / "features.npz"
+    return _read(path, _stamp(corpus, profile, control))
+
+
+def get_statistics(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus,
+                   profile: "Profile", control: Control | None = None) -> FeatureStatistics:
+    """The profile's statistics: from `results/<profile>/features.npz` if current, else counted.
+
+    With `control`, those of that control's transcoders, stored in its own folder.
+    """
+    stored = stored_statistics(corpus, profile, control)
     if stored is None:
         stored = count_features(model, transcoders, corpus, profile.forward_cells)
         parts = {f"counts_{i}_{key}": getattr(matrix, key) for i, matrix in
                  enumerate(stored.counts) for key in ("data", "indices", "indptr")}
         plain = {key: value for key, value in vars(stored).items() if key != "counts"}
-        with atomic_path(path) as temporary:
-            np.savez_compressed(temporary, stamp=np.array(stamp), **plain, **parts)
+        with atomic_path(stage_folder(profile, control) / "features.npz") as temporary:
+            np.savez_compressed(temporary, stamp=np.array(_stamp(corpus, profile, control)),
+                                **plain, **parts)
     return stored
 
 

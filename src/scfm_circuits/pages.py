@@ -33,8 +33,8 @@ from scfm_circuits.profile import ROOT
 
 BOOK = ROOT / "book"
 STAMP = "built.json"
-DOWNLOADS = ("tables/*.csv", "figures/*.png", "figures/*.svg", "circuits/*.json", "values/*.json",
-             "claims.csv", "provenance.json")
+DOWNLOADS = ("tables/*.csv", "tables/*.js", "figures/*.png", "figures/*.svg", "circuits/*.json",
+             "values/*.json", "claims.csv", "provenance.json")
 """Results that are copied beside the pages; transcoder weights stay where they are."""
 # In <a> an address is only followed on a click; in these it is fetched with the page.
 _FETCHED = re.compile(
@@ -249,6 +249,9 @@ def download_list(run: Run) -> str:
     """Links to the result files, one list for each folder."""
     groups: dict[str, list[str]] = {}
     for path in sorted(_downloads(run)):
+        if path.suffix == ".js":
+            # What a browsable table loads; its CSV is for people.
+            continue
         name = path.relative_to(run.profile.results)
         groups.setdefault(str(name.parent), []).append(name.as_posix())
     groups["notebooks"] = [f"notebooks/{notebook.path.name}" for notebook in run.notebooks]

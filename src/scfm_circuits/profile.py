@@ -153,6 +153,13 @@ class Profile(BaseModel):
     """Genes tested under the list rule `top`."""
     list_share: Share = 0.5
     """Share of the activations under the list rule `share`."""
+    null_draws: Annotated[int, Field(ge=19)] = 1000
+    """Random gene lists of each kind that every live feature is compared with."""
+    reinitialised_control: bool = True
+    """Whether transcoders are trained on a model with random weights too, as a control. Takes as
+    long as training them on the model itself."""
+    prerank_features: Annotated[int, Field(ge=0)] = 5
+    """Features of the human evaluation that are also tested by gseapy's prerank (slow)."""
 
     # --- case study --------------------------------------------------------------------------
     case_type: str = "CD14+ Monocyte"

@@ -5,18 +5,17 @@ stands under `results/<profile>/` cannot differ. Text in tables may come from st
 files, labels, profiles) and is escaped.
 """
 
-import hashlib
 import html
 import math
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scfm_circuits import InputError
 from scfm_circuits.files import atomic_path, write_atomic, write_json
-from scfm_circuits.profile import ROOT, Profile
+from scfm_circuits.profile import Profile
+from scfm_circuits.report_tables import browsable, number, plain, table_bundle
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,17 +55,42 @@ class Report:
 
         digits: significant digits of a floating-point number on the page; the file has ten.
         """
-        path = self.profile.results / "tables" / f"{_checked_name(name, 'table')}.csv"
-        text = frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
-        write_atomic(path, text)
-        return _shown_table(frame, caption, rows, digits, path)
+        path = self._csv(name)
+        write_atomic(path, _csv_text(frame))
+        return Shown(table_bundle(frame, caption, rows, digits, path))
+
+    def browse(
+        self, name: str, frame: "pd.DataFrame", *,
+        caption: str | None = None, rows: int = 25, digits: int = 4,
+        links: Mapping[str, str] | None = None,
+    ) -> Shown:
+        """Write `tables/<name>.csv` in full and show a table to search, sort, filter and page.
+
+        Without the book's script (in JupyterLab, say) it is the table of the first `rows` rows.
+        Beside the CSV, `tables/<name>.js` hands all rows to the script.
+
+        links: for a column, the address behind its texts. Other columns' texts are filled in by
+        name, as in `{"best_term": "https://amigo.geneontology.org/amigo/term/{go_id}"}`; a row
+        that lacks one of them has no link.
+
+        Raises InputError if `rows` is not positive, or if a link names a column that is not there
+        or leads anywhere but to a web address or a path in the book.
+        """
+        path = self._csv(name)
+        bundle, script = browsable(frame, caption, rows, digits, path, links)
+        write_atomic(path, _csv_text(frame))
+        write_atomic(path.with_suffix(".js"), script)
+        return Shown(bundle)
+
+    def _csv(self, name: str) -> Path:
+        return self.profile.results / "tables" / f"{_checked_name(name, 'table')}.csv"
 
     def show(
         self, frame: "pd.DataFrame", *,
         caption: str | None = None, rows: int | None = None, digits: int = 4,
     ) -> Shown:
         """Show a table in the same way without writing a file."""
-        return _shown_table(frame, caption, rows, digits, None)
+        return Shown(table_bundle(frame, caption, rows, digits, None))
 
     def figure(self, name: str, figure: "Figure") -> Shown:
         """Write `figures/<name>.png` and `.svg`, the same bytes on every run, and show the PNG.
@@ -102,10 +126,10 @@ class Report:
         """
         # A colon would be read as the start of a format by the glue role.
         _checked_name(key, "value")
-        plain = _plain(value)
-        self._values[key] = plain
+        kept = plain(value)
+        self._values[key] = kept
         write_json(self.profile.results / "values" / f"{self.chapter}.json", self._values)
-        _glue(key, readable(plain) if text is None else text)
+        _glue(key, readable(kept) if text is None else text)
 
     def values(self, mapping: Mapping[str, Any], prefix: str = "") -> None:
         """`value` for each item; `prefix` stands before each key."""
@@ -147,7 +171,7 @@ def readable(value: Any) -> str:
         case int():
             return f"{value:,}"
         case float():
-            return _number(4)(value)
+            return number(4)(value)
         case _:
             return str(value)
 
@@ -158,7 +182,11 @@ def short_number(text: str) -> str:
         value = float(text)
     except ValueError:
         return text
-    return text if len(text) <= 7 or not math.isfinite(value) else _number(4)(value)
+    return text if len(text) <= 7 or not math.isfinite(value) else number(4)(value)
+
+
+def _csv_text(frame: "pd.DataFrame") -> str:
+    return frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
 
 
 def _checked_name(name: str, kind: str) -> str:
@@ -167,15 +195,6 @@ def _checked_name(name: str, kind: str) -> str:
             f"The {kind} name {name!r} must be made of letters, digits, `.`, `_` and `-`."
         )
     return name
-
-
-def _plain(value: Any) -> Any:
-    """A numpy scalar as a Python one; NaN and infinity as None, as JSON has neither."""
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _glue(key: str, text: str) -> None:
@@ -196,83 +215,3 @@ def _let_go(figure: "Figure") -> None:
     import matplotlib.pyplot as plt
 
     plt.close(figure)
-
-
-def _number(digits: int) -> Callable[[float], str]:
-    """How a floating-point number reads: `digits` significant digits, whole numbers in full."""
-
-    def as_text(value: float) -> str:
-        if math.isnan(value):
-            return ""
-        if 10**digits <= abs(value) < 1e9:
-            return f"{value:,.0f}"
-        return f"{value:.{digits}g}"
-
-    return as_text
-
-
-def _html_table(frame: "pd.DataFrame", digits: int) -> str:
-    """The table as HTML with every text escaped; numbers to the right, text to the left."""
-    from pandas import NA
-    from pandas.api.types import is_numeric_dtype
-
-    number = _number(digits)
-
-    def as_text(value: Any) -> str:
-        value = _plain(value)
-        if value is None or value is NA or value != value:
-            return ""
-        return number(value) if isinstance(value, float) else html.escape(str(value))
-
-    columns = [frame.iloc[:, index] for index in range(frame.shape[1])]
-    # Long texts are given room: a browser would break them into a column of single words.
-    kinds = [
-        ' class="number"' if is_numeric_dtype(column)
-        else ' class="long"' if any(len(str(value)) > 40 for value in column) else ""
-        for column in columns
-    ]
-    head = "".join(f'<th scope="col"{kind}>{html.escape(str(name))}</th>'
-                   for name, kind in zip(frame.columns, kinds, strict=True))
-    rows = (
-        "".join(f"<td{kind}>{as_text(value)}</td>" for value, kind in zip(row, kinds, strict=True))
-        for row in zip(*columns, strict=True)
-    )
-    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
-    return (f'<table class="dataframe">\n<thead><tr>{head}</tr></thead>\n'
-            f"<tbody>\n{body}\n</tbody>\n</table>")
-
-
-def _shown_table(
-    frame: "pd.DataFrame", caption: str | None, rows: int | None, digits: int, path: Path | None,
-) -> Shown:
-    part = frame if rows is None else frame.head(rows)
-    body = _html_table(part, digits)
-    notes = []
-    if len(part) < len(frame):
-        notes.append(f"{len(part):,} of {len(frame):,} rows")
-    link = ""
-    if path is not None:
-        # Beside the built pages, the results stand under downloads/.
-        link = f'<a href="downloads/tables/{path.name}">{html.escape(path.name)}</a>'
-    line = "; ".join([*map(html.escape, notes), *([link] if link else [])])
-    title, label = "", f'aria-label="{html.escape(path.stem if path else "table", quote=True)}"'
-    if caption:
-        # Above the box that scrolls, else a phone would show its beginning only.
-        whole = f"{caption}\0{path.name if path else ''}\0{body}"
-        key = f"table-{hashlib.sha256(whole.encode(errors='replace')).hexdigest()[:12]}"
-        title = f'<p class="table-caption mathjax_ignore" id="{key}">{html.escape(caption)}</p>\n'
-        label = f'aria-labelledby="{key}"'
-        body = body.replace("<table ", f"<table {label} ", 1)
-    text = part.to_string(index=False, float_format=_number(digits), na_rep="")
-    if path is not None:
-        notes.append(os.path.relpath(path, ROOT))
-    return Shown({
-        "text/html": (
-            # The reserved class keeps MathJax away from dollar signs in cells.
-            title
-            + f'<div class="table-scroll mathjax_ignore" tabindex="0" role="region" {label}>\n'
-            f'{body}\n</div>'
-            + (f'\n<p class="table-note">{line}</p>' if line else "")
-        ),
-        "text/plain": "\n".join([*([caption] if caption else []), text, *notes]),
-    })

@@ -52,6 +52,18 @@ FIELDS = ("seed", "expansion", "loss", "l1_coefficient", "learning_rate", "warmu
 _MODULES = ("transcoder", "training", "language_model", "sentences", "cells")
 
 
+class Control(NamedTuple):
+    """Transcoders that are no result but a control: where they are kept and what sets them apart.
+
+    name: their folder under `results/<profile>/`. stamp: what they depend on beyond the profile's
+    own. output_scale: (n_layers,) factors on the MLP outputs that they learn to give; None: 1.
+    """
+
+    name: str
+    stamp: Mapping[str, Any]
+    output_scale: Tensor | None = None
+
+
 class Losses(NamedTuple):
     """Parts of the loss per layer, each (n_layers,): what is minimised is their sum."""
 
@@ -83,8 +95,10 @@ def transcoder_losses(name: str, l1_coefficient: float, y: Tensor, estimate: Ten
 class ActivationBuffer:
     """MLP inputs and outputs of some training cells, for all layers, in shuffled batches."""
 
-    def __init__(self, model: "GPTNeoXForCausalLM", corpus: "Corpus", profile: "Profile") -> None:
+    def __init__(self, model: "GPTNeoXForCausalLM", corpus: "Corpus", profile: "Profile",
+                 output_scale: Tensor | None = None) -> None:
         self._model, self._corpus, self._profile = model, corpus, profile
+        self._output_scale = output_scale
         self._train = np.flatnonzero(~corpus.held_out)
         mean_length = corpus.lengths[self._train].mean()
         wanted = math.ceil(profile.buffer_tokens / mean_length)
@@ -125,6 +139,8 @@ class ActivationBuffer:
             part = mlp_sites(self._model, tokens, mask)
             start, end = end, end + part.inputs.shape[1]
             inputs[:, start:end], outputs[:, start:end] = part
+        if self._output_scale is not None:
+            outputs *= self._output_scale.to(outputs)[:, None, None]
         filled = Sites(inputs, outputs)
         if self.cells_per_fill == len(self._train):
             self._kept = filled
@@ -187,11 +203,12 @@ class TrainingRun:
     """A training run that can stop at any step and be resumed from its checkpoint."""
 
     def __init__(self, model: "GPTNeoXForCausalLM", corpus: "Corpus", profile: "Profile",
-                 checkpoint: Path | None = None) -> None:
-        self.profile, self.checkpoint = profile, checkpoint
-        self.buffer = ActivationBuffer(model, corpus, profile)
+                 checkpoint: Path | None = None, control: Control | None = None) -> None:
+        self.profile, self.checkpoint, self.control = profile, checkpoint, control
+        scale = control.output_scale if control is not None else None
+        self.buffer = ActivationBuffer(model, corpus, profile, scale)
         self.steps = max(1, profile.training_tokens // profile.batch_tokens)
-        self.stamp = training_stamp(profile, corpus)
+        self.stamp = training_stamp(profile, corpus, control)
         d_model = model.config.hidden_size
         self.transcoders = Transcoders(len(mlps(model)), d_model, profile.expansion * d_model)
         self.transcoders.to(device_of(model))
@@ -325,12 +342,16 @@ class TrainingRun:
         return True
 
 
-def training_stamp(profile: "Profile", corpus: "Corpus") -> dict[str, Any]:
-    """What the trained transcoders depend on: profile fields, sources, corpus."""
+def training_stamp(profile: "Profile", corpus: "Corpus", control: Control | None = None
+                   ) -> dict[str, Any]:
+    """What the trained transcoders depend on: profile fields, sources, corpus, which control."""
     stamp = profile.fingerprint((*FIELDS, "model_layers", "model_width", "model_heads",
                                  "model_steps", "model_batch_cells", "model_learning_rate"),
                                 _MODULES)
-    return {**stamp, "corpus": corpus_digest(corpus)}
+    stamp["corpus"] = corpus_digest(corpus)
+    if control is not None:
+        stamp["control"] = {"name": control.name, **control.stamp}
+    return stamp
 
 
 def stamp_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -338,19 +359,28 @@ def stamp_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     fields = old.get("fields", {}), new.get("fields", {})
     names = [key for key in sorted({*fields[0], *fields[1]})
              if fields[0].get(key) != fields[1].get(key)]
-    names += [key for key in ("sources", "versions", "corpus") if old.get(key) != new.get(key)]
+    names += [key for key in ("sources", "versions", "corpus", "control")
+              if old.get(key) != new.get(key)]
     return ", ".join(names)
 
 
-def get_transcoders(model: "GPTNeoXForCausalLM", corpus: "Corpus", profile: "Profile"
-                    ) -> tuple[Transcoders, list[dict[str, Any]]]:
-    """The profile's transcoders and their training history: read if current, else trained."""
-    folder = profile.results / "transcoders"
-    stamp = json.loads(json.dumps(training_stamp(profile, corpus)))
+def stage_folder(profile: "Profile", control: Control | None) -> Path:
+    """Where transcoders and their statistics are kept: the run's results, or a control's folder."""
+    return profile.results if control is None else profile.results / control.name
+
+
+def get_transcoders(model: "GPTNeoXForCausalLM", corpus: "Corpus", profile: "Profile",
+                    control: Control | None = None) -> tuple[Transcoders, list[dict[str, Any]]]:
+    """The profile's transcoders and their training history: read if current, else trained.
+
+    With `control`, those of that control, which are trained the same way on the model given.
+    """
+    folder = stage_folder(profile, control) / "transcoders"
+    stamp = json.loads(json.dumps(training_stamp(profile, corpus, control)))
     record = read_json(folder / "training.json")
     if record.get("stamp") != stamp:
-        checkpoint = profile.results / "training_checkpoint.safetensors"
-        run = TrainingRun(model, corpus, profile, checkpoint)
+        checkpoint = folder.with_name("training_checkpoint.safetensors")
+        run = TrainingRun(model, corpus, profile, checkpoint, control)
         _announce(run, corpus)
         began = time.monotonic()
         run.run()
@@ -358,6 +388,10 @@ def get_transcoders(model: "GPTNeoXForCausalLM", corpus: "Corpus", profile: "Pro
         record = {"stamp": stamp, "history": run.history, "seconds": seconds,
                   "steps": run.steps, "tokens": run.steps * profile.batch_tokens}
         name = profile.model if profile.model != "train" else f"small GPT-NeoX ({profile.name})"
+        if control is not None:
+            name = f"{name}, {control.name}"
+            if control.output_scale is not None:
+                record["output_scale"] = control.output_scale.tolist()
         with atomic_folder(folder) as fresh:
             save_transcoders(run.transcoders, fresh, name, record)
         checkpoint.unlink(missing_ok=True)
@@ -370,5 +404,6 @@ def _announce(run: TrainingRun, corpus: "Corpus") -> None:
     t, profile = run.transcoders, run.profile
     memory = memory_needed(profile, corpus, t.n_layers, t.d_model)
     parts = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in memory.items())
-    print(f"Training {t.n_layers} transcoders of width {t.n_features:,} for {run.steps:,} steps of "
-          f"{profile.batch_tokens:,} tokens; memory: {parts}.")
+    control = f" of the control `{run.control.name}`" if run.control is not None else ""
+    print(f"Training {t.n_layers} transcoders{control} of width {t.n_features:,} for "
+          f"{run.steps:,} steps of {profile.batch_tokens:,} tokens; memory: {parts}.")

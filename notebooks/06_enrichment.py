@@ -79,12 +79,17 @@ report.not_comparable(run)
 loaded = [load_library(name, run.gene_sets) for name in run.libraries]
 # Without the real libraries one bundled library stands in for all of them.
 libraries = list({library.content_sha256: library for library in loaded}.values())
+used = np.unique(corpus.gene[corpus.gene >= 0])
+symbols = corpus.symbols[used].tolist()
 
 # %% tags=["hide-input"]
 report.table("gene_set_libraries", pd.DataFrame([{
     "library": one.name, "terms": len(one.terms), "genes": len(one.genes), "from": one.source,
+    "corpus genes": len(symbols),
+    "not in the library": sum(symbol.upper() not in one.index for symbol in symbols),
     "sha256": one.sha256[:12],
-} for one in libraries]), caption="Libraries used on this page")
+} for one in libraries]), caption="Libraries used on this page; symbols are compared in upper case, "
+    "terms of every size are tested")
 
 # %% tags=["remove-input"]
 report.warning(*(one.warning for one in loaded))
@@ -189,8 +194,8 @@ report.table("table4_shares", shares, rows=0)
 together = pooled(shares)
 wide = together.pivot(index="lists", columns="rule", values="percentage").reindex(
     index=together["lists"].unique(), columns=together["rule"].unique())
-report.show(wide.add_prefix("% under ").reset_index(), caption="All layers together: percentage of "
-            "lists called interpretable. " + " ".join(
+report.show(wide.add_prefix("% under ").reset_index(), digits=3, caption="All layers together: "
+            "percentage of lists called interpretable. " + " ".join(
                 f"{rule}: {RULES[rule].statement}" for rule in wide))
 
 # %% tags=["remove-input"]
@@ -206,8 +211,9 @@ report.value("table4.corpus_percentage", float(wide.loc["features", "corpus"]),
              f"{wide.loc['features', 'corpus']:.1f}")
 best_control = wide.drop(index="features").idxmax()
 report.values({rule: best_control[rule] for rule in wide}, prefix="controls.highest.")
-report.values({rule: float((wide[rule]["features"] - wide[rule].drop("features")).min())
-               for rule in wide}, prefix="controls.lead.")
+for rule in wide:
+    lead = float((wide[rule]["features"] - wide[rule].drop("features")).min())
+    report.value(f"controls.lead.{rule}", lead, f"{lead:.1f}")
 report.value("controls.libraries", ", ".join(f"{one.name} ({one.source})" for one in libraries))
 
 # %% [markdown]
@@ -236,8 +242,6 @@ report.value("controls.libraries", ", ".join(f"{one.name} ({one.source})" for on
 
 # %%
 rng = np.random.default_rng([run.seed, 12])
-used = np.unique(corpus.gene[corpus.gene >= 0])
-symbols = corpus.symbols[used].tolist()
 checked = []
 for length in (n for n in (10, 30, 100, 300) if n < len(used) / 2):
     drawn = uniform_null([length] * 2000, len(used), rng)
@@ -254,7 +258,7 @@ for length in (n for n in (10, 30, 100, 300) if n < len(used) / 2):
 checked = pd.DataFrame(checked)
 report.value("enrichment.fdr", run.fdr, f"{100 * run.fdr:.0f} %")
 report.table("table4_machinery", checked.sort_values(["rule", "library"], kind="stable"),
-             caption="Uniformly random lists of the corpus's genes called interpretable")
+             digits=3, caption="Uniformly random lists of the corpus's genes called interpretable")
 
 # %% [markdown]
 # ### How the choices move the number
@@ -262,7 +266,7 @@ report.table("table4_machinery", checked.sort_values(["rule", "library"], kind="
 # The same features, with longer and shorter lists, and with background and BH family exchanged one
 # at a time.
 
-# %%
+# %% tags=["hide-input"]
 variants = {"top 10": ("top", 10), "top 30": ("top", 30), "top 100": ("top", 100),
             "half of the activations": ("share", 0), "all activating genes": ("all", 0)}
 rule = RULES[run.enrichment_rule]
@@ -300,7 +304,7 @@ moved["percentage"] = 100 * moved["hits"] / moved["live"]
 report.value("enrichment.lowest", float(moved["percentage"].min()))
 report.value("enrichment.highest", float(moved["percentage"].max()))
 report.value("enrichment.n_terms", sum(len(one) for one in libraries))
-report.table("table4_choices", moved, caption="Share called interpretable under other choices; the "
+report.table("table4_choices", moved, digits=3, caption="Share called interpretable under other choices; the "
              f"lists are tested under the rule {run.enrichment_rule}")
 
 # %% [markdown]
@@ -411,16 +415,15 @@ features = verdicts.assign(
     tokens=tokens, genes=genes,
     table4_interpretable=np.concatenate([one.called[0] for one in counted]),
     log10_E_f=statistics.log10_frequency[verdicts["layer"], verdicts["feature"]],
-).merge(first[["layer", "feature", "Term", "library", "Overlap", "Genes"]],
+).merge(first[["layer", "feature", "Term", "library", "Overlap"]],
         on=["layer", "feature"], how="left", validate="one_to_one")
 features = features.sort_values(["p_controls", "p", "layer", "feature"], ignore_index=True)
 
 # %% tags=["hide-input"]
-shown = features.assign(shared=features["Genes"].str.replace(";", " "))
-report.show(shown.loc[:14, ["layer", "feature", "p_controls", "q_controls", "q_corpus", "Term",
-                            "Overlap", "shared", "tokens"]], digits=3,
-            caption="The features that are furthest ahead of their controls: best term under the "
-            "rule corpus, the list's genes in it, and the tokens the feature fires on most")
+report.show(features.loc[:14, ["layer", "feature", "p_controls", "q_corpus", "Term", "Overlap",
+                               "tokens"]], digits=3,
+            caption="The features that are furthest ahead of their controls, with their best term "
+            "under the rule corpus and the tokens they fire on most")
 
 # %% [markdown]
 # ## Feature by feature

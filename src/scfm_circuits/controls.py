@@ -122,7 +122,9 @@ class Tester:
             every = RULES[self.rule].family == "all"
             setting = enrichment_kernels.Setting(
                 universe.total, table, unit, universe.n_terms if every else 0, self.alpha)
-            enrichment_kernels.count_lists(encoded, terms, setting,
+            # Lists of one length share their tails.
+            order = np.argsort(encoded.n_query, kind="stable")
+            enrichment_kernels.count_lists(order, encoded, terms, setting,
                                            enrichment_kernels.scratch(terms), min_p, significant)
             called |= significant > 0
             np.minimum(smallest, min_p, out=smallest)

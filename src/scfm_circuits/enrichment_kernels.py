@@ -328,14 +328,14 @@ def _count_significant(candidates, n_tests, alpha):  # type: ignore[no-untyped-d
 
 
 @compiled
-def count_lists(lists, terms, setting, work, min_p, n_significant):  # type: ignore[no-untyped-def]
+def count_lists(order, lists, terms, setting, work, min_p, n_significant):  # type: ignore[no-untyped-def]
     """`score_lists` for nulls: only each list's smallest p and number of significant terms.
 
     One pass over the terms touched is enough, without cells: a term can only be significant if it
     is below the line of all terms touched, and few are.
     """
     candidates = np.empty(work.overlap.size + 1)
-    for i in range(lists.n_query.size):
+    for i in order:
         n = lists.n_query[i]
         hits = _count_overlaps(lists.ids[lists.indptr[i] : lists.indptr[i + 1]], terms, work)
         n_tests = setting.n_tests or hits

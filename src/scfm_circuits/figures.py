@@ -157,9 +157,8 @@ def interpretable_per_layer(percentages: Mapping[str, np.ndarray], paper: np.nda
     return figure
 
 
-_RULE_TITLES = {"enrichr": "the likely rule of the paper (enrichr)",
-                "corpus": "corpus as background, all terms (corpus)",
-                "gseapy": "gseapy's default (gseapy)"}
+_RULE_TITLES = {"enrichr": "rule enrichr (the paper's, likely)", "corpus": "rule corpus",
+                "gseapy": "rule gseapy"}
 _CONTROL_COLOURS = {"uniform": GREY, "frequency-matched": GREEN, "token-preserving": ORANGE,
                     "untrained encoder": PURPLE, "re-initialised model": BROWN}
 
@@ -172,7 +171,7 @@ def share_with_controls(frame: pd.DataFrame, paper: np.ndarray | None = None) ->
     the rule `enrichr` at the same relative depth.
     """
     rules = list(dict.fromkeys(frame["rule"]))
-    figure, axes = _panels(len(rules), width=5.4, height=4.6)
+    figure, axes = _panels(len(rules), width=4.4, height=4.6)
     n_layers = int(frame["layer"].max()) + 1
     kinds = [kind for kind in dict.fromkeys(frame["lists"]) if kind != "features"]
     for axis, rule in zip(axes, rules, strict=True):

@@ -58,7 +58,8 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 def test_another_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "cells.csv").write_text("a,b\n1,2\n")
-    assert "give `pbmc68k_reduced` or the path of an .h5ad file" in refusal(tmp_path / "cells.csv")
+    assert ("give `pbmc68k_reduced`, `planted` or the path of an .h5ad file"
+            in refusal(tmp_path / "cells.csv"))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.95])

@@ -20,18 +20,16 @@ from scfm_circuits.attribution import (
     freeze,
     logit_direction,
 )
+from scfm_circuits.circuit_exports import collapsed_edges, neuronpedia_graph, save_graph
 from scfm_circuits.circuits import (
     Circuit,
     Node,
     circuit_genes,
-    collapsed_edges,
     edge_table,
     expansion_table,
     feature_id,
     gene_contributions,
-    neuronpedia_graph,
     node_table,
-    save_graph,
     strongest_at_end,
     strongest_features,
     trace,

@@ -1,12 +1,14 @@
 """The tables say what was counted: against hand-made layers and independent formulas."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
 from scipy.stats import false_discovery_control
 from statsmodels.stats.proportion import proportion_confint
 
 from scfm_circuits.control_tables import (
+    detectable,
     pooled,
     share_table,
     table4,
@@ -62,7 +64,9 @@ def test_a_feature_has_to_beat_every_control(profile):
     verdicts = verdict_table(LAYERS, BASELINES, profile)
     assert len(verdicts) == 150
     columns = ["p_uniform", "p_frequency_matched", "p_token_preserving", "p_untrained_encoder"]
-    assert verdicts["p_controls"].to_numpy() == pytest.approx(verdicts[columns].max(axis=1))
+    called = verdicts["interpretable_corpus"].to_numpy(bool)
+    assert verdicts["p_controls"].to_numpy() == pytest.approx(
+        np.where(called, verdicts[columns].max(axis=1), 1.0))
     # A baseline without a live feature says nothing.
     assert verdicts["p_re_initialised_model"].isna().all()
     null = LAYERS[0].baseline_min_p[0]
@@ -71,7 +75,19 @@ def test_a_feature_has_to_beat_every_control(profile):
     assert verdicts["q_controls"].to_numpy() == pytest.approx(
         false_discovery_control(verdicts["p_controls"]))
     beyond = verdicts["beyond_all_controls"]
-    assert beyond.equals(verdicts["interpretable_corpus"] & (verdicts["q_controls"] < profile.fdr))
+    assert beyond.equals(verdicts["q_controls"] < profile.fdr)
+
+
+def test_how_many_good_features_could_be_told_apart():
+    verdicts = pd.DataFrame({"p_controls": np.linspace(0.01, 1, 200)})
+    needed = detectable(verdicts, 0.001, 0.05)
+
+    def beyond(k):
+        q = false_discovery_control(np.concatenate([verdicts["p_controls"], [0.001] * k]))
+        return q[-1] < 0.05
+
+    assert beyond(needed) and not beyond(needed - 1)
+    assert detectable(verdicts, 0.9, 0.05) is None
 
 
 def test_table4_has_every_percentage_with_its_interval(profile):
@@ -80,7 +96,8 @@ def test_table4_has_every_percentage_with_its_interval(profile):
     verdicts.loc[[0, 3, 70], "beyond_all_controls"] = True
     verdicts.loc[verdicts.index.difference([0, 3, 70]), "beyond_all_controls"] = False
     table = table4(shares, verdicts, profile)
-    assert table.columns[:5].tolist() == ["rule", "layer", "live", "interpretable", "percentage"]
+    assert table.columns[:6].tolist() == ["rule", "gene_rule", "layer", "live", "interpretable",
+                                          "percentage"]
     assert table["live"].tolist() == [60, 90, 0]
     assert table["beyond_all_controls"].tolist() == [2, 1, 0]
     assert table["percentage_beyond_all_controls"][0] == pytest.approx(200 / 60)

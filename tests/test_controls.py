@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
 
-from scfm_circuits import controls
+from scfm_circuits import InputError, controls
 from scfm_circuits.controls import (
     ENOUGH,
     NULLS,
@@ -18,9 +18,11 @@ from scfm_circuits.enrichment import (
     RULES,
     gene_sets_from_dict,
     over_representation,
+    prepare_background,
     ragged,
     symbols_of,
 )
+from scfm_circuits.enrichment_inputs import gene_ids
 from scfm_circuits.features import count_features, gene_list_ids
 
 
@@ -56,11 +58,32 @@ def test_null_lists_have_the_features_lengths_and_only_genes_of_the_corpus(parts
     for kind in NULLS:
         null = source.draw(kind, np.random.default_rng(0), 3)
         assert len(null.lengths) == 3 * len(own.lengths)
-        if kind != "token-preserving":
-            assert null.lengths.tolist() == own.lengths.tolist() * 3
+        # Random tokens may have fewer genes than the feature lists, never more are taken.
+        assert (null.lengths <= np.tile(own.lengths, 3)).all()
+        assert kind == "token-preserving" or null.lengths.tolist() == own.lengths.tolist() * 3
         assert set(null.ids.tolist()) <= used, kind
         for start, end in zip(null.indptr[:-1], null.indptr[1:], strict=True):
             assert len(set(null.ids[start:end].tolist())) == end - start, kind
+
+
+def test_genes_are_counted_by_cells_not_by_tokens(parts, profile):
+    corpus = parts[0]
+    _, source = source_of(parts, profile)
+    in_cells = [sum(gene in corpus.gene_ids_of(cell) for cell in range(len(corpus)))
+                for gene in source.used]
+    assert source.occurrences.tolist() == in_cells
+    pieces = np.bincount(corpus.gene[corpus.gene >= 0], minlength=len(corpus.symbols))[source.used]
+    assert (pieces > source.occurrences).any()  # some names have several tokens
+
+
+def test_an_impossible_overlap_is_an_error_whatever_term_comes_next(parts, profile):
+    """A list that cannot come from so few background genes must not count as a chance result."""
+    genes = [f"G{i}" for i in range(25)]
+    library = gene_sets_from_dict("l", {"large": genes[:20], "small": genes[:3]})
+    universe = prepare_background(library, 22)
+    tester = controls.Tester("enrichr", 0.05, ((library, universe, gene_ids(genes, universe)),))
+    with pytest.raises(InputError, match="does not fit the background"):
+        tester.counted(ragged([[*range(3), *range(5, 25)][:22]]))
 
 
 def test_part_of_a_source_draws_for_those_features_only(parts, profile):
@@ -168,10 +191,13 @@ def test_controls_are_kept_and_made_again_when_something_changes(parts, profile,
     for one, two in zip(first, second, strict=True):
         for a, b in zip(one, two, strict=True):
             assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    # Two numbers of draws stand side by side.
     run(used=profile.model_copy(update={"null_draws": 25}))
+    run()
+    assert computed == [0, 1] * 2
     run(sets=libraries[:1])
     assert computed == [0, 1] * 3
-    (profile.results / "controls" / profile.gene_rule / "layer_1.npz").write_bytes(b"broken")
+    (profile.results / "controls" / "token-19" / "layer_1.npz").write_bytes(b"broken")
     run(sets=libraries[:1])
     assert computed == [*[0, 1] * 3, 1]
 

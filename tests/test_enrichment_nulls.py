@@ -22,7 +22,6 @@ from scfm_circuits.enrichment_nulls import (
     uniform_null,
     wilson_interval,
 )
-from scfm_circuits.features import select_genes
 
 
 def parts(lists: Ragged) -> list[list[int]]:
@@ -109,8 +108,8 @@ def test_token_null_matches_frequency_and_family_size() -> None:
     families = families_of(sizes, frequency)
     owner = np.repeat(np.arange(40), sizes)
     null = token_preserving_null(
-        one_feature([0, 2, 21], [5, 3, 9], 200), families, np.random.default_rng(5),
-        n_genes=owner.size, list_rule="all",
+        one_feature([0, 2, 21], [5, 3, 9], 200), families, [40] * 200, np.random.default_rng(5),
+        n_genes=owner.size,
     )
     assert null.lengths.tolist() == [2 + 2 + 8] * 200
     drawn = np.array([[owner[i] for i in ids] for ids in parts(null)])
@@ -121,13 +120,13 @@ def test_token_null_matches_frequency_and_family_size() -> None:
     assert len({tuple(t) for t in tokens}) > 100
 
 
-@given(st.integers(0, 10_000), st.sampled_from(["all", "top", "share"]), st.booleans())
+@given(st.integers(0, 10_000), st.integers(0, 9), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_a_token_null_is_the_list_of_a_feature_that_fires_on_the_drawn_tokens(
-    seed: int, list_rule: str, by_token: bool
+    seed: int, length: int, by_token: bool
 ) -> None:
     """With every token alone in its cell nothing can move, so the null is the feature's own list:
-    scored with a dense matrix, ranked by sorting, cut by `select_genes`."""
+    scored with a dense matrix, ranked by sorting, cut at the feature's length."""
     rng = np.random.default_rng(seed)
     n_tokens, n_genes = int(rng.integers(2, 8)), int(rng.integers(2, 12))
     holds = rng.random((n_tokens, n_genes)) < 0.5
@@ -138,16 +137,15 @@ def test_a_token_null_is_the_list_of_a_feature_that_fires_on_the_drawn_tokens(
     own = np.flatnonzero(rng.random(n_tokens) < 0.7)
     counts = rng.integers(1, 100, own.size)
     null = token_preserving_null(
-        TokenCounts(np.array([0, own.size]), own, counts.astype(float)), families, rng,
-        n_genes=n_genes, by_token=by_token, list_rule=list_rule, size=3, share=0.6)
+        TokenCounts(np.array([0, own.size]), own, counts.astype(float)), families, [length], rng,
+        n_genes=n_genes, by_token=by_token)
 
     occurs = np.zeros((n_tokens, n_genes))
     occurs[token, gene] = pair_count
     inside = counts @ (occurs / occurs.sum(axis=1, keepdims=True))[own]
     whole = counts @ holds[own] if by_token else inside
     order = np.lexsort((-inside, -whole))
-    order = order[inside[order] > 0]
-    expected = select_genes(order, whole[order], list_rule, 3, 0.6)
+    expected = order[inside[order] > 0][:length]
     # Full ties may fall either way: the same scores must be on the list, not the same genes.
     for scores in (whole, inside):
         assert np.sort(scores[null.ids]) == pytest.approx(np.sort(scores[expected]))
@@ -163,7 +161,8 @@ def test_nulls_of_several_draws_are_blocks_of_lists() -> None:
         assert null.lengths.tolist() == [3, 1] * 4
     families = families_of([1] * 9, [1.0] * 9)
     features = TokenCounts(lists.indptr, lists.ids, np.ones(4))
-    null = token_preserving_null(features, families, np.random.default_rng(0), n_genes=9, draws=4)
+    null = token_preserving_null(features, families, lists.lengths, np.random.default_rng(0),
+                                 n_genes=9, draws=4)
     assert null.lengths.tolist() == [3, 1] * 4
     assert len({tuple(sorted(ids)) for ids in parts(null)[::2]}) > 1
 
@@ -176,11 +175,9 @@ def test_token_null_refuses() -> None:
     with pytest.raises(InputError, match="same gene twice"):
         token_families([0, 0], [1, 1], [1, 1])
     with pytest.raises(InputError, match="same token twice"):
-        token_preserving_null(one_feature([0, 0], [1, 1]), families, rng, n_genes=3)
+        token_preserving_null(one_feature([0, 0], [1, 1]), families, [2], rng, n_genes=3)
     with pytest.raises(InputError, match=r"outside 0\.\.1"):
-        token_preserving_null(one_feature([2], [1]), families, rng, n_genes=3)
-    with pytest.raises(InputError, match="no list rule 'best'"):
-        token_preserving_null(one_feature([0], [1]), families, rng, n_genes=3, list_rule="best")
+        token_preserving_null(one_feature([2], [1]), families, [2], rng, n_genes=3)
 
 
 def test_symbols_of() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import tiny_model, tiny_transcoders, tokens
+from matplotlib.collections import PathCollection
 
 from scfm_circuits import figures
 from scfm_circuits.attribution import freeze
@@ -27,8 +28,13 @@ def drawn(figure) -> bytes:
 
 def effects() -> pd.DataFrame:
     rng = np.random.default_rng(0)
-    return pd.DataFrame({"features": ["circuit", "random"] * 8, "predicted": rng.normal(size=16),
-                         "measured": rng.normal(size=16)})
+    frame = pd.DataFrame(
+        [(kind, name) for kind in ("circuit", "same token", "same size")
+         for name in ("ablation", "doubling", "alone") for _ in range(5)]
+        + [("none", "alone")] * 5, columns=["features", "intervention"])
+    measured = rng.normal(size=len(frame))
+    return frame.assign(predicted=rng.normal(size=len(frame)), measured=measured,
+                        lowest=measured - 0.1, highest=measured + 0.1)
 
 
 def test_the_same_data_gives_the_same_picture_whatever_the_global_generator():
@@ -64,3 +70,38 @@ def test_held_out_and_training_cells_add_up():
     figure = figures.cells_per_type(labels, np.array([True, False, False, False]))
     widths = [bar.get_width() for bar in figure.axes[0].patches]
     assert sorted(widths) == [0, 1, 1, 2]
+
+
+def test_every_cell_is_drawn_once_for_every_intervention():
+    figure = figures.faithfulness(effects())
+    left, right = ([len(points.get_offsets()) for points in axis.collections
+                    if isinstance(points, PathCollection)]
+                   for axis in figure.axes)
+    assert sorted(left) == [0] * 4 + [5] * 3  # the empty ones are the legend's
+    assert sum(right) == 3 * 3 * 5 + 5
+
+
+def flow() -> pd.DataFrame:
+    one = pd.DataFrame({"kind": ["attention", "features", "features", "errors", "embedding",
+                                 "biases"],
+                        "layer": [0, 0, 1, 1, -1, -1], "share": [0.3, 0.2, 0.1, 0.1, 0.1, 0.2],
+                        "passing": [0.5, 0.2, 0.1, 0.0, 0.4, 0.0]})
+    return pd.concat([one.assign(cell="a"), one.assign(cell="b", share=one["share"][::-1].values)])
+
+
+def test_the_bars_of_the_flow_add_up_to_the_whole():
+    direct, passing = figures.circuit_flow(flow()).axes
+    assert sum(bar.get_height() for bar in direct.patches) == pytest.approx(100)
+    assert sum(bar.get_height() for bar in passing.patches) == pytest.approx(120)
+    assert [tick.get_text() for tick in direct.get_xticklabels()] == ["tokens", "biases", "0", "1"]
+    assert [tick.get_text() for tick in passing.get_xticklabels()] == ["tokens", "0", "1"]
+
+
+def test_the_overlap_map_boxes_the_pairs_of_a_type():
+    overlap = np.random.default_rng(0).random((5, 5))
+    figure = figures.circuit_overlap(overlap, ["$A$", "$A$", "B", "B", "B"])
+    axis = figure.axes[0]
+    assert [box.get_width() for box in axis.patches] == [2, 3]
+    assert np.isnan(axis.images[0].get_array().filled(np.nan).diagonal()).all()
+    drawn(figure)
+    drawn(figures.circuit_overlap(np.ones((1, 1)), ["alone"]))

@@ -1,5 +1,6 @@
 """The explained model: loading it, its MLP sites, and what takes their place."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers import LABELS, model_for, tiny_corpus, tiny_model, tiny_profile, tokens
 from safetensors.torch import load_file, save_file
+from tiny_architectures import FAMILIES, LLAMA_TYPE, tiny
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -182,6 +184,60 @@ def test_mlp_sites_do_not_depend_on_padding():
     assert end == together.inputs.shape[1]
 
 
+# --- other families ------------------------------------------------------------------------------
+
+
+def gated_mlp(part: Any, x: Tensor) -> Tensor:
+    """A Llama-type MLP from its weights: SiLU of the gate, times the rest."""
+    def linear(module: nn.Linear, x: Tensor) -> Tensor:
+        y = x @ module.weight.T
+        return y if module.bias is None else y + module.bias
+    gate = linear(part.gate_proj, x)
+    return linear(part.down_proj, gate * gate.sigmoid() * linear(part.up_proj, x))
+
+
+@pytest.mark.parametrize("family", LLAMA_TYPE)
+def test_mlp_sites_of_a_llama_do_not_depend_on_padding(family):
+    corpus = tiny_corpus()
+    # In float32, as in use: transformers' softmax is NaN for a float64 row that is all masked, as
+    # padding beyond a sliding window is.
+    model = tiny(family, vocabulary=len(corpus.tokenizer), dtype=torch.float32)
+    _, ids, mask = next(batches(corpus, range(4), 4, CPU))
+    assert not mask.all()
+    together = mlp_sites(model, ids, mask)
+    normed: list[Tensor] = []
+    handles = [layer.post_attention_layernorm.register_forward_hook(
+        lambda module, args, output: normed.append(output[0])) for layer in model.model.layers]
+    for row in range(4):
+        one = ids[row][mask[row]]
+        model(input_ids=one[None])
+        start = int(mask[:row].sum())
+        part = slice(start, start + len(one))
+        assert torch.allclose(together.inputs[:, part], torch.stack(normed), atol=1e-5)
+        normed.clear()
+    for handle in handles:
+        handle.remove()
+    expected = torch.stack([gated_mlp(mlp, x) for mlp, x in
+                            zip(mlps(model), together.inputs, strict=True)])
+    assert torch.allclose(together.outputs, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", LLAMA_TYPE)
+def test_replaced_mlps_of_a_llama(family):
+    model, ids = tiny(family), torch.from_numpy(tokens(9))[None]
+    clean, count = model(input_ids=ids).logits, hooks(model)
+    parts = mlps(model)
+    with replaced_mlps(model, lambda layer, x: gated_mlp(parts[layer], x)):
+        assert torch.allclose(model(input_ids=ids).logits, clean, atol=1e-10)
+    with replaced_mlps(model, zero_ablation, [1]):
+        without = model(input_ids=ids).logits
+    assert hooks(model) == count and not torch.allclose(without, clean, atol=1e-2)
+    for part in (parts[1].down_proj.weight, parts[1].down_proj.bias):
+        if part is not None:
+            part.zero_()
+    assert torch.equal(model(input_ids=ids).logits, without)
+
+
 # --- loss and batches ----------------------------------------------------------------------------
 
 
@@ -239,10 +295,40 @@ def test_another_number_of_layers(tmp_path):
         load_model(saved(tmp_path), layers=24)
 
 
-def test_another_architecture(tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_loaded_as_it_was(tmp_path, family):
+    model = tiny(family, dtype=torch.float32, native_norms=True)
+    model.save_pretrained(tmp_path)
+    loaded, ids = load_model(tmp_path, layers=3), torch.from_numpy(tokens(6))[None]
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert type(loaded) is type(model) and loaded.config._attn_implementation == "eager"
+
+
+def test_a_tied_unembedding_is_no_missing_weight(tmp_path):
+    model = tiny("qwen2", dtype=torch.float32, native_norms=True)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+
+
+def test_another_architecture_is_refused_before_its_weights_are_read(tmp_path):
     GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=20, n_positions=8)
                     ).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"GPT2LMHeadModel.*GPT-NeoX"):
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"GPT2LMHeadModel.*GPT-NeoX.*Llama, Mistral and Qwen2"):
+        load_model(tmp_path)
+
+
+def test_quantized_weights_are_refused_before_they_are_read(tmp_path):
+    saved(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="quantized"):
         load_model(tmp_path)
 
 

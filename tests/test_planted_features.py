@@ -31,9 +31,15 @@ def test_a_planted_feature_lists_its_terms_genes(profile, monkeypatch):
     # It fires on every token of these genes: as often as they stand in the corpus.
     stands = np.isin(corpus.gene, [corpus.symbols.tolist().index(s) for s in used[:4]])
     assert planted.fired[0, 0] == (stands & corpus.mask).sum()
+    # Diluted: as many other genes again, and the same terms.
+    diluted, same = planted_statistics(statistics, corpus, [library], profile, purity=0.5)
+    lists = gene_lists(diluted, 1, np.array([0]), corpus, profile)
+    assert same.equals(table) and len(lists[0]) == 8 and set(used[:4]) < set(lists[0])
     monkeypatch.setattr(planted_features, "MIN_GENES", 30)
-    with pytest.raises(InputError, match="nothing can be planted"):
-        planted_statistics(statistics, corpus, [library], profile)
+    nothing, empty = planted_statistics(statistics, corpus, [library], profile)
+    assert empty.empty and nothing.counts[0].shape[0] == 0 and nothing.fired.shape == (2, 0)
+    with pytest.raises(InputError, match="purity"):
+        planted_statistics(statistics, corpus, [library], profile, purity=0)
 
 
 def made_up(rng, n_genes, n_features):
@@ -66,6 +72,7 @@ def test_the_controls_let_planted_features_pass_and_stop_random_ones(profile):
 
     corpus = Corpus()
     corpus.symbols, corpus.gene = symbols, np.repeat(gene, 3)
+    corpus.place, corpus.mask = np.zeros(corpus.gene.size), np.ones(corpus.gene.size, bool)
     at_random = FeatureStatistics(10_000, fired, token, gene, pair_count,
                                   (controls.sp.csr_matrix(fires),), np.zeros((1, 1)))
     planted, table = planted_statistics(at_random, corpus, [library], profile, n=20)

@@ -1,4 +1,4 @@
-"""Cells in: the bundled PBMCs or an `.h5ad` file, checked before anything is computed.
+"""Cells in: the bundled PBMCs, simulated ones or an `.h5ad` file, checked before any computing.
 
 Cell sentences rank genes within a cell, so any increasing transformation of a cell's values
 (library-size scaling, log1p) leaves them as they are; what matters is that the values are not
@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scfm_circuits import InputError
-from scfm_circuits.profile import BUNDLED_CELLS, ROOT, Profile, cells_path
+from scfm_circuits.profile import BUNDLED_CELLS, PLANTED_CELLS, ROOT, Profile, cells_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,9 +84,13 @@ def _open(profile: Profile) -> "AnnData":
             # scanpy's own file predates its own conventions, and says so at each reading.
             warnings.simplefilter("ignore")
             return scanpy.datasets.pbmc68k_reduced()
+    if profile.cells == PLANTED_CELLS:
+        from scfm_circuits.planted_cells import planted_cells, read_plan
+
+        return planted_cells(profile.seed, plan=read_plan(path))
     if path.suffix != ".h5ad":
-        raise InputError(f"Profile field `cells` is {profile.cells!r}; give `{BUNDLED_CELLS}` or "
-                         "the path of an .h5ad file.")
+        raise InputError(f"Profile field `cells` is {profile.cells!r}; give `{BUNDLED_CELLS}`, "
+                         f"`{PLANTED_CELLS}` or the path of an .h5ad file.")
     if not path.is_file():
         raise InputError(f"The cells {path} do not exist; check `cells` in the profile.")
     import anndata

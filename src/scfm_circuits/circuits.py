@@ -1,4 +1,4 @@
-"""From contributions to a circuit: search, graph, genes, export.
+"""From contributions to a circuit: search, nodes and edges, genes.
 
 The search is the paper's: take the strongest contributors of the target, extend each upstream,
 iterate. Nodes are extended best first by influence, the share of all absolute contributions that
@@ -8,7 +8,6 @@ that were not kept are summed up, so nothing of its value is unaccounted for.
 
 import heapq
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,7 +24,6 @@ from scfm_circuits.attribution import (
     feature_direction,
     head_direction,
 )
-from scfm_circuits.files import write_json
 from scfm_circuits.language_model import batches, device_of, mlp_sites
 from scfm_circuits.transcoder import Transcoders
 
@@ -207,7 +205,7 @@ def _candidate(frozen: Frozen, target: Node, reading: Direction, parts: Contribu
     if kind == 0:
         layer, feature = divmod(local, parts.features.shape[1])
         node = Node(feature_id(layer, feature, position), "feature", layer, position, position,
-                    feature, float(frozen.activations[layer, position, feature]))
+                    feature, max(float(frozen.pre[layer, position, feature]), 0.0))
         return _Candidate(node, weight, feature_direction(frozen, layer, feature, position))
     if kind == 1:
         layer, head, source = (int(i) for i in np.unravel_index(local, parts.heads.shape))
@@ -240,7 +238,7 @@ def _expansion(name: str, reading: Direction, parts: Contributions, kept: list[_
 
 def strongest_features(frozen: Frozen, layer: int, position: int, n: int) -> list[int]:
     """The n most active features of a layer at a position, strongest first (active ones only)."""
-    z = frozen.activations[layer, position]
+    z = frozen.pre[layer, position].relu()
     top = torch.topk(z, min(n, len(z)))
     return [int(i) for i, value in zip(top.indices, top.values, strict=True) if value > 0]
 
@@ -319,64 +317,3 @@ def circuit_genes(nodes: pd.DataFrame) -> list[str]:
     with_gene = nodes[nodes["gene"] != ""]
     total = with_gene.groupby("gene", sort=True)["influence"].sum()
     return total.sort_values(ascending=False, kind="stable").index.tolist()
-
-
-# --- export --------------------------------------------------------------------------------------
-
-
-def collapsed_edges(circuit: Circuit) -> list[Edge]:
-    """Edges between nodes other than heads.
-
-    What contributes to a head's term contributes the same amount to the head's reader, so a head
-    that was extended is replaced by its own edges; one that was not is dropped.
-    """
-    reader = {edge.source: edge.target for edge in circuit.edges
-              if circuit.nodes[edge.source].kind == "head"}
-    summed: dict[tuple[str, str], float] = {}
-    for edge in circuit.edges:
-        if circuit.nodes[edge.source].kind == "head":
-            continue
-        target = edge.target
-        while circuit.nodes[target].kind == "head":
-            target = reader[target]
-        summed[edge.source, target] = summed.get((edge.source, target), 0.0) + edge.weight
-    return [Edge(source, target, weight) for (source, target), weight in summed.items()]
-
-
-_FEATURE_TYPES = {"feature": "cross layer transcoder", "error": "mlp reconstruction error",
-                  "embedding": "embedding", "logit": "logit"}
-
-
-def neuronpedia_graph(circuit: Circuit, texts: list[str], *, slug: str, scan: str,
-                      labels: dict[str, str] | None = None) -> dict[str, Any]:
-    """The circuit in the graph schema of Neuronpedia and circuit-tracer.
-
-    Heads, which the schema does not know, are collapsed exactly. Error nodes have identifiers of
-    their own (`err_...`), which cannot collide with features of layer 0.
-    """
-    influence, labels = circuit.influence(), labels or {}
-    nodes = [{
-        "node_id": node.id, "feature": node.index if node.kind == "feature" else None,
-        "layer": "E" if node.kind == "embedding" else str(node.layer), "ctx_idx": node.position,
-        "feature_type": _FEATURE_TYPES[node.kind], "jsNodeId": f"{node.id}-0",
-        "clerp": labels.get(node.id, texts[node.position]),
-        "influence": influence[node.id],
-        "activation": max(node.value, 0.0) if node.kind == "feature" else None,
-    } for node in circuit.nodes.values() if node.kind != "head"]
-    links = [{"source": e.source, "target": e.target, "weight": e.weight}
-             for e in collapsed_edges(circuit)]
-    return {
-        "metadata": {
-            "slug": slug, "scan": scan, "prompt_tokens": texts, "prompt": "".join(texts),
-            "info": {"generator": {"name": "scfm-circuits"}},
-            "closure_max_relative": circuit.closure_max_relative,
-        },
-        "qParams": {"pinnedIds": [circuit.target], "supernodes": [], "linkType": "both",
-                    "clickedId": circuit.target},
-        "nodes": nodes, "links": links,
-    }
-
-
-def save_graph(path: Path, graph: dict[str, Any]) -> Path:
-    """Write a graph as JSON."""
-    return write_json(path, graph)

@@ -63,13 +63,14 @@ def verdict_table(layers: Sequence[LayerControls], baselines: Sequence[str], pro
     """Every live feature against every control.
 
     Columns: layer, feature, n_genes, interpretable_<rule>, p (smallest, rule `corpus`), q_<rule>
-    (BH over terms), p_<control> for each control, p_controls (the largest of these: a feature has
-    to beat each), q_controls (BH over all features of all layers), beyond_all_controls.
+    (BH over terms), p_<control> for each control, p_controls (the largest of these, or 1 for a
+    feature without a significant term under the rule `corpus`), q_controls (BH over all features of
+    all layers), beyond_all_controls (q_controls below the profile's FDR).
 
     Against null lists the p-value is each feature's own; against a baseline it is the share of the
-    baseline's features in that layer that do as well. A baseline without a live feature in a layer
-    says nothing there (missing). A feature is beyond all controls if it is called interpretable
-    under the rule `corpus` and q_controls is below the profile's FDR.
+    baseline's features in that layer that do as well, whatever the lengths of their lists. A
+    baseline without a live feature in a layer says nothing there (missing). The largest p tests
+    "no better than at least one of the controls" (intersection-union), so each has to be beaten.
     """
     frames = []
     rules = rules_shown(profile)
@@ -84,13 +85,25 @@ def verdict_table(layers: Sequence[LayerControls], baselines: Sequence[str], pro
             **{f"interpretable_{rule}": one.called[r] for r, rule in enumerate(rules)},
             "p": p, **{f"q_{rule}": one.min_q[r] for r, rule in enumerate(rules)},
             **{f"p_{column_name(name)}": values for name, values in against.items()},
-            "p_controls": np.nanmax(np.stack(list(against.values())), axis=0) if p.size else p,
+            # Decided before the correction, which would not hold over a later choice.
+            "p_controls": np.where(one.called[corpus_rule], np.nanmax(
+                np.stack(list(against.values())), axis=0), 1.0) if p.size else p,
         }))
     table = pd.concat(frames, ignore_index=True)
     table["q_controls"] = benjamini_hochberg(table["p_controls"])
-    table["beyond_all_controls"] = (table["interpretable_corpus"].astype(bool)
-                                    & (table["q_controls"] < profile.fdr))
+    table["beyond_all_controls"] = table["q_controls"] < profile.fdr
     return table
+
+
+def detectable(verdicts: pd.DataFrame, p: float, fdr: float) -> int | None:
+    """How many more features with p_controls = p the table would need for these to be beyond all
+    controls after correction; None if even as many as there are would not do."""
+    ranked = np.sort(verdicts["p_controls"].to_numpy())
+    better = int(np.searchsorted(ranked, p, side="right"))
+    for k in range(1, len(ranked) + 1):
+        if p * (len(ranked) + k) / (better + k) < fdr:
+            return k
+    return None
 
 
 def column_name(control: str) -> str:
@@ -101,8 +114,9 @@ def column_name(control: str) -> str:
 def table4(shares: pd.DataFrame, verdicts: pd.DataFrame, profile: "Profile") -> pd.DataFrame:
     """Table 4 as it is kept: one row per layer.
 
-    Columns: rule (the profile's), layer, live, interpretable and percentage under it;
-    beyond_all_controls and its percentage; then for each rule interpretable_<rule>,
+    Columns: rule and gene_rule (the profile's), layer, live, interpretable and percentage under
+    them; beyond_all_controls and its percentage (rule `corpus`, gene rule `occurrence`, as
+    `verdicts` has it); then, under the profile's gene rule, for each rule interpretable_<rule>,
     percentage_<rule> with <..>_lower_95 and <..>_upper_95, and the same percentage and limits for
     each control as <control>_<rule>.
     """
@@ -111,8 +125,9 @@ def table4(shares: pd.DataFrame, verdicts: pd.DataFrame, profile: "Profile") -> 
     beyond = verdicts.groupby("layer")["beyond_all_controls"].sum()
     beaten = beyond.reindex(own.index, fill_value=0).astype(int)
     columns: dict[str, Any] = {
-        "rule": rule, "live": own["tested"], "interpretable": own["called"],
-        "percentage": own["percentage"], "beyond_all_controls": beaten,
+        "rule": rule, "gene_rule": profile.gene_rule, "live": own["tested"],
+        "interpretable": own["called"], "percentage": own["percentage"],
+        "beyond_all_controls": beaten,
         "percentage_beyond_all_controls": 100 * beaten / own["tested"].replace(0, np.nan)}
     for (name, lists), part in shares.groupby(["rule", "lists"], sort=False):
         rows = part.set_index("layer")
@@ -122,7 +137,8 @@ def table4(shares: pd.DataFrame, verdicts: pd.DataFrame, profile: "Profile") -> 
         columns |= {key: rows["percentage"], f"{key}_lower_95": rows["lower_95"],
                     f"{key}_upper_95": rows["upper_95"]}
     table = pd.DataFrame(columns, index=own.index).reset_index()
-    return table[["rule", "layer", *[name for name in table if name not in ("rule", "layer")]]]
+    first = ["rule", "gene_rule", "layer"]
+    return table[[*first, *[name for name in table if name not in first]]]
 
 
 def top_tokens(statistics: FeatureStatistics, layer: int, features: np.ndarray, corpus: Corpus,

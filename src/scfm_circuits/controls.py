@@ -58,13 +58,14 @@ BAND_DRAWS = 100
 """Draws of a whole layer that the null bands are taken from."""
 ENOUGH = 20
 """Null lists as good as the feature after which no more are drawn for it."""
-FREQUENCY_BINS = 20
+FREQUENCY_BINS = 50
 _STAGES = (BAND_DRAWS, 300, 1000)
 _IDS_AT_ONCE = 1_000_000
 _FIELDS = ("seed", "live_cut_table4", "fdr", "gene_rule", "list_rule", "list_size", "list_share",
            "null_draws", "enrichment_rule")
 _MODULES = ("controls", "enrichment", "enrichment_inputs", "enrichment_kernels",
-            "enrichment_null_kernels", "enrichment_nulls", "features", "gene_sets")
+            "enrichment_null_kernels", "enrichment_nulls", "enrichment_tables", "features",
+            "gene_sets")
 
 
 def rules_shown(profile: "Profile") -> tuple[str, ...]:
@@ -157,7 +158,7 @@ class NullSource(NamedTuple):
     used: np.ndarray
     """Ids of the genes that occur in the corpus: the others cannot be on a list."""
     occurrences: np.ndarray
-    """How often each of them does."""
+    """In how many cells each of them does."""
     tokens: TokenCounts
     families: TokenFamilies
     profile: "Profile"
@@ -169,11 +170,9 @@ class NullSource(NamedTuple):
         elif kind == "frequency-matched":
             null = frequency_matched_null(self.own, self.occurrences, FREQUENCY_BINS, rng, draws)
         else:
-            p = self.profile
             null = token_preserving_null(
-                self.tokens, self.families, rng, n_genes=len(self.used),
-                by_token=p.gene_rule == "token", list_rule=p.list_rule, size=p.list_size,
-                share=p.list_share, draws=draws)
+                self.tokens, self.families, self.own.lengths, rng, n_genes=len(self.used),
+                by_token=self.profile.gene_rule == "token", draws=draws)
         return Ragged(null.indptr, self.used[null.ids])
 
     def part(self, chosen: np.ndarray) -> "NullSource":
@@ -186,10 +185,6 @@ class NullSource(NamedTuple):
                              rows.counts[places])
         return self._replace(own=ragged(own), tokens=tokens)
 
-    def longest(self) -> int:
-        """The most genes that one null list can have."""
-        return self.profile.list_size if self.profile.list_rule == "top" else len(self.used)
-
 
 def null_source(statistics: FeatureStatistics, layer: int, features: np.ndarray, own: Ragged,
                 corpus: Corpus, profile: "Profile") -> NullSource:
@@ -201,10 +196,11 @@ def null_source(statistics: FeatureStatistics, layer: int, features: np.ndarray,
     _, token = np.unique(statistics.pair_token[inside], return_inverse=True)
     by_token = sp.csr_matrix((np.ones(len(inside)), (np.arange(len(inside)), token)))
     fired = sp.csr_matrix(statistics.counts[layer][features][:, inside] @ by_token)
+    # Cells in which the gene stands matter, not how many tokens its name has.
+    stands = corpus.gene[(corpus.place == 0) & corpus.mask]
     return NullSource(
         Ragged(own.indptr, np.searchsorted(used, own.ids)), used,
-        # Cells in which the gene stands matter, not how many tokens its name has.
-        np.bincount(corpus.gene[corpus.gene >= 0], minlength=used[-1] + 1)[used],
+        np.bincount(stands, minlength=used.max(initial=0) + 1)[used],
         TokenCounts(fired.indptr, fired.indices, fired.data),
         token_families(token, place, counts), profile)
 
@@ -315,7 +311,7 @@ def _jobs(races: Sequence[Race], source: NullSource, start: int, end: int
         if not features.size:
             continue
         part = source.part(features)
-        chunk = max(1, _IDS_AT_ONCE // (features.size * source.longest()))
+        chunk = max(1, _IDS_AT_ONCE // max(1, int(part.own.lengths.sum())))
         for first in range(start, end, chunk):
             yield kind, first, min(chunk, end - first), features, part
 
@@ -323,7 +319,12 @@ def _jobs(races: Sequence[Race], source: NullSource, start: int, end: int
 def get_controls(statistics: FeatureStatistics, baselines: Mapping[str, FeatureStatistics],
                  corpus: Corpus, profile: "Profile", libraries: Sequence[GeneSets], *,
                  progress: bool = True) -> list[LayerControls]:
-    """`layer_controls` of every layer, kept in `results/<profile>/controls/<gene rule>/`."""
+    """`layer_controls` of every layer, kept in `results/<profile>/controls/`.
+
+    The folder in there is named by gene rule and number of draws, so that runs of one profile that
+    differ in these stand side by side.
+    """
+    folder = profile.results / "controls" / f"{profile.gene_rule}-{profile.null_draws}"
     ready = testers(libraries, corpus, profile)
     live = statistics.live(profile.live_cut_table4).sum(axis=1)
     most = live * len(NULLS) * profile.null_draws
@@ -334,7 +335,7 @@ def get_controls(statistics: FeatureStatistics, baselines: Mapping[str, FeatureS
     layers = []
     with bar:
         for layer in range(len(live)):
-            path = profile.results / "controls" / profile.gene_rule / f"layer_{layer}.npz"
+            path = folder / f"layer_{layer}.npz"
             stamp = _stamp(statistics, baselines, layer, corpus, profile, libraries)
             stored = _read(path, stamp, len(baselines))
             if stored is None:

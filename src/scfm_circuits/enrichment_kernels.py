@@ -339,7 +339,7 @@ def count_lists(order, lists, terms, setting, work, min_p, n_significant):  # ty
         n = lists.n_query[i]
         hits = _count_overlaps(lists.ids[lists.indptr[i] : lists.indptr[i + 1]], terms, work)
         n_tests = setting.n_tests or hits
-        smallest, kept = 1.0, 0
+        smallest, kept, possible = 1.0, 0, True
         for term in work.touched[:hits]:
             cell = terms.first_cell[work.overlap[term]] + terms.size_class[term]
             work.overlap[term] = 0
@@ -349,11 +349,11 @@ def count_lists(order, lists, terms, setting, work, min_p, n_significant):  # ty
                 work.cell_p[cell] = math.exp(log_p)
                 work.cell_length[cell] = n
             p = work.cell_p[cell]
-            # Not min(): an impossible overlap (NaN) has to come through.
-            smallest = smallest if p >= smallest else p
+            possible = possible and not math.isnan(p)
+            smallest = min(smallest, p)
             candidates[kept] = p
             kept += p * n_tests / hits < setting.alpha
-        min_p[i] = smallest
+        min_p[i] = smallest if possible else math.nan
         n_significant[i] = _count_significant(candidates[:kept], n_tests, setting.alpha)
 
 

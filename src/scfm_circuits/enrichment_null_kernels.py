@@ -4,9 +4,6 @@ import numpy as np
 
 from scfm_circuits.enrichment_kernels import compiled
 
-ALL, TOP, SHARE = 0, 1, 2
-"""Codes of the list rules."""
-
 
 @compiled
 def sample_within_bins(indptr, ids, item_bin, bin_start, items, uniforms, out):  # type: ignore[no-untyped-def]
@@ -50,21 +47,10 @@ def _score_genes(tokens, counts, families, by_token, touched, score, inside):  #
 
 
 @compiled
-def _select(genes, keys, scores, rule, size, share, out):  # type: ignore[no-untyped-def]
-    """Write the head of the ranking by `keys` to `out`; returns its length."""
+def _select(genes, keys, wanted, out):  # type: ignore[no-untyped-def]
+    """Write the `wanted` genes of highest key to `out` (all if there are fewer); their number."""
     n = genes.size
-    wanted = min(size, n) if rule == TOP else n
-    if rule == SHARE:
-        order = np.argsort(-keys)
-        total, running, wanted = scores.sum(), 0.0, 0
-        for k in range(n):
-            out[k] = genes[order[k]]
-            running += scores[order[k]]
-            wanted += 1
-            if running >= share * total:
-                break
-        return wanted
-    if wanted == n:
+    if wanted >= n:
         out[:n] = genes
         return n
     # No sorting: whatever is above the wanted place, and as many of those that tie with it.
@@ -84,8 +70,8 @@ def _select(genes, keys, scores, rule, size, share, out):  # type: ignore[no-unt
 
 
 @compiled
-def lists_of_tokens(indptr, tokens, counts, families, n_genes, by_token, rule, size, share, out):  # type: ignore[no-untyped-def]
-    """Gene list of each feature's tokens and their counts, as `features.gene_list_ids` makes it.
+def lists_of_tokens(indptr, tokens, counts, families, n_genes, by_token, lengths, out):  # type: ignore[no-untyped-def]
+    """The first `lengths` genes that each feature's tokens and counts rank, as `features` ranks.
 
     Ties in the score are broken by what falls inside the gene. Fills `out`; returns the indptr.
     """
@@ -101,7 +87,9 @@ def lists_of_tokens(indptr, tokens, counts, families, n_genes, by_token, rule, s
             # Counts are whole numbers: less than one half added keeps their order.
             second = inside[genes]
             keys = keys + second * (0.4999 / second.max())
-        written = _select(genes, keys, score[genes], rule, size, share, out[starts[i] :])
+        written = 0
+        if lengths[i]:
+            written = _select(genes, keys, lengths[i], out[starts[i] :])
         starts[i + 1] = starts[i] + written
         for gene in genes:
             score[gene] = 0.0

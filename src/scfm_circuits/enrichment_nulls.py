@@ -152,9 +152,8 @@ class TokenCounts(NamedTuple):
 
 
 def token_preserving_null(
-    features: TokenCounts, families: TokenFamilies, rng: np.random.Generator, *, n_genes: int,
-    by_token: bool = True, list_rule: str = "top", size: int = 50, share: float = 0.5,
-    draws: int = 1,
+    features: TokenCounts, families: TokenFamilies, lengths: ArrayLike, rng: np.random.Generator,
+    *, n_genes: int, by_token: bool = True, draws: int = 1,
 ) -> Ragged:
     """Gene lists of features that fire as often, on as many tokens of the same kind.
 
@@ -163,33 +162,32 @@ def token_preserving_null(
     better than random tokens to say something about biology.
 
     Each token hands its count to a random token of its cell (like in frequency and family size); a
-    token alone in its cell stays, which makes the control stricter. Genes are then ranked and
-    selected as those of the feature were, so a null list has at most the feature's length.
+    token alone in its cell stays, which makes the control stricter. Within a token's family the
+    count falls to the genes as the token's occurrences do: the null knows tokens, not genes. The
+    genes are ranked as those of a feature are, and the first as many as the feature lists are
+    taken, so length is held fixed (fewer if the tokens have fewer genes).
 
     Args:
         features: tokens and counts of each feature.
         families: the genes of each token.
+        lengths: genes on each feature's own list, (n_features,).
         rng: source of randomness.
         n_genes: how many genes there are.
         by_token: a gene's score is the counts of all its tokens (gene rule `token`), or only what
             falls inside the gene (`occurrence`).
-        list_rule, size, share: as `features.select_genes`.
         draws: null lists for each feature; the result has `draws` blocks of n_features.
 
     Raises:
-        InputError: a token twice in a feature or outside the families; an unknown list rule.
+        InputError: a token twice in a feature or outside the families.
     """
-    rules = {"all": kernels.ALL, "top": kernels.TOP, "share": kernels.SHARE}
-    if list_rule not in rules:
-        raise InputError(f"There is no list rule {list_rule!r}; known are all, top and share.")
-    own = Ragged(features.indptr, features.tokens)
-    _check_ids(own, families.cell.size, "token")
-    tokens = _resample(_repeated(own, draws), families.cell, rng)
-    longest = min(size, n_genes) if list_rule == "top" else n_genes
-    genes = np.empty((tokens.indptr.size - 1) * longest, dtype=np.int64)
+    _check_ids(Ragged(features.indptr, features.tokens), families.cell.size, "token")
+    own = _repeated(Ragged(features.indptr, features.tokens), draws)
+    tokens = _resample(own, families.cell, rng)
+    wanted = np.tile(np.asarray(lengths, dtype=np.int64), draws)
+    genes = np.empty(int(wanted.sum()), dtype=np.int64)
     counts = np.tile(np.asarray(features.counts, dtype=np.float64), draws)
     indptr = kernels.lists_of_tokens(tokens.indptr, tokens.ids, counts, families, n_genes,
-                                     by_token, rules[list_rule], size, share, genes)
+                                     by_token, wanted, genes)
     return Ragged(indptr, genes[: indptr[-1]])
 
 

@@ -299,29 +299,135 @@ def _places(nodes: Sequence["Node"], n_layers: int
     return place, positions
 
 
-def faithfulness(frame: pd.DataFrame) -> Figure:
-    """Predicted against measured change under ablation, circuits and random circuits.
+_CIRCUIT_COLOURS = {"circuit": BLUE, "same token": GREEN, "same size": GREY, "none": ORANGE}
+_INTERVENTION_NAMES = {"ablation": "taken away", "doubling": "doubled", "alone": "alone",
+                       "alone, own kind": "alone,\nown kind"}
 
-    frame: columns lists (`circuit` or `random`), predicted, measured (shares of the target).
+
+def faithfulness(frame: pd.DataFrame) -> Figure:
+    """What changing features does to a circuit's target, circuits beside random circuits.
+
+    frame: a row per cell, `features` and `intervention` (`interventions.compare`); predicted,
+    measured, lowest, highest as shares of the target.
+    Left: predicted against measured, features taken away. Right: measured, every intervention.
     """
-    figure, axes = _panels(2, width=4.6, height=3.8)
-    for name, colour in (("random", GREY), ("circuit", BLUE)):
-        rows = frame[frame["features"] == name]
-        axes[0].scatter(rows["predicted"], rows["measured"], s=22, alpha=0.7, color=colour,
-                        label=name)
-    low = min(frame["predicted"].min(), frame["measured"].min(), -1.0)
-    high = max(frame["predicted"].max(), frame["measured"].max(), 0.1)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True,
+                                width_ratios=(4, 6))
+    taken = frame[frame["intervention"] == "ablation"]
+    kinds = [kind for kind in _CIRCUIT_COLOURS if (frame["features"] == kind).any()]
+    for kind in kinds[::-1]:
+        rows = taken[taken["features"] == kind]
+        if len(rows):
+            axes[0].scatter(rows["predicted"], rows["measured"], s=22, alpha=0.7,
+                            color=_CIRCUIT_COLOURS[kind], zorder=2)
+            axes[0].vlines(rows["predicted"], rows["lowest"], rows["highest"], linewidth=1,
+                           alpha=0.5, color=_CIRCUIT_COLOURS[kind], zorder=1)
+    low = min(taken["predicted"].min(), taken["lowest"].min(), -1.0)
+    high = max(taken["predicted"].max(), taken["highest"].max(), 0.1)
     axes[0].plot([low, high], [low, high], color="black", linewidth=0.8, linestyle=":")
-    axes[0].set(xlabel="predicted change / target", ylabel="measured change / target")
-    axes[0].legend()
+    axes[0].set(xlabel="predicted change / target", ylabel="measured change / target",
+                title="taken away")
     # Own jitter: seaborn's comes from the global generator and would differ from run to run.
     jitter = np.random.default_rng(0)
-    for place, (name, colour) in enumerate((("circuit", BLUE), ("random", GREY))):
-        values = frame.loc[frame["features"] == name, "measured"]
-        axes[1].scatter(place + jitter.uniform(-0.1, 0.1, len(values)), values, s=22, alpha=0.7,
-                        color=colour)
-    axes[1].set_xticks([0, 1], ["circuit", "random"])
-    axes[1].set_xlim(-0.5, 1.5)
+    for place, name in enumerate(_INTERVENTION_NAMES):
+        for offset, kind in enumerate(kinds):
+            values = frame.loc[(frame["features"] == kind) & (frame["intervention"] == name),
+                               "measured"]
+            x = place + 0.2 * (offset - (len(kinds) - 1) / 2)
+            axes[1].scatter(x + jitter.uniform(-0.05, 0.05, len(values)), values, s=16, alpha=0.7,
+                            color=_CIRCUIT_COLOURS[kind])
+            if len(values):
+                axes[1].hlines(values.median(), x - 0.08, x + 0.08, color="black", linewidth=1.5)
+    axes[1].set_xticks(range(len(_INTERVENTION_NAMES)), list(_INTERVENTION_NAMES.values()))
     axes[1].axhline(0, color="black", linewidth=0.8)
-    axes[1].set(xlabel="features ablated", ylabel="measured change / target")
+    axes[1].set(ylabel="measured change / target", title="every intervention")
+    axes[1].grid(axis="x", visible=False)
+    labels = {"circuit": "the circuit", "same token": "others at the same tokens",
+              "same size": "others of the same size", "none": "no feature (all at their means)"}
+    handles = [axes[0].scatter([], [], s=30, color=_CIRCUIT_COLOURS[kind]) for kind in kinds]
+    figure.legend(handles, [labels[kind] for kind in kinds], loc="outside lower center",
+                  ncols=len(kinds), frameon=False)
+    return figure
+
+
+def circuit_flow(flow: pd.DataFrame) -> Figure:
+    """What writes the targets' values, layer by layer, as mean shares over cells.
+
+    flow: one row per cell, kind and layer (`structure.flow_table`). Left: written straight to the
+    target. Right: passing through the circuit's nodes.
+    """
+    figure, axes = _panels(2, width=4.8, height=4)
+    colours = {"attention": PURPLE, "features": GREEN, "errors": RED, "embedding": GREY,
+               "biases": BROWN}
+    n_cells = flow["cell"].nunique()
+    n_layers = int(flow["layer"].max()) + 1
+    for axis, column, title in ((axes[0], "share", "written straight to the target"),
+                                (axes[1], "passing", "passing through the circuit")):
+        means = flow.groupby(["kind", "layer"])[column].sum() / n_cells
+        bottom = np.zeros(n_layers)
+        for kind in ("attention", "features", "errors"):
+            values = np.array([means.get((kind, layer), 0.0) for layer in range(n_layers)])
+            axis.bar(np.arange(n_layers), 100 * values, bottom=100 * bottom, label=kind,
+                     color=colours[kind])
+            bottom += values
+        # A path ends at a bias: none passes through.
+        aside = {"tokens": "embedding"} if column == "passing" else {"tokens": "embedding",
+                                                                     "biases": "biases"}
+        for place, kind in zip((-2, -3), aside.values(), strict=False):
+            axis.bar(place, 100 * means.get((kind, -1), 0.0), color=colours[kind])
+        axis.set_xticks([*range(-2, -2 - len(aside), -1), *_ticks(n_layers)],
+                        [*aside, *map(str, _ticks(n_layers))])
+        axis.tick_params(axis="x", labelsize=9)
+        for label in axis.get_xticklabels()[: len(aside)]:
+            label.set_rotation(90)
+        axis.set(title=title, xlabel="layer", xlim=(-3.6, n_layers - 0.4))
+        axis.grid(axis="x", visible=False)
+    axes[0].set_ylabel("% of the target's contributions")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def circuit_overlap(overlap: np.ndarray, labels: Sequence[str]) -> Figure:
+    """Jaccard index of every pair of circuits' features, cells in the order given.
+
+    overlap: (n, n); labels: (n,) the cells' types, equal ones side by side, which are boxed.
+    """
+    n = len(labels)
+    figure, axis = plt.subplots(figsize=(3.5 + 0.2 * n, 2.2 + 0.2 * n), constrained_layout=True)
+    shown = np.where(np.eye(n, dtype=bool), np.nan, overlap)
+    image = axis.imshow(shown, cmap="viridis", vmin=0, vmax=max(np.nanmax(shown, initial=0), 0.01))
+    starts = [i for i in range(n) if i == 0 or labels[i] != labels[i - 1]]
+    ends = [*starts[1:], n]
+    for start, end in zip(starts, ends, strict=True):
+        axis.add_patch(plt.Rectangle((start - 0.5, start - 0.5), end - start, end - start,
+                                     fill=False, edgecolor=ORANGE, linewidth=2, clip_on=False))
+    middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
+    names = [str(labels[start]).replace("$", r"\$") for start in starts]
+    axis.set_xticks(middles, names, rotation=90, fontsize=9)
+    axis.set_yticks(middles, names, fontsize=9)
+    axis.grid(visible=False)
+    figure.colorbar(image, ax=axis, label="shared features (Jaccard index)", shrink=0.8)
+    return figure
+
+
+def planted_recovery(summary: pd.DataFrame) -> Figure:
+    """Planted genes among as many of a circuit's most influential genes as are planted, by cell
+    type; one panel per target. summary: `planted_truth.recovery_summary`."""
+    targets = list(summary["target"].unique())
+    figure, axes = _panels(len(targets), width=4.8)
+    marks = {"top_share": ("circuit", "o", BLUE),
+             "top_share_most_expressed": ("most expressed", "s", ORANGE),
+             "top_share_random": ("random", "|", GREY)}
+    for ax, target in zip(axes, targets, strict=True):
+        rows = summary[summary["target"] == target].iloc[::-1]
+        places = np.arange(len(rows))
+        for column, (label, mark, colour) in marks.items():
+            ax.scatter(100 * rows[column], places, marker=mark, color=colour, label=label, zorder=3,
+                       s=60 if mark == "|" else 30)
+        ax.set_yticks(places, rows["cell_type"])
+        ax.grid(axis="y", color="0.9")
+        ax.set(xlim=(0, 100), title=f"circuits of the {target}",
+               xlabel="planted for the cell's type, %")
+    axes[-1].legend(frameon=False, fontsize=8)
     return figure

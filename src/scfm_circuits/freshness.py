@@ -33,7 +33,8 @@ PACKAGE = Path(__file__).parent
 # These drive and check the notebooks; no number comes from them.
 MACHINERY = frozenset({"book.py", "execution.py", "freshness.py", "gate.py", "pages.py",
                        "provenance.py"})
-DATA = ("data/paper/*", "data/human_eval/*.csv", "data/gene-sets/*", "data/*.yml")
+DATA = ("data/paper/*", "data/human_eval/*.csv", "data/gene-sets/*", "data/planted/*",
+        "data/*.yml")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 GPT-NeoX computes `h' = h + attention(LN1(h)) + mlp(LN2(h))` (parallel residual): a layer's MLP does
 not see the same layer's attention. Hugging Face calls LN2 `post_attention_layernorm` all the same.
-An MLP site is the `mlp` module itself: its input is LN2's output, its output what is added.
+An MLP site is the `mlp` module itself: its input is LN2's output, its output what is added. That
+holds for all families of `architectures`; the small model that is trained is a GPT-NeoX.
 
 Imports torch, transformers and numpy, so it runs on a bare GPU machine.
 """
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scfm_circuits import InputError
+from scfm_circuits.architectures import check_supported, decoder, decoder_layers
 from scfm_circuits.files import atomic_folder, read_json, write_json
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXForCausalLM
+    from transformers import GPTNeoXForCausalLM, PreTrainedModel
 
     from scfm_circuits.profile import Profile
     from scfm_circuits.sentences import Corpus
@@ -58,13 +60,9 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def mlps(model: "GPTNeoXForCausalLM") -> list[nn.Module]:
-    """The MLP modules, layer by layer; InputError for a model that is no GPT-NeoX."""
-    body = getattr(model, "gpt_neox", None)
-    if body is None:
-        raise InputError(f"The model is a {type(model).__name__}; MLP sites are known for GPT-NeoX "
-                         "(Pythia, C2S-Pythia) only: set `model` to one of these.")
-    return [layer.mlp for layer in body.layers]
+def mlps(model: nn.Module) -> list[nn.Module]:
+    """The MLP modules, layer by layer; InputError for a model of no supported family."""
+    return [layer.mlp for layer in decoder_layers(model)]
 
 
 # --- the model -----------------------------------------------------------------------------------
@@ -79,16 +77,25 @@ def _without_widgets() -> None:
 
 
 def load_model(name: str | Path, revision: str | None = None, layers: int | None = None,
-               dtype: torch.dtype = torch.float32) -> "GPTNeoXForCausalLM":
+               dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
     """A causal language model from a Hugging Face id or folder, in evaluation mode.
 
     Only safetensors weights are read and no code of the repository is run. Attention is `eager`,
-    because the tracer reads its patterns. Raises InputError if it cannot be had, is no GPT-NeoX,
-    lacks weights, or has another number of layers than the profile asks for.
+    because the tracer reads its patterns. Raises InputError if it cannot be had, is of no supported
+    family or quantized (before its weights are read), lacks weights, or has another number of
+    layers than the profile asks for.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     _without_widgets()
+    try:
+        config = AutoConfig.from_pretrained(str(name), revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _cannot_load(name, error) from None
+    check_supported(config.model_type, (config.architectures or [config.model_type])[0])
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"The weights of the model {str(name)!r} are quantized, so what a layer "
+                         "computes cannot be read from them; set `model` to one that is not.")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(name), revision=revision, dtype=dtype, use_safetensors=True,
@@ -99,14 +106,18 @@ def load_model(name: str | Path, revision: str | None = None, layers: int | None
         if loading["missing_keys"]:
             raise ValueError(f"it lacks the weights {', '.join(sorted(loading['missing_keys']))}")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise InputError(f"The model {str(name)!r} cannot be loaded ({reason}); check `model` in "
-                         "the profile, or download it once with a network.") from None
+        raise _cannot_load(name, error) from None
     found = len(mlps(model))
     if layers is not None and found != layers:
         raise InputError(f"The profile asks for {layers} layers (`model_layers`), but the model "
                          f"{str(name)!r} has {found}; set `model_layers: {found}`.")
     return model.eval()
+
+
+def _cannot_load(name: str | Path, error: Exception) -> InputError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return InputError(f"The model {str(name)!r} cannot be loaded ({reason}); check `model` in the "
+                      "profile, or download it once with a network.")
 
 
 def build_small_model(profile: "Profile", vocabulary: int, length: int) -> "GPTNeoXForCausalLM":
@@ -172,7 +183,7 @@ def train_small_model(corpus: "Corpus", profile: "Profile", *, progress: bool = 
     return model.eval(), TrainingCurve(list(range(1, steps + 1)), losses)
 
 
-def get_model(profile: "Profile", corpus: "Corpus") -> tuple["GPTNeoXForCausalLM", TrainingCurve]:
+def get_model(profile: "Profile", corpus: "Corpus") -> tuple["PreTrainedModel", TrainingCurve]:
     """The profile's model: loaded, or trained once and kept as a Hugging Face checkpoint folder.
 
     Returns the model in float32 on the best device, and its training curve (empty if loaded).
@@ -253,7 +264,7 @@ def batches(corpus: "Corpus", cells: Sequence[int] | np.ndarray, size: int, devi
 
 
 @contextlib.contextmanager
-def replaced_mlps(model: "GPTNeoXForCausalLM", replacement: Replacement,
+def replaced_mlps(model: nn.Module, replacement: Replacement,
                   layers: Sequence[int] | None = None) -> Iterator[None]:
     """Within the block, the MLPs of `layers` (default: all) give `replacement(layer, input)`."""
     modules = dict(enumerate(mlps(model)))
@@ -277,7 +288,7 @@ def zero_ablation(layer: int, inputs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mlp_sites(model: "GPTNeoXForCausalLM", tokens: Tensor, mask: Tensor) -> Sites:
+def mlp_sites(model: nn.Module, tokens: Tensor, mask: Tensor) -> Sites:
     """Inputs and outputs of all MLPs on the tokens that are not padding, from one forward pass.
 
     tokens, mask: (n, length). No logits are computed.
@@ -289,7 +300,7 @@ def mlp_sites(model: "GPTNeoXForCausalLM", tokens: Tensor, mask: Tensor) -> Site
         for module in mlps(model)
     ]
     try:
-        model.gpt_neox(input_ids=tokens, attention_mask=mask, use_cache=False)
+        decoder(model)(input_ids=tokens, attention_mask=mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -298,7 +309,7 @@ def mlp_sites(model: "GPTNeoXForCausalLM", tokens: Tensor, mask: Tensor) -> Site
 
 
 @torch.no_grad()
-def predict_answers(model: "GPTNeoXForCausalLM", corpus: "Corpus",
+def predict_answers(model: nn.Module, corpus: "Corpus",
                     cells: Sequence[int] | np.ndarray, new_tokens: int = 24) -> list[str]:
     """The model's own answer to each cell's prompt, decoded greedily, without its full stop."""
     answers = []
@@ -309,7 +320,7 @@ def predict_answers(model: "GPTNeoXForCausalLM", corpus: "Corpus",
 
 
 @torch.no_grad()
-def answer_prompt(model: "GPTNeoXForCausalLM", tokenizer, prompt: np.ndarray,  # type: ignore[no-untyped-def]
+def answer_prompt(model: nn.Module, tokenizer, prompt: np.ndarray,  # type: ignore[no-untyped-def]
                   new_tokens: int = 24) -> str:
     """Greedy answer to one tokenized prompt (length,), without the full stop that ends it.
 

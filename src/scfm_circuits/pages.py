@@ -34,7 +34,7 @@ from scfm_circuits.profile import ROOT
 BOOK = ROOT / "book"
 STAMP = "built.json"
 DOWNLOADS = ("tables/*.csv", "tables/*.js", "figures/*.png", "figures/*.svg", "circuits/*.json",
-             "values/*.json", "claims.csv", "provenance.json")
+             "circuits/*.js", "values/*.json", "claims.csv", "provenance.json")
 """Results that are copied beside the pages; transcoder weights stay where they are."""
 # In <a> an address is only followed on a click; in these it is fetched with the page.
 _FETCHED = re.compile(
@@ -250,7 +250,7 @@ def download_list(run: Run) -> str:
     groups: dict[str, list[str]] = {}
     for path in sorted(_downloads(run)):
         if path.suffix == ".js":
-            # What a browsable table loads; its CSV is for people.
+            # What a browsable table or a circuit loads; its CSV or JSON is for people.
             continue
         name = path.relative_to(run.profile.results)
         groups.setdefault(str(name.parent), []).append(name.as_posix())

@@ -22,6 +22,8 @@ from scfm_circuits import InputError
 ROOT = Path(os.environ.get("SCFM_ROOT", Path(__file__).resolve().parents[2]))
 PROFILES = ROOT / "notebooks" / "profiles"
 BUNDLED_CELLS = "pbmc68k_reduced"
+PLANTED_CELLS = "planted"
+PLANTED_PROGRAMS = Path("data") / "planted" / "programs.yml"
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -45,7 +47,8 @@ class Profile(BaseModel):
 
     # --- cells -------------------------------------------------------------------------------
     cells: str = BUNDLED_CELLS
-    """`pbmc68k_reduced` (700 real PBMCs in scanpy's wheel), or the path of an `.h5ad` file."""
+    """`pbmc68k_reduced` (700 real PBMCs in scanpy's wheel), `planted` (simulated heart cells with
+    known gene programs), or the path of an `.h5ad` file."""
     cells_are: Literal["real", "simulated"] = "real"
     """Whether the cells were measured or made up; shown on every page."""
     cells_name: str = "700 PBMCs (68k PBMC data set, reduced), 10x Genomics"
@@ -77,7 +80,8 @@ class Profile(BaseModel):
 
     # --- language model ----------------------------------------------------------------------
     model: str = "train"
-    """`train` (a small GPT-NeoX on the run's own cells), or a Hugging Face id or folder."""
+    """`train` (a small GPT-NeoX on the run's own cells), or a Hugging Face id or folder of a
+    GPT-NeoX, Llama, Mistral or Qwen2."""
     model_revision: str | None = None
     """The commit of a Hugging Face model to use."""
     model_layers: Positive | None = 6
@@ -177,14 +181,20 @@ class Profile(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _file_names_its_cells(cls, given: Any) -> Any:
-        """Without `cells_name`, cells from a file must not be called by the bundled cells' name."""
+        """Without `cells_name`, other cells must not be called by the bundled cells' name."""
         cells = given.get("cells", BUNDLED_CELLS) if isinstance(given, dict) else None
-        if not isinstance(cells, str) or cells == BUNDLED_CELLS or "cells_name" in given:
+        if not isinstance(cells, str) or cells == BUNDLED_CELLS:
             return given
-        return {**given, "cells_name": f"cells of {Path(cells).name}"}
+        if cells == PLANTED_CELLS:
+            return {"cells_name": "simulated heart cells with planted gene programs",
+                    "cells_are": "simulated", **given}
+        return {"cells_name": f"cells of {Path(cells).name}", **given}
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Profile":
+        if self.cells == PLANTED_CELLS and self.cells_are != "simulated":
+            raise ValueError(f"cells_are: the cells `{PLANTED_CELLS}` are made up, so this must be "
+                             "`simulated`")
         if self.model == "train":
             if self.model_layers is None:
                 raise ValueError("model_layers: a model that is trained needs a number of layers")
@@ -204,6 +214,9 @@ class Profile(BaseModel):
                                   ("response", self.response, "{label}")):
             if text.count(slot) != 1:
                 raise ValueError(f"{field}: must contain {slot} exactly once")
+        if (1 + self.null_draws) * self.fdr <= 1:
+            raise ValueError(f"null_draws: with {self.null_draws} null lists no p-value can be "
+                             f"below the fdr of {self.fdr:g}; use more than {1 / self.fdr:.0f}")
         if self.buffer_tokens < self.batch_tokens:
             raise ValueError("buffer_tokens: must be at least batch_tokens")
         return self
@@ -230,11 +243,14 @@ class Profile(BaseModel):
 def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
     """The file of the profile's cells, which need not exist; None for the bundled cells.
 
+    The cells `planted` are made from the file of their gene programs.
     root: the folder that a relative path starts from. Raises InputError for the home folder of a
     user who does not exist (`~nobody/cells.h5ad`).
     """
     if profile.cells == BUNDLED_CELLS:
         return None
+    if profile.cells == PLANTED_CELLS:
+        return root / PLANTED_PROGRAMS
     try:
         return root / Path(profile.cells).expanduser()
     except RuntimeError:

@@ -117,6 +117,21 @@ class Report:
             {"image/png": png, "text/plain": f"<Figure {name}>"}, {"image/png": {"width": width}}
         )
 
+    def circuit(
+        self, name: str, view: Mapping[str, Any], *, caption: str | None = None
+    ) -> Shown:
+        """Write `circuits/<name>.js` and show the circuit as a figure to explore.
+
+        view: from `circuit_view.circuit_view`. The page links to `circuits/<name>.json`, the
+        export of the same circuit (`circuit_exports.save_graph`), which the chapter writes too.
+        """
+        from scfm_circuits.circuit_view import circuit_bundle, circuit_script
+
+        _checked_name(name, "circuit")
+        script = circuit_script(name, view)
+        write_atomic(self.profile.results / "circuits" / f"{name}.js", script)
+        return Shown(circuit_bundle(name, view, caption, script))
+
     def value(self, key: str, value: Any, text: str | None = None) -> None:
         """Keep a number in `values/<chapter>.json` and make it available to the prose.
 

@@ -31,7 +31,7 @@ _FIELDS = (
     "validation_share", "genes_per_cell", "prompt", "response", "tokenizer", "vocabulary_size",
     "model_revision",
 )
-_MODULES = ("cells", "sentences")
+_MODULES = ("cells", "planted_cells", "sentences")
 
 
 class Encoded(NamedTuple):

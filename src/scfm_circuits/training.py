@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 FIELDS = ("seed", "expansion", "loss", "l1_coefficient", "learning_rate", "warmup_steps",
           "batch_tokens", "training_tokens", "buffer_tokens", "dead_after_tokens", "model",
           "model_revision", "forward_cells")
-_MODULES = ("transcoder", "training", "language_model", "sentences", "cells")
+_MODULES = ("transcoder", "training", "architectures", "language_model", "sentences", "cells")
 
 
 class Control(NamedTuple):

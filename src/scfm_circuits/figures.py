@@ -416,18 +416,18 @@ def planted_recovery(summary: pd.DataFrame) -> Figure:
     type; one panel per target. summary: `planted_truth.recovery_summary`."""
     targets = list(summary["target"].unique())
     figure, axes = _panels(len(targets), width=4.8)
-    marks = {"top_share": ("circuit", "o", BLUE),
+    marks = {"top_share_random": ("random", "|", GREY),
              "top_share_most_expressed": ("most expressed", "s", ORANGE),
-             "top_share_random": ("random", "|", GREY)}
+             "top_share": ("circuit", "o", BLUE)}
     for ax, target in zip(axes, targets, strict=True):
         rows = summary[summary["target"] == target].iloc[::-1]
         places = np.arange(len(rows))
         for column, (label, mark, colour) in marks.items():
             ax.scatter(100 * rows[column], places, marker=mark, color=colour, label=label, zorder=3,
-                       s=60 if mark == "|" else 30)
+                       s=110 if mark == "|" else 55 if mark == "s" else 22)
         ax.set_yticks(places, rows["cell_type"])
         ax.grid(axis="y", color="0.9")
         ax.set(xlim=(0, 100), title=f"circuits of the {target}",
                xlabel="planted for the cell's type, %")
-    axes[-1].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure

@@ -86,7 +86,7 @@ report.not_comparable(run)
 loaded = [load_library(name, run.gene_sets) for name in run.libraries]
 # Without the real libraries one bundled library stands in for all of them.
 libraries = list({library.content_sha256: library for library in loaded}.values())
-used = np.unique(corpus.gene[corpus.gene >= 0])
+used = corpus.occurring
 symbols = corpus.symbols[used].tolist()
 
 # %% tags=["hide-input"]
@@ -251,11 +251,11 @@ report.value("controls.libraries", ", ".join(f"{one.name} ({one.source})" for on
 
 # %%
 rng = np.random.default_rng([run.seed, 12])
-checked = []
+ready, checked = testers(libraries, corpus, run), []
 for length in (n for n in (10, 30, 100, 300) if n < len(used) / 2):
     drawn = uniform_null([length] * 2000, len(used), rng)
     random_lists = drawn._replace(ids=used[drawn.ids])
-    for tester in testers(libraries, corpus, run):
+    for tester in ready:
         for library, result in zip(libraries, tester.tested(random_lists), strict=True):
             hits = int((result.n_significant > 0).sum())
             low, high = wilson_interval(hits, 2000)
@@ -282,6 +282,8 @@ variants = {"top 10": ("top", 10), "top 30": ("top", 30), "top 100": ("top", 100
             "half of the activations": ("share", 0), "all activating genes": ("all", 0)}
 rule = RULES[run.enrichment_rule]
 backgrounds = [prepare_background(one, rule.background_for(symbols)) for one in libraries]
+others = {label: [prepare_background(one, background) for one in libraries]
+          for label, background in ((20_000, 20_000), ("corpus genes", symbols))}
 if len(symbols) + max(one.sizes.max() for one in backgrounds) > min(
         one.total for one in backgrounds) and rule.background == 20_000:
     del variants["all activating genes"]  # no longer a draw from 20,000 genes
@@ -304,11 +306,12 @@ for layer in layers:
                   for one, background in zip(libraries, backgrounds, strict=True)], axis=0)
     moved.append({"choice": f"gene rule: {other.gene_rule}", "live": len(features),
                   "hits": int(hit.sum())})
-    for number in (20_000, "corpus genes"):
+    for number, prepared in others.items():
         for family in ("hit", "all"):
             hit = np.any([over_representation(
-                lists[layer], one, background=symbols if number == "corpus genes" else number,
-                family=family, alpha=run.fdr).n_significant > 0 for one in libraries], axis=0)
+                lists[layer], one, background=background, family=family,
+                alpha=run.fdr).n_significant > 0
+                for one, background in zip(libraries, prepared, strict=True)], axis=0)
             moved.append({"choice": f"background {number}, BH over {family} terms",
                           "live": len(features), "hits": int(hit.sum())})
 
@@ -341,16 +344,15 @@ report.table("table4_choices", moved, digits=3, caption="Share called interpreta
 
 # %%
 passed, rows = {}, []
+plantings = {purity: planted_statistics(statistics, corpus, libraries, run, purity=purity)
+             for purity in (1.0, 0.5, 0.25)}
 for gene_rule in ("token", "occurrence"):
     used_rule = run.model_copy(update={"gene_rule": gene_rule})
-    for purity in (1.0, 0.5, 0.25):
-        planted, planted_terms = planted_statistics(statistics, corpus, libraries, run,
-                                                    purity=purity)
+    for purity, (planted, planted_terms) in plantings.items():
         if planted_terms.empty:
             continue
         found = verdict_table([layer_controls(
-            planted, baselines, run.human_layer, corpus, used_rule,
-            testers(libraries, corpus, used_rule))], list(baselines), run)
+            planted, baselines, run.human_layer, corpus, used_rule, ready)], list(baselines), run)
         ahead = int((found["p_controls"] < run.fdr).sum())
         low, high = wilson_interval(ahead, len(found))
         rows.append({"gene rule": gene_rule, "% of its genes in the term": 100 * purity,

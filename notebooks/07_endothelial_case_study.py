@@ -215,8 +215,9 @@ report.figure("figure5_circuit", figures.circuit_picture(circuit, texts, token_g
 # own genes.
 
 # %% tags=["hide-input"]
+library = load_library(run.case_library, run.gene_sets)
 details = feature_details(circuit, get_statistics(model, transcoders, corpus, run), corpus, run,
-                          load_library(run.case_library, run.gene_sets))
+                          library)
 report.circuit("case_study", circuit_view(circuit, texts, token_genes, details),
                caption="The circuit to explore: layers upwards, tokens along; the larger a node, the "
                "more of the target's contributions pass through it")
@@ -328,9 +329,8 @@ report.table("circuit_genes", gene_rows.sort_values("influence", ascending=False
              caption="Genes on whose tokens the circuit's nodes stand")
 
 # %%
-library = load_library(run.case_library, run.gene_sets)
 rule = RULES[run.enrichment_rule]
-symbols = set(corpus.symbols[np.unique(corpus.gene[corpus.gene >= 0])].tolist())
+symbols = set(corpus.symbols[corpus.occurring].tolist())
 enriched = term_table(found, library, background=rule.background_for(symbols), family=rule.family,
                       odds=rule.odds)
 

@@ -4,13 +4,13 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from browser import opened
 from helpers import model_for, tiny_corpus, tiny_model, tiny_profile, tiny_transcoders, tokens
 from hypothesis import given
 from hypothesis import strategies as st
@@ -317,41 +317,22 @@ drive().catch((error) => String(error.stack)).then((said) => {
 """
 
 
-def opened(path: Path, width: int) -> str:
-    """The page as a headless Chromium leaves it; skips if there is none that opens local files."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which(
-        "google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium on the PATH")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-               "--disable-background-networking", "--disable-component-update", "--disable-sync",
-               "--host-resolver-rules=MAP * ~NOTFOUND",
-               f"--user-data-dir={path.parent / 'browser'}", f"--window-size={width},900",
-               "--virtual-time-budget=500000",
-               # Else no frame may be drawn, and nothing ever comes into view.
-               "--run-all-compositor-stages-before-draw", "--dump-dom", path.as_uri()]
-    try:
-        page = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        page = ""
-    # Not the title, which a text that got into the page as HTML would change.
-    if 'data-source="downloads/circuits/case.js' not in page:
-        pytest.skip("Chromium does not open files of a temporary folder here")
-    return page
-
-
 def driven(report: Report, folder: Path, width: int) -> dict[str, Any]:
     """What the driver saw in a page with the circuit `made`."""
     shown = report.circuit("case", circuit_view(made(), TEXTS, GENES, DETAILS), caption="All")
     shutil.copytree(folder / "smoke" / "circuits", folder / "downloads" / "circuits")
     shutil.copytree(VENDOR, folder / "vendor" / "d3")
-    for name in ("circuit.js", "custom.css"):
+    for name in ("circuit.js", "dom.js", "custom.css"):
         shutil.copy(ROOT / "book" / "_static" / name, folder)
     (folder / "page.html").write_text(
         '<!doctype html><html><head><meta charset="utf-8"><title>Circuit</title>'
-        '<link rel="stylesheet" href="custom.css"><script src="circuit.js"></script></head><body>'
+        '<link rel="stylesheet" href="custom.css"><script src="circuit.js"></script>'
+        '<script src="dom.js"></script></head><body>'
         f'{shown.bundle["text/html"]}<script>{DRIVER}</script></body></html>')
-    match = re.search(r'<pre id="answer">(.*?)</pre>', opened(folder / "page.html", width))
+    # Not the title, which a text that got into the page as HTML would change.
+    page = opened(folder / "page.html", "--host-resolver-rules=MAP * ~NOTFOUND", width=width,
+                  marker='data-source="downloads/circuits/case.js', budget=500_000)
+    match = re.search(r'<pre id="answer">(.*?)</pre>', page)
     assert match, "the script that drives the page did not end"
     answer = json.loads(unquote(match[1]))
     assert isinstance(answer, dict), answer

@@ -9,6 +9,7 @@ from scfm_circuits.control_tables import verdict_table
 from scfm_circuits.enrichment import gene_sets_from_dict
 from scfm_circuits.features import FeatureStatistics, count_features, gene_lists
 from scfm_circuits.planted_features import planted_statistics
+from scfm_circuits.sentences import Corpus
 
 
 @pytest.fixture
@@ -67,10 +68,10 @@ def test_the_controls_let_planted_features_pass_and_stop_random_ones(profile):
     terms |= {f"F{i}": [f"G{j}" for j in range(4 * i, 4 * i + 4)] for i in range(n_genes // 4)}
     library = gene_sets_from_dict("made up", terms)
 
-    class Corpus:
-        pass
+    class MadeUp:
+        occurring = Corpus.occurring
 
-    corpus = Corpus()
+    corpus = MadeUp()
     corpus.symbols, corpus.gene = symbols, np.repeat(gene, 3)
     corpus.place, corpus.mask = np.zeros(corpus.gene.size), np.ones(corpus.gene.size, bool)
     at_random = FeatureStatistics(10_000, fired, token, gene, pair_count,

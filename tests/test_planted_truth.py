@@ -29,7 +29,7 @@ from scfm_circuits.planted_truth import (
     role_table,
 )
 from scfm_circuits.profile import load_profile
-from scfm_circuits.sentences import answered_prompt
+from scfm_circuits.sentences import Corpus, answered_prompt
 
 LABELS = ("CD4+ T cell", "B cell", "CD34+", "Dendritic {cell}")
 
@@ -201,6 +201,7 @@ class MadeUp:
     gene: np.ndarray
     place: np.ndarray
     mask: np.ndarray
+    occurring = Corpus.occurring
 
 
 def made_up(n_random: int = 60) -> tuple[MadeUp, Plan, FeatureStatistics, FeatureStatistics]:

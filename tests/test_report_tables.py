@@ -4,7 +4,6 @@ import html
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -12,6 +11,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 import pandas as pd
 import pytest
+from browser import opened
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -230,38 +230,20 @@ drive().catch((error) => String(error)).then((said) => {
 """
 
 
-def opened(path: Path) -> str:
-    """The page as a headless Chromium leaves it; skips if there is none that opens local files."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which(
-        "google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium on the PATH")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-               "--disable-background-networking", "--disable-component-update", "--disable-sync",
-               f"--user-data-dir={path.parent / 'browser'}", "--window-size=1280,900",
-               "--virtual-time-budget=60000",
-               # Else no frame may be drawn, and nothing ever comes into view.
-               "--run-all-compositor-stages-before-draw", "--dump-dom", path.as_uri()]
-    try:
-        page = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        page = ""
-    if "<title>Features</title>" not in page:
-        pytest.skip("Chromium does not open files of a temporary folder here")
-    return page
-
-
 def test_a_browser_searches_sorts_chooses_and_pages(
     report: Report, folder: Path, tmp_path: Path
 ) -> None:
     frame = features(60)
     shown = report.browse("features", frame, rows=25, links={"term": "https://a.org/{go}"})
     shutil.copytree(folder, tmp_path / "downloads" / "tables")
-    shutil.copy(ROOT / "book" / "_static" / "browse.js", tmp_path)
+    for name in ("browse.js", "dom.js"):
+        shutil.copy(ROOT / "book" / "_static" / name, tmp_path)
     (tmp_path / "page.html").write_text(
         '<!doctype html><meta charset="utf-8"><title>Features</title>'
-        f'<script src="browse.js"></script>{shown.bundle["text/html"]}<script>{DRIVER}</script>')
-    match = re.search(r'<pre id="answer">(.*?)</pre>', opened(tmp_path / "page.html"))
+        '<script src="dom.js"></script><script src="browse.js"></script>'
+        f'{shown.bundle["text/html"]}<script>{DRIVER}</script>')
+    page = opened(tmp_path / "page.html", marker="<title>Features</title>", budget=60_000)
+    match = re.search(r'<pre id="answer">(.*?)</pre>', page)
     assert match, "the script that drives the page did not end"
     answer = json.loads(unquote(match[1]))
     assert isinstance(answer, dict), answer

@@ -7,39 +7,12 @@
 
    Texts come from strangers: they reach the page through textContent only. */
 "use strict";
-(() => {
-  const NEAR = "600px";
+(window.companionParts ??= []).push(({ element, loaded, whenNear }) => {
   const TYPING_MS = 120;
   const LONG_NAME = 12;
   const received = new Map();
-  const expected = new Map();
 
   window.companionTable = (name, table) => received.set(name, table);
-
-  /** Load a data file once; resolves with the table it hands over. */
-  function loaded(name, source) {
-    if (!expected.has(name)) {
-      expected.set(name, new Promise((resolve, reject) => {
-        const script = document.createElement("script");
-        script.src = source;
-        script.onload = () => received.has(name) ? resolve(received.get(name)) : reject();
-        script.onerror = () => reject();
-        document.head.append(script);
-      }));
-    }
-    return expected.get(name);
-  }
-
-  /** An element with properties, attributes (names with a dash, and role) and children. */
-  function element(tag, properties = {}, ...children) {
-    const made = document.createElement(tag);
-    for (const [key, value] of Object.entries(properties)) {
-      if (key.includes("-") || key === "role") made.setAttribute(key, value);
-      else made[key] = value;
-    }
-    made.append(...children);
-    return made;
-  }
 
   const counted = (number) => number.toLocaleString("en-US");
 
@@ -249,7 +222,8 @@
   /** Load and take over one table; if that fails, its first rows and its CSV stay. */
   async function takeOver(box) {
     try {
-      const table = await loaded(box.dataset.table, box.dataset.source);
+      await loaded(box.dataset.source);
+      const table = received.get(box.dataset.table);
       const names = [...box.querySelectorAll("thead th")].map((head) => head.textContent);
       if (names.length !== table.columns.length) throw new Error("another table");
       new Browser(box, table).start();
@@ -258,25 +232,13 @@
     }
   }
 
-  function start() {
-    const boxes = document.querySelectorAll(".browse[data-source]");
-    const watch = new IntersectionObserver((entries) => {
-      for (const { isIntersecting, target } of entries) {
-        if (!isIntersecting) continue;
-        watch.unobserve(target);
-        takeOver(target);
-      }
-    }, { rootMargin: NEAR });
+  whenNear(".browse[data-source]", takeOver, (boxes) => {
     for (const box of boxes) {
-      watch.observe(box);
       box.addEventListener("click", (event) => {
         // A click opens a long text; one that ends a selection of text does not.
         if (event.target.closest("a") || String(getSelection())) return;
         event.target.closest(".clamp")?.classList.toggle("open");
       });
     }
-  }
-
-  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
-  else start();
-})();
+  });
+});

@@ -6,8 +6,7 @@
 
    Texts come from strangers: they reach the page through textContent and setAttribute only. */
 "use strict";
-(() => {
-  const NEAR = "600px";
+(window.companionParts ??= []).push(({ element, loaded, whenNear }) => {
   const PITCH = 20;
   const PER_LINE = 4;
   const GAP = { column: 2, row: 26 };
@@ -27,34 +26,8 @@
     error: "transcoder errors", logit: "logits",
   };
   const received = new Map();
-  const expected = new Map();
 
   window.companionCircuit = (name, view) => received.set(name, view);
-
-  /** Load a script once. */
-  function loaded(source) {
-    if (!expected.has(source)) {
-      expected.set(source, new Promise((resolve, reject) => {
-        const script = document.createElement("script");
-        script.src = source;
-        script.onload = resolve;
-        script.onerror = reject;
-        document.head.append(script);
-      }));
-    }
-    return expected.get(source);
-  }
-
-  /** An element with properties, attributes (names with a dash, and role) and children. */
-  function element(tag, properties = {}, ...children) {
-    const made = document.createElement(tag);
-    for (const [key, value] of Object.entries(properties)) {
-      if (key.includes("-") || key === "role") made.setAttribute(key, value);
-      else made[key] = value;
-    }
-    made.append(...children);
-    return made;
-  }
 
   const short = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
   const number = (value) => {
@@ -607,17 +580,5 @@
     }
   }
 
-  function start() {
-    const watch = new IntersectionObserver((entries) => {
-      for (const { isIntersecting, target } of entries) {
-        if (!isIntersecting) continue;
-        watch.unobserve(target);
-        takeOver(target);
-      }
-    }, { rootMargin: NEAR });
-    for (const box of document.querySelectorAll(".circuit[data-source]")) watch.observe(box);
-  }
-
-  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
-  else start();
-})();
+  whenNear(".circuit[data-source]", takeOver);
+});

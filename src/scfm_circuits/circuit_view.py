@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from scfm_circuits import InputError
-from scfm_circuits.report_tables import _script_json
+from scfm_circuits.report_tables import script_json
 
 if TYPE_CHECKING:
     from scfm_circuits.circuits import Circuit, Edge, Node
@@ -100,7 +100,7 @@ def circuit_view(
 
 def circuit_script(name: str, view: Mapping[str, Any]) -> str:
     """The view as a script: `companionCircuit("<name>", {...});` around ASCII JSON."""
-    return f"companionCircuit({_script_json(name)}, {_script_json(dict(view))});\n"
+    return f"companionCircuit({script_json(name)}, {script_json(dict(view))});\n"
 
 
 def circuit_bundle(name: str, view: Mapping[str, Any], caption: str | None, script: str
@@ -142,7 +142,7 @@ def feature_details(
     from scfm_circuits.enrichment import RULES, prepare_background, top_terms
     from scfm_circuits.features import gene_lists, token_table
 
-    rule, symbols = RULES["corpus"], corpus.symbols[np.unique(corpus.gene[corpus.gene >= 0])]
+    rule, symbols = RULES["corpus"], corpus.symbols[corpus.occurring]
     universe = prepare_background(library, rule.background_for(symbols.tolist()))
     found: dict[tuple[int, int], Detail] = {}
     used = {(node.layer, node.index) for node in circuit.nodes.values() if node.kind == "feature"}

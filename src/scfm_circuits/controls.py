@@ -119,10 +119,8 @@ class Tester:
         min_p, significant = np.empty(n), np.empty(n, np.int64)
         for library, universe, ids in self.parts:
             encoded = encode_ids(lists, ids, library, universe)
-            terms, (table, unit) = universe.term_index, universe.log_factorials
-            every = RULES[self.rule].family == "all"
-            setting = enrichment_kernels.Setting(
-                universe.total, table, unit, universe.n_terms if every else 0, self.alpha)
+            terms = universe.term_index
+            setting = universe.setting(RULES[self.rule].family, self.alpha)
             # Lists of one length share their tails.
             order = np.argsort(encoded.n_query, kind="stable")
             enrichment_kernels.count_lists(order, encoded, terms, setting,
@@ -137,7 +135,7 @@ class Tester:
 def testers(libraries: Sequence[GeneSets], corpus: Corpus, profile: "Profile") -> list[Tester]:
     """A tester for each rule shown; the rule `corpus` has the genes that occur as background."""
     symbols = corpus.symbols.tolist()
-    occurring = corpus.symbols[np.unique(corpus.gene[corpus.gene >= 0])].tolist()
+    occurring = corpus.symbols[corpus.occurring].tolist()
     ready = []
     for name in rules_shown(profile):
         parts = []
@@ -212,10 +210,10 @@ def layer_controls(statistics: FeatureStatistics, baselines: Mapping[str, Featur
     features = np.flatnonzero(statistics.live(profile.live_cut_table4)[layer])
     own = ragged(gene_list_ids(statistics, layer, features, corpus, profile))
     tested = [tester.tested(own) for tester in ready]
-    counted = [tester.counted(own) for tester in ready]
+    min_p = np.array([np.min([one.min_p for one in results], axis=0) for results in tested])
     corpus_rule = [tester.rule for tester in ready].index("corpus")
     source = null_source(statistics, layer, features, own, corpus, profile)
-    called, null_p = _nulls(source, ready, counted[corpus_rule][1], corpus_rule,
+    called, null_p = _nulls(source, ready, min_p[corpus_rule], corpus_rule,
                             (profile.seed, 9, layer), bar)
     others = []
     for other in baselines.values():
@@ -223,9 +221,11 @@ def layer_controls(statistics: FeatureStatistics, baselines: Mapping[str, Featur
         lists = ragged(gene_list_ids(other, layer, chosen, corpus, profile))
         others.append([tester.counted(lists) for tester in ready])
     return LayerControls(
-        features, own.lengths, np.array([one for one, _ in counted]),
-        np.array([smallest for _, smallest in counted]),
-        np.array([np.min([result.min_q for result in results], axis=0) for results in tested]),
+        features, own.lengths,
+        np.array([np.any([one.n_significant > 0 for one in results], axis=0)
+                  for results in tested]),
+        min_p,
+        np.array([np.min([one.min_q for one in results], axis=0) for results in tested]),
         called, null_p,
         tuple(np.array([one for one, _ in other]) for other in others),
         tuple(other[corpus_rule][1] for other in others))

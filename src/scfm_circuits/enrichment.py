@@ -190,7 +190,7 @@ def over_representation(
         raise InputError(f"The engine is {engine!r}; use 'fused' or 'plain'.")
     encoded, universe = checked_lists(lists, library, background, family)
     run = {"fused": _fused, "plain": _plain}[engine]
-    result = run(encoded, universe, universe.n_terms if family == "all" else 0, alpha, threads)
+    result = run(encoded, universe, universe.setting(family, alpha), threads)
     if np.isnan(result.min_p).any():
         raise impossible_list(int(np.isnan(result.min_p).argmax()), universe)
     return result
@@ -206,15 +206,15 @@ def _empty_result(encoded: Encoded) -> OverRepresentation:
 
 
 def _fused(
-    encoded: Encoded, universe: Background, n_tests: int, alpha: float, threads: int | None
+    encoded: Encoded, universe: Background, setting: enrichment_kernels.Setting,
+    threads: int | None,
 ) -> OverRepresentation:
     """The compiled engine, lists dealt out over threads by length so that each has its share."""
     result = _empty_result(encoded)
     available = threads or numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     n_threads = max(1, min(available, encoded.n_query.size // 64))
     by_length = np.argsort(encoded.n_query, kind="stable")
-    terms, (table, unit) = universe.term_index, universe.log_factorials
-    setting = enrichment_kernels.Setting(universe.total, table, unit, n_tests, alpha)
+    terms = universe.term_index
 
     def work(share: int) -> None:
         enrichment_kernels.score_lists(
@@ -228,7 +228,8 @@ def _fused(
 
 
 def _plain(
-    encoded: Encoded, universe: Background, n_tests: int, alpha: float, threads: int | None
+    encoded: Encoded, universe: Background, setting: enrichment_kernels.Setting,
+    threads: int | None,
 ) -> OverRepresentation:
     """The same numbers by numpy and scipy, one list at a time."""
     result = _empty_result(encoded)
@@ -238,10 +239,10 @@ def _plain(
         if not hit.size:
             continue
         p = _scipy_tails(overlap, universe.sizes[hit], int(n), universe.total)
-        padding = np.ones(max(n_tests - hit.size, 0))
+        padding = np.ones(max(setting.n_tests - hit.size, 0))
         q = benjamini_hochberg(np.concatenate([p, padding])) if not np.isnan(p).any() else p
         result.n_hit[i] = hit.size
-        result.n_significant[i] = np.count_nonzero(q < alpha)
+        result.n_significant[i] = np.count_nonzero(q < setting.alpha)
         result.min_p[i], result.min_q[i] = p.min(), q.min()
         result.best_term[i] = hit[p.argmin()]
     return result

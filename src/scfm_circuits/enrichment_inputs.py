@@ -72,6 +72,11 @@ class Background:
             np.argsort(size_class, kind="stable").astype(np.int32),
         )  # fmt: skip
 
+    def setting(self, family: Family, alpha: float) -> enrichment_kernels.Setting:
+        """What the compiled engine has to know beside the terms."""
+        n_tests = self.n_terms if family == "all" else 0
+        return enrichment_kernels.Setting(self.total, *self.log_factorials, n_tests, alpha)
+
     def statement(self, family: Family) -> str:
         """One sentence stating background, BH family and size limits of a result."""
         if self.symbols is None:

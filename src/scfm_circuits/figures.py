@@ -138,25 +138,6 @@ def frequency_distribution(log10_frequency: np.ndarray, cut: float, layer: int) 
     return figure
 
 
-def interpretable_per_layer(percentages: Mapping[str, np.ndarray], paper: np.ndarray | None
-                            ) -> Figure:
-    """Table 4 as a picture: percentage of live features called interpretable, per layer."""
-    figure, (axis,) = _panels(1, width=7)
-    for (label, values), colour in zip(percentages.items(), (BLUE, GREEN, ORANGE, RED),
-                                       strict=False):
-        axis.plot(np.arange(len(values)), values, "o-", color=colour, label=label)
-    if paper is not None:
-        # Depth as a share, so that a shallow model and the paper's 24 layers share an axis.
-        last = max(len(next(iter(percentages.values()))) - 1, 1)
-        axis.plot(np.linspace(0, last, len(paper)), paper, "--", color=GREY,
-                  label="the paper (24 layers, same relative depth)")
-    n = len(next(iter(percentages.values())))
-    axis.set(xlabel="layer", ylabel="interpretable (% of live features)", ylim=(0, 105),
-             xticks=_ticks(n))
-    axis.legend(loc="lower right")
-    return figure
-
-
 _RULE_TITLES = {"enrichr": "rule enrichr (the paper's, likely)", "corpus": "rule corpus",
                 "gseapy": "rule gseapy"}
 _CONTROL_COLOURS = {"uniform": GREY, "frequency-matched": GREEN, "token-preserving": ORANGE,

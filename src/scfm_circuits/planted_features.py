@@ -40,23 +40,23 @@ def planted_statistics(statistics: FeatureStatistics, corpus: Corpus,
     """
     if not 0 < purity <= 1:
         raise InputError(f"The purity is {purity}; give a share above 0 and up to 1.")
-    occurring = np.unique(corpus.gene[corpus.gene >= 0])
+    occurring = corpus.occurring
     found = _terms_within(libraries, {corpus.symbols[gene].upper(): int(gene)
                                       for gene in occurring})
     rng = np.random.default_rng([profile.seed, 13])
-    rows, kept = np.zeros((0, len(statistics.pair_gene)), np.int64), []
-    for genes in [list(found)[i] for i in np.sort(rng.permutation(len(found))[:n])]:
+    sets, rows, kept = list(found), [], []
+    for genes in [sets[i] for i in np.sort(rng.permutation(len(sets))[:n])]:
         others = np.setdiff1d(occurring, genes)
         more = min(round(len(genes) * (1 / purity - 1)), len(others))
         fires = np.isin(statistics.pair_gene, [*genes, *rng.permutation(others)[:more]])
         row = np.where(fires, statistics.pair_count, 0)
         # A feature that is not live is not tested, planted or not.
         if row.sum() / statistics.n_tokens >= 10.0**profile.live_cut_table4:
-            rows = np.vstack([rows, row])
+            rows.append(row)
             kept.append((*found[genes], len(genes)))
-    counts = sp.csr_matrix(rows)
+    counts = sp.csr_matrix(np.array(rows, np.int64).reshape(len(rows), len(statistics.pair_gene)))
     n_layers = len(statistics.fired)
-    fired = np.tile(rows.sum(axis=1), (n_layers, 1))
+    fired = np.tile(np.asarray(counts.sum(axis=1)).ravel(), (n_layers, 1))
     table = pd.DataFrame(kept, columns=["library", "term", "n_genes"])
     return replace(statistics, fired=fired, counts=(counts,) * n_layers), table
 

@@ -354,7 +354,7 @@ def _named(features: pd.DataFrame, plan: Plan) -> pd.DataFrame:
 
 def _program_table(features: pd.DataFrame, tables: Mapping[str, pd.DataFrame], corpus: Corpus,
                    plan: Plan, draws: int, fdr: float) -> pd.DataFrame:
-    program_of = _program_of(corpus, plan)[np.unique(corpus.gene[corpus.gene >= 0])]
+    program_of = _program_of(corpus, plan)[corpus.occurring]
     rows = []
     for i, program in enumerate(plan.programs):
         n_genes = int((program_of == i).sum())

@@ -158,11 +158,11 @@ def data_script(
             "choose": _can_be_chosen(column, values, rows),
             "link": list(addresses[index]) if index in addresses else None,
         })
-    table = _script_json({"rows": rows, "columns": content})
-    return f"companionTable({_script_json(name)}, {table});\n"
+    table = script_json({"rows": rows, "columns": content})
+    return f"companionTable({script_json(name)}, {table});\n"
 
 
-def _script_json(value: Any) -> str:
+def script_json(value: Any) -> str:
     """JSON in ASCII without `<`, `>` and `&`, which holds nothing that could end a script."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for character in "<>&":

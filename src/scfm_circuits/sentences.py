@@ -76,6 +76,11 @@ class Corpus:
         """(n_cells,) tokens of each cell without padding."""
         return self.mask.sum(axis=1)
 
+    @property
+    def occurring(self) -> np.ndarray:
+        """Ids of the genes that stand in any cell's sentence, ascending."""
+        return np.unique(self.gene[self.gene >= 0])
+
     def gene_ids_of(self, cell: int) -> np.ndarray:
         """The cell's sentence as gene ids, in rank order."""
         return self.gene[cell][(self.place[cell] == 0) & self.mask[cell]]

@@ -1,0 +1,31 @@
+"""A page as a headless Chromium leaves it."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+def opened(path: Path, *options: str, width: int = 1280, marker: str, budget: int) -> str:
+    """The page's HTML after `budget` ms of virtual time; skips if no Chromium opens local files.
+
+    options: more of the browser's options. marker: what the page holds if it was opened at all.
+    """
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which(
+        "google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on the PATH")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+               "--disable-background-networking", "--disable-component-update", "--disable-sync",
+               *options, f"--user-data-dir={path.parent / 'browser'}",
+               f"--window-size={width},900", f"--virtual-time-budget={budget}",
+               # Else no frame may be drawn, and nothing ever comes into view.
+               "--run-all-compositor-stages-before-draw", "--dump-dom", path.as_uri()]
+    try:
+        page = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        page = ""
+    if marker not in page:
+        pytest.skip("Chromium does not open files of a temporary folder here")
+    return page

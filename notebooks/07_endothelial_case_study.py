@@ -10,7 +10,7 @@
 #     name: python3
 #   scfm:
 #     after: [04_sparsity]
-#     produces: [tables/circuit_nodes.csv, tables/circuit_enrichment.csv, tables/paper_case.csv, tables/paper_case_nulls.csv, circuits/*.json, circuits/*.graphml]
+#     produces: [tables/circuit_nodes.csv, tables/circuit_enrichment.csv, tables/paper_case.csv, tables/paper_case_nulls.csv, circuits/*.json, circuits/*.js, circuits/*.graphml]
 #     exhibits: "Figures 4 and 5, the case study"
 #     modules: [attribution, circuits, circuit_graph, enrichment]
 # ---
@@ -40,7 +40,7 @@ from scfm_circuits.attribution import (
 )
 from scfm_circuits.case_nulls import case_nulls, case_settings, in_prose, named_term, rate, wide
 from scfm_circuits.circuit_exports import neuronpedia_graph, save_graph, save_graphml
-from scfm_circuits.circuit_graph import attribution_graph, feature_target
+from scfm_circuits.circuit_graph import attribution_graph, feature_target, memory_needed
 from scfm_circuits.circuit_view import circuit_view, feature_details
 from scfm_circuits.circuits import (
     circuit_genes,
@@ -262,8 +262,9 @@ report.value("case.kept_share", float(kept_share), f"{100 * kept_share:.0f} %")
 # others, and those too weak to keep, are counted as dropped. Each row adds up as before.
 
 # %%
-whole = attribution_graph(frozen, [feature_target(frozen, last, target, position)],
-                          max_features=1_000)
+start = [feature_target(frozen, last, target, position)]
+needed = memory_needed(frozen, start, max_features=run.graph_features)
+whole = attribution_graph(frozen, start, max_features=run.graph_features)
 pruned = prune(whole)
 ends = endings(whole)
 
@@ -290,6 +291,7 @@ report.values({"active": whole.n_active, "rows": int(whole.of_kind("feature").su
                "pruned_features": int(pruned.of_kind("feature").sum()) - 1,
                "pruned_edges": pruned.n_edges, "greedy_features": len(greedy),
                "shared_features": len(shared)}, prefix="graph.")
+report.value("graph.memory", needed, f"{needed / 2**20:,.0f} MiB")
 report.value("graph.closure_max", whole.closure_max_relative, f"{whole.closure_max_relative:.1e}")
 report.value("graph.replacement", replacement_score(whole), f"{replacement_score(whole):.2f}")
 report.value("graph.completeness", completeness_score(whole), f"{completeness_score(whole):.2f}")
@@ -298,7 +300,8 @@ for end, share in ends.items():
 
 # %% [markdown]
 # Of {glue:text}`graph.active` active features upstream of the target, {glue:text}`graph.rows` have a
-# row. Followed back through the graph, {glue:text}`graph.ends.tokens` of the target's absolute
+# row; the memory that this may take at most, {glue:text}`graph.memory`, is known before anything is
+# computed. Followed back through the graph, {glue:text}`graph.ends.tokens` of the target's absolute
 # contributions start at the prompt's tokens, {glue:text}`graph.ends.errors` at what the transcoders
 # leave unexplained, {glue:text}`graph.ends.constant` at biases, which the text does not touch, and
 # {glue:text}`graph.ends.dropped` were dropped. Circuit-tracer's two scores see neither biases nor

@@ -12,7 +12,7 @@
 #     after: [07_endothelial_case_study]
 #     produces: [tables/circuit_faithfulness.csv, tables/circuit_flow.csv, tables/circuit_heads.csv, tables/circuit_overlap.csv]
 #     exhibits: "beyond the paper"
-#     modules: [attribution, circuits, interventions, structure]
+#     modules: [attribution, circuits, interventions, structure, planted_cells, planted_truth]
 # ---
 
 # %% [markdown]
@@ -298,9 +298,9 @@ report.value("structure.top_head_cells",
 # %% [markdown]
 # **Which head carries the genes.** Of what attention brings straight to the target's token,
 # {glue:text}`structure.attention_to_genes` was read at tokens of genes, the rest at words of the
-# prompt and of the answer. Head {glue:text}`structure.top_head` (layer.head) brings most of the
-# genes' part, {glue:text}`structure.top_head_share` of it; it is the strongest head on genes in
-# {glue:text}`structure.top_head_cells` of the {glue:text}`faithfulness.cells` cells. The table's last
+# prompt and of the answer. Head {glue:text}`structure.top_head` (layer.head) brings more of
+# the genes' part than any other, {glue:text}`structure.top_head_share` of it; it is the strongest
+# head on genes in {glue:text}`structure.top_head_cells` of the {glue:text}`faithfulness.cells` cells. The table's last
 # columns add what arrives through features on the way.
 
 # %%
@@ -415,8 +415,8 @@ if simulated:
             "precision_most_expressed", "top_share_most_expressed")}, prefix=f"truth.{target}.")
 report.value("truth.circuits", simulated,
              circuits_in_prose(recovered, roles) if simulated else "")
-report.table("planted_circuits", recovery, rows=0,
-             caption="The same circuit by circuit") if simulated else None
+report.table("planted_circuits", recovery, rows=6, digits=3,
+             caption="The same for every circuit") if simulated else None
 
 # %% [markdown]
 # {glue:text}`truth.circuits`

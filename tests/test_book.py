@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import opened
 
 from scfm_circuits import (
     InputError,
@@ -537,6 +538,24 @@ def test_a_value_belongs_to_one_chapter(project: Project) -> None:
 
 # --- pages ----------------------------------------------------------------------------------------
 
+# A feature on a hostile token gives the target three of its four units.
+CIRCUIT = (
+    "from scfm_circuits.circuit_exports import neuronpedia_graph, save_graph\n"
+    "from scfm_circuits.circuit_view import circuit_view\n"
+    "from scfm_circuits.circuits import Circuit, Edge, Expansion, Node\n"
+    f"texts = [{HOSTILE!r}, '.']\n"
+    "nodes = {'L1_F7_P1': Node('L1_F7_P1', 'feature', 1, 1, 1, 7, 4.0),\n"
+    "         'L0_F3_P1': Node('L0_F3_P1', 'feature', 0, 1, 1, 3, 2.0),\n"
+    "         'E_P0': Node('E_P0', 'embedding', -1, 0, 0, 5, 1.0)}\n"
+    "edges = [Edge('L0_F3_P1', 'L1_F7_P1', 3.0), Edge('E_P0', 'L0_F3_P1', 2.0)]\n"
+    "sums = {'L1_F7_P1': Expansion('L1_F7_P1', 4.0, 3.0, 1.0, 0.0, 0.0, 0.0, 0.0, 4.0),\n"
+    "        'L0_F3_P1': Expansion('L0_F3_P1', 2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0)}\n"
+    "circuit = Circuit('L1_F7_P1', nodes, edges, sums)\n"
+    "save_graph(report.profile.results / 'circuits' / 'case.json',\n"
+    "           neuronpedia_graph(circuit, texts, slug='case', scan='scfm-tiny'))\n"
+    "display(report.circuit('case', circuit_view(circuit, texts, [None, None]), caption='All'))\n"
+)
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
@@ -559,6 +578,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             "from scfm_circuits.report import Report\n"
             "report = Report(from_notebook({'profile': profile}), '01_first')\n"
             "report.value('t.loss', 0.25)\n"
+            f"{CIRCUIT}"
+            "\n# %%\n"
             "import pandas\n"
             "frame = pandas.DataFrame({'x': range(60)})\n"
             "shown = report.browse('many', frame)\n"
@@ -615,6 +636,35 @@ def test_a_browsable_table_finds_its_script_and_its_data(built: Project) -> None
     # For people there is the CSV.
     listed = re.findall(r'href="(downloads/tables/[^"]*)"', (html / "intro.html").read_text())
     assert listed == ["downloads/tables/many.csv"]
+
+
+def test_a_circuit_finds_its_script_its_library_and_its_data(built: Project) -> None:
+    html = built.root / "book" / "_build" / "html"
+    chapter = (html / "01_first.html").read_text(encoding="utf-8")
+    (box,) = re.findall(r'<[^>]* data-library="[^"]*"[^>]*>', chapter)
+    files = [name.partition("?")[0] for name in
+             re.findall(r'data-(?:source|library)="([^"]*)"', box)]
+    assert sorted(files) == ["downloads/circuits/case.js", "vendor/d3/d3.min.js"]
+    files += re.findall(r'<script src="(_static/(?:circuit|dom)\.js)[?"]', chapter)
+    files += re.findall(r'href="(downloads/circuits/[^"]*)"', chapter)
+    assert len(files) == 5 and all((html / name).is_file() for name in files)
+    assert (html / "vendor" / "d3" / "LICENSE").is_file()
+    # For people there is the JSON.
+    listed = re.findall(r'href="(downloads/circuits/[^"]*)"', (html / "intro.html").read_text())
+    assert listed == ["downloads/circuits/case.json"] and listed[0] in files
+
+
+def test_a_circuit_is_drawn_in_the_built_page(built: Project, tmp_path: Path) -> None:
+    # The browser leaves files of its own beside the page.
+    html = tmp_path / "html"
+    shutil.copytree(built.root / "book" / "_build" / "html", html)
+    page = opened(html / "01_first.html", "--host-resolver-rules=MAP * ~NOTFOUND",
+                  marker='data-source="downloads/circuits/case.js', budget=30_000)
+    assert "2 of 2 edges and 3 of 3 nodes shown." in page
+    labels = re.findall(r'class="node[^"]*"[^>]* aria-label="([^"]*)"', page)
+    assert sorted(label.split(",")[0] for label in labels) == ["Feature 3", "Feature 7",
+                                                               "Token embedding"]
+    assert "<script>alert" not in page
 
 
 def test_pages_fetch_nothing_and_bring_their_mathematics(built: Project) -> None:

@@ -177,6 +177,8 @@ class Profile(BaseModel):
     """How many times the circuit is extended upstream."""
     circuit_nodes: Positive = 150
     """Largest number of nodes in the circuit."""
+    graph_features: Positive = 1000
+    """Features that get a row of their own in the whole graph, the most influential first."""
 
     @model_validator(mode="before")
     @classmethod

@@ -12,7 +12,7 @@
 #     after: [01_cells_and_model]
 #     produces: [transcoders/config.yaml, transcoders/layer_*.safetensors, tables/training.csv]
 #     exhibits: "Training of the transcoders"
-#     modules: [transcoder, training]
+#     modules: [transcoder, training, training_step, activation_buffer, training_cost, live]
 # ---
 
 # %% [markdown]
@@ -37,15 +37,17 @@ profile = "demo"
 import numpy as np
 import pandas as pd
 
-from scfm_circuits import figures
+from scfm_circuits import figures, live, training_cost
+from scfm_circuits.files import read_json
 from scfm_circuits.language_model import get_model
 from scfm_circuits.profile import ROOT, from_notebook
-from scfm_circuits.report import Report
+from scfm_circuits.report import Report, readable
 from scfm_circuits.sentences import load_corpus
 from scfm_circuits.training import ActivationBuffer, get_transcoders
 
 run = from_notebook(globals())
 report = Report(run, "02_training")
+watcher = live.watcher(run)
 corpus = load_corpus(run)
 model, _ = get_model(run, corpus)
 report.not_comparable(run)
@@ -79,36 +81,61 @@ report.table("loss_units", pd.DataFrame({
 # %% [markdown]
 # ## Settings
 #
-# The paper's settings beside this run's. Adam with betas 0.9 and 0.999; the learning rate rises
-# linearly over {glue:text}`training.warmup` steps and then stays. After each step the features'
-# writing directions are brought back to norm 1; the part of the gradient that would only change the
-# norm is removed first. The input bias is the mean input, and the output bias starts at the mean
-# output.
+# The paper's settings beside this run's, and what else can be trained: each is a profile field, set
+# as in `make book PARAMS="activation=topk"`. Adam has betas 0.9 and 0.999; the learning rate rises
+# linearly over {glue:text}`training.warmup` steps and then stays, unless it is told to fall. After
+# each step the features' writing directions are brought back to norm 1; the part of the gradient
+# that would only change the norm is removed first. The input bias is the mean input, and the output
+# bias starts at the mean output.
 
 # %% tags=["hide-input"]
-paper = pd.read_csv(ROOT / "data" / "paper" / "hyperparameters.csv")
-width = run.expansion * model.config.hidden_size
+paper = pd.read_csv(ROOT / "data" / "paper" / "hyperparameters.csv").set_index("parameter")["value"]
+config = model.config
+width = run.expansion * config.hidden_size
 steps = max(1, run.training_tokens // run.batch_tokens)
-ours = {
-    "n_layers": model.config.num_hidden_layers, "width": width, "expansion": run.expansion,
-    "training_tokens": steps * run.batch_tokens, "batch_tokens": run.batch_tokens,
-    "l1_coefficient": run.l1_coefficient, "learning_rate": run.learning_rate,
-    "train_share": 1 - run.validation_share, "live_cut_table3": run.live_cut,
-    "live_cut_table4": run.live_cut_table4, "fdr": run.fdr,
+tokens = steps * run.batch_tokens
+computed = {"n_layers": config.num_hidden_layers, "width": width, "training_tokens": tokens,
+            "train_share": 1 - run.validation_share, "live_cut_table3": run.live_cut}
+meanings = {
+    "n_layers": "layers, each with a transcoder", "width": "features per layer",
+    "expansion": "features over the model's width", "training_tokens": "tokens trained on",
+    "batch_tokens": "tokens in a step", "l1_coefficient": "weight of the L1 penalty",
+    "learning_rate": "Adam's learning rate", "train_share": "share of the cells trained on",
+    "live_cut_table3": "log10 E(f) of a live feature, Table 3", "live_cut_table4":
+    "the same, Table 4", "fdr": "q-value of an interpretable feature",
+    "loss": "units of the squared error (above)", "activation": "relu, topk, batchtopk, jumprelu",
+    "active_features": "per token, under topk and batchtopk",
+    "skip": "a linear map beside the features", "site": "transcoder, or an autoencoder of outputs",
+    "warmup_steps": "steps over which the learning rate rises",
+    "l1_warmup_steps": "steps over which the penalty rises",
+    "decay_steps": "last steps, in which the learning rate falls to 0",
+    "resample_steps": "dead features start anew every so many steps; 0: never",
+    "precision": "type of the products; auto: bfloat16 on a GPU",
 }
+# What the paper's text fixes beyond its table; where it names nothing, the cell says so.
+described = {"loss": "equation4", "activation": "relu", "skip": False, "site": "transcoder"}
+ours = {name: computed.get(name, getattr(run, name, None)) for name in meanings}
 short = {"training_tokens": "tokens", "l1_coefficient": "l1", "learning_rate": "lr"}
-report.values({short.get(name, name): ours[name] for name in list(ours)[:7]}, prefix="training.")
+report.values({short.get(name, name): ours[name] for name in list(meanings)[:7]},
+              prefix="training.")
 report.value("training.warmup", run.warmup_steps)
+named = {**{name: int(value) if value == int(value) else value for name, value in paper.items()},
+         **described}
 report.show(pd.DataFrame({
-    "setting": paper["parameter"], "paper": paper["value"],
-    "this run": [ours.get(name) for name in paper["parameter"]],
-}), caption="Settings of the paper and of this run", digits=8)
+    "setting": list(meanings), "what it is": list(meanings.values()),
+    "paper": [readable(named[name]) if name in named else "not named" for name in meanings],
+    "this run": [readable(value) for value in ours.values()],
+}), caption="Settings of the paper and of this run")
 
 # %% [markdown]
 # ## The run
+#
+# In a notebook that is run by hand the curves are drawn while it trains; with `tensorboard: true` in
+# the profile, `tensorboard --logdir results` shows them too. A run that was stopped goes on from its
+# checkpoint.
 
 # %%
-transcoders, history = get_transcoders(model, corpus, run)
+transcoders, history = get_transcoders(model, corpus, run, logged=watcher)
 
 # %% mystnb={"image": {"alt": "Four panels against training tokens, one line per layer: reconstruction loss, active features per token, fraction of variance unexplained, share of dead features."}, "figure": {"caption": "Training of all layers at once. Each line is a layer.", "name": "fig-training"}} tags=["hide-input"]
 report.figure("training_curves", figures.transcoder_curves(history))
@@ -130,7 +157,46 @@ report.value("training.final_fvu", float(np.mean(last["fvu"])))
 # {glue:text}`training.final_fvu` of the outputs' variance is left unexplained, and a share of
 # {glue:text}`training.dead_share` of the features is dead (it has not fired for
 # `dead_after_tokens` tokens).
+
+# %% [markdown]
+# ## What it costs
 #
+# For each token and layer, a step multiplies five times by a matrix of a transcoder's size (twice
+# forward, three times backward, as nothing is differentiated in the input), and the token passes the
+# model once. All layers share that pass; layer by layer it would be repeated.
+
+# %% tags=["hide-input"]
+record = read_json(run.results / "transcoders" / "training.json")
+in_training = int(corpus.lengths[~corpus.held_out].sum())
+kept = in_training <= run.buffer_tokens  # then the model runs once
+operations = training_cost.training_operations(
+    config.num_hidden_layers, config.hidden_size, width, tokens, training_cost.layer_weights(model),
+    in_training if kept else tokens)
+of_paper = training_cost.training_operations(
+    int(paper["n_layers"]), int(paper["width"]) // int(paper["expansion"]), int(paper["width"]),
+    int(paper["training_tokens"]))
+seconds = max(record["seconds"], 1e-9)
+report.value("training.paper_operations", of_paper, f"{of_paper:.3g}")
+report.show(pd.DataFrame({
+    "measure": ["tokens", "floating-point operations", "time", "tokens per second",
+         "operations per second"],
+    "this run": [readable(tokens), f"{operations:.3g}", training_cost.time_in_words(seconds),
+                 f"{tokens / seconds:,.0f}", f"{operations / seconds:.3g}"],
+    "the paper's size": [readable(int(paper["training_tokens"])), f"{of_paper:.3g}",
+                         training_cost.time_in_words(of_paper / operations * seconds)
+                         + ", projected", "not named", "as this run"],
+}), caption="Cost of this run, and what its rate would mean for the paper's size")
+
+# %% [markdown]
+# The projection holds this run's operations per second against the paper's
+# {glue:text}`training.paper_operations`. That is not comparable where this run's layers are smaller
+# than the paper's: small products do not fill a processor, and the rest of a step weighs more. The
+# benchmark measures the paper's layer size on the machine at hand.
+
+# %% tags=["remove-input"]
+training_cost.shown_benchmark(report, ROOT / "results" / "bench" / "training.json")
+
+# %% [markdown]
 # ```{admonition} Key points
 # - A coefficient without its loss says nothing: the same $\lambda$ differs about a thousandfold
 #   between the paper's formula and the code its settings come from.

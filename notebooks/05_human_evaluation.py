@@ -31,7 +31,7 @@ import pandas as pd
 
 from scfm_circuits import figures
 from scfm_circuits.enrichment import wilson_interval
-from scfm_circuits.features import check_live, draw_features, get_statistics, top_contexts
+from scfm_circuits.features import check_live, draw_features, feature_contexts, get_statistics
 from scfm_circuits.human_evaluation import (
     feature_verdicts,
     foreign_rows,
@@ -77,8 +77,7 @@ report.value("live.sampled_layer", int(statistics.live(run.live_cut)[layer].sum(
 
 # %%
 drawn = draw_features(statistics, layer, run.human_features, run.live_cut, run.seed)
-contexts = top_contexts(model, transcoders, corpus, layer, drawn, run.contexts_per_feature,
-                        run.forward_cells)
+contexts = feature_contexts(statistics, corpus, layer, drawn, run.contexts_per_feature)
 study = study_name(run, drawn, statistics)
 sheet = rating_sheet(study, layer, drawn, statistics, contexts, corpus, run.gene_rule)
 

@@ -21,6 +21,10 @@ GENES = ("CD3D", "CD8A", "MS4A1", "LYZ", "NKG7", "GNLY", "HLA-DQA1", "HLA-DRA", 
          "C1ORF112", "RP11-291B21.2", "FOXO1", "FOXP3", "S100A8", "S100A9", "PSD3")
 LABELS = ("CD4+ T cell", "B cell", "CD34+", "Dendritic {cell}")
 
+TRAINING = {"batch_tokens": 32, "buffer_tokens": 64, "training_tokens": 32 * 14,
+            "warmup_steps": 5, "expansion": 2, "forward_cells": 3, "learning_rate": 1e-2}
+"""A profile's fields for training in a moment: 14 steps."""
+
 
 def tiny_model(*, layers: int = 3, width: int = 16, heads: int = 2, vocabulary: int = 40,
                parallel: bool = True, seed: int = 0, dtype: torch.dtype = torch.float64

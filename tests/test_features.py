@@ -12,19 +12,20 @@ from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scfm_circuits import InputError
 from scfm_circuits import features as features_module
 from scfm_circuits.features import (
     FeatureStatistics,
     corpus_pairs,
     count_features,
     draw_features,
+    feature_contexts,
     gene_lists,
     gene_scores,
     get_statistics,
     ranked_genes,
     select_genes,
     token_table,
-    top_contexts,
 )
 from scfm_circuits.language_model import mlp_sites
 from scfm_circuits.sentences import Corpus, token_texts
@@ -266,11 +267,11 @@ def test_token_table_of_a_silent_feature_is_empty(statistics, corpus):
 # --- contexts ------------------------------------------------------------------------------------
 
 
-def test_contexts_are_the_strongest_activations(model, transcoders, corpus, statistics, z):
+def test_contexts_are_the_strongest_activations(corpus, statistics, z):
     live = np.flatnonzero(statistics.fired[1])
     chosen = live[np.argsort(statistics.fired[1, live], kind="stable")][:: len(live) // 3]
     assert len(chosen) >= 3
-    found = top_contexts(model, transcoders, corpus, 1, chosen, 4, 5, window=3)
+    found = feature_contexts(statistics, corpus, 1, chosen, 4, window=3)
     for feature, contexts in zip(chosen, found, strict=True):
         strongest = [one[1, :, feature].max() for one in z]
         order = np.argsort(strongest)[::-1]
@@ -289,8 +290,14 @@ def test_contexts_are_the_strongest_activations(model, transcoders, corpus, stat
             assert (one.before, one.after) == ("".join(around[0]), "".join(around[1]))
 
 
-def test_a_silent_feature_has_no_context(model, transcoders, corpus):
-    assert top_contexts(model, transcoders, corpus, 0, np.array([0]), 4, 5) == [[]]
+def test_a_silent_feature_has_no_context(statistics, corpus):
+    assert feature_contexts(statistics, corpus, 0, np.array([0]), 4) == [[]]
+
+
+def test_more_contexts_than_were_kept_are_refused(statistics, corpus):
+    assert len(feature_contexts(statistics, corpus, 1, np.arange(N_FEATURES), 5)) == N_FEATURES
+    with pytest.raises(InputError, match=r"6 contexts .* 5 were kept.*contexts_per_feature"):
+        feature_contexts(statistics, corpus, 1, np.array([0]), 6)
 
 
 # --- the stored statistics -----------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 from helpers import model_for, tiny_corpus, tiny_transcoders
 
 from scfm_circuits import InputError
-from scfm_circuits.features import check_live, count_features, draw_features, top_contexts
+from scfm_circuits.features import check_live, count_features, draw_features, feature_contexts
 from scfm_circuits.human_evaluation import (
     COLUMNS,
     feature_verdicts,
@@ -67,7 +67,7 @@ def test_the_sheet_has_a_row_per_feature_and_empty_answers():
     transcoders = tiny_transcoders(model)
     statistics = count_features(model, transcoders, corpus, 8, progress=False)
     drawn = draw_features(statistics, 1, 4, -4.0, 0)
-    contexts = top_contexts(model, transcoders, corpus, 1, drawn, 2, 8)
+    contexts = feature_contexts(statistics, corpus, 1, drawn, 2)
     made = rating_sheet("s", 1, drawn, statistics, contexts, corpus, "token")
     assert made["feature"].tolist() == drawn.tolist()
     assert set(COLUMNS) <= set(made.columns)

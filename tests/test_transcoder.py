@@ -6,12 +6,21 @@ import pytest
 import torch
 import yaml
 from helpers import tiny_model, tiny_transcoders
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scfm_circuits import InputError
-from scfm_circuits.files import read_json
-from scfm_circuits.transcoder import Transcoders, load_transcoders, save_transcoders
+from scfm_circuits.files import read_json, write_json
+from scfm_circuits.transcoder import (
+    Transcoders,
+    Variant,
+    keep_largest,
+    load_transcoders,
+    save_layers,
+    save_transcoders,
+)
 
 
 @pytest.fixture
@@ -53,26 +62,81 @@ def test_one_layer_takes_any_leading_shape(transcoders, x):
 
 
 def test_start_has_unit_decoder_rows_and_no_biases():
-    t = Transcoders(2, 64, 512).initialise(torch.Generator().manual_seed(0))
+    t = Transcoders(2, 64, 512).initialise(0)
     assert torch.allclose(t.W_dec.norm(dim=-1), torch.ones(2, 512))
     assert (t.W_dec.norm(dim=1) - 1).abs().min() > 0.5
     assert abs(float(t.W_enc.detach().std()) / (2 / 512) ** 0.5 - 1) < 0.02
     assert not any(bias.any() for bias in (t.b_enc, t.b_dec, t.b_in))
-    again = Transcoders(2, 64, 512).initialise(torch.Generator().manual_seed(0))
+    again = Transcoders(2, 64, 512).initialise(0)
     assert torch.equal(t.W_enc, again.W_enc) and torch.equal(t.W_dec, again.W_dec)
     assert not torch.equal(t.W_enc[0], t.W_enc[1])
+    assert not torch.equal(Transcoders(2, 64, 512).initialise(1).W_enc, t.W_enc)
 
 
-def test_the_parallel_gradient_goes_and_the_rest_stays(transcoders):
-    transcoders.normalise_decoder()
-    gradient = torch.randn(transcoders.W_dec.shape, dtype=torch.float64)
-    transcoders.W_dec.grad = gradient.clone()
-    transcoders.remove_parallel_gradient()
-    left, rows = transcoders.W_dec.grad, transcoders.W_dec
-    assert float((left * rows).sum(dim=-1).abs().max()) < 1e-12
-    removed = gradient - left
-    along = (removed * rows).sum(dim=-1, keepdim=True)
-    assert torch.allclose(removed, along * rows, atol=1e-12) and removed.norm() > 1
+def test_a_layer_starts_the_same_in_any_stack():
+    whole = Transcoders(5, 8, 16).initialise(3)
+    part = Transcoders(2, 8, 16).initialise(3, first_layer=3)
+    assert torch.equal(part.W_enc, whole.W_enc[3:]) and torch.equal(part.W_dec, whole.W_dec[3:])
+
+
+# --- variants ------------------------------------------------------------------------------------
+
+
+VARIANTS = [Variant(), Variant("topk", 3), Variant("batchtopk", 3), Variant("jumprelu"),
+            Variant("topk", 4, skip=True), Variant("relu", site="sae")]
+
+
+def of_variant(variant: Variant) -> Transcoders:
+    """Random transcoders; thresholds so high that they matter."""
+    t = Transcoders(3, 16, 24, variant).double().requires_grad_(False)
+    g = torch.Generator().manual_seed(6)
+    for name, part in (*t.named_parameters(), *t.named_buffers()):
+        part.copy_(torch.randn(part.shape, generator=g, dtype=part.dtype)
+                   * (0.3 if name == "log_threshold" else 0.5))
+    return t
+
+
+def activations(t: Transcoders, layer: int, pre: Tensor) -> Tensor:
+    """z of one token's pre-activations, feature by feature."""
+    kind, k = t.variant.activation, t.variant.k
+    z = torch.zeros_like(pre)
+    largest = pre.argsort(descending=True)[:k].tolist()
+    for f, value in enumerate(pre.tolist()):
+        if kind in ("jumprelu", "batchtopk"):
+            kept = value > float(t.log_threshold[layer, f].exp())
+        else:
+            kept = value > 0 and (kind == "relu" or f in largest)
+        z[f] = value if kept else 0.0
+    return z
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda one: f"{one.activation} {one.skip}")
+def test_a_variant_equals_each_layer_alone(variant, x):
+    t = of_variant(variant)
+    for layer in range(3):
+        pre = x[layer] @ t.W_enc[layer].T - t.W_enc[layer] @ t.b_in[layer] + t.b_enc[layer]
+        z = torch.stack([activations(t, layer, token) for token in pre])
+        y = z @ t.W_dec[layer] + t.b_dec[layer]
+        assert torch.allclose(t.encode(x)[layer], z, atol=1e-12) and (z == 0).any() and z.any()
+        assert torch.allclose(t.layer_activations(layer, x[layer]), z, atol=1e-12)
+        assert torch.allclose(t.layer_activations(layer, x[layer][None, :, None])[0, :, 0], z)
+        assert torch.allclose(t.decode(t.encode(x))[layer], y, atol=1e-12)
+        if variant.skip:
+            y = y + torch.stack([t.W_skip[layer] @ (token - t.b_in[layer]) for token in x[layer]])
+        assert torch.allclose(t(x)[layer], y, atol=1e-12)
+        assert torch.allclose(t.replacement(layer, x[layer]), y, atol=1e-12)
+
+
+@settings(max_examples=60)
+@given(values=st.lists(st.lists(st.integers(0, 4), min_size=5, max_size=5), min_size=1, max_size=6),
+       k=st.integers(1, 7))
+def test_keep_largest_keeps_k_also_where_some_are_equal(values, k):
+    z = torch.tensor(values, dtype=torch.float64)
+    kept = keep_largest(z, k)
+    for row, left in zip(z.tolist(), kept.tolist(), strict=True):
+        assert sorted(left, reverse=True)[:k] == sorted(row, reverse=True)[:k]
+        assert sorted(left, reverse=True)[k:] == [0.0] * max(0, 5 - k)
+        assert all(one in (0.0, whole) for one, whole in zip(left, row, strict=True))
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -110,8 +174,44 @@ def test_the_input_mean_is_folded_into_the_saved_bias(transcoders, x, tmp_path):
     assert torch.allclose(y, transcoders.replacement(2, x[2]).float(), atol=2e-4)
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda one: f"{one.activation} {one.skip}")
+def test_a_variant_is_saved_and_comes_back(variant, x, tmp_path):
+    t = of_variant(variant)
+    save_transcoders(t, tmp_path, "m", {})
+    loaded = load_transcoders(tmp_path)
+    assert loaded.variant == variant
+    assert torch.allclose(loaded.encode(x.float()), t.encode(x).float(), atol=2e-4)
+    assert torch.allclose(loaded(x.float()), t(x).float(), atol=2e-4)
+    assert torch.allclose(loaded.replacement(1, x[1].float()), t(x)[1].float(), atol=2e-4)
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    expected = "mlp.hook_out" if variant.site == "sae" else "mlp.hook_in"
+    assert config["feature_input_hook"] == expected
+    assert config["feature_output_hook"] == "mlp.hook_out"
+
+
+@pytest.mark.parametrize("n_layers", [1, 2, 3])
+def test_the_files_of_a_layer_do_not_depend_on_the_stack(n_layers, tmp_path):
+    whole = tiny_transcoders(tiny_model()).float()
+    part = Transcoders(n_layers, 16, 24).requires_grad_(False)
+    part.load_state_dict({name: one[:n_layers] for name, one in whole.state_dict().items()})
+    for folder, t in (("whole", whole), ("part", part)):
+        (tmp_path / folder).mkdir()
+        save_layers(t, tmp_path / folder)
+    for layer in range(n_layers):
+        contents = {(tmp_path / folder / f"layer_{layer}.safetensors").read_bytes()
+                    for folder in ("whole", "part")}
+        assert len(contents) == 1
+
+
+def test_a_record_of_an_unknown_variant(transcoders, tmp_path):
+    save_transcoders(transcoders, tmp_path, "m", {})
+    write_json(tmp_path / "training.json", {"n_layers": 3, "variant": {"gate": 1}})
+    with pytest.raises(InputError, match="training chapter"):
+        load_transcoders(tmp_path)
+
+
 def test_twelve_layers_come_back_in_order(tmp_path):
-    t = Transcoders(12, 4, 6).initialise(torch.Generator().manual_seed(1))
+    t = Transcoders(12, 4, 6).initialise(1)
     save_transcoders(t, tmp_path, "m", {})
     assert torch.equal(load_transcoders(tmp_path).W_enc, t.W_enc)
 

@@ -121,8 +121,7 @@ def untrained_encoder(model: "GPTNeoXForCausalLM", statistics: FeatureStatistics
     """Random directions, n_features per layer, with thresholds set on some training cells."""
     d_model, n_layers = model.config.hidden_size, len(statistics.fired)
     untrained = Transcoders(n_layers, d_model, n_features).to(device_of(model))
-    generator = torch.Generator(device_of(model)).manual_seed(profile.seed + 1)
-    untrained.initialise(generator)
+    untrained.initialise(profile.seed + 1)
     rng = np.random.default_rng([profile.seed, 10])
     some = np.flatnonzero(~corpus.held_out)[: profile.forward_cells]
     _, tokens, mask = next(iter(batches(corpus, some, len(some), device_of(model))))

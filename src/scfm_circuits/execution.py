@@ -29,6 +29,7 @@ from scfm_circuits.freshness import (
     rehashed,
     source_inputs,
 )
+from scfm_circuits.live import UNWATCHED
 from scfm_circuits.profile import ROOT, profile_path
 
 CELL_SECONDS = 3600
@@ -223,7 +224,7 @@ def _terminal() -> Iterator[_Live | None]:
 
 
 def _kernel_manager(log: IO[str]) -> type:
-    """A kernel manager whose kernels write their own messages to `log`.
+    """A kernel manager whose kernels write their own messages to `log` and know nobody looks on.
 
     On an interruption or a crash a kernel prints a traceback from inside a library, which would
     bury our one sentence on the terminal. What cells print is in the notebook either way.
@@ -232,6 +233,7 @@ def _kernel_manager(log: IO[str]) -> type:
 
     class Quiet(AsyncKernelManager):
         async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
+            options["env"] = {**(options.get("env") or os.environ), UNWATCHED: "1"}
             await super().start_kernel(**options, stderr=log)
 
     return Quiet

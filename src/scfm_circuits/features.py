@@ -2,27 +2,24 @@
 
 E(f) is the share of tokens on which feature f is active (paper, Figure 3), counted over every
 token of the corpus that is not padding. E(f, t) is kept as counts per pair of token and gene, from
-which both readings of the paper's gene rule follow.
+which both readings of the paper's gene rule follow. `feature_counts` does the counting.
 """
 
 import hashlib
 import json
-import zipfile
-import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-import torch
-from tqdm import tqdm
 
 from scfm_circuits import InputError
+from scfm_circuits.feature_counts import Checkpoint, count_activations, unpack_best
 from scfm_circuits.files import atomic_path
-from scfm_circuits.language_model import batches, device_of, mlp_sites
 from scfm_circuits.sentences import Corpus, token_texts
+from scfm_circuits.sparse_counts import pack_matrices, read_arrays, unpack_matrices
 from scfm_circuits.training import Control, stage_folder, training_stamp
 from scfm_circuits.transcoder import Transcoders
 
@@ -30,6 +27,14 @@ if TYPE_CHECKING:
     from transformers import GPTNeoXForCausalLM
 
     from scfm_circuits.profile import Profile
+
+
+_COMPRESSED_BYTES = 2**28
+_MODULES = ("features", "feature_counts", "active_features", "sparse_counts")
+
+
+def _none() -> np.ndarray:
+    return np.zeros((0, 0, 0))
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,13 @@ class FeatureStatistics:
     in the corpus, and how often each occurs. counts: per layer (n_features, n_pairs) sparse, how
     often a feature is active on a pair. l0_histogram: (n_layers, n_features + 1) tokens by their
     number of active features.
+
+    activation_sum: (n_layers, n_features) sum of a feature's activations. activation_histogram:
+    (n_layers, n_features, n_bins) how many lie in each of the bins that `activation_edges` bounds.
+    context_activation, context_cell, context_position: (n_layers, n_features, n) each feature's
+    strongest activations, at most one per cell, strongest first, with the cell (-1: there are no
+    more) and the token's place in it. All are empty in statistics that no activations were at hand
+    for.
     """
 
     n_tokens: int
@@ -50,6 +62,11 @@ class FeatureStatistics:
     pair_count: np.ndarray
     counts: tuple[sp.csr_matrix, ...]
     l0_histogram: np.ndarray
+    activation_sum: np.ndarray = field(default_factory=_none)
+    activation_histogram: np.ndarray = field(default_factory=_none)
+    context_activation: np.ndarray = field(default_factory=_none)
+    context_cell: np.ndarray = field(default_factory=_none)
+    context_position: np.ndarray = field(default_factory=_none)
 
     @property
     def frequency(self) -> np.ndarray:
@@ -64,6 +81,14 @@ class FeatureStatistics:
     def live(self, cut: float) -> np.ndarray:
         """(n_layers, n_features) bool: log10 E(f) >= cut."""
         return self.log10_frequency >= cut
+
+    @property
+    def mean_activation(self) -> np.ndarray:
+        """(n_layers, n_features) mean over the tokens a feature is active on; 0 if there are none.
+
+        The largest activation is `context_activation[..., 0]`.
+        """
+        return self.activation_sum / np.maximum(self.fired, 1)
 
     @property
     def l0(self) -> np.ndarray:
@@ -86,31 +111,26 @@ def corpus_pairs(corpus: Corpus) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
     return unique // n_genes, (unique % n_genes - 1).astype(np.int32), counts, index
 
 
-@torch.no_grad()
 def count_features(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus,
-                   forward_cells: int, *, progress: bool = True) -> FeatureStatistics:
-    """One pass over all cells; memory is (n_layers, n_features, n_pairs) int32 counts."""
+                   forward_cells: int, n_contexts: int = 5, *,
+                   checkpoint: Checkpoint | None = None, progress: bool = True
+                   ) -> FeatureStatistics:
+    """One pass over all cells, which goes on from `checkpoint` if it was interrupted.
+
+    Memory: see `feature_counts.memory_needed`; the pass says so if it is much.
+    """
     tokens_of, genes_of, counts_of, index = corpus_pairs(corpus)
-    n_layers, n_features = transcoders.n_layers, transcoders.n_features
-    device = device_of(model)
-    totals = torch.zeros(n_layers, len(tokens_of), n_features, dtype=torch.int32, device=device)
-    histogram = torch.zeros(n_layers, n_features + 1, dtype=torch.int64, device=device)
-    every = np.arange(len(corpus))
-    steps = range(0, len(every), forward_cells)
-    bar = tqdm(zip(steps, batches(corpus, every, forward_cells, device), strict=True),
-               total=len(steps), desc="features", unit="batch", disable=not progress)
-    for _, (rows, tokens, mask) in bar:
-        pairs = torch.from_numpy(index[rows, : tokens.shape[1]][mask.cpu().numpy()]).to(device)
-        inputs = mlp_sites(model, tokens, mask).inputs
-        for layer in range(n_layers):
-            active = transcoders.layer_pre_activations(layer, inputs[layer]) > 0
-            totals[layer].index_add_(0, pairs, active.int())
-            histogram[layer] += torch.bincount(active.sum(dim=1), minlength=n_features + 1)
+    totals = count_activations(model, transcoders, corpus, index, len(tokens_of), forward_cells,
+                               n_contexts, checkpoint, progress)
+    arrays = {key: tensor.cpu().numpy() for key, tensor in totals.tensors.items()}
+    activation, position = unpack_best(arrays["best"])
     return FeatureStatistics(
-        n_tokens=int(corpus.mask.sum()), fired=totals.sum(dim=1).cpu().numpy(),
+        n_tokens=int(corpus.mask.sum()), fired=arrays["histogram"].sum(axis=2),
         pair_token=tokens_of, pair_gene=genes_of, pair_count=counts_of,
-        counts=tuple(sp.csr_matrix(layer.T.cpu().numpy()) for layer in totals),
-        l0_histogram=histogram.cpu().numpy(),
+        counts=totals.counts.matrices(), l0_histogram=arrays["l0"],
+        activation_sum=arrays["total"], activation_histogram=arrays["histogram"],
+        context_activation=activation, context_position=position,
+        context_cell=np.where(activation > 0, arrays["best_cell"], -1),
     )
 
 
@@ -118,7 +138,8 @@ def _stamp(corpus: Corpus, profile: "Profile", control: Control | None) -> str:
     """What counts depend on: the transcoders, this module, and which gene each token stands in."""
     genes = hashlib.sha256(np.ascontiguousarray(corpus.gene).tobytes()).hexdigest()[:16]
     return json.dumps([training_stamp(profile, corpus, control),
-                       profile.fingerprint((), ("features",)), genes], sort_keys=True)
+                       profile.fingerprint(("contexts_per_feature", "forward_cells"), _MODULES),
+                       genes], sort_keys=True)
 
 
 def stored_statistics(corpus: Corpus, profile: "Profile", control: Control | None = None
@@ -136,30 +157,34 @@ def get_statistics(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus
     """
     stored = stored_statistics(corpus, profile, control)
     if stored is None:
-        stored = count_features(model, transcoders, corpus, profile.forward_cells)
-        parts = {f"counts_{i}_{key}": getattr(matrix, key) for i, matrix in
-                 enumerate(stored.counts) for key in ("data", "indices", "indptr")}
+        path, stamp = stage_folder(profile, control) / "features.npz", _stamp(corpus, profile,
+                                                                              control)
+        checkpoint = Checkpoint(path.with_name("features_checkpoint.npz"), stamp,
+                                profile.checkpoint_seconds)
+        stored = count_features(model, transcoders, corpus, profile.forward_cells,
+                                profile.contexts_per_feature, checkpoint=checkpoint)
+        parts = pack_matrices(stored.counts)
         plain = {key: value for key, value in vars(stored).items() if key != "counts"}
-        with atomic_path(stage_folder(profile, control) / "features.npz") as temporary:
-            np.savez_compressed(temporary, stamp=np.array(_stamp(corpus, profile, control)),
-                                **plain, **parts)
+        # Compressing gigabytes takes longer than counting them.
+        large = sum(part.nbytes for part in parts.values()) > _COMPRESSED_BYTES
+        with atomic_path(path) as temporary:
+            (np.savez if large else np.savez_compressed)(
+                temporary, stamp=np.array(stamp), allow_pickle=False, **plain, **parts)
+        checkpoint.path.unlink(missing_ok=True)
     return stored
 
 
 def _read(path: Path, stamp: str) -> FeatureStatistics | None:
+    arrays = read_arrays(path, stamp)
+    if arrays is None:
+        return None
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            if str(stored["stamp"]) != stamp:
-                return None
-            fired, n_pairs = stored["fired"], len(stored["pair_token"])
-            counts = tuple(
-                sp.csr_matrix(tuple(stored[f"counts_{i}_{key}"] for key in
-                                    ("data", "indices", "indptr")), shape=(fired.shape[1], n_pairs))
-                for i in range(len(fired)))
-            return FeatureStatistics(
-                int(stored["n_tokens"]), fired, stored["pair_token"], stored["pair_gene"],
-                stored["pair_count"], counts, stored["l0_histogram"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        shape = arrays["fired"].shape[1], len(arrays["pair_token"])
+        plain: dict[str, Any] = {one.name: arrays[one.name] for one in
+                                 fields(FeatureStatistics) if one.name != "counts"}
+        return FeatureStatistics(**{**plain, "n_tokens": int(plain["n_tokens"])},
+                                 counts=unpack_matrices(arrays, shape))
+    except (KeyError, ValueError):
         return None
 
 
@@ -279,28 +304,21 @@ class Context(NamedTuple):
     after: str
 
 
-@torch.no_grad()
-def top_contexts(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus, layer: int,
-                 features: np.ndarray, n: int, forward_cells: int, window: int = 6
-                 ) -> list[list[Context]]:
-    """The n strongest activations of each feature, at most one per cell, strongest first."""
-    best = np.zeros((len(corpus), len(features)), np.float32)
-    where = np.zeros((len(corpus), len(features)), np.int64)
-    index = torch.from_numpy(np.asarray(features)).to(device_of(model))
-    every = np.arange(len(corpus))
-    for rows, tokens, mask in batches(corpus, every, forward_cells, device_of(model)):
-        inputs = mlp_sites(model, tokens, mask).inputs[layer]
-        z = torch.zeros(*mask.shape, len(features), device=inputs.device)
-        z[mask] = transcoders.layer_pre_activations(layer, inputs)[:, index].relu()
-        strongest = z.max(dim=1)
-        best[rows], where[rows] = strongest.values.cpu().numpy(), strongest.indices.cpu().numpy()
-    contexts = []
-    for column in range(len(features)):
-        order = np.argsort(-best[:, column], kind="stable")[:n]
-        chosen = [cell for cell in order if best[cell, column] > 0]
-        contexts.append([_context(corpus, int(cell), int(where[cell, column]),
-                                  float(best[cell, column]), window) for cell in chosen])
-    return contexts
+def feature_contexts(statistics: FeatureStatistics, corpus: Corpus, layer: int,
+                     features: np.ndarray, n: int, window: int = 6) -> list[list[Context]]:
+    """The n strongest activations of each feature, at most one per cell, strongest first.
+
+    Of equal activations those in lower cells come first. window: tokens shown on either side.
+    Raises InputError if fewer than n were kept when the features were counted.
+    """
+    kept = statistics.context_cell.shape[2]
+    if n > kept:
+        raise InputError(f"{n} contexts of each feature are asked for, but {kept} were kept; raise "
+                         "`contexts_per_feature` in the profile.")
+    cells, positions, activations = (one[layer][features, :n].tolist() for one in (
+        statistics.context_cell, statistics.context_position, statistics.context_activation))
+    return [[_context(corpus, *one, window) for one in zip(*feature, strict=True) if one[0] >= 0]
+            for feature in zip(cells, positions, activations, strict=True)]
 
 
 def _context(corpus: Corpus, cell: int, position: int, activation: float, window: int) -> Context:

@@ -58,7 +58,10 @@ def planted_statistics(statistics: FeatureStatistics, corpus: Corpus,
     n_layers = len(statistics.fired)
     fired = np.tile(np.asarray(counts.sum(axis=1)).ravel(), (n_layers, 1))
     table = pd.DataFrame(kept, columns=["library", "term", "n_genes"])
-    return replace(statistics, fired=fired, counts=(counts,) * n_layers), table
+    none = np.zeros(0)  # planted features have no activations, only counts
+    return replace(statistics, fired=fired, counts=(counts,) * n_layers, activation_sum=none,
+                   activation_histogram=none, context_activation=none, context_cell=none,
+                   context_position=none), table
 
 
 def _terms_within(libraries: Sequence[GeneSets], place: Mapping[str, int]

@@ -107,10 +107,29 @@ class Profile(BaseModel):
     same coefficient weighs about a thousand times more."""
     l1_coefficient: Annotated[float, Field(ge=0)] = 1.4e-4
     """Weight of the L1 penalty, in the units of the chosen loss."""
+    l1_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which that weight rises linearly from 0 (the paper: none)."""
+    activation: Literal["relu", "topk", "batchtopk", "jumprelu"] = "relu"
+    """What makes features sparse: `relu` with the L1 penalty (the paper); `topk` and `batchtopk`
+    with `active_features` and no penalty; `jumprelu` with a penalty on their number."""
+    active_features: Positive = 32
+    """Features active per token under `topk`, and on average under `batchtopk`."""
+    skip: bool = False
+    """Whether a linear map from input to output is trained beside the features."""
+    site: Literal["transcoder", "sae"] = "transcoder"
+    """`transcoder` reads the MLP's input; `sae`, a sparse autoencoder, the output it estimates."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     """Adam's learning rate after warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 5000
     """Steps over which the learning rate rises linearly; constant afterwards."""
+    decay_steps: Annotated[int, Field(ge=0)] = 0
+    """Last steps, over which the learning rate falls linearly to 0 (the paper: none)."""
+    resample_steps: Annotated[int, Field(ge=0)] = 0
+    """Every so many steps of the first half, dead features start anew at badly explained tokens;
+    0: never (the paper)."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the products in training; `auto`: bfloat16 on a GPU, float32 on a CPU. Weights and
+    Adam are float32 always."""
     batch_tokens: Positive = 2048
     """Tokens in one optimizer step."""
     training_tokens: Positive = 60_000_000
@@ -121,6 +140,10 @@ class Profile(BaseModel):
     """A feature that has not fired for this many tokens counts as dead."""
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
     """How often training writes a checkpoint to resume from."""
+    checkpoint_steps: Annotated[int, Field(ge=0)] = 0
+    """Training also writes one every so many steps; 0: by time alone."""
+    tensorboard: bool = False
+    """Whether training also writes curves for TensorBoard, to `results/<profile>/tensorboard`."""
 
     # --- features ----------------------------------------------------------------------------
     live_cut: Annotated[float, Field(le=0)] = -4.0

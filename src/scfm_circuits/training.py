@@ -1,55 +1,66 @@
 """Training the transcoders of all MLP layers from one forward pass of the model.
 
-1. A fill: the model runs once over as many training cells as the buffer holds and leaves every
-   MLP's inputs and outputs there. A corpus that fits is harvested once and kept.
-2. One permutation per fill, the same for all layers, cuts the buffer into batches of tokens.
-3. A step: all layers' losses are summed. Layers share no parameter, and Adam treats each
-   parameter alone, so this trains each layer exactly as if it were trained alone.
+A step takes the next batch of the buffer (`activation_buffer`) and moves all layers' transcoders
+(`training_step`). Layers share no parameter, and Adam treats each parameter alone, so this trains
+each layer exactly as if it were trained alone. A run stops at any step and goes on from its
+checkpoint (`checkpoints`) as if it had not stopped; `torchrun` shares its layers out among
+processes (`distributed`):
 
-Which cells a fill takes and how it is permuted depend on the seed and the fill's number only, so
-a run resumed from a checkpoint at any step goes on as if it had not been interrupted.
+    torchrun --nproc-per-node 2 -m scfm_circuits.training --profile paper
+
 Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
+import argparse
 import contextlib
+import copy
 import json
 import math
-import signal
-import threading
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from scfm_circuits import InputError
-from scfm_circuits.files import atomic_folder, atomic_path, read_json
-from scfm_circuits.language_model import (
-    Sites,
-    batches,
-    corpus_digest,
-    device_of,
-    mlp_sites,
-    mlps,
+from scfm_circuits import InputError, checkpoints
+from scfm_circuits.activation_buffer import ActivationBuffer, Batch
+from scfm_circuits.distributed import FailedElsewhere, Ranks, started
+from scfm_circuits.files import atomic_folder, read_json
+from scfm_circuits.language_model import Sites, corpus_digest, device_of, mlps
+from scfm_circuits.stopping import Stops, Terminated, stops_heeded
+from scfm_circuits.training_step import Measures, Stepper, resample
+from scfm_circuits.transcoder import (
+    Transcoders,
+    Variant,
+    load_transcoders,
+    save_layers,
+    save_record,
 )
-from scfm_circuits.transcoder import Transcoders, load_transcoders, save_transcoders
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXForCausalLM
+    from transformers import PreTrainedModel
 
     from scfm_circuits.profile import Profile
     from scfm_circuits.sentences import Corpus
 
-FIELDS = ("seed", "expansion", "loss", "l1_coefficient", "learning_rate", "warmup_steps",
-          "batch_tokens", "training_tokens", "buffer_tokens", "dead_after_tokens", "model",
-          "model_revision", "forward_cells")
-_MODULES = ("transcoder", "training", "architectures", "language_model", "sentences", "cells")
+FIELDS = ("seed", "expansion", "loss", "l1_coefficient", "l1_warmup_steps", "learning_rate",
+          "warmup_steps", "decay_steps", "activation", "active_features", "skip", "site",
+          "resample_steps", "precision", "batch_tokens", "training_tokens", "buffer_tokens",
+          "dead_after_tokens", "model", "model_revision", "forward_cells")
+_MODULES = ("transcoder", "training", "training_step", "sparse_step", "activation_buffer",
+            "architectures", "language_model", "sentences", "cells")
+
+_AGREE_STEPS = 10
+"""Every so many steps, and where measurements are taken, several processes ask one another whether
+to end."""
+
+Logged = Callable[[list[dict[str, Any]]], None]
+"""Called with the history so far, each time a row is added."""
 
 
 class Control(NamedTuple):
@@ -64,281 +75,251 @@ class Control(NamedTuple):
     output_scale: Tensor | None = None
 
 
-class Losses(NamedTuple):
-    """Parts of the loss per layer, each (n_layers,): what is minimised is their sum."""
-
-    reconstruction: Tensor
-    sparsity: Tensor
+def variant_of(profile: "Profile") -> Variant:
+    """Which kind of transcoders the profile asks for."""
+    return Variant(profile.activation, profile.active_features, profile.skip, profile.site)
 
 
-def transcoder_losses(name: str, l1_coefficient: float, y: Tensor, estimate: Tensor, z: Tensor
-                      ) -> Losses:
-    """The two losses by name, as means over tokens.
+def precision_of(profile: "Profile", device: torch.device) -> torch.dtype:
+    """Type of the products in training: by default bfloat16 on a GPU, float32 on a CPU."""
+    if profile.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[profile.precision]
 
-    `equation4` (paper): ||y_hat - y||^2 + lambda ||z||_1.
-    `normalized` (the code the paper's settings come from): ||y_hat - y||^2 / (d ||y||)
-    + lambda ||z||_1, so the same lambda weighs d ||y|| times more, a thousandfold at d = 1024.
 
-    y, estimate: (n_layers, n_tokens, d_model); z: (n_layers, n_tokens, n_features), nonnegative.
+def memory_needed(profile: "Profile", corpus: "Corpus", n_layers: int, d_model: int,
+                  at_once: int | None = None, item: int = 4) -> dict[str, int]:
+    """Bytes that training holds: the buffer, the parameters with Adam, one batch.
+
+    at_once: layers that pass together (default: all). item: bytes of a number in the buffer and in
+    products.
     """
-    squared = (estimate - y).square().sum(dim=-1)
-    if name == "normalized":
-        squared = squared / (y.norm(dim=-1).clamp_min(1e-6) * y.shape[-1])
-    elif name != "equation4":
-        raise InputError(f"There is no loss {name!r}; known are normalized and equation4.")
-    return Losses(squared.mean(dim=-1), l1_coefficient * z.sum(dim=-1).mean(dim=-1))
-
-
-# --- data ----------------------------------------------------------------------------------------
-
-
-class ActivationBuffer:
-    """MLP inputs and outputs of some training cells, for all layers, in shuffled batches."""
-
-    def __init__(self, model: "GPTNeoXForCausalLM", corpus: "Corpus", profile: "Profile",
-                 output_scale: Tensor | None = None) -> None:
-        self._model, self._corpus, self._profile = model, corpus, profile
-        self._output_scale = output_scale
-        self._train = np.flatnonzero(~corpus.held_out)
-        mean_length = corpus.lengths[self._train].mean()
-        wanted = math.ceil(profile.buffer_tokens / mean_length)
-        self.cells_per_fill = min(len(self._train), wanted)
-        self._kept: Sites | None = None
-
-    def cells(self, fill: int) -> np.ndarray:
-        """Cells of one fill: the next ones of an endless sequence of seeded permutations."""
-        n, size = len(self._train), self.cells_per_fill
-        if size == n:
-            return self._train
-        first, last = fill * size, (fill + 1) * size - 1
-        sequence = np.concatenate([
-            np.random.default_rng([self._profile.seed, 5, epoch]).permutation(self._train)
-            for epoch in range(first // n, last // n + 1)
-        ])
-        start = first - first // n * n
-        return sequence[start : start + size]
-
-    def n_batches(self, fill: int) -> int:
-        """Batches that a fill gives; what is left over is dropped."""
-        tokens = int(self._corpus.lengths[self.cells(fill)].sum())
-        return max(1, tokens // self._profile.batch_tokens)
-
-    def sites(self, fill: int) -> Sites:
-        """Activations of a fill's cells, (n_layers, n_tokens, d_model) each, on the device."""
-        if self._kept is not None:
-            return self._kept
-        cells = self.cells(fill)
-        device, corpus = device_of(self._model), self._corpus
-        # Cells of like length together: less padding. The tokens are permuted anyway.
-        cells = cells[np.argsort(corpus.lengths[cells], kind="stable")]
-        n_tokens = int(corpus.lengths[cells].sum())
-        shape = (len(mlps(self._model)), n_tokens, self._model.config.hidden_size)
-        inputs, outputs = torch.empty(shape, device=device), torch.empty(shape, device=device)
-        end = 0
-        for _, tokens, mask in batches(corpus, cells, self._profile.forward_cells, device):
-            part = mlp_sites(self._model, tokens, mask)
-            start, end = end, end + part.inputs.shape[1]
-            inputs[:, start:end], outputs[:, start:end] = part
-        if self._output_scale is not None:
-            outputs *= self._output_scale.to(outputs)[:, None, None]
-        filled = Sites(inputs, outputs)
-        if self.cells_per_fill == len(self._train):
-            self._kept = filled
-        return filled
-
-    def batches(self, first_step: int) -> Iterator[Sites]:
-        """Batches from the given step on, without end."""
-        fill, skipped = 0, 0
-        while skipped + self.n_batches(fill) <= first_step:
-            skipped += self.n_batches(fill)
-            fill += 1
-        skip = first_step - skipped
-        while True:
-            inputs, outputs = self.sites(fill)
-            order = np.random.default_rng([self._profile.seed, 6, fill])
-            permutation = torch.from_numpy(order.permutation(inputs.shape[1])).to(inputs.device)
-            for batch in range(skip, self.n_batches(fill)):
-                size = self._profile.batch_tokens
-                chosen = permutation[batch * size : (batch + 1) * size]
-                yield Sites(inputs[:, chosen], outputs[:, chosen])
-            fill, skip = fill + 1, 0
-
-
-def memory_needed(profile: "Profile", corpus: "Corpus", n_layers: int, d_model: int
-                  ) -> dict[str, int]:
-    """Bytes that training holds, in float32: the buffer, the parameters with Adam, one batch."""
+    at_once = at_once or n_layers
     width = profile.expansion * d_model
+    parameters = 2 * width * d_model + width + d_model
     train = int(corpus.lengths[~corpus.held_out].sum())
     return {
-        "buffer": 8 * n_layers * d_model * min(train, profile.buffer_tokens),
-        "parameters, gradient and Adam": 16 * n_layers * (2 * width * d_model + width),
-        "activations of one batch": 16 * n_layers * profile.batch_tokens * width,
+        "buffer": 2 * item * n_layers * d_model * min(train, profile.buffer_tokens),
+        "parameters and Adam": 12 * n_layers * parameters,
+        "gradients": 4 * at_once * parameters,
+        "activations of one batch": 3 * item * at_once * profile.batch_tokens * width,
     }
 
 
-# --- the run -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back to the end of the block: a checkpoint of half a step could not be resumed.
-
-    Python delivers signals to the main thread only, so elsewhere there is nothing to hold back.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    held: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if held:
-        handler(held[0], None)
-
-
 class TrainingRun:
-    """A training run that can stop at any step and be resumed from its checkpoint."""
+    """A training run that can stop at any step and be resumed from its checkpoint.
 
-    def __init__(self, model: "GPTNeoXForCausalLM", corpus: "Corpus", profile: "Profile",
-                 checkpoint: Path | None = None, control: Control | None = None) -> None:
+    checkpoint: folder of its checkpoints, or None. ranks: this process among several, of which each
+    trains its own layers. Raises InputError if some of them would have none.
+    """
+
+    def __init__(self, model: "PreTrainedModel", corpus: "Corpus", profile: "Profile",
+                 checkpoint: Path | None = None, control: Control | None = None,
+                 ranks: Ranks = Ranks()) -> None:  # noqa: B008 (a tuple)
         self.profile, self.checkpoint, self.control = profile, checkpoint, control
-        scale = control.output_scale if control is not None else None
-        self.buffer = ActivationBuffer(model, corpus, profile, scale)
+        self.ranks, device = ranks, device_of(model)
+        self.n_layers = len(mlps(model))
+        self.layers = ranks.layers(self.n_layers)
+        if ranks.size > self.n_layers:
+            raise InputError(f"{ranks.size} processes cannot share the {self.n_layers} layers of "
+                             "the model; start at most one for each.")
+        self.precision = precision_of(profile, device)
+        if self.precision != next(model.parameters()).dtype:
+            model = copy.deepcopy(model).to(self.precision)  # type: ignore[arg-type]
+        self.buffer = ActivationBuffer(
+            model, corpus, profile, control.output_scale if control is not None else None,
+            self.precision, ranks)
         self.steps = max(1, profile.training_tokens // profile.batch_tokens)
         self.stamp = training_stamp(profile, corpus, control)
         d_model = model.config.hidden_size
-        self.transcoders = Transcoders(len(mlps(model)), d_model, profile.expansion * d_model)
-        self.transcoders.to(device_of(model))
-        parameters = list(self.transcoders.parameters())
-        self.optimizer = torch.optim.Adam(parameters, lr=profile.learning_rate, fused=True)
+        self.transcoders = Transcoders(len(self.layers), d_model, profile.expansion * d_model,
+                                       variant_of(profile)).to(device)
+        self.stepper = Stepper(self.transcoders, profile.loss, self.precision)
         shape = self.transcoders.b_enc.shape
-        self.tokens_since_fired = torch.zeros(shape, dtype=torch.int64, device=device_of(model))
+        self.tokens_since_fired = torch.zeros(shape, dtype=torch.int64, device=device)
         self.step = 0
         self.history: list[dict[str, Any]] = []
+        self._saved_step = 0
+        self._warned: set[tuple[str, int]] = set()
 
     def start(self) -> None:
         """Initial weights: seeded, with the mean input and mean output of the first fill."""
-        generator = torch.Generator(self.transcoders.W_enc.device)
-        self.transcoders.initialise(generator.manual_seed(self.profile.seed))
+        self.transcoders.initialise(self.profile.seed, self.layers.start)
         sites = self.buffer.sites(0)
         with torch.no_grad():
-            self.transcoders.b_in.copy_(sites.inputs.mean(dim=1))
-            self.transcoders.b_dec.copy_(sites.outputs.mean(dim=1))
+            for part, bias in ((self._sites(sites).inputs, self.transcoders.b_in),
+                               (sites.outputs, self.transcoders.b_dec)):
+                bias.copy_(part.mean(dim=1, dtype=bias.dtype))
 
-    def run(self, *, until: int | None = None, progress: bool = True) -> Transcoders:
-        """Train to the end (or to step `until`), writing checkpoints; returns the transcoders."""
+    def _sites(self, sites: Sites) -> Sites:
+        """What is read and what is estimated: an autoencoder reads what it estimates."""
+        return Sites(sites.outputs, sites.outputs) if self.profile.site == "sae" else sites
+
+    def run(self, *, until: int | None = None, progress: bool = True,
+            logged: Logged | None = None) -> Transcoders:
+        """Train to the end (or to step `until`), writing checkpoints; returns the transcoders.
+
+        Ctrl-C and SIGTERM end it after the step under way, with a checkpoint; among several
+        processes, at the next step at which they agree (`_AGREE_STEPS`).
+        """
         if not self.resume():
             self.start()
         last = self.steps if until is None else min(until, self.steps)
-        log_every = max(1, self.steps // 200)
-        written = time.monotonic()
-        bar = tqdm(total=self.steps, initial=self.step, desc="transcoders", unit="step",
-                   disable=not progress)
-        try:
-            for batch in self.buffer.batches(self.step):
-                if self.step >= last:
-                    break
-                log = (self.step + 1) % log_every == 0 or self.step + 1 == self.steps
-                with _interrupts_held():
-                    row = self.train_step(batch, log=log)
-                    self.history += [row] if row is not None else []
-                bar.update()
-                if row is not None:
-                    bar.set_postfix({key: f"{np.mean(row[key]):.3g}" for key in
-                                     ("reconstruction", "l0", "fvu", "dead")}, refresh=False)
-                if time.monotonic() - written > self.profile.checkpoint_seconds:
-                    self.save_checkpoint()
-                    written = time.monotonic()
-        except KeyboardInterrupt:
-            self.save_checkpoint()
-            raise
-        finally:
-            bar.close()
+        size = self.profile.batch_tokens
+        bar = tqdm(total=self.steps * size, initial=self.step * size, desc="transcoders",
+                   unit="tok", unit_scale=True, disable=not progress or not self.ranks.first)
+        with bar, stops_heeded() as stops:
+            # One of several processes that left the others would leave them waiting.
+            alone = self.ranks.size == 1
+            with contextlib.nullcontext() if alone else stops.held():
+                try:
+                    self._steps(last, bar, logged, stops)
+                except (KeyboardInterrupt, Terminated):
+                    with stops.held():  # a second request must not cut this short
+                        self.save_checkpoint()
+                    raise
         return self.transcoders
 
+    def _steps(self, last: int, bar: tqdm, logged: Logged | None, stops: Stops) -> None:
+        log_every = max(1, self.steps // 200)
+        written = time.monotonic()
+        batches = self.buffer.batches(self.step)
+        while self.step < last:
+            batch = next(batches)
+            log = (self.step + 1) % log_every == 0 or self.step + 1 == self.steps
+            with stops.held():  # half a step could not be resumed
+                row = self.train_step(batch, log=log)
+                self.history += [row] if row is not None else []
+            bar.update(self.profile.batch_tokens)
+            if row is not None:
+                self._show(row, bar)
+                if logged is not None:
+                    logged(self.history)
+            if self._due(written, log, stops):
+                self.save_checkpoint()
+                written = time.monotonic()
+
+    def _due(self, written: float, log: bool, stops: Stops) -> bool:
+        """Whether to write a checkpoint now; several processes agree, and also on whether to end.
+
+        Raises what ends the run if one of them was asked to.
+        """
+        every = self.profile.checkpoint_steps
+        due = bool(every) and self.step % every == 0
+        late = time.monotonic() - written > self.profile.checkpoint_seconds
+        if self.ranks.size == 1:
+            return due or late
+        if not log and self.step % _AGREE_STEPS:
+            return due
+        found = self.ranks.gather((late, stops.asked))
+        asked = [number for _, number in found if number is not None]
+        if asked:
+            stops.end(asked[0])
+        return due or found[0][0]
+
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then constant."""
-        return self.profile.learning_rate * min(1.0, (step + 1) / max(1, self.profile.warmup_steps))
+        """Linear warm-up, then constant, then a linear fall to 0 over the last `decay_steps`."""
+        profile = self.profile
+        warm = min(1.0, (step + 1) / max(1, profile.warmup_steps))
+        left = min(1.0, (self.steps - step) / max(1, profile.decay_steps))
+        return profile.learning_rate * min(warm, left)
 
-    def train_step(self, batch: Sites, *, log: bool) -> dict[str, Any] | None:
+    def l1_coefficient(self, step: int) -> float:
+        """The penalty's weight, which rises linearly over `l1_warmup_steps`."""
+        share = min(1.0, (step + 1) / max(1, self.profile.l1_warmup_steps))
+        return self.profile.l1_coefficient * share
+
+    def train_step(self, batch: Batch, *, log: bool) -> dict[str, Any] | None:
         """One optimizer step of all layers; returns measurements if `log`."""
-        transcoders, profile = self.transcoders, self.profile
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
-        z = transcoders.encode(batch.inputs)
-        estimate = transcoders.decode(z)
-        losses = transcoder_losses(profile.loss, profile.l1_coefficient, batch.outputs, estimate, z)
-        self.optimizer.zero_grad(set_to_none=True)
-        (losses.reconstruction.sum() + losses.sparsity.sum()).backward()
-        transcoders.remove_parallel_gradient()
-        self.optimizer.step()
-        transcoders.normalise_decoder()
-        with torch.no_grad():
-            active = z > 0
-            self.tokens_since_fired += batch.inputs.shape[1]
-            self.tokens_since_fired.masked_fill_(active.any(dim=1), 0)
-            self.step += 1
-            return self._measure(batch.outputs, estimate, active, losses) if log else None
+        found = self.stepper.step(
+            lambda layers: self._sites(batch.sites(layers)), self.learning_rate(self.step),
+            self.l1_coefficient(self.step), self.step + 1, measured=log)
+        self.tokens_since_fired += len(batch.chosen)
+        self.tokens_since_fired.masked_fill_(found.fired, 0)
+        self.step += 1
+        every = self.profile.resample_steps
+        if every and self.step % every == 0 and self.step <= self.steps // 2:
+            dead = self.tokens_since_fired > self.profile.dead_after_tokens
+            resample(self.stepper, dead, self._sites(batch.sites()).inputs, found.residual,
+                     [self.profile.seed, self.step], self.layers.start)
+            self.tokens_since_fired.masked_fill_(dead, 0)
+        return self._row(found) if log else None
 
-    def _measure(self, y: Tensor, estimate: Tensor, active: Tensor, losses: Losses
-                 ) -> dict[str, Any]:
-        """Per-layer measurements of one batch; lists of n_layers numbers."""
-        variance = (y - y.mean(dim=1, keepdim=True)).square().sum(dim=(1, 2))
-        fvu = (estimate - y).square().sum(dim=(1, 2)) / variance.clamp_min(1e-12)
+    def _row(self, found: Measures) -> dict[str, Any]:
+        """Per-layer measurements of one batch; lists of n_layers numbers, None if not finite."""
         dead = (self.tokens_since_fired > self.profile.dead_after_tokens).float().mean(dim=1)
-        return {
-            "step": self.step, "tokens": self.step * self.profile.batch_tokens,
-            "reconstruction": losses.reconstruction.tolist(), "sparsity": losses.sparsity.tolist(),
-            "l0": active.sum(dim=-1).float().mean(dim=1).tolist(), "fvu": fvu.tolist(),
-            "dead": dead.tolist(),
-        }
+        own = torch.stack([part.float() for part in
+                           (*found.losses, found.l0, found.fvu, dead)]).tolist()
+        parts = [list(chain(*lists)) for lists in zip(*self.ranks.gather(own), strict=True)]
+        # JSON has no infinity; a checkpoint of a layer that diverges is one all the same.
+        numbers = [[one if math.isfinite(one) else None for one in part] for part in parts]
+        names = ("reconstruction", "sparsity", "l0", "fvu", "dead")
+        return {"step": self.step, "tokens": self.step * self.profile.batch_tokens,
+                **dict(zip(names, numbers, strict=True))}
+
+    def _show(self, row: Mapping[str, Any], bar: tqdm) -> None:
+        """Means over layers beside the bar; and say once of a layer that it diverges or dies."""
+        shown = {}
+        for key in ("reconstruction", "l0", "fvu", "dead"):
+            known = [one for one in row[key] if one is not None]
+            shown[key] = f"{sum(known) / len(known):.3g}" if known else "none"
+        bar.set_postfix(shown, refresh=False)
+        warm = self.step > self.profile.warmup_steps
+        for layer, (loss, fvu, dead) in enumerate(zip(row["reconstruction"], row["fvu"],
+                                                      row["dead"], strict=True)):
+            problem = ""
+            if loss is None or fvu is None:
+                problem = "diverges (its loss is infinite or not a number); lower `learning_rate`"
+            elif warm and fvu > 10:
+                problem = f"diverges (fraction of variance unexplained {fvu:.3g}); lower " \
+                          "`learning_rate`"
+            elif dead > 0.95:
+                problem = f"dies ({dead:.0%} of its features are dead); lower `l1_coefficient`"
+            if problem and (problem[:4], layer) not in self._warned and self.ranks.first:
+                self._warned.add((problem[:4], layer))
+                bar.write(f"Warning: layer {layer} {problem} (step {self.step:,}).")
 
     # --- checkpoints ---
 
+    def _state(self) -> list[dict[str, Tensor]]:
+        """Per layer, all that the next step depends on."""
+        stores: dict[str, Mapping[str, Tensor]] = {
+            "model": self.transcoders.state_dict(), "mean": self.stepper.mean,
+            "square": self.stepper.square, "silent": {"tokens": self.tokens_since_fired}}
+        return [{f"{store}.{name}": tensor[layer] for store, tensors in stores.items()
+                 for name, tensor in tensors.items()} for layer in range(len(self.layers))]
+
     def save_checkpoint(self) -> None:
-        """Write all that the next step depends on; the previous checkpoint stays until then."""
-        if self.checkpoint is None or self.step == 0:  # before the first step Adam has no state
+        """Write a checkpoint; if that fails, say so and keep the one before."""
+        if self.checkpoint is None or self.step == self._saved_step:
             return
-        tensors = {f"model.{key}": value for key, value in self.transcoders.state_dict().items()}
-        for name, parameter in self.transcoders.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"adam.{name}.{key}"] = value
-        tensors["tokens_since_fired"] = self.tokens_since_fired
-        metadata = {"step": str(self.step), "stamp": json.dumps(self.stamp, sort_keys=True),
-                    "history": json.dumps(self.history)}
-        with atomic_path(self.checkpoint) as temporary:
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-                      temporary, metadata=metadata)
+        try:
+            checkpoints.save(self.checkpoint, self.step, self._state(), self.layers, self.history,
+                             self.stamp, self.ranks)
+            self._saved_step = self.step
+        except OSError as error:
+            if self.ranks.first:
+                print(f"Warning: no checkpoint could be written at step {self.step:,} ({error}); "
+                      f"an earlier one, if there is one, is still in {self.checkpoint}.")
 
     def resume(self) -> bool:
-        """Take up the checkpoint if it belongs to this very run; says so, or why not."""
-        if self.checkpoint is None or not self.checkpoint.is_file():
+        """Take up this run's checkpoint, if there is one.
+
+        Raises InputError if what is there belongs to a run with other settings.
+        """
+        if self.checkpoint is None:
             return False
-        try:
-            with safe_open(self.checkpoint, framework="pt") as stored:
-                metadata = stored.metadata()
-                differing = stamp_difference(json.loads(metadata["stamp"]), self.stamp)
-                if differing:
-                    print(f"A checkpoint of another run is set aside: {differing} changed.")
-                    return False
-                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            print(f"The checkpoint {self.checkpoint} cannot be read ({error}); starting again.")
+        found = checkpoints.load(self.checkpoint, self.layers, self.stamp, self.ranks)
+        if found is None:
             return False
-        self.transcoders.load_state_dict(
-            {key[6:]: value for key, value in tensors.items() if key.startswith("model.")})
-        for name, parameter in self.transcoders.named_parameters():
-            self.optimizer.state[parameter] = {
-                key: tensors[f"adam.{name}.{key}"].to(
-                    parameter.device if key != "step" or parameter.is_cuda else "cpu")
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-        self.tokens_since_fired.copy_(tensors["tokens_since_fired"])
-        self.step, self.history = int(metadata["step"]), json.loads(metadata["history"])
-        print(f"Resuming at step {self.step:,} of {self.steps:,}.")
+        with torch.no_grad():
+            for own, stored in zip(self._state(), found.tensors, strict=True):
+                for name, tensor in own.items():
+                    tensor.copy_(stored[name])
+        self.step, self.history = found.step, found.history
+        self._saved_step = found.step
+        if self.ranks.first:
+            print(f"Resuming at step {self.step:,} of {self.steps:,}.")
         return True
 
 
@@ -354,23 +335,14 @@ def training_stamp(profile: "Profile", corpus: "Corpus", control: Control | None
     return stamp
 
 
-def stamp_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Names of the profile fields, or else the other parts, in which two stamps differ."""
-    fields = old.get("fields", {}), new.get("fields", {})
-    names = [key for key in sorted({*fields[0], *fields[1]})
-             if fields[0].get(key) != fields[1].get(key)]
-    names += [key for key in ("sources", "versions", "corpus", "control")
-              if old.get(key) != new.get(key)]
-    return ", ".join(names)
-
-
 def stage_folder(profile: "Profile", control: Control | None) -> Path:
     """Where transcoders and their statistics are kept: the run's results, or a control's folder."""
     return profile.results if control is None else profile.results / control.name
 
 
-def get_transcoders(model: "GPTNeoXForCausalLM", corpus: "Corpus", profile: "Profile",
-                    control: Control | None = None) -> tuple[Transcoders, list[dict[str, Any]]]:
+def get_transcoders(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile",
+                    control: Control | None = None, ranks: Ranks = Ranks(),  # noqa: B008
+                    logged: Logged | None = None) -> tuple[Transcoders, list[dict[str, Any]]]:
     """The profile's transcoders and their training history: read if current, else trained.
 
     With `control`, those of that control, which are trained the same way on the model given.
@@ -378,32 +350,103 @@ def get_transcoders(model: "GPTNeoXForCausalLM", corpus: "Corpus", profile: "Pro
     folder = stage_folder(profile, control) / "transcoders"
     stamp = json.loads(json.dumps(training_stamp(profile, corpus, control)))
     record = read_json(folder / "training.json")
-    if record.get("stamp") != stamp:
-        checkpoint = folder.with_name("training_checkpoint.safetensors")
-        run = TrainingRun(model, corpus, profile, checkpoint, control)
-        _announce(run, corpus)
+    if not all(ranks.gather(record.get("stamp") == stamp)):
+        checkpoint = folder.with_name("training_checkpoint")
+        run = TrainingRun(model, corpus, profile, checkpoint, control, ranks)
+        if ranks.first:
+            _announce(run, corpus)
         began = time.monotonic()
-        run.run()
-        seconds = time.monotonic() - began
-        record = {"stamp": stamp, "history": run.history, "seconds": seconds,
+        run.run(logged=logged)
+        record = {"stamp": stamp, "history": run.history, "seconds": time.monotonic() - began,
                   "steps": run.steps, "tokens": run.steps * profile.batch_tokens}
-        name = profile.model if profile.model != "train" else f"small GPT-NeoX ({profile.name})"
-        if control is not None:
-            name = f"{name}, {control.name}"
-            if control.output_scale is not None:
-                record["output_scale"] = control.output_scale.tolist()
-        with atomic_folder(folder) as fresh:
-            save_transcoders(run.transcoders, fresh, name, record)
-        checkpoint.unlink(missing_ok=True)
+        _store(run, folder, record)
+        if ranks.first:
+            checkpoints.remove(checkpoint)
     transcoders = load_transcoders(folder).to(device_of(model))
     return transcoders, record["history"]
+
+
+def _store(run: TrainingRun, folder: Path, record: dict[str, Any]) -> None:
+    """Write the trained transcoders: each process its layers, then the first one all the rest."""
+    profile, control, ranks = run.profile, run.control, run.ranks
+    name = profile.model if profile.model != "train" else f"small GPT-NeoX ({profile.name})"
+    if control is not None:
+        name = f"{name}, {control.name}"
+        if control.output_scale is not None:
+            record["output_scale"] = control.output_scale.tolist()
+    with contextlib.ExitStack() as stack:
+        fresh = stack.enter_context(atomic_folder(folder)) if ranks.first else None
+        fresh = ranks.gather(fresh)[0]
+        save_layers(run.transcoders, fresh, run.layers.start)
+        ranks.barrier()
+        if ranks.first:
+            save_record(fresh, name, record, run.transcoders.variant, run.n_layers)
+    ranks.barrier()
 
 
 def _announce(run: TrainingRun, corpus: "Corpus") -> None:
     """Say what is about to happen: layers, steps, memory."""
     t, profile = run.transcoders, run.profile
-    memory = memory_needed(profile, corpus, t.n_layers, t.d_model)
+    memory = memory_needed(profile, corpus, t.n_layers, t.d_model, run.stepper.layers_at_once,
+                           run.precision.itemsize)
     parts = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in memory.items())
     control = f" of the control `{run.control.name}`" if run.control is not None else ""
-    print(f"Training {t.n_layers} transcoders{control} of width {t.n_features:,} for "
-          f"{run.steps:,} steps of {profile.batch_tokens:,} tokens; memory: {parts}.")
+    shared = f" in {run.ranks.size} processes" if run.ranks.size > 1 else ""
+    each = " of the first process" if run.ranks.size > 1 else ""
+    print(f"Training {run.n_layers} transcoders{control} of width {t.n_features:,} for "
+          f"{run.steps:,} steps of {profile.batch_tokens:,} tokens{shared}; memory{each}: {parts}.")
+
+
+# --- as a program --------------------------------------------------------------------------------
+
+
+def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m scfm_circuits.training", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", default="demo", help="name or .yml file (default: demo)")
+    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="KEY=VALUE",
+                        help="override a field of the profile; may be repeated")
+    return parser.parse_args(given)
+
+
+def _perform(arguments: argparse.Namespace, ranks: Ranks) -> None:
+    from scfm_circuits.book import parse_overrides
+    from scfm_circuits.language_model import get_model
+    from scfm_circuits.profile import load_profile
+    from scfm_circuits.sentences import load_corpus
+
+    def prepared() -> tuple["Profile", "Corpus", "PreTrainedModel"]:
+        profile = load_profile(arguments.profile, parse_overrides(arguments.parameters))
+        corpus = load_corpus(profile)
+        return profile, corpus, get_model(profile, corpus)[0]
+
+    # The first process builds what the others then read.
+    profile, corpus, model = ranks.after_first(prepared)
+    get_transcoders(model, corpus, profile, ranks=ranks)
+    if ranks.first:
+        print(f"The transcoders are in {profile.results / 'transcoders'}.")
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Train a profile's transcoders; 0 on success, 2 on an error that was explained.
+
+    130 after Ctrl-C; SIGTERM ends with 143.
+    """
+    arguments = _arguments(given)
+    try:
+        with started() as ranks:
+            _perform(arguments, ranks)
+    except FailedElsewhere:
+        return 2
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted; run the same command again to go on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

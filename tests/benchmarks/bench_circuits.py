@@ -12,19 +12,16 @@ Writes results/bench/circuits.json.
 """
 
 import argparse
-import gc
 import multiprocessing
 import os
 import platform
-import resource
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from machine import MIB, above, cpu_model, peak_mib, reset_peak
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scfm_circuits.attribution import Frozen, contributions, feature_direction, freeze
@@ -41,7 +38,6 @@ SIZES: dict[str, dict[str, int]] = {
     "paper": dict(layers=24, width=1_024, heads=16, features=8_192, vocabulary=50_304, tokens=211),
 }
 ACTIVE_PER_TOKEN = 50
-MIB = 2**20
 
 
 def prompt_tokens(size: dict[str, int], tokenizer: str | None) -> np.ndarray:
@@ -68,40 +64,13 @@ def sparse_transcoders(model: GPTNeoXForCausalLM, size: dict[str, int], tokens: 
                        ) -> Transcoders:
     """Random transcoders whose biases let ACTIVE_PER_TOKEN features of a layer be active."""
     transcoders = Transcoders(size["layers"], size["width"], size["features"])
-    transcoders.requires_grad_(False).initialise(torch.Generator().manual_seed(1))
+    transcoders.requires_grad_(False).initialise(1)
     pre = freeze(model, transcoders, tokens).pre
     for layer in range(size["layers"]):
         flat = pre[layer].flatten()
         below = len(flat) - ACTIVE_PER_TOKEN * len(tokens)
         transcoders.b_enc[layer] = -flat.kthvalue(below).values
     return transcoders
-
-
-def peak_mib() -> float:
-    """Peak resident memory of this process so far, or since `reset_peak` where that works."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
-    if found:
-        return int(found[0]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 if sys.platform == "linux" else 1024**2)
-
-
-def reset_peak() -> float | None:
-    """Let the peak start anew at what is resident now, and return that; None if it cannot be."""
-    gc.collect()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE") / MIB
-
-
-def above(before: float | None) -> float | None:
-    """Peak memory since `reset_peak`, above what was resident then."""
-    return None if before is None else max(peak_mib() - before, 0.0)
 
 
 def measure(name: str, max_features: int, tokenizer: str | None) -> dict[str, Any]:
@@ -197,14 +166,6 @@ def main() -> None:
         "threads": torch.get_num_threads(), "python": platform.python_version(),
         "torch": torch.__version__,
     })
-
-
-def cpu_model() -> str:
-    """Name of the processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ import resource
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import gseapy
 import numba
 import numpy as np
+from machine import cpu_model
 
 from scfm_circuits import enrichment as e
 from scfm_circuits.controls import Tester
@@ -106,14 +106,6 @@ def time_nulls(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(replicate, rng.integers(0, 2**31, replicates)))
     return (time.perf_counter() - start) / replicates
-
-
-def cpu_model() -> str:
-    """Name of the processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def machine() -> dict[str, float | str | None]:

@@ -1,0 +1,106 @@
+"""Several processes that train one set of transcoders, each its own layers.
+
+Layers share no parameter, so nothing is exchanged for the optimizer's sake: a process holds some
+layers, and at the end each writes the files of its own. What they share is the model's forward
+pass: each runs some of the cells, and hands the other layers' activations to their owners.
+`torchrun` starts the processes.
+Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scfm_circuits import InputError
+
+T = TypeVar("T")
+
+
+class FailedElsewhere(InputError):
+    """Another process has failed and said why."""
+
+
+class Ranks(NamedTuple):
+    """This process among those that work together: its number, and how many there are."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that speaks and writes what all share."""
+        return self.rank == 0
+
+    def layers(self, n_layers: int, rank: int | None = None) -> range:
+        """A process's layers (default: this one's): contiguous, as many as others' or one more."""
+        rank = self.rank if rank is None else rank
+        return range(n_layers * rank // self.size, n_layers * (rank + 1) // self.size)
+
+    def barrier(self) -> None:
+        """Wait until every process has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, in order, at every process."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def exchange(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Hand each process its part; returns what each process has handed to this one.
+
+        parts, shapes: one per process, what it is to have, and the shape of what comes from it.
+        """
+        sent = torch.cat([part.reshape(-1) for part in parts])
+        sizes = [math.prod(shape) for shape in shapes]
+        received = sent.new_empty(sum(sizes))
+        dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts])
+        return [one.view(*shape) for one, shape in
+                zip(received.split(sizes), shapes, strict=True)]
+
+    def after_first(self, function: Callable[[], T]) -> T:
+        """A function's value, which the others compute when the first process has.
+
+        For what the first one writes and all then read. Raises FailedElsewhere where it was the
+        first that failed.
+        """
+        value, failed = None, True
+        try:
+            if self.first:
+                value = function()
+            failed = False
+        finally:
+            failed = self.gather(failed)[0]
+        if self.first:
+            return value  # type: ignore[return-value]
+        if failed:
+            raise FailedElsewhere("The first process has failed.")
+        return function()
+
+
+@contextlib.contextmanager
+def started() -> Iterator[Ranks]:
+    """Join the processes that `torchrun` started; alone if it did not start this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # gloo beside nccl: what is exchanged as Python objects need not pass the GPU. A process that
+    # ends is noticed at once; the time limit is for one that works, and that may take long.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                            timeout=timedelta(days=7))
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

@@ -38,12 +38,13 @@ import numpy as np
 import pandas as pd
 
 from scfm_circuits import figures, live, training_cost
+from scfm_circuits.activation_buffer import ActivationBuffer
 from scfm_circuits.files import read_json
 from scfm_circuits.language_model import get_model
 from scfm_circuits.profile import ROOT, from_notebook
 from scfm_circuits.report import Report, readable
 from scfm_circuits.sentences import load_corpus
-from scfm_circuits.training import ActivationBuffer, get_transcoders
+from scfm_circuits.training import get_transcoders
 
 run = from_notebook(globals())
 report = Report(run, "02_training")

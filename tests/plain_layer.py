@@ -1,12 +1,13 @@
 """One transcoder layer written out plainly: autograd and PyTorch's unfused Adam, in float64."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from scfm_circuits.training_step import BANDWIDTH
-from scfm_circuits.transcoder import Transcoders
+from scfm_circuits.transcoder import Transcoders, Variant
 
 
 def rectangle(u: Tensor) -> Tensor:
@@ -106,3 +107,36 @@ class PlainLayer:
             for row in range(len(decoder)):
                 decoder[row] /= decoder[row].norm()
         return Taken(float(loss.detach()), z.detach(), estimate.detach(), found)
+
+
+# --- transcoders and batches to hold against it ---------------------------------------------------
+
+LOSSES = ("normalized", "equation4")
+VARIANTS = (Variant(), Variant("topk", 3), Variant("batchtopk", 2), Variant("jumprelu"),
+            Variant("relu", skip=True), Variant("topk", 2, skip=True),
+            Variant("batchtopk", 3, skip=True), Variant("jumprelu", skip=True))
+
+
+def stack(variant: Variant = Variant(), layers: int = 2, d: int = 5, f: int = 9,  # noqa: B008
+          seed: int = 0, dtype: torch.dtype = torch.float64) -> Transcoders:
+    """Random transcoders with unit writing directions and random biases."""
+    t = Transcoders(layers, d, f, variant).to(dtype).requires_grad_(False)
+    g = torch.Generator().manual_seed(seed)
+    for name, part in (*t.named_parameters(), *t.named_buffers()):
+        if name != "log_threshold":
+            part.copy_(torch.randn(part.shape, generator=g, dtype=dtype) * 0.5)
+    if variant.activation == "jumprelu":  # so high that the window is met on both sides
+        t.log_threshold.copy_((0.3 + torch.rand(layers, f, generator=g, dtype=dtype)).log())
+    t.normalise_decoder()
+    return t
+
+
+def pairs(layers: int, n: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random inputs and outputs."""
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(2, layers, n, d, generator=g, dtype=torch.float64)
+    return x, y
+
+
+def given_sites(x: Tensor, y: Tensor) -> Callable[[slice], tuple[Tensor, Tensor]]:
+    return lambda layers: (x[layers], y[layers])

@@ -23,21 +23,6 @@ from scfm_circuits.profile import Profile
 from scfm_circuits.sentences import Corpus
 
 
-@pytest.fixture(scope="module")
-def corpus() -> Corpus:
-    return tiny_corpus(14)
-
-
-@pytest.fixture(scope="module")
-def model(corpus: Corpus) -> Any:
-    return model_for(corpus, dtype=torch.float32)
-
-
-@pytest.fixture
-def profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Profile:
-    return tiny_profile(monkeypatch, tmp_path, **TRAINING)
-
-
 @pytest.fixture
 def numbered(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> Corpus:
     """The corpus with a number of its own for each token, and `activations` that repeat it."""

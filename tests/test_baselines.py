@@ -24,7 +24,8 @@ from scfm_circuits.features import FeatureStatistics, count_features
 from scfm_circuits.language_model import mlp_sites, mlps
 from scfm_circuits.profile import Profile
 from scfm_circuits.sentences import Corpus
-from scfm_circuits.training import Control, TrainingRun, get_transcoders
+from scfm_circuits.training import TrainingRun, get_transcoders
+from scfm_circuits.training_plan import Control
 from scfm_circuits.transcoder import load_transcoders
 
 SETTINGS = {"batch_tokens": 32, "buffer_tokens": 100_000, "training_tokens": 32 * 14,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TRAINING, model_for, tiny_corpus, tiny_profile
+from helpers import model_for
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import child, free_port, in_ranks
@@ -27,18 +27,8 @@ from scfm_circuits.training import TrainingRun, get_transcoders, main
 
 
 @pytest.fixture(scope="module")
-def corpus() -> Corpus:
-    return tiny_corpus(14)
-
-
-@pytest.fixture(scope="module")
 def model(corpus: Corpus) -> Any:
     return model_for(corpus, layers=3, dtype=torch.float32)
-
-
-@pytest.fixture
-def profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Profile:
-    return tiny_profile(monkeypatch, tmp_path, **TRAINING)
 
 
 # --- ranks ---------------------------------------------------------------------------------------

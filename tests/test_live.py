@@ -12,7 +12,7 @@ import pytest
 
 from scfm_circuits import InputError, live
 from scfm_circuits.live import LiveCurves, TensorBoard, watched, watcher
-from scfm_circuits.training import FIELDS
+from scfm_circuits.training_plan import FIELDS
 from tests.helpers import tiny_profile
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from scfm_circuits import sparse_step
-from scfm_circuits.training_step import Measures, Stepper
+from scfm_circuits.stepper import Stepper
+from scfm_circuits.training_step import Measures
 from scfm_circuits.transcoder import Transcoders, Variant
 
 VARIANTS = [Variant(), Variant("topk", 2), Variant("batchtopk", 2), Variant(skip=True),

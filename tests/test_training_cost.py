@@ -8,13 +8,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scfm_circuits.language_model import mlp_sites
+from scfm_circuits.stepper import Stepper
 from scfm_circuits.training_cost import (
     benchmark_table,
     layer_weights,
     time_in_words,
     training_operations,
 )
-from scfm_circuits.training_step import Stepper
 from tests.helpers import tiny_model, tiny_transcoders
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scfm_circuits.distributed import Ranks
+from scfm_circuits.distributed import ALONE, Ranks
 from scfm_circuits.language_model import Sites, batches, device_of, mlp_sites, mlps
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class ActivationBuffer:
 
     def __init__(self, model: "PreTrainedModel", corpus: "Corpus", profile: "Profile",
                  output_scale: Tensor | None = None, dtype: torch.dtype = torch.float32,
-                 ranks: Ranks = Ranks()) -> None:  # noqa: B008 (a tuple)
+                 ranks: Ranks = ALONE) -> None:
         self._model, self._corpus, self._profile = model, corpus, profile
         self._output_scale, self._dtype, self._ranks = output_scale, dtype, ranks
         self.layers = ranks.layers(len(mlps(model)))

@@ -4,6 +4,7 @@ A batch's activations are mostly zeros. `find_active` reads them once at the spe
 leaves the few that are not; all else goes over these.
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -30,7 +31,7 @@ that are equal."""
 class Active(NamedTuple):
     """Active features, token by token.
 
-    start: (n_tokens + 1,) where each token's begin; feature, value: (n_active,) int32, float32.
+    start: (n_tokens + 1,) where each token's begin; feature, value: (n_active,) int32, type of z.
     """
 
     start: np.ndarray
@@ -44,23 +45,28 @@ def find_active(z: np.ndarray, n_threads: int, at_most: int | None = None) -> Ac
     start = np.zeros(n + 1, np.int64)
     # Two threads gain nothing: the product that made z leaves a thread of its own spinning.
     n_threads = n_threads if n_threads > 2 else 1
-    cuts = np.linspace(0, n, n_threads + 1).astype(int)
-    shares = list(pairwise(cuts))
-    _each(lambda share: _count(z, *share, start), shares)
+    share_out(n, n_threads, lambda first, last: _count(z, first, last, start))
     np.cumsum(start, out=start)
     if at_most is not None and start[-1] > at_most:
         return None
     feature, value = np.empty(start[-1], np.int32), np.empty(start[-1], z.dtype)
-    _each(lambda share: _gather(z, *share, start, feature, value), shares)
+    share_out(n, n_threads, lambda first, last: _gather(z, first, last, start, feature, value))
     return Active(start, feature, value)
 
 
-def _each(function: Callable[[tuple[int, int]], None], shares: list[tuple[int, int]]) -> None:
-    if len(shares) == 1:
-        function(shares[0])
+_pools: dict[int, ThreadPoolExecutor] = {}
+os.register_at_fork(after_in_child=_pools.clear)  # threads do not outlive a fork
+
+
+def share_out(n: int, n_threads: int, work: Callable[[int, int], None]) -> None:
+    """Call work(first, last) on shares of 0 to n - 1, one share per thread."""
+    if n_threads == 1 or n < 2 * n_threads:
+        work(0, n)
         return
-    with ThreadPoolExecutor(len(shares)) as pool:
-        list(pool.map(function, shares))
+    if n_threads not in _pools:
+        _pools[n_threads] = ThreadPoolExecutor(n_threads)
+    cuts = np.linspace(0, n, n_threads + 1).astype(int)
+    list(_pools[n_threads].map(lambda share: work(*share), pairwise(cuts)))
 
 
 @compiled

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scfm_circuits.activation_buffer import ActivationBuffer
 from scfm_circuits.features import FeatureStatistics, get_statistics, stored_statistics
 from scfm_circuits.language_model import batches, device_of, mlp_sites
 from scfm_circuits.sentences import Corpus
-from scfm_circuits.training import ActivationBuffer, Control, get_transcoders
+from scfm_circuits.training import get_transcoders
+from scfm_circuits.training_plan import Control
 from scfm_circuits.transcoder import Transcoders
 
 if TYPE_CHECKING:

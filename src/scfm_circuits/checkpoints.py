@@ -21,14 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scfm_circuits import InputError
-from scfm_circuits.distributed import Ranks
+from scfm_circuits.distributed import ALONE, Ranks
 from scfm_circuits.files import read_json, write_json
 
 _STATE = "state.json"
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint read back; tensors are stacked over the layers asked for, by name."""
+    """A checkpoint read back; tensors: per layer asked for, by name."""
 
     step: int
     history: list[dict[str, Any]]
@@ -99,7 +99,7 @@ def _all_well(problem: object, part: Path, ranks: Ranks) -> None:
         raise OSError(problems[0])
 
 
-def load(folder: Path, layers: range, stamp: Mapping[str, Any], ranks: Ranks = Ranks()  # noqa: B008
+def load(folder: Path, layers: range, stamp: Mapping[str, Any], ranks: Ranks = ALONE
          ) -> Checkpoint | None:
     """The latest whole checkpoint of this very run; None if there is none.
 

@@ -88,11 +88,15 @@ class Ranks(NamedTuple):
         return function()
 
 
+ALONE = Ranks()
+"""A process that works with no other."""
+
+
 @contextlib.contextmanager
 def started() -> Iterator[Ranks]:
     """Join the processes that `torchrun` started; alone if it did not start this one."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Ranks()
+        yield ALONE
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -109,13 +109,13 @@ class Setting(NamedTuple):
     """Level below which q counts as significant."""
 
 
-def compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
     """Compile with numba, keeping the machine code on disk where a writable folder is found."""
     try:
-        return numba.njit(cache=True, nogil=True)(function)
+        return numba.njit(cache=True, nogil=True, **options)(function)
     except RuntimeError:
         # Neither the package folder nor the user's cache folder can be written to.
-        return numba.njit(nogil=True)(function)
+        return numba.njit(nogil=True, **options)(function)
 
 
 def log_factorial_table(n_max: int) -> tuple[NDArray[np.int64], float]:

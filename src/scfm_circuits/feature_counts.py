@@ -271,10 +271,8 @@ def _inputs(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: "Corp
             forward_cells: int, device: torch.device
             ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
     """(rows, (n_layers, n_tokens, d_model) what the transcoders read, mask) of batches of cells."""
-    sae = transcoders.variant.site == "sae"
     for rows, tokens, mask in batches(corpus, np.arange(first, len(corpus)), forward_cells, device):
-        sites = mlp_sites(model, tokens, mask)
-        yield rows, sites.outputs if sae else sites.inputs, mask
+        yield rows, transcoders.variant.read(*mlp_sites(model, tokens, mask)), mask
 
 
 def _announce(size: tuple[int, int], n_tokens: int, n_contexts: int, counts: PairCounts) -> None:

@@ -20,7 +20,7 @@ from scfm_circuits.feature_counts import Checkpoint, count_activations, unpack_b
 from scfm_circuits.files import atomic_path
 from scfm_circuits.sentences import Corpus, token_texts
 from scfm_circuits.sparse_counts import pack_matrices, read_arrays, unpack_matrices
-from scfm_circuits.training import Control, stage_folder, training_stamp
+from scfm_circuits.training_plan import Control, stage_folder, training_stamp
 from scfm_circuits.transcoder import Transcoders
 
 if TYPE_CHECKING:

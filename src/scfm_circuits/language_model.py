@@ -287,32 +287,21 @@ def zero_ablation(layer: int, inputs: Tensor) -> Tensor:
     return torch.zeros_like(inputs)
 
 
-class _Enough(Exception):
-    """All that was wanted of a forward pass is there."""
-
-
 @torch.no_grad()
-def mlp_sites(model: nn.Module, tokens: Tensor, mask: Tensor,
-              layers: Sequence[int] | None = None) -> Sites:
-    """Inputs and outputs of the MLPs on the tokens that are not padding, from one forward pass.
+def mlp_sites(model: nn.Module, tokens: Tensor, mask: Tensor) -> Sites:
+    """Inputs and outputs of all MLPs on the tokens that are not padding, from one forward pass.
 
-    tokens, mask: (n, length). layers: which (default: all), ascending; the model is not run beyond
-    the last of them. No logits are computed.
+    tokens, mask: (n, length). No logits are computed.
     """
     seen: list[tuple[Tensor, Tensor]] = []
     where = mask.flatten().nonzero()[:, 0]  # once: a GPU is waited for each time
-    modules = mlps(model)
-    wanted = range(len(modules)) if layers is None else layers
-
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-        seen.append((args[0].flatten(0, 1)[where], output.flatten(0, 1)[where]))
-        if len(seen) == len(wanted) and wanted[-1] + 1 < len(modules):
-            raise _Enough
-
-    handles = [modules[layer].register_forward_hook(hook) for layer in wanted]
+    handles = [
+        module.register_forward_hook(lambda module, args, output: seen.append(
+            (args[0].flatten(0, 1)[where], output.flatten(0, 1)[where])))
+        for module in mlps(model)
+    ]
     try:
-        with contextlib.suppress(_Enough):
-            decoder(model)(input_ids=tokens, attention_mask=mask, use_cache=False)
+        decoder(model)(input_ids=tokens, attention_mask=mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 UNWATCHED = "SCFM_UNWATCHED"
 """Environment variable that is set where notebooks are executed without anybody looking on."""
 MEASURES = ("reconstruction", "sparsity", "l0", "fvu", "dead")
+"""What a row of the history holds, beside its step and tokens: a list of one number per layer."""
 
 History = list[dict[str, Any]]
 Logged = Callable[[History], None]
+"""Called with the history so far, each time a row is added."""
 
 
 def watched() -> bool:

@@ -7,7 +7,6 @@ real ones.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,10 +57,9 @@ def planted_statistics(statistics: FeatureStatistics, corpus: Corpus,
     n_layers = len(statistics.fired)
     fired = np.tile(np.asarray(counts.sum(axis=1)).ravel(), (n_layers, 1))
     table = pd.DataFrame(kept, columns=["library", "term", "n_genes"])
-    none = np.zeros(0)  # planted features have no activations, only counts
-    return replace(statistics, fired=fired, counts=(counts,) * n_layers, activation_sum=none,
-                   activation_histogram=none, context_activation=none, context_cell=none,
-                   context_position=none), table
+    return FeatureStatistics(statistics.n_tokens, fired, statistics.pair_token,
+                             statistics.pair_gene, statistics.pair_count, (counts,) * n_layers,
+                             statistics.l0_histogram), table
 
 
 def _terms_within(libraries: Sequence[GeneSets], place: Mapping[str, int]

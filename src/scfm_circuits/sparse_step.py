@@ -8,26 +8,24 @@ place, exact up to the order of summation:
 2. Feature by feature: the gradient of its two directions and its bias, and Adam on them at once.
    The gradients of a layer are never stored.
 
-Compiled by numba, which a bare GPU machine need not have: `training_step` does without.
+Compiled by numba, which a bare GPU machine need not have: `stepper` does without.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
-import numba
 import numpy as np
 from torch import Tensor, get_num_threads
 
-from scfm_circuits.active_features import Active, find_active
+from scfm_circuits.active_features import Active, find_active, share_out
+from scfm_circuits.enrichment_kernels import compiled
 
 DENSITY = 0.1
 """Share of active entries up to which this is faster than the dense products."""
 
 
 class Rates(NamedTuple):
-    """Adam's numbers for one step: see `training_step.adam_rows`."""
+    """Adam's numbers for one step: see `training_step.corrected` and `adam_rows`."""
 
     rate: float
     spread: float
@@ -36,28 +34,8 @@ class Rates(NamedTuple):
     epsilon: float
 
 
-def _fast(function: Callable[..., Any]) -> Any:
-    """Compile; sums may be reordered (in one way only), so that they use the whole vector unit."""
-    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder for compiled code can be written to
-        return numba.njit(**options)(function)
-
-
-_threads: dict[int, ThreadPoolExecutor] = {}
-
-
-def _share_out(n: int, work: Callable[[int, int], None]) -> None:
-    """Call work(first, last) on shares of 0..n-1, one share per thread."""
-    count = get_num_threads()
-    if count == 1 or n < 2 * count:
-        work(0, n)
-        return
-    if count not in _threads:
-        _threads[count] = ThreadPoolExecutor(count)
-    cuts = np.linspace(0, n, count + 1).astype(int)
-    list(_threads[count].map(lambda share: work(*share), list(pairwise(cuts))))
+_fast = partial(compiled, fastmath={"reassoc", "contract", "nsz"})
+"""Compile; sums may be reordered (in one way only), so that they use the whole vector unit."""
 
 
 def active_entries(z: Tensor) -> Active | None:
@@ -77,7 +55,7 @@ def backward(active: Active, decoder: Tensor, base: Tensor, y: Tensor, scale: Te
     residual, outer = base.clone(), base.new_empty(base.shape)
     inner = np.empty_like(active.value)
     arrays = [part.numpy() for part in (decoder, y, scale, residual, outer)]
-    _share_out(len(y), lambda first, last: _tokens(
+    share_out(len(y), get_num_threads(), lambda first, last: _tokens(
         first, last, active.start, active.feature, active.value, *arrays,
         arrays[0].dtype.type(penalty), inner))
     return residual, outer, inner
@@ -95,7 +73,7 @@ def update(active: Active, inner: np.ndarray, outer: Tensor, centred: Tensor,
     kind = active.value.dtype.type
     numbers = tuple(kind(number) for number in rates)
     arrays = [part.numpy() for part in (outer, centred, *encoder, *decoder, *bias)]
-    _share_out(n_features, lambda first, last: _features(
+    share_out(n_features, get_num_threads(), lambda first, last: _features(
         first, last, start, token, entry, active.value, inner, *arrays, *numbers))
 
 

@@ -1,7 +1,7 @@
 """Training the transcoders of all MLP layers from one forward pass of the model.
 
 A step takes the next batch of the buffer (`activation_buffer`) and moves all layers' transcoders
-(`training_step`). Layers share no parameter, and Adam treats each parameter alone, so this trains
+(`stepper`). Layers share no parameter, and Adam treats each parameter alone, so this trains
 each layer exactly as if it were trained alone. A run stops at any step and goes on from its
 checkpoint (`checkpoints`) as if it had not stopped; `torchrun` shares its layers out among
 processes (`distributed`):
@@ -18,10 +18,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,14 +29,23 @@ from tqdm import tqdm
 
 from scfm_circuits import InputError, checkpoints
 from scfm_circuits.activation_buffer import ActivationBuffer, Batch
-from scfm_circuits.distributed import FailedElsewhere, Ranks, started
+from scfm_circuits.distributed import ALONE, FailedElsewhere, Ranks, started
 from scfm_circuits.files import atomic_folder, read_json
-from scfm_circuits.language_model import Sites, corpus_digest, device_of, mlps
+from scfm_circuits.language_model import Sites, device_of, mlps
+from scfm_circuits.live import MEASURES, Logged
+from scfm_circuits.stepper import Stepper, resample
 from scfm_circuits.stopping import Stops, Terminated, stops_heeded
-from scfm_circuits.training_step import Measures, Stepper, resample
+from scfm_circuits.training_plan import (
+    Control,
+    memory_needed,
+    precision_of,
+    stage_folder,
+    training_stamp,
+    variant_of,
+)
+from scfm_circuits.training_step import Measures
 from scfm_circuits.transcoder import (
     Transcoders,
-    Variant,
     load_transcoders,
     save_layers,
     save_record,
@@ -48,63 +57,9 @@ if TYPE_CHECKING:
     from scfm_circuits.profile import Profile
     from scfm_circuits.sentences import Corpus
 
-FIELDS = ("seed", "expansion", "loss", "l1_coefficient", "l1_warmup_steps", "learning_rate",
-          "warmup_steps", "decay_steps", "activation", "active_features", "skip", "site",
-          "resample_steps", "precision", "batch_tokens", "training_tokens", "buffer_tokens",
-          "dead_after_tokens", "model", "model_revision", "forward_cells")
-_MODULES = ("transcoder", "training", "training_step", "sparse_step", "activation_buffer",
-            "architectures", "language_model", "sentences", "cells")
-
 _AGREE_STEPS = 10
 """Every so many steps, and where measurements are taken, several processes ask one another whether
 to end."""
-
-Logged = Callable[[list[dict[str, Any]]], None]
-"""Called with the history so far, each time a row is added."""
-
-
-class Control(NamedTuple):
-    """Transcoders that are no result but a control: where they are kept and what sets them apart.
-
-    name: their folder under `results/<profile>/`. stamp: what they depend on beyond the profile's
-    own. output_scale: (n_layers,) factors on the MLP outputs that they learn to give; None: 1.
-    """
-
-    name: str
-    stamp: Mapping[str, Any]
-    output_scale: Tensor | None = None
-
-
-def variant_of(profile: "Profile") -> Variant:
-    """Which kind of transcoders the profile asks for."""
-    return Variant(profile.activation, profile.active_features, profile.skip, profile.site)
-
-
-def precision_of(profile: "Profile", device: torch.device) -> torch.dtype:
-    """Type of the products in training: by default bfloat16 on a GPU, float32 on a CPU."""
-    if profile.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[profile.precision]
-
-
-def memory_needed(profile: "Profile", corpus: "Corpus", n_layers: int, d_model: int,
-                  at_once: int | None = None, item: int = 4) -> dict[str, int]:
-    """Bytes that training holds: the buffer, the parameters with Adam, one batch.
-
-    at_once: layers that pass together (default: all). item: bytes of a number in the buffer and in
-    products.
-    """
-    at_once = at_once or n_layers
-    width = profile.expansion * d_model
-    parameters = 2 * width * d_model + width + d_model
-    train = int(corpus.lengths[~corpus.held_out].sum())
-    return {
-        "buffer": 2 * item * n_layers * d_model * min(train, profile.buffer_tokens),
-        "parameters and Adam": 12 * n_layers * parameters,
-        "gradients": 4 * at_once * parameters,
-        "activations of one batch": 3 * item * at_once * profile.batch_tokens * width,
-    }
-
 
 class TrainingRun:
     """A training run that can stop at any step and be resumed from its checkpoint.
@@ -115,7 +70,7 @@ class TrainingRun:
 
     def __init__(self, model: "PreTrainedModel", corpus: "Corpus", profile: "Profile",
                  checkpoint: Path | None = None, control: Control | None = None,
-                 ranks: Ranks = Ranks()) -> None:  # noqa: B008 (a tuple)
+                 ranks: Ranks = ALONE) -> None:
         self.profile, self.checkpoint, self.control = profile, checkpoint, control
         self.ranks, device = ranks, device_of(model)
         self.n_layers = len(mlps(model))
@@ -152,8 +107,8 @@ class TrainingRun:
                 bias.copy_(part.mean(dim=1, dtype=bias.dtype))
 
     def _sites(self, sites: Sites) -> Sites:
-        """What is read and what is estimated: an autoencoder reads what it estimates."""
-        return Sites(sites.outputs, sites.outputs) if self.profile.site == "sae" else sites
+        """What is read and what is estimated."""
+        return Sites(self.transcoders.variant.read(*sites), sites.outputs)
 
     def run(self, *, until: int | None = None, progress: bool = True,
             logged: Logged | None = None) -> Transcoders:
@@ -253,9 +208,8 @@ class TrainingRun:
         parts = [list(chain(*lists)) for lists in zip(*self.ranks.gather(own), strict=True)]
         # JSON has no infinity; a checkpoint of a layer that diverges is one all the same.
         numbers = [[one if math.isfinite(one) else None for one in part] for part in parts]
-        names = ("reconstruction", "sparsity", "l0", "fvu", "dead")
         return {"step": self.step, "tokens": self.step * self.profile.batch_tokens,
-                **dict(zip(names, numbers, strict=True))}
+                **dict(zip(MEASURES, numbers, strict=True))}
 
     def _show(self, row: Mapping[str, Any], bar: tqdm) -> None:
         """Means over layers beside the bar; and say once of a layer that it diverges or dies."""
@@ -323,25 +277,8 @@ class TrainingRun:
         return True
 
 
-def training_stamp(profile: "Profile", corpus: "Corpus", control: Control | None = None
-                   ) -> dict[str, Any]:
-    """What the trained transcoders depend on: profile fields, sources, corpus, which control."""
-    stamp = profile.fingerprint((*FIELDS, "model_layers", "model_width", "model_heads",
-                                 "model_steps", "model_batch_cells", "model_learning_rate"),
-                                _MODULES)
-    stamp["corpus"] = corpus_digest(corpus)
-    if control is not None:
-        stamp["control"] = {"name": control.name, **control.stamp}
-    return stamp
-
-
-def stage_folder(profile: "Profile", control: Control | None) -> Path:
-    """Where transcoders and their statistics are kept: the run's results, or a control's folder."""
-    return profile.results if control is None else profile.results / control.name
-
-
 def get_transcoders(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile",
-                    control: Control | None = None, ranks: Ranks = Ranks(),  # noqa: B008
+                    control: Control | None = None, ranks: Ranks = ALONE,
                     logged: Logged | None = None) -> tuple[Transcoders, list[dict[str, Any]]]:
     """The profile's transcoders and their training history: read if current, else trained.
 

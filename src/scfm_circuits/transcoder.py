@@ -47,6 +47,10 @@ class Variant(NamedTuple):
     skip: bool = False
     site: Literal["transcoder", "sae"] = "transcoder"
 
+    def read(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """What is read of an MLP's inputs and outputs: an autoencoder reads what it estimates."""
+        return outputs if self.site == "sae" else inputs
+
 
 class Transcoders(nn.Module):
     """One transcoder per MLP layer, stacked so that a batch passes all of them in one product.
@@ -114,7 +118,7 @@ class Transcoders(nn.Module):
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Give each feature's writing direction norm 1."""
-        self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8))
+        unit_rows(self.W_dec)
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """(n_layers, n_tokens, d_model) inputs -> (n_layers, n_tokens, n_features)."""
@@ -172,6 +176,11 @@ class Transcoders(nn.Module):
         # Layer by layer: a batched product's last digits depend on how many layers there are.
         return self.b_enc - torch.stack([weight @ mean for weight, mean in
                                          zip(self.W_enc, self.b_in, strict=True)])
+
+
+def unit_rows(weight: Tensor) -> Tensor:
+    """Each row divided by its norm, in place."""
+    return weight.div_(weight.norm(dim=-1, keepdim=True).clamp_min(1e-8))
 
 
 def keep_largest(z: Tensor, k: int) -> Tensor:

@@ -53,7 +53,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scfm_circuits.files import write_json
 from scfm_circuits.sentences import Corpus
-from scfm_circuits.training import TrainingRun, precision_of
+from scfm_circuits.training import TrainingRun
+from scfm_circuits.training_plan import precision_of
 from scfm_circuits.transcoder import Variant
 
 ACTIVE = 50

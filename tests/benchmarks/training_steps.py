@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from scfm_circuits.profile import load_profile
-from scfm_circuits.training_step import Stepper, transcoder_losses
+from scfm_circuits.stepper import Stepper
+from scfm_circuits.training_step import transcoder_losses
 from scfm_circuits.transcoder import Transcoders, Variant
 
 PAPER = load_profile("paper")

@@ -9,6 +9,7 @@ import torch
 from helpers import model_for, tiny_corpus, tiny_transcoders
 from scipy.stats import entropy, sem
 from sklearn.metrics import r2_score
+from tiny_architectures import FAMILIES, tiny
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
@@ -23,6 +24,7 @@ from scfm_circuits.language_model import (
 from scfm_circuits.sentences import Corpus
 from scfm_circuits.transcoder import Transcoders
 from scfm_circuits.validation import (
+    _log_probabilities,
     compare_configurations,
     configurations,
     fraction_of_variance_unexplained,
@@ -112,6 +114,23 @@ def test_loss_and_kl_of_each_configuration(table, model, transcoders, corpus, na
     assert abs(right / wrong - 1) > 1e-3
     errors = sem(np.array(by_cell), axis=0)
     assert found[["loss_se", "kl_se"]].to_numpy(float) == pytest.approx(errors, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_starting_at_the_replaced_layer_changes_nothing(family):
+    model = tiny(family, native_norms=True)
+    transcoders = tiny_transcoders(model).to(torch.float64)
+    tokens = torch.randint(0, 40, (3, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[1, 8:] = mask[2, 6:] = False
+    residuals: list[Tensor] = []
+    for one in configurations(transcoders):
+        found = _log_probabilities(model, one, tokens, mask, residuals)
+        with replaced_mlps(model, one.replacement or RealMLPs(model).replacement, one.layers):
+            logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        whole = logits[:, :-1].float().log_softmax(dim=-1)[mask[:, 1:]]
+        torch.testing.assert_close(found, whole, rtol=1e-6, atol=1e-6)
+    assert len(mlps(model)) == len(residuals) == 3
 
 
 class RealMLPs:

@@ -6,13 +6,16 @@ as means over all predictions that are not padding. "No MLP" is zero ablation, s
 above that of a uniform guess.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
+from scfm_circuits.architectures import decoder, decoder_layers
 from scfm_circuits.language_model import (
     Replacement,
     batches,
@@ -61,8 +64,10 @@ def compare_configurations(model: "GPTNeoXForCausalLM", transcoders: Transcoders
     """Loss and KL of every configuration on the given cells.
 
     Returns one row per configuration: configuration, layer (-1: all layers), loss, kl (nats per
-    token), loss_se and kl_se (standard errors over cells), n_tokens (predictions). Memory is that
-    of two sets of logits for `forward_cells` cells.
+    token), loss_se and kl_se (standard errors over cells), n_tokens (predictions). A configuration
+    of one layer starts from what the untouched model handed to that layer, so the two runs of all
+    layers cost one run of half the model each. Memory is that of three sets of logits and of the
+    residuals of all layers for `forward_cells` cells.
     """
     import pandas as pd
 
@@ -70,6 +75,7 @@ def compare_configurations(model: "GPTNeoXForCausalLM", transcoders: Transcoders
     per_cell = np.zeros((len(chosen), 2, len(cells)))
     predictions = np.zeros(len(cells))
     done = 0
+    bar = tqdm(total=len(cells), desc="validation", unit="cell")
     for rows, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
         wanted = mask[:, 1:]
         targets = tokens[:, 1:][wanted]
@@ -77,15 +83,18 @@ def compare_configurations(model: "GPTNeoXForCausalLM", transcoders: Transcoders
         cell = torch.nonzero(wanted)[:, 0].cpu().numpy()
         done += len(rows)
         predictions[where] = np.bincount(cell, minlength=len(rows))
+        residuals: list[Tensor] = []
         original: Tensor | None = None
         for index, configuration in enumerate(chosen):
-            logs = _log_probabilities(model, configuration, tokens, mask)[wanted]
+            logs = _log_probabilities(model, configuration, tokens, mask, residuals)
             original = logs if original is None else original
             loss = -logs.gather(-1, targets[:, None])[:, 0]
-            kl = (original.exp() * (original - logs)).sum(dim=-1)
+            kl = torch.linalg.vecdot(original.exp(), original - logs)
             for kind, values in enumerate((loss, kl)):
                 per_cell[index, kind, where] = np.bincount(
                     cell, weights=values.double().cpu().numpy(), minlength=len(rows))
+        bar.update(len(rows))
+    bar.close()
     totals = per_cell.sum(axis=2) / predictions.sum()
     means = per_cell / predictions
     errors = means.std(axis=2, ddof=1) / np.sqrt(len(cells)) if len(cells) > 1 else totals * np.nan
@@ -99,14 +108,52 @@ def compare_configurations(model: "GPTNeoXForCausalLM", transcoders: Transcoders
 
 
 def _log_probabilities(model: "GPTNeoXForCausalLM", configuration: Configuration, tokens: Tensor,
-                       mask: Tensor) -> Tensor:
-    """(n, length - 1, vocabulary) float32 log-probabilities of the next tokens."""
-    if configuration.replacement is None:
-        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-    else:
-        with replaced_mlps(model, configuration.replacement, configuration.layers):
-            logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-    return logits[:, :-1].float().log_softmax(dim=-1)
+                       mask: Tensor, residuals: list[Tensor]) -> Tensor:
+    """(n_predictions, vocabulary) float32 log-probabilities of the tokens after the first.
+
+    residuals: what the untouched model hands to each layer, (n, length, d_model); the untouched
+    configuration fills it, those of one layer start from it.
+    """
+    run = decoder(model)
+    with contextlib.ExitStack() as stack:
+        given = {"input_ids": tokens}
+        if configuration.replacement is None:
+            stack.enter_context(_recorded(model, residuals))
+        else:
+            stack.enter_context(replaced_mlps(model, configuration.replacement,
+                                              configuration.layers))
+        if configuration.layers is not None:
+            first = min(configuration.layers)
+            stack.enter_context(_starting_at(model, first))
+            given = {"inputs_embeds": residuals[first]}
+        last = run(**given, attention_mask=mask, use_cache=False).last_hidden_state
+    # Only predictions that count go through the unembedding, the model's largest product.
+    logits = model.get_output_embeddings()(last[:, :-1][mask[:, 1:]])
+    return logits.float().log_softmax(dim=-1)
+
+
+@contextlib.contextmanager
+def _recorded(model: nn.Module, residuals: list[Tensor]) -> Iterator[None]:
+    """Within the block, what each layer is handed is appended to `residuals`."""
+    handles = [layer.register_forward_pre_hook(lambda module, args: residuals.append(args[0]))
+               for layer in decoder_layers(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _starting_at(model: nn.Module, layer: int) -> Iterator[None]:
+    """Within the block, the decoder consists of `layer` and those after it."""
+    run = decoder(model)
+    whole: nn.ModuleList = run.layers  # type: ignore[assignment]
+    run.layers = whole[layer:]
+    try:
+        yield
+    finally:
+        run.layers = whole
 
 
 @torch.no_grad()

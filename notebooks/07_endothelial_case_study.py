@@ -39,6 +39,7 @@ from scfm_circuits.attribution import (
     logit_direction,
 )
 from scfm_circuits.case_nulls import case_nulls, case_settings, in_prose, named_term, rate, wide
+from scfm_circuits.case_study import case_study
 from scfm_circuits.circuit_exports import neuronpedia_graph, save_graph, save_graphml
 from scfm_circuits.circuit_graph import attribution_graph, feature_target, memory_needed
 from scfm_circuits.circuit_view import circuit_view, feature_details
@@ -55,11 +56,11 @@ from scfm_circuits.circuits import (
 from scfm_circuits.enrichment import RULES, load_library, term_table
 from scfm_circuits.features import get_statistics
 from scfm_circuits.graph_scores import completeness_score, endings, prune, replacement_score
-from scfm_circuits.language_model import get_model, predict_answers
+from scfm_circuits.language_model import get_model
 from scfm_circuits.paper_checks import server_case
 from scfm_circuits.profile import ROOT, from_notebook
 from scfm_circuits.report import Report
-from scfm_circuits.sentences import answered_prompt, load_corpus
+from scfm_circuits.sentences import load_corpus
 from scfm_circuits.training import get_transcoders
 
 run = from_notebook(globals())
@@ -72,34 +73,29 @@ report.not_comparable(run)
 # %% [markdown]
 # ## The cell and the call
 #
-# The case-study type of this profile is {glue:text}`case.type`. The cell is the first held-out one
-# of that type that the model names correctly, or the first one if it names none. As in the paper's
-# Figure 4, the prompt is the sentence, a full stop, a blank line and the question. The target is
-# read at the {glue:text}`case.position`.
+# The case-study type of this profile is {glue:text}`case.type`. The sentence traced is
+# {glue:text}`case.origin`. As in the paper's Figure 4, the prompt is the sentence, a full stop, a
+# blank line and the question. The target is read at the {glue:text}`case.position`.
 
 # %%
-candidates = np.flatnonzero(corpus.held_out & (corpus.labels == run.case_type))
-answers = predict_answers(model, corpus, candidates[:20])
-right = [answer == run.case_type for answer in answers]
-chosen = right.index(True) if any(right) else 0
-cell, prediction = int(candidates[chosen]), answers[chosen]
-case = answered_prompt(corpus, run, cell, prediction)
-genes, texts, token_genes = corpus.genes_of(cell), case.texts, case.genes
-position = case.position
+study = case_study(model, corpus, run)
+case, genes, prediction = study.prompt, study.sentence, study.prediction
+texts, token_genes, position = case.texts, case.genes, case.position
 
 # %% tags=["hide-input"]
 report.value("case.type", run.case_type)
 report.value("case.position", f"final token, {texts[position]!r}" if run.case_position == "answer"
              else f"end of the question, {texts[position]!r}")
 report.value("case.prediction", prediction)
-report.value("case.truth", str(corpus.labels[cell]))
+report.value("case.truth", study.truth)
+report.value("case.origin", study.origin)
 report.value("case.n_prompt_genes", len(genes))
 report.value("case.n_tokens", len(texts))
 print(run.prompt.replace("{genes}", " ".join(genes))
       + run.response.replace("{label}", prediction))
 
 # %% [markdown]
-# The model's answer is "{glue:text}`case.prediction`"; the cell's label is
+# The model's answer is "{glue:text}`case.prediction`"; its label is
 # "{glue:text}`case.truth`". Its {glue:text}`case.n_prompt_genes` genes and the words around them take
 # {glue:text}`case.n_tokens` tokens.
 #

@@ -191,6 +191,9 @@ class Profile(BaseModel):
     # --- case study --------------------------------------------------------------------------
     case_type: str = "CD14+ Monocyte"
     """Cell type whose call is traced; a held-out cell of this type must exist."""
+    case_sentence: str | None = None
+    """A CSV file whose column `gene` is the sentence to trace instead of a cell's (the paper's
+    Figure 4: `data/paper/figure4_genes.csv`); `case_type` is then its label."""
     case_position: Literal["answer", "query"] = "answer"
     """Where the target feature is read: `answer`: the full stop that ends the answer (the paper's
     final token "."), `query`: the colon where the answer begins."""

@@ -4,7 +4,6 @@ The paper traces one prompt, which its Figure 4 prints. With the paper's model a
 very sentence can be traced; any other run takes a cell of its own.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,13 +13,18 @@ import pandas as pd
 from scfm_circuits import InputError
 from scfm_circuits.language_model import answer_prompt, predict_answers
 from scfm_circuits.profile import ROOT
-from scfm_circuits.sentences import AnsweredPrompt, answered_prompt, encode_prompt, token_texts
+from scfm_circuits.sentences import (
+    AnsweredPrompt,
+    answered_prompt,
+    answered_sentence,
+    encode_prompt,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
     from scfm_circuits.profile import Profile
-    from scfm_circuits.sentences import Corpus, Encoded
+    from scfm_circuits.sentences import Corpus
 
 
 class CaseStudy(NamedTuple):
@@ -28,7 +32,7 @@ class CaseStudy(NamedTuple):
 
     prompt: tokens, texts and genes, the answer's start and the position of the target.
     sentence: its genes in rank order; prediction: the answer without its full stop; truth: the
-    cell's label; origin: where the sentence is from, for the page.
+    cell's label; origin: where the sentence is from, as the page says it.
     """
 
     prompt: AnsweredPrompt
@@ -47,16 +51,12 @@ def case_study(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile") -
     """
     if profile.case_sentence is not None:
         sentence = read_sentence(profile.case_sentence)
-        asked, _ = _encoded(corpus.tokenizer, profile, sentence, "")
+        ids = range(len(sentence))
+        asked, _ = encode_prompt(corpus.tokenizer, profile.prompt, sentence, ids)
         prediction = answer_prompt(model, corpus.tokenizer, asked.tokens)
-        encoded, start = _encoded(corpus.tokenizer, profile, sentence,
-                                  profile.response.replace("{label}", prediction))
-        position = len(encoded.tokens) - 1 if profile.case_position == "answer" else start - 1
-        prompt = AnsweredPrompt(encoded, token_texts(corpus.tokenizer, encoded.tokens),
-                                [sentence[g] if g >= 0 else None for g in encoded.gene], start,
-                                position)
+        prompt = answered_sentence(corpus.tokenizer, profile, sentence, ids, prediction)
         return CaseStudy(prompt, sentence, prediction, profile.case_type,
-                         f"the sentence in {Path(profile.case_sentence).name}")
+                         f"that of {Path(profile.case_sentence).name}")
     candidates = np.flatnonzero(corpus.held_out & (corpus.labels == profile.case_type))[:20]
     answers = predict_answers(model, corpus, candidates)
     right = [answer == profile.case_type for answer in answers]
@@ -66,13 +66,7 @@ def case_study(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile") -
              "(the model names none of those tried to the letter)")
     return CaseStudy(answered_prompt(corpus, profile, cell, prediction), corpus.genes_of(cell),
                      prediction, str(corpus.labels[cell]),
-                     f"the first held-out cell of that type {which}")
-
-
-def _encoded(tokenizer: "PreTrainedTokenizerFast", profile: "Profile", sentence: Sequence[str],
-             answer: str) -> tuple["Encoded", int]:
-    """Tokens of the sentence's prompt with an answer; a token's gene is its place in the list."""
-    return encode_prompt(tokenizer, profile.prompt, sentence, range(len(sentence)), answer)
+                     f"that of the first held-out cell of that type {which}")
 
 
 def read_sentence(name: str, root: Path = ROOT) -> list[str]:

@@ -225,7 +225,7 @@ def _places(gene: np.ndarray) -> np.ndarray:
 
 
 class AnsweredPrompt(NamedTuple):
-    """A cell's prompt with an answer: tokens, their texts and genes, and the target's position."""
+    """A sentence's prompt with an answer: tokens, their texts and genes, the target's position."""
 
     encoded: Encoded
     texts: list[str]
@@ -234,19 +234,25 @@ class AnsweredPrompt(NamedTuple):
     position: int
 
 
-def answered_prompt(corpus: Corpus, profile: Profile, cell: int, answer: str) -> AnsweredPrompt:
-    """A cell's prompt followed by the given answer, as the case study traces it.
+def answered_sentence(tokenizer: "PreTrainedTokenizerFast", profile: Profile, genes: Sequence[str],
+                      gene_ids: Sequence[int] | np.ndarray, answer: str) -> AnsweredPrompt:
+    """A sentence's prompt followed by the given answer, as the case study traces it.
 
     `position` is where the profile's `case_position` reads the target: the answer's last token, or
     the prompt's.
     """
-    encoded, start = encode_prompt(corpus.tokenizer, profile.prompt, corpus.genes_of(cell),
-                                   corpus.gene_ids_of(cell),
+    encoded, start = encode_prompt(tokenizer, profile.prompt, genes, gene_ids,
                                    profile.response.replace("{label}", answer))
     position = len(encoded.tokens) - 1 if profile.case_position == "answer" else start - 1
-    named = [str(corpus.symbols[g]) if g >= 0 else None for g in encoded.gene]
-    return AnsweredPrompt(encoded, token_texts(corpus.tokenizer, encoded.tokens), named, start,
-                          position)
+    names = dict(zip(gene_ids, genes, strict=True))
+    return AnsweredPrompt(encoded, token_texts(tokenizer, encoded.tokens),
+                          [names.get(gene) for gene in encoded.gene], start, position)
+
+
+def answered_prompt(corpus: Corpus, profile: Profile, cell: int, answer: str) -> AnsweredPrompt:
+    """`answered_sentence` of a cell of the corpus, with the corpus's gene ids."""
+    return answered_sentence(corpus.tokenizer, profile, corpus.genes_of(cell),
+                             corpus.gene_ids_of(cell), answer)
 
 
 def build_corpus(cells: "Cells", profile: Profile) -> Corpus:

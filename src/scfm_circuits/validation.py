@@ -65,9 +65,9 @@ def compare_configurations(model: "GPTNeoXForCausalLM", transcoders: Transcoders
 
     Returns one row per configuration: configuration, layer (-1: all layers), loss, kl (nats per
     token), loss_se and kl_se (standard errors over cells), n_tokens (predictions). A configuration
-    of one layer starts from what the untouched model handed to that layer, so the two runs of all
-    layers cost one run of half the model each. Memory is that of three sets of logits and of the
-    residuals of all layers for `forward_cells` cells.
+    of one layer starts from what the untouched model handed to that layer, so it costs half a run
+    of the model on average. Memory is that of three sets of logits and of the residuals of all
+    layers for `forward_cells` cells.
     """
     import pandas as pd
 

@@ -144,6 +144,9 @@ class Profile(BaseModel):
     """Training also writes one every so many steps; 0: by time alone."""
     tensorboard: bool = False
     """Whether training also writes curves for TensorBoard, to `results/<profile>/tensorboard`."""
+    variant_tokens: Positive | None = None
+    """Tokens that each kind of dictionary is trained on where kinds are compared; null: a twelfth
+    of `training_tokens`."""
 
     # --- features ----------------------------------------------------------------------------
     live_cut: Annotated[float, Field(le=0)] = -4.0

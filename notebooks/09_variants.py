@@ -1,0 +1,187 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   scfm:
+#     after: [08_controls]
+#     produces: [tables/variants.csv, tables/variants_by_layer.csv]
+#     exhibits: "beyond the paper"
+#     modules: [variants, variant_measures, variant_figures]
+# ---
+
+# %% [markdown]
+# # Other dictionaries on the same sites
+#
+# The paper trains one kind of dictionary: a transcoder with ReLU and an L1 penalty
+# {cite:p}`dunefsky2024transcoders`. Would another have told the same story? Here eight kinds are
+# trained on the same layers, the same tokens in the same order, from the same seed:
+#
+# - **ReLU + L1** under both losses of {doc}`02_training`. The one that this run uses is the reference.
+# - **JumpReLU** {cite:p}`rajamanoharan2024jumping`: every feature has a threshold of its own, below
+#   which it is silent; the penalty counts active features and does not shrink them.
+# - **TopK** {cite:p}`gao2024scaling`: each token keeps its k largest features; there is no penalty.
+#   **BatchTopK** {cite:p}`bussmann2024batchtopk`: a batch keeps k per token on average, and a learnt
+#   threshold takes the batch's place afterwards.
+# - **Skip** {cite:p}`paulo2025transcoders`: beside the features, a linear map from input to output.
+# - **SAE**, the sparse autoencoder of the paper's Equations 1 to 3 {cite:p}`huben2024sparse`: it reads
+#   the MLP's output and writes the same output.
+
+# %% tags=["parameters"]
+profile = "demo"
+
+# %%
+import numpy as np
+
+from scfm_circuits import variant_figures
+from scfm_circuits.controls import testers
+from scfm_circuits.enrichment import load_library
+from scfm_circuits.features import get_statistics
+from scfm_circuits.language_model import get_model
+from scfm_circuits.profile import from_notebook
+from scfm_circuits.report import Report
+from scfm_circuits.sentences import load_corpus
+from scfm_circuits.variant_measures import by_layer, feature_measures, held_out_measures, summary
+from scfm_circuits.variants import get_variants
+
+run = from_notebook(globals())
+report = Report(run, "09_variants")
+corpus = load_corpus(run)
+model, _ = get_model(run, corpus)
+report.not_comparable(run)
+
+# %% [markdown]
+# ## At the same L0
+#
+# A dictionary that may use more features explains more, so kinds are compared at one L0: that which
+# the reference reaches with the profile's coefficient. TopK and BatchTopK are given it as k
+# ({glue:text}`variants.k`, the mean over layers). JumpReLU's thresholds are moved towards it, all by one
+# factor. Where an L1 penalty decides, its weight is steered while training: after each logged step it is raised or lowered according to how far the mean L0 over layers
+# is from the reference's at the same step, and to the sum of all such differences so far. The table
+# gives the weight at the end and the L0 that came out on held-out cells, between
+# {glue:text}`variants.l0_ratio_min` and {glue:text}`variants.l0_ratio_max` times the reference's. What
+# is matched is the mean: how it is shared out over layers is each kind's own affair.
+#
+# All of these are trained for {glue:text}`variants.steps` steps of {glue:text}`variants.batch` tokens,
+# fewer than the transcoders of the other chapters, so the numbers here compare with each other and not
+# with those.
+
+# %%
+trained = get_variants(model, corpus, run)
+held_out = np.flatnonzero(corpus.held_out)[:32]
+scores = held_out_measures(model, {one.setting.name: one.transcoders for one in trained}, corpus,
+                           held_out, run.forward_cells)
+
+# %%
+loaded = [load_library(name, run.gene_sets) for name in run.libraries]
+# Without the real libraries one bundled library stands in for all of them.
+libraries = list({library.content_sha256: library for library in loaded}.values())
+rules = testers(libraries, corpus, run)
+features = {one.setting.name: feature_measures(
+    get_statistics(model, one.transcoders, corpus, one.profile, one.control), corpus, run, rules)
+    for one in trained}
+layers = by_layer(trained, scores, features)
+table = summary(trained, layers, scores)
+
+# %% tags=["remove-input"]
+report.warning(*(one.warning for one in loaded))
+
+# %% mystnb={"image": {"alt": "Above: fraction of variance unexplained against active features per token, for eight kinds of dictionary. Below, a row per kind: loss added by replacing one layer, live features, and share of them called interpretable beside that of null lists."}, "figure": {"caption": "Eight kinds of dictionary at the same mean L0. Above: large symbols are means over layers, small ones single layers; lower is better. Below: grey bars are lists made from random tokens.", "name": "fig-variants"}} tags=["hide-input"]
+report.figure("variants", variant_figures.variants(table, layers, run.enrichment_rule))
+
+# %% tags=["hide-input"]
+report.table("variants", table, rows=0)
+shown = {"label": "kind", "k": "k", "l1_coefficient": "penalty", "l0": "L0", "fvu": "FVU",
+         "loss_increase": "loss +, one layer", "loss_increase_all": "loss +, all layers",
+         "live": "live (Fig. 3)", "live_table4": "live (Table 4)", "dead": "dead share",
+         "seconds_ratio": "time of a step"}
+report.show(table[list(shown)].rename(columns=shown), digits=3, caption=f"Means over layers on "
+            f"{len(held_out)} held-out cells; live features of all layers; time relative to the "
+            "reference's")
+
+# %% tags=["hide-input"]
+shares = {"label": "kind"}
+for rule in [tester.rule for tester in rules]:
+    shares |= {f"percentage_{rule}": f"{rule}: %", f"null_{rule}": f"{rule}: null lists, %"}
+report.show(table[list(shares)].rename(columns=shares), digits=3, caption="Live features called "
+            "interpretable as in Table 4, and null lists of as many random tokens, one for each feature")
+
+# %% tags=["hide-input"]
+report.table("variants_by_layer", layers, rows=len(layers) // len(table), caption="The same per layer "
+             "(here the reference; the file has all kinds)")
+
+# %% tags=["remove-input"]
+other = table.iloc[1:]
+losses = scores.set_index(["variant", "layer"])["loss"]
+report.values({"steps": trained[0].history[-1]["step"], "batch": trained[0].profile.batch_tokens,
+               "k": next(one.profile.active_features for one in trained
+                         if one.setting.matched == "k"),
+               "cells": len(held_out)}, prefix="variants.")
+for key, value in (("l0_ratio_min", other["l0_ratio"].min()),
+                   ("l0_ratio_max", other["l0_ratio"].max())):
+    report.value(f"variants.{key}", float(value), f"{value:.2f}")
+report.value("variants.original_loss", float(losses["original", -1]))
+single = [losses["no MLP", layer] - losses["original", -1] for layer in range(
+    trained[0].transcoders.n_layers)]
+report.value("variants.no_mlp_increase", float(np.mean(single)))
+for row in table.itertuples():
+    report.values({"l0": row.l0, "fvu": row.fvu, "loss_increase": row.loss_increase,
+                   "live": row.live, "live_table4": row.live_table4}, prefix=f"variants.{row.variant}.")
+    for key in ("percentage", "null"):
+        value = float(getattr(row, f"{key}_{run.enrichment_rule}"))
+        report.value(f"variants.{row.variant}.{key}", value, f"{value:.1f}")
+own_rule = table[f"percentage_{run.enrichment_rule}"]
+above = own_rule - table[f"null_{run.enrichment_rule}"]
+for key, value in (("percentage_min", own_rule.min()), ("percentage_max", own_rule.max()),
+                   ("above_null_min", above.min()), ("above_null_max", above.max())):
+    report.value(f"variants.{key}", float(value), f"{value:.1f}")
+
+# %% [markdown]
+# ## What may be concluded
+#
+# *Explaining the output.* ReLU leaves {glue:text}`variants.relu_normalized.fvu` (normalized loss) and
+# {glue:text}`variants.relu_equation4.fvu` (Equation 4) of the variance unexplained, TopK
+# {glue:text}`variants.topk.fvu`, BatchTopK {glue:text}`variants.batchtopk.fvu`, JumpReLU
+# {glue:text}`variants.jumprelu.fvu`. An L1 penalty also shrinks the features that it leaves active,
+# which costs fit at any L0; the others do not.
+#
+# *Keeping the model's loss.* Replacing one MLP by nothing adds {glue:text}`variants.no_mlp_increase`
+# nats to a loss of {glue:text}`variants.original_loss` on average. Where single layers matter this
+# little, differences between kinds are small too, and FVU tells more; replacing all layers at once adds
+# up what each of them misses.
+#
+# *Interpretability.* Between {glue:text}`variants.percentage_min` and
+# {glue:text}`variants.percentage_max` % of the live features are called interpretable, which is
+# {glue:text}`variants.above_null_min` to {glue:text}`variants.above_null_max` points more than lists of
+# as many random tokens (a negative number: fewer). A measure that hardly differs between a kind and its
+# own null lists cannot rank the kinds.
+#
+# Four differences forbid reading one column alone:
+#
+# - **The losses have different units.** `normalized` weighs every token's error by its output's norm,
+#   so tokens with small outputs count more, and FVU, which does not, counts them less.
+# - **The autoencoder has another task.** It sees the answer and has to compress it; a transcoder has to
+#   compute it. Their FVUs are not on one scale, and an autoencoder's features do not say what in the
+#   input made them fire, which circuit tracing needs.
+# - **A skip path carries a part of the function past the features.** A lower FVU is then partly the
+#   linear map's work, and a circuit through features alone leaves it out.
+# - **JumpReLU's thresholds are helped.** By its own penalty a step moves them by a factor of one plus
+#   the learning rate at most, which a run this short does not give time for. Here they start at 0.2 and
+#   all of them are moved by one factor towards the wanted L0; only how they differ from one another is
+#   learnt. The penalty's weight is what makes an active feature cost what it costs the reference.
+#
+# Paulo et al. {cite:p}`paulo2025transcoders` find transcoders' features more interpretable than
+# autoencoders' in language models, and better fits with a skip path. They judge interpretability by
+# explanations in words, not by gene sets.
+#
+# ```{admonition} Key points
+# - Compare kinds at the same L0, and say what L0 came out.
+# - Which kind fits best and which is called interpretable are separate questions; the second needs its
+#   own null.
+# - An autoencoder's fit and a transcoder's fit answer different questions.
+# ```

@@ -1,0 +1,180 @@
+"""What dictionaries of different kinds are compared by: see `variants`.
+
+All are measured on the same held-out cells, by the dictionaries as they are stored: thresholds of
+`batchtopk` and `jumprelu` are those learnt in training.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+
+from scfm_circuits.activation_buffer import faster_attention
+from scfm_circuits.controls import Tester, null_source
+from scfm_circuits.enrichment import ragged
+from scfm_circuits.features import FeatureStatistics, gene_list_ids
+from scfm_circuits.language_model import (
+    Replacement,
+    batches,
+    device_of,
+    mlp_sites,
+    mlps,
+    next_token_loss,
+    replaced_mlps,
+    zero_ablation,
+)
+from scfm_circuits.sentences import Corpus
+from scfm_circuits.transcoder import Transcoders
+from scfm_circuits.variants import Trained
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from scfm_circuits.profile import Profile
+
+NULL = "token-preserving"
+"""The null lists: random tokens of the kinds, and as many, as the feature fires on."""
+
+
+def replacement_of(model: "nn.Module", transcoders: Transcoders) -> Replacement:
+    """What takes an MLP's place: an autoencoder reads the MLP's own output."""
+    if transcoders.variant.site == "transcoder":
+        return transcoders.replacement
+    modules = mlps(model)
+    # `forward` itself passes the hook by, which would call it again.
+    return lambda layer, x: transcoders.replacement(layer, modules[layer].forward(x))
+
+
+@torch.no_grad()
+def held_out_measures(model: "nn.Module", variants: Mapping[str, Transcoders], corpus: Corpus,
+                      cells: np.ndarray, forward_cells: int) -> pd.DataFrame:
+    """L0, FVU and loss on the cells: a row per variant and layer.
+
+    Columns: variant, layer, l0, fvu, loss (nats per token with that layer's MLP replaced; layer -1:
+    all of them, with l0 and fvu missing). The rows of `no MLP` have zeros in the MLP's place, the
+    row of `original` (layer -1) the model as it is.
+    """
+    n_layers, names = len(mlps(model)), list(variants)
+    shape = len(names), n_layers
+    active, error = np.zeros(shape), np.zeros(shape)
+    total: np.ndarray | float = 0.0
+    squares, n_tokens, n_predictions = np.zeros(n_layers), 0, 0
+    replaced: dict[str, Replacement] = {
+        name: replacement_of(model, one) for name, one in variants.items()}
+    replaced["no MLP"] = zero_ablation
+    losses = dict.fromkeys([(name, layer) for name in replaced for layer in range(-1, n_layers)],
+                           0.0)
+    losses["original", -1] = 0.0
+    for _, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
+        x, y = mlp_sites(model, tokens, mask)
+        total = total + y.sum(dim=1, dtype=torch.float64).cpu().numpy()
+        squares += y.double().square().sum(dim=(1, 2)).cpu().numpy()
+        n_tokens += y.shape[1]
+        n_predictions += int(mask[:, 1:].sum())
+        for v, one in enumerate(variants.values()):
+            read = y if one.variant.site == "sae" else x
+            for layer in range(n_layers):
+                active[v, layer] += int((one.layer_activations(layer, read[layer]) > 0).sum())
+                missed = one.replacement(layer, read[layer]) - y[layer]
+                error[v, layer] += float(missed.double().square().sum())
+        with faster_attention(model):  # type: ignore[arg-type]
+            for name, layer in losses:
+                losses[name, layer] += _loss(model, replaced.get(name), layer, tokens, mask)
+    variance = squares - np.square(total).sum(axis=1) / n_tokens
+    rows = []
+    for (name, layer), loss in losses.items():
+        l0 = fvu = np.nan
+        if name in names and layer >= 0:
+            l0 = active[names.index(name), layer] / n_tokens
+            fvu = error[names.index(name), layer] / variance[layer]
+        rows.append([name, layer, l0, fvu, loss / n_predictions])
+    return pd.DataFrame(rows, columns=["variant", "layer", "l0", "fvu", "loss"])
+
+
+def _loss(model: "nn.Module", replacement: Replacement | None, layer: int, tokens: torch.Tensor,
+          mask: torch.Tensor) -> float:
+    """Summed loss with one layer replaced (-1: all; without a replacement: none)."""
+    where: Sequence[int] | None = [layer] if layer >= 0 else None
+    if replacement is None:
+        replacement, where = zero_ablation, []
+    with replaced_mlps(model, replacement, where):
+        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+    return float(next_token_loss(logits, tokens, mask).double().sum())
+
+
+def feature_measures(statistics: FeatureStatistics, corpus: Corpus, profile: "Profile",
+                     ready: Sequence[Tester]) -> pd.DataFrame:
+    """Live features and the interpretable ones among them: a row per layer.
+
+    Columns: layer, live (Figure 3's cut), live_table4, dead (share that fires nowhere in the
+    corpus); for each tester, called_<rule> and null_<rule>: how many of the features that are live
+    at Table 4's cut it calls, and how many of as many null lists of the kind `NULL`, one for each.
+    """
+    live, rows = statistics.live(profile.live_cut_table4), []
+    for layer in range(len(live)):
+        features = np.flatnonzero(live[layer])
+        own = ragged(gene_list_ids(statistics, layer, features, corpus, profile))
+        row = {"layer": layer, "live": int(statistics.live(profile.live_cut)[layer].sum()),
+               "live_table4": len(features), "dead": float((statistics.fired[layer] == 0).mean())}
+        null = None
+        if len(features):
+            source = null_source(statistics, layer, features, own, corpus, profile)
+            null = source.draw(NULL, np.random.default_rng([profile.seed, 12, layer]), 1)
+        for tester in ready:
+            row[f"called_{tester.rule}"] = int(tester.counted(own)[0].sum()) if null else 0
+            row[f"null_{tester.rule}"] = int(tester.counted(null)[0].sum()) if null else 0
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def by_layer(trained: Sequence[Trained], held_out: pd.DataFrame,
+             features: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """One row per variant and layer, measures of both kinds.
+
+    `loss_increase`: loss with that layer's MLP replaced, less the model's own.
+    """
+    own = held_out.set_index(["variant", "layer"])["loss"]
+    frames = []
+    for one in trained:
+        name = one.setting.name
+        rows = held_out[(held_out["variant"] == name) & (held_out["layer"] >= 0)]
+        rows = rows.assign(loss_increase=rows["loss"] - own["original", -1])
+        frames.append(rows.merge(features[name], on="layer"))
+    return pd.concat(frames, ignore_index=True)
+
+
+def summary(trained: Sequence[Trained], layers: pd.DataFrame, held_out: pd.DataFrame
+            ) -> pd.DataFrame:
+    """One row per variant: means over layers, live features of all layers, pooled percentages.
+
+    Columns: variant, label, l1_coefficient or k (what set its L0), l0, l0_ratio (to the
+    reference's), fvu, loss_increase (one layer at a time), loss_increase_all (all at once), live,
+    live_table4, dead, percentage_<rule>, null_<rule>, seconds_ratio (a training step's time to
+    that of the reference).
+    """
+    own = held_out.set_index(["variant", "layer"])["loss"]
+    rules = [str(name).removeprefix("called_") for name in layers
+             if str(name).startswith("called_")]
+    rows = []
+    for one in trained:
+        part = layers[layers["variant"] == one.setting.name]
+        limited = one.setting.matched == "k"
+        row = {"variant": one.setting.name, "label": one.setting.label,
+               "l1_coefficient": np.nan if limited else one.l1_coefficient,
+               "k": one.profile.active_features if limited else np.nan,
+               "l0": part["l0"].mean(), "fvu": part["fvu"].mean(),
+               "loss_increase": part["loss_increase"].mean(),
+               "loss_increase_all": own[one.setting.name, -1] - own["original", -1],
+               "live": int(part["live"].sum()), "live_table4": int(part["live_table4"].sum()),
+               "dead": part["dead"].mean()}
+        tested = row["live_table4"] or np.nan
+        for rule in rules:
+            row[f"percentage_{rule}"] = 100 * part[f"called_{rule}"].sum() / tested
+            row[f"null_{rule}"] = 100 * part[f"null_{rule}"].sum() / tested
+        row["seconds_ratio"] = one.seconds / trained[0].seconds
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    table.insert(5, "l0_ratio", table["l0"] / table["l0"].iloc[0])
+    return table

@@ -1,6 +1,6 @@
 """Tiny random models, cells and corpora for identities."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from scfm_circuits.cells import Cells
 from scfm_circuits.profile import Profile, load_profile
 from scfm_circuits.sentences import Corpus, build_corpus
+from scfm_circuits.training import TrainingRun
 from scfm_circuits.transcoder import Transcoders
 
 torch.set_num_threads(1)  # the models are too small to share out
@@ -88,3 +89,14 @@ def tiny_corpus(n: int = 12, seed: int = 3, **overrides: Any) -> Corpus:
 def model_for(corpus: Corpus, **options: Any) -> GPTNeoXForCausalLM:
     """`tiny_model` with a row for each of the corpus's tokens."""
     return tiny_model(vocabulary=len(corpus.tokenizer), **{"layers": 2, **options})
+
+
+def before_each_step(monkeypatch: pytest.MonkeyPatch, told: Callable[[TrainingRun], None]) -> None:
+    """Have `told` called with the run before each training step; it may raise to prevent it."""
+    step = TrainingRun.train_step
+
+    def stepping(self: TrainingRun, *args: Any, **options: Any) -> Any:
+        told(self)
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(TrainingRun, "train_step", stepping)

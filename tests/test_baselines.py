@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
+from helpers import before_each_step, model_for, tiny_corpus, tiny_profile, tiny_transcoders
 
 from scfm_circuits import InputError
 from scfm_circuits import baselines as baselines_module
@@ -57,18 +57,14 @@ def profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Profile:
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was computed rather than read: training steps and counting passes."""
     calls: list[str] = []
-    count, step = features_module.count_features, TrainingRun.train_step
+    count = features_module.count_features
 
     def counting(*args: Any, **options: Any) -> FeatureStatistics:
         calls.append("count")
         return count(*args, **{**options, "progress": False})
 
-    def stepping(self: TrainingRun, *args: Any, **options: Any) -> Any:
-        calls.append("step")
-        return step(self, *args, **options)
-
     monkeypatch.setattr(features_module, "count_features", counting)
-    monkeypatch.setattr(TrainingRun, "train_step", stepping)
+    before_each_step(monkeypatch, lambda run: calls.append("step"))
     return calls
 
 
@@ -242,15 +238,12 @@ def test_a_change_of_its_own_source_makes_the_control_stale_and_nothing_else(
 
 def test_an_interrupted_control_ends_as_an_uninterrupted_one(model, corpus, profile, monkeypatch,
                                                              tmp_path, capsys):
-    step = TrainingRun.train_step
-
-    def interrupting(self: TrainingRun, *args: Any, **options: Any) -> Any:
-        if self.step == 6:
+    def interrupt(run: TrainingRun) -> None:
+        if run.step == 6:
             raise KeyboardInterrupt
-        return step(self, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "train_step", interrupting)
+        before_each_step(patch, interrupt)
         with pytest.raises(KeyboardInterrupt):
             reinitialised_statistics(model, corpus, profile)
     folder = profile.results / "reinitialised"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import model_for, tiny_corpus, tiny_profile
+from helpers import before_each_step, model_for, tiny_corpus, tiny_profile
 
 from scfm_circuits import checkpoints
 from scfm_circuits import variants as variants_module
@@ -52,18 +52,17 @@ def profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Profile:
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was computed rather than read: training steps and fills of a buffer."""
     calls: list[str] = []
-    step, room = TrainingRun.train_step, ActivationBuffer._room
+    room = ActivationBuffer._room
 
-    def stepping(self: TrainingRun, *args: Any, **options: Any) -> Any:
-        assert self.control is not None
-        calls.append(self.control.name)
-        return step(self, *args, **options)
+    def stepping(run: TrainingRun) -> None:
+        assert run.control is not None
+        calls.append(run.control.name)
 
     def filling(self: ActivationBuffer, n_tokens: int) -> Any:
         calls.append("fill")
         return room(self, n_tokens)
 
-    monkeypatch.setattr(TrainingRun, "train_step", stepping)
+    before_each_step(monkeypatch, stepping)
     monkeypatch.setattr(ActivationBuffer, "_room", filling)
     return calls
 
@@ -214,17 +213,15 @@ def test_an_interrupted_steered_run_goes_on_to_the_same_end(
     whole = {one.setting.name: one for one in all_of(model, corpus, profile)}
     folder = profile.results / "variants" / "jumprelu"
     (folder / "transcoders" / "training.json").unlink()
-    step = TrainingRun.train_step
 
-    def interrupted(self: TrainingRun, *args: Any, **options: Any) -> Any:
-        if self.step == 23:
+    def interrupt(run: TrainingRun) -> None:
+        if run.step == 23:
             raise KeyboardInterrupt
-        return step(self, *args, **options)
 
     trainer = Trainer(model, corpus, profile)
     setting = whole["jumprelu"].setting
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingRun, "train_step", interrupted)
+        before_each_step(patch, interrupt)
         with pytest.raises(KeyboardInterrupt):
             trainer.trained(setting, whole["relu_normalized"], progress=False)
     assert checkpoints._steps(folder / "training_checkpoint")[0][0] == 23

@@ -110,7 +110,8 @@ def variant_profile(profile: "Profile", changes: Mapping[str, Any], **more: Any)
 
 def l0_path(history: Sequence[Mapping[str, Any]]) -> list[float]:
     """Mean L0 over layers, row by row of a history."""
-    return [float(np.mean(row["l0"])) for row in history]
+    # Not numpy's mean: a steered run asks at every step, for the whole path.
+    return [sum(row["l0"]) / len(row["l0"]) for row in history]
 
 
 def end_of(path: Sequence[float]) -> float:
@@ -144,23 +145,28 @@ class MatchedRun(TrainingRun):
 
     wanted: Sequence[float] | None = None
 
+    @property
+    def by_thresholds(self) -> bool:
+        """Whether thresholds, not the penalty's weight, are what is steered."""
+        return self.profile.activation == "jumprelu"
+
     def start(self) -> None:
         """As any run, but for the thresholds."""
         super().start()
-        if self.profile.activation == "jumprelu":
+        if self.by_thresholds:
             self.transcoders.log_threshold.data.fill_(math.log(THRESHOLD))
 
     def l1_coefficient(self, step: int) -> float:
         """The penalty's weight, corrected by what L0 has been."""
         weight = super().l1_coefficient(step)
-        if self.wanted is None or self.profile.activation == "jumprelu":
+        if self.wanted is None or self.by_thresholds:
             return weight
         return weight * correction(l0_path(self.history), self.wanted)
 
     def train_step(self, batch: Batch, *, log: bool) -> dict[str, Any] | None:
         """As any run's; where it measures, `jumprelu`'s thresholds all move by one factor."""
         row = super().train_step(batch, log=log)
-        if row is not None and self.wanted is not None and self.profile.activation == "jumprelu":
+        if row is not None and self.wanted is not None and self.by_thresholds:
             error = log_ratio(l0_path([row])[0], end_of(self.wanted))
             # Within a factor of two a row, so that no start can overshoot into silence.
             move = max(-math.log(2), min(math.log(2), THRESHOLD_RATE * error))
@@ -199,12 +205,13 @@ class Trainer:
     def trained(self, setting: Setting, reference: Trained | None = None, *,
                 progress: bool = True) -> Trained:
         """One variant: read from `results/<profile>/variants/<name>` if current, else trained."""
-        profile, stamp = variant_profile(self.profile, setting.changes), {}
-        if reference is not None:
-            wanted = l0_path(reference.history)
-            k = max(1, round(end_of(wanted)))
-            profile = variant_profile(self.profile, setting.changes, active_features=k)
+        wanted = None if reference is None else l0_path(reference.history)
+        more: dict[str, int] = {}
+        stamp: dict[str, str] = {}
+        if wanted is not None:
+            more["active_features"] = max(1, round(end_of(wanted)))
             stamp["wanted"] = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
+        profile = variant_profile(self.profile, setting.changes, **more)
         control = Control(f"variants/{setting.name}",
                           {**self.profile.fingerprint((), ("variants",)), **stamp})
         whole = json.loads(json.dumps(training_stamp(profile, self.corpus, control)))
@@ -218,7 +225,7 @@ class Trainer:
             if reference is not None and setting.matched != "k":
                 guess = first_guess(setting, reference, run.buffer)
                 run.profile = profile.model_copy(update={"l1_coefficient": guess})
-                run.wanted = l0_path(reference.history)
+                run.wanted = wanted
             run.stamp = whole
             record = self._train(run, setting, progress)
             with atomic_folder(folder) as fresh:

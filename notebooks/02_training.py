@@ -149,9 +149,9 @@ report.table("training", pd.DataFrame({
 }), caption="The last training batch, per layer")
 
 # %% tags=["remove-input"]
-report.value("training.dead_share", float(np.mean(last["dead"])))
-report.value("training.final_l0", float(np.mean(last["l0"])))
-report.value("training.final_fvu", float(np.mean(last["fvu"])))
+report.value("training.dead_share", live.known_mean(last["dead"]))
+report.value("training.final_l0", live.known_mean(last["l0"]))
+report.value("training.final_fvu", live.known_mean(last["fvu"]))
 
 # %% [markdown]
 # At the end {glue:text}`training.final_l0` features are active per token on average over layers,

@@ -34,7 +34,7 @@ def history(step: int) -> list[dict[str, Any]]:
 
 def write(folder: Path, step: int, ranks: Ranks = Ranks(), stamp: Any = STAMP) -> None:  # noqa: B008
     layers = ranks.layers(len(LAYERS))
-    save(folder, step, tensors(step, layers), layers, history(step), stamp, ranks)
+    save(folder, step, tensors(step, layers), layers, history(step), 0.5 * step, stamp, ranks)
 
 
 def read(folder: Path, ranks: Ranks = Ranks(), stamp: Any = STAMP) -> int | None:  # noqa: B008
@@ -60,6 +60,7 @@ def test_what_is_read_is_what_was_written_and_one_is_kept(tmp_path):
     for step in (3, 7, 20):
         write(tmp_path, step)
         assert read(tmp_path) == step
+        assert load(tmp_path, LAYERS, STAMP).seconds == 0.5 * step
         assert [path.name for path in tmp_path.iterdir()] == [f"step_{step}"]
 
 
@@ -159,7 +160,7 @@ def write_with_little_room(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     large = [{"W": torch.zeros(5000)} for _ in LAYERS]
     try:
-        save(folder, 9, large, LAYERS, [], STAMP, Ranks())
+        save(folder, 9, large, LAYERS, [], 0.0, STAMP, Ranks())
     except OSError:
         raise SystemExit(3) from None
 

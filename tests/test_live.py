@@ -1,6 +1,7 @@
 """Who watches a training run, and what they are shown."""
 
 import builtins
+import math
 import os
 import sys
 import types
@@ -11,7 +12,8 @@ import matplotlib.pyplot as plt
 import pytest
 
 from scfm_circuits import InputError, live
-from scfm_circuits.live import LiveCurves, TensorBoard, watched, watcher
+from scfm_circuits.figures import transcoder_curves
+from scfm_circuits.live import LiveCurves, TensorBoard, known_mean, watched, watcher
 from scfm_circuits.training_plan import FIELDS
 from tests.helpers import tiny_profile
 
@@ -157,6 +159,27 @@ def test_tensorboard_gets_each_row_once(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert board._writer.purge_step == 0
     assert board._writer.folder == str(tmp_path / profile.name / "tensorboard")
     assert watcher(profile) is not None
+
+
+def test_a_layer_that_diverged_leaves_the_others_curves(monkeypatch: pytest.MonkeyPatch,
+                                                        tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
+                        types.SimpleNamespace(SummaryWriter=Writer))
+    rows = history(2)
+    rows[1]["fvu"] = [None, 3.0]
+    board = TensorBoard(tmp_path)
+    board(rows)
+    points = {(name, step): value for name, value, step in board._writer.points}
+    assert points["mean/fvu", 200] == points["layers/fvu/01", 200] == 3.0
+    assert math.isnan(points["layers/fvu/00", 200]) and points["mean/l0", 200] == 2.125
+    figure = transcoder_curves(rows)
+    assert len(figure.axes[2].lines) == 2
+    plt.close(figure)
+
+
+def test_the_mean_is_of_layers_that_are_finite() -> None:
+    assert known_mean([1.0, None, 3.0]) == 2.0
+    assert math.isnan(known_mean([None]))
 
 
 def test_watching_changes_no_result() -> None:

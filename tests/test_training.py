@@ -301,6 +301,27 @@ def test_a_request_in_the_middle_of_a_step_loses_nothing(model, corpus, profile,
     assert same_run(trained(model, corpus, profile, tmp_path / "checkpoint"), whole)
 
 
+def test_the_time_of_runs_before_is_counted(model, corpus, profile, tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(training_module.time, "monotonic", lambda: now[0])
+    step = TrainingRun.train_step
+
+    def slow(self: TrainingRun, *given: Any, **named: Any) -> Any:
+        now[0] += 2.0
+        return step(self, *given, **named)
+
+    monkeypatch.setattr(TrainingRun, "train_step", slow)
+    profile = changed(profile, checkpoint_steps=4)
+    first = TrainingRun(model, corpus, profile, tmp_path / "checkpoint")
+    assert first.seconds == 0
+    first.run(until=5, progress=False)
+    assert first.seconds == 10
+    now[0] += 1000  # the last step was not kept, and nothing ran in between
+    again = TrainingRun(model, corpus, profile, tmp_path / "checkpoint")
+    again.run(progress=False)
+    assert again.seconds == 2 * again.steps
+
+
 def test_a_second_request_does_not_cut_the_checkpoint_short(model, corpus, profile, tmp_path,
                                                             monkeypatch):
     whole = trained(model, corpus, profile)
@@ -627,6 +648,17 @@ def test_the_program_trains_what_the_chapter_reads(program, tmp_path, capsys):
     folder = next(tmp_path.glob("smoke+*/transcoders"))
     assert f"The transcoders are in {folder}." in capsys.readouterr().out
     assert (folder / "layer_1.safetensors").is_file()
+
+
+def test_the_program_logs_as_the_chapter_does(program, monkeypatch):
+    seen: list[int] = []
+
+    def watching(profile: Profile) -> Any:
+        return (lambda history: seen.append(len(history))) if profile.tensorboard else None
+
+    monkeypatch.setattr(training_module, "watcher", watching)
+    assert program("-p", "tensorboard=true") == 0 and len(seen) > 1
+    assert seen == sorted(seen)
 
 
 @pytest.mark.parametrize("given, message", [

@@ -28,10 +28,11 @@ _STATE = "state.json"
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint read back; tensors: per layer asked for, by name."""
+    """A checkpoint read back; tensors: per layer asked for, by name; seconds: spent so far."""
 
     step: int
     history: list[dict[str, Any]]
+    seconds: float
     tensors: list[dict[str, Tensor]]
 
 
@@ -53,11 +54,12 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
 
 
 def save(folder: Path, step: int, tensors: list[dict[str, Tensor]], layers: range,
-         history: list[dict[str, Any]], stamp: Mapping[str, Any], ranks: Ranks) -> None:
+         history: list[dict[str, Any]], seconds: float, stamp: Mapping[str, Any],
+         ranks: Ranks) -> None:
     """Write the checkpoint of a step; each process gives its own layers.
 
-    tensors: per layer, by name. Raises OSError at all of them if one has no room or no right to
-    write; what stood there before is then still there.
+    tensors: per layer, by name. seconds: time spent so far. Raises OSError at all of them if one
+    has no room or no right to write; what stood there before is then still there.
     """
     whole, part = folder / f"step_{step}", folder / f".step_{step}"
     problem: object = None
@@ -79,7 +81,8 @@ def save(folder: Path, step: int, tensors: list[dict[str, Tensor]], layers: rang
     _all_well(problem, part, ranks)
     try:
         if ranks.first:
-            write_json(part / _STATE, {"step": step, "stamp": stamp, "history": history})
+            write_json(part / _STATE, {"step": step, "stamp": stamp, "history": history,
+                                      "seconds": seconds})
             shutil.rmtree(whole, ignore_errors=True)  # one that could not be read
             part.rename(whole)
             for _, old in _steps(folder):  # later ones could not be read either
@@ -115,7 +118,8 @@ def load(folder: Path, layers: range, stamp: Mapping[str, Any], ranks: Ranks = A
             differing = stamp_difference(state["stamp"], json.loads(json.dumps(stamp)))
             if not differing:
                 tensors = [load_file(path / f"layer_{layer}.safetensors") for layer in layers]
-                found = Checkpoint(int(state["step"]), list(state["history"]), tensors)
+                found = Checkpoint(int(state["step"]), list(state["history"]),
+                                   float(state["seconds"]), tensors)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             differing = ""

@@ -5,10 +5,11 @@
 """
 
 import io
+import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,18 @@ if TYPE_CHECKING:
 UNWATCHED = "SCFM_UNWATCHED"
 """Environment variable that is set where notebooks are executed without anybody looking on."""
 MEASURES = ("reconstruction", "sparsity", "l0", "fvu", "dead")
-"""What a row of the history holds, beside its step and tokens: a list of one number per layer."""
+"""What a row of the history holds, beside its step and tokens: a list of one number per layer,
+None where it was not finite."""
 
 History = list[dict[str, Any]]
 Logged = Callable[[History], None]
 """Called with the history so far, each time a row is added."""
+
+
+def known_mean(values: Sequence[float | None]) -> float:
+    """Mean of a measure over layers, without those where it was not finite; NaN if all are so."""
+    known = [one for one in values if one is not None]
+    return sum(known) / len(known) if known else math.nan
 
 
 def watched() -> bool:
@@ -121,8 +129,10 @@ class TensorBoard:
                 values = row[measure]
                 points = {f"layers/{measure}/{layer:02}": value
                           for layer, value in enumerate(values)}
-                points[f"mean/{measure}"] = sum(values) / len(values)
+                points[f"mean/{measure}"] = known_mean(values)
                 for name, value in points.items():
-                    self._writer.add_scalar(name, value, row["tokens"])
+                    # TensorBoard marks what is not a number; it has no None.
+                    self._writer.add_scalar(name, math.nan if value is None else value,
+                                            row["tokens"])
         self._written = len(history)
         self._writer.flush()

@@ -32,7 +32,7 @@ from scfm_circuits.activation_buffer import ActivationBuffer, Batch
 from scfm_circuits.distributed import ALONE, FailedElsewhere, Ranks, started
 from scfm_circuits.files import atomic_folder, read_json
 from scfm_circuits.language_model import Sites, device_of, mlps
-from scfm_circuits.live import MEASURES, Logged
+from scfm_circuits.live import MEASURES, Logged, known_mean, watcher
 from scfm_circuits.stepper import Stepper, resample
 from scfm_circuits.stopping import Stops, Terminated, stops_heeded
 from scfm_circuits.training_plan import (
@@ -94,6 +94,7 @@ class TrainingRun:
         self.tokens_since_fired = torch.zeros(shape, dtype=torch.int64, device=device)
         self.step = 0
         self.history: list[dict[str, Any]] = []
+        self._seconds, self._began = 0.0, math.nan
         self._saved_step = 0
         self._warned: set[tuple[str, int]] = set()
 
@@ -117,6 +118,7 @@ class TrainingRun:
         Ctrl-C and SIGTERM end it after the step under way, with a checkpoint; among several
         processes, at the next step at which they agree (`_AGREE_STEPS`).
         """
+        self._began = time.monotonic()
         if not self.resume():
             self.start()
         last = self.steps if until is None else min(until, self.steps)
@@ -215,8 +217,8 @@ class TrainingRun:
         """Means over layers beside the bar; and say once of a layer that it diverges or dies."""
         shown = {}
         for key in ("reconstruction", "l0", "fvu", "dead"):
-            known = [one for one in row[key] if one is not None]
-            shown[key] = f"{sum(known) / len(known):.3g}" if known else "none"
+            mean = known_mean(row[key])
+            shown[key] = f"{mean:.3g}" if math.isfinite(mean) else "none"
         bar.set_postfix(shown, refresh=False)
         warm = self.step > self.profile.warmup_steps
         for layer, (loss, fvu, dead) in enumerate(zip(row["reconstruction"], row["fvu"],
@@ -235,6 +237,12 @@ class TrainingRun:
 
     # --- checkpoints ---
 
+    @property
+    def seconds(self) -> float:
+        """Time spent in `run` so far, with that of the runs this one goes on from."""
+        since = time.monotonic() - self._began
+        return self._seconds + (since if math.isfinite(since) else 0.0)
+
     def _state(self) -> list[dict[str, Tensor]]:
         """Per layer, all that the next step depends on."""
         stores: dict[str, Mapping[str, Tensor]] = {
@@ -249,7 +257,7 @@ class TrainingRun:
             return
         try:
             checkpoints.save(self.checkpoint, self.step, self._state(), self.layers, self.history,
-                             self.stamp, self.ranks)
+                             self.seconds, self.stamp, self.ranks)
             self._saved_step = self.step
         except OSError as error:
             if self.ranks.first:
@@ -270,7 +278,7 @@ class TrainingRun:
             for own, stored in zip(self._state(), found.tensors, strict=True):
                 for name, tensor in own.items():
                     tensor.copy_(stored[name])
-        self.step, self.history = found.step, found.history
+        self.step, self.history, self._seconds = found.step, found.history, found.seconds
         self._saved_step = found.step
         if self.ranks.first:
             print(f"Resuming at step {self.step:,} of {self.steps:,}.")
@@ -292,9 +300,8 @@ def get_transcoders(model: "PreTrainedModel", corpus: "Corpus", profile: "Profil
         run = TrainingRun(model, corpus, profile, checkpoint, control, ranks)
         if ranks.first:
             _announce(run, corpus)
-        began = time.monotonic()
         run.run(logged=logged)
-        record = {"stamp": stamp, "history": run.history, "seconds": time.monotonic() - began,
+        record = {"stamp": stamp, "history": run.history, "seconds": run.seconds,
                   "steps": run.steps, "tokens": run.steps * profile.batch_tokens}
         _store(run, folder, record)
         if ranks.first:
@@ -358,9 +365,13 @@ def _perform(arguments: argparse.Namespace, ranks: Ranks) -> None:
         corpus = load_corpus(profile)
         return profile, corpus, get_model(profile, corpus)[0]
 
+    def logs() -> Logged | None:  # before any work: TensorBoard may not be installed
+        return watcher(load_profile(arguments.profile, parse_overrides(arguments.parameters)))
+
+    logged = ranks.after_first(lambda: logs() if ranks.first else None)
     # The first process builds what the others then read.
     profile, corpus, model = ranks.after_first(prepared)
-    get_transcoders(model, corpus, profile, ranks=ranks)
+    get_transcoders(model, corpus, profile, ranks=ranks, logged=logged)
     if ranks.first:
         print(f"The transcoders are in {profile.results / 'transcoders'}.")
 

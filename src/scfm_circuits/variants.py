@@ -24,6 +24,7 @@ from scfm_circuits import checkpoints
 from scfm_circuits.activation_buffer import ActivationBuffer, Batch
 from scfm_circuits.files import atomic_folder, read_json
 from scfm_circuits.language_model import device_of
+from scfm_circuits.live import known_mean
 from scfm_circuits.sentences import Corpus
 from scfm_circuits.training import TrainingRun
 from scfm_circuits.training_plan import Control, stage_folder, training_stamp
@@ -110,8 +111,7 @@ def variant_profile(profile: "Profile", changes: Mapping[str, Any], **more: Any)
 
 def l0_path(history: Sequence[Mapping[str, Any]]) -> list[float]:
     """Mean L0 over layers, row by row of a history."""
-    # Not numpy's mean: a steered run asks at every step, for the whole path.
-    return [sum(row["l0"]) / len(row["l0"]) for row in history]
+    return [known_mean(row["l0"]) for row in history]
 
 
 def end_of(path: Sequence[float]) -> float:

@@ -159,6 +159,11 @@ class Profile(BaseModel):
     """Live features drawn for the human evaluation."""
     contexts_per_feature: Positive = 5
     """Strongest contexts shown for each of them."""
+    human_decoys: Annotated[int, Field(ge=0)] = 6
+    """Decoys hidden among their cards, half of either kind."""
+    gene_groups: str | None = None
+    """Path of a .csv or .tsv with the columns symbol and group (HGNC's gene groups, say), whose
+    groups count as gene families in the automatic score beside the shared stems of symbols."""
 
     # --- enrichment --------------------------------------------------------------------------
     libraries: Annotated[list[str], Field(min_length=1)] = [

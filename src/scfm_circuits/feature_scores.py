@@ -204,13 +204,24 @@ def _blocks(live: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 # --- decoys --------------------------------------------------------------------------------------
 
 
+def draw_tokens(occurrences: np.ndarray, wanted: float, rng: np.random.Generator
+                ) -> tuple[np.ndarray, float]:
+    """Random tokens for a decoy that fires `wanted` times, and how likely it fires on each.
+
+    Tokens are drawn until there are at least three of them and they occur that often together; on
+    each occurrence the decoy fires with the same probability. occurrences: (n_tokens,).
+    """
+    drawn = rng.permutation(len(occurrences))
+    sums = np.cumsum(occurrences[drawn])
+    n = min(max(RANDOM_TOKENS, int(np.searchsorted(sums, wanted)) + 1), len(drawn))
+    return drawn[:n], min(1.0, wanted / sums[n - 1])
+
+
 def random_token_counts(pairs: SplitPairs, fired: np.ndarray, rng: np.random.Generator
                         ) -> tuple[sp.csr_matrix, sp.csr_matrix]:
     """Counts of decoys that fire on random tokens, (n, n_pairs) in training and held out.
 
-    fired: (n,) how often each shall fire inside genes. Tokens are drawn until there are at least
-    three of them and they occur as often; on each occurrence the decoy fires with the same
-    probability.
+    fired: (n,) how often each shall fire inside genes. See `draw_tokens`.
     """
     tokens, place = np.unique(pairs.token, return_inverse=True)
     occurrences = np.bincount(place, pairs.train_count + pairs.held_out_count)
@@ -218,11 +229,8 @@ def random_token_counts(pairs: SplitPairs, fired: np.ndarray, rng: np.random.Gen
     starts = np.searchsorted(place[by_token], np.arange(len(tokens) + 1))
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for wanted in fired:
-        drawn = rng.permutation(len(tokens))
-        sums = np.cumsum(occurrences[drawn])
-        n = min(max(RANDOM_TOKENS, int(np.searchsorted(sums, wanted)) + 1), len(tokens))
-        columns = np.sort(np.concatenate([by_token[starts[i] : starts[i + 1]] for i in drawn[:n]]))
-        rate = min(1.0, wanted / sums[n - 1])
+        drawn, rate = draw_tokens(occurrences, wanted, rng)
+        columns = np.sort(np.concatenate([by_token[starts[i] : starts[i + 1]] for i in drawn]))
         rows.append((columns, rng.binomial(pairs.train_count[columns], rate),
                      rng.binomial(pairs.held_out_count[columns], rate)))
     indptr = np.append(0, np.cumsum([len(one[0]) for one in rows])).astype(np.int64)

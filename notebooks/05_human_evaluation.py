@@ -65,6 +65,7 @@ from scfm_circuits.report import Report
 from scfm_circuits.score_checks import (
     planted_score_table,
     program_sets,
+    read_reading,
     table3_check,
     table3_summary,
 )
@@ -307,9 +308,9 @@ report.table("planted_scores", planted, digits=3, caption="Verdicts of features 
 
 # %% tags=["hide-input"]
 kinds = corpus_kinds(statistics, corpus, run)
-reading = pd.read_csv(ROOT / "data" / "paper" / "table3_reading.csv", dtype={"token": str})
+reading = read_reading(ROOT / "data" / "paper" / "table3_reading.csv")
 texts = token_texts(corpus.tokenizer, pd.unique(pd.Series(kinds.pairs.token).sort_values()))
-check = table3_check(paper, reading.fillna("NA"), kinds, texts, corpus.symbols)
+check = table3_check(paper, reading, kinds, texts, corpus.symbols)
 report.value("score.table3_n", int(check["verdict"].notna().sum()))
 report.table("table3_check", check, digits=2, caption="The paper's Table 3 as printed, and the "
              "verdict on features that fire as described")

@@ -10,6 +10,7 @@
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,7 +58,13 @@ def described_pairs(token: str, position: str, genes: str, pairs: SplitPairs,
     fits = np.array([any(fnmatchcase(str(symbol).upper(), one) for one in patterns)
                      and (position == "any" or str(symbol).endswith(token))
                      for symbol in symbols], bool)
-    return is_token[np.searchsorted(np.unique(pairs.token), pairs.token)] & fits[pairs.gene]
+    place = np.searchsorted(np.unique(pairs.token), pairs.token)
+    return np.logical_and(is_token[place], fits[pairs.gene])
+
+
+def read_reading(path: str | Path) -> pd.DataFrame:
+    """Our reading of Table 3's words; columns feature, token, position, genes."""
+    return pd.read_csv(path, dtype={"token": str, "genes": str}, keep_default_na=False)
 
 
 def table3_check(table3: pd.DataFrame, reading: pd.DataFrame, kinds: Kinds, texts: Sequence[str],
@@ -77,7 +84,7 @@ def table3_check(table3: pd.DataFrame, reading: pd.DataFrame, kinds: Kinds, text
     frame = table3.set_index("feature").loc[reading["feature"]].reset_index()
     held = [described_pairs(row["token"], "any", "*", pairs, texts, symbols)
             for row in reading.to_dict("records")]
-    found = fires.any(axis=1)
+    found = pd.Series(fires.any(axis=1))
     result = pd.DataFrame({
         "feature": frame["feature"], "activating_tokens": frame["activating_tokens"],
         "paper": frame["gene_level_interpretable"],
@@ -130,10 +137,10 @@ def planted_score_table(scores: FeatureScores, statistics: Mapping[str, FeatureS
             told.loc[part.index, "program"] = np.where(called, "known", "none matches")
     told.loc[told["source"] == RANDOM, "program"] = "there is none"
     rows = []
-    for (source, program), part in told.groupby(["source", "program"], sort=False):
+    for named, part in told.groupby(["source", "program"], sort=False):
         share = part["verdict"].value_counts(normalize=True)
         beyond = part["program_f1"].fillna(0) >= part["token_f1"].fillna(0) + MARGIN
-        rows.append((source, program, len(part), share.get(GENE, 0.0) + share.get(FAMILY, 0.0),
+        rows.append((*tuple(named), len(part), share.get(GENE, 0.0) + share.get(FAMILY, 0.0),
                      share.get(EITHER, 0.0), share.get(SUB_WORD, 0.0), share.get(NONE, 0.0),
                      beyond.mean(), part["program_auroc"].median()))
     table = pd.DataFrame(rows, columns=[

@@ -207,6 +207,8 @@ def shared_inputs(
     cells = cells_path(profile, ROOT)
     if cells is not None:
         inputs["cells"] = _stamp_files([cells])
+    if profile.gene_groups is not None:
+        inputs["gene groups"] = _stamp_files([ROOT / Path(profile.gene_groups).expanduser()])
     return inputs
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from scfm_circuits import InputError
-from scfm_circuits.files import write_json
+from scfm_circuits.files import write_atomic
 
 FEATURE, UNTRAINED, RANDOM = "feature", "untrained encoder", "random tokens"
 SOURCES = (FEATURE, UNTRAINED, RANDOM)
@@ -133,7 +133,7 @@ def blind(deck: Deck) -> dict[str, Any]:
 
 def write_deck(deck: Deck, path: str | Path) -> Path:
     """Write `blind(deck)` as JSON."""
-    return write_json(path, blind(deck))
+    return write_atomic(path, json.dumps(blind(deck), allow_nan=False, separators=(",", ":")))
 
 
 def read_deck(path: str | Path) -> Deck:

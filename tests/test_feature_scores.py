@@ -35,7 +35,13 @@ from scfm_circuits.held_out_counts import (
     split_pairs,
 )
 from scfm_circuits.profile import ROOT
-from scfm_circuits.score_checks import read_reading, table3_check, table3_summary
+from scfm_circuits.score_checks import (
+    known_feature_table,
+    made_features,
+    read_reading,
+    table3_check,
+    table3_summary,
+)
 from scfm_circuits.sentences import token_texts
 
 # Each gene's tokens, by hand: "A" and "1" stand in several families, "Q" in one family alone.
@@ -193,6 +199,39 @@ def test_everything_runs_on_a_small_run(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(blocks, whole[blocks.columns])
     assert len(score_figures.explained_per_layer(shares).axes) == 3
     assert len(score_figures.prediction_by_kind(*scores).axes) == 3
+
+
+def many_families() -> Kinds:
+    """30 families of 4 genes; each name holds its family's token and one of 12 that all share."""
+    symbols = np.array([f"{a}{b}Q{i}" for a in "ABCDEF" for b in "VWXYZ" for i in range(4)])
+    texts = [f"f{i}" for i in range(30)] + [f"s{i}" for i in range(12)]
+    rng = np.random.default_rng(5)
+    rows = [(g, token) for g in range(120) for token in (g // 4, 30 + int(rng.integers(12)))]
+    gene, token = np.array(rows).T
+    pairs = SplitPairs(np.arange(240), token, gene, *(np.full(240, n) for n in (90, 20)),
+                       *(np.full(120, n) for n in (90, 20)))
+    return Kinds(gene_kinds(pairs, symbols, texts), pairs)
+
+
+def test_features_made_to_be_known_are_told():
+    made = known_feature_table(many_families(), seed=0).set_index(["fires_on", "purity"])
+    assert made.loc[("gene", 1.0), "gene_or_family"] > 0.95
+    assert made.loc[("token", 1.0), "sub_word"] > 0.95
+    # A family's own token stands in its genes alone.
+    assert made.loc[("family", 1.0), "either"] > 0.95
+    assert set(made.index.get_level_values(0)) == {"gene", "family", "token"}
+
+
+@pytest.mark.parametrize("purity", [1.0, 0.7, 0.3])
+def test_made_features_are_as_pure_as_asked(purity):
+    kinds = many_families()
+    train, held_out = made_features("gene", kinds, 40, purity, np.random.default_rng(2))
+    inside = []
+    for row in train + held_out:
+        counts = np.bincount(kinds.pairs.gene, row.toarray().ravel(), minlength=120)
+        # At most three genes hold what is pure; all of their tokens fire.
+        inside.append(np.sort(counts)[-3:].sum() / counts.sum())
+    assert np.mean(inside) == pytest.approx(purity, abs=0.06)
 
 
 def table3() -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -59,5 +59,6 @@ def prediction_by_kind(features: pd.DataFrame, decoys: pd.DataFrame) -> Figure:
         axis.set(title=f"up to three {title}", xlabel="F1 on held-out cells of at least",
                  xlim=(0, 1), ylim=(0, 100))
     axes[0].set(ylabel="% of features")
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  frameon=False)
     return figure

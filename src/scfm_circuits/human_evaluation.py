@@ -1,6 +1,6 @@
 """The rating sheet of Table 3, and what raters sent back.
 
-Ratings come as CSV files from elsewhere: exports of the rating page (a row per card), or the
+Ratings come as CSV files from elsewhere: answers to the deck (a row per card), or the
 chapter's own sheet, filled in by hand (a row per feature). So their columns, values and study are
 checked and their text is only ever shown escaped.
 """

@@ -8,7 +8,7 @@ the others are decoys that fire as often:
 - *untrained encoder*: a feature that reads a random direction of the real model;
 - *random tokens*: some tokens drawn at random, on which it "fires" at random.
 
-`write_deck` writes the cards without what they are, for the rating page; `deck_key` is the table
+`write_deck` writes the cards without what they are, for raters; `deck_key` is the table
 that tells. `card_drawing` draws them.
 """
 
@@ -115,7 +115,7 @@ def deck_key(deck: Deck) -> pd.DataFrame:
 
 
 def blind(deck: Deck) -> dict[str, Any]:
-    """The deck as plain data for the rating page, without what the cards are.
+    """The deck as plain data, without what the cards are.
 
     {"study", "instructions": [...], "cards": [{"card", "log10_frequency", "tokens": [{"text",
     "share", "fired", "present"}], "genes": [{"symbol", "token", "fired", "occurrences"}],

@@ -1,0 +1,140 @@
+"""A rehearsal of the profile `paper` with stand-ins of its shape.
+
+Neither the real model nor the real atlas is needed: the cells are simulated, with the atlas's
+columns, and the model is of C2S-Pythia-410m's architecture with random weights. No number of such a
+run means anything; what it shows is that every chapter executes at that size, in how much memory
+and in what time.
+
+    python tests/benchmarks/rehearsal.py FOLDER [--tokenizer FOLDER]
+    make book PROFILE=FOLDER/rehearsal.yml
+
+What cannot be rehearsed at random weights is how sparse trained transcoders are: a few steps on
+random activations leave thousands of features active on every token, a hundred times more than the
+paper's. So TopK stands in for ReLU, with the paper's order of active features.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import yaml
+
+from scfm_circuits.sentences import load_tokenizer, train_tokenizer
+
+TYPES = {"Ventricular Cardiomyocyte": 0.27, "Fibroblast": 0.20, "Endothelial cell": 0.19,
+         "Mural cell": 0.15, "Myeloid": 0.08, "Atrial Cardiomyocyte": 0.06, "Lymphoid": 0.05}
+"""Labels of the atlas's `cell_type` and their rough shares."""
+STEMS = ("KIF", "ZNF", "PTPN", "COL", "SLC", "LAM", "RPS", "RPL", "MT-ND", "HLA-D", "TMEM", "FOXO")
+
+
+class Size(NamedTuple):
+    """How large the stand-ins are. cells: those that the run uses; tokens: for training."""
+
+    cells: int = 60
+    genes: int = 32_732
+    layers: int = 24
+    width: int = 1024
+    heads: int = 16
+    vocabulary_rows: int = 50_304
+    tokens: int = 8192
+
+
+def symbols(n: int, known: Sequence[str], rng: np.random.Generator) -> list[str]:
+    """n gene symbols: known ones (the paper's Figure 4), made ones, one that stands twice."""
+    made = [f"{STEMS[i % len(STEMS)]}{1 + i // len(STEMS)}" for i in range(n)]
+    names = list(dict.fromkeys([*known, "C1orf112", *made]))[: n - 1]
+    return [str(name) for name in rng.permutation([*names, names[0]])]
+
+
+def write_cells(path: Path, size: Size, known: Sequence[str], seed: int = 0) -> None:
+    """An .h5ad with the atlas's columns: Ensembl ids, `gene_name-new`, `cell_type`, raw counts."""
+    import anndata as ad
+
+    rng = np.random.default_rng(seed)
+    names = symbols(size.genes, known, rng)
+    n = 2 * size.cells
+    labels = rng.choice(list(TYPES), size=n, p=np.array([*TYPES.values()]) / sum(TYPES.values()))
+    base = rng.lognormal(-2.5, 2, size=size.genes)
+    base[np.isin(names, list(known))] *= 20
+    programs = {label: rng.choice(size.genes, max(5, size.genes // 160), replace=False)
+                for label in TYPES}
+    rows = []
+    for label in labels:
+        mean = base.copy()
+        mean[programs[str(label)]] *= 20
+        rows.append(sp.csr_matrix(rng.poisson(4000 * mean / mean.sum()).astype(np.float32)))
+    ad.AnnData(
+        sp.vstack(rows).tocsr(),
+        obs=pd.DataFrame({"cell_type": pd.Categorical(labels, [*TYPES, "Not in this file"])},
+                         index=[f"cell{i}" for i in range(n)]),
+        var=pd.DataFrame({"gene_name-new": names},
+                         index=[f"ENSG{i:011d}" for i in range(size.genes)])).write_h5ad(path)
+
+
+def write_model(folder: Path, size: Size, tokenizer: str | None, names: Sequence[str],
+                seed: int = 0) -> None:
+    """A GPT-NeoX of random weights with a tokenizer: one given, or a BPE trained on the genes."""
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(seed)
+    rows = size.vocabulary_rows
+    GPTNeoXForCausalLM(GPTNeoXConfig(
+        vocab_size=rows, hidden_size=size.width, num_hidden_layers=size.layers,
+        num_attention_heads=size.heads, intermediate_size=4 * size.width, rotary_pct=0.25,
+        max_position_embeddings=2048, use_parallel_residual=True, tie_word_embeddings=False,
+        bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    found = load_tokenizer(tokenizer) if tokenizer else train_tokenizer(
+        [" ".join(names), "The corresponding cell type is:", *TYPES], min(rows, 2000))
+    found.save_pretrained(folder)
+
+
+def write_profile(path: Path, size: Size, cells: Path, model: Path, results: str = "") -> None:
+    """`paper` with the stand-ins in place of the data and the model, and few tokens."""
+    fields = {
+        "extends": "paper", "title": "rehearsal with random weights; no number here means anything",
+        "cells": str(cells), "cells_are": "simulated",
+        "cells_name": "simulated cells of the atlas's shape", "model": str(model),
+        "tokenizer": str(model), "model_revision": None, "model_layers": size.layers,
+        "max_cells": size.cells, "validation_share": 0.1, "training_tokens": size.tokens,
+        "buffer_tokens": 8192, "warmup_steps": 1, "dead_after_tokens": 4096, "forward_cells": 4,
+        "activation": "topk", "active_features": 48, "learning_rate": 0.001,
+        "human_layer": min(12, size.layers - 1),
+    }
+    path.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+
+
+def write_rehearsal(folder: Path, size: Size, tokenizer: str | None = None) -> Path:
+    """All stand-ins into a folder; returns the profile's path."""
+    root = Path(__file__).resolve().parents[2]
+    known = pd.read_csv(root / "data" / "paper" / "figure4_genes.csv")["gene"].tolist()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_cells(folder / "cells.h5ad", size, known)
+    write_model(folder / "model", size, tokenizer, symbols(size.genes, known,
+                                                           np.random.default_rng(0)))
+    write_profile(folder / "rehearsal.yml", size, folder / "cells.h5ad", folder / "model")
+    return folder / "rehearsal.yml"
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Write the stand-ins and say how to run them."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokenizer", help="folder with C2S-Pythia's tokenizer.json (default: one "
+                        "trained on the simulated genes)")
+    for name, default in Size()._asdict().items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    arguments = vars(parser.parse_args(given))
+    folder, tokenizer = arguments.pop("folder").resolve(), arguments.pop("tokenizer")
+    print(f"make book PROFILE={write_rehearsal(folder, Size(**arguments), tokenizer)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

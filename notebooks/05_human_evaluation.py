@@ -145,6 +145,8 @@ for source, name in ((UNTRAINED, "untrained"), (RANDOM, "random")):
 # Unsure), `label` and `note`; the sheet `human_eval_sample.csv`, filled in by hand, serves as well for
 # the features. Put into `data/human_eval/`, a file is counted by the next build.
 #
+# Everything the run knows about a feature stands in {doc}`features`; who rates looks there afterwards.
+#
 # ## The rate
 
 # %%

@@ -467,7 +467,8 @@ report.show(features.loc[:14, ["layer", "feature", "p_controls", "q_corpus", "Te
 # Every live feature, furthest ahead of the controls first: search for a gene, a token or a term, or
 # choose a layer. Genes, terms and `q_` columns (the smallest BH-adjusted p under that rule) are those
 # of the gene rule `occurrence`; `table4_interpretable` is the verdict of Table 4 above. The file has
-# all columns; `feature_terms.csv` has the three best terms of each library for every feature.
+# all columns; `feature_terms.csv` has the three best terms of each library for every feature. A
+# feature's number leads to everything known about it, in {doc}`features`.
 
 # %% tags=["hide-input"]
 report.table("feature_terms", terms, rows=0)
@@ -476,7 +477,8 @@ report.browse("features", features[[
     *(name for name in verdicts if name.startswith("q_") and name != "q_controls"), "Term", "library", "Overlap", "tokens", "genes", "log10_E_f", "n_genes",
     *[name for name in verdicts if name.startswith("p_") and name != "p_controls"], "p",
 ]].rename(columns={"Term": "best_term", "Overlap": "overlap"}),
-    caption="Live features and their best terms", digits=3)
+    caption="Live features and their best terms", digits=3,
+    links={"feature": "features.html#L{layer}.F{feature}"})
 
 # %% [markdown]
 # ## What GSEA itself would say

@@ -530,6 +530,7 @@ report.table("case_call_genes", by_gene, rows=12,
 # features on the way is in the features' bar.
 #
 # ```{admonition} Key points
+# - Each of its features can be looked up in {doc}`features`.
 # - Every number of this circuit adds up, to rounding; what was not kept is stated.
 # - An enriched term among circuit genes has to be read against the terms of the prompt itself.
 # - The paper's FDR and score for its nine genes do not follow from any known formula.

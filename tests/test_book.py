@@ -299,7 +299,7 @@ def test_which_libraries_the_real_chapters_ask_for() -> None:
     run = load_run("demo")
     asked = {notebook.name: freshness.libraries_asked_for(notebook, run.profile)
              for notebook in run.notebooks}
-    assert asked["01_cells_and_model"] == asked["08_controls"] == asked["10_claims"] == []
+    assert asked["01_cells_and_model"] == asked["08_controls"] == asked["11_claims"] == []
     assert asked["09_variants"] == sorted(run.profile.libraries)
     assert asked["06_enrichment"] == sorted(run.profile.libraries)
     assert run.profile.case_library in asked["07_endothelial_case_study"]

@@ -504,6 +504,8 @@
         ["its genes", node.genes.join(" ") + (node.n_genes > node.genes.length
           ? ` … (${node.n_genes} in all)` : "")],
         ["best term", node.term],
+        ["more", node.kind === "feature" && element("a",
+          { href: `features.html#L${node.layer}.F${node.index}` }, "this feature in the index")],
       ];
       return element("dl", {}, ...facts.filter(([, text]) => text).flatMap(([name, text]) =>
         [element("dt", {}, name), element("dd", {}, ...[text].flat())]));

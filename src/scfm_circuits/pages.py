@@ -27,6 +27,7 @@ import yaml
 
 from scfm_circuits import InputError
 from scfm_circuits.execution import ExecutionFailed, only_one
+from scfm_circuits.feature_files import FOLDER, index_box
 from scfm_circuits.files import sha256_of_file, write_atomic, write_json
 from scfm_circuits.freshness import Run, plan
 from scfm_circuits.profile import ROOT
@@ -34,7 +35,7 @@ from scfm_circuits.profile import ROOT
 BOOK = ROOT / "book"
 STAMP = "built.json"
 DOWNLOADS = ("tables/*.csv", "tables/*.js", "figures/*.png", "figures/*.svg", "circuits/*.json",
-             "circuits/*.js", "values/*.json", "claims.csv", "provenance.json")
+             "circuits/*.js", "feature_pages/*.js", "values/*.json", "claims.csv", "provenance.json")
 """Results that are copied beside the pages; transcoder weights stay where they are."""
 # In <a> an address is only followed on a click; in these it is fetched with the page.
 _FETCHED = re.compile(
@@ -194,7 +195,8 @@ def _stage_notebook(executed: Path, source: Path) -> None:
 
 def _filled(run: Run, text: str) -> str:
     """The page with its generated parts in place of `<!-- generated: name -->`."""
-    parts = {"exhibits": exhibit_map, "verdicts": verdict_counts, "downloads": download_list}
+    parts = {"exhibits": exhibit_map, "verdicts": verdict_counts, "downloads": download_list,
+             "features": lambda run: index_box(run.profile.results / FOLDER)}
 
     def part(match: re.Match[str]) -> str:
         name = match.group(1)

@@ -9,7 +9,7 @@
 #     language: python
 #     name: python3
 #   scfm:
-#     after: [01_cells_and_model, 02_training, 03_validation, 04_sparsity, 05_human_evaluation, 06_enrichment, 07_endothelial_case_study, 08_controls, 09_variants]
+#     after: [01_cells_and_model, 02_training, 03_validation, 04_sparsity, 05_human_evaluation, 06_enrichment, 07_endothelial_case_study, 08_controls, 09_variants, 10_features]
 #     produces: [claims.csv]
 #     exhibits: "every exhibit"
 #     modules: [claims]
@@ -34,7 +34,7 @@ from scfm_circuits.profile import from_notebook
 from scfm_circuits.report import Report, short_number
 
 run = from_notebook(globals())
-report = Report(run, "10_claims")
+report = Report(run, "11_claims")
 claims = pd.read_csv(write_claims(run.name, run.results), dtype=str, keep_default_na=False)
 for column in ("ours", "difference"):
     claims[column] = [short_number(text) for text in claims[column]]

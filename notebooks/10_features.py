@@ -1,0 +1,77 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   scfm:
+#     after: [05_human_evaluation, 06_enrichment, 07_endothelial_case_study, 08_controls]
+#     produces: [feature_pages/manifest.js, feature_pages/index_*.js, feature_pages/panels_*.js]
+#     exhibits: "beyond the paper"
+#     modules: [feature_pages, feature_files]
+# ---
+
+# %% [markdown]
+# # Every feature, one by one
+#
+# The chapters before judge features by the hundred. This one puts together what they found about each,
+# so that a reader can look one up: {doc}`features` is the index. Two things are added here that ask the
+# weights alone:
+#
+# - **nearest features**: the features, of any layer, whose decoder rows point the same way;
+# - **logits**: the tokens that a feature's decoder row raises and lowers if it is read by the
+#   unembedding at once. The final norm's gain is applied; its division by the size of the residual and
+#   everything that later layers do are left out.
+
+# %% tags=["parameters"]
+profile = "demo"
+
+# %%
+import numpy as np
+import pandas as pd
+
+from scfm_circuits.feature_pages import FOLDER, make_pages
+from scfm_circuits.features import get_statistics
+from scfm_circuits.language_model import get_model
+from scfm_circuits.profile import from_notebook
+from scfm_circuits.report import Report
+from scfm_circuits.sentences import load_corpus
+from scfm_circuits.training import get_transcoders
+
+run = from_notebook(globals())
+report = Report(run, "10_features")
+corpus = load_corpus(run)
+model, _ = get_model(run, corpus)
+transcoders, _ = get_transcoders(model, corpus, run)
+statistics = get_statistics(model, transcoders, corpus, run)
+report.not_comparable(run)
+
+# %%
+index, panels = make_pages(model, transcoders, statistics, corpus, run)
+
+# %% tags=["remove-input"]
+sizes = [path.stat().st_size for path in (run.results / FOLDER).glob("*.js")]
+report.value("feature_pages.features", len(index))
+report.value("feature_pages.megabytes", sum(sizes) / 1e6, f"{sum(sizes) / 1e6:.1f}")
+report.value("feature_pages.in_circuits", int((index["circuits"] > 0).sum()))
+
+# %% [markdown]
+# The index has {glue:text}`feature_pages.features` features, of which
+# {glue:text}`feature_pages.in_circuits` are in a circuit of {doc}`07_endothelial_case_study` or
+# {doc}`08_controls`. Its data take {glue:text}`feature_pages.megabytes` MB and are loaded in parts.
+
+# %% tags=["hide-input"]
+nearest = np.array([panel["nearest"][0] for panel in panels])
+layers = index["layer"].to_numpy()
+distance = pd.Series(np.abs(nearest[:, 0] - layers))
+report.show(pd.DataFrame([{
+    "layer": layer, "features": int(own.sum()),
+    "median cosine of the nearest": float(np.median(nearest[own, 2])),
+    "% with the nearest in the same layer": float(100 * (distance[own] == 0).mean()),
+    "in a circuit": int((index.loc[own, "circuits"] > 0).sum()),
+} for layer in np.unique(layers) for own in [layers == layer]]), digits=3,
+    caption="Features by layer, and how near the nearest other feature's decoder row is")

@@ -1,7 +1,7 @@
 """Everything the run knows about each feature, collected for the page `features.html`.
 
-Counts and contexts come from the statistics, terms, controls, scores and circuits from the tables of
-chapters 05 to 08, nearest features and logits from the weights. `feature_files` writes them.
+Counts and contexts come from the statistics, terms, controls, scores and circuits from the tables
+of chapters 05 to 08, nearest features and logits from the weights. `feature_files` writes them.
 """
 
 from collections import defaultdict
@@ -79,23 +79,26 @@ def circuit_membership(nodes: pd.DataFrame, supernodes: pd.DataFrame
     found: dict[Key, list[tuple[str, str]]] = defaultdict(list)
     if "kind" in nodes:
         own = nodes[nodes["kind"] == "feature"]
-        for (layer, feature), group in own.groupby(["layer", "feature"], sort=False):
-            places = ", ".join(f"token {int(row.position) + 1} ({row.token}, influence "
-                               f"{float(row.influence):.2g})" for row in group.itertuples())
-            found[int(layer), int(feature)].append((_PAGES["case"], f"case study: {places}"))
+        places: dict[Key, list[str]] = defaultdict(list)
+        for row in own.to_dict("records"):
+            places[int(row["layer"]), int(row["feature"])].append(
+                f"token {int(row['position']) + 1} ({row['token']}, influence "
+                f"{float(row['influence']):.2g})")
+        for key, said in places.items():
+            found[key].append((_PAGES["case"], f"case study: {', '.join(said)}"))
     if "features" in supernodes:
-        for row in supernodes.itertuples():
-            for text in row.features.split():
+        for row in supernodes.to_dict("records"):
+            for text in row["features"].split():
                 layer, feature = text.split(".")
                 found[int(layer), int(feature)].append((
-                    _PAGES["cells"], f"cell {row.cell} ({row.cell_type}), group {row.supernode} "
-                    f"of the circuit of feature {row.target}"))
+                    _PAGES["cells"], f"cell {row['cell']} ({row['cell_type']}), group "
+                    f"{row['supernode']} of the circuit of feature {row['target']}"))
     return found
 
 
-def page_features(statistics: FeatureStatistics, least: float, circuits: Iterable[Key]) -> np.ndarray:
-    """(n, 2) layers and features that get a page: the live ones and those of a circuit, in order.
-    """
+def page_features(statistics: FeatureStatistics, least: float, circuits: Iterable[Key]
+                  ) -> np.ndarray:
+    """(n, 2) layers and features that get a page: the live ones and those of a circuit."""
     shown = statistics.live(least)
     for layer, feature in circuits:
         if not (0 <= layer < shown.shape[0] and 0 <= feature < shown.shape[1]):
@@ -167,11 +170,13 @@ def feature_panels(model: "PreTrainedModel", transcoders: Transcoders,
     rows = transcoders.W_dec[torch.as_tensor(layers), torch.as_tensor(features)]
     near, cosines = nearest_features(rows)
     ids, effects = logit_effects(model, rows, vocabulary)
-    terms = {key: group for key, group in tables.terms.groupby(["layer", "feature"])}
-    scores = tables.scores.set_index(["layer", "feature"]) if "verdict" in tables.scores else None
+    terms: dict[Key, list[dict[Any, Any]]] = defaultdict(list)
+    for row in tables.terms.to_dict("records"):
+        terms[row["layer"], row["feature"]].append(row)
+    scores = {(row["layer"], row["feature"]): row for row in tables.scores.to_dict("records")}
     occurrences = np.bincount(statistics.pair_token, statistics.pair_count, vocabulary)
     place = 0
-    for layer in np.unique(layers):
+    for layer in np.unique(layers).tolist():
         own = features[layers == layer]
         genes = ranked_genes(statistics, layer, own, len(corpus.symbols), "occurrence")
         for feature, (ranked, counts) in zip(own, genes, strict=True):
@@ -187,12 +192,12 @@ def feature_panels(model: "PreTrainedModel", transcoders: Transcoders,
                                   occurrences),
                 "genes": [[str(corpus.symbols[gene]), int(n), short(n / fired)] for gene, n in
                           zip(ranked[:GENES], counts[:GENES], strict=True)],
-                "terms": _terms(terms.get(key)),
+                "terms": _terms(terms.get(key, [])),
                 "nearest": [[*keys[i].tolist(), short(x)] for i, x in
                             zip(near[place], cosines[place], strict=True)],
                 "raises": effect[:half], "lowers": effect[half:],
                 "circuits": [[page, cut(text)] for page, text in tables.circuits.get(key, ())],
-                "scores": _scores(scores, key),
+                "scores": _scores(scores.get(key)),
             }
             place += 1
 
@@ -230,18 +235,14 @@ def _tokens(counts: sp.csr_matrix, feature: int, statistics: FeatureStatistics, 
     return shown
 
 
-def _terms(group: pd.DataFrame | None) -> list[list[Any]]:
-    if group is None:
-        return []
+def _terms(rows: Iterable[Mapping[Any, Any]]) -> list[list[Any]]:
     return [[cut(row["library"]), cut(row["Term"]), row["Overlap"], short(row["P-value"]),
-             short(row["Adjusted P-value"]), cut(row["Genes"])] for row in
-            group.to_dict("records")]
+             short(row["Adjusted P-value"]), cut(row["Genes"])] for row in rows]
 
 
-def _scores(scores: pd.DataFrame | None, key: Key) -> dict[str, Any]:
-    if scores is None or key not in scores.index:
+def _scores(row: Mapping[Any, Any] | None) -> dict[str, Any]:
+    if row is None or "verdict" not in row:
         return {}
-    row = scores.loc[key]
     kinds = [kind for kind in ("gene", "family", "token") if f"{kind}_items" in row]
     return {"verdict": cut(row["verdict"]), "levels": [
         [kind, cut(row[f"{kind}_items"]), short(row[f"{kind}_f1"])] for kind in kinds]}
@@ -250,8 +251,8 @@ def _scores(scores: pd.DataFrame | None, key: Key) -> dict[str, Any]:
 # --- the index -----------------------------------------------------------------------------------
 
 
-def index_table(statistics: FeatureStatistics, keys: np.ndarray, panels: Sequence[Mapping[str, Any]],
-                tables: RunTables) -> tuple[list[IndexColumn], pd.DataFrame]:
+def index_table(statistics: FeatureStatistics, keys: np.ndarray,
+                panels: Sequence[Mapping[str, Any]], tables: RunTables) -> tuple[list[IndexColumn], pd.DataFrame]:
     """The columns of the index and one row per key, with `layer` and `feature` first."""
     frame = pd.DataFrame(keys, columns=["layer", "feature"])
     frame["log10_E_f"] = statistics.log10_frequency[tuple(keys.T)]
@@ -263,7 +264,8 @@ def index_table(statistics: FeatureStatistics, keys: np.ndarray, panels: Sequenc
                IndexColumn("tokens", "Tokens", "text"), IndexColumn("genes", "Genes", "text")]
     known = tables.features
     if "best_term" in known:
-        rules = [name for name in known if name.startswith("q_") and name != "q_controls"]
+        rules = [name for name in map(str, known)
+                 if name.startswith("q_") and name != "q_controls"]
         flags = {"table4_interpretable": "Interpretable (Table 4)",
                  "beyond_all_controls": "Ahead of all controls"}
         frame = frame.merge(known[["layer", "feature", "best_term", *rules, *flags]],
@@ -292,8 +294,8 @@ def make_pages(model: "PreTrainedModel", transcoders: Transcoders, statistics: F
     least = min(run.live_cut, run.live_cut_table4)
     keys = page_features(statistics, least, tables.circuits)
     if len(keys) < 2:
-        raise InputError(f"Fewer than two features have log10 E(f) >= {least:g}, so there is nothing "
-                         "to compare; train longer or lower the live cut.")
+        raise InputError(f"Fewer than two features have log10 E(f) >= {least:g}, so there is "
+                         "nothing to compare; train longer or lower the live cut.")
     panels = list(tqdm(feature_panels(model, transcoders, statistics, corpus, keys, tables),
                        total=len(keys), desc="features", unit="feature"))
     columns, index = index_table(statistics, keys, panels, tables)

@@ -35,7 +35,8 @@ from scfm_circuits.profile import ROOT
 BOOK = ROOT / "book"
 STAMP = "built.json"
 DOWNLOADS = ("tables/*.csv", "tables/*.js", "figures/*.png", "figures/*.svg", "circuits/*.json",
-             "circuits/*.js", "feature_pages/*.js", "values/*.json", "claims.csv", "provenance.json")
+             "circuits/*.js", "feature_pages/*.js", "values/*.json", "claims.csv",
+             "provenance.json")
 """Results that are copied beside the pages; transcoder weights stay where they are."""
 # In <a> an address is only followed on a click; in these it is fetched with the page.
 _FETCHED = re.compile(

@@ -36,7 +36,7 @@ class IndexColumn(NamedTuple):
     """`choose` one of its values, `positive` (yes, or above zero), or nothing."""
 
 
-def write_pages(folder: Path, columns: Sequence[IndexColumn], index: pd.DataFrame,
+def write_pages(folder: Path, columns: Sequence[IndexColumn], index: "pd.DataFrame",
                 panels: Iterable[Mapping[str, Any]], edges: Iterable[float]) -> dict[str, Any]:
     """Write the parts and `manifest.js` into `folder`, in one step; returns the manifest.
 
@@ -47,7 +47,7 @@ def write_pages(folder: Path, columns: Sequence[IndexColumn], index: pd.DataFram
                for row in index[["feature", *(one.name for one in columns)]].itertuples(
                    index=False, name=None)]
     with atomic_folder(folder) as temporary:
-        manifest = {
+        manifest: dict[str, Any] = {
             "rows": len(index), "columns": [one._asdict() for one in columns],
             "edges": [short(edge) for edge in edges],
             "index": _write_parts(temporary, "index", records, len(records)),

@@ -252,7 +252,8 @@ def _scores(row: Mapping[Any, Any] | None) -> dict[str, Any]:
 
 
 def index_table(statistics: FeatureStatistics, keys: np.ndarray,
-                panels: Sequence[Mapping[str, Any]], tables: RunTables) -> tuple[list[IndexColumn], pd.DataFrame]:
+                panels: Sequence[Mapping[str, Any]], tables: RunTables
+                ) -> tuple[list[IndexColumn], pd.DataFrame]:
     """The columns of the index and one row per key, with `layer` and `feature` first."""
     frame = pd.DataFrame(keys, columns=["layer", "feature"])
     frame["log10_E_f"] = statistics.log10_frequency[tuple(keys.T)]

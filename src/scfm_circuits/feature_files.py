@@ -43,7 +43,9 @@ def write_pages(folder: Path, columns: Sequence[IndexColumn], index: "pd.DataFra
     index: one row per panel, in the panels' order, with `layer`, `feature` and all columns.
     edges: bounds of the bins of the panels' histograms.
     """
-    records = [[short(value) if isinstance(value, float) else plain(value) for value in row]
+    # Enough digits that the order is that of the numbers; the page shows four.
+    records = [[plain(float(f"{value:.9g}")) if isinstance(value, float) else plain(value)
+                for value in row]
                for row in index[["feature", *(one.name for one in columns)]].itertuples(
                    index=False, name=None)]
     with atomic_folder(folder) as temporary:

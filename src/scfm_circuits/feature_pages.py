@@ -289,7 +289,7 @@ def index_table(statistics: FeatureStatistics, keys: np.ndarray,
 def make_pages(model: "PreTrainedModel", transcoders: Transcoders, statistics: FeatureStatistics,
                corpus: Corpus, run: "Profile") -> tuple[pd.DataFrame, list[dict[str, Any]]]:
     """Collect and write `results/<profile>/feature_pages`; returns the index and the panels."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     tables = read_tables(run.results)
     least = min(run.live_cut, run.live_cut_table4)

@@ -141,11 +141,13 @@ for source, name in ((UNTRAINED, "untrained"), (RANDOM, "random")):
 # drawn at random. A card shows tokens, genes that contain them with the rate at which it fires on each,
 # the strongest contexts, and contexts drawn from all strengths; it does not show what it is. The key is
 # in `tables/human_eval_key.csv`, and whoever rates should not have looked at it, nor at the tables
-# above. Answers come back as CSV with the columns `study`, `card`, `rater`, `interpretable` (Yes, No or
-# Unsure), `label` and `note`; the sheet `human_eval_sample.csv`, filled in by hand, serves as well for
-# the features. Put into `data/human_eval/`, a file is counted by the next build.
+# above.
 #
-# Everything the run knows about a feature stands in {doc}`features`; who rates looks there afterwards.
+# {doc}`rate` shows the deck card by card: answers by key or button, kept in the browser, saved as CSV
+# with the columns `study`, `card`, `rater`, `interpretable` (Yes, No or Unsure), `label` and `note`.
+# The sheet `human_eval_sample.csv`, filled in by hand, serves as well for the features. Put into
+# `data/human_eval/`, a file is counted by the next build. Everything the run knows about a feature
+# stands in {doc}`features`; whoever rates looks there afterwards.
 #
 # ## The rate
 

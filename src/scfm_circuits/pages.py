@@ -31,6 +31,7 @@ from scfm_circuits.feature_files import FOLDER, index_box
 from scfm_circuits.files import sha256_of_file, write_atomic, write_json
 from scfm_circuits.freshness import Run, plan
 from scfm_circuits.profile import ROOT
+from scfm_circuits.rating_page import rating_box
 
 BOOK = ROOT / "book"
 STAMP = "built.json"
@@ -197,7 +198,8 @@ def _stage_notebook(executed: Path, source: Path) -> None:
 def _filled(run: Run, text: str) -> str:
     """The page with its generated parts in place of `<!-- generated: name -->`."""
     parts = {"exhibits": exhibit_map, "verdicts": verdict_counts, "downloads": download_list,
-             "features": lambda run: index_box(run.profile.results / FOLDER)}
+             "features": lambda run: index_box(run.profile.results / FOLDER),
+             "rating": lambda run: rating_box(run.profile.results / "human_eval" / "deck.json")}
 
     def part(match: re.Match[str]) -> str:
         name = match.group(1)

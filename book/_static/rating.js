@@ -255,8 +255,9 @@ window.companionParts.push(({ element, whenNear }) => {
           token.append(element("sub", {}, element("span", { className: "rating-hidden" },
             " active: "), number(piece.activation)));
         }
-        if (piece.gene === null || piece.gene !== gene || piece.text.startsWith("_")) {
-          shown.push(" ", element("span", { className: "rating-gene", title: piece.gene ?? "" }));
+        const apart = piece.text.startsWith("_");
+        if (!shown.length || piece.gene !== gene || apart) {
+          shown.push(apart ? " " : "", element("span", { className: "rating-gene", title: piece.gene ?? "" }));
         }
         shown.at(-1).append(token);
         gene = piece.gene;

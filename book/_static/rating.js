@@ -3,7 +3,7 @@
    text. */
 "use strict";
 window.companionParts = window.companionParts ?? [];
-window.companionParts.push(({ element, whenNear }) => {
+window.companionParts.push(({ element }) => {
   const COLUMNS = ["study", "card", "rater", "interpretable", "label", "note"];
   const ANSWERS = new Map([["y", "Yes"], ["n", "No"], ["u", "Unsure"]]);
   // A spreadsheet would take a cell that begins so for a formula.
@@ -372,12 +372,16 @@ window.companionParts.push(({ element, whenNear }) => {
     }
   }
 
-  whenNear("#rating", (box) => {
+  function start() {
+    const box = document.getElementById("rating");
+    if (!box) return;
     try {
       new Rating(box, JSON.parse(document.getElementById("rating-deck").textContent)).start();
     } catch (error) {
       console.error(error);
       box.append("The deck could not be read.");
     }
-  });
+  }
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
+  else start();
 });

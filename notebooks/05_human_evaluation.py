@@ -329,6 +329,9 @@ if simulated:
     ideal = made[(made["fires_on"] == "program") & (made["purity"] == 1)]
     beyond = {f"{'trained' if source == FEATURE else source} features with a known program": part for source, part in
               known["program_beyond_sub_words"].items()}
+    decoys = planted[planted["source"] != FEATURE]
+    beyond["decoys of either kind, whatever their lists match"] = float(
+        (decoys["program_beyond_sub_words"] * decoys["features"]).sum() / decoys["features"].sum())
     beyond["features made to fire on programs"] = ideal["program_beyond_sub_words"].mean()
     said = "Naming planted programs predicts better than naming sub-words for: " + "; ".join(
         f"{100 * share:.1f} % of {name}" for name, share in beyond.items()) + "."

@@ -11,9 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from scfm_circuits import InputError
-from scfm_circuits.cells import Cells, read_cells
+from scfm_circuits import InputError, h5ad
+from scfm_circuits.cells import Cells, draw_cells, read_cells
 from scfm_circuits.profile import load_profile
 
 SYMBOLS = ["CD3D", "MS4A1", "hla-dqa1", "LYZ"]
@@ -230,3 +232,92 @@ def test_the_bundled_pbmcs_are_read() -> None:
     # Raw: nonnegative and sparse, not the scaled X of the same file.
     assert cells.expression.data.min() > 0
     assert 0.05 < cells.expression.nnz / (700 * 765) < 0.9
+
+
+# --- files larger than memory --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [np.asarray, sp.csr_matrix, sp.csc_matrix])
+@pytest.mark.parametrize("matrix", ["X", "raw", "counts"])
+def test_chunks_of_any_size_read_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                          kind: Callable, matrix: str) -> None:
+    data = some_data()
+    expected = data.X.copy()
+    data.X = kind(data.X)
+    data.raw, data.layers["counts"] = data, data.X.copy()
+    path = written(tmp_path, data)
+    for rows in (1, 2, 4, 100):
+        monkeypatch.setattr(h5ad, "_CHUNK_ROWS", rows)
+        assert (read(path, matrix=matrix).expression.toarray() == expected).all()
+        some = read(path, matrix=matrix, max_cells=3)
+        chosen = [int(name[1:]) for name in some.cell_ids]
+        assert (some.expression.toarray() == expected[chosen]).all()
+
+
+def test_rows_that_were_not_drawn_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                               ) -> None:
+    data = some_data()
+    path = written(tmp_path, data)
+    kept = int(read(path, max_cells=1).cell_ids[0][1:])
+    data.X[np.arange(6) != kept] = np.nan
+    monkeypatch.setattr(h5ad, "_CHUNK_ROWS", 1)
+    assert read(written(tmp_path, data), max_cells=1).expression.sum() == data.X[kept].sum()
+
+
+def test_too_much_ordered_by_gene_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                             ) -> None:
+    data = some_data()
+    data.X = sp.csc_matrix(data.X)
+    monkeypatch.setattr(h5ad, "_CSC_VALUES", data.X.nnz - 1)
+    assert "store the matrix as csr" in refusal(written(tmp_path, data))
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6), seed=st.integers(0, 99),
+       data=st.data())
+def test_a_stratified_draw_takes_as_many_of_each_type(sizes: list[int], seed: int, data: Any
+                                                      ) -> None:
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    n = data.draw(st.integers(1, len(labels)))
+    chosen = draw_cells(labels, n, "stratified", seed)
+    assert len(chosen) == n and (np.diff(chosen) > 0).all()
+    taken = np.bincount(labels[chosen], minlength=len(sizes))
+    # A type of which cells are left over has as many as any other, but for the last round.
+    assert all(taken[i] == sizes[i] or taken[i] >= taken.max() - 1 for i in range(len(sizes)))
+    assert set(draw_cells(labels, n - 1, "stratified", seed)) <= set(chosen)
+
+
+# --- the kinds of file that laboratories have ----------------------------------------------------
+
+
+def test_ensembl_ids_with_symbols_in_a_known_column(tmp_path: Path) -> None:
+    data = some_data()
+    data.var["gene_name-new"] = ["CD3D", "C1orf112", "ENSG00000196735.3", "LYZ"]
+    data.var.index = [f"ENSG0000016728{i}" for i in range(4)]
+    cells = read(written(tmp_path, data))
+    assert cells.symbols == ("CD3D", "C1ORF112", "ENSG00000196735", "LYZ")
+    assert any("gene_name-new" in one for one in cells.decisions)
+
+
+def test_counts_and_normalised_values_are_told_apart(tmp_path: Path) -> None:
+    data = some_data()
+    assert any("raw counts" in one for one in read(written(tmp_path, data)).decisions)
+    data.X = np.log1p(data.X / data.X.sum(axis=1, keepdims=True) * 1e4)
+    cells = read(written(tmp_path, data))
+    assert any("normalised already" in one for one in cells.decisions)
+    np.testing.assert_array_equal(cells.expression.toarray(), data.X)
+
+
+def test_duplicate_symbols_are_numbered_as_scanpy_does(tmp_path: Path) -> None:
+    data = some_data()
+    data.var["name"] = ["B", "a", "A", "C"]
+    cells = read(written(tmp_path, data), symbol_column="name", duplicate_symbols="unique")
+    assert cells.symbols == ("B", "A", "A-1", "C")
+    np.testing.assert_array_equal(cells.expression.toarray(), data.X)
+
+
+def test_an_empty_category_is_no_label(tmp_path: Path) -> None:
+    data = some_data()
+    data.obs["type"] = pd.Categorical(list("aabbcc"), categories=list("abcd"))
+    assert set(read(written(tmp_path, data), max_cells=3, sampling="stratified").labels) == set(
+        "abc")

@@ -6,6 +6,7 @@ centred or scaled per gene. Negative values give that away and are refused.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,15 @@ import numpy as np
 import scipy.sparse as sp
 
 from scfm_circuits import InputError
+from scfm_circuits.h5ad import Opened, in_memory, open_h5ad, row_chunks
 from scfm_circuits.profile import BUNDLED_CELLS, PLANTED_CELLS, ROOT, Profile, cells_path
 
 if TYPE_CHECKING:
     import pandas as pd
-    from anndata import AnnData
 
 _ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{6,}", re.IGNORECASE)
+_SYMBOL_COLUMNS = ("gene_name-new", "feature_name", "gene_symbols", "gene_symbol", "gene_name",
+                   "gene_names", "symbol", "hgnc_symbol")
 
 
 @dataclass(frozen=True)
@@ -43,37 +46,83 @@ class Cells:
 
 
 def read_cells(profile: Profile) -> Cells:
-    """Read, check and subsample the profile's cells.
+    """Choose, read and check the profile's cells.
 
+    Cells are chosen from obs alone, and only chunks of the file that hold a chosen one are read:
+    what is held is the chosen cells' expression, and only these cells' values are checked.
     Raises InputError for a file that is missing, truncated or holds no usable expression,
     symbols or labels; see the helpers below for the single checks.
     """
     data = _open(profile)
+    try:
+        return _read(data, profile)
+    finally:
+        data.close()
+
+
+def _read(data: Opened, profile: Profile) -> Cells:
     where = profile.cells
     matrix, variables = _matrix(data, profile.matrix, where)
     symbols, decisions = _symbols(variables, profile.symbol_column, where)
     labels = _labels(data.obs, profile.label_column, where)
-    matrix = _checked(matrix, where)
-    matrix, symbols, summed = _merge_duplicates(matrix, symbols, profile.duplicate_symbols, where)
-    decisions += summed
-    cell_ids = data.obs_names.to_numpy().astype(str)
-    if profile.max_cells is not None and profile.max_cells < matrix.shape[0]:
-        chosen = np.random.default_rng([profile.seed, 1]).permutation(matrix.shape[0])
-        chosen = np.sort(chosen[: profile.max_cells])
-        decisions.append(f"{len(chosen):,} of {matrix.shape[0]:,} cells were drawn at random.")
-        matrix, labels, cell_ids = matrix[chosen], labels[chosen], cell_ids[chosen]
-    used = np.asarray((matrix > 0).sum(axis=0)).ravel() > 0
-    if not used.all():
-        decisions.append(f"{int((~used).sum()):,} genes are not seen in any of these cells.")
-    decisions.append(
-        "Genes are ranked within each cell, which no library-size scaling or log changes; "
-        "the values are used as they are."
-    )
-    return Cells(matrix, tuple(symbols), labels, cell_ids, tuple(decisions))
+    if 0 in matrix.shape:
+        raise InputError(f"{where} holds {matrix.shape[0]} cells and {matrix.shape[1]} genes; "
+                         "there is nothing to read.")
+    symbols, join, merged = _merge_duplicates(symbols, profile.duplicate_symbols, where)
+    decisions += merged
+    cell_ids = data.obs.index.to_numpy().astype(str)
+    chosen = np.arange(len(labels))
+    if profile.max_cells is not None and profile.max_cells < len(labels):
+        chosen = draw_cells(labels, profile.max_cells, profile.sampling, profile.seed)
+        how = "at random" if profile.sampling == "uniform" else "equally from each cell type"
+        decisions.append(f"{len(chosen):,} of {len(labels):,} cells were drawn {how}.")
+    expression = _expression(matrix, chosen, join, where)
+    n_unseen = len(symbols) - len(np.unique(expression.indices))
+    if n_unseen:
+        decisions.append(f"{n_unseen:,} genes are not seen in any of these cells.")
+    counts = np.array_equal(expression.data, np.rint(expression.data))
+    decisions.append(("The values are whole numbers, so raw counts. " if counts else
+                      "The values are not whole numbers, so normalised already. ")
+                     + "Genes are ranked within each cell, which no library-size scaling or log "
+                     "changes; the values are used as they are.")
+    return Cells(expression, tuple(symbols), labels[chosen], cell_ids[chosen], tuple(decisions))
 
 
-def _open(profile: Profile) -> "AnnData":
-    """The profile's cells as AnnData, or InputError if the file cannot be read."""
+def draw_cells(labels: np.ndarray, n: int, sampling: str, seed: int) -> np.ndarray:
+    """Row numbers, ascending, of n cells; fewer cells are among more with the same seed.
+
+    sampling: `uniform`, or `stratified`: as many of each label, as far as there are any.
+    """
+    order = np.random.default_rng([seed, 1]).permutation(len(labels))
+    if sampling == "stratified":
+        turn = np.empty(len(labels), np.int64)
+        for label in np.unique(labels):
+            members = labels[order] == label
+            turn[members] = np.arange(members.sum())
+        order = order[np.argsort(turn, kind="stable")]
+    return np.sort(order[:n])
+
+
+def _expression(matrix: Any, chosen: np.ndarray, join: sp.csr_matrix | None, where: str
+                ) -> sp.csr_matrix:
+    """The chosen cells' checked expression, read in chunks, repeated symbols joined by `join`."""
+    parts = []
+    for _, values in row_chunks(matrix, chosen, where):
+        part = _checked(values, where)
+        if join is not None:
+            part = sp.csr_matrix(part @ join)
+            part.sort_indices()
+        parts.append(part)
+    expression = sp.csr_matrix(sp.vstack(parts, format="csr"))
+    empty = chosen[np.diff(expression.indptr) == 0]
+    if len(empty):
+        raise InputError(f"{where} has {len(empty):,} cells in which no gene is expressed (the "
+                         f"first is row {empty[0]}); filter them out.")
+    return expression
+
+
+def _open(profile: Profile) -> Opened:
+    """The profile's cells, not read yet if they are a file; InputError if it cannot be read."""
     path = cells_path(profile, ROOT)
     if path is None:
         import warnings
@@ -83,42 +132,32 @@ def _open(profile: Profile) -> "AnnData":
         with warnings.catch_warnings():
             # scanpy's own file predates its own conventions, and says so at each reading.
             warnings.simplefilter("ignore")
-            return scanpy.datasets.pbmc68k_reduced()
+            return in_memory(scanpy.datasets.pbmc68k_reduced())
     if profile.cells == PLANTED_CELLS:
         from scfm_circuits.planted_cells import planted_cells, read_plan
 
-        return planted_cells(profile.seed, plan=read_plan(path))
+        return in_memory(planted_cells(profile.seed, plan=read_plan(path)))
     if path.suffix != ".h5ad":
         raise InputError(f"Profile field `cells` is {profile.cells!r}; give `{BUNDLED_CELLS}`, "
                          f"`{PLANTED_CELLS}` or the path of an .h5ad file.")
     if not path.is_file():
         raise InputError(f"The cells {path} do not exist; check `cells` in the profile.")
-    import anndata
-
-    try:
-        return anndata.read_h5ad(path)
-    except Exception as error:  # h5py and anndata raise many kinds for a broken file
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error)
-        raise InputError(f"The cells {path} cannot be read as .h5ad ({reason}); the file may be "
-                         "truncated: fetch it again.") from None
+    return open_h5ad(path)
 
 
-def _matrix(data: "AnnData", name: str, where: str) -> tuple[Any, "pd.DataFrame"]:
+def _matrix(data: Opened, name: str, where: str) -> tuple[Any, "pd.DataFrame"]:
+    if name in data.matrices:
+        return data.matrices[name]
+    layers = [key for key in data.matrices if key not in ("X", "raw")]
     if name == "raw":
-        if data.raw is None:
-            raise InputError(f"{where} has no `raw` matrix; set `matrix` in the profile to X"
-                             + "".join(f" or {key}" for key in data.layers) + ".")
-        return data.raw.X, data.raw.var
+        raise InputError(f"{where} has no `raw` matrix; set `matrix` in the profile to "
+                         + " or ".join(["X", *layers]) + ".")
     if name == "X":
-        if data.X is None:
-            raise InputError(f"{where} has no X; set `matrix` in the profile to "
-                             + " or ".join(["raw", *data.layers]) + ".")
-        return data.X, data.var
-    if name not in data.layers:
-        known = ", ".join(["X", "raw", *data.layers])
-        raise InputError(f"{where} has no layer {name!r}; set `matrix` in the profile to one of "
-                         f"{known}.")
-    return data.layers[name], data.var
+        raise InputError(f"{where} has no X; set `matrix` in the profile to "
+                         + " or ".join(["raw", *layers]) + ".")
+    known = ", ".join(["X", "raw", *layers])
+    raise InputError(f"{where} has no layer {name!r}; set `matrix` in the profile to one of "
+                     f"{known}.")
 
 
 def _symbols(variables: "pd.DataFrame", column: str | None, where: str
@@ -132,6 +171,15 @@ def _symbols(variables: "pd.DataFrame", column: str | None, where: str
         known = ", ".join(map(str, variables.columns)) or "none"
         raise InputError(f"{where} has no var column {column!r} for gene symbols; the columns are "
                          f"{known}; set `symbol_column` in the profile.")
+    decisions = []
+    if _mostly_ensembl(raw):
+        usable = [name for name in _SYMBOL_COLUMNS if name in variables.columns
+                  and not _mostly_ensembl(variables[name].astype(str))]
+        if usable:
+            decisions.append(f"{column or 'The var index'} holds Ensembl identifiers; symbols are "
+                             f"taken from the var column {usable[0]}.")
+            column = usable[0]
+            raw = variables[column].astype(str)
     symbols = [symbol.strip().upper() for symbol in raw]
     missing = sum(symbol in ("", "NAN", "NONE", "<NA>") for symbol in symbols)
     if missing:
@@ -141,13 +189,20 @@ def _symbols(variables: "pd.DataFrame", column: str | None, where: str
         bad = next(symbol for symbol in symbols if re.search(r"\s", symbol))
         raise InputError(f"{where} has a gene symbol with a space in it ({bad!r}); a sentence "
                          "separates genes by spaces, so rename it.")
-    ensembl = sum(bool(_ENSEMBL.match(symbol)) for symbol in symbols)
-    if ensembl > len(symbols) / 2:
+    if _mostly_ensembl(symbols):
         known = ", ".join(map(str, variables.columns)) or "none"
         raise InputError(f"{where} names its genes by Ensembl identifiers, not symbols; set "
                          f"`symbol_column` in the profile to a var column with symbols "
                          f"(columns: {known}).")
-    return symbols, []
+    # An identifier among symbols is a gene without one; its version is not part of its name.
+    return [symbol.split(".")[0] if _ENSEMBL.match(symbol) else symbol for symbol in symbols
+            ], decisions
+
+
+def _mostly_ensembl(names: Iterable[str]) -> bool:
+    """Whether more than half of the names are Ensembl identifiers."""
+    found = [bool(_ENSEMBL.match(name)) for name in names]
+    return sum(found) > len(found) / 2
 
 
 def _labels(observations: "pd.DataFrame", column: str, where: str) -> np.ndarray:
@@ -162,11 +217,8 @@ def _labels(observations: "pd.DataFrame", column: str, where: str) -> np.ndarray
 
 
 def _checked(matrix: Any, where: str) -> sp.csr_matrix:
-    """The matrix as sparse rows; refuses NaN, infinite and negative values and empty cells."""
+    """The matrix as sparse rows; refuses NaN, infinite and negative values."""
     sparse = sp.csr_matrix(matrix, dtype=np.float32)
-    if sparse.shape[0] == 0 or sparse.shape[1] == 0:
-        raise InputError(f"{where} holds {sparse.shape[0]} cells and {sparse.shape[1]} genes; "
-                         "there is nothing to read.")
     if not np.isfinite(sparse.data).all():
         raise InputError(f"{where} has NaN or infinite expression values; choose another `matrix` "
                          "or replace them.")
@@ -174,27 +226,31 @@ def _checked(matrix: Any, where: str) -> sp.csr_matrix:
         raise InputError(f"{where} has negative expression values, so it was scaled or centred "
                          "per gene, which destroys the ranking; set `matrix` to counts or "
                          "log-normalised values.")
+    sparse.sum_duplicates()
     sparse.eliminate_zeros()
     sparse.sort_indices()
-    empty = np.flatnonzero(np.diff(sparse.indptr) == 0)
-    if len(empty):
-        raise InputError(f"{where} has {len(empty):,} cells in which no gene is expressed (the "
-                         f"first is row {empty[0]}); filter them out.")
     return sparse
 
 
-def _merge_duplicates(matrix: sp.csr_matrix, symbols: list[str], rule: str, where: str
-                      ) -> tuple[sp.csr_matrix, list[str], list[str]]:
-    """Refuse repeated symbols, or add up the columns that share one."""
+def _merge_duplicates(symbols: list[str], rule: str, where: str
+                      ) -> tuple[list[str], sp.csr_matrix | None, list[str]]:
+    """Repeated symbols refused, numbered, or joined: (symbols, join, decisions).
+
+    join: None, or (n_columns, n_symbols); expression times it adds up columns of one symbol.
+    """
     unique, inverse, counts = np.unique(symbols, return_inverse=True, return_counts=True)
     if len(unique) == len(symbols):
-        return matrix, symbols, []
+        return symbols, None, []
     repeated = unique[counts > 1]
     if rule == "error":
         named = ", ".join(repeated[:3])
         raise InputError(f"{where} has {len(repeated):,} gene symbols more than once (such as "
                          f"{named}); set `duplicate_symbols: sum` in the profile to add them up.")
+    if rule == "unique":
+        import pandas as pd
+        from anndata.utils import make_index_unique
+
+        return (make_index_unique(pd.Index(symbols)).tolist(), None,
+                [f"{len(repeated):,} repeated symbols were numbered (A, A-1, ...)."])
     join = sp.csr_matrix((np.ones(len(symbols), np.float32), (np.arange(len(symbols)), inverse)))
-    merged = sp.csr_matrix(matrix @ join)
-    merged.sort_indices()
-    return merged, unique.tolist(), [f"{len(repeated):,} repeated symbols were added up."]
+    return unique.tolist(), join, [f"{len(repeated):,} repeated symbols were added up."]

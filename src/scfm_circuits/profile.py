@@ -57,12 +57,15 @@ class Profile(BaseModel):
     """Where the expression values are: `X`, `raw`, or the name of a layer."""
     symbol_column: str | None = None
     """The `var` column that holds gene symbols; null takes the index."""
-    duplicate_symbols: Literal["error", "sum"] = "error"
-    """Two columns with one symbol: refuse, or add their expression up."""
+    duplicate_symbols: Literal["error", "sum", "unique"] = "error"
+    """Two columns with one symbol: refuse, add their expression up, or number them (A, A-1)."""
     label_column: str = "bulk_labels"
     """The `obs` column that holds each cell's type."""
     max_cells: Positive | None = None
     """Use at most this many cells, drawn at random with the seed; null takes all."""
+    sampling: Literal["uniform", "stratified"] = "uniform"
+    """How `max_cells` are drawn: `uniform`, or `stratified`: as many of each cell type, as far as
+    there are any."""
     validation_share: Share = 0.1
     """Share of the cells held out: never seen by the small model or the transcoders."""
 

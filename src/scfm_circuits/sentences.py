@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 _FIELDS = (
     "seed", "cells", "matrix", "symbol_column", "duplicate_symbols", "label_column", "max_cells",
-    "validation_share", "genes_per_cell", "prompt", "response", "tokenizer", "vocabulary_size",
-    "model_revision",
+    "sampling", "validation_share", "genes_per_cell", "prompt", "response", "tokenizer",
+    "vocabulary_size", "model_revision",
 )
-_MODULES = ("cells", "planted_cells", "sentences")
+_MODULES = ("cells", "h5ad", "planted_cells", "sentences")
 
 
 class Encoded(NamedTuple):

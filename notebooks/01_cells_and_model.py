@@ -10,7 +10,7 @@
 #     name: python3
 #   scfm:
 #     after: []
-#     produces: [corpus.npz, tables/cell_types.csv]
+#     produces: [corpus/corpus.json, tables/cell_types.csv]
 #     exhibits: "Figure 1, data split"
 #     modules: [cells, sentences, language_model]
 # ---

@@ -10,8 +10,9 @@ import scipy.sparse as sp
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from scfm_circuits.cells import Cells
+from scfm_circuits.cells import Cells, RankedCells
 from scfm_circuits.profile import Profile, load_profile
+from scfm_circuits.ranking import top_genes
 from scfm_circuits.sentences import Corpus, build_corpus
 from scfm_circuits.training import TrainingRun
 from scfm_circuits.transcoder import Transcoders
@@ -83,7 +84,15 @@ def tiny_cells(n: int = 12, genes: Sequence[str] = GENES, labels: Sequence[str] 
 def tiny_corpus(n: int = 12, seed: int = 3, **overrides: Any) -> Corpus:
     """`tiny_cells` as prompts of up to 6 genes, with a small tokenizer trained on them."""
     fields = {"genes_per_cell": 6, "max_cells": None, "validation_share": 0.25, **overrides}
-    return build_corpus(tiny_cells(n, seed=seed), load_profile("smoke", fields))
+    profile = load_profile("smoke", fields)
+    return build_corpus(ranked(tiny_cells(n, seed=seed), profile.genes_per_cell, profile.seed),
+                        profile)
+
+
+def ranked(cells: Cells, k: int, seed: int = 0) -> RankedCells:
+    """The cells as the genes of their sentences."""
+    ranking = top_genes(cells.expression, np.arange(len(cells)), k, seed)
+    return RankedCells(ranking, cells.symbols, cells.labels, cells.cell_ids, cells.decisions)
 
 
 def model_for(corpus: Corpus, **options: Any) -> GPTNeoXForCausalLM:

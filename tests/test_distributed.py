@@ -288,7 +288,7 @@ def test_torchrun_trains_what_one_process_trains(tmp_path, monkeypatch):
     # The other way has no model of its own to train: it must find this one current.
     one = tmp_path / "one" / two.name
     one.mkdir(parents=True)
-    for name in ("corpus.npz", "language_model"):
+    for name in ("corpus", "language_model"):
         (two / name).rename(one / name)
     monkeypatch.setenv("SCFM_RESULTS", str(tmp_path / "one"))
     monkeypatch.setattr("scfm_circuits.language_model.train_small_model", None)

@@ -211,11 +211,11 @@ def test_a_changed_generator_makes_a_new_corpus(monkeypatch, tmp_path: Path) -> 
     profile = load_profile("planted", {"max_cells": 60, "genes_per_cell": 8,
                                          "validation_share": 0.5})
     load_corpus(profile)
-    stored = (profile.results / "corpus.npz").stat().st_mtime_ns
+    stored = (profile.results / "corpus" / "corpus.json").stat().st_mtime_ns
     load_corpus(profile)
-    assert (profile.results / "corpus.npz").stat().st_mtime_ns == stored
+    assert (profile.results / "corpus" / "corpus.json").stat().st_mtime_ns == stored
     changed = tmp_path / "programs.yml"
     changed.write_text(planted_cells.PROGRAMS.read_text() + "# one more line\n")
     monkeypatch.setattr("scfm_circuits.sentences.cells_path", lambda *_: changed)
     load_corpus(profile)
-    assert (profile.results / "corpus.npz").stat().st_mtime_ns > stored
+    assert (profile.results / "corpus" / "corpus.json").stat().st_mtime_ns > stored

@@ -1,7 +1,6 @@
 """Cell sentences: the ranking, and a token's way back to its gene."""
 
 import os
-from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import GENES, tiny_cells, tiny_corpus, tiny_profile
+from helpers import GENES, ranked, tiny_cells, tiny_corpus, tiny_profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,11 +22,9 @@ from scfm_circuits.sentences import (
     END_OF_TEXT,
     Corpus,
     build_corpus,
-    cell_rankings,
     encode_prompt,
     load_corpus,
     load_tokenizer,
-    rank_genes,
     split_cells,
     token_texts,
     train_tokenizer,
@@ -52,53 +49,6 @@ def real_tokenizer() -> Any:
     if not folder:
         pytest.skip("SCFM_TOKENIZER is not set to a folder with Pythia's tokenizer.json")
     return load_tokenizer(folder)
-
-
-# --- ranking -------------------------------------------------------------------------------------
-
-
-@settings(deadline=None)
-@given(values=st.lists(st.integers(1, 5), max_size=30), k=st.integers(1, 40),
-       seed=st.integers(0, 1000))
-def test_ranking_is_descending_and_keeps_each_level(values, k, seed):
-    expression = np.array(values, np.float32)
-    ids = np.arange(len(values)) * 7 + 3
-    level = dict(zip(ids.tolist(), values, strict=True))
-    everything = rank_genes(expression, ids, len(values), np.random.default_rng(seed)).tolist()
-    ranked = [level[gene] for gene in everything]
-    assert ranked == sorted(values, reverse=True)
-    for value in set(values):
-        assert {g for g in everything if level[g] == value} == {g for g in level
-                                                                if level[g] == value}
-    # The same seed gives the same order, and fewer genes are the head of more.
-    again = rank_genes(expression, ids, k, np.random.default_rng(seed)).tolist()
-    assert again == everything[:k]
-
-
-def test_ties_are_random_and_seeded():
-    values, ids = np.array([2, 1, 1, 1], np.float32), np.arange(4)
-    orders = Counter(tuple(rank_genes(values, ids, 4, np.random.default_rng(seed)).tolist())
-                     for seed in range(600))
-    assert set(order[0] for order in orders) == {0}
-    # All six orders of the three ties, each about 100 times of 600.
-    assert len(orders) == 6 and min(orders.values()) > 60 and max(orders.values()) < 140
-
-
-def test_a_cells_order_depends_on_its_row_and_the_seed_alone():
-    cells = tiny_cells(8)
-    rankings = cell_rankings(cells, 5, seed=0)
-    head = replace(cells, expression=cells.expression[:3], labels=cells.labels[:3],
-                   cell_ids=cells.cell_ids[:3])
-    for a, b in zip(rankings[:3], cell_rankings(head, 5, seed=0), strict=True):
-        assert a.tolist() == b.tolist()
-    assert any(a.tolist() != b.tolist() for a, b in
-               zip(rankings, cell_rankings(cells, 5, seed=1), strict=True))
-
-
-def test_rankings_hold_expressed_genes_only():
-    cells = tiny_cells(8)
-    for row, ranking in enumerate(cell_rankings(cells, 100, seed=0)):
-        assert sorted(ranking) == np.flatnonzero(cells.expression[row].toarray()[0]).tolist()
 
 
 # --- split ---------------------------------------------------------------------------------------
@@ -171,7 +121,8 @@ def test_a_gene_that_is_also_in_the_answer_counts_in_the_sentence_only():
 def test_every_gene_of_a_corpus_can_be_read_back(seed):
     corpus = tiny_corpus(seed=seed)
     cells = tiny_cells(seed=seed)
-    for cell, ranking in enumerate(cell_rankings(cells, 6, load_profile("smoke").seed)):
+    for cell, ranking in enumerate(ranked(cells, 6, load_profile("smoke").seed).ranking):
+        ranking = ranking[ranking >= 0]
         genes = [cells.symbols[i] for i in ranking]
         assert corpus.genes_of(cell) == genes
         ids = corpus.gene[cell][corpus.mask[cell]]
@@ -220,7 +171,7 @@ def test_the_tokenizer_never_sees_held_out_cells():
     held_out = tiny_corpus(12).held_out
     labels = cells.labels.copy()
     labels[held_out] = "ZZZZZZZZ"
-    changed = build_corpus(replace(cells, labels=labels), load_profile("smoke", {
+    changed = build_corpus(ranked(replace(cells, labels=labels), 6), load_profile("smoke", {
         "genes_per_cell": 6, "max_cells": None, "validation_share": 0.25}))
     assert changed.tokenizer.get_vocab() == tiny_corpus(12).tokenizer.get_vocab()
 
@@ -295,13 +246,13 @@ def fields(tmp_path: Path) -> dict[str, Any]:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by one each time cells are read."""
     seen: list[str] = []
-    read = cells_module.read_cells
+    read = cells_module.read_ranked
 
     def counted(profile: Any) -> Any:
         seen.append(profile.name)
         return read(profile)
 
-    monkeypatch.setattr(cells_module, "read_cells", counted)
+    monkeypatch.setattr(cells_module, "read_ranked", counted)
     return seen
 
 
@@ -309,7 +260,7 @@ def test_the_stored_corpus_is_the_built_one(tmp_path, monkeypatch, fields, reads
     profile = tiny_profile(monkeypatch, tmp_path, **fields)
     built, stored = load_corpus(profile), load_corpus(profile)
     assert len(reads) == 1 and same(built, stored)
-    assert same(built, build_corpus(cells_module.read_cells(profile), profile))
+    assert same(built, build_corpus(cells_module.read_ranked(profile), profile))
 
 
 def test_a_changed_field_builds_another_corpus(tmp_path, monkeypatch, fields, reads):
@@ -339,12 +290,17 @@ def test_a_changed_file_builds_another_corpus(tmp_path, monkeypatch, fields, rea
     assert not same(load_corpus(profile), first) and len(reads) == 2
 
 
+@pytest.mark.parametrize("name", ["tokens.npy", "labels.npy", "tokenizer.json", "corpus.json"])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
-def test_a_truncated_store_is_built_again(tmp_path, monkeypatch, fields, reads, share):
+def test_a_truncated_store_is_built_again(tmp_path, monkeypatch, fields, reads, share, name):
     profile = tiny_profile(monkeypatch, tmp_path, **fields)
     built = load_corpus(profile)
-    path = profile.results / "corpus.npz"
+    # What is mapped must not change in place.
+    built = replace(built, **{key: np.array(value) for key, value in vars(built).items()
+                              if key != "tokenizer"})
+    path = profile.results / "corpus" / name
     content = path.read_bytes()
+    path.unlink()
     path.write_bytes(content[: int(len(content) * share)])
     assert same(load_corpus(profile), built) and len(reads) == 2
 
@@ -373,7 +329,7 @@ def test_labels_and_prompts_with_braces(tmp_path):
     profile = load_profile("smoke", {
         "genes_per_cell": 4, "max_cells": None, "validation_share": 0.25,
         "prompt": "{x} {genes} {label}?", "response": " {genes} {label}."})
-    corpus = build_corpus(cells, profile)
+    corpus = build_corpus(ranked(cells, 4), profile)
     for cell in range(8):
         text = corpus.tokenizer.decode(corpus.tokens[cell][corpus.mask[cell]])
         genes = " ".join(corpus.genes_of(cell))

@@ -6,9 +6,9 @@ centred or scaled per gene. Negative values give that away and are refused.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -16,6 +16,7 @@ import scipy.sparse as sp
 from scfm_circuits import InputError
 from scfm_circuits.h5ad import Opened, in_memory, open_h5ad, row_chunks
 from scfm_circuits.profile import BUNDLED_CELLS, PLANTED_CELLS, ROOT, Profile, cells_path
+from scfm_circuits.ranking import top_genes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +46,37 @@ class Cells:
         return int(self.expression.shape[0])
 
 
+@dataclass(frozen=True)
+class RankedCells:
+    """Checked cells, each as its most expressed genes.
+
+    ranking: (n_cells, k) int32 gene ids, most expressed first, -1 after the last.
+    symbols, labels, cell_ids, decisions: as in `Cells`.
+    """
+
+    ranking: np.ndarray
+    symbols: tuple[str, ...]
+    labels: np.ndarray
+    cell_ids: np.ndarray
+    decisions: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ranking)
+
+
+class _About(NamedTuple):
+    """What is known of cells beside their expression; as in `Cells`."""
+
+    symbols: tuple[str, ...]
+    labels: np.ndarray
+    cell_ids: np.ndarray
+    decisions: tuple[str, ...]
+
+
+Take = Callable[[np.ndarray, sp.csr_matrix], None]
+"""Gets some cells' rows in the file and their checked expression."""
+
+
 def read_cells(profile: Profile) -> Cells:
     """Choose, read and check the profile's cells.
 
@@ -53,14 +85,31 @@ def read_cells(profile: Profile) -> Cells:
     Raises InputError for a file that is missing, truncated or holds no usable expression,
     symbols or labels; see the helpers below for the single checks.
     """
+    parts: list[sp.csr_matrix] = []
+    about = _read(profile, lambda _, part: parts.append(part))
+    return Cells(sp.csr_matrix(sp.vstack(parts, format="csr")), *about)
+
+
+def read_ranked(profile: Profile) -> RankedCells:
+    """As `read_cells`, but each chunk's cells are ranked (`ranking.top_genes`) and let go.
+
+    What is held is the genes of the sentences, however many cells there are.
+    """
+    parts: list[np.ndarray] = []
+    about = _read(profile, lambda rows, part: parts.append(
+        top_genes(part, rows, profile.genes_per_cell, profile.seed)))
+    return RankedCells(np.concatenate(parts), *about)
+
+
+def _read(profile: Profile, take: Take) -> _About:
     data = _open(profile)
     try:
-        return _read(data, profile)
+        return _read_opened(data, profile, take)
     finally:
         data.close()
 
 
-def _read(data: Opened, profile: Profile) -> Cells:
+def _read_opened(data: Opened, profile: Profile, take: Take) -> _About:
     where = profile.cells
     matrix, variables = _matrix(data, profile.matrix, where)
     symbols, decisions = _symbols(variables, profile.symbol_column, where)
@@ -76,16 +125,14 @@ def _read(data: Opened, profile: Profile) -> Cells:
         chosen = draw_cells(labels, profile.max_cells, profile.sampling, profile.seed)
         how = "at random" if profile.sampling == "uniform" else "equally from each cell type"
         decisions.append(f"{len(chosen):,} of {len(labels):,} cells were drawn {how}.")
-    expression = _expression(matrix, chosen, join, where)
-    n_unseen = len(symbols) - len(np.unique(expression.indices))
-    if n_unseen:
-        decisions.append(f"{n_unseen:,} genes are not seen in any of these cells.")
-    counts = np.array_equal(expression.data, np.rint(expression.data))
+    n_seen, counts = _expression(matrix, chosen, join, where, len(symbols), take)
+    if n_seen < len(symbols):
+        decisions.append(f"{len(symbols) - n_seen:,} genes are not seen in any of these cells.")
     decisions.append(("The values are whole numbers, so raw counts. " if counts else
                       "The values are not whole numbers, so normalised already. ")
                      + "Genes are ranked within each cell, which no library-size scaling or log "
                      "changes; the values are used as they are.")
-    return Cells(expression, tuple(symbols), labels[chosen], cell_ids[chosen], tuple(decisions))
+    return _About(tuple(symbols), labels[chosen], cell_ids[chosen], tuple(decisions))
 
 
 def draw_cells(labels: np.ndarray, n: int, sampling: str, seed: int) -> np.ndarray:
@@ -103,22 +150,27 @@ def draw_cells(labels: np.ndarray, n: int, sampling: str, seed: int) -> np.ndarr
     return np.sort(order[:n])
 
 
-def _expression(matrix: Any, chosen: np.ndarray, join: sp.csr_matrix | None, where: str
-                ) -> sp.csr_matrix:
-    """The chosen cells' checked expression, read in chunks, repeated symbols joined by `join`."""
-    parts = []
-    for _, values in row_chunks(matrix, chosen, where):
+def _expression(matrix: Any, chosen: np.ndarray, join: sp.csr_matrix | None, where: str,
+                n_genes: int, take: Take) -> tuple[int, bool]:
+    """Hand on the chosen cells' checked expression, chunk by chunk, symbols joined by `join`.
+
+    Returns how many genes any of them expresses, and whether all values are whole numbers.
+    """
+    seen, whole = np.zeros(n_genes, bool), True
+    empty: list[int] = []
+    for some, values in row_chunks(matrix, chosen, where):
         part = _checked(values, where)
         if join is not None:
             part = sp.csr_matrix(part @ join)
             part.sort_indices()
-        parts.append(part)
-    expression = sp.csr_matrix(sp.vstack(parts, format="csr"))
-    empty = chosen[np.diff(expression.indptr) == 0]
-    if len(empty):
+        seen[part.indices] = True
+        whole = whole and np.array_equal(part.data, np.rint(part.data))
+        empty += chosen[some][np.diff(part.indptr) == 0].tolist()
+        take(chosen[some], part)
+    if empty:
         raise InputError(f"{where} has {len(empty):,} cells in which no gene is expressed (the "
                          f"first is row {empty[0]}); filter them out.")
-    return expression
+    return int(seen.sum()), whole
 
 
 def _open(profile: Profile) -> Opened:

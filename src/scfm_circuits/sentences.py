@@ -7,23 +7,22 @@ answer belong to no gene.
 """
 
 import json
-import zipfile
-import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from scfm_circuits import InputError
-from scfm_circuits.files import atomic_path
+from scfm_circuits.files import atomic_folder, read_json, write_json
+from scfm_circuits.gene_pieces import Made, Prompts, encode_all, in_memory
 from scfm_circuits.profile import ROOT, Profile, cells_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from scfm_circuits.cells import Cells
+    from scfm_circuits.cells import RankedCells
 
 END_OF_TEXT = "<|endoftext|>"
 _FIELDS = (
@@ -31,7 +30,8 @@ _FIELDS = (
     "sampling", "validation_share", "genes_per_cell", "prompt", "response", "tokenizer",
     "vocabulary_size", "model_revision",
 )
-_MODULES = ("cells", "h5ad", "planted_cells", "sentences")
+_MODULES = ("cells", "h5ad", "planted_cells", "ranking", "gene_pieces", "sentences")
+_STAMP, _TOKENIZER = "corpus.json", "tokenizer.json"
 
 
 class Encoded(NamedTuple):
@@ -108,26 +108,6 @@ def token_texts(tokenizer: "PreTrainedTokenizerFast", ids: Sequence[int] | np.nd
     return [text.replace(" ", "_").replace("\n", "\\n") for text in texts]
 
 
-def rank_genes(values: np.ndarray, genes: np.ndarray, k: int, rng: np.random.Generator
-               ) -> np.ndarray:
-    """The k most expressed genes of one cell, ties in random order (Levine et al. 2024).
-
-    values, genes: (n_expressed,) expression above zero and gene ids. Returns (<= k,) gene ids.
-    """
-    shuffled = rng.permutation(len(values))
-    order = np.argsort(-values[shuffled], kind="stable")
-    return genes[shuffled[order]][:k]
-
-
-def cell_rankings(cells: "Cells", k: int, seed: int) -> list[np.ndarray]:
-    """`rank_genes` for every cell; a cell's ties depend on the seed and its row alone."""
-    x = cells.expression
-    return [
-        rank_genes(x.data[a:b], x.indices[a:b], k, np.random.default_rng([seed, 2, row]))
-        for row, (a, b) in enumerate(zip(x.indptr[:-1], x.indptr[1:], strict=True))
-    ]
-
-
 def split_cells(n_cells: int, share: float, seed: int) -> np.ndarray:
     """(n_cells,) bool: True for the held-out share, drawn at random by cell."""
     n_held_out = max(1, round(n_cells * share))
@@ -139,7 +119,7 @@ def split_cells(n_cells: int, share: float, seed: int) -> np.ndarray:
     return held_out
 
 
-def train_tokenizer(texts: Sequence[str], vocabulary_size: int) -> "PreTrainedTokenizerFast":
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> "PreTrainedTokenizerFast":
     """A byte-level BPE (as Pythia's, but small) trained on the given texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -255,75 +235,89 @@ def answered_prompt(corpus: Corpus, profile: Profile, cell: int, answer: str) ->
                              corpus.gene_ids_of(cell), answer)
 
 
-def build_corpus(cells: "Cells", profile: Profile) -> Corpus:
+def build_corpus(cells: "RankedCells", profile: Profile, made: Made = in_memory) -> Corpus:
     """All cells as prompts with answers, tokenized, split and padded.
+
+    made: where the large arrays are to be (`gene_pieces.encode_all`).
 
     Raises InputError if the tokenizer cannot be had or there are too few cells to split.
     """
     held_out = split_cells(len(cells), profile.validation_share, profile.seed)
-    rankings = cell_rankings(cells, profile.genes_per_cell, profile.seed)
     symbols = np.array(cells.symbols)
-    sentences = [symbols[ranking].tolist() for ranking in rankings]
     answers = [profile.response.replace("{label}", label) for label in cells.labels]
     if profile.tokenizer == "train":
-        texts = [
-            profile.prompt.replace("{genes}", " ".join(sentences[i])) + answers[i]
-            for i in np.flatnonzero(~held_out)
-        ]
+        texts = (profile.prompt.replace("{genes}", " ".join(symbols[ids[ids >= 0]])) + answers[i]
+                 for i, ids in enumerate(cells.ranking) if not held_out[i])
         tokenizer = train_tokenizer(texts, profile.vocabulary_size)
     else:
         tokenizer = load_tokenizer(profile.tokenizer, profile.model_revision)
-    encoded, starts = zip(*(
-        encode_prompt(tokenizer, profile.prompt, genes, ids, answer, end=True)
-        for genes, ids, answer in zip(sentences, rankings, answers, strict=True)
-    ), strict=True)
-    lengths = np.array([len(one.tokens) for one in encoded])
-    shape = (len(cells), int(lengths.max()))
-    tokens = np.full(shape, tokenizer.eos_token_id, np.int64)
-    gene, place = np.full(shape, -1, np.int32), np.full(shape, -1, np.int16)
-    for row, one in enumerate(encoded):
-        tokens[row, : lengths[row]] = one.tokens
-        gene[row, : lengths[row]] = one.gene
-        place[row, : lengths[row]] = one.place
+    prompts = encode_all(tokenizer, profile.prompt, symbols, cells.ranking, answers, made)
     return Corpus(
-        tokens=tokens, mask=np.arange(shape[1]) < lengths[:, None], gene=gene, place=place,
-        answer_start=np.array(starts), answer_end=lengths - 2, labels=cells.labels,
-        cell_ids=cells.cell_ids, held_out=held_out, symbols=symbols,
-        decisions=np.array(cells.decisions), tokenizer=tokenizer,
+        **prompts._asdict(), labels=cells.labels, cell_ids=cells.cell_ids, held_out=held_out,
+        symbols=symbols, decisions=np.array(cells.decisions), tokenizer=tokenizer,
     )
 
 
 def load_corpus(profile: Profile) -> Corpus:
-    """The profile's corpus: from `results/<profile>/corpus.npz` if it is current, else built."""
-    from transformers import PreTrainedTokenizerFast
+    """The profile's corpus: from `results/<profile>/corpus/` if it is current, else built.
 
-    path = profile.results / "corpus.npz"
+    The folder holds an .npy file per array, which is mapped, not read: a part of the corpus costs
+    memory while it is looked at. (Arrow would do the same; numpy needs no further package.)
+    """
+    folder = profile.results / "corpus"
     stamp = json.dumps(profile.fingerprint(_FIELDS, _MODULES), sort_keys=True)
     stamp += _file_stamp(profile)
-    arrays = _read_arrays(path, stamp)
-    if arrays is not None:
-        text, end = str(arrays.pop("tokenizer_json")), str(arrays.pop("end_of_text"))
-        from tokenizers import Tokenizer
+    stored = _stored_corpus(folder, stamp)
+    if stored is not None:
+        _check_case(stored.labels, stored.held_out, profile)
+        return stored
+    from scfm_circuits.cells import read_ranked
 
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(text), bos_token=end, eos_token=end,
-            unk_token=end,
-        )
-        corpus = Corpus(tokenizer=tokenizer, **arrays)
-        _check_case(corpus.labels, corpus.held_out, profile)
-        return corpus
-    from scfm_circuits.cells import read_cells
-
-    cells = read_cells(profile)
+    cells = read_ranked(profile)
     _check_case(cells.labels, split_cells(len(cells), profile.validation_share, profile.seed),
                 profile)
-    corpus = build_corpus(cells, profile)
-    fields = {key: value for key, value in vars(corpus).items() if key != "tokenizer"}
-    with atomic_path(path) as temporary:
-        np.savez(temporary, stamp=np.array(stamp), allow_pickle=False,
-                 tokenizer_json=np.array(corpus.tokenizer.backend_tokenizer.to_str()),
-                 end_of_text=np.array(corpus.tokenizer.eos_token), **fields)
-    return corpus
+    with atomic_folder(folder) as fresh:
+
+        def mapped(name: str, shape: tuple[int, int], dtype: type) -> np.ndarray:
+            return np.lib.format.open_memmap(fresh / f"{name}.npy", "w+", dtype, shape)
+
+        corpus = build_corpus(cells, profile, mapped)
+        for key, value in vars(corpus).items():
+            if isinstance(value, np.memmap):
+                value.flush()
+            elif key != "tokenizer":
+                np.save(fresh / f"{key}.npy", value, allow_pickle=False)
+        (fresh / _TOKENIZER).write_text(corpus.tokenizer.backend_tokenizer.to_str(),
+                                        encoding="utf-8")
+        write_json(fresh / _STAMP, {"stamp": stamp, "end_of_text": corpus.tokenizer.eos_token})
+        del corpus
+    built = _stored_corpus(folder, stamp)
+    if built is None:
+        raise InputError(f"The corpus {folder} was written and cannot be read; check the disk.")
+    return built
+
+
+def _stored_corpus(folder: Path, stamp: str) -> Corpus | None:
+    """The corpus in `folder` if it carries this stamp and can be read, else None."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        about = read_json(folder / _STAMP)
+        if about.get("stamp") != stamp:
+            return None
+        names = [field.name for field in fields(Corpus) if field.name != "tokenizer"]
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
+                  for name in names}
+        end = str(about["end_of_text"])
+        text = (folder / _TOKENIZER).read_text(encoding="utf-8")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text),
+                                            bos_token=end, eos_token=end, unk_token=end)
+    except Exception:  # a broken tokenizer.json makes `tokenizers` raise a bare Exception
+        return None
+    large = set(Prompts._fields[:4])
+    return Corpus(tokenizer=tokenizer, **{name: value if name in large else np.array(value)
+                                          for name, value in arrays.items()})
 
 
 def _check_case(labels: np.ndarray, held_out: np.ndarray, profile: Profile) -> None:
@@ -340,14 +334,3 @@ def _file_stamp(profile: Profile) -> str:
     if path is None or not path.is_file():
         return ""
     return f"{path.stat().st_size}:{path.stat().st_mtime_ns}"
-
-
-def _read_arrays(path: Path, stamp: str) -> dict[str, Any] | None:
-    """The arrays stored at `path` if they carry this stamp and can be read, else None."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            if str(stored["stamp"]) != stamp:
-                return None
-            return {key: stored[key] for key in stored.files if key != "stamp"}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None

@@ -23,13 +23,16 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4000000000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: book notebooks check test lint types unit smoke bench lab clean help
+.PHONY: book notebooks data check test lint types unit smoke bench lab clean help
 
 book: $(READY) ## Execute what is stale, check it, build the pages [PROFILE=demo PARAMS="seed=1"]
 	@$(RUN) all $(OPTIONS)
 
 notebooks: $(READY) ## Execute the stale notebooks of PROFILE only
 	@$(RUN) execute $(OPTIONS)
+
+data: $(READY) ## Fetch and verify the cells, model and gene sets of PROFILE, nothing else
+	@$(PY) -m scfm_circuits.downloads $(OPTIONS)
 
 check: $(READY) ## The gate: are all executed chapters of PROFILE whole and fresh?
 	@$(RUN) check $(OPTIONS)

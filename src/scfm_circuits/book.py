@@ -109,6 +109,11 @@ def _perform(arguments: argparse.Namespace) -> None:
         # From now on there are pages only if this run ends well.
         pages.set_aside_unless_fresh(run, arguments.output)
     if arguments.command in ("all", "execute"):
+        if plan(run):
+            from scfm_circuits.downloads import fetch_cells, fetch_model
+
+            fetch_cells(run.profile)
+            fetch_model(run.profile)
         executed = execute(run, cell_seconds=arguments.cell_seconds)
         if not executed and arguments.command == "execute":
             print(f"Every notebook of {run.profile.name} is up to date.")

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from scfm_circuits import InputError
+from scfm_circuits import InputError, manifest
 from scfm_circuits.architectures import check_supported, decoder, decoder_layers
 from scfm_circuits.files import atomic_folder, read_json, write_json
 
@@ -193,6 +193,7 @@ def get_model(profile: "Profile", corpus: "Corpus") -> tuple["PreTrainedModel", 
         if profile.human_layer >= len(mlps(model)):
             raise InputError(f"`human_layer` is {profile.human_layer}, but the model "
                              f"{profile.model!r} has layers 0 to {len(mlps(model)) - 1}; lower it.")
+        manifest.check_model(profile.model, model.config, len(corpus.tokenizer))
         check_vocabulary(model, corpus)
         _move(model, best_device())
         return model, TrainingCurve([], [])

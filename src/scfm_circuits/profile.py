@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from scfm_circuits import InputError
+from scfm_circuits import InputError, manifest
 
 ROOT = Path(os.environ.get("SCFM_ROOT", Path(__file__).resolve().parents[2]))
 PROFILES = ROOT / "notebooks" / "profiles"
@@ -48,7 +48,7 @@ class Profile(BaseModel):
     # --- cells -------------------------------------------------------------------------------
     cells: str = BUNDLED_CELLS
     """`pbmc68k_reduced` (700 real PBMCs in scanpy's wheel), `planted` (simulated heart cells with
-    known gene programs), or the path of an `.h5ad` file."""
+    known gene programs), a name in data/manifest.yml, or the path of an `.h5ad` file."""
     cells_are: Literal["real", "simulated"] = "real"
     """Whether the cells were measured or made up; shown on every page."""
     cells_name: str = "700 PBMCs (68k PBMC data set, reduced), 10x Genomics"
@@ -282,7 +282,8 @@ class Profile(BaseModel):
 def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
     """The file of the profile's cells, which need not exist; None for the bundled cells.
 
-    The cells `planted` are made from the file of their gene programs.
+    The cells `planted` are made from the file of their gene programs; cells of data/manifest.yml
+    are in data/atlas/, or the folder in the environment variable SCFM_DATA.
     root: the folder that a relative path starts from. Raises InputError for the home folder of a
     user who does not exist (`~nobody/cells.h5ad`).
     """
@@ -290,6 +291,9 @@ def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
         return None
     if profile.cells == PLANTED_CELLS:
         return root / PLANTED_PROGRAMS
+    listed = manifest.entry("cells", profile.cells, root)
+    if listed is not None:
+        return Path(os.environ.get("SCFM_DATA") or root / "data" / "atlas") / listed["file"]
     try:
         return root / Path(profile.cells).expanduser()
     except RuntimeError:

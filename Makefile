@@ -23,7 +23,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4000000000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: book notebooks data check test lint types unit smoke bench lab clean help
+.PHONY: book notebooks data check profile test lint types unit smoke bench lab clean help
 
 book: $(READY) ## Execute what is stale, check it, build the pages [PROFILE=demo PARAMS="seed=1"]
 	@$(RUN) all $(OPTIONS)
@@ -36,6 +36,13 @@ data: $(READY) ## Fetch and verify the cells, model and gene sets of PROFILE, no
 
 check: $(READY) ## The gate: are all executed chapters of PROFILE whole and fresh?
 	@$(RUN) check $(OPTIONS)
+
+# Through the environment, where a shell takes no character of it for its own.
+profile: export H5AD := $(H5AD)
+profile: export OUT := $(OUT)
+profile: export OVERWRITE := $(OVERWRITE)
+profile: $(READY) ## A first profile for your cells [H5AD=cells.h5ad OUT=mine.yml OVERWRITE=1]
+	@$(PY) -m scfm_circuits.profile_writer
 
 test: lint types unit smoke ## Lint, types, unit tests, and the whole book on PROFILE=smoke
 	@echo "All tests passed."

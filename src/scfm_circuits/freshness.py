@@ -31,8 +31,8 @@ from scfm_circuits.profile import ROOT, Profile, cells_path, load_profile, profi
 NOTEBOOKS = ROOT / "notebooks"
 PACKAGE = Path(__file__).parent
 # These drive and check the notebooks; no number comes from them.
-MACHINERY = frozenset({"book.py", "execution.py", "freshness.py", "gate.py", "pages.py",
-                       "provenance.py"})
+MACHINERY = frozenset({"book.py", "downloads.py", "execution.py", "freshness.py", "gate.py",
+                       "pages.py", "profile_writer.py", "provenance.py"})
 DATA = ("data/paper/*", "data/human_eval/*.csv", "data/gene-sets/*", "data/planted/*",
         "data/*.yml")
 

@@ -1,0 +1,367 @@
+"""A first profile for somebody's own `.h5ad`, from a look into the file.
+
+    python -m scfm_circuits.profile_writer cells.h5ad --out mine.yml
+
+Only `obs`, `var` and samples of the values are read, so a file of any size takes seconds. Each
+choice is written with what was seen and what else could be chosen. Column names and labels come
+from the file: fields are quoted, and comments hold them as Python literals, so none can end a line.
+"""
+
+import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from scfm_circuits import InputError
+from scfm_circuits.files import write_atomic
+from scfm_circuits.profile import PROFILES, Name, Profile, load_profile
+
+if TYPE_CHECKING:
+    import h5py
+    import pandas as pd
+
+LARGE = 5_000
+"""Cells above which the profile draws some: `demo` is made for few."""
+EXPECTED_HELD_OUT = 10
+"""Held-out cells of the traced type that a draw should leave on average."""
+SAMPLED = 200_000
+"""Values of a matrix that are looked at, in three blocks."""
+
+_ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{6,}", re.IGNORECASE)
+_SYMBOL_COLUMNS = ("feature_name", "gene_symbol", "gene_symbols", "symbol", "symbols",
+                   "hgnc_symbol", "gene_name", "gene_names", "gene_short_name", "name", "names")
+# Compared without case, spaces, points and underscores.
+_TYPE_COLUMNS = ("celltype", "celltypes", "celltypelabel", "cellontologyclass", "bulklabels",
+                 "majorityvoting", "annotation", "annotations", "celllabel", "label", "labels")
+_TYPE_HINTS = ("annot", "type", "label")
+_CLUSTERS = ("louvain", "leiden", "cluster", "seurat")
+_NO_TYPES = ("donor", "patient", "subject", "individual", "batch", "sample", "sex", "gender",
+             "assay", "tissue", "organ", "disease", "phase", "stage", "ethnicity", "library",
+             "suspension", "barcode", "chemistry", "platform", "dataset", "study", "doublet")
+_COUNT_LAYERS = ("counts", "count", "rawcounts", "rawcount", "umi", "umis", "raw")
+
+
+class Choice(NamedTuple):
+    """A field's value and the comment beside it."""
+
+    value: Any
+    why: str
+
+
+class Peek(NamedTuple):
+    """What a look into the file tells.
+
+    kinds: by place (`X`, `raw`, a layer) `counts`, `normalised` or `unusable`. observations,
+    variables, raw_variables: the tables of cells and genes; raw_variables is None without `raw`.
+    """
+
+    kinds: dict[str, str]
+    observations: "pd.DataFrame"
+    variables: "pd.DataFrame"
+    raw_variables: "pd.DataFrame | None"
+
+
+# --- the file ------------------------------------------------------------------------------------
+
+
+def peek(path: Path) -> Peek:
+    """Look into an `.h5ad`; InputError if it is none, or one of an anndata before 0.7."""
+    if path.suffix != ".h5ad":
+        raise InputError(f"H5AD is {str(path)!r}; give the path of an .h5ad file.")
+    if not path.is_file():
+        raise InputError(f"The file {path} does not exist; check the path given as H5AD.")
+    import h5py
+    from anndata.io import read_elem
+
+    try:
+        with h5py.File(path, "r") as file:
+            places = {"X": file.get("X")}
+            if "raw" in file:
+                places["raw"] = file["raw"].get("X")
+            for name, layer in (file["layers"].items() if "layers" in file else ()):
+                # A layer called so would mean something else in a profile.
+                if name not in ("X", "raw"):
+                    places[name] = layer
+            kinds = {name: _kind(matrix) for name, matrix in places.items() if matrix is not None}
+            raw = read_elem(file["raw/var"]) if "raw" in kinds else None
+            found = Peek(kinds, read_elem(file["obs"]), read_elem(file["var"]), raw)
+            # Files of an anndata before 0.7 hold other things under these names.
+            if not all(hasattr(table, "columns") for table in found[1:3]):
+                raise TypeError("no table")
+    except Exception:  # h5py and anndata raise many kinds for a broken file
+        raise InputError(f"{path} cannot be read as .h5ad: it is broken, incomplete or of an "
+                         "anndata before 0.7; fetch it again, or read it with anndata and write it "
+                         "anew.") from None
+    if not len(found.observations) or not len(found.variables):
+        raise InputError(f"{path} holds {len(found.observations)} cells and "
+                         f"{len(found.variables)} genes; there is nothing to read.")
+    return found
+
+
+def _kind(matrix: "h5py.Dataset | h5py.Group") -> str:
+    """Whether samples of a matrix's values are counts, normalised, or nothing to rank genes by."""
+    sparse = not hasattr(matrix, "shape")
+    stored = matrix["data"] if sparse else matrix
+    per_row = max(1, math.prod(stored.shape[1:]))
+    rows = max(1, SAMPLED // 3 // per_row)
+    starts = sorted({0, max(0, stored.shape[0] // 2), max(0, stored.shape[0] - rows)})
+    values = np.concatenate([np.ravel(stored[start : start + rows]) for start in starts])
+    if not np.isfinite(values).all() or (values < 0).any():
+        return "unusable"
+    return "counts" if np.array_equal(values, np.rint(values)) else "normalised"
+
+
+# --- the choices ---------------------------------------------------------------------------------
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s._-]", "", str(name)).lower()
+
+
+def _listed(names: Iterable[Any], most: int = 8) -> str:
+    """Names as Python literals on one line: no character of a file ends a comment."""
+    names = [repr(str(name)[:60]) for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def choose_matrix(found: Peek, where: str) -> Choice:
+    """Counts if there are any, else log-normalised values; InputError if all are scaled.
+
+    A layer is taken for the counts by its name too: `unspliced` holds counts, but not of all.
+    """
+    counted = [name for name in found.kinds if _plain(name) in _COUNT_LAYERS and name != "raw"]
+    order = [(name, "counts") for name in (*counted, "raw", "X")]
+    order += [(name, "normalised") for name in ("raw", "X")]
+    order += [(name, kind) for kind in ("counts", "normalised") for name in found.kinds]
+    chosen = next((name for name, kind in order if found.kinds.get(name) == kind), None)
+    if chosen is None:
+        held = ", ".join(found.kinds) or "neither X, raw nor a layer"
+        raise InputError(f"{where} has no values to rank genes by ({held}: negative or not finite "
+                         "values, so scaled or centred); put counts or log-normalised values into "
+                         "X, raw or a layer.")
+    seen = "; ".join(f"{name!r}: {kind}" for name, kind in found.kinds.items())
+    return Choice(chosen, f"seen in samples: {seen}")
+
+
+def choose_symbols(variables: "pd.DataFrame", where: str) -> tuple[Choice, Choice]:
+    """Where gene symbols are, and what to do with repeated ones.
+
+    The index, unless it holds Ensembl identifiers or numbers; then a column known to hold symbols,
+    else any column that may. InputError if none may.
+    """
+    known = [column for name in _SYMBOL_COLUMNS for column in variables.columns
+             if str(column).lower() == name]
+    usable = [column for column in (None, *known, *variables.columns)
+              if (column is None or isinstance(column, str)) and _symbols(variables, column)]
+    if not usable:
+        raise InputError(f"{where} has no gene symbols: the index of var holds identifiers, such "
+                         f"as {str(variables.index[0])!r}, and no other column of var (there are "
+                         f"{_listed(variables.columns) or 'none'}) has one word for each gene; add "
+                         "a column with symbols.")
+    chosen = usable[0]
+    symbols = _symbols(variables, chosen)
+    repeated = len(symbols) - len(set(symbols))
+    others = _listed(dict.fromkeys(column or "the index (null)" for column in usable[1:]))
+    column = Choice(chosen, f"such as {_listed(symbols, 3)}"
+                    + (f"; also possible: {others}" if others else ""))
+    rule = Choice("sum" if repeated else "error",
+                  f"{repeated:,} columns have a symbol that another has too" if repeated
+                  else "no symbol is there twice")
+    return column, rule
+
+
+def _symbols(variables: "pd.DataFrame", column: str | None) -> list[str]:
+    """A column's entries in capitals if they may be gene symbols, else nothing."""
+    entries = variables.index.to_series() if column is None else variables[column]
+    if entries.isna().any() or entries.dtype.kind in "biufcmM":
+        return []
+    words = [str(entry).strip().upper() for entry in entries]
+    if any(word in ("", "NAN", "NONE", "<NA>") or re.search(r"\s", word) for word in words):
+        return []
+    # Something like `biotype` has few values for many genes.
+    several = column is None or len(words) < 20 or len(set(words)) > len(words) / 2
+    foreign = sum(bool(_ENSEMBL.match(word)) or word.isdigit() for word in words)
+    return words if several and foreign <= len(words) / 2 else []
+
+
+def choose_labels(observations: "pd.DataFrame", where: str) -> Choice:
+    """The column of cell types: one of 2 to 200 words, known names first and clusters last.
+
+    InputError if there is none.
+    """
+    fitting: list[str] = []
+    lacking: list[str] = []
+    for column in observations.columns:
+        values = observations[column]
+        if not isinstance(column, str) or values.dtype.kind in "biufcmM":
+            continue
+        if 2 <= values.nunique() <= 200:
+            (lacking if values.isna().any() else fitting).append(column)
+    ranks = {column: _rank(column) for column in fitting}
+    ordered = [column for _, column in
+               sorted((rank, column) for column, rank in ranks.items() if rank is not None)]
+    if not ordered:
+        why = (f"cells without a label in {_listed(lacking)}" if lacking else
+               f"no column of obs with 2 to 200 words (columns: "
+               f"{_listed(observations.columns) or 'none'})")
+        raise InputError(f"{where} has no usable column of cell types: {why}; give every cell a "
+                         "type in a column such as obs['cell_type'].")
+    others = f"; also possible: {_listed(ordered[1:])}" if ordered[1:] else ""
+    return Choice(ordered[0], f"{observations[ordered[0]].nunique()} types{others}")
+
+
+def _rank(column: str) -> int | None:
+    """A place in the order of columns that may hold cell types; None for one that says it does not.
+
+    An ontology's identifiers come after other types: they say less to a language model than words.
+    """
+    plain = _plain(column)
+    if plain in _TYPE_COLUMNS:
+        return _TYPE_COLUMNS.index(plain)
+    if any(hint in plain for hint in _TYPE_HINTS):
+        return 150 if "ontologyterm" in plain else 100
+    if any(word in plain for word in _CLUSTERS):
+        return 300
+    return None if any(word in plain for word in _NO_TYPES) else 200
+
+
+def choose_case(labels: np.ndarray, base: Profile) -> tuple[Choice, Choice | None]:
+    """The type whose call is traced, and for many cells how many to draw.
+
+    The most frequent type with three held-out cells, or the one with most. Of many cells as many
+    are drawn as leave `EXPECTED_HELD_OUT` of that type among the held-out ones.
+    """
+    from scfm_circuits.sentences import split_cells
+
+    names, counts = np.unique(labels, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    most: Choice | None = None
+    if len(labels) > LARGE:
+        share = counts[order[0]] / len(labels) * base.validation_share
+        drawn = max(LARGE, math.ceil(EXPECTED_HELD_OUT / share))
+        if drawn < len(labels):
+            most = Choice(drawn, f"of {len(labels):,} cells, drawn at random; null takes all")
+    chosen = order[0]
+    if most is None:
+        held_out = labels[split_cells(len(labels), base.validation_share, base.seed)]
+        held = np.array([np.sum(held_out == name) for name in names])
+        enough = [index for index in order if held[index] >= 3]
+        chosen = enough[0] if enough else order[np.argmax(held[order])]
+    others = _listed(names[index] for index in order if index != chosen)
+    return Choice(str(names[chosen]), f"{counts[chosen]:,} cells; other types: {others}"), most
+
+
+# --- the profile ---------------------------------------------------------------------------------
+
+
+def profile_fields(path: Path, base: str = "demo") -> dict[str, Choice]:
+    """The fields that the file decides, with a comment for each; InputError if it fits none."""
+    where = str(path)
+    settings, found = load_profile(base), peek(path)
+    matrix = choose_matrix(found, where)
+    own = found.raw_variables if matrix.value == "raw" else found.variables
+    column, repeated = choose_symbols(found.variables if own is None else own, where)
+    label = choose_labels(found.observations, where)
+    labels = found.observations[label.value].astype(str).to_numpy().astype(str)
+    case, most = choose_case(labels, settings)
+    fields = {
+        "cells": Choice(str(path.resolve()),
+                        f"{len(found.observations):,} cells, {len(found.variables):,} genes"),
+        "cells_are": Choice("real", "simulated, if nobody measured them"),
+        "cells_name": Choice(f"cells of {path.name}", "what the pages call them"),
+        "matrix": matrix, "symbol_column": column, "duplicate_symbols": repeated,
+        "label_column": label, "case_type": case,
+    }
+    return fields | ({"max_cells": most} if most else {})
+
+
+def profile_text(fields: dict[str, Choice], base: str = "demo") -> str:
+    """The profile as YAML: a comment, then its field, in quotes if it is text."""
+    lines = ["# Written from a look into the file; change what is wrong. Everything else is as in",
+             f"# the profile `{base}`; all fields are explained in src/scfm_circuits/profile.py.",
+             f"extends: {base}"]
+    for field, choice in fields.items():
+        # In double quotes no text is taken for a number, a date or null, or spans two lines.
+        value = yaml.safe_dump(choice.value, allow_unicode=True, width=math.inf,
+                               default_style='"' if isinstance(choice.value, str) else None)
+        # YAML ends a bare number or null with a line of three points.
+        lines += [f"# {choice.why}", f"{field}: {value.removesuffix('...' + chr(10)).rstrip()}"]
+    return "\n".join(lines) + "\n"
+
+
+def write_profile(path: Path, out: Path, base: str = "demo", overwrite: bool = False) -> Profile:
+    """Look into `path`, write `out` and return it as it will be read.
+
+    Raises InputError for a file that does not fit, a name that no profile can have, and if `out`
+    is there already and `overwrite` is not given.
+    """
+    _check_out(out, overwrite)
+    try:
+        path = path.expanduser()
+    except RuntimeError:
+        raise InputError(f"H5AD is {str(path)!r}, but that home folder is not known; give the "
+                         "whole path.") from None
+    text = profile_text(profile_fields(path, base), base)
+    try:
+        write_atomic(out, text)
+    except OSError as error:
+        raise InputError(f"The profile {out} cannot be written ({error.strerror}); give another "
+                         "path as OUT.") from None
+    return load_profile(os.path.abspath(out))
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    from pydantic import TypeAdapter, ValidationError
+
+    if out.suffix not in (".yml", ".yaml"):
+        raise InputError(f"OUT is {str(out)!r}; a profile's name ends in .yml.")
+    try:
+        TypeAdapter(Name).validate_python(out.stem)
+    except ValidationError:
+        raise InputError(f"OUT is {str(out)!r}; a profile's name has letters, digits, points, "
+                         "dashes and underscores only, 60 at most.") from None
+    if (PROFILES / f"{out.stem}.yml").exists():
+        raise InputError(f"OUT is {str(out)!r}, but {out.stem} is a profile of the project, whose "
+                         "results would be replaced; choose another name.")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise InputError(f"{out} is there already; give another OUT, or OVERWRITE=1 to replace it.")
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Write a profile; 0 on success, 1 on an error that was explained.
+
+    What is not given is taken from $H5AD, $OUT and $OVERWRITE.
+    """
+    parser = argparse.ArgumentParser(prog="python -m scfm_circuits.profile_writer",
+                                     description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("h5ad", nargs="?", default=os.environ.get("H5AD", ""))
+    parser.add_argument("--out", default=os.environ.get("OUT") or "mine.yml")
+    parser.add_argument("--extends", default="demo", help="the profile it is based on")
+    parser.add_argument("--overwrite", action="store_true",
+                        default=os.environ.get("OVERWRITE", "") not in ("", "0"))
+    arguments = parser.parse_args(given)
+    try:
+        if not arguments.h5ad:
+            raise InputError("Give the cells: make profile H5AD=path/to/cells.h5ad.")
+        written = write_profile(Path(arguments.h5ad), Path(arguments.out), arguments.extends,
+                                arguments.overwrite)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for field in ("matrix", "symbol_column", "duplicate_symbols", "label_column", "case_type",
+                  "max_cells"):
+        print(f"  {field}: {getattr(written, field)!r}")
+    print(f"Wrote {arguments.out}; look at it, then: make book PROFILE={arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

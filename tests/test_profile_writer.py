@@ -176,8 +176,8 @@ def test_a_file_without_labels(tmp_path: Path) -> None:
     assert "no usable column" in refusal(tmp_path, some_data(n_genes=range(60)))
 
 
-ODD = ["<b onclick=x>T", "a: b # c", "it's \"quoted\"", "two\nlines", "1e-4", "null", "\u2028x", "- y",
-       "{genes}", "back\\slash", "ü 細胞 🧬", "end\x85\x07"]
+ODD = ["<b onclick=x>T", "a: b # c", "it's \"quoted\"", "two\nlines", "1e-4", "null", "\u2028x",
+       "- y", "{genes}", "back\\slash", "ü 細胞 🧬", "end\x85\x07"]
 
 
 @pytest.mark.parametrize("label", ODD)

@@ -158,7 +158,7 @@ def choose_symbols(variables: "pd.DataFrame", where: str) -> tuple[Choice, Choic
     """
     known = [column for name in _SYMBOL_COLUMNS for column in variables.columns
              if str(column).lower() == name]
-    usable = [column for column in (None, *known, *variables.columns)
+    usable = [column for column in dict.fromkeys((None, *known, *variables.columns))
               if (column is None or isinstance(column, str)) and _symbols(variables, column)]
     if not usable:
         raise InputError(f"{where} has no gene symbols: the index of var holds identifiers, such "

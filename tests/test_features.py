@@ -357,3 +357,14 @@ def test_a_truncated_store_is_counted_again(model, transcoders, corpus, statisti
     path.write_bytes(content[: int(len(content) * share)])
     assert same(get_statistics(model, transcoders, corpus, profile), statistics)
     assert len(counted) == 2
+
+
+@pytest.mark.parametrize("cells", [1, 5, 4096])
+def test_pairs_are_those_of_all_tokens_at_once(monkeypatch, cells):
+    corpus = tiny_corpus(12)
+    monkeypatch.setattr(features_module, "_CELLS", cells)
+    tokens, genes, counts, index = corpus_pairs(corpus)
+    both = np.stack([corpus.tokens[corpus.mask], corpus.gene[corpus.mask]])
+    unique, inverse, expected = np.unique(both, axis=1, return_inverse=True, return_counts=True)
+    assert (np.stack([tokens, genes]) == unique).all() and (counts == expected).all()
+    assert (index[corpus.mask] == inverse.ravel()).all() and (index[~corpus.mask] == -1).all()

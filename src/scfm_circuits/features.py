@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 _COMPRESSED_BYTES = 2**28
+_CELLS = 4096
 _MODULES = ("features", "feature_counts", "active_features", "sparse_counts")
 
 
@@ -102,12 +103,25 @@ class FeatureStatistics:
 
 
 def corpus_pairs(corpus: Corpus) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct pairs of token and gene: (tokens, genes, counts, pair index of each position)."""
+    """Distinct pairs of token and gene: (tokens, genes, counts, pair index of each position).
+
+    A large corpus is gone through in blocks of cells, twice: its tokens are not sorted all at once.
+    """
     n_genes = len(corpus.symbols) + 1
-    keys = corpus.tokens * n_genes + (corpus.gene + 1)
-    unique, inverse, counts = np.unique(keys[corpus.mask], return_inverse=True, return_counts=True)
+    blocks = [slice(start, start + _CELLS) for start in range(0, len(corpus), _CELLS)]
+
+    def keys(block: slice) -> np.ndarray:
+        return (corpus.tokens[block] * n_genes + (corpus.gene[block] + 1))[corpus.mask[block]]
+
+    unique = np.zeros(0, np.int64)
+    for block in blocks:
+        unique = np.union1d(unique, keys(block))
+    counts = np.zeros(len(unique), np.int64)
     index = np.full(corpus.mask.shape, -1, np.int64)
-    index[corpus.mask] = inverse
+    for block in blocks:
+        place = np.searchsorted(unique, keys(block))
+        counts += np.bincount(place, minlength=len(unique))
+        index[block][corpus.mask[block]] = place
     return unique // n_genes, (unique % n_genes - 1).astype(np.int32), counts, index
 
 

@@ -1,10 +1,31 @@
-"""A page as a headless Chromium leaves it."""
+"""A page as a headless Chromium leaves it, and what a script that drives it says."""
 
+import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import pytest
+
+ANSWER = """
+function answered(said) {
+  const answer = document.createElement("pre");
+  answer.id = "answer";
+  answer.textContent = encodeURIComponent(JSON.stringify(said));
+  document.body.append(answer);
+}
+"""
+"""For a page's script: `answered(value)` leaves a value for `answer_in`."""
+
+
+def answer_in(page: str) -> Any:
+    """What `answered` left in a page."""
+    match = re.search(r'<pre id="answer">(.*?)</pre>', page)
+    assert match, "the script that drives the page did not end"
+    return json.loads(unquote(match[1]))
 
 
 def opened(path: Path, *options: str, width: int = 1280, marker: str, budget: int) -> str:

@@ -6,11 +6,10 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from browser import opened
+from browser import ANSWER, answer_in, opened
 from helpers import model_for, tiny_corpus, tiny_model, tiny_profile, tiny_transcoders, tokens
 from hypothesis import given
 from hypothesis import strategies as st
@@ -308,12 +307,7 @@ async function drive() {
   told.wide = document.documentElement.scrollWidth <= innerWidth;
   return told;
 }
-drive().catch((error) => String(error.stack)).then((said) => {
-  const answer = document.createElement("pre");
-  answer.id = "answer";
-  answer.textContent = encodeURIComponent(JSON.stringify(said));
-  document.body.append(answer);
-});
+drive().catch((error) => String(error.stack)).then(answered);
 """
 
 
@@ -328,13 +322,11 @@ def driven(report: Report, folder: Path, width: int) -> dict[str, Any]:
         '<!doctype html><html><head><meta charset="utf-8"><title>Circuit</title>'
         '<link rel="stylesheet" href="custom.css"><script src="circuit.js"></script>'
         '<script src="dom.js"></script></head><body>'
-        f'{shown.bundle["text/html"]}<script>{DRIVER}</script></body></html>')
+        f'{shown.bundle["text/html"]}<script>{ANSWER}{DRIVER}</script></body></html>')
     # Not the title, which a text that got into the page as HTML would change.
     page = opened(folder / "page.html", "--host-resolver-rules=MAP * ~NOTFOUND", width=width,
                   marker='data-source="downloads/circuits/case.js', budget=500_000)
-    match = re.search(r'<pre id="answer">(.*?)</pre>', page)
-    assert match, "the script that drives the page did not end"
-    answer = json.loads(unquote(match[1]))
+    answer = answer_in(page)
     assert isinstance(answer, dict), answer
     return answer
 

@@ -1,18 +1,15 @@
 """The index of features: what its data say, and what a reader can do with it in a browser."""
 
-import json
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from browser import opened
+from browser import ANSWER, answer_in, opened
 from helpers import model_for, tiny_corpus, tiny_transcoders
 from sklearn.metrics.pairwise import cosine_similarity
 
@@ -266,12 +263,7 @@ async function drive() {
   told.control = requests().filter((one) => one.includes("elsewhere"));
   return told;
 }
-drive().catch((error) => String(error.stack)).then((said) => {
-  const answer = document.createElement("pre");
-  answer.id = "answer";
-  answer.textContent = encodeURIComponent(JSON.stringify(said));
-  document.body.append(answer);
-});
+drive().catch((error) => String(error.stack)).then(answered);
 """
 
 
@@ -288,17 +280,8 @@ def make_page(folder: Path) -> Path:
         '<link rel="stylesheet" href="custom.css"><link rel="stylesheet" href="features.css">'
         "<script>location.hash = '#L2.F10&q=cd14&layer=2&sort=-log10_E_f';</script>"
         '<script src="features.js"></script><script src="dom.js"></script></head><body>'
-        f"{index_box(data)}<script>{DRIVER}</script></body></html>", encoding="utf-8")
+        f"{index_box(data)}<script>{ANSWER}{DRIVER}</script></body></html>", encoding="utf-8")
     return page
-
-
-def answer_in(page: str) -> dict[str, Any]:
-    """What the driver wrote into the page."""
-    match = re.search(r'<pre id="answer">(.*?)</pre>', page)
-    assert match, "the script that drives the page did not end"
-    answer = json.loads(unquote(match[1]))
-    assert isinstance(answer, dict), answer
-    return answer
 
 
 @pytest.fixture(scope="module")
@@ -308,8 +291,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def told(folder: Path) -> dict[str, Any]:
-    return answer_in(opened(folder / "page.html", "--host-resolver-rules=MAP * ~NOTFOUND",
+    answer = answer_in(opened(folder / "page.html", "--host-resolver-rules=MAP * ~NOTFOUND",
                             marker='data-source="downloads/feature_pages/', budget=200_000))
+    assert isinstance(answer, dict), answer
+    return answer
 
 
 def test_parts_are_small_and_in_ascii(folder: Path) -> None:

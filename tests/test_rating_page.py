@@ -1,11 +1,8 @@
 """The rating page: opened from disk, rated by keyboard, reloaded half-way, saved and read back."""
 
-import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pandas as pd
 import pytest
@@ -31,7 +28,7 @@ from scfm_circuits.rating_deck import (
 )
 from scfm_circuits.rating_page import rating_box
 from scfm_circuits.report_tables import script_json
-from tests.browser import opened
+from tests.browser import ANSWER, answer_in, opened
 
 HOSTILE = '</script><img src=x onerror="document.title=1"><b>&amp;"'
 ANSWERS = "ynuyynnuynyn"
@@ -142,10 +139,7 @@ const said = JSON.parse(localStorage.getItem("driver") ?? "null");
     location.reload();
     return;
   }
-  const answer = document.createElement("pre");
-  answer.id = "answer";
-  answer.textContent = encodeURIComponent(JSON.stringify([said, told]));
-  document.body.append(answer);
+  answered([said, told]);
 });
 """
 
@@ -157,7 +151,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         shutil.copy(ROOT / "book" / "_static" / name, folder)
     box = rating_box(write_deck(deck(), folder / "deck.json"))
     driver = (f"const ANSWERS = {script_json(ANSWERS)}; const HOSTILE = {script_json(HOSTILE)};"
-              + DRIVER)
+              + ANSWER + DRIVER)
     page = folder / "page.html"
     page.write_text(
         '<!doctype html><html><head><meta charset="utf-8"><title>Rate</title>'
@@ -167,9 +161,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         f"{box}<script>{driver}</script></body></html>", encoding="utf-8")
     shown = opened(page, "--host-resolver-rules=MAP * ~NOTFOUND", width=request.param,
                    marker='id="rating-deck"', budget=200_000)
-    match = re.search(r'<pre id="answer">(.*?)</pre>', shown)
-    assert match, "the script that drives the page did not end"
-    answer = json.loads(unquote(match[1]))
+    answer = answer_in(shown)
     assert not any("failed" in one for one in answer if one), answer
     return answer
 

@@ -6,12 +6,12 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
 import pytest
-from browser import opened
+from browser import ANSWER, answer_in, opened
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -221,12 +221,7 @@ async function drive() {
   told.push(all("tbody a").map((link) => link.getAttribute("href")));
   return { told, foreign: all(":is(img, script, b)").length, title: document.title };
 }
-drive().catch((error) => String(error)).then((said) => {
-  const answer = document.createElement("pre");
-  answer.id = "answer";
-  answer.textContent = encodeURIComponent(JSON.stringify(said));
-  document.body.append(answer);
-});
+drive().catch((error) => String(error)).then(answered);
 """
 
 
@@ -241,11 +236,9 @@ def test_a_browser_searches_sorts_chooses_and_pages(
     (tmp_path / "page.html").write_text(
         '<!doctype html><meta charset="utf-8"><title>Features</title>'
         '<script src="dom.js"></script><script src="browse.js"></script>'
-        f'{shown.bundle["text/html"]}<script>{DRIVER}</script>')
+        f'{shown.bundle["text/html"]}<script>{ANSWER}{DRIVER}</script>')
     page = opened(tmp_path / "page.html", marker="<title>Features</title>", budget=60_000)
-    match = re.search(r'<pre id="answer">(.*?)</pre>', page)
-    assert match, "the script that drives the page did not end"
-    answer = json.loads(unquote(match[1]))
+    answer = answer_in(page)
     assert isinstance(answer, dict), answer
     told = {step[0]: step[1:] for step in answer["told"] if len(step) == 3 and step[0]}
     (marks,) = (step for step in answer["told"] if "descending" in step)

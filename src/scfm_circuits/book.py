@@ -80,13 +80,18 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
+def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--profile` and `-p`, as every program of the package takes them."""
+    parser.add_argument("--profile", default="demo", help="name or .yml file (default: demo)")
+    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="KEY=VALUE",
+                        help="override a field of the profile; may be repeated")
+
+
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scfm_circuits.book", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["all", "execute", "check", "build", "plan"])
-    parser.add_argument("--profile", default="demo", help="name or .yml file (default: demo)")
-    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="KEY=VALUE",
-                        help="override a field of the profile; may be repeated")
+    add_profile_arguments(parser)
     parser.add_argument("--cell-seconds", type=int, default=None,
                         help="a cell that runs longer fails (default: $SCFM_CELL_SECONDS or 3600)")
     parser.add_argument("--output", type=Path, default=ROOT / "book" / "_build",
@@ -109,11 +114,6 @@ def _perform(arguments: argparse.Namespace) -> None:
         # From now on there are pages only if this run ends well.
         pages.set_aside_unless_fresh(run, arguments.output)
     if arguments.command in ("all", "execute"):
-        if plan(run):
-            from scfm_circuits.downloads import fetch_cells, fetch_model
-
-            fetch_cells(run.profile)
-            fetch_model(run.profile)
         executed = execute(run, cell_seconds=arguments.cell_seconds)
         if not executed and arguments.command == "execute":
             print(f"Every notebook of {run.profile.name} is up to date.")

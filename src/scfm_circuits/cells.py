@@ -14,14 +14,13 @@ import numpy as np
 import scipy.sparse as sp
 
 from scfm_circuits import InputError
-from scfm_circuits.h5ad import Opened, in_memory, open_h5ad, row_chunks
+from scfm_circuits.h5ad import ENSEMBL, Opened, in_memory, open_h5ad, row_chunks
 from scfm_circuits.profile import BUNDLED_CELLS, PLANTED_CELLS, ROOT, Profile, cells_path
 from scfm_circuits.ranking import top_genes
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{6,}", re.IGNORECASE)
 _SYMBOL_COLUMNS = ("gene_name-new", "feature_name", "gene_symbols", "gene_symbol", "gene_name",
                    "gene_names", "symbol", "hgnc_symbol")
 
@@ -247,13 +246,13 @@ def _symbols(variables: "pd.DataFrame", column: str | None, where: str
                          f"`symbol_column` in the profile to a var column with symbols "
                          f"(columns: {known}).")
     # An identifier among symbols is a gene without one; its version is not part of its name.
-    return [symbol.split(".")[0] if _ENSEMBL.match(symbol) else symbol for symbol in symbols
+    return [symbol.split(".")[0] if ENSEMBL.match(symbol) else symbol for symbol in symbols
             ], decisions
 
 
 def _mostly_ensembl(names: Iterable[str]) -> bool:
     """Whether more than half of the names are Ensembl identifiers."""
-    found = [bool(_ENSEMBL.match(name)) for name in names]
+    found = [bool(ENSEMBL.match(name)) for name in names]
     return sum(found) > len(found) / 2
 
 

@@ -203,12 +203,12 @@ def fetch_model(profile: Profile) -> list[Path]:
     Raises:
         InputError: a model that cannot be had, or one without safetensors.
     """
-    from huggingface_hub import snapshot_download
-
     found = []
     for name in dict.fromkeys((profile.model, profile.tokenizer)):
         if name == "train" or Path(name).expanduser().exists():
             continue
+        from huggingface_hub import snapshot_download
+
         try:
             folder = Path(snapshot_download(name, revision=profile.model_revision,
                                             allow_patterns=_MODEL_FILES))
@@ -234,13 +234,11 @@ def fetch_gene_sets(profile: Profile) -> list[str]:
 
 def main(given: Sequence[str] | None = None) -> int:
     """Fetch a profile's cells, model and gene sets; 0 on success, 1 on an explained error."""
-    from scfm_circuits.book import parse_overrides
+    from scfm_circuits.book import add_profile_arguments, parse_overrides
 
     parser = argparse.ArgumentParser(prog="python -m scfm_circuits.downloads", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", default="demo", help="name or .yml file (default: demo)")
-    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="KEY=VALUE",
-                        help="override a field of the profile; may be repeated")
+    add_profile_arguments(parser)
     arguments = parser.parse_args(given)
     try:
         profile = load_profile(arguments.profile, parse_overrides(arguments.parameters))

@@ -62,7 +62,7 @@ def only_one(folder: Path, doing: str) -> Iterator[None]:
 
 
 def execute(run: Run, *, cell_seconds: int | None = None) -> list[str]:
-    """Execute the stale notebooks; returns their names.
+    """Execute the stale notebooks, once the cells and the model are there; returns their names.
 
     Raises ExecutionFailed at the first that fails: earlier ones are kept, its partial output is
     moved to `results/<profile>/failed/`, and the next call tries it again.
@@ -70,6 +70,11 @@ def execute(run: Run, *, cell_seconds: int | None = None) -> list[str]:
     limit = cell_seconds or _seconds_from_environment()
     with only_one(run.profile.results, "executing notebooks into"):
         stale = plan(run)
+        if stale:
+            from scfm_circuits.downloads import fetch_cells, fetch_model
+
+            fetch_cells(run.profile)
+            fetch_model(run.profile)
         for number, (notebook, reason) in enumerate(stale, 1):
             print(f"[{number}/{len(stale)}] {notebook.name}: {reason}", flush=True)
             seconds = _execute_one(_as_it_is_now(run), notebook, limit)

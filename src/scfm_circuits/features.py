@@ -148,12 +148,16 @@ def count_features(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus
     )
 
 
+def gene_digest(corpus: Corpus) -> str:
+    """A short hash of which gene each token stands in."""
+    return hashlib.sha256(np.ascontiguousarray(corpus.gene).tobytes()).hexdigest()[:16]
+
+
 def _stamp(corpus: Corpus, profile: "Profile", control: Control | None) -> str:
     """What counts depend on: the transcoders, this module, and which gene each token stands in."""
-    genes = hashlib.sha256(np.ascontiguousarray(corpus.gene).tobytes()).hexdigest()[:16]
     return json.dumps([training_stamp(profile, corpus, control),
                        profile.fingerprint(("contexts_per_feature", "forward_cells"), _MODULES),
-                       genes], sort_keys=True)
+                       gene_digest(corpus)], sort_keys=True)
 
 
 def stored_statistics(corpus: Corpus, profile: "Profile", control: Control | None = None

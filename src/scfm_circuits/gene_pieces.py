@@ -111,8 +111,8 @@ def _agree(tokenizer: "PreTrainedTokenizerFast", prompt: str, symbols: np.ndarra
            parts: tuple[_Pieces, np.ndarray]) -> bool:
     """Whether cells of each answer, and some more, come out as the tokenizer itself has them."""
     _, one_of_each = np.unique(which, return_index=True)
-    some = np.unique(np.append(one_of_each, np.linspace(0, len(ranking) - 1, _LOOKED_AT).astype(int)
-                               if len(ranking) > _LOOKED_AT else np.arange(len(ranking))))
+    spread = np.linspace(0, len(ranking) - 1, min(len(ranking), _LOOKED_AT)).astype(int)
+    some = np.union1d(one_of_each, spread)
     pieces, chosen = parts
     joined = _joined(tokenizer.eos_token_id, ranking[some], pieces, chosen[some], in_memory,
                      quiet=True)

@@ -16,15 +16,14 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
-from scfm_circuits import InputError
+from scfm_circuits import InputError, manifest
 from scfm_circuits.files import write_atomic
 
 IntArray = NDArray[np.integer[Any]]
@@ -256,19 +255,9 @@ def _bundled(wanted: str, reason: str) -> GeneSets:
     return replace(library, source="bundled", warning=warning)
 
 
-@lru_cache(maxsize=1)
-def _manifest() -> dict[str, Mapping[str, Any]]:
-    """The gene-set entries of data/manifest.yml by name; empty where the file is not installed."""
-    path = DATA_FOLDER / "manifest.yml"
-    if not path.is_file():
-        return {}
-    entries = yaml.safe_load(path.read_text(encoding="utf-8")).get("gene_sets", [])
-    return {entry["name"]: entry for entry in entries}
-
-
 def _with_manifest_warning(library: GeneSets) -> GeneSets:
     """Add a warning if the library's content is not the version the manifest records."""
-    entry = _manifest().get(library.name)
+    entry = manifest.entry("gene_sets", library.name)
     # Enrichr's server and its mirrors end lines differently, so equal content is the same version.
     if entry is None or library.sha256 == entry["sha256"]:
         return library

@@ -4,6 +4,7 @@ Row-ordered (csr) and dense matrices are read in chunks of rows. A column-ordere
 no rows to read one after the other: it is loaded whole up to `_CSC_VALUES` values.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
+ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{6,}", re.IGNORECASE)
+"""The beginning of a gene's Ensembl identifier, of any species."""
 _CHUNK_ROWS = 4096
 _CSC_VALUES = 200_000_000
 

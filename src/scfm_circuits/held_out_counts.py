@@ -6,7 +6,6 @@ difference.
 """
 
 import dataclasses
-import hashlib
 import json
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +14,7 @@ import scipy.sparse as sp
 
 from scfm_circuits.explanations import Mentions, as_arrays
 from scfm_circuits.feature_counts import Checkpoint, count_activations
-from scfm_circuits.features import FeatureStatistics, corpus_pairs
+from scfm_circuits.features import FeatureStatistics, corpus_pairs, gene_digest
 from scfm_circuits.files import atomic_path
 from scfm_circuits.sentences import Corpus
 from scfm_circuits.sparse_counts import pack_matrices, read_arrays, unpack_matrices
@@ -39,9 +38,9 @@ def get_held_out_counts(model: "GPTNeoXForCausalLM", transcoders: Transcoders, c
     interrupted pass goes on from its checkpoint.
     """
     path = stage_folder(profile, control) / "held_out_counts.npz"
-    genes = hashlib.sha256(np.ascontiguousarray(corpus.gene).tobytes()).hexdigest()[:16]
     stamp = json.dumps([training_stamp(profile, corpus, control),
-                        profile.fingerprint(("forward_cells",), _MODULES), genes], sort_keys=True)
+                        profile.fingerprint(("forward_cells",), _MODULES), gene_digest(corpus)],
+                       sort_keys=True)
     tokens, _, _, index = corpus_pairs(corpus)
     stored = read_arrays(path, stamp)
     if stored is not None:

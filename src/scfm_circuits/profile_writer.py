@@ -21,6 +21,7 @@ import yaml
 
 from scfm_circuits import InputError
 from scfm_circuits.files import write_atomic
+from scfm_circuits.h5ad import ENSEMBL
 from scfm_circuits.profile import PROFILES, Name, Profile, load_profile
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ EXPECTED_HELD_OUT = 10
 SAMPLED = 200_000
 """Values of a matrix that are looked at, in three blocks."""
 
-_ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{6,}", re.IGNORECASE)
 _SYMBOL_COLUMNS = ("feature_name", "gene_symbol", "gene_symbols", "symbol", "symbols",
                    "hgnc_symbol", "gene_name", "gene_names", "gene_short_name", "name", "names")
 # Compared without case, spaces, points and underscores.
@@ -187,7 +187,7 @@ def _symbols(variables: "pd.DataFrame", column: str | None) -> list[str]:
         return []
     # Something like `biotype` has few values for many genes.
     several = column is None or len(words) < 20 or len(set(words)) > len(words) / 2
-    foreign = sum(bool(_ENSEMBL.match(word)) or word.isdigit() for word in words)
+    foreign = sum(bool(ENSEMBL.match(word)) or word.isdigit() for word in words)
     return words if several and foreign <= len(words) / 2 else []
 
 

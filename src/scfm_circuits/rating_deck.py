@@ -144,6 +144,8 @@ def read_deck(path: str | Path) -> Deck:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not content["cards"]:
+            raise ValueError("it has no cards")
         return Deck(str(content["study"]), tuple(_card(one) for one in content["cards"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a deck of rating cards ({error!r}); run the chapter on "

@@ -7,8 +7,6 @@ shows a card at a time, answers stay in the browser (localStorage) and leave it 
 
 from pathlib import Path
 
-from scfm_circuits import InputError
-from scfm_circuits.files import read_json
 from scfm_circuits.report_tables import script_json
 
 
@@ -23,11 +21,10 @@ def rating_box(path: Path) -> str:
     """
     if not path.is_file():
         return "This run has no deck of cards."
-    deck = read_json(path)
-    if not ({"study", "instructions", "cards"} <= set(deck) and deck["cards"]):
-        raise InputError(f"{path} is not a deck of rating cards; run the chapter on the human "
-                         "evaluation again.")
-    return (f'<script type="application/json" id="rating-deck">{script_json(deck)}</script>\n\n'
+    from scfm_circuits.rating_deck import blind, read_deck
+
+    deck = script_json(blind(read_deck(path)))
+    return (f'<script type="application/json" id="rating-deck">{deck}</script>\n\n'
             '<div id="rating" class="rating mathjax_ignore"><p>Rating needs scripts; without them, '
             'fill in <a href="downloads/tables/human_eval_sample.csv">human_eval_sample.csv</a>.'
             "</p></div>")

@@ -345,12 +345,12 @@ def _announce(run: TrainingRun, corpus: "Corpus") -> None:
 
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    from scfm_circuits.book import add_profile_arguments
+
     parser = argparse.ArgumentParser(
         prog="python -m scfm_circuits.training", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", default="demo", help="name or .yml file (default: demo)")
-    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="KEY=VALUE",
-                        help="override a field of the profile; may be repeated")
+    add_profile_arguments(parser)
     return parser.parse_args(given)
 
 

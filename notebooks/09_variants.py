@@ -36,6 +36,8 @@
 profile = "demo"
 
 # %%
+from functools import partial
+
 import numpy as np
 
 from scfm_circuits import variant_figures
@@ -74,8 +76,8 @@ report.not_comparable(run)
 # %%
 trained = get_variants(model, corpus, run)
 held_out = np.flatnonzero(corpus.held_out)[:32]
-scores = held_out_measures(model, {one.setting.name: one.transcoders for one in trained}, corpus,
-                           held_out, run.forward_cells)
+scores = held_out_measures(model, {one.setting.name: partial(one.load, model.device)
+                                   for one in trained}, corpus, held_out, run.forward_cells)
 
 # %%
 loaded = [load_library(name, run.gene_sets) for name in run.libraries]
@@ -83,7 +85,7 @@ loaded = [load_library(name, run.gene_sets) for name in run.libraries]
 libraries = list({library.content_sha256: library for library in loaded}.values())
 rules = testers(libraries, corpus, run)
 features = {one.setting.name: feature_measures(
-    get_statistics(model, one.transcoders, corpus, one.profile, one.control), corpus, run, rules)
+    get_statistics(model, one.load(model.device), corpus, one.profile, one.control), corpus, run, rules)
     for one in trained}
 layers = by_layer(trained, scores, features)
 table = summary(trained, layers, scores)
@@ -127,7 +129,7 @@ for key, value in (("l0_ratio_min", other["l0_ratio"].min()),
     report.value(f"variants.{key}", float(value), f"{value:.2f}")
 report.value("variants.original_loss", float(losses["original", -1]))
 single = [losses["no MLP", layer] - losses["original", -1] for layer in range(
-    trained[0].transcoders.n_layers)]
+    model.config.num_hidden_layers)]
 report.value("variants.no_mlp_increase", float(np.mean(single)))
 for row in table.itertuples():
     report.values({"l0": row.l0, "fvu": row.fvu, "loss_increase": row.loss_increase,

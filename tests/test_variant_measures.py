@@ -1,5 +1,6 @@
 """What dictionaries are compared by: autoencoders read outputs, and every kind has its row."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,21 @@ def autoencoder(model: Any, identity: bool = False) -> Transcoders:
 
 
 def measured(model: Any, corpus: Corpus, **variants: Transcoders) -> pd.DataFrame:
-    return held_out_measures(model, variants, corpus, CELLS, 3).set_index(["variant", "layer"])
+    ready = {name: lambda one=one: one for name, one in variants.items()}
+    return held_out_measures(model, ready, corpus, CELLS, 3).set_index(["variant", "layer"])
+
+
+def test_one_kind_is_held_at_a_time(model: Any, corpus: Corpus) -> None:
+    held: list[weakref.ref] = []
+
+    def load() -> Transcoders:
+        assert all(other() is None for other in held)
+        one = tiny_transcoders(model)
+        held.append(weakref.ref(one))
+        return one
+
+    held_out_measures(model, {"a": load, "b": load, "c": load}, corpus, CELLS, 3)
+    assert len(held) == 3
 
 
 def test_an_autoencoder_reads_the_output_it_replaces(model: Any, corpus: Corpus) -> None:
@@ -153,10 +168,11 @@ def test_a_layer_without_live_features_is_a_row_of_zeros(
 def test_the_table_has_every_kind(model: Any, corpus: Corpus, statistics: FeatureStatistics,
                                   profile: Profile, library: GeneSets) -> None:
     trained = [Trained(one, variant_profile(profile, one.changes, active_features=7),
-                       Control(one.name, {}), tiny_transcoders(model, seed=seed), [], 0.5, 1 + seed)
+                       Control(one.name, {}), [], 0.5, 1 + seed)
                for seed, one in enumerate(settings(profile))]
-    scores = held_out_measures(model, {one.setting.name: one.transcoders for one in trained},
-                               corpus, CELLS, 3)
+    scores = held_out_measures(
+        model, {one.setting.name: lambda seed=seed: tiny_transcoders(model, seed=seed)
+                for seed, one in enumerate(trained)}, corpus, CELLS, 3)
     ready = controls.testers([library], corpus, profile)
     features = {one.setting.name: feature_measures(statistics, corpus, profile, ready)
                 for one in trained}

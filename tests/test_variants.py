@@ -134,7 +134,7 @@ def test_trained_kinds_reach_the_references_l0(model: Any, corpus: Corpus, profi
     longer = profile.model_copy(update={"variant_tokens": 32 * 200, "l1_coefficient": 0.003})
     first, *others = all_of(model, corpus, longer)
     wanted = np.mean(l0_path(first.history)[-LAST:])
-    assert 0 < wanted < first.transcoders.n_features
+    assert 0 < wanted < first.load().n_features
     for one in others:
         found = np.mean(l0_path(one.history)[-LAST:])
         assert found == pytest.approx(wanted, rel=0.2, abs=1), one.setting.name
@@ -154,7 +154,7 @@ def test_the_first_guess_is_in_the_units_of_the_loss(model: Any, corpus: Corpus,
                                                      ) -> None:
     reference, other, jump, *_ = settings(profile)
     history = [{"l0": [4.0, 6.0], "sparsity": [0.1, 0.3]}]
-    trained = Trained(reference, profile, None, None, history, 0.01, 1.0)  # type: ignore[arg-type]
+    trained = Trained(reference, profile, None, history, 0.01, 1.0)  # type: ignore[arg-type]
     buffer = ActivationBuffer(model, corpus, profile)
     outputs = buffer.sites(0).outputs
     expected = 0.01 * outputs.shape[-1] * outputs.norm(dim=-1).mean().item()
@@ -177,13 +177,13 @@ def test_all_are_trained_on_one_harvest_and_read_the_next_time(
     assert worked == []
     for one, other in zip(first, again, strict=True):
         assert one.history == other.history and one.seconds == other.seconds > 0
-        assert torch.equal(one.transcoders.W_enc, other.transcoders.W_enc)
-        assert one.transcoders.variant == other.transcoders.variant
+        assert torch.equal(one.load().W_enc, other.load().W_enc)
+        assert one.load().variant == other.load().variant
     assert not list(profile.results.rglob("training_checkpoint"))
 
 
 def test_each_has_the_kind_it_is_called_by(model: Any, corpus: Corpus, profile: Profile) -> None:
-    kinds = {one.setting.name: one.transcoders.variant for one in all_of(model, corpus, profile)}
+    kinds = {one.setting.name: one.load().variant for one in all_of(model, corpus, profile)}
     assert {name: (kind.activation, kind.skip, kind.site) for name, kind in kinds.items()} == {
         "relu_normalized": ("relu", False, "transcoder"),
         "relu_equation4": ("relu", False, "transcoder"),
@@ -211,6 +211,7 @@ def test_what_differs_is_trained_anew_and_nothing_else(
 def test_an_interrupted_steered_run_goes_on_to_the_same_end(
         model: Any, corpus: Corpus, profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {one.setting.name: one for one in all_of(model, corpus, profile)}
+    weights = whole["jumprelu"].load().state_dict()
     folder = profile.results / "variants" / "jumprelu"
     (folder / "transcoders" / "training.json").unlink()
 
@@ -228,5 +229,5 @@ def test_an_interrupted_steered_run_goes_on_to_the_same_end(
     ended = trainer.trained(setting, whole["relu_normalized"], progress=False)
     assert ended.history == whole["jumprelu"].history
     assert ended.l1_coefficient == whole["jumprelu"].l1_coefficient
-    for name, tensor in whole["jumprelu"].transcoders.state_dict().items():
-        assert torch.equal(tensor, ended.transcoders.state_dict()[name]), name
+    for name, tensor in ended.load().state_dict().items():
+        assert torch.equal(tensor, weights[name]), name

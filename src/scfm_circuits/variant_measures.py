@@ -4,7 +4,7 @@ All are measured on the same held-out cells, by the dictionaries as they are sto
 `batchtopk` and `jumprelu` are those learnt in training.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from scfm_circuits.profile import Profile
 
+Load = Callable[[], Transcoders]
+"""Reads some dictionaries."""
 NULL = "token-preserving"
 """The null lists: random tokens of the kinds, and as many, as the feature fires on."""
 
@@ -48,49 +50,64 @@ def replacement_of(model: "nn.Module", transcoders: Transcoders) -> Replacement:
 
 
 @torch.no_grad()
-def held_out_measures(model: "nn.Module", variants: Mapping[str, Transcoders], corpus: Corpus,
+def held_out_measures(model: "nn.Module", variants: Mapping[str, Load], corpus: Corpus,
                       cells: np.ndarray, forward_cells: int) -> pd.DataFrame:
     """L0, FVU and loss on the cells: a row per variant and layer.
 
+    variants: functions that load the dictionaries, of which one is held at a time.
     Columns: variant, layer, l0, fvu, loss (nats per token with that layer's MLP replaced; layer -1:
     all of them, with l0 and fvu missing). The rows of `no MLP` have zeros in the MLP's place, the
     row of `original` (layer -1) the model as it is.
     """
-    n_layers, names = len(mlps(model)), list(variants)
-    shape = len(names), n_layers
-    active, error = np.zeros(shape), np.zeros(shape)
+    n_layers, given = len(mlps(model)), (model, corpus, cells, forward_cells)
     total: np.ndarray | float = 0.0
     squares, n_tokens, n_predictions = np.zeros(n_layers), 0, 0
-    replaced: dict[str, Replacement] = {
-        name: replacement_of(model, one) for name, one in variants.items()}
-    replaced["no MLP"] = zero_ablation
-    losses = dict.fromkeys([(name, layer) for name in replaced for layer in range(-1, n_layers)],
-                           0.0)
-    losses["original", -1] = 0.0
     for _, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
-        x, y = mlp_sites(model, tokens, mask)
+        y = mlp_sites(model, tokens, mask).outputs
         total = total + y.sum(dim=1, dtype=torch.float64).cpu().numpy()
         squares += y.double().square().sum(dim=(1, 2)).cpu().numpy()
         n_tokens += y.shape[1]
         n_predictions += int(mask[:, 1:].sum())
-        for v, one in enumerate(variants.values()):
-            read = y if one.variant.site == "sae" else x
-            for layer in range(n_layers):
-                active[v, layer] += int((one.layer_activations(layer, read[layer]) > 0).sum())
-                missed = one.replacement(layer, read[layer]) - y[layer]
-                error[v, layer] += float(missed.double().square().sum())
-        with faster_attention(model):  # type: ignore[arg-type]
-            for name, layer in losses:
-                losses[name, layer] += _loss(model, replaced.get(name), layer, tokens, mask)
     variance = squares - np.square(total).sum(axis=1) / n_tokens
+    layers, missing = range(-1, n_layers), np.full(1 + n_layers, np.nan)
     rows = []
-    for (name, layer), loss in losses.items():
-        l0 = fvu = np.nan
-        if name in names and layer >= 0:
-            l0 = active[names.index(name), layer] / n_tokens
-            fvu = error[names.index(name), layer] / variance[layer]
-        rows.append([name, layer, l0, fvu, loss / n_predictions])
-    return pd.DataFrame(rows, columns=["variant", "layer", "l0", "fvu", "loss"])
+    for name, load in variants.items():
+        one = load()
+        active, error = _sparsity_and_error(one, *given)
+        losses = _losses(replacement_of(model, one), layers, *given)
+        del one  # before the next one is read
+        l0, fvu = (np.append(np.nan, part) for part in (active / n_tokens, error / variance))
+        rows += [[name, *row] for row in zip(layers, l0, fvu, losses, strict=True)]
+    rows += [["no MLP", *row] for row in zip(
+        layers, missing, missing, _losses(zero_ablation, layers, *given), strict=True)]
+    rows.append(["original", -1, np.nan, np.nan, *_losses(None, [-1], *given)])
+    found = pd.DataFrame(rows, columns=["variant", "layer", "l0", "fvu", "loss"])
+    return found.assign(loss=found["loss"] / n_predictions)
+
+
+def _sparsity_and_error(one: Transcoders, model: "nn.Module", corpus: Corpus, cells: np.ndarray,
+                        forward_cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """(n_layers,) active features and squared errors, summed over the cells' tokens."""
+    active, error = np.zeros(one.n_layers), np.zeros(one.n_layers)
+    for _, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
+        x, y = mlp_sites(model, tokens, mask)
+        read = one.variant.read(x, y)
+        for layer in range(one.n_layers):
+            active[layer] += int((one.layer_activations(layer, read[layer]) > 0).sum())
+            missed = one.replacement(layer, read[layer]) - y[layer]
+            error[layer] += float(missed.double().square().sum())
+    return active, error
+
+
+def _losses(replacement: Replacement | None, layers: Sequence[int], model: "nn.Module",
+            corpus: Corpus, cells: np.ndarray, forward_cells: int) -> np.ndarray:
+    """(len(layers),) losses with the replacement in each layer, summed over the cells' tokens."""
+    losses = np.zeros(len(layers))
+    with faster_attention(model):  # type: ignore[arg-type]
+        for _, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
+            for index, layer in enumerate(layers):
+                losses[index] += _loss(model, replacement, layer, tokens, mask)
+    return losses
 
 
 def _loss(model: "nn.Module", replacement: Replacement | None, layer: int, tokens: torch.Tensor,

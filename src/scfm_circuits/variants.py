@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,7 +24,6 @@ import torch
 from scfm_circuits import checkpoints
 from scfm_circuits.activation_buffer import ActivationBuffer, Batch
 from scfm_circuits.files import atomic_folder, read_json
-from scfm_circuits.language_model import device_of
 from scfm_circuits.live import known_mean
 from scfm_circuits.sentences import Corpus
 from scfm_circuits.training import TrainingRun
@@ -61,7 +61,7 @@ class Setting(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A setting's dictionaries, and how they came about.
+    """A setting's dictionaries, which stay on disk, and how they came about.
 
     profile, control: what they were trained with, and where they are kept. l1_coefficient: the
     penalty's weight at the end; 0 if there is none. seconds: median of a step.
@@ -70,10 +70,18 @@ class Trained(NamedTuple):
     setting: Setting
     profile: "Profile"
     control: Control
-    transcoders: Transcoders
     history: list[dict[str, Any]]
     l1_coefficient: float
     seconds: float
+
+    @property
+    def folder(self) -> Path:
+        """Where the dictionaries are."""
+        return stage_folder(self.profile, self.control) / "transcoders"
+
+    def load(self, device: torch.device | str = "cpu") -> Transcoders:
+        """The dictionaries; all kinds at once would be eight times the paper's memory."""
+        return load_transcoders(self.folder).to(device)
 
 
 def settings(profile: "Profile") -> list[Setting]:
@@ -232,9 +240,8 @@ class Trainer:
                 save_transcoders(run.transcoders, fresh, setting.label, record)
             assert run.checkpoint is not None
             checkpoints.remove(run.checkpoint)
-        transcoders = load_transcoders(folder).to(device_of(self.model))
-        return Trained(setting, profile, control, transcoders, record["history"],
-                       record["l1_coefficient"], record["seconds_per_step"])
+        return Trained(setting, profile, control, record["history"], record["l1_coefficient"],
+                       record["seconds_per_step"])
 
     def _train(self, run: MatchedRun, setting: Setting, progress: bool) -> dict[str, Any]:
         run.buffer.sites(0)  # not timed: it is there for all but the first
@@ -253,10 +260,7 @@ class Trainer:
 
 def get_variants(model: "PreTrainedModel", corpus: Corpus, profile: "Profile", *,
                  progress: bool = True) -> list[Trained]:
-    """All of `settings`, the reference first.
-
-    Memory is that of training one of them, beside the dictionaries themselves.
-    """
+    """All of `settings`, the reference first. Memory is that of training one of them."""
     trainer = Trainer(model, corpus, profile)
     reference, *others = settings(profile)
     first = trainer.trained(reference, progress=progress)

@@ -201,6 +201,21 @@ def test_rankings_are_in_order_of_score_then_own_activations_then_gene(statistic
                           key=lambda g: (-scores[feature, g], -own[feature, g], g))
         assert genes.tolist() == expected
         assert values.tolist() == scores[feature, expected].tolist()
+    for most in (1, 3, 10_000):
+        heads = ranked_genes(statistics, 1, features, len(corpus.symbols), rule, most)
+        for (genes, values), (head, first) in zip(ranked, heads, strict=True):
+            assert len(head) >= min(most, len(genes))
+            assert head.tolist() == genes[: len(head)].tolist()
+            assert first.tolist() == values[: len(head)].tolist()
+
+
+def test_rankings_do_not_depend_on_how_many_are_made_at_a_time(statistics, corpus, monkeypatch):
+    features = np.arange(12)
+    whole = ranked_genes(statistics, 0, features, len(corpus.symbols), "token")
+    monkeypatch.setattr(features_module, "_FEATURES", 5)
+    parts = ranked_genes(statistics, 0, features, len(corpus.symbols), "token")
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @given(scores=st.lists(st.integers(1, 9), min_size=1, max_size=12), size=st.integers(1, 15),

@@ -129,14 +129,14 @@ def untrained_encoder(model: "GPTNeoXForCausalLM", statistics: FeatureStatistics
     _, tokens, mask = next(iter(batches(corpus, some, len(some), device_of(model))))
     inputs = mlp_sites(model, tokens, mask).inputs
     untrained.b_in.copy_(inputs.mean(dim=1))
-    pre = untrained.pre_activations(inputs)
     live = statistics.live(profile.live_cut_table4)
     for layer in range(n_layers):
         rates = statistics.frequency[layer][live[layer]]
         if not len(rates):
             continue
         wanted = np.clip(rng.choice(rates, n_features), 0, 1)
-        ordered = pre[layer].sort(dim=0, descending=True).values
+        pre = untrained.layer_pre_activations(layer, inputs[layer])  # not of all layers at once
+        ordered = pre.sort(dim=0, descending=True).values
         rank = np.minimum((wanted * len(ordered)).round().astype(int), len(ordered) - 1)
         columns = torch.arange(n_features, device=ordered.device)
         untrained.b_enc[layer] = -ordered[torch.from_numpy(rank).to(ordered.device), columns]

@@ -126,7 +126,7 @@ def describe_batch(pairs: np.ndarray, mask: Tensor) -> Batch:
     """pairs: (n_cells, length) pair of each token; mask: the same shape, False on padding."""
     inside = mask.cpu().numpy()
     pair, cell, position = (torch.from_numpy(one).to(mask.device) for one in
-                            (pairs[inside], *inside.nonzero()))
+                            (pairs[inside].astype(np.int64), *inside.nonzero()))
     return Batch(pair, cell, position, inside.sum(axis=1))
 
 

@@ -62,17 +62,19 @@ class Means(NamedTuple):
 def mean_activations(model: nn.Module, transcoders: Transcoders, corpus: "Corpus",
                      cells: np.ndarray, forward_cells: int) -> Means:
     """Mean activation of every feature on every kind of token (`token_kinds`) over the cells."""
-    kinds = np.full(corpus.tokens.shape, -1)
-    for cell in cells:
+    kinds = np.full((len(cells), corpus.tokens.shape[1]), -1, np.int32)
+    for row, cell in zip(kinds, cells, strict=True):
         end = corpus.answer_end[cell] + 1
-        kinds[cell, :end] = token_kinds(corpus.gene[cell, :end], corpus.place[cell, :end],
-                                        int(corpus.answer_start[cell]))
+        row[:end] = token_kinds(corpus.gene[cell, :end], corpus.place[cell, :end],
+                                int(corpus.answer_start[cell]))
     n_kinds, device = int(kinds.max()) + 1, device_of(model)
     total = torch.zeros(transcoders.n_layers, n_kinds, transcoders.n_features, device=device,
                         dtype=transcoders.W_enc.dtype)
     counts = torch.zeros(n_kinds, dtype=torch.int64, device=device)
+    done = 0
     for rows, tokens, _ in batches(corpus, cells, forward_cells, device):
-        kind = torch.from_numpy(kinds[rows, : tokens.shape[1]]).to(device)
+        kind = torch.from_numpy(kinds[done : done + len(rows), : tokens.shape[1]]).to(device)
+        done += len(rows)
         # The end of the text is left out: no target is read there.
         inputs = mlp_sites(model, tokens, kind >= 0).inputs
         chosen = kind[kind >= 0]

@@ -23,13 +23,16 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4000000000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: book notebooks data check profile test lint types unit smoke bench lab clean help
+.PHONY: book notebooks plan data check profile test lint types unit smoke bench lab clean help
 
 book: $(READY) ## Execute what is stale, check it, build the pages [PROFILE=demo PARAMS="seed=1"]
 	@$(RUN) all $(OPTIONS)
 
 notebooks: $(READY) ## Execute the stale notebooks of PROFILE only
 	@$(RUN) execute $(OPTIONS)
+
+plan: $(READY) ## What PROFILE would cost here: downloads, disk, memory, time; runs nothing
+	@$(RUN) plan $(OPTIONS)
 
 data: $(READY) ## Fetch and verify the cells, model and gene sets of PROFILE, nothing else
 	@$(PY) -m scfm_circuits.downloads $(OPTIONS)

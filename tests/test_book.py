@@ -82,6 +82,8 @@ def make_project(root: Path, patch: pytest.MonkeyPatch,
     (root / "package" / "science.py").write_text("x = 1\n")
     patch.setattr(freshness, "PACKAGE", root / "package")
     patch.setattr(pages, "BOOK", root / "book")
+    # What a run would cost is told of the real notebooks (test_run_plan).
+    patch.setattr(book, "_announce", lambda run: 0.0)
     patch.setenv("SCFM_ROOT", str(root))
     patch.setenv("SCFM_GENE_SETS", "")
     patch.setenv("SCFM_CACHE", str(root / "cache"))

@@ -32,6 +32,7 @@ from scfm_circuits.language_model import (
     train_small_model,
     zero_ablation,
 )
+from scfm_circuits.profile import Profile
 
 CPU = torch.device("cpu")
 
@@ -278,7 +279,7 @@ def saved(folder: Path, **options: Any) -> Path:
 
 
 def test_a_saved_model_is_loaded_as_it_was(tmp_path):
-    model = load_model(saved(tmp_path), layers=3)
+    model = load_model(saved(tmp_path))
     ids = torch.from_numpy(tokens(6))[None]
     expected = tiny_model(dtype=torch.float32)(input_ids=ids).logits
     assert torch.equal(model(input_ids=ids).logits, expected)
@@ -291,15 +292,16 @@ def test_a_missing_folder(tmp_path):
 
 
 def test_another_number_of_layers(tmp_path):
+    profile = Profile(name="t", model=str(saved(tmp_path)), tokenizer="t", model_layers=24)
     with pytest.raises(InputError, match=r"asks for 24 layers.*has 3; set `model_layers: 3`"):
-        load_model(saved(tmp_path), layers=24)
+        get_model(profile, tiny_corpus())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_loaded_as_it_was(tmp_path, family):
     model = tiny(family, dtype=torch.float32, native_norms=True)
     model.save_pretrained(tmp_path)
-    loaded, ids = load_model(tmp_path, layers=3), torch.from_numpy(tokens(6))[None]
+    loaded, ids = load_model(tmp_path), torch.from_numpy(tokens(6))[None]
     assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
     assert type(loaded) is type(model) and loaded.config._attn_implementation == "eager"
 

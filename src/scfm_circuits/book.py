@@ -93,10 +93,27 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("command", choices=["all", "execute", "check", "build", "plan"])
     add_profile_arguments(parser)
     parser.add_argument("--cell-seconds", type=int, default=None,
-                        help="a cell that runs longer fails (default: $SCFM_CELL_SECONDS or 3600)")
+                        help="a cell that runs longer fails (default: $SCFM_CELL_SECONDS, or an "
+                        "hour and more if a chapter is expected to take long)")
     parser.add_argument("--output", type=Path, default=ROOT / "book" / "_build",
                         help="folder that receives html/ (default: book/_build)")
     return parser.parse_args(given)
+
+
+def _announce(run: Run) -> float:
+    """Say what the stale chapters will cost; returns the seconds of the longest, 0 without any.
+
+    Raises InputError if they cannot fit.
+    """
+    stale = [notebook.name for notebook, _ in plan(run)]
+    if not stale:
+        return 0.0
+    from scfm_circuits.run_plan import check_plan, describe_plan, plan_run
+
+    planned = plan_run(run.profile)
+    print(describe_plan(run.profile, planned, stale), flush=True)
+    check_plan(planned)
+    return max(planned.seconds.get(name, 0.0) for name in stale)
 
 
 def _perform(arguments: argparse.Namespace) -> None:
@@ -104,17 +121,19 @@ def _perform(arguments: argparse.Namespace) -> None:
         raise InputError("--cell-seconds must be at least 1.")
     run = load_run(arguments.profile, parse_overrides(arguments.parameters))
     if arguments.command == "plan":
+        _announce(run)
         for notebook, reason in plan(run):
             print(f"{notebook.name}: {reason}")
         return
     executed: list[str] = []
+    expected = _announce(run) if arguments.command in ("all", "execute") else 0.0
     if arguments.command in ("all", "build"):
         from scfm_circuits import pages
 
         # From now on there are pages only if this run ends well.
         pages.set_aside_unless_fresh(run, arguments.output)
     if arguments.command in ("all", "execute"):
-        executed = execute(run, cell_seconds=arguments.cell_seconds)
+        executed = execute(run, cell_seconds=arguments.cell_seconds, expected=expected)
         if not executed and arguments.command == "execute":
             print(f"Every notebook of {run.profile.name} is up to date.")
     if arguments.command == "execute":

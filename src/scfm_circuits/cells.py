@@ -108,7 +108,20 @@ def _read(profile: Profile, take: Take) -> _About:
         data.close()
 
 
-def _read_opened(data: Opened, profile: Profile, take: Take) -> _About:
+class _Parts(NamedTuple):
+    """What of opened cells can be checked without reading their expression.
+
+    join, decisions: as from `_merge_duplicates`.
+    """
+
+    matrix: Any
+    symbols: list[str]
+    join: sp.csr_matrix | None
+    labels: np.ndarray
+    decisions: list[str]
+
+
+def _parts(data: Opened, profile: Profile) -> _Parts:
     where = profile.cells
     matrix, variables = _matrix(data, profile.matrix, where)
     symbols, decisions = _symbols(variables, profile.symbol_column, where)
@@ -117,7 +130,22 @@ def _read_opened(data: Opened, profile: Profile, take: Take) -> _About:
         raise InputError(f"{where} holds {matrix.shape[0]} cells and {matrix.shape[1]} genes; "
                          "there is nothing to read.")
     symbols, join, merged = _merge_duplicates(symbols, profile.duplicate_symbols, where)
-    decisions += merged
+    return _Parts(matrix, symbols, join, labels, decisions + merged)
+
+
+def describe(profile: Profile) -> tuple[int, list[str]]:
+    """(cells in the file, gene symbols), checked as `read_cells` does, without expression."""
+    data = _open(profile)
+    try:
+        parts = _parts(data, profile)
+    finally:
+        data.close()
+    return len(parts.labels), parts.symbols
+
+
+def _read_opened(data: Opened, profile: Profile, take: Take) -> _About:
+    where = profile.cells
+    matrix, symbols, join, labels, decisions = _parts(data, profile)
     cell_ids = data.obs.index.to_numpy().astype(str)
     chosen = np.arange(len(labels))
     if profile.max_cells is not None and profile.max_cells < len(labels):

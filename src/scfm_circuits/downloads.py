@@ -70,17 +70,24 @@ def fetch(remote: Remote, path: Path, *, progress: bool = True) -> Path:
             _verify(path, path, remote, progress)
             return path
         part = path.with_name(path.name + ".part")
-        _check_disk(remote, part)
+        _check_disk(remote, path)
         _download(remote, part, progress)
         _verify(part, path, remote, progress)
     return path
 
 
-def _check_disk(remote: Remote, part: Path) -> None:
-    there = part.stat().st_size if part.is_file() else 0
-    needed, free = remote.bytes - there + MARGIN, shutil.disk_usage(part.parent).free
+def missing_bytes(whole: int, path: Path) -> int:
+    """How many of a file's bytes have not been downloaded to `path` yet."""
+    part = path.with_name(path.name + ".part")
+    there = next((one.stat().st_size for one in (path, part) if one.is_file()), 0)
+    return max(0, whole - there)
+
+
+def _check_disk(remote: Remote, path: Path) -> None:
+    needed = missing_bytes(remote.bytes, path) + MARGIN
+    free = shutil.disk_usage(path.parent).free
     if free < needed:
-        raise InputError(f"{part.parent} has {free / 1e9:.1f} GB free, but {remote.url} needs "
+        raise InputError(f"{path.parent} has {free / 1e9:.1f} GB free, but {remote.url} needs "
                          f"{needed / 1e9:.1f} GB more; make room, or name another folder in the "
                          "environment variable SCFM_DATA.")
 

@@ -34,7 +34,8 @@ from scfm_circuits.profile import ROOT, profile_path
 
 CELL_SECONDS = 3600
 """A cell that runs longer than this fails; $SCFM_CELL_SECONDS or `--cell-seconds` change it."""
-
+TIMES_EXPECTED = 5
+"""A chapter that is expected to take long may take this many times as long."""
 
 CLEARED = "\r\x1b[K"
 """Back to the start of the terminal's line, and nothing on it."""
@@ -61,13 +62,16 @@ def only_one(folder: Path, doing: str) -> Iterator[None]:
         yield
 
 
-def execute(run: Run, *, cell_seconds: int | None = None) -> list[str]:
+def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0) -> list[str]:
     """Execute the stale notebooks, once the cells and the model are there; returns their names.
 
+    cell_seconds: how long a cell may take; by default what the environment says, or an hour, or
+    several times `expected`, the seconds that the longest chapter is expected to take.
     Raises ExecutionFailed at the first that fails: earlier ones are kept, its partial output is
     moved to `results/<profile>/failed/`, and the next call tries it again.
     """
-    limit = cell_seconds or _seconds_from_environment()
+    limit = cell_seconds or _seconds_from_environment(
+        max(CELL_SECONDS, round(TIMES_EXPECTED * expected)))
     with only_one(run.profile.results, "executing notebooks into"):
         stale = plan(run)
         if stale:
@@ -95,8 +99,8 @@ def _as_it_is_now(run: Run) -> Run:
     return now
 
 
-def _seconds_from_environment() -> int:
-    text = os.environ.get("SCFM_CELL_SECONDS", str(CELL_SECONDS))
+def _seconds_from_environment(default: int) -> int:
+    text = os.environ.get("SCFM_CELL_SECONDS", str(default))
     if not text.isdigit() or int(text) == 0:
         raise InputError(f"SCFM_CELL_SECONDS is {text!r}; it must be a whole number of seconds.")
     return int(text)

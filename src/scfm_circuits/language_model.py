@@ -24,7 +24,12 @@ from scfm_circuits.architectures import check_supported, decoder, decoder_layers
 from scfm_circuits.files import atomic_folder, read_json, write_json
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXForCausalLM, PreTrainedModel
+    from transformers import (
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        PreTrainedConfig,
+        PreTrainedModel,
+    )
 
     from scfm_circuits.profile import Profile
     from scfm_circuits.sentences import Corpus
@@ -76,26 +81,50 @@ def _without_widgets() -> None:
     logging.disable_progress_bar()
 
 
-def load_model(name: str | Path, revision: str | None = None, layers: int | None = None,
-               dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
-    """A causal language model from a Hugging Face id or folder, in evaluation mode.
+def load_config(name: str | Path, revision: str | None = None, **options: Any
+                ) -> "PreTrainedConfig":
+    """A model's configuration, which says its size before its weights are there.
 
-    Only safetensors weights are read and no code of the repository is run. Attention is `eager`,
-    because the tracer reads its patterns. Raises InputError if it cannot be had, is of no supported
-    family or quantized (before its weights are read), lacks weights, or has another number of
-    layers than the profile asks for.
+    options: as for transformers, such as `local_files_only`. Raises InputError if it cannot be had,
+    or if the model is of no supported family or quantized.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    _without_widgets()
     try:
-        config = AutoConfig.from_pretrained(str(name), revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(name), revision=revision, trust_remote_code=False,
+                                            **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise _cannot_load(name, error) from None
     check_supported(config.model_type, (config.architectures or [config.model_type])[0])
     if getattr(config, "quantization_config", None):
         raise InputError(f"The weights of the model {str(name)!r} are quantized, so what a layer "
                          "computes cannot be read from them; set `model` to one that is not.")
+    return config
+
+
+def check_layers(profile: "Profile", found: int) -> None:
+    """InputError if the profile asks for layers that a loaded model of `found` does not have."""
+    if profile.model_layers not in (None, found):
+        raise InputError(f"The profile asks for {profile.model_layers} layers (`model_layers`), "
+                         f"but the model {profile.model!r} has {found}; set `model_layers: "
+                         f"{found}`.")
+    if profile.human_layer >= found:
+        raise InputError(f"`human_layer` is {profile.human_layer}, but the model "
+                         f"{profile.model!r} has layers 0 to {found - 1}; lower it.")
+
+
+def load_model(name: str | Path, revision: str | None = None,
+               dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+    """A causal language model from a Hugging Face id or folder, in evaluation mode.
+
+    Only safetensors weights are read and no code of the repository is run. Attention is `eager`,
+    because the tracer reads its patterns. Raises InputError as `load_config` does, before weights
+    are read, or if weights are missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _without_widgets()
+    load_config(name, revision)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(name), revision=revision, dtype=dtype, use_safetensors=True,
@@ -107,10 +136,6 @@ def load_model(name: str | Path, revision: str | None = None, layers: int | None
             raise ValueError(f"it lacks the weights {', '.join(sorted(loading['missing_keys']))}")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _cannot_load(name, error) from None
-    found = len(mlps(model))
-    if layers is not None and found != layers:
-        raise InputError(f"The profile asks for {layers} layers (`model_layers`), but the model "
-                         f"{str(name)!r} has {found}; set `model_layers: {found}`.")
     return model.eval()
 
 
@@ -120,9 +145,9 @@ def _cannot_load(name: str | Path, error: Exception) -> InputError:
                       "profile, or download it once with a network.")
 
 
-def build_small_model(profile: "Profile", vocabulary: int, length: int) -> "GPTNeoXForCausalLM":
-    """An untrained GPT-NeoX of the profile's size, in Pythia's proportions."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+def small_config(profile: "Profile", vocabulary: int, length: int) -> "GPTNeoXConfig":
+    """The configuration of the model that is trained: the profile's size, Pythia's proportions."""
+    from transformers import GPTNeoXConfig
 
     settings: dict[str, Any] = dict(
         vocab_size=vocabulary, hidden_size=profile.model_width,
@@ -131,8 +156,16 @@ def build_small_model(profile: "Profile", vocabulary: int, length: int) -> "GPTN
         rotary_pct=0.25, use_parallel_residual=True, tie_word_embeddings=False,
         bos_token_id=0, eos_token_id=0, attn_implementation="eager",
     )
+    return GPTNeoXConfig(**settings)
+
+
+def build_small_model(profile: "Profile", vocabulary: int, length: int) -> "GPTNeoXForCausalLM":
+    """An untrained GPT-NeoX of `small_config`, seeded."""
+    from transformers import GPTNeoXForCausalLM
+
+    config = small_config(profile, vocabulary, length)
     torch.manual_seed(profile.seed)
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**settings)).float()
+    return GPTNeoXForCausalLM(config).float()
 
 
 class TrainingCurve(NamedTuple):
@@ -189,10 +222,8 @@ def get_model(profile: "Profile", corpus: "Corpus") -> tuple["PreTrainedModel", 
     Returns the model in float32 on the best device, and its training curve (empty if loaded).
     """
     if profile.model != "train":
-        model = load_model(profile.model, profile.model_revision, profile.model_layers)
-        if profile.human_layer >= len(mlps(model)):
-            raise InputError(f"`human_layer` is {profile.human_layer}, but the model "
-                             f"{profile.model!r} has layers 0 to {len(mlps(model)) - 1}; lower it.")
+        check_layers(profile, load_config(profile.model, profile.model_revision).num_hidden_layers)
+        model = load_model(profile.model, profile.model_revision)
         manifest.check_model(profile.model, model.config, len(corpus.tokenizer))
         check_vocabulary(model, corpus)
         _move(model, best_device())

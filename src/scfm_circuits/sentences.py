@@ -264,9 +264,7 @@ def load_corpus(profile: Profile) -> Corpus:
     The folder holds an .npy file per array, which is mapped, not read: a part of the corpus costs
     memory while it is looked at. (Arrow would do the same; numpy needs no further package.)
     """
-    folder = profile.results / "corpus"
-    stamp = json.dumps(profile.fingerprint(_FIELDS, _MODULES), sort_keys=True)
-    stamp += _file_stamp(profile)
+    folder, stamp = profile.results / "corpus", _corpus_stamp(profile)
     stored = _stored_corpus(folder, stamp)
     if stored is not None:
         _check_case(stored.labels, stored.held_out, profile)
@@ -295,6 +293,17 @@ def load_corpus(profile: Profile) -> Corpus:
     if built is None:
         raise InputError(f"The corpus {folder} was written and cannot be read; check the disk.")
     return built
+
+
+def stored_corpus(profile: Profile) -> Corpus | None:
+    """The corpus that `load_corpus` stored, if it is current."""
+    return _stored_corpus(profile.results / "corpus", _corpus_stamp(profile))
+
+
+def _corpus_stamp(profile: Profile) -> str:
+    """What the corpus depends on: profile fields, sources, and the cells' file."""
+    stamp = json.dumps(profile.fingerprint(_FIELDS, _MODULES), sort_keys=True)
+    return stamp + _file_stamp(profile)
 
 
 def _stored_corpus(folder: Path, stamp: str) -> Corpus | None:

@@ -50,17 +50,16 @@ def precision_of(profile: "Profile", device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[profile.precision]
 
 
-def memory_needed(profile: "Profile", corpus: "Corpus", n_layers: int, d_model: int,
+def memory_needed(profile: "Profile", train: int, n_layers: int, d_model: int,
                   at_once: int | None = None, item: int = 4) -> dict[str, int]:
     """Bytes that training holds: the buffer, the parameters with Adam, one batch.
 
-    at_once: layers that pass together (default: all). item: bytes of a number in the buffer and in
-    products.
+    train: tokens of the training cells; a buffer that they do not fill is smaller. at_once: layers
+    that pass together (default: all). item: bytes of a number in the buffer and in products.
     """
     at_once = at_once or n_layers
     width = profile.expansion * d_model
     parameters = 2 * width * d_model + width + d_model
-    train = int(corpus.lengths[~corpus.held_out].sum())
     return {
         "buffer": 2 * item * n_layers * d_model * min(train, profile.buffer_tokens),
         "parameters and Adam": 12 * n_layers * parameters,

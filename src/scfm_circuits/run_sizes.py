@@ -1,0 +1,152 @@
+"""How large a run will be, before anything is fetched or made: cells, tokens, the model's shape.
+
+What is there already is looked at (the stored corpus, the cells' file, the model's configuration);
+what is still elsewhere is taken from data/manifest.yml. Only a model that is neither here nor in
+the manifest is asked for on the network, for its configuration alone.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from scfm_circuits import InputError, manifest
+from scfm_circuits.language_model import check_layers, load_config, small_config
+from scfm_circuits.profile import ROOT, Profile, cells_path
+from scfm_circuits.sentences import Corpus, load_tokenizer, stored_corpus
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+TOKENS_PER_GENE = {"train": 2.0, "loaded": 3.3}
+"""Pieces of a gene's name where no tokenizer is at hand: a trained one, fitted to symbols, makes
+fewer; 3.3 is what Pythia's makes of the paper's Figure 4."""
+_SYMBOLS = 2000
+
+
+class RunSizes(NamedTuple):
+    """What a run works on.
+
+    cells: those used, of `cells_in_file`; held_out: cells among them. genes: columns of the file.
+    length: tokens of a cell's prompt with its answer, on average; padded: of the longest.
+    measured: whether tokens were counted (else estimated). config: the model's configuration.
+    parameters: the model's weights, all of them.
+    """
+
+    cells: int
+    cells_in_file: int
+    held_out: int
+    genes: int
+    length: float
+    padded: int
+    measured: bool
+    config: "PreTrainedConfig"
+    parameters: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all cells."""
+        return round(self.cells * self.length)
+
+    @property
+    def training_tokens(self) -> int:
+        """Tokens of the cells that are trained on."""
+        return round((self.cells - self.held_out) * self.length)
+
+    @property
+    def held_out_tokens(self) -> int:
+        """Tokens of the held-out cells."""
+        return self.tokens - self.training_tokens
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def width(self) -> int:
+        """Its residual width, d_model."""
+        return int(self.config.hidden_size)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of its embedding."""
+        return int(self.config.vocab_size)
+
+
+def run_sizes(profile: Profile) -> RunSizes:
+    """The sizes of a profile's run.
+
+    Raises InputError if the cells or the model's configuration cannot be had, or if the model has
+    not the layers that the profile asks for.
+    """
+    corpus = stored_corpus(profile)
+    cells_in_file, genes, symbols = _cells(profile)
+    cells = min(cells_in_file, profile.max_cells or cells_in_file)
+    if corpus is not None:
+        lengths = corpus.lengths
+        length, padded = float(lengths.mean()), int(lengths.max())
+        cells, held_out = len(corpus), int(corpus.held_out.sum())
+    else:
+        length = _length(profile, symbols)
+        padded, held_out = round(1.3 * length), max(1, round(cells * profile.validation_share))
+    config = model_config(profile, corpus, padded)
+    return RunSizes(cells, cells_in_file, held_out, genes, length, padded, corpus is not None,
+                    config, _parameters(config))
+
+
+def model_config(profile: Profile, corpus: Corpus | None, length: int) -> "PreTrainedConfig":
+    """The configuration of the profile's model: from here, the manifest, or the network.
+
+    corpus: decides the rows of the model that is trained, if it is there. Raises InputError as
+    `language_model.load_config` and `check_layers` do.
+    """
+    if profile.model == "train":
+        rows = len(corpus.tokenizer) if corpus is not None else profile.vocabulary_size
+        return small_config(profile, rows, length)
+    try:
+        config = load_config(profile.model, profile.model_revision, local_files_only=True)
+    except InputError:
+        listed = manifest.entry("models", profile.model)
+        if listed is None:
+            config = load_config(profile.model, profile.model_revision)
+        else:
+            from transformers import AutoConfig
+
+            config = AutoConfig.for_model(**listed["config"])
+    check_layers(profile, int(config.num_hidden_layers))
+    return config
+
+
+def _parameters(config: "PreTrainedConfig") -> int:
+    """Weights of a model of that configuration, without making them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _cells(profile: Profile) -> tuple[int, int, Sequence[str]]:
+    """(cells, genes, some symbols) of the profile's cells; symbols of a file that is there."""
+    listed, path = manifest.entry("cells", profile.cells), cells_path(profile, ROOT)
+    if listed is not None and path is not None and not path.is_file():
+        return int(listed["cells"]), int(listed["genes"]), ()
+    from scfm_circuits.cells import describe
+
+    n_cells, symbols = describe(profile)
+    some = np.random.default_rng(0).permutation(len(symbols))[:_SYMBOLS]
+    return n_cells, len(symbols), [symbols[i] for i in some]
+
+
+def _length(profile: Profile, symbols: Sequence[str]) -> float:
+    """Tokens of a cell, estimated: `genes_per_cell` names, the question, an answer, the end."""
+    words = len(profile.prompt.replace("{genes}", "") + profile.response) / 4 + 4
+    each = TOKENS_PER_GENE["train" if profile.tokenizer == "train" else "loaded"]
+    if symbols and Path(profile.tokenizer).expanduser().is_dir():
+        tokenizer = load_tokenizer(profile.tokenizer)
+        ids = tokenizer([f" {symbol}" for symbol in symbols], add_special_tokens=False)["input_ids"]
+        each = sum(map(len, ids)) / len(symbols)
+    return profile.genes_per_cell * each + words

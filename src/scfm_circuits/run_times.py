@@ -1,0 +1,68 @@
+"""How long each chapter takes: what it does, times how fast this machine does it (`speed_probe`).
+
+Operations that grow with the run are counted from its sizes. What else a chapter does is a number
+of seconds and of model passes that was read off runs of `demo` and of a rehearsal of `paper` on two
+cores; there the sums were within a factor of two of the truth.
+"""
+
+from typing import TYPE_CHECKING
+
+from scfm_circuits.run_sizes import RunSizes
+from scfm_circuits.variants import settings, variant_profile
+
+if TYPE_CHECKING:
+    from scfm_circuits.profile import Profile
+    from scfm_circuits.speed_probe import Speeds
+
+CELLS_PER_SECOND = 3000
+"""Cells read, ranked, tokenized and stored (`make bench BENCH=atlas`, two cores)."""
+STARTED = 12.0
+"""Seconds until a chapter's process has its libraries, and to draw and write its figures."""
+ASKED = 500
+"""Held-out cells that chapter 01 asks for their type."""
+
+
+def chapter_seconds(profile: "Profile", sizes: RunSizes, speeds: "Speeds") -> dict[str, float]:
+    """Seconds of every chapter, by its notebook's name, from nothing."""
+    layers, width = sizes.layers, profile.expansion * sizes.width
+    tokens, held_out = sizes.tokens, sizes.held_out_tokens
+
+    def passed(n: float) -> float:
+        """n tokens through the model."""
+        return n * layers * speeds.forward
+
+    def counted(n_features: int = width) -> float:
+        """One pass over all cells that counts what features fire on."""
+        return passed(tokens) + tokens * layers * speeds.counting * n_features / width
+
+    def trained(run: "Profile") -> float:
+        steps = max(1, run.training_tokens // run.batch_tokens)
+        kept = sizes.training_tokens <= run.buffer_tokens  # then the model runs once
+        return (steps * run.batch_tokens * layers * speeds.training
+                + passed(sizes.training_tokens if kept else run.training_tokens))
+
+    small = 0.0
+    if profile.model == "train":
+        seen = profile.model_steps * profile.model_batch_cells * sizes.length
+        small = 3 * (passed(seen) + seen * speeds.unembedding)
+    variants, each = len(settings(profile)), variant_profile(profile, {})
+    control = trained(profile) + counted() if profile.reinitialised_control else 0.0
+    # All layers replaced or removed, each alone, and the untouched model; an estimate's two
+    # products are about as much as counting.
+    validated = (passed(held_out * (4 + layers)) + held_out * (3 + 2 * layers) * speeds.unembedding
+                 + 3 * held_out * layers * speeds.counting)
+    asked = min(ASKED, sizes.held_out) * 2 * sizes.length
+    own = {
+        "01_cells_and_model": sizes.cells / CELLS_PER_SECOND + small + passed(asked),
+        "02_training": trained(profile),
+        "03_validation": validated,
+        "04_sparsity": counted(),
+        "05_human_evaluation": counted(256),
+        "06_enrichment": control + counted(256),
+        "07_endothelial_case_study": 0.0,
+        "08_controls": 0.0,
+        "09_variants": variants * (trained(each) + counted()),
+        "10_features": 0.0,
+        "11_claims": 0.0,
+    }
+    return {name: STARTED + seconds for name, seconds in own.items()}

@@ -66,7 +66,7 @@ from scfm_circuits.training import get_transcoders
 run = from_notebook(globals())
 report = Report(run, "07_endothelial_case_study")
 corpus = load_corpus(run)
-model, _ = get_model(run, corpus)
+model, _ = get_model(run, corpus, exact=True)
 transcoders, _ = get_transcoders(model, corpus, run)
 report.not_comparable(run)
 

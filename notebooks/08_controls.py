@@ -70,7 +70,7 @@ from scfm_circuits.training import get_transcoders
 run = from_notebook(globals())
 report = Report(run, "08_controls")
 corpus = load_corpus(run)
-model, _ = get_model(run, corpus)
+model, _ = get_model(run, corpus, exact=True)
 transcoders, _ = get_transcoders(model, corpus, run)
 report.not_comparable(run)
 

@@ -431,6 +431,16 @@ def test_the_small_model_is_trained_once_and_kept(monkeypatch, tmp_path):
     assert len(trained) == 3
 
 
+def test_the_models_type_is_the_profiles_but_for_circuits(tmp_path):
+    corpus = tiny_corpus()
+    model_for(corpus, dtype=torch.float32).save_pretrained(tmp_path)
+    profile = Profile(name="t", model=str(tmp_path), tokenizer="t", model_layers=None,
+                      human_layer=0, model_precision="bfloat16")
+    half, exact = (get_model(profile, corpus, exact=one)[0] for one in (False, True))
+    assert {one.dtype for one in half.parameters()} == {torch.bfloat16}
+    assert {one.dtype for one in exact.parameters()} == {torch.float32}
+
+
 # --- answers -------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,9 @@ def test_every_chapter_executes_and_every_table_has_its_shape(tmp_path: Path) ->
     """All layers and features of a model that is loaded, not trained, with the paper's settings."""
     profile = write_rehearsal(tmp_path / "stand-ins", SMALL, os.environ.get("SCFM_TOKENIZER"))
     results = tmp_path / "results"
+    # The other books of the tests have models in float32.
+    with open(profile, "a") as file:
+        file.write("model_precision: bfloat16\n")
     done = subprocess.run(
         [sys.executable, "-m", "scfm_circuits.book", "execute", "--profile", str(profile)],
         cwd=ROOT, capture_output=True, text=True, check=False,

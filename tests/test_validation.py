@@ -1,5 +1,6 @@
 """Tables 1 and 2: losses, divergences and explained variance against other routes."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,17 @@ def transcoders(model: Any) -> Transcoders:
 @pytest.fixture(scope="module")
 def table(model: Any, transcoders: Transcoders, corpus: Corpus) -> pd.DataFrame:
     return compare_configurations(model, transcoders, corpus, CELLS, 2)
+
+
+def test_a_model_in_bfloat16_is_close_to_itself(model: Any, transcoders: Transcoders,
+                                                corpus: Corpus, table: pd.DataFrame) -> None:
+    half, float32 = copy.deepcopy(model).bfloat16(), copy.deepcopy(transcoders).float()
+    found = compare_configurations(half, float32, corpus, CELLS, 2)
+    np.testing.assert_allclose(found["loss"], table["loss"], rtol=0.02)
+    np.testing.assert_allclose(found["kl"], table["kl"], rtol=0.1, atol=0.02)
+    fvu, exact = (fraction_of_variance_unexplained(*given, corpus, CELLS, 2)
+                  for given in ((half, float32), (model, transcoders)))
+    np.testing.assert_allclose(fvu, exact, rtol=0.02)
 
 
 def row(table: pd.DataFrame, name: str, layer: int = -1) -> pd.Series:

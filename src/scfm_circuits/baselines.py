@@ -54,9 +54,9 @@ def reinitialised_model(model: "GPTNeoXForCausalLM", seed: int) -> "GPTNeoXForCa
 def mean_output_norms(model: "GPTNeoXForCausalLM", corpus: Corpus, cells: np.ndarray,
                       forward_cells: int) -> Tensor:
     """(n_layers,) mean norm of each MLP's output over the tokens of some cells."""
-    total, n_tokens = torch.zeros((), device=device_of(model)), 0
+    total, n_tokens = torch.zeros((), dtype=torch.float64, device=device_of(model)), 0
     for _, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
-        norms = mlp_sites(model, tokens, mask).outputs.norm(dim=-1)
+        norms = mlp_sites(model, tokens, mask).outputs.norm(dim=-1).double()
         total, n_tokens = total + norms.sum(dim=1), n_tokens + norms.shape[1]
     return total / n_tokens
 

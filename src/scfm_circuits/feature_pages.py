@@ -147,7 +147,7 @@ def logit_effects(model: "PreTrainedModel", rows: Tensor, vocabulary: int, k: in
         high, low = effect.topk(k), effect.topk(k, largest=False)
         ids.append(torch.cat([high.indices, low.indices], dim=1))
         values.append(torch.cat([high.values, low.values], dim=1))
-    return torch.cat(ids).cpu().numpy(), torch.cat(values).cpu().numpy()
+    return torch.cat(ids).cpu().numpy(), torch.cat(values).float().cpu().numpy()
 
 
 # --- one feature after another -------------------------------------------------------------------

@@ -216,14 +216,22 @@ def train_small_model(corpus: "Corpus", profile: "Profile", *, progress: bool = 
     return model.eval(), TrainingCurve(list(range(1, steps + 1)), losses)
 
 
-def get_model(profile: "Profile", corpus: "Corpus") -> tuple["PreTrainedModel", TrainingCurve]:
+def model_dtype(profile: "Profile") -> torch.dtype:
+    """Type of the model's weights, but for circuits."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[profile.model_precision]
+
+
+def get_model(profile: "Profile", corpus: "Corpus", *, exact: bool = False
+              ) -> tuple["PreTrainedModel", TrainingCurve]:
     """The profile's model: loaded, or trained once and kept as a Hugging Face checkpoint folder.
 
-    Returns the model in float32 on the best device, and its training curve (empty if loaded).
+    Returns the model on the best device, in the profile's `model_precision` or, if `exact`, in
+    float32; and its training curve (empty if loaded).
     """
+    dtype = torch.float32 if exact else model_dtype(profile)
     if profile.model != "train":
         check_layers(profile, load_config(profile.model, profile.model_revision).num_hidden_layers)
-        model = load_model(profile.model, profile.model_revision)
+        model = load_model(profile.model, profile.model_revision, dtype)
         manifest.check_model(profile.model, model.config, len(corpus.tokenizer))
         check_vocabulary(model, corpus)
         _move(model, best_device())
@@ -241,7 +249,7 @@ def get_model(profile: "Profile", corpus: "Corpus") -> tuple["PreTrainedModel", 
             write_json(fresh / "training.json", {"stamp": stamp, **curve._asdict()})
     else:
         curve = TrainingCurve(stored["step"], stored["loss"])
-    model = load_model(folder)
+    model = load_model(folder, dtype=dtype)
     _move(model, best_device())
     return model, curve
 

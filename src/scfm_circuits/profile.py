@@ -101,6 +101,9 @@ class Profile(BaseModel):
     """Peak learning rate of those steps."""
     forward_cells: Positive = 32
     """Cells in one forward pass when nothing is learnt; bounds memory."""
+    model_precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the model's weights and passes. Circuits are traced in float32 all the same: their
+    sums would not close in half precision."""
 
     # --- transcoders -------------------------------------------------------------------------
     expansion: Positive = 8

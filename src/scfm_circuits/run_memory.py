@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from scfm_circuits.active_features import N_BINS
+from scfm_circuits.language_model import model_dtype
 from scfm_circuits.training_plan import memory_needed, precision_of
 from scfm_circuits.variants import variant_profile
 
@@ -73,10 +74,11 @@ def memory_stages(profile: "Profile", sizes: "RunSizes", device: torch.device) -
     on_gpu = device.type == "cuda"
     batch = min(profile.forward_cells, sizes.cells) * round(sizes.length)
     precision, one_set = precision_of(profile, device), transcoder_bytes(profile, sizes)
-    model = {"model": 4 * sizes.parameters, "libraries": LIBRARIES,
-             "layers' inputs and outputs": 4 * 2 * sizes.layers * batch * sizes.width}
+    own = model_dtype(profile)
+    model = {"model": own.itemsize * sizes.parameters, "libraries": LIBRARIES,
+             "layers' inputs and outputs": own.itemsize * 2 * sizes.layers * batch * sizes.width}
     copied = {"model in the type of training": precision.itemsize * sizes.parameters
-              } if precision != torch.float32 else {}
+              } if precision != own else {}
 
     def training(settings: "Profile") -> dict[str, int]:
         return model | copied | memory_needed(

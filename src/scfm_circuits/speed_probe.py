@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scfm_circuits.architectures import decoder
 from scfm_circuits.feature_counts import Batch, FeatureTotals, add_on_cpu, add_on_gpu
+from scfm_circuits.language_model import model_dtype
 from scfm_circuits.profile import Profile
 from scfm_circuits.run_sizes import RunSizes
 from scfm_circuits.stepper import Stepper
@@ -79,7 +80,7 @@ def _forward(profile: Profile, sizes: RunSizes, device: torch.device) -> tuple[f
         given["layer_types"] = given["layer_types"][:1]
     config: Any = type(sizes.config)(**given)
     config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config).to(device).eval()
+    model = AutoModelForCausalLM.from_config(config).to(device, model_dtype(profile)).eval()
     length = max(2, round(sizes.length))
     cells = max(1, min(profile.forward_cells, TOKENS // length))
     tokens = torch.randint(sizes.vocabulary, (cells, length), device=device)
@@ -88,7 +89,7 @@ def _forward(profile: Profile, sizes: RunSizes, device: torch.device) -> tuple[f
     run = decoder(model)
     layer = _best(lambda: run(**asked), device)
     last = run(**asked).last_hidden_state[0, :256]
-    unembed = _best(lambda: model.get_output_embeddings()(last).log_softmax(-1), device)
+    unembed = _best(lambda: model.get_output_embeddings()(last).float().log_softmax(-1), device)
     return layer / tokens.numel(), unembed / len(last)
 
 

@@ -165,7 +165,11 @@ class Transcoders(nn.Module):
         return self.activate(self.layer_pre_activations(layer, x), layer)
 
     def replacement(self, layer: int, x: Tensor) -> Tensor:
-        """One layer's estimate in place of its MLP: (..., d_model) -> (..., d_model)."""
+        """One layer's estimate in place of its MLP, in the type of x, (..., d_model)."""
+        return self.layer_estimate(layer, x).to(x.dtype)
+
+    def layer_estimate(self, layer: int, x: Tensor) -> Tensor:
+        """One layer's estimate: (..., d_model) -> (..., d_model), in the transcoders' own type."""
         estimate = self.layer_activations(layer, x) @ self.W_dec[layer] + self.b_dec[layer]
         if self.variant.skip:
             estimate = estimate + (x - self.b_in[layer]) @ self.W_skip[layer].mT

@@ -94,7 +94,7 @@ def _sparsity_and_error(one: Transcoders, model: "nn.Module", corpus: Corpus, ce
         read = one.variant.read(x, y)
         for layer in range(one.n_layers):
             active[layer] += int((one.layer_activations(layer, read[layer]) > 0).sum())
-            missed = one.replacement(layer, read[layer]) - y[layer]
+            missed = one.layer_estimate(layer, read[layer]) - y[layer]
             error[layer] += float(missed.double().square().sum())
     return active, error
 

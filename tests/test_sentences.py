@@ -25,6 +25,7 @@ from scfm_circuits.sentences import (
     encode_prompt,
     load_corpus,
     load_tokenizer,
+    sentence_texts,
     split_cells,
     token_texts,
     train_tokenizer,
@@ -49,6 +50,21 @@ def real_tokenizer() -> Any:
     if not folder:
         pytest.skip("SCFM_TOKENIZER is not set to a folder with Pythia's tokenizer.json")
     return load_tokenizer(folder)
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0, 1, 512, 1300])
+@pytest.mark.parametrize("symbols", [GENES, tuple(GENES), np.array(GENES)], ids=type)
+def test_sentences_are_the_genes_before_the_end_of_a_ranking(n, symbols):
+    rng = np.random.default_rng(n)
+    ranking = rng.permuted(np.tile(np.arange(len(GENES), dtype=np.int32), (n, 1)), axis=1)[:, :5]
+    sizes = rng.integers(0, 6, n)
+    ranking[np.arange(5) >= sizes[:, None]] = -1
+    assert list(sentence_texts(ranking, symbols)) == [
+        " ".join(GENES[gene] for gene in row[:size])
+        for row, size in zip(ranking.tolist(), sizes.tolist(), strict=True)]
 
 
 # --- split ---------------------------------------------------------------------------------------

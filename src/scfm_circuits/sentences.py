@@ -7,7 +7,7 @@ answer belong to no gene.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +32,8 @@ _FIELDS = (
 )
 _MODULES = ("cells", "h5ad", "planted_cells", "ranking", "gene_pieces", "sentences")
 _STAMP, _TOKENIZER = "corpus.json", "tokenizer.json"
+_CELLS = 512
+"""Cells whose sentences are put together at once."""
 
 
 class Encoded(NamedTuple):
@@ -87,7 +89,7 @@ class Corpus:
 
     def genes_of(self, cell: int) -> list[str]:
         """The cell's sentence: its genes in rank order."""
-        return [str(self.symbols[i]) for i in self.gene_ids_of(cell)]
+        return self.symbols[self.gene_ids_of(cell)].tolist()
 
     def pieces(self, cell: int) -> list[str]:
         """The cell's tokens as text, one string per token."""
@@ -106,6 +108,20 @@ def token_texts(tokenizer: "PreTrainedTokenizerFast", ids: Sequence[int] | np.nd
     """Tokens as readable text: a leading space is shown as `_`, as in the paper's Table 3."""
     texts = [str(tokenizer.decode([int(i)], clean_up_tokenization_spaces=False)) for i in ids]
     return [text.replace(" ", "_").replace("\n", "\\n") for text in texts]
+
+
+def sentence_texts(ranking: np.ndarray, symbols: Sequence[str] | np.ndarray) -> Iterator[str]:
+    """Each cell's genes as text, in rank order, joined by spaces.
+
+    ranking: (n_cells, k) ids of genes, -1 after the last; symbols: n_genes texts.
+    """
+    # An array of texts makes a new object of each element that is taken out; this one shares them.
+    names = np.array(symbols, dtype=object)
+    for start in range(0, len(ranking), _CELLS):
+        part = ranking[start : start + _CELLS]
+        sizes = (part >= 0).sum(axis=1).tolist()
+        for genes, size in zip(names[part].tolist(), sizes, strict=True):
+            yield " ".join(genes[:size])
 
 
 def split_cells(n_cells: int, share: float, seed: int) -> np.ndarray:
@@ -246,8 +262,9 @@ def build_corpus(cells: "RankedCells", profile: Profile, made: Made = in_memory)
     symbols = np.array(cells.symbols)
     answers = [profile.response.replace("{label}", label) for label in cells.labels]
     if profile.tokenizer == "train":
-        texts = (profile.prompt.replace("{genes}", " ".join(symbols[ids[ids >= 0]])) + answers[i]
-                 for i, ids in enumerate(cells.ranking) if not held_out[i])
+        texts = (profile.prompt.replace("{genes}", sentence) + answers[i]
+                 for i, sentence in enumerate(sentence_texts(cells.ranking, symbols))
+                 if not held_out[i])
         tokenizer = train_tokenizer(texts, profile.vocabulary_size)
     else:
         tokenizer = load_tokenizer(profile.tokenizer, profile.model_revision)

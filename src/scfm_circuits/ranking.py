@@ -26,8 +26,9 @@ def top_genes(expression: sp.csr_matrix, rows: np.ndarray, k: int, seed: int) ->
     """
     n = expression.shape[0]
     found = np.full((n, k), -1, np.int32)
-    indptr = expression.indptr.astype(np.int64)
-    genes, values = expression.indices.astype(np.int32), expression.data.astype(np.float32)
+    indptr = np.ascontiguousarray(expression.indptr, np.int64)
+    genes = np.ascontiguousarray(expression.indices, np.int32)
+    values = np.ascontiguousarray(expression.data, np.float32)
     numbers = np.asarray(rows, np.uint64)
 
     def rank(start: int) -> None:

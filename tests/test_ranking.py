@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from scfm_circuits.cells import read_cells
 from scfm_circuits.profile import load_profile
-from scfm_circuits.ranking import top_genes
+from scfm_circuits.ranking import _mixed, top_genes
 from tests.helpers import tiny_cells
 
 
@@ -61,6 +61,23 @@ def test_the_pbmcs_are_ordered_as_by_cell2sentence(k):
     for row in range(0, len(cells), 1 if k == 64 else 20):
         part = x[row]
         agree(part.data, part.indices, found[row], k, row)
+
+
+@pytest.mark.parametrize("highest", [1, 3, 30, 10**6])
+@pytest.mark.parametrize("k", [1, 2, 16, 64, 400])
+def test_genes_stand_by_value_and_then_by_the_hash_of_seed_row_and_gene(highest, k):
+    rng = np.random.default_rng(k)
+    x = rng.integers(0, highest, (40, 300), endpoint=True).astype(np.float32)
+    x[::2] *= rng.random((20, 300)) < 0.3
+    rows, seed, golden = rng.integers(0, 10**6, 40), 11, np.uint64(0x9E3779B97F4A7C15)
+    base = _mixed.py_func(_mixed.py_func(np.array([seed], np.uint64) + golden)
+                          + (rows.astype(np.uint64) + np.uint64(1)) * golden)
+    ties = _mixed.py_func(base[:, None] + np.arange(1, 301, dtype=np.uint64) * golden)
+    for found, values, tie in zip(top_genes(sp.csr_matrix(x), rows, k, seed), x, ties, strict=True):
+        rising = np.lexsort((tie, values))
+        expected = rising[::-1][: min(k, np.count_nonzero(values))]
+        assert found[found >= 0].tolist() == expected.tolist()
+        assert (found[len(expected):] == -1).all()
 
 
 def test_ties_are_in_random_order():

@@ -58,14 +58,33 @@ def _sift(values, ties, genes, place, size):  # type: ignore[no-untyped-def]
         if child >= size:
             break
         other = child + 1
-        if other < size and (values[other] < values[child] or (
-                values[other] == values[child] and ties[other] < ties[child])):
-            child = other
+        if other < size:
+            # Without a branch, which the processor could not foretell.
+            child += (values[other] < values[child]) | (
+                (values[other] == values[child]) & (ties[other] < ties[child]))
         if value < values[child] or (value == values[child] and tie <= ties[child]):
             break
         values[place], ties[place], genes[place] = values[child], ties[child], genes[child]
         place = child
     values[place], ties[place], genes[place] = value, tie, gene
+
+
+@numba.njit(inline="always")
+def _floor(values, best):  # type: ignore[no-untyped-def]
+    """A bound that at least k of `values` reach, if there are more than k, else -inf.
+
+    values: (n,). best: (k,), overwritten: the values are dealt out to its k places in turn, each
+    keeps its largest, and the least of these k is the bound.
+    """
+    k = len(best)
+    if len(values) <= k:
+        return np.float32(-np.inf)
+    best[:] = values[:k]
+    for start in range(k, len(values) - k + 1, k):
+        dealt = values[start : start + k]
+        for place in range(k):
+            best[place] = max(best[place], dealt[place])
+    return best.min()
 
 
 @compiled
@@ -77,8 +96,10 @@ def _rank(indptr, genes, values, rows, seed, found):  # type: ignore[no-untyped-
         base = _mixed(_mixed(seed + golden) + (rows[cell] + np.uint64(1)) * golden)
         chosen = found[cell]
         size = 0
+        # A gene below it is not among the k: most are passed over while the heap is filled.
+        floor = _floor(values[indptr[cell] : indptr[cell + 1]], kept)
         for i in range(indptr[cell], indptr[cell + 1]):
-            if size == k and values[i] < kept[0]:
+            if values[i] < floor:
                 continue
             tie = _mixed(base + (np.uint64(genes[i]) + np.uint64(1)) * golden)
             if size < k:
@@ -87,9 +108,11 @@ def _rank(indptr, genes, values, rows, seed, found):  # type: ignore[no-untyped-
                 if size == k:
                     for place in range(k // 2 - 1, -1, -1):
                         _sift(kept, ties, chosen, place, k)
-            elif values[i] > kept[0] or tie > ties[0]:
+                    floor = kept[0]
+            elif values[i] > floor or tie > ties[0]:
                 kept[0], ties[0], chosen[0] = values[i], tie, genes[i]
                 _sift(kept, ties, chosen, 0, k)
+                floor = kept[0]
         if size < k:
             for place in range(size // 2 - 1, -1, -1):
                 _sift(kept, ties, chosen, place, size)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
@@ -29,6 +30,9 @@ from rehearsal import TYPES, symbols
 
 from scfm_circuits.files import write_json
 from scfm_circuits.profile import ROOT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 ATLAS_CELLS, ATLAS_GENES, PER_CELL = 704_296, 32_732, 2_000
 BLOCK = 4096
@@ -134,6 +138,17 @@ def sentence_speeds(path: Path, rows: int = 8192) -> dict[str, float]:
             "ratio_vs_cell2sentence": theirs_s / ours_s}
 
 
+def small_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
+    """A BPE of the size of a demo's, trained on the file's gene symbols."""
+    from scfm_circuits.h5ad import open_h5ad
+    from scfm_circuits.sentences import train_tokenizer
+
+    opened = open_h5ad(path)
+    names = opened.matrices["X"][1]["gene_name-new"].astype(str)
+    opened.close()
+    return train_tokenizer([" ".join(names), "The corresponding cell type is:", *TYPES], 2000)
+
+
 def child(profile: str) -> None:
     """Build the corpus and say what it took; run in a process of its own."""
     from scfm_circuits.profile import load_profile
@@ -148,17 +163,24 @@ def child(profile: str) -> None:
 
 
 def measured(folder: Path, cells: int, tokenizer: str | None) -> dict[str, object]:
-    """Write the atlas, build the corpus in another process, compare sentences."""
+    """Write the atlas, build the corpus in another process, compare sentences.
+
+    tokenizer: folder of the real one; without it, one trained on the atlas's symbols stands in.
+    """
+    real = tokenizer is not None
     atlas = folder / "atlas.h5ad"
     began = time.perf_counter()
     values = write_atlas(atlas, cells)
     print(f"Wrote {cells:,} cells with {values:,} values in {time.perf_counter() - began:.0f} s.",
           flush=True)
+    if tokenizer is None:
+        tokenizer = str(folder / "tokenizer")
+        small_tokenizer(atlas).save_pretrained(tokenizer)
     profile = folder / "atlas.yml"
     profile.write_text(yaml.safe_dump({
         "extends": "paper", "cells": str(atlas), "cells_are": "simulated",
         "cells_name": "simulated cells of the atlas's shape", "model_revision": None,
-        "tokenizer": tokenizer or "train", "max_cells": min(316_000, cells)}))
+        "tokenizer": tokenizer, "max_cells": min(316_000, cells)}))
     done = subprocess.run(
         [sys.executable, __file__, "--child", str(profile)], stdout=subprocess.PIPE, text=True,
         check=True, env={**os.environ, "SCFM_RESULTS": str(folder / "results")})
@@ -169,7 +191,7 @@ def measured(folder: Path, cells: int, tokenizer: str | None) -> dict[str, objec
             "cells_per_second": found["corpus_cells"] / found["seconds"],
             "tokens_per_second": found["tokens"] / found["seconds"],
             "share_of_60M_tokens": found["tokens"] / TOKENS, **sentence_speeds(atlas),
-            "real_tokenizer": tokenizer is not None, "cpu": cpu_model(), "cores": os.cpu_count()}
+            "real_tokenizer": real, "cpu": cpu_model(), "cores": os.cpu_count()}
 
 
 def main() -> None:

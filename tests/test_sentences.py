@@ -170,18 +170,6 @@ def test_padding_is_masked_and_belongs_to_no_gene():
     assert (np.diff(corpus.mask.astype(int), axis=1) <= 0).all()
 
 
-def test_gene_tokens_are_the_genes_that_contain_a_token():
-    corpus = tiny_corpus()
-    expected: dict[int, set[int]] = {}
-    for cell in range(len(corpus)):
-        for token, gene in zip(corpus.tokens[cell], corpus.gene[cell], strict=True):
-            if gene >= 0:
-                expected.setdefault(int(token), set()).add(int(gene))
-    found = corpus.gene_tokens()
-    assert {token: sorted(genes) for token, genes in expected.items()} == {
-        token: genes.tolist() for token, genes in found.items()}
-
-
 def test_the_tokenizer_never_sees_held_out_cells():
     cells = tiny_cells(12)
     held_out = tiny_corpus(12).held_out

@@ -52,7 +52,7 @@ class RunPlan(NamedTuple):
     """All of it.
 
     disk: bytes by folder. problems: what cannot fit, a sentence each. speeds, seconds: measured,
-    and by chapter; None and empty if there are problems.
+    and by chapter; None and empty if the run is refused.
     """
 
     sizes: RunSizes
@@ -77,8 +77,9 @@ def plan_run(profile: Profile) -> RunPlan:
     disk = disk_needed(profile, sizes, found)
     stages = memory_stages(profile, sizes, device)
     problems = [*_disk_problems(disk), *memory_problems(profile, sizes, stages, device)]
-    # What does not fit is not even tried at its own size.
-    speeds = measure_speeds(profile, sizes, device) if not problems else None
+    # What will not be run is not tried at its own size either.
+    runs = not problems or os.environ.get(ANYWAY)
+    speeds = measure_speeds(profile, sizes, device) if runs else None
     seconds = chapter_seconds(profile, sizes, speeds) if speeds is not None else {}
     return RunPlan(sizes, device, found, disk, stages, problems, speeds, seconds)
 

@@ -96,13 +96,6 @@ class Corpus:
         ids = self.tokens[cell][self.mask[cell]]
         return token_texts(self.tokenizer, ids)
 
-    def gene_tokens(self) -> dict[int, np.ndarray]:
-        """For each token id seen inside a gene, the sorted ids of all genes that contain it."""
-        inside = self.gene >= 0
-        pairs = np.unique(np.stack([self.tokens[inside], self.gene[inside]]), axis=1)
-        ids, starts = np.unique(pairs[0], return_index=True)
-        return dict(zip(ids.tolist(), np.split(pairs[1], starts[1:]), strict=True))
-
 
 def token_texts(tokenizer: "PreTrainedTokenizerFast", ids: Sequence[int] | np.ndarray) -> list[str]:
     """Tokens as readable text: a leading space is shown as `_`, as in the paper's Table 3."""

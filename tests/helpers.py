@@ -15,7 +15,7 @@ from scfm_circuits.profile import Profile, load_profile
 from scfm_circuits.ranking import top_genes
 from scfm_circuits.sentences import Corpus, build_corpus
 from scfm_circuits.training import TrainingRun
-from scfm_circuits.transcoder import Transcoders
+from scfm_circuits.transcoder import Transcoders, Variant
 
 torch.set_num_threads(1)  # the models are too small to share out
 
@@ -47,10 +47,11 @@ def tiny_model(*, layers: int = 3, width: int = 16, heads: int = 2, vocabulary: 
     return model
 
 
-def tiny_transcoders(model: GPTNeoXForCausalLM, features: int = 24, seed: int = 1) -> Transcoders:
+def tiny_transcoders(model: GPTNeoXForCausalLM, features: int = 24, seed: int = 1,
+                     variant: Variant = Variant()) -> Transcoders:  # noqa: B008 (a tuple)
     """Random transcoders with random biases, in the model's precision."""
     config = model.config
-    transcoders = Transcoders(config.num_hidden_layers, config.hidden_size, features)
+    transcoders = Transcoders(config.num_hidden_layers, config.hidden_size, features, variant)
     transcoders.to(next(model.parameters()).dtype).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for tensor in (*transcoders.parameters(), transcoders.b_in):

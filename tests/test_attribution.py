@@ -23,6 +23,7 @@ from scfm_circuits.attribution import (
     head_direction,
     logit_direction,
 )
+from scfm_circuits.transcoder import Variant
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["parallel", "sequential"])
@@ -125,6 +126,34 @@ def test_equation_5_ignores_the_layer_norm(frozen):
     exact = contributions(frozen, feature_direction(frozen, 2, 5, 8)).features
     assert raw.shape == exact.shape
     assert not torch.allclose(raw, exact, rtol=0.05)
+
+
+KINDS = (Variant("topk", 5), Variant("batchtopk", 5), Variant("jumprelu"),
+         Variant("topk", 5, skip=True))
+
+
+@pytest.mark.parametrize("variant", KINDS, ids=str)
+def test_only_features_that_are_active_contribute(variant):
+    """Under every activation function: a pre-activation above zero makes no feature active."""
+    model = tiny_model()
+    t = tiny_transcoders(model, variant=variant)
+    if variant.activation == "batchtopk":
+        t.log_threshold.fill_(0.2)
+    run = freeze(model, t, tokens(9))
+    assert torch.equal(run.activations, t.encode(run.mlp_in))
+    silent = (run.pre > 0) & (run.activations == 0)
+    assert silent.any()
+    assert torch.allclose(t.decode(run.activations) + run.error, run.mlp_out, atol=1e-12)
+    parts = contributions(run, feature_direction(run, 2, 5, 8))
+    assert (parts.features[silent[:2, 8]] == 0).all() and (parts.features != 0).any()
+    assert closure(run, feature_direction(run, 2, 5, 8)) < 1e-10
+    assert (equation_5(run, 2, 5, 8)[silent[:2, 8]] == 0).all()
+
+
+def test_autoencoders_of_outputs_are_refused():
+    model = tiny_model()
+    with pytest.raises(InputError, match="set `site: transcoder`"):
+        freeze(model, tiny_transcoders(model, variant=Variant(site="sae")), tokens(4))
 
 
 def test_attention_patterns_are_needed():

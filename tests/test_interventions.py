@@ -28,8 +28,9 @@ from scfm_circuits.interventions import (
     written_by,
     written_sizes,
 )
-from scfm_circuits.language_model import mlp_sites, replaced_mlps
+from scfm_circuits.language_model import mlp_sites, mlps, replaced_mlps
 from scfm_circuits.token_means import Means
+from scfm_circuits.transcoder import Variant
 
 TARGET = FeatureAt(2, 5, 8)
 
@@ -58,6 +59,37 @@ def active(frozen: Frozen, layer: int, position: int, n: int) -> list[FeatureAt]
 
 
 # --- scaling -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [Variant("topk", 5), Variant("jumprelu")], ids=str)
+def test_other_activations_are_scaled_and_run_as_they_are(model, variant):
+    t = tiny_transcoders(model, variant=variant)
+    run = freeze(model, t, tokens(9))
+    reading = feature_direction(run, *TARGET)
+    chain = active(run, 0, 8, 24) + active(run, 1, 3, 24)
+    # As many as are active, not as have a pre-activation above zero.
+    assert len(chain) == int((t.encode(run.mlp_in)[[0, 1], [8, 3]] > 0).sum())
+    effect = scale(model, run, chain, 3.0, TARGET, reading)
+    modules, seen = mlps(model), []
+
+    def edited(layer, x):
+        z = t.activate(t.layer_pre_activations(layer, x), layer)
+        place = torch.zeros(x.shape[1], 1, dtype=x.dtype)
+        place[8 if layer == 0 else 3] = 1
+        if layer == 2:
+            seen.append(x)
+        return modules[layer].forward(x) + (2 * place * (z @ t.W_dec[layer]) if layer < 2 else 0)
+
+    with replaced_mlps(model, edited):
+        model(input_ids=run.tokens[None])
+    after = t.layer_pre_activations(2, seen[0][0, 8])[5]
+    assert effect.measured_change == pytest.approx(float(after) - effect.before, abs=1e-10)
+    every = [FeatureAt(layer, f, p) for layer, p, f in torch.nonzero(run.activations[:2]).tolist()]
+    means = Means(torch.zeros(t.n_layers, 1, t.n_features, dtype=torch.float64), torch.ones(1))
+    held = baseline(run, means, np.zeros(9, int))
+    alone = circuit_alone(model, run, every, TARGET, reading, held)
+    assert alone.predicted_change == pytest.approx(0, abs=1e-10)
+    assert alone.measured_change == pytest.approx(0, abs=1e-10)
 
 
 def test_nothing_ablated_changes_nothing(model, frozen):

@@ -1,6 +1,7 @@
 """Kinds are the same in every cell, and means are over the tokens of a kind."""
 
 import numpy as np
+import pytest
 import torch
 from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
 
@@ -8,6 +9,7 @@ from scfm_circuits.attribution import freeze
 from scfm_circuits.interventions import baseline
 from scfm_circuits.sentences import answered_prompt
 from scfm_circuits.token_means import mean_activations, token_kinds
+from scfm_circuits.transcoder import Variant
 
 
 def test_kinds_are_the_same_word_for_word_whatever_the_number_of_genes():
@@ -30,10 +32,11 @@ def test_a_prompt_without_an_answer_has_its_words_only():
                                          3)[:3].tolist()
 
 
-def test_means_are_over_tokens_of_a_kind(monkeypatch, tmp_path):
+@pytest.mark.parametrize("variant", [Variant(), Variant("topk", 4)], ids=str)
+def test_means_are_over_tokens_of_a_kind(monkeypatch, tmp_path, variant):
     corpus = tiny_corpus(9)
     model = model_for(corpus)
-    transcoders = tiny_transcoders(model)
+    transcoders = tiny_transcoders(model, variant=variant)
     cells = np.array([0, 3, 5, 8])
     means = mean_activations(model, transcoders, corpus, cells, forward_cells=3)
     sums: dict[int, list[np.ndarray]] = {}

@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+NO_CIRCUITS = ("Circuits are traced through transcoders, and the profile asks for autoencoders of "
+               "MLP outputs (`site: sae`); set `site: transcoder`.")
+
+
 @dataclass(frozen=True)
 class Frozen:
     """One text, run once, with all that the linear view needs.
@@ -50,8 +54,10 @@ class Frozen:
     tokens: (n_pos,). residual: (n_layers, n_pos, d_model) entering each layer; final: (n_pos,
     d_model) leaving the last. patterns: (n_layers, n_heads, n_pos, n_pos) attention, rows are
     destinations. sigma1, sigma2: (n_layers, n_pos) and sigma_final: (n_pos,) the norms' scales.
-    mlp_in, mlp_out: (n_layers, n_pos, d_model). pre: (n_layers, n_pos, n_features)
-    pre-activations; error: (n_layers, n_pos, d_model) MLP output minus the transcoders' estimate.
+    mlp_in, mlp_out: (n_layers, n_pos, d_model). pre, activations: (n_layers, n_pos, n_features)
+    before and after the transcoders' activation function. error: (n_layers, n_pos, d_model) MLP
+    output minus what the features and the output bias write (what a skip connection writes is part
+    of it).
     parallel: an MLP does not see its layer's attention. centred: the norms subtract the mean
     (LayerNorm), or do not (RMSNorm).
     """
@@ -66,6 +72,7 @@ class Frozen:
     mlp_in: Tensor
     mlp_out: Tensor
     pre: Tensor
+    activations: Tensor
     error: Tensor
     logits: Tensor
     weights: tuple[LayerWeights, ...]
@@ -75,11 +82,6 @@ class Frozen:
     unembedding: Tensor
     parallel: bool
     centred: bool
-
-    @property
-    def activations(self) -> Tensor:
-        """(n_layers, n_pos, n_features) z."""
-        return self.pre.relu()
 
     def centre(self, x: Tensor) -> Tensor:
         """C x: what the norms do to x (..., d_model) before they scale it; C is symmetric."""
@@ -128,9 +130,11 @@ def freeze(model: "PreTrainedModel", transcoders: Transcoders, tokens: np.ndarra
            ) -> Frozen:
     """Run one text (n_pos,) and keep what the linear view needs; attention must be `eager`.
 
-    Raises InputError for a model of another family than `architectures` knows, and for one whose
-    attention gives no patterns.
+    Raises InputError for a model of another family than `architectures` knows, for one whose
+    attention gives no patterns, and for autoencoders, which do not read what an MLP reads.
     """
+    if transcoders.variant.site != "transcoder":
+        raise InputError(NO_CIRCUITS)
     family = architecture_of(model)
     ids = torch.as_tensor(tokens).to(device_of(model))[None]
     output, seen = _recorded(model, ids)
@@ -144,13 +148,15 @@ def freeze(model: "PreTrainedModel", transcoders: Transcoders, tokens: np.ndarra
     sigma2 = [family.norm(layer.post_attention_layernorm).scale(x)
               for layer, x in zip(layers, seen["mid"], strict=True)]
     pre = transcoders.pre_activations(stacked["in"])
+    z = transcoders.activate(pre)
     unembedding: Any = model.get_output_embeddings()
     return Frozen(
         tokens=ids[0], residual=stacked["residual"], final=stacked["final"][0],
         patterns=torch.stack(list(output.attentions))[:, 0],
         sigma1=torch.stack(sigma1), sigma2=torch.stack(sigma2),
         sigma_final=last.scale(stacked["final"][0]), mlp_in=stacked["in"], mlp_out=stacked["out"],
-        pre=pre, error=stacked["out"] - transcoders.decode(pre.relu()), logits=output.logits[0],
+        pre=pre, activations=z, error=stacked["out"] - transcoders.decode(z),
+        logits=output.logits[0],
         weights=layer_weights(model), transcoders=transcoders,
         final_gain=last.gain, final_bias=last.bias, unembedding=unembedding.weight,
         parallel=family.parallel(model.config), centred=last.centred,
@@ -258,7 +264,7 @@ def contributions(frozen: Frozen, reading: Direction) -> Contributions:
     u, position, t = reading.vector, reading.position, frozen.transcoders
     n_mlp, n_attention = reading.mlp_limit, reading.attention_limit
     written = torch.einsum("lfd,d->lf", t.W_dec[:n_mlp], u)
-    features = frozen.pre[:n_mlp, position].relu() * written
+    features = frozen.activations[:n_mlp, position] * written
     errors = frozen.error[:n_mlp, position] @ u
     constant = reading.constant + (t.b_dec[:n_mlp] @ u).sum()
     heads = []
@@ -286,7 +292,7 @@ def equation_5(frozen: Frozen, layer: int, feature: int, position: int) -> Tenso
     It reads the residual stream as if there were no norm before the MLP; kept for comparison.
     """
     t = frozen.transcoders
-    return frozen.pre[:layer, position].relu() * torch.einsum(
+    return frozen.activations[:layer, position] * torch.einsum(
         "lfd,d->lf", t.W_dec[:layer], t.W_enc[layer, feature])
 
 

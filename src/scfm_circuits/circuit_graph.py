@@ -176,7 +176,7 @@ def memory_needed(frozen: Frozen, targets: Sequence[Target], *, max_features: in
     """Bytes that `attribution_graph` will take at most beside what `frozen` holds already."""
     _check(targets, max_features=max_features, edges_per_row=edges_per_row, batch=batch)
     n_layers, n_pos = extent([one.reading for one in targets])
-    upstream = frozen.pre[:n_layers, :n_pos]
+    upstream = frozen.activations[:n_layers, :n_pos]
     n_active = int((upstream > 0).sum())
     count = n_active + n_layers * n_pos + n_pos
     item, width, n_heads = (frozen.pre.element_size(), frozen.residual.shape[-1],

@@ -205,7 +205,7 @@ def _candidate(frozen: Frozen, target: Node, reading: Direction, parts: Contribu
     if kind == 0:
         layer, feature = divmod(local, parts.features.shape[1])
         node = Node(feature_id(layer, feature, position), "feature", layer, position, position,
-                    feature, max(float(frozen.pre[layer, position, feature]), 0.0))
+                    feature, float(frozen.activations[layer, position, feature]))
         return _Candidate(node, weight, feature_direction(frozen, layer, feature, position))
     if kind == 1:
         layer, head, source = (int(i) for i in np.unravel_index(local, parts.heads.shape))
@@ -238,7 +238,7 @@ def _expansion(name: str, reading: Direction, parts: Contributions, kept: list[_
 
 def strongest_features(frozen: Frozen, layer: int, position: int, n: int) -> list[int]:
     """The n most active features of a layer at a position, strongest first (active ones only)."""
-    z = frozen.pre[layer, position].relu()
+    z = frozen.activations[layer, position]
     top = torch.topk(z, min(n, len(z)))
     return [int(i) for i, value in zip(top.indices, top.values, strict=True) if value > 0]
 
@@ -255,7 +255,7 @@ def strongest_at_end(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corp
         starts = np.concatenate([[0], np.cumsum(corpus.lengths[rows])[:-1]])
         chosen = torch.from_numpy(starts + ends[rows]).to(tokens.device)
         inputs = mlp_sites(model, tokens, mask).inputs[layer][chosen]
-        strongest = transcoders.layer_pre_activations(layer, inputs).max(dim=1)
+        strongest = transcoders.layer_activations(layer, inputs).max(dim=1)
         found.append(torch.where(strongest.values > 0, strongest.indices, -1).cpu().numpy())
     return np.concatenate(found)
 

@@ -68,11 +68,11 @@ def extent(readings: Sequence[Direction]) -> tuple[int, int]:
 def sources_of(frozen: Frozen, readings: Sequence[Direction]) -> Sources:
     """Everything upstream of the readings."""
     n_layers, n_pos = extent(readings)
-    pre = frozen.pre[:n_layers, :n_pos]
-    places = torch.nonzero(pre > 0)
+    z = frozen.activations[:n_layers, :n_pos]
+    places = torch.nonzero(z > 0)
     layer, position, feature = (column.cpu().numpy() for column in places.unbind(dim=1))
     counts = np.bincount(layer * n_pos + position, minlength=n_layers * n_pos)
-    return Sources(layer, position, feature, pre[tuple(places.unbind(dim=1))],
+    return Sources(layer, position, feature, z[tuple(places.unbind(dim=1))],
                    np.concatenate([[0], np.cumsum(counts)]), n_layers, n_pos)
 
 

@@ -54,7 +54,7 @@ def written_by(frozen: Frozen, features: Sequence[FeatureAt]) -> Tensor:
     """(n_layers, n_pos, d_model): the sum of what the features write."""
     total = torch.zeros_like(frozen.mlp_out)
     for layer, feature, position in features:
-        z = frozen.pre[layer, position, feature].relu()
+        z = frozen.activations[layer, position, feature]
         total[layer, position] += z * frozen.transcoders.W_dec[layer, feature]
     return total
 
@@ -62,7 +62,7 @@ def written_by(frozen: Frozen, features: Sequence[FeatureAt]) -> Tensor:
 @torch.no_grad()
 def written_sizes(frozen: Frozen, layer: int) -> Tensor:
     """(n_pos, n_features) size of what each feature of a layer writes, z ||d||."""
-    return frozen.pre[layer].relu() * frozen.transcoders.W_dec[layer].norm(dim=-1)
+    return frozen.activations[layer] * frozen.transcoders.W_dec[layer].norm(dim=-1)
 
 
 @torch.no_grad()
@@ -133,6 +133,9 @@ def _by_layer(frozen: Frozen, features: Sequence[FeatureAt]) -> dict[int, _Rows]
 
 def _live(t: Transcoders, layer: int, rows: _Rows, x: Tensor) -> Tensor:
     """(n,) activations of the rows' features on an MLP's input (n_pos, d_model)."""
+    if t.variant.activation != "relu":  # whether one is active may depend on all of a token's
+        z = t.layer_activations(layer, x[rows.positions])
+        return z.gather(1, rows.indices[:, None])[:, 0]
     centred = x[rows.positions] - t.b_in[layer]
     return ((centred * t.W_enc[layer, rows.indices]).sum(dim=-1)
             + t.b_enc[layer, rows.indices]).relu()
@@ -221,7 +224,7 @@ def circuit_alone(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt
 
     clean = held.mlp_out.clone()
     for layer, rows in by_layer.items():
-        z = frozen.pre[layer, rows.positions, rows.indices].relu()
+        z = frozen.activations[layer, rows.positions, rows.indices]
         clean[layer] = freed(layer, rows, z, clean[layer])
     before = float(reading.value)
     after = _read_with(model, frozen, {layer: edit(layer) for layer in range(target.layer)}, target)
@@ -256,7 +259,7 @@ def matched_features(frozen: Frozen, features: Sequence[FeatureAt], target: Feat
         kept = np.array([FeatureAt(layer, f, p) not in taken for p, f in places.tolist()], bool)
         pools[layer] = (places.cpu().numpy()[kept],
                         sizes[places[:, 0], places[:, 1]].log().cpu().numpy()[kept])
-    own = [float((frozen.pre[layer, position, feature].relu() * norms[layer, feature]).clamp_min(
+    own = [float((frozen.activations[layer, position, feature] * norms[layer, feature]).clamp_min(
         1e-30).log()) for layer, feature, position in features]
     drawn: dict[int, FeatureAt] = {}
     for place in np.argsort(-np.array(own), kind="stable"):
@@ -336,5 +339,5 @@ def compare(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt], tar
 
 def _total_size(frozen: Frozen, features: Sequence[FeatureAt]) -> float:
     norms = frozen.transcoders.W_dec.norm(dim=-1)
-    return sum(float(frozen.pre[layer, position, feature].relu() * norms[layer, feature])
+    return sum(float(frozen.activations[layer, position, feature] * norms[layer, feature])
                for layer, feature, position in features)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from scfm_circuits import InputError, manifest
+from scfm_circuits.attribution import NO_CIRCUITS
 from scfm_circuits.case_study import read_sentence
 from scfm_circuits.downloads import missing_bytes
 from scfm_circuits.freshness import gene_set_cache, gene_set_folders
@@ -68,8 +69,10 @@ class RunPlan(NamedTuple):
 def plan_run(profile: Profile) -> RunPlan:
     """Look at sizes, compare needs with what there is, and measure speeds.
 
-    Raises InputError as `run_sizes` and `case_study.read_sentence` do.
+    Raises InputError as `run_sizes` and `case_study.read_sentence` do, and for autoencoders.
     """
+    if profile.site != "transcoder":
+        raise InputError(NO_CIRCUITS)
     if profile.case_sentence is not None:
         read_sentence(profile.case_sentence)
     sizes, device = run_sizes(profile), best_device()

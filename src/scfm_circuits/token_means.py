@@ -80,6 +80,6 @@ def mean_activations(model: nn.Module, transcoders: Transcoders, corpus: "Corpus
         chosen = kind[kind >= 0]
         counts += torch.bincount(chosen, minlength=n_kinds)
         for layer in range(transcoders.n_layers):
-            z = transcoders.layer_pre_activations(layer, inputs[layer]).relu()
+            z = transcoders.layer_activations(layer, inputs[layer])
             total[layer].index_add_(0, chosen, z)
     return Means(total / counts.clamp_min(1)[:, None], counts)

@@ -299,6 +299,23 @@ def test_ensembl_ids_with_symbols_in_a_known_column(tmp_path: Path) -> None:
     assert any("gene_name-new" in one for one in cells.decisions)
 
 
+def test_a_known_column_that_lacks_symbols_is_passed_over(tmp_path: Path) -> None:
+    data = some_data()
+    data.var.index = [f"ENSG0000016728{i}" for i in range(4)]
+    data.var["feature_name"] = ["CD3D", None, "LYZ", "NKG7"]
+    assert read(written(tmp_path, data)).symbols == ("CD3D", "MS4A1", "HLA-DQA1", "LYZ")
+    # The only one is not: what it lacks can be mended.
+    del data.var["name"]
+    assert "1 genes without a symbol in feature_name" in refusal(written(tmp_path, data))
+
+
+def test_the_page_says_which_column_holds_the_symbols(tmp_path: Path) -> None:
+    path = written(tmp_path, some_data())
+    assert "Symbols are taken from the var column name." in read(path, symbol_column="name"
+                                                                 ).decisions
+    assert not any("column" in one for one in read(path).decisions)
+
+
 def test_counts_and_normalised_values_are_told_apart(tmp_path: Path) -> None:
     data = some_data()
     assert any("raw counts" in one for one in read(written(tmp_path, data)).decisions)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scfm_circuits import InputError
+from scfm_circuits import InputError, h5ad
 from scfm_circuits.cells import Cells, read_cells
 from scfm_circuits.profile import ROOT, Profile, load_profile
 from scfm_circuits.profile_writer import (
@@ -118,6 +119,40 @@ def test_a_file_with_scaled_values_alone_is_refused(tmp_path: Path, value: float
     assert "counts or log-normalised" in refusal(tmp_path, some_data(values))
 
 
+def test_a_file_of_an_old_anndata(tmp_path: Path) -> None:
+    """scanpy's own file was written before anndata 0.7; what its other parts lack is no news."""
+    import scanpy
+
+    path = Path(scanpy.__file__).parent / "datasets" / "10x_pbmc68k_reduced.h5ad"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        profile = write_profile(path, tmp_path / "mine.yml")
+    assert (profile.matrix, profile.label_column) == ("raw", "bulk_labels")
+    assert "'X': unusable; 'raw': normalised" in (tmp_path / "mine.yml").read_text()
+    cells = read_cells(profile)
+    assert cells.expression.shape == (700, 765) and profile.case_type in cells.labels
+
+
+def test_the_layer_called_x_is_not_x(tmp_path: Path) -> None:
+    data = some_data()
+    data.layers["X"] = data.layers["raw"] = counts() - 3
+    profile, cells = written(tmp_path, data)
+    assert profile.matrix == "X"
+    np.testing.assert_array_equal(cells.expression.toarray(), counts())
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (60, 0)])
+def test_an_empty_file(tmp_path: Path, shape: tuple[int, int]) -> None:
+    message = refusal(tmp_path, some_data()[: shape[0], : shape[1]].copy())
+    assert f"{shape[0]} cells and {shape[1]} genes" in message
+
+
+def test_a_file_without_values(tmp_path: Path) -> None:
+    data = some_data()
+    assert "neither X, raw nor a layer" in refusal(tmp_path, anndata.AnnData(obs=data.obs,
+                                                                             var=data.var))
+
+
 # --- genes ---------------------------------------------------------------------------------------
 
 
@@ -128,6 +163,27 @@ def test_ensembl_identifiers_in_the_index(tmp_path: Path) -> None:
     data.var["Feature_Name"] = pd.Categorical(SYMBOLS)
     profile, cells = written(tmp_path, data)
     assert profile.symbol_column == "Feature_Name" and cells.symbols == tuple(SYMBOLS)
+
+
+@pytest.mark.parametrize("column", h5ad.SYMBOL_COLUMNS)
+def test_writer_and_reader_know_the_same_columns(tmp_path: Path, column: str) -> None:
+    data = some_data(names=ENSEMBL)
+    data.var["another"] = ["A", "B", "C", "D"]
+    data.var[column.title()] = SYMBOLS
+    profile, cells = written(tmp_path, data)
+    assert profile.symbol_column == column.title() and cells.symbols == tuple(SYMBOLS)
+    unnamed = profile.model_copy(update={"symbol_column": None})
+    assert read_cells(unnamed).symbols == tuple(SYMBOLS)
+
+
+def test_the_heart_cell_atlas_own_column_goes_first(tmp_path: Path) -> None:
+    data = some_data(names=ENSEMBL)
+    for column in ("feature_name", "gene_name", "gene_name-new"):
+        data.var[column] = [f"{symbol}.{column}" for symbol in SYMBOLS]
+    data.var["gene_name-new"] = SYMBOLS
+    profile, cells = written(tmp_path, data)
+    assert profile.symbol_column == "gene_name-new" and cells.symbols == tuple(SYMBOLS)
+    assert read_cells(profile.model_copy(update={"symbol_column": None})).symbols == cells.symbols
 
 
 def test_no_symbols_anywhere(tmp_path: Path) -> None:

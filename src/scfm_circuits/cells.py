@@ -14,15 +14,20 @@ import numpy as np
 import scipy.sparse as sp
 
 from scfm_circuits import InputError
-from scfm_circuits.h5ad import ENSEMBL, Opened, in_memory, open_h5ad, row_chunks
+from scfm_circuits.h5ad import (
+    ENSEMBL,
+    Opened,
+    in_memory,
+    open_h5ad,
+    possible_symbols,
+    row_chunks,
+    symbol_columns,
+)
 from scfm_circuits.profile import BUNDLED_CELLS, PLANTED_CELLS, ROOT, Profile, cells_path
 from scfm_circuits.ranking import top_genes
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_SYMBOL_COLUMNS = ("gene_name-new", "feature_name", "gene_symbols", "gene_symbol", "gene_name",
-                   "gene_names", "symbol", "hgnc_symbol")
 
 
 @dataclass(frozen=True)
@@ -250,14 +255,16 @@ def _symbols(variables: "pd.DataFrame", column: str | None, where: str
         known = ", ".join(map(str, variables.columns)) or "none"
         raise InputError(f"{where} has no var column {column!r} for gene symbols; the columns are "
                          f"{known}; set `symbol_column` in the profile.")
-    decisions = []
+    decisions = [f"Symbols are taken from the var column {column}."] if column else []
     if _mostly_ensembl(raw):
-        usable = [name for name in _SYMBOL_COLUMNS if name in variables.columns
-                  and not _mostly_ensembl(variables[name].astype(str))]
+        usable = [name for name in symbol_columns(variables)
+                  if not _mostly_ensembl(variables[name].astype(str))]
         if usable:
-            decisions.append(f"{column or 'The var index'} holds Ensembl identifiers; symbols are "
-                             f"taken from the var column {usable[0]}.")
-            column = usable[0]
+            # If none is whole, what the first one lacks is told below.
+            found = next((name for name in usable if possible_symbols(variables, name)), usable[0])
+            decisions = [f"{column or 'The var index'} holds Ensembl identifiers; symbols are "
+                         f"taken from the var column {found}."]
+            column = found
             raw = variables[column].astype(str)
     symbols = [symbol.strip().upper() for symbol in raw]
     missing = sum(symbol in ("", "NAN", "NONE", "<NA>") for symbol in symbols)

@@ -1,10 +1,13 @@
 """Opening an `.h5ad` file without loading it: obs and var whole, expression by rows.
 
+And where in `var` gene symbols may be, for those who read the file and for a look into it.
+
 Row-ordered (csr) and dense matrices are read in chunks of rows. A column-ordered (csc) matrix has
 no rows to read one after the other: it is loaded whole up to `_CSC_VALUES` values.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +26,11 @@ if TYPE_CHECKING:
 
 ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{6,}", re.IGNORECASE)
 """The beginning of a gene's Ensembl identifier, of any species."""
+SYMBOL_COLUMNS = ("gene_name-new", "feature_name", "gene_symbol", "gene_symbols", "symbol",
+                  "symbols", "hgnc_symbol", "gene_name", "gene_names", "gene_short_name", "name",
+                  "names")
+"""Columns of `var` that are known to hold gene symbols, in any case, the surest first. The first is
+the Heart Cell Atlas's own."""
 _CHUNK_ROWS = 4096
 _CSC_VALUES = 200_000_000
 
@@ -44,7 +52,8 @@ def in_memory(data: "AnnData") -> Opened:
     matrices = {} if data.X is None else {"X": (data.X, data.var)}
     if data.raw is not None:
         matrices["raw"] = (data.raw.X, data.raw.var)
-    matrices.update((str(name), (layer, data.var)) for name, layer in data.layers.items())
+    for name, layer in data.layers.items():
+        matrices.setdefault(str(name), (layer, data.var))
     return Opened(data.obs, matrices, lambda: None)
 
 
@@ -67,7 +76,9 @@ def open_h5ad(path: Path) -> Opened:
     import pandas as pd
     from anndata.io import read_elem
 
-    with unreadable(path):
+    with unreadable(path), warnings.catch_warnings():
+        # anndata tells how old a file is, and what has moved in parts that nobody asks for here.
+        warnings.simplefilter("ignore")
         file = h5py.File(path, "r")
         try:
             obs, var = read_elem(file["obs"]), read_elem(file["var"])
@@ -79,13 +90,37 @@ def open_h5ad(path: Path) -> Opened:
             if isinstance(file.get("raw"), h5py.Group):
                 places["raw"] = (file["raw/X"], read_elem(file["raw/var"]))
             for name, layer in file.get("layers", {}).items():
-                places[name] = (layer, var)
+                places.setdefault(name, (layer, var))  # a layer called X is not X
             matrices = {name: (_lazy(place), about) for name, (place, about) in places.items()
                         if place.attrs.get("encoding-type") != "null"}
         except BaseException:
             file.close()
             raise
     return Opened(obs, matrices, file.close)
+
+
+def symbol_columns(variables: "pd.DataFrame") -> list[str]:
+    """The columns of a var table that are known to hold gene symbols, the surest first."""
+    return [column for name in SYMBOL_COLUMNS for column in variables.columns
+            if isinstance(column, str) and column.lower() == name]
+
+
+def possible_symbols(variables: "pd.DataFrame", column: str | None) -> list[str]:
+    """A column's entries, or for None the index's, in capitals if they may be gene symbols.
+
+    Otherwise nothing: one is missing or not one word, most are identifiers, or there are too few
+    different ones.
+    """
+    entries = variables.index.to_series() if column is None else variables[column]
+    if entries.isna().any() or entries.dtype.kind in "biufcmM":
+        return []
+    words = [str(entry).strip().upper() for entry in entries]
+    if any(word in ("", "NAN", "NONE", "<NA>") or re.search(r"\s", word) for word in words):
+        return []
+    # Something like `biotype` has few values for many genes.
+    several = column is None or len(words) < 20 or len(set(words)) > len(words) / 2
+    foreign = sum(bool(ENSEMBL.match(word)) or word.isdigit() for word in words)
+    return words if several and foreign <= len(words) / 2 else []
 
 
 def _lazy(place: Any) -> Any:

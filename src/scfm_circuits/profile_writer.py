@@ -2,9 +2,10 @@
 
     python -m scfm_circuits.profile_writer cells.h5ad --out mine.yml
 
-Only `obs`, `var` and samples of the values are read, so a file of any size takes seconds. Each
-choice is written with what was seen and what else could be chosen. Column names and labels come
-from the file: fields are quoted, and comments hold them as Python literals, so none can end a line.
+Only `obs`, `var` and samples of the values are read, so a file of any size takes seconds; one of an
+anndata before 0.7 is read whole. Each choice is written with what was seen and what else could be
+chosen. Column names and labels come from the file: fields are quoted, and comments hold them as
+Python literals, so none can end a line.
 """
 
 import argparse
@@ -21,11 +22,10 @@ import yaml
 
 from scfm_circuits import InputError
 from scfm_circuits.files import write_atomic
-from scfm_circuits.h5ad import ENSEMBL
+from scfm_circuits.h5ad import open_h5ad, possible_symbols, symbol_columns, unreadable
 from scfm_circuits.profile import PROFILES, Name, Profile, load_profile
 
 if TYPE_CHECKING:
-    import h5py
     import pandas as pd
 
 LARGE = 5_000
@@ -35,8 +35,6 @@ EXPECTED_HELD_OUT = 10
 SAMPLED = 200_000
 """Values of a matrix that are looked at, in three blocks."""
 
-_SYMBOL_COLUMNS = ("feature_name", "gene_symbol", "gene_symbols", "symbol", "symbols",
-                   "hgnc_symbol", "gene_name", "gene_names", "gene_short_name", "name", "names")
 # Compared without case, spaces, points and underscores.
 _TYPE_COLUMNS = ("celltype", "celltypes", "celltypelabel", "cellontologyclass", "bulklabels",
                  "majorityvoting", "annotation", "annotations", "celllabel", "label", "labels")
@@ -58,57 +56,40 @@ class Choice(NamedTuple):
 class Peek(NamedTuple):
     """What a look into the file tells.
 
-    kinds: by place (`X`, `raw`, a layer) `counts`, `normalised` or `unusable`. observations,
-    variables, raw_variables: the tables of cells and genes; raw_variables is None without `raw`.
+    kinds: by place (`X`, `raw`, a layer) `counts`, `normalised` or `unusable`. observations: the
+    table of cells. variables: by place the table of its genes.
     """
 
     kinds: dict[str, str]
     observations: "pd.DataFrame"
-    variables: "pd.DataFrame"
-    raw_variables: "pd.DataFrame | None"
+    variables: "dict[str, pd.DataFrame]"
 
 
 # --- the file ------------------------------------------------------------------------------------
 
 
 def peek(path: Path) -> Peek:
-    """Look into an `.h5ad`; InputError if it is none, or one of an anndata before 0.7."""
+    """Look into an `.h5ad`; InputError if it cannot be read as one."""
     if path.suffix != ".h5ad":
         raise InputError(f"H5AD is {str(path)!r}; give the path of an .h5ad file.")
     if not path.is_file():
         raise InputError(f"The file {path} does not exist; check the path given as H5AD.")
-    import h5py
-    from anndata.io import read_elem
-
+    data = open_h5ad(path)
     try:
-        with h5py.File(path, "r") as file:
-            places = {"X": file.get("X")}
-            if "raw" in file:
-                places["raw"] = file["raw"].get("X")
-            for name, layer in (file["layers"].items() if "layers" in file else ()):
-                # A layer called so would mean something else in a profile.
-                if name not in ("X", "raw"):
-                    places[name] = layer
-            kinds = {name: _kind(matrix) for name, matrix in places.items() if matrix is not None}
-            raw = read_elem(file["raw/var"]) if "raw" in kinds else None
-            found = Peek(kinds, read_elem(file["obs"]), read_elem(file["var"]), raw)
-            # Files of an anndata before 0.7 hold other things under these names.
-            if not all(hasattr(table, "columns") for table in found[1:3]):
-                raise TypeError("no table")
-    except Exception:  # h5py and anndata raise many kinds for a broken file
-        raise InputError(f"{path} cannot be read as .h5ad: it is broken, incomplete or of an "
-                         "anndata before 0.7; fetch it again, or read it with anndata and write it "
-                         "anew.") from None
-    if not len(found.observations) or not len(found.variables):
-        raise InputError(f"{path} holds {len(found.observations)} cells and "
-                         f"{len(found.variables)} genes; there is nothing to read.")
-    return found
+        with unreadable(path):
+            kinds = {name: _kind(matrix) for name, (matrix, _) in data.matrices.items()}
+    finally:
+        data.close()
+    return Peek(kinds, data.obs, {name: genes for name, (_, genes) in data.matrices.items()})
 
 
-def _kind(matrix: "h5py.Dataset | h5py.Group") -> str:
+def _kind(matrix: Any) -> str:
     """Whether samples of a matrix's values are counts, normalised, or nothing to rank genes by."""
-    sparse = not hasattr(matrix, "shape")
-    stored = matrix["data"] if sparse else matrix
+    stored = matrix
+    if hasattr(matrix, "group"):  # sparse in the file: what is not stored is zero
+        stored = matrix.group["data"]
+    elif hasattr(matrix, "nnz"):  # sparse in memory
+        stored = matrix.data
     per_row = max(1, math.prod(stored.shape[1:]))
     rows = max(1, SAMPLED // 3 // per_row)
     starts = sorted({0, max(0, stored.shape[0] // 2), max(0, stored.shape[0] - rows)})
@@ -156,17 +137,16 @@ def choose_symbols(variables: "pd.DataFrame", where: str) -> tuple[Choice, Choic
     The index, unless it holds Ensembl identifiers or numbers; then a column known to hold symbols,
     else any column that may. InputError if none may.
     """
-    known = [column for name in _SYMBOL_COLUMNS for column in variables.columns
-             if str(column).lower() == name]
-    usable = [column for column in dict.fromkeys((None, *known, *variables.columns))
-              if (column is None or isinstance(column, str)) and _symbols(variables, column)]
+    columns = dict.fromkeys((None, *symbol_columns(variables), *variables.columns))
+    usable = [column for column in columns if (column is None or isinstance(column, str))
+              and possible_symbols(variables, column)]
     if not usable:
         raise InputError(f"{where} has no gene symbols: the index of var holds identifiers, such "
                          f"as {str(variables.index[0])!r}, and no other column of var (there are "
                          f"{_listed(variables.columns) or 'none'}) has one word for each gene; add "
                          "a column with symbols.")
     chosen = usable[0]
-    symbols = _symbols(variables, chosen)
+    symbols = possible_symbols(variables, chosen)
     repeated = len(symbols) - len(set(symbols))
     others = _listed(dict.fromkeys(column or "the index (null)" for column in usable[1:]))
     column = Choice(chosen, f"such as {_listed(symbols, 3)}"
@@ -175,20 +155,6 @@ def choose_symbols(variables: "pd.DataFrame", where: str) -> tuple[Choice, Choic
                   f"{repeated:,} columns have a symbol that another has too" if repeated
                   else "no symbol is there twice")
     return column, rule
-
-
-def _symbols(variables: "pd.DataFrame", column: str | None) -> list[str]:
-    """A column's entries in capitals if they may be gene symbols, else nothing."""
-    entries = variables.index.to_series() if column is None else variables[column]
-    if entries.isna().any() or entries.dtype.kind in "biufcmM":
-        return []
-    words = [str(entry).strip().upper() for entry in entries]
-    if any(word in ("", "NAN", "NONE", "<NA>") or re.search(r"\s", word) for word in words):
-        return []
-    # Something like `biotype` has few values for many genes.
-    several = column is None or len(words) < 20 or len(set(words)) > len(words) / 2
-    foreign = sum(bool(ENSEMBL.match(word)) or word.isdigit() for word in words)
-    return words if several and foreign <= len(words) / 2 else []
 
 
 def choose_labels(observations: "pd.DataFrame", where: str) -> Choice:
@@ -266,14 +232,17 @@ def profile_fields(path: Path, base: str = "demo") -> dict[str, Choice]:
     where = str(path)
     settings, found = load_profile(base), peek(path)
     matrix = choose_matrix(found, where)
-    own = found.raw_variables if matrix.value == "raw" else found.variables
-    column, repeated = choose_symbols(found.variables if own is None else own, where)
+    genes = found.variables[matrix.value]
+    if not len(found.observations) or not len(genes):
+        raise InputError(f"{where} holds {len(found.observations)} cells and {len(genes)} genes; "
+                         "there is nothing to read.")
+    column, repeated = choose_symbols(genes, where)
     label = choose_labels(found.observations, where)
     labels = found.observations[label.value].astype(str).to_numpy().astype(str)
     case, most = choose_case(labels, settings)
     fields = {
         "cells": Choice(str(path.resolve()),
-                        f"{len(found.observations):,} cells, {len(found.variables):,} genes"),
+                        f"{len(found.observations):,} cells, {len(genes):,} genes"),
         "cells_are": Choice("real", "simulated, if nobody measured them"),
         "cells_name": Choice(f"cells of {path.name}", "what the pages call them"),
         "matrix": matrix, "symbol_column": column, "duplicate_symbols": repeated,

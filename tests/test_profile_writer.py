@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scfm_circuits import InputError, h5ad
-from scfm_circuits.cells import Cells, read_cells
+from scfm_circuits.cells import Cells, draw_cells, read_cells
 from scfm_circuits.profile import ROOT, Profile, load_profile
 from scfm_circuits.profile_writer import (
     Choice,
@@ -259,6 +259,18 @@ def test_the_traced_type_has_held_out_cells(n_cells: int, n_types: int, seed: in
     assert most is None
     held = labels[split_cells(n_cells, base.validation_share, seed)]
     assert case.value in held
+
+
+@given(st.integers(30, 300), st.sampled_from(["uniform", "stratified"]), st.integers(0, 99))
+def test_the_traced_type_is_held_out_of_those_that_the_base_draws(n_cells: int, sampling: str,
+                                                                  seed: int) -> None:
+    # Of thirty cells three are held out, so that few of the eight types are among them.
+    labels = np.random.default_rng(seed).integers(0, 8, n_cells).astype(str)
+    base = load_profile("demo", {"seed": seed, "max_cells": 30, "sampling": sampling})
+    case, most = choose_case(labels, base)
+    assert most is None
+    drawn = labels[draw_cells(labels, 30, sampling, seed)]
+    assert case.value in drawn[split_cells(30, base.validation_share, seed)]
 
 
 def test_of_many_cells_some_are_drawn(tmp_path: Path) -> None:

@@ -201,25 +201,29 @@ def _rank(column: str) -> int | None:
 def choose_case(labels: np.ndarray, base: Profile) -> tuple[Choice, Choice | None]:
     """The type whose call is traced, and for many cells how many to draw.
 
-    The most frequent type with three held-out cells, or the one with most. Of many cells as many
-    are drawn as leave `EXPECTED_HELD_OUT` of that type among the held-out ones.
+    The most frequent type with three held-out cells among those drawn, or the one with most. Unless
+    `base` says how many, of many cells as many are drawn as leave about `EXPECTED_HELD_OUT` of the
+    most frequent type held out.
     """
+    from scfm_circuits.cells import draw_cells
     from scfm_circuits.sentences import split_cells
 
     names, counts = np.unique(labels, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     most: Choice | None = None
-    if len(labels) > LARGE:
+    n_drawn = base.max_cells
+    if n_drawn is None and len(labels) > LARGE:
         share = counts[order[0]] / len(labels) * base.validation_share
-        drawn = max(LARGE, math.ceil(EXPECTED_HELD_OUT / share))
-        if drawn < len(labels):
-            most = Choice(drawn, f"of {len(labels):,} cells, drawn at random; null takes all")
-    chosen = order[0]
-    if most is None:
-        held_out = labels[split_cells(len(labels), base.validation_share, base.seed)]
-        held = np.array([np.sum(held_out == name) for name in names])
-        enough = [index for index in order if held[index] >= 3]
-        chosen = enough[0] if enough else order[np.argmax(held[order])]
+        n_drawn = max(LARGE, math.ceil(EXPECTED_HELD_OUT / share))
+        if n_drawn < len(labels):
+            most = Choice(n_drawn, f"of {len(labels):,} cells, drawn at random; null takes all")
+    used = labels
+    if n_drawn is not None and n_drawn < len(labels):
+        used = labels[draw_cells(labels, n_drawn, base.sampling, base.seed)]
+    held_out = used[split_cells(len(used), base.validation_share, base.seed)]
+    held = np.array([np.sum(held_out == name) for name in names])
+    enough = [index for index in order if held[index] >= 3]
+    chosen = enough[0] if enough else order[np.argmax(held[order])]
     others = _listed(names[index] for index in order if index != chosen)
     return Choice(str(names[chosen]), f"{counts[chosen]:,} cells; other types: {others}"), most
 

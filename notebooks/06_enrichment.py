@@ -64,7 +64,7 @@ from scfm_circuits.features import (
     select_genes,
 )
 from scfm_circuits.language_model import get_model
-from scfm_circuits.planted_features import planted_statistics
+from scfm_circuits.planted_features import MAX_GENES, MIN_GENES, planted_statistics
 from scfm_circuits.prerank import prerank_called, prerank_table
 from scfm_circuits.profile import ROOT, from_notebook
 from scfm_circuits.report import Report
@@ -355,18 +355,22 @@ for gene_rule in ("token", "occurrence"):
             planted, baselines, run.human_layer, corpus, used_rule, ready)], list(baselines), run)
         ahead = int((found["p_controls"] < run.fdr).sum())
         low, high = wilson_interval(ahead, len(found))
-        rows.append({"gene rule": gene_rule, "% of its genes in the term": 100 * purity,
-                     "planted": len(found),
-                     "% with a term, enrichr": 100 * found["interpretable_enrichr"].mean(),
-                     "% with a term, corpus": 100 * found["interpretable_corpus"].mean(),
-                     "% ahead of all controls": 100 * ahead / len(found),
-                     "lower_95": 100 * low, "upper_95": 100 * high})
+        rows.append([gene_rule, 100 * purity, len(found),
+                     100 * found["interpretable_enrichr"].mean(),
+                     100 * found["interpretable_corpus"].mean(),
+                     100 * ahead / len(found), 100 * low, 100 * high])
         passed[gene_rule, purity] = found
 
 # %% tags=["hide-input"]
-report.table("planted_features", pd.DataFrame(rows), digits=3,
+report.table("planted_features", pd.DataFrame(rows, columns=[
+    "gene rule", "% of its genes in the term", "planted", "% with a term, enrichr",
+    "% with a term, corpus", "% ahead of all controls", "lower_95", "upper_95"]), digits=3,
              caption="Planted features against the same controls, uncorrected "
              f"(p < {run.fdr:g} against every control)")
+
+# %% tags=["remove-input"]
+report.warning(None if rows else "Nothing was planted: no term of the libraries has "
+               f"{MIN_GENES} to {MAX_GENES} genes of this corpus and makes a live feature.")
 
 # %% tags=["remove-input"]
 report.value("planted.layer", run.human_layer)

@@ -384,6 +384,16 @@ def test_a_table_in_long_form_gives_no_value(run: Path) -> None:
     assert not any(key.startswith("table4.") for key in gather(run))
 
 
+def test_only_tables_that_hold_values_are_read(run: Path) -> None:
+    """Another may be of any size, or be empty, as where a small run had nothing to put in it."""
+    before = gather(run)
+    (run / "tables" / "planted_features.csv").write_text("\n")
+    assert gather(run) == before
+    (run / "tables" / "table1.csv").write_text("\n")
+    with pytest.raises(InputError, match=r"table1\.csv is not a readable CSV file"):
+        gather(run)
+
+
 def test_files_that_disagree_are_an_error(run: Path) -> None:
     (run / "tables" / "table1.csv").write_text(
         "configuration,validation_loss\nOriginal,2.2\nTranscoder,3.5\nNo MLP,5\n")

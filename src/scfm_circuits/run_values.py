@@ -26,11 +26,15 @@ _TABLE_KEYS = (
     ("table4", "layer", "interpretable", "table4.layer_{}.interpretable"),
     ("table4", "layer", "percentage", "table4.layer_{}.percentage"),
 )
+_SAMPLE = "human_eval_sample"
+_READ = {_SAMPLE, *(table for table, *_ in _TABLE_KEYS)}
 _ROWS = re.compile(r"original|transcoder|no_mlp|\d+")
 
 
 def _table_values(path: Path) -> dict[str, Value]:
-    """Numbers of one of our tables whose columns are those of `data/paper`; others are skipped."""
+    """Numbers of one of our tables whose columns are those of `data/paper`; others are not read."""
+    if path.stem not in _READ:
+        return {}
     try:
         frame = pd.read_csv(path)
     except (ValueError, UnicodeDecodeError) as error:
@@ -46,7 +50,7 @@ def _table_values(path: Path) -> dict[str, Value]:
             values |= {key.format(row): None if math.isnan(number) else number
                        for row, number in zip(rows, numbers.tolist(), strict=True)
                        if _ROWS.fullmatch(row)}
-    if path.stem == "human_eval_sample" and "log10_E_f" in frame.columns and len(frame):
+    if path.stem == _SAMPLE and "log10_E_f" in frame.columns and len(frame):
         values["table3.median_log10_E_f"] = float(frame["log10_E_f"].median())
     return values
 

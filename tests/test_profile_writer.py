@@ -190,7 +190,12 @@ def test_no_symbols_anywhere(tmp_path: Path) -> None:
     data = some_data(names=ENSEMBL)
     data.var["length"] = range(4)
     data.var["symbol"] = ["CD3D", None, "LYZ", "NKG7"]
-    assert "add a column with symbols" in refusal(tmp_path, data)
+    assert "the index of var holds identifiers" in refusal(tmp_path, data)
+    # Symbols that were added after `raw` was set are not in its own table of genes.
+    data.raw = data
+    data.var["symbol"] = SYMBOLS
+    message = refusal(tmp_path, data)
+    assert "the index of raw.var holds identifiers" in message and "a column to raw.var" in message
 
 
 def test_repeated_symbols_are_added_up(tmp_path: Path) -> None:

@@ -131,20 +131,21 @@ def choose_matrix(found: Peek, where: str) -> Choice:
     return Choice(chosen, f"seen in samples: {seen}")
 
 
-def choose_symbols(variables: "pd.DataFrame", where: str) -> tuple[Choice, Choice]:
+def choose_symbols(variables: "pd.DataFrame", where: str, table: str = "var"
+                   ) -> tuple[Choice, Choice]:
     """Where gene symbols are, and what to do with repeated ones.
 
     The index, unless it holds Ensembl identifiers or numbers; then a column known to hold symbols,
-    else any column that may. InputError if none may.
+    else any column that may. InputError if none may. table: `raw.var` for the genes of `raw`.
     """
     columns = dict.fromkeys((None, *symbol_columns(variables), *variables.columns))
     usable = [column for column in columns if (column is None or isinstance(column, str))
               and possible_symbols(variables, column)]
     if not usable:
-        raise InputError(f"{where} has no gene symbols: the index of var holds identifiers, such "
-                         f"as {str(variables.index[0])!r}, and no other column of var (there are "
-                         f"{_listed(variables.columns) or 'none'}) has one word for each gene; add "
-                         "a column with symbols.")
+        raise InputError(f"{where} has no gene symbols: the index of {table} holds identifiers, "
+                         f"such as {str(variables.index[0])!r}, and no other column of it (there "
+                         f"are {_listed(variables.columns) or 'none'}) has one word for each gene; "
+                         f"add such a column to {table}.")
     chosen = usable[0]
     symbols = possible_symbols(variables, chosen)
     repeated = len(symbols) - len(set(symbols))
@@ -240,7 +241,7 @@ def profile_fields(path: Path, base: str = "demo") -> dict[str, Choice]:
     if not len(found.observations) or not len(genes):
         raise InputError(f"{where} holds {len(found.observations)} cells and {len(genes)} genes; "
                          "there is nothing to read.")
-    column, repeated = choose_symbols(genes, where)
+    column, repeated = choose_symbols(genes, where, "raw.var" if matrix.value == "raw" else "var")
     label = choose_labels(found.observations, where)
     labels = found.observations[label.value].astype(str).to_numpy().astype(str)
     case, most = choose_case(labels, settings)

@@ -35,9 +35,13 @@ STEMS = ("KIF", "ZNF", "PTPN", "COL", "SLC", "LAM", "RPS", "RPL", "MT-ND", "HLA-
 
 
 class Size(NamedTuple):
-    """How large the stand-ins are. cells: those that the run uses; tokens: for training."""
+    """How large the stand-ins are.
 
-    cells: int = 60
+    cells: those that the run uses, of which one held out must be an `Endothelial cell`; tokens: for
+    training.
+    """
+
+    cells: int = 42
     genes: int = 32_732
     layers: int = 24
     width: int = 1024

@@ -269,7 +269,7 @@ def test_a_changed_cells_file_is_noticed_wherever_it_is(
 def test_cached_gene_sets_make_only_the_chapters_that_ask_for_them_stale(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert freshness.gene_set_cache() == gene_sets._cache_folder()
+    assert freshness.gene_set_cache() == gene_sets.cache_folder()
     cache = freshness.gene_set_cache()
     loads = "# %%\ndef load_library(name): pass\n\n"
     # As a download in the course of the chapter.

@@ -28,6 +28,8 @@ def empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name in ("RESULTS", "DATA", "CACHE", "GENE_SETS"):
         monkeypatch.setenv(f"SCFM_{name}", str(tmp_path / name.lower()))
     monkeypatch.delenv(run_plan.ANYWAY, raising=False)
+    monkeypatch.delenv("SCFM_OFFLINE", raising=False)
+    (tmp_path / "gene_sets").mkdir()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(speed_probe, "SECONDS", 0.0)
@@ -47,7 +49,6 @@ def test_what_the_paper_fetches(empty: Path) -> None:
     assert found[profile.model].bytes == 4 * sizes.parameters and not found[profile.model].exact
     (empty / "data").mkdir()
     (empty / "data" / "Global_raw.h5ad.part").write_bytes(bytes(1000))
-    (empty / "gene_sets").mkdir()
     (empty / "gene_sets" / "KEGG_2021_Human.gmt").write_text("a\t\tB\n")
     found = {one.what: one for one in run_plan.downloads(profile, sizes)}
     assert found["Global_raw.h5ad"].bytes == 9_125_578_296 - 1000
@@ -176,6 +177,18 @@ def test_what_cannot_fit_ends_before_anything_is_executed(
     assert book.main(["execute", *words]) == 1
     error = capsys.readouterr().err
     assert "lower `expansion` in the profile" in error and "SCFM_ANYWAY=1" in error
+    assert not (empty / "results").exists()
+
+
+def test_gene_sets_that_will_be_missed_are_told_first(
+        empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SCFM_OFFLINE", "1")
+    assert book.main(["plan", "--profile", "smoke"]) == 0
+    told = capsys.readouterr().out
+    assert "download " not in told
+    assert "CellMarker_Augmented_2021 are not here and downloads are off" in told
+    assert book.main(["execute", "--profile", "smoke", "-p", "gene_sets=nowhere"]) == 1
+    assert "nowhere named by the profile does not exist" in capsys.readouterr().err
     assert not (empty / "results").exists()
 
 

@@ -145,7 +145,7 @@ def _stamp_files(paths: Iterable[Path]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] if lines else "none"
 
 
-def gene_set_folders(profile: Profile) -> list[Path]:
+def _gene_set_folders(profile: Profile) -> list[Path]:
     """The folders where `gene_sets.load_library` looks first, as far as they exist."""
     # A relative folder starts at the root, where notebooks run.
     named = (profile.gene_sets, os.environ.get("SCFM_GENE_SETS"))
@@ -154,7 +154,7 @@ def gene_set_folders(profile: Profile) -> list[Path]:
 
 
 def _gene_set_inputs(profile: Profile) -> str:
-    return _stamp_files(path for folder in gene_set_folders(profile)
+    return _stamp_files(path for folder in _gene_set_folders(profile)
                         for path in sorted(folder.iterdir()))
 
 
@@ -183,7 +183,7 @@ def cache_inputs(run: Run, notebook: Notebook) -> dict[str, str]:
 
     Only its own: a library that a later chapter downloads must not make earlier ones stale.
     """
-    folders = gene_set_folders(run.profile)
+    folders = _gene_set_folders(run.profile)
     names = [f"{name}.gmt" for name in libraries_asked_for(notebook, run.profile)]
     cached = [gene_set_cache() / name for name in names
               if not any((folder / name).is_file() for folder in folders)]

@@ -211,19 +211,33 @@ def load_library(name: str, folder: str | Path | None = None, *, offline: bool =
             f"{name[:80]!r} is not the name of a gene-set library; use letters, digits, '_', '-' "
             "and '.', as in 'KEGG_2021_Human'."
         )
-    named = [(folder, "the profile"), (os.environ.get("SCFM_GENE_SETS"), "SCFM_GENE_SETS")]
-    folders = [_existing_folder(path, origin) for path, origin in named if path]
-    for candidate in (*folders, _cache_folder()):
-        if (candidate / f"{name}.gmt").is_file():
-            return _with_manifest_warning(read_gmt(candidate / f"{name}.gmt"))
+    here = local_copy(name, folder)
+    if here is not None:
+        return _with_manifest_warning(read_gmt(here))
     if name == BUNDLED_LIBRARY:
         return replace(read_gmt(_bundled_path()), source="bundled")
-    if offline or os.environ.get("SCFM_OFFLINE", "").lower() in {"1", "true", "yes"}:
+    if offline or downloads_are_off():
         return _bundled(name, "downloads are switched off")
     try:
         return _with_manifest_warning(_download(name))
     except _DownloadError as error:
         return _bundled(name, str(error))
+
+
+def local_copy(name: str, folder: str | Path | None = None) -> Path | None:
+    """The library's file in the folder given, in $SCFM_GENE_SETS or in the cache, if it is there.
+
+    Raises InputError for a named folder that does not exist.
+    """
+    named = [(folder, "the profile"), (os.environ.get("SCFM_GENE_SETS"), "SCFM_GENE_SETS")]
+    folders = [_existing_folder(path, origin) for path, origin in named if path]
+    paths = [one / f"{name}.gmt" for one in (*folders, cache_folder())]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def downloads_are_off() -> bool:
+    """Whether the environment says SCFM_OFFLINE."""
+    return os.environ.get("SCFM_OFFLINE", "").lower() in {"1", "true", "yes"}
 
 
 def _existing_folder(path: str | Path, origin: str) -> Path:
@@ -236,7 +250,8 @@ def _existing_folder(path: str | Path, origin: str) -> Path:
     return folder
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where downloaded libraries are kept."""
     root = os.environ.get("SCFM_CACHE") or "~/.cache/scfm-circuits"
     return Path(root).expanduser() / "gene-sets"
 
@@ -280,7 +295,7 @@ def _download(name: str) -> GeneSets:
     earlier = _failed_downloads.get("") or _failed_downloads.get(name)
     if earlier:
         raise _DownloadError(earlier)
-    target = _cache_folder() / f"{name}.gmt"
+    target = cache_folder() / f"{name}.gmt"
     print(f"Downloading {name} from {ENRICHR_URL} (once; kept in {target})", file=sys.stderr)
     try:
         content = _fetch(name)

@@ -18,7 +18,7 @@ from scfm_circuits import InputError, manifest
 from scfm_circuits.attribution import NO_CIRCUITS
 from scfm_circuits.case_study import read_sentence
 from scfm_circuits.downloads import missing_bytes
-from scfm_circuits.freshness import gene_set_cache, gene_set_folders
+from scfm_circuits.gene_sets import cache_folder, downloads_are_off, local_copy
 from scfm_circuits.language_model import best_device
 from scfm_circuits.profile import ROOT, Profile, cells_path
 from scfm_circuits.run_memory import (
@@ -109,13 +109,17 @@ def downloads(profile: Profile, sizes: RunSizes) -> list[Download]:
         if name != "train" and not _is_here(name, profile.model_revision):
             size = 4 * sizes.parameters if name == profile.model else 3 * 2**20
             found.append(Download(name, size, Path(constants.HF_HUB_CACHE), exact=False))
-    folders = [*gene_set_folders(profile), gene_set_cache()]
-    for name in dict.fromkeys((*profile.libraries, profile.case_library)):
+    for name in () if downloads_are_off() else missing_libraries(profile):
         library = manifest.entry("gene_sets", name)
-        if not any((folder / f"{name}.gmt").is_file() for folder in folders):
-            size = int(library["bytes"]) if library else 2**20
-            found.append(Download(name, size, gene_set_cache(), exact=library is not None))
+        size = int(library["bytes"]) if library else 2**20
+        found.append(Download(name, size, cache_folder(), exact=library is not None))
     return found
+
+
+def missing_libraries(profile: Profile) -> list[str]:
+    """Gene-set libraries that are not here; InputError if a folder named for them is not."""
+    return [name for name in dict.fromkeys((*profile.libraries, profile.case_library))
+            if local_copy(name, profile.gene_sets) is None]
 
 
 def _is_here(name: str, revision: str | None) -> bool:
@@ -185,6 +189,9 @@ def describe_plan(profile: Profile, plan: RunPlan, stale: Sequence[str]) -> str:
                  f"{sizes.width:,}, {profile.expansion * sizes.width:,} features each")
     for one in plan.downloads:
         lines.append(f"  download  {'' if one.exact else 'at most '}{_size(one.bytes)}: {one.what}")
+    if downloads_are_off() and (missing := missing_libraries(profile)):
+        lines.append(f"  gene sets {', '.join(missing)} are not here and downloads are off; a "
+                     "small bundled library will stand in")
     for folder, size in plan.disk.items():
         free = shutil.disk_usage(_existing(folder)).free
         lines.append(f"  disk      up to {_size(size)} into {folder} ({_size(free)} free)")

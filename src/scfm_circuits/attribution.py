@@ -133,9 +133,9 @@ def freeze(model: "PreTrainedModel", transcoders: Transcoders, tokens: np.ndarra
     Raises InputError for a model of another family than `architectures` knows, for one whose
     attention gives no patterns, and for autoencoders, which do not read what an MLP reads.
     """
+    family = architecture_of(model)
     if transcoders.variant.site != "transcoder":
         raise InputError(NO_CIRCUITS)
-    family = architecture_of(model)
     ids = torch.as_tensor(tokens).to(device_of(model))[None]
     output, seen = _recorded(model, ids)
     if not output.attentions or output.attentions[0] is None:

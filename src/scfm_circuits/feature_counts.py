@@ -159,7 +159,8 @@ def add_on_gpu(totals: FeatureTotals, transcoders: Transcoders, x: Tensor, batch
     The same as `add_on_cpu`, by operations that any device has. As many cells are taken at a time
     as `CHUNK_BYTES` allows; each time waits for the device once.
     """
-    per_token = transcoders.n_layers * transcoders.n_features * transcoders.W_enc.element_size()
+    # Activations are float32 at least, whatever the model's type.
+    per_token = transcoders.n_layers * transcoders.n_features * max(4, x.element_size())
     ends = np.cumsum(batch.lengths)
     first = 0
     while first < len(ends):

@@ -136,7 +136,8 @@ def memory_problems(profile: "Profile", sizes: "RunSizes", stages: Sequence[Stag
             continue
         held = {field: sum(stage.parts.get(part, 0) for part in parts)
                 for field, parts in FIELDS.items()}
-        fits = {field: int(min(getattr(profile, field), most.get(field, 2**63))
+        # A little less, as parts are not wholly proportional.
+        fits = {field: int(0.99 * min(getattr(profile, field), most.get(field, 2**63))
                            * (1 - (stage.bytes - free) / size)) for field, size in held.items()
                 if size}
         field = next((field for field, value in fits.items() if value >= 1),

@@ -1,5 +1,6 @@
 """What a run is told to cost, what is refused, and that the advice given helps."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -13,13 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_speed_probe import sizes_of
 
-from scfm_circuits import InputError, book, run_memory, run_plan, speed_probe
+from scfm_circuits import InputError, book, execution, run_memory, run_plan
+from scfm_circuits.freshness import NOTEBOOKS, load_run, read_notebooks
 from scfm_circuits.profile import Profile, load_profile
 from scfm_circuits.run_memory import FIELDS, memory_problems, memory_stages
 from scfm_circuits.run_sizes import run_sizes
 from scfm_circuits.training_plan import memory_needed
 
 CPU = torch.device("cpu")
+ENDLESS = sizes_of(tiny_model(vocabulary=3000))._replace(cells=10**8, held_out=10**6)
+CHAPTERS = [one.name for one in read_notebooks(NOTEBOOKS)]
 
 
 @pytest.fixture
@@ -32,7 +36,6 @@ def empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     (tmp_path / "gene_sets").mkdir()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(speed_probe, "SECONDS", 0.0)
     return tmp_path
 
 
@@ -75,16 +78,53 @@ def test_a_full_disk_is_told_before_anything_is_done(empty: Path, monkeypatch: p
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 5 * 10**9))
     monkeypatch.setattr(run_memory, "memory_available", lambda device: 2**50)
     monkeypatch.setattr(run_plan, "measure_speeds", pytest.fail)
-    plan = run_plan.plan_run(profile)
+    plan = run_plan.plan_run(profile, CHAPTERS)
     (problem,) = plan.problems  # all folders are on one disk
     assert str(empty / "data") in problem and "has 5.0 GB free" in problem
     assert "SCFM_RESULTS" in problem and "`max_cells`" in problem
     needed = float(re.search(r"up to ([\d.]+) GB", problem)[1])  # type: ignore[index]
     assert needed == pytest.approx(sum(plan.disk.values()) / 1e9, abs=0.06)
-    with pytest.raises(InputError, match=r"has 5.0 GB free[^$]*SCFM_ANYWAY=1"):
-        run_plan.check_plan(plan)
+    assert run_plan.refusal(plan).splitlines() == [
+        problem, "(To try all the same, set SCFM_ANYWAY=1.)"]
     monkeypatch.setenv(run_plan.ANYWAY, "1")
-    run_plan.check_plan(plan)
+    assert run_plan.refusal(plan) == ""
+
+
+def test_what_is_there_already_is_not_written_again(empty: Path) -> None:
+    profile = load_profile("smoke")
+    sizes = sizes_of(tiny_model())
+    before = run_plan.disk_needed(profile, sizes, [])[profile.results]
+    (profile.results / "transcoders").mkdir(parents=True)
+    (profile.results / "transcoders" / "layer_0.safetensors").write_bytes(bytes(10**6))
+    assert run_plan.disk_needed(profile, sizes, [])[profile.results] == before - 10**6
+
+
+def test_a_cache_with_a_configuration_alone_lacks_the_model(empty: Path) -> None:
+    snapshot = empty / "hub" / "models--some--model" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    refs = empty / "hub" / "models--some--model" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("a" * 40)
+    (snapshot / "config.json").write_text("{}")
+    assert not run_plan._is_here("some/model", None, weights=True)
+    (snapshot / "model.safetensors").write_bytes(b"")
+    assert run_plan._is_here("some/model", None, weights=True)
+    assert not run_plan._is_here("some/model", None, weights=False)
+    (snapshot / "tokenizer.json").write_text("{}")
+    assert run_plan._is_here("some/model", None, weights=False)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_told(empty: Path) -> None:
+    (empty / "results").mkdir(mode=0o500)
+    with pytest.raises(InputError, match=r"Nothing can be written into .*results; name other"):
+        run_plan.plan_run(load_profile("smoke"), CHAPTERS)
+
+
+def test_a_broken_file_of_the_manifest_is_no_obstacle(empty: Path) -> None:
+    (empty / "data").mkdir()
+    (empty / "data" / "Global_raw.h5ad").write_bytes(b"broken")
+    assert run_sizes(load_profile("paper")).cells_in_file == 704_296
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -100,7 +140,10 @@ def test_the_papers_memory_on_a_gpu(empty: Path, monkeypatch: pytest.MonkeyPatch
     assert training["model in the type of training"] == 2 * sizes.parameters
     assert training["parameters and Adam"] == pytest.approx(24 * 2 * 8192 * 1024 * 12, rel=0.01)
     assert stages["validation"].parts["logits"] == 16 * 32 * round(sizes.length) * 50_304
-    assert not stages["counting features"].on_device
+    assert stages["validation"].parts["attention"] == 12 * 32 * 16 * sizes.padded**2
+    both = [one for one in memory_stages(profile, sizes, torch.device("cuda"))
+            if one.name == "counting features"]
+    assert {one.on_device for one in both} == {True, False}
     assert max(one.bytes for one in stages.values() if one.on_device) < 40 * 2**30
     held = [one.bytes for one in memory_stages(profile, sizes, CPU)]
     assert held == sorted(held, reverse=True)
@@ -119,19 +162,19 @@ def test_every_field_that_is_named_scales_its_part(empty: Path, monkeypatch: pyt
     sizes = sizes_of(tiny_model())
     assert sizes.training_tokens == 86 and memory_needed(profile, 86, 3, 16)["buffer"]
 
-    def parts(other: Profile) -> dict[str, int]:
-        return {part: size for one in memory_stages(other, sizes, CPU)
+    def parts(other: Profile) -> dict[tuple[str, str], int]:
+        return {(one.name, part): size for one in memory_stages(other, sizes, CPU)
                 for part, size in one.parts.items()}
 
     for field, some in FIELDS.items():
         halved = parts(profile.model_copy(update={field: getattr(profile, field) // 2}))
-        for part, size in parts(profile).items():
+        for (stage, part), size in parts(profile).items():
             if part == "feature counts" and field == "expansion":
-                assert halved[part] < size  # tokens are the limit of these few
+                assert halved[stage, part] < size  # tokens are the limit of these few
             elif part in some:
-                assert halved[part] == pytest.approx(size / 2, rel=0.1), part
+                assert halved[stage, part] == pytest.approx(size / 2, rel=0.1), (stage, part)
             else:
-                assert halved[part] == size, part
+                assert halved[stage, part] == size, (field, stage, part)
 
 
 @given(share=st.floats(0.2, 0.999), name=st.sampled_from(["buffer", "expansion", "logits"]))
@@ -139,22 +182,58 @@ def test_the_advice_helps(share: float, name: str) -> None:
     large: dict[str, dict[str, Any]] = {
         "buffer": {"buffer_tokens": 10**9}, "expansion": {"expansion": 10**7},
         "logits": {"forward_cells": 10**9}}
-    profile = load_profile("smoke", large[name])
-    sizes = sizes_of(tiny_model(vocabulary=3000))._replace(cells=10**8, held_out=10**6)
+    profile, sizes = load_profile("smoke", large[name]), ENDLESS
     stages = memory_stages(profile, sizes, CPU)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_memory, "memory_available", lambda device: int(share * stages[0].bytes))
         problem, *_ = memory_problems(profile, sizes, stages, CPU)
         assert "this machine has" in problem
-        field, value = re.search(r"lower `(\w+)`.*; ([\d,]+) would fit", problem).groups()  # type: ignore[union-attr]
-        helped = profile.model_copy(update={field: int(value.replace(",", ""))})
-        again = memory_problems(helped, sizes, memory_stages(helped, sizes, CPU), CPU)
-        first = stages[0].name
-        assert not any(one.lower().startswith(first.lower()) for one in again)
+        told = re.search(r"lower `(\w+)` in the profile.*; ([\d,]+) would fit", problem)
+        if told is None:  # nothing alone is enough
+            assert f"{stages[0].name[1:]} needs" in problem and "alone is enough" in problem
+            return
+        helped = profile.model_copy(update={told[1]: int(told[2].replace(",", ""))})
+        Profile.model_validate({**dict(helped), "name": "n"})  # a value that the profile takes
+        again = memory_stages(helped, sizes, CPU)
+        assert next(one.bytes for one in again if one.name == stages[0].name
+                    ) <= share * stages[0].bytes
 
 
-def test_memory_that_is_free_is_that_of_the_machine() -> None:
-    assert 2**27 < run_memory.memory_available(CPU) < 2**50
+@pytest.mark.parametrize(("lines", "files", "left"), [
+    ("0::/job/step", {"job": ("9000", "5000", "file 700\nanon 1"),
+                      "job/step": ("max", "10", "file 0\n")}, [4700]),
+    ("0::/", {"": ("9000", "5000", "file 700\n")}, [4700]),
+    ("4:memory:/job\n3:cpu:/other", {"memory/job": ("9000", "5000", "total_cache 300\n"),
+                                     "memory": ("99000", "5000", "total_cache 0\n")},
+     [4300, 94000]),
+    ("0::/gone", {}, []),
+])
+def test_limits_of_containers_and_jobs(tmp_path: Path, lines: str, files: dict[str, Any],
+                                       left: list[int]) -> None:
+    first = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+    second = ("memory.max", "memory.current", "memory.stat")
+    for folder, contents in files.items():
+        (tmp_path / "group" / folder).mkdir(parents=True, exist_ok=True)
+        names = first if folder.startswith("memory") else second
+        for name, content in zip(names, contents, strict=True):
+            (tmp_path / "group" / folder / name).write_text(content)
+    (tmp_path / "own").write_text(lines)
+    assert run_memory._group_limits(tmp_path / "group", tmp_path / "own") == left
+
+
+def test_each_field_is_named_once_with_a_value_for_all(empty: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = load_profile("smoke", {"buffer_tokens": 10**9, "training_tokens": 10**9})
+    sizes = ENDLESS
+    stages = memory_stages(profile, sizes, CPU)
+    monkeypatch.setattr(run_memory, "memory_available", lambda device: 50 * 2**30)
+    (problem,) = memory_problems(profile, sizes, stages, CPU)
+    helped = profile.model_copy(update={"buffer_tokens": int(
+        re.search(r"; ([\d,]+) would fit", problem)[1].replace(",", ""))})  # type: ignore[index]
+    assert memory_problems(helped, sizes, memory_stages(helped, sizes, CPU), CPU) == []
+    # Chapters that are fresh need nothing.
+    assert {one.name for one in stages if one.serves(["03_validation", "11_claims"])} == {
+        "validation"}
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -164,37 +243,65 @@ def test_make_plan_says_everything_and_does_nothing(empty: Path, capsys: pytest.
                                                     ) -> None:
     assert book.main(["plan", "--profile", "smoke"]) == 0
     told = capsys.readouterr().out
-    assert told.startswith("smoke: 120 of 700 cells, about ")
-    for word in ("download  1.4 MB: GO_Biological_Process_2025", "disk  ", "memory  ", "time  ",
-                 "03_validation", "tokens/s through the model", "11_claims: not executed yet"):
+    for word in ("smoke: 120 of 700 cells, about ", "disk  ", "memory  ", "time  ",
+                 "download  1.4 MB: GO_Biological_Process_2025", "tokens/s through the model",
+                 "03_validation  ", "11_claims: not executed yet"):
         assert word in told, word
     assert not (empty / "results").exists() and not (empty / "cache").exists()
 
 
-def test_what_cannot_fit_ends_before_anything_is_executed(
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"case_sentence": "none.csv"}, "check `case_sentence`"),
+    ({"gene_sets": "nowhere"}, "nowhere named by the profile does not exist"),
+    ({"case_type": "nobody"}, "No held-out cell has the type 'nobody'"),
+    ({"site": "sae"}, "set `site: transcoder`"),
+])
+def test_what_will_fail_is_told_before_any_work(empty: Path, changes: dict[str, Any], told: str
+                                                ) -> None:
+    with pytest.raises(InputError, match=told):
+        run_plan.plan_run(load_profile("smoke", changes), CHAPTERS)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_executed(
         empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--profile", "smoke", "-p", "expansion=10000000"]
-    assert book.main(["execute", *words]) == 1
-    error = capsys.readouterr().err
-    assert "lower `expansion` in the profile" in error and "SCFM_ANYWAY=1" in error
+    assert book.main(["execute", "--profile", "smoke", "-p", "expansion=10000000"]) == 1
+    printed, error = capsys.readouterr()
+    assert "memory    about" in printed and "time  " not in printed
+    assert "lower `expansion` in the profile" in error and "Traceback" not in error
     assert not (empty / "results").exists()
 
 
-def test_gene_sets_that_will_be_missed_are_told_first(
-        empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gene_sets_that_will_be_missed_are_told(empty: Path, monkeypatch: pytest.MonkeyPatch
+                                                ) -> None:
     monkeypatch.setenv("SCFM_OFFLINE", "1")
-    assert book.main(["plan", "--profile", "smoke"]) == 0
-    told = capsys.readouterr().out
+    monkeypatch.setattr(run_plan, "measure_speeds", lambda *_: None)
+    profile = load_profile("smoke")
+    told = run_plan.describe_plan(profile, run_plan.plan_run(profile, CHAPTERS))
     assert "download " not in told
     assert "CellMarker_Augmented_2021 are not here and downloads are off" in told
-    assert book.main(["execute", "--profile", "smoke", "-p", "gene_sets=nowhere"]) == 1
-    assert "nowhere named by the profile does not exist" in capsys.readouterr().err
-    assert not (empty / "results").exists()
 
 
-def test_a_sentence_that_cannot_be_traced_is_told_first(empty: Path,
-                                                        capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--profile", "smoke", "-p", "case_sentence=none.csv"]
-    assert book.main(["execute", *words]) == 1
-    assert "check `case_sentence`" in capsys.readouterr().err
-    assert not (empty / "results").exists()
+def test_a_cell_may_take_several_times_what_its_chapter_is_expected_to(
+        empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+
+    def executed(run: Any, notebook: Any, limit: int) -> float:
+        limits.append(limit)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(execution, "_execute_one", executed)
+    monkeypatch.setattr(book, "_announce", lambda run: 10_000.0)
+    monkeypatch.delenv("SCFM_CELL_SECONDS", raising=False)
+    assert book.main(["execute", "--profile", "smoke"]) == 130
+    monkeypatch.setattr(book, "_announce", lambda run: 1.0)
+    assert book.main(["execute", "--profile", "smoke"]) == 130
+    monkeypatch.setenv("SCFM_CELL_SECONDS", "77")
+    assert book.main(["execute", "--profile", "smoke"]) == 130
+    assert limits == [execution.TIMES_EXPECTED * 10_000, execution.CELL_SECONDS, 77]
+
+
+def test_an_estimate_that_fails_keeps_nobody_from_work(
+        empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(book.sys, "executable", "/bin/false")
+    assert book._announce(load_run("smoke")) == 0.0
+    assert "cannot be told (no answer)" in capsys.readouterr().out

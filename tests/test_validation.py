@@ -65,6 +65,22 @@ def test_a_model_in_bfloat16_is_close_to_itself(model: Any, transcoders: Transco
     np.testing.assert_allclose(fvu, exact, rtol=0.02)
 
 
+def test_outputs_far_from_zero_are_measured_in_full_precision(
+        model: Any, transcoders: Transcoders, corpus: Corpus) -> None:
+    """A bfloat16 model's outputs are summed in float64: half precision would lose the variance."""
+    half = copy.deepcopy(model).bfloat16()
+    for module in mlps(half):
+        module.dense_4h_to_h.bias[0] += 20
+    given = [mlp_sites(half, ids, mask)
+             for _, ids, mask in batches(corpus, CELLS, 2, torch.device("cpu"))]
+    x, y = (torch.cat([one[i].double() for one in given], dim=1) for i in (0, 1))
+    found = fraction_of_variance_unexplained(half, transcoders, corpus, CELLS, 2)
+    for layer in range(transcoders.n_layers):
+        explained = r2_score(y[layer], transcoders.layer_estimate(layer, x[layer]),
+                             multioutput="variance_weighted")
+        assert found[layer] == pytest.approx(1 - explained, rel=1e-6)
+
+
 def row(table: pd.DataFrame, name: str, layer: int = -1) -> pd.Series:
     found = table[(table["configuration"] == name) & (table["layer"] == layer)]
     assert len(found) == 1

@@ -8,6 +8,7 @@
 import argparse
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,17 +104,27 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
 def _announce(run: Run) -> float:
     """Say what the stale chapters will cost; returns the seconds of the longest, 0 without any.
 
-    Raises InputError if they cannot fit.
+    Raises InputError if they cannot fit, or if it is seen already that they will fail.
     """
     stale = [notebook.name for notebook, _ in plan(run)]
     if not stale:
         return 0.0
-    from scfm_circuits.run_plan import check_plan, describe_plan, plan_run
-
-    planned = plan_run(run.profile)
-    print(describe_plan(run.profile, planned, stale), flush=True)
-    check_plan(planned)
-    return max(planned.seconds.get(name, 0.0) for name in stale)
+    # In a process of its own, which gives back what it takes: see `run_plan.main`.
+    words = [sys.executable, "-m", "scfm_circuits.run_plan", "--profile", run.profile_name]
+    for key, value in run.overrides.items():
+        words += ["-p", f"{key}={json.dumps(value)}"]
+    done = subprocess.run([*words, "--stale", *stale], capture_output=True, text=True, check=False)
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):  # an estimate that fails must not keep anybody from work
+        reason = (done.stderr.strip().splitlines() or ["no answer"])[-1]
+        print(f"What this run costs cannot be told ({reason}).", flush=True)
+        return 0.0
+    if found["text"]:
+        print(found["text"], flush=True)
+    if found["refusal"]:
+        raise InputError(found["refusal"])
+    return float(found["longest"])
 
 
 def _perform(arguments: argparse.Namespace) -> None:
@@ -121,9 +132,12 @@ def _perform(arguments: argparse.Namespace) -> None:
         raise InputError("--cell-seconds must be at least 1.")
     run = load_run(arguments.profile, parse_overrides(arguments.parameters))
     if arguments.command == "plan":
-        _announce(run)
-        for notebook, reason in plan(run):
+        stale = plan(run)
+        for notebook, reason in stale:
             print(f"{notebook.name}: {reason}")
+        if not stale:
+            print(f"Every notebook of {run.profile.name} is up to date; nothing would be executed.")
+        _announce(run)
         return
     executed: list[str] = []
     expected = _announce(run) if arguments.command in ("all", "execute") else 0.0

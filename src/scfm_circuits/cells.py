@@ -138,23 +138,41 @@ def _parts(data: Opened, profile: Profile) -> _Parts:
     return _Parts(matrix, symbols, join, labels, decisions + merged)
 
 
-def describe(profile: Profile) -> tuple[int, list[str]]:
-    """(cells in the file, gene symbols), checked as `read_cells` does, without expression."""
+class Description(NamedTuple):
+    """What is known of cells without their expression.
+
+    n_cells: all that there are. symbols: n_genes. labels: of the cells that the profile draws.
+    """
+
+    n_cells: int
+    symbols: list[str]
+    labels: np.ndarray
+
+
+def describe(profile: Profile) -> Description:
+    """Look at the profile's cells, checked as `read_cells` does, but for their expression."""
     data = _open(profile)
     try:
         parts = _parts(data, profile)
     finally:
         data.close()
-    return len(parts.labels), parts.symbols
+    return Description(len(parts.labels), parts.symbols,
+                       parts.labels[_drawn(parts.labels, profile)])
+
+
+def _drawn(labels: np.ndarray, profile: Profile) -> np.ndarray:
+    """Row numbers, ascending, of the cells that are used."""
+    if profile.max_cells is None or profile.max_cells >= len(labels):
+        return np.arange(len(labels))
+    return draw_cells(labels, profile.max_cells, profile.sampling, profile.seed)
 
 
 def _read_opened(data: Opened, profile: Profile, take: Take) -> _About:
     where = profile.cells
     matrix, symbols, join, labels, decisions = _parts(data, profile)
     cell_ids = data.obs.index.to_numpy().astype(str)
-    chosen = np.arange(len(labels))
-    if profile.max_cells is not None and profile.max_cells < len(labels):
-        chosen = draw_cells(labels, profile.max_cells, profile.sampling, profile.seed)
+    chosen = _drawn(labels, profile)
+    if len(chosen) < len(labels):
         how = "at random" if profile.sampling == "uniform" else "equally from each cell type"
         decisions.append(f"{len(chosen):,} of {len(labels):,} cells were drawn {how}.")
     n_seen, counts = _expression(matrix, chosen, join, where, len(symbols), take)

@@ -34,7 +34,7 @@ ATTEMPTS = 6
 """Tries in a row that bring nothing."""
 # What is lost of a cut connection is less than this.
 _CHUNK = 1 << 16
-_MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "tokenizer.model"]
+MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "tokenizer.model"]
 
 
 class Remote(NamedTuple):
@@ -218,7 +218,7 @@ def fetch_model(profile: Profile) -> list[Path]:
 
         try:
             folder = Path(snapshot_download(name, revision=profile.model_revision,
-                                            allow_patterns=_MODEL_FILES))
+                                            allow_patterns=MODEL_FILES))
         except Exception as error:  # huggingface_hub raises many kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise InputError(f"{name!r} cannot be fetched from Hugging Face ({reason}); check the "

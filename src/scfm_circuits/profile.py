@@ -123,7 +123,8 @@ class Profile(BaseModel):
     skip: bool = False
     """Whether a linear map from input to output is trained beside the features."""
     site: Literal["transcoder", "sae"] = "transcoder"
-    """`transcoder` reads the MLP's input; `sae`, a sparse autoencoder, the output it estimates."""
+    """`transcoder` reads the MLP's input; `sae`, a sparse autoencoder, the output it estimates: it
+    can be trained (`python -m scfm_circuits.training`) and compared, but no circuit traced."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     """Adam's learning rate after warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 5000

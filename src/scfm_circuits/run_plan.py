@@ -2,12 +2,15 @@
 
 Sizes are the run's own (`run_sizes`), speeds are measured (`speed_probe`), and what would not fit
 is refused with the profile field that makes it smaller. Times are those of a run from nothing; what
-an earlier run has left is not made again. All numbers are estimates: memory and disk err on the
-large side, times may be off by a factor of two.
+an earlier run has left is not made again. All numbers are estimates; times may be off by a factor
+of two.
 """
 
+import argparse
+import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,10 +20,10 @@ import torch
 from scfm_circuits import InputError, manifest
 from scfm_circuits.attribution import NO_CIRCUITS
 from scfm_circuits.case_study import read_sentence
-from scfm_circuits.downloads import missing_bytes
+from scfm_circuits.downloads import MODEL_FILES, missing_bytes
 from scfm_circuits.gene_sets import cache_folder, downloads_are_off, local_copy
 from scfm_circuits.language_model import best_device
-from scfm_circuits.profile import ROOT, Profile, cells_path
+from scfm_circuits.profile import ROOT, Profile, cells_path, load_profile
 from scfm_circuits.run_memory import (
     GIB,
     Stage,
@@ -66,10 +69,11 @@ class RunPlan(NamedTuple):
     seconds: dict[str, float]
 
 
-def plan_run(profile: Profile) -> RunPlan:
-    """Look at sizes, compare needs with what there is, and measure speeds.
+def plan_run(profile: Profile, stale: Sequence[str]) -> RunPlan:
+    """Look at sizes, compare what the stale chapters need with what there is, and measure speeds.
 
-    Raises InputError as `run_sizes` and `case_study.read_sentence` do, and for autoencoders.
+    stale: names of the chapters that will be executed. Raises InputError as `run_sizes` and
+    `case_study.read_sentence` do, and for autoencoders.
     """
     if profile.site != "transcoder":
         raise InputError(NO_CIRCUITS)
@@ -78,19 +82,21 @@ def plan_run(profile: Profile) -> RunPlan:
     sizes, device = run_sizes(profile), best_device()
     found = downloads(profile, sizes)
     disk = disk_needed(profile, sizes, found)
-    stages = memory_stages(profile, sizes, device)
+    stages = [one for one in memory_stages(profile, sizes, device) if one.serves(stale)]
     problems = [*_disk_problems(disk), *memory_problems(profile, sizes, stages, device)]
     # What will not be run is not tried at its own size either.
     runs = not problems or os.environ.get(ANYWAY)
     speeds = measure_speeds(profile, sizes, device) if runs else None
-    seconds = chapter_seconds(profile, sizes, speeds) if speeds is not None else {}
+    told = chapter_seconds(profile, sizes, speeds) if speeds is not None else {}
+    seconds = {name: told.get(name, STARTED) for name in stale} if told else {}
     return RunPlan(sizes, device, found, disk, stages, problems, speeds, seconds)
 
 
-def check_plan(plan: RunPlan) -> None:
-    """InputError if the run cannot fit, unless the environment says to try all the same."""
-    if plan.problems and not os.environ.get(ANYWAY):
-        raise InputError("\n".join(plan.problems) + f"\n(To try all the same, set {ANYWAY}=1.)")
+def refusal(plan: RunPlan) -> str:
+    """Why the run cannot fit; empty if it can, or if the environment says to try all the same."""
+    if not plan.problems or os.environ.get(ANYWAY):
+        return ""
+    return "\n".join([*plan.problems, f"(To try all the same, set {ANYWAY}=1.)"])
 
 
 # --- downloads and disk --------------------------------------------------------------------------
@@ -106,7 +112,7 @@ def downloads(profile: Profile, sizes: RunSizes) -> list[Download]:
         left = missing_bytes(int(listed["bytes"]), path)
         found += [Download(path.name, left, path.parent)] if left else []
     for name in dict.fromkeys((profile.model, profile.tokenizer)):
-        if name != "train" and not _is_here(name, profile.model_revision):
+        if name != "train" and not _is_here(name, profile.model_revision, name == profile.model):
             size = 4 * sizes.parameters if name == profile.model else 3 * 2**20
             found.append(Download(name, size, Path(constants.HF_HUB_CACHE), exact=False))
     for name in () if downloads_are_off() else missing_libraries(profile):
@@ -122,31 +128,34 @@ def missing_libraries(profile: Profile) -> list[str]:
             if local_copy(name, profile.gene_sets) is None]
 
 
-def _is_here(name: str, revision: str | None) -> bool:
-    """Whether a model or tokenizer is a folder, or whole in the Hugging Face cache."""
+def _is_here(name: str, revision: str | None, weights: bool) -> bool:
+    """Whether a model (with its weights) or a tokenizer is a folder, or in Hugging Face's cache."""
     if Path(name).expanduser().exists():
         return True
     from huggingface_hub import snapshot_download
 
     try:
-        snapshot_download(name, revision=revision, local_files_only=True)
+        folder = snapshot_download(name, revision=revision, local_files_only=True,
+                                   allow_patterns=MODEL_FILES)
     except Exception:  # huggingface_hub raises many kinds
         return False
-    return True
+    return any(Path(folder).glob("*.safetensors" if weights else "tokenizer*"))
 
 
 def disk_needed(profile: Profile, sizes: RunSizes, found: Iterable[Download]) -> dict[Path, int]:
     """Bytes that will be written, by folder, at the moment when most is there.
 
-    In results/: the corpus, the small model, all transcoders (the run's, the control's, those of
-    the kinds compared), their feature counts, and one training checkpoint with the one that
-    takes its place.
+    In results/, beyond what is there already: the corpus, the small model, all transcoders (the
+    run's, the control's, those of the kinds compared), their feature counts and the untrained
+    encoder's, and one training checkpoint with the one that takes its place.
     """
     one_set = transcoder_bytes(profile, sizes)
     sets = 1 + profile.reinitialised_control + len(settings(profile))
-    disk = {profile.results: 15 * sizes.cells * sizes.padded + sets * one_set + 2 * 3 * one_set
-            + sets * feature_count_bytes(profile, sizes) + 200 * 2**20
-            + (4 * sizes.parameters if profile.model == "train" else 0)}
+    whole = (15 * sizes.cells * sizes.padded + sets * one_set + 2 * 3 * one_set
+             + (sets + 1) * feature_count_bytes(profile, sizes) + 200 * 2**20
+             + (4 * sizes.parameters if profile.model == "train" else 0))
+    there = sum(path.stat().st_size for path in profile.results.rglob("*") if path.is_file())
+    disk = {profile.results: max(0, whole - there)}
     for one in found:
         disk[one.folder] = disk.get(one.folder, 0) + one.bytes
     return disk
@@ -171,21 +180,28 @@ def _disk_problems(disk: Mapping[Path, int]) -> list[str]:
 
 
 def _existing(folder: Path) -> Path:
-    while not folder.exists():
-        folder = folder.parent
-    return folder
+    """The folder, or the nearest above it that exists; InputError if nothing can be written."""
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    except OSError:
+        pass
+    raise InputError(f"Nothing can be written into {folder}; name other folders in SCFM_RESULTS, "
+                     "SCFM_DATA, SCFM_CACHE or HF_HOME.")
 
 
 # --- in words ------------------------------------------------------------------------------------
 
 
-def describe_plan(profile: Profile, plan: RunPlan, stale: Sequence[str]) -> str:
-    """The plan as lines for the terminal. stale: names of the chapters that will be executed."""
+def describe_plan(profile: Profile, plan: RunPlan) -> str:
+    """The plan as lines for the terminal."""
     sizes, lines = plan.sizes, []
     of = f" of {sizes.cells_in_file:,}" if sizes.cells != sizes.cells_in_file else ""
     about = "" if sizes.measured else "about "
     lines.append(f"{profile.name}: {sizes.cells:,}{of} cells, {about}{sizes.length:.0f} tokens "
-                 f"each, {sizes.tokens / 1e6:,.1f} M tokens; {sizes.layers} layers of width "
+                 f"each, {sizes.tokens / 1e6:,.2f} M tokens; {sizes.layers} layers of width "
                  f"{sizes.width:,}, {profile.expansion * sizes.width:,} features each")
     for one in plan.downloads:
         lines.append(f"  download  {'' if one.exact else 'at most '}{_size(one.bytes)}: {one.what}")
@@ -195,25 +211,35 @@ def describe_plan(profile: Profile, plan: RunPlan, stale: Sequence[str]) -> str:
     for folder, size in plan.disk.items():
         free = shutil.disk_usage(_existing(folder)).free
         lines.append(f"  disk      up to {_size(size)} into {folder} ({_size(free)} free)")
-    largest = plan.stages[0]
-    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in
-                      sorted(largest.parts.items(), key=lambda item: -item[1])[:4])
-    lines.append(f"  memory    up to {largest.bytes / GIB:.1f} GiB ({largest.name}: {parts}); "
-                 f"{memory_available(plan.device) / GIB:.1f} GiB free on "
-                 f"{_device_name(plan.device)}")
-    return "\n".join([*lines, *_times(plan, stale)])
+    return "\n".join([*lines, *_memory(plan), *_times(plan)])
 
 
-def _times(plan: RunPlan, stale: Sequence[str]) -> list[str]:
+def _memory(plan: RunPlan) -> list[str]:
+    """A line for the largest stage on the GPU and one for that on the machine, if there are any."""
+    lines = []
+    for on_device in (True, False):
+        stages = [one for one in plan.stages if one.on_device == on_device]
+        if not stages:
+            continue
+        largest = max(stages, key=lambda stage: stage.bytes)
+        device = plan.device if on_device else torch.device("cpu")
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in
+                          sorted(largest.parts.items(), key=lambda item: -item[1])[:4])
+        lines.append(f"  memory    about {largest.bytes / GIB:.1f} GiB ({largest.name}: {parts}); "
+                     f"{memory_available(device) / GIB:.1f} GiB free on {_device_name(device)}")
+    return lines
+
+
+def _times(plan: RunPlan) -> list[str]:
     if plan.speeds is None:
         return []
-    seconds = {name: plan.seconds.get(name, STARTED) for name in stale}
-    total = time_in_words(sum(seconds.values()))
-    rate, layers = plan.speeds, plan.sizes.layers
-    return [f"  time      about {total} for {len(stale)} chapters, if nothing of them is there yet",
-            *(f"            {name:28} {time_in_words(seconds[name])}" for name in stale),
-            f"            (measured: {1 / (layers * rate.forward):,.0f} tokens/s through the "
-            f"model, {1 / (layers * rate.training):,.0f} in training)"]
+    total, rate = time_in_words(sum(plan.seconds.values())), plan.speeds
+    chapters = "1 chapter" if len(plan.seconds) == 1 else f"{len(plan.seconds)} chapters"
+    return [f"  time      about {total} for {chapters}, if nothing of them is there yet",
+            *(f"            {name:28} {time_in_words(seconds)}"
+              for name, seconds in plan.seconds.items()),
+            f"            (measured: {1 / (plan.sizes.layers * rate.forward):,.0f} tokens/s "
+            f"through the model, {1 / (plan.sizes.layers * rate.training):,.0f} in training)"]
 
 
 def _size(n: int) -> str:
@@ -224,3 +250,35 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} CPU cores"
+
+
+# --- as a program --------------------------------------------------------------------------------
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Print a plan as JSON: text, refusal (empty if all is well), longest (seconds of a chapter).
+
+    A program of its own, so that a GPU and the memory of the libraries are free again when the
+    notebooks run.
+    """
+    from scfm_circuits.book import add_profile_arguments, parse_overrides
+
+    parser = argparse.ArgumentParser(prog="python -m scfm_circuits.run_plan", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_profile_arguments(parser)
+    parser.add_argument("--stale", nargs="*", default=[], help="chapters that will be executed")
+    arguments = parser.parse_args(given)
+    found = {"text": "", "refusal": "", "longest": 0.0}
+    try:
+        profile = load_profile(arguments.profile, parse_overrides(arguments.parameters))
+        plan = plan_run(profile, arguments.stale)
+        found = {"text": describe_plan(profile, plan), "refusal": refusal(plan),
+                 "longest": max(plan.seconds.values(), default=0.0)}
+    except InputError as error:
+        found["refusal"] = str(error)
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,7 +14,13 @@ import numpy as np
 from scfm_circuits import InputError, manifest
 from scfm_circuits.language_model import check_layers, load_config, small_config
 from scfm_circuits.profile import ROOT, Profile, cells_path
-from scfm_circuits.sentences import Corpus, load_tokenizer, stored_corpus
+from scfm_circuits.sentences import (
+    Corpus,
+    check_case,
+    load_tokenizer,
+    split_cells,
+    stored_corpus,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -28,7 +34,8 @@ _SYMBOLS = 2000
 class RunSizes(NamedTuple):
     """What a run works on.
 
-    cells: those used, of `cells_in_file`; held_out: cells among them. genes: columns of the file.
+    cells: those used, of `cells_in_file` as far as these were looked at; held_out: cells among
+    them. genes: columns of the file.
     length: tokens of a cell's prompt with its answer, on average; padded: of the longest.
     measured: whether tokens were counted (else estimated). config: the model's configuration.
     parameters: the model's weights, all of them.
@@ -78,22 +85,23 @@ class RunSizes(NamedTuple):
 def run_sizes(profile: Profile) -> RunSizes:
     """The sizes of a profile's run.
 
-    Raises InputError if the cells or the model's configuration cannot be had, or if the model has
-    not the layers that the profile asks for.
+    Raises InputError if the cells or the model's configuration cannot be had, if the model has not
+    the layers that the profile asks for, or if the case study would have no cell.
     """
     corpus = stored_corpus(profile)
-    cells_in_file, genes, symbols = _cells(profile)
-    cells = min(cells_in_file, profile.max_cells or cells_in_file)
     if corpus is not None:
         lengths = corpus.lengths
-        length, padded = float(lengths.mean()), int(lengths.max())
-        cells, held_out = len(corpus), int(corpus.held_out.sum())
-    else:
-        length = _length(profile, symbols)
-        padded, held_out = round(1.3 * length), max(1, round(cells * profile.validation_share))
+        config = model_config(profile, corpus, int(lengths.max()))
+        return RunSizes(len(corpus), len(corpus), int(corpus.held_out.sum()), len(corpus.symbols),
+                        float(lengths.mean()), int(lengths.max()), True, config,
+                        _parameters(config))
+    cells_in_file, genes, symbols = _cells(profile)
+    cells = min(cells_in_file, profile.max_cells or cells_in_file)
+    length = _length(profile, symbols)
+    padded, held_out = round(1.3 * length), max(1, round(cells * profile.validation_share))
     config = model_config(profile, corpus, padded)
-    return RunSizes(cells, cells_in_file, held_out, genes, length, padded, corpus is not None,
-                    config, _parameters(config))
+    return RunSizes(cells, cells_in_file, held_out, genes, length, padded, False, config,
+                    _parameters(config))
 
 
 def model_config(profile: Profile, corpus: Corpus | None, length: int) -> "PreTrainedConfig":
@@ -130,15 +138,22 @@ def _parameters(config: "PreTrainedConfig") -> int:
 
 
 def _cells(profile: Profile) -> tuple[int, int, Sequence[str]]:
-    """(cells, genes, some symbols) of the profile's cells; symbols of a file that is there."""
+    """(cells, genes, some symbols) of the profile's cells; symbols of a file that is there.
+
+    Raises InputError for cells that do not fit, and if no held-out one has the profile's case type.
+    """
     listed, path = manifest.entry("cells", profile.cells), cells_path(profile, ROOT)
-    if listed is not None and path is not None and not path.is_file():
+    # One of another size will be set aside and fetched again.
+    if listed is not None and path is not None and not (
+            path.is_file() and path.stat().st_size == listed["bytes"]):
         return int(listed["cells"]), int(listed["genes"]), ()
     from scfm_circuits.cells import describe
 
-    n_cells, symbols = describe(profile)
-    some = np.random.default_rng(0).permutation(len(symbols))[:_SYMBOLS]
-    return n_cells, len(symbols), [symbols[i] for i in some]
+    found = describe(profile)
+    held_out = split_cells(len(found.labels), profile.validation_share, profile.seed)
+    check_case(found.labels, held_out, profile)
+    some = np.random.default_rng(0).permutation(len(found.symbols))[:_SYMBOLS]
+    return found.n_cells, len(found.symbols), [found.symbols[i] for i in some]
 
 
 def _length(profile: Profile, symbols: Sequence[str]) -> float:

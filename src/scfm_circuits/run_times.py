@@ -5,6 +5,7 @@ of seconds and of model passes that was read off runs of `demo` and of a rehears
 cores; there the sums were within a factor of two of the truth.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 from scfm_circuits.run_sizes import RunSizes
@@ -18,6 +19,10 @@ CELLS_PER_SECOND = 3000
 """Cells read, ranked, tokenized and stored (`make bench BENCH=atlas`, two cores)."""
 STARTED = 12.0
 """Seconds until a chapter's process has its libraries, and to draw and write its figures."""
+LIVE = 800
+"""Live features of a layer, as in the paper's Table 4 and in `demo`."""
+NULL_SECONDS = 0.04
+"""Seconds for a feature's thousand null lists of each kind on two cores, in `demo`."""
 ASKED = 500
 """Held-out cells that chapter 01 asks for their type."""
 
@@ -31,9 +36,11 @@ def chapter_seconds(profile: "Profile", sizes: RunSizes, speeds: "Speeds") -> di
         """n tokens through the model."""
         return n * layers * speeds.forward
 
-    def counted(n_features: int = width) -> float:
-        """One pass over all cells that counts what features fire on."""
-        return passed(tokens) + tokens * layers * speeds.counting * n_features / width
+    # One pass over all cells that counts what features fire on.
+    counted = passed(tokens) + tokens * layers * speeds.counting
+    held_out_share = held_out / max(tokens, 1)
+    live = layers * min(width, LIVE)
+    nulls = live * NULL_SECONDS * profile.null_draws / 1000 * 2 / (os.cpu_count() or 2)
 
     def trained(run: "Profile") -> float:
         steps = max(1, run.training_tokens // run.batch_tokens)
@@ -46,7 +53,7 @@ def chapter_seconds(profile: "Profile", sizes: RunSizes, speeds: "Speeds") -> di
         seen = profile.model_steps * profile.model_batch_cells * sizes.length
         small = 3 * (passed(seen) + seen * speeds.unembedding)
     variants, each = len(settings(profile)), variant_profile(profile, {})
-    control = trained(profile) + counted() if profile.reinitialised_control else 0.0
+    control = trained(profile) + counted if profile.reinitialised_control else 0.0
     # All layers replaced or removed, each alone, and the untouched model; an estimate's two
     # products are about as much as counting.
     validated = (passed(held_out * (4 + layers)) + held_out * (3 + 2 * layers) * speeds.unembedding
@@ -56,12 +63,13 @@ def chapter_seconds(profile: "Profile", sizes: RunSizes, speeds: "Speeds") -> di
         "01_cells_and_model": sizes.cells / CELLS_PER_SECOND + small + passed(asked),
         "02_training": trained(profile),
         "03_validation": validated,
-        "04_sparsity": counted(),
-        "05_human_evaluation": counted(256),
-        "06_enrichment": control + counted(256),
+        "04_sparsity": counted,
+        # The untrained encoder's features, and both dictionaries' on held-out cells alone.
+        "05_human_evaluation": counted * (1 + 2 * held_out_share),
+        "06_enrichment": control + nulls,
         "07_endothelial_case_study": 0.0,
         "08_controls": 0.0,
-        "09_variants": variants * (trained(each) + counted()),
+        "09_variants": variants * (trained(each) + counted),
         "10_features": 0.0,
         "11_claims": 0.0,
     }

@@ -277,12 +277,12 @@ def load_corpus(profile: Profile) -> Corpus:
     folder, stamp = profile.results / "corpus", _corpus_stamp(profile)
     stored = _stored_corpus(folder, stamp)
     if stored is not None:
-        _check_case(stored.labels, stored.held_out, profile)
+        check_case(stored.labels, stored.held_out, profile)
         return stored
     from scfm_circuits.cells import read_ranked
 
     cells = read_ranked(profile)
-    _check_case(cells.labels, split_cells(len(cells), profile.validation_share, profile.seed),
+    check_case(cells.labels, split_cells(len(cells), profile.validation_share, profile.seed),
                 profile)
     with atomic_folder(folder) as fresh:
 
@@ -339,8 +339,11 @@ def _stored_corpus(folder: Path, stamp: str) -> Corpus | None:
                                           for name, value in arrays.items()})
 
 
-def _check_case(labels: np.ndarray, held_out: np.ndarray, profile: Profile) -> None:
-    """InputError, before anything is tokenized or trained, if the case study has no cell."""
+def check_case(labels: np.ndarray, held_out: np.ndarray, profile: Profile) -> None:
+    """InputError, before anything is tokenized or trained, if the case study has no cell.
+
+    labels, held_out: (n_cells,) of the cells that are used.
+    """
     if not np.any(held_out & (labels == profile.case_type)):
         known = ", ".join(np.unique(labels[held_out]))
         raise InputError(f"No held-out cell has the type {profile.case_type!r} (`case_type` in the "

@@ -48,7 +48,7 @@ def measure_speeds(profile: Profile, sizes: RunSizes, device: torch.device) -> S
 
     On a GPU the training step is timed as it is before it is compiled, so the real one is faster.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         return Speeds(*_forward(profile, sizes, device), _train(profile, sizes, device),
                       _count(profile, sizes, device))

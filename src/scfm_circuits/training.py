@@ -304,6 +304,7 @@ def get_transcoders(model: "PreTrainedModel", corpus: "Corpus", profile: "Profil
         record = {"stamp": stamp, "history": run.history, "seconds": run.seconds,
                   "steps": run.steps, "tokens": run.steps * profile.batch_tokens}
         _store(run, folder, record)
+        del run  # with Adam's moments and the buffer, before the result is read
         if ranks.first:
             checkpoints.remove(checkpoint)
     transcoders = load_transcoders(folder).to(device_of(model))

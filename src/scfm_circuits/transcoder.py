@@ -258,12 +258,15 @@ def load_transcoders(folder: Path) -> Transcoders:
     try:
         variant = Variant(**record.get("variant", {}))
         layers = [load_file(path) for path in paths]
-        stacked = {key: torch.stack([layer[key] for layer in layers]) for key in layers[0]}
+        # What is stacked is let go at once: two whole sets are never held.
+        stacked = {key: torch.stack([layer.pop(key) for layer in layers])
+                   for key in [*layers[0]]}
         if "activation_function.threshold" in stacked:
             stacked["log_threshold"] = stacked.pop("activation_function.threshold").log()
         n_layers, n_features, d_model = stacked["W_enc"].shape
         transcoders = Transcoders(n_layers, d_model, n_features, variant)
-        transcoders.load_state_dict({**stacked, "b_in": torch.zeros(n_layers, d_model)})
+        transcoders.load_state_dict({**stacked, "b_in": torch.zeros(n_layers, d_model)},
+                                    assign=True)
     except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"The transcoders in {folder} are broken ({reason}); delete the folder "

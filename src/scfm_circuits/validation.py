@@ -21,7 +21,6 @@ from scfm_circuits.language_model import (
     batches,
     device_of,
     mlp_sites,
-    mlps,
     replaced_mlps,
     zero_ablation,
 )
@@ -156,6 +155,26 @@ def _starting_at(model: nn.Module, layer: int) -> Iterator[None]:
         run.layers = whole
 
 
+class OutputVariance:
+    """Squared deviations of MLP outputs from their mean, summed batch by batch in float64."""
+
+    def __init__(self, n_layers: int, d_model: int) -> None:
+        self.n_tokens = 0
+        self._total = torch.zeros(n_layers, d_model, dtype=torch.float64)
+        self._squares = torch.zeros(n_layers, dtype=torch.float64)
+
+    def add(self, outputs: Tensor) -> None:
+        """Take in (n_layers, n_tokens, d_model) outputs of any type."""
+        self.n_tokens += outputs.shape[1]
+        for layer, y in enumerate(outputs):
+            self._total[layer] += y.sum(dim=0, dtype=torch.float64).cpu()
+            self._squares[layer] += y.double().square().sum().cpu()
+
+    def value(self) -> np.ndarray:
+        """(n_layers,) sum of ||y - mean(y)||^2 over all tokens taken in."""
+        return (self._squares - self._total.square().sum(dim=1) / self.n_tokens).numpy()
+
+
 @torch.no_grad()
 def fraction_of_variance_unexplained(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
                                      corpus: "Corpus", cells: np.ndarray, forward_cells: int
@@ -164,15 +183,12 @@ def fraction_of_variance_unexplained(model: "GPTNeoXForCausalLM", transcoders: T
 
     Each layer sees the original model's inputs, so errors of other layers do not enter.
     """
-    n_layers, d_model = len(mlps(model)), transcoders.d_model
-    error = torch.zeros(n_layers, dtype=torch.float64)
-    total, squares = torch.zeros(n_layers, d_model, dtype=torch.float64), error.clone()
-    n_tokens = 0
+    error = np.zeros(transcoders.n_layers)
+    variance = OutputVariance(transcoders.n_layers, transcoders.d_model)
     for _, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
         x, y = mlp_sites(model, tokens, mask)
-        error += (transcoders(x) - y).square().sum(dim=(1, 2)).double().cpu()
-        total += y.sum(dim=1).double().cpu()
-        squares += y.double().square().sum(dim=(1, 2)).cpu()
-        n_tokens += y.shape[1]
-    variance = squares - total.square().sum(dim=1) / n_tokens
-    return (error / variance).numpy()
+        variance.add(y)
+        for layer in range(transcoders.n_layers):  # the activations of one layer at a time
+            missed = transcoders.layer_estimate(layer, x[layer]) - y[layer]
+            error[layer] += float(missed.double().square().sum())
+    return error / variance.value()

@@ -5,7 +5,7 @@ All are measured on the same held-out cells, by the dictionaries as they are sto
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,7 @@ from scfm_circuits.language_model import (
 )
 from scfm_circuits.sentences import Corpus
 from scfm_circuits.transcoder import Transcoders
+from scfm_circuits.validation import OutputVariance
 from scfm_circuits.variants import Trained
 
 if TYPE_CHECKING:
@@ -60,15 +61,11 @@ def held_out_measures(model: "nn.Module", variants: Mapping[str, Load], corpus: 
     row of `original` (layer -1) the model as it is.
     """
     n_layers, given = len(mlps(model)), (model, corpus, cells, forward_cells)
-    total: np.ndarray | float = 0.0
-    squares, n_tokens, n_predictions = np.zeros(n_layers), 0, 0
+    config: Any = model.config
+    variance, n_predictions = OutputVariance(n_layers, config.hidden_size), 0
     for _, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
-        y = mlp_sites(model, tokens, mask).outputs
-        total = total + y.sum(dim=1, dtype=torch.float64).cpu().numpy()
-        squares += y.double().square().sum(dim=(1, 2)).cpu().numpy()
-        n_tokens += y.shape[1]
+        variance.add(mlp_sites(model, tokens, mask).outputs)
         n_predictions += int(mask[:, 1:].sum())
-    variance = squares - np.square(total).sum(axis=1) / n_tokens
     layers, missing = range(-1, n_layers), np.full(1 + n_layers, np.nan)
     rows = []
     for name, load in variants.items():
@@ -76,7 +73,8 @@ def held_out_measures(model: "nn.Module", variants: Mapping[str, Load], corpus: 
         active, error = _sparsity_and_error(one, *given)
         losses = _losses(replacement_of(model, one), layers, *given)
         del one  # before the next one is read
-        l0, fvu = (np.append(np.nan, part) for part in (active / n_tokens, error / variance))
+        l0, fvu = (np.append(np.nan, part) for part in (
+            active / variance.n_tokens, error / variance.value()))
         rows += [[name, *row] for row in zip(layers, l0, fvu, losses, strict=True)]
     rows += [["no MLP", *row] for row in zip(
         layers, missing, missing, _losses(zero_ablation, layers, *given), strict=True)]

@@ -63,14 +63,35 @@ def compare_configurations(model: "GPTNeoXForCausalLM", transcoders: Transcoders
     """Loss and KL of every configuration on the given cells.
 
     Returns one row per configuration: configuration, layer (-1: all layers), loss, kl (nats per
-    token), loss_se and kl_se (standard errors over cells), n_tokens (predictions). A configuration
-    of one layer starts from what the untouched model handed to that layer, so it costs half a run
-    of the model on average. Memory is that of three sets of logits and of the residuals of all
-    layers for `forward_cells` cells.
+    token), loss_se and kl_se (standard errors over cells), n_tokens (predictions). Cost and memory
+    are those of `scores_by_cell`.
     """
     import pandas as pd
 
     chosen = configurations(transcoders)
+    per_cell, predictions = scores_by_cell(model, chosen, corpus, cells, forward_cells)
+    totals = per_cell.sum(axis=2) / predictions.sum()
+    means = per_cell / predictions
+    errors = means.std(axis=2, ddof=1) / np.sqrt(len(cells)) if len(cells) > 1 else totals * np.nan
+    return pd.DataFrame({
+        "configuration": [one.name for one in chosen],
+        "layer": [-1 if one.layers is None else one.layers[0] for one in chosen],
+        "loss": totals[:, 0], "kl": totals[:, 1],
+        "loss_se": errors[:, 0], "kl_se": errors[:, 1],
+        "n_tokens": int(predictions.sum()),
+    })
+
+
+@torch.no_grad()
+def scores_by_cell(model: "GPTNeoXForCausalLM", chosen: Sequence[Configuration], corpus: "Corpus",
+                   cells: np.ndarray, forward_cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """Loss and KL of configurations, of which the first is the untouched model.
+
+    Returns (n_configurations, 2, n_cells) sums over each cell's predictions, and (n_cells,) how
+    many there are. A configuration of one layer starts from what the untouched model handed to that
+    layer, so it costs half a run of the model on average. Memory is that of four sets of logits and
+    of the residuals of all layers for `forward_cells` cells.
+    """
     per_cell = np.zeros((len(chosen), 2, len(cells)))
     predictions = np.zeros(len(cells))
     done = 0
@@ -94,16 +115,7 @@ def compare_configurations(model: "GPTNeoXForCausalLM", transcoders: Transcoders
                     cell, weights=values.double().cpu().numpy(), minlength=len(rows))
         bar.update(len(rows))
     bar.close()
-    totals = per_cell.sum(axis=2) / predictions.sum()
-    means = per_cell / predictions
-    errors = means.std(axis=2, ddof=1) / np.sqrt(len(cells)) if len(cells) > 1 else totals * np.nan
-    return pd.DataFrame({
-        "configuration": [one.name for one in chosen],
-        "layer": [-1 if one.layers is None else one.layers[0] for one in chosen],
-        "loss": totals[:, 0], "kl": totals[:, 1],
-        "loss_se": errors[:, 0], "kl_se": errors[:, 1],
-        "n_tokens": int(predictions.sum()),
-    })
+    return per_cell, predictions
 
 
 def _log_probabilities(model: "GPTNeoXForCausalLM", configuration: Configuration, tokens: Tensor,

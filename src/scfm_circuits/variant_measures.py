@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from scfm_circuits.activation_buffer import faster_attention
 from scfm_circuits.controls import Tester, null_source
 from scfm_circuits.enrichment import ragged
 from scfm_circuits.features import FeatureStatistics, gene_list_ids
@@ -21,13 +20,11 @@ from scfm_circuits.language_model import (
     device_of,
     mlp_sites,
     mlps,
-    next_token_loss,
-    replaced_mlps,
     zero_ablation,
 )
 from scfm_circuits.sentences import Corpus
 from scfm_circuits.transcoder import Transcoders
-from scfm_circuits.validation import OutputVariance
+from scfm_circuits.validation import Configuration, OutputVariance, scores_by_cell
 from scfm_circuits.variants import Trained
 
 if TYPE_CHECKING:
@@ -62,25 +59,23 @@ def held_out_measures(model: "nn.Module", variants: Mapping[str, Load], corpus: 
     """
     n_layers, given = len(mlps(model)), (model, corpus, cells, forward_cells)
     config: Any = model.config
-    variance, n_predictions = OutputVariance(n_layers, config.hidden_size), 0
+    variance = OutputVariance(n_layers, config.hidden_size)
     for _, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
         variance.add(mlp_sites(model, tokens, mask).outputs)
-        n_predictions += int(mask[:, 1:].sum())
     layers, missing = range(-1, n_layers), np.full(1 + n_layers, np.nan)
     rows = []
     for name, load in variants.items():
         one = load()
         active, error = _sparsity_and_error(one, *given)
-        losses = _losses(replacement_of(model, one), layers, *given)
+        losses = _losses(replacement_of(model, one), *given)[1:]
         del one  # before the next one is read
         l0, fvu = (np.append(np.nan, part) for part in (
             active / variance.n_tokens, error / variance.value()))
         rows += [[name, *row] for row in zip(layers, l0, fvu, losses, strict=True)]
-    rows += [["no MLP", *row] for row in zip(
-        layers, missing, missing, _losses(zero_ablation, layers, *given), strict=True)]
-    rows.append(["original", -1, np.nan, np.nan, *_losses(None, [-1], *given)])
-    found = pd.DataFrame(rows, columns=["variant", "layer", "l0", "fvu", "loss"])
-    return found.assign(loss=found["loss"] / n_predictions)
+    losses = _losses(zero_ablation, *given)
+    rows += [["no MLP", *row] for row in zip(layers, missing, missing, losses[1:], strict=True)]
+    rows.append(["original", -1, np.nan, np.nan, losses[0]])
+    return pd.DataFrame(rows, columns=["variant", "layer", "l0", "fvu", "loss"])
 
 
 def _sparsity_and_error(one: Transcoders, model: "nn.Module", corpus: Corpus, cells: np.ndarray,
@@ -97,26 +92,14 @@ def _sparsity_and_error(one: Transcoders, model: "nn.Module", corpus: Corpus, ce
     return active, error
 
 
-def _losses(replacement: Replacement | None, layers: Sequence[int], model: "nn.Module",
-            corpus: Corpus, cells: np.ndarray, forward_cells: int) -> np.ndarray:
-    """(len(layers),) losses with the replacement in each layer, summed over the cells' tokens."""
-    losses = np.zeros(len(layers))
-    with faster_attention(model):  # type: ignore[arg-type]
-        for _, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
-            for index, layer in enumerate(layers):
-                losses[index] += _loss(model, replacement, layer, tokens, mask)
-    return losses
-
-
-def _loss(model: "nn.Module", replacement: Replacement | None, layer: int, tokens: torch.Tensor,
-          mask: torch.Tensor) -> float:
-    """Summed loss with one layer replaced (-1: all; without a replacement: none)."""
-    where: Sequence[int] | None = [layer] if layer >= 0 else None
-    if replacement is None:
-        replacement, where = zero_ablation, []
-    with replaced_mlps(model, replacement, where):
-        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-    return float(next_token_loss(logits, tokens, mask).double().sum())
+def _losses(replacement: Replacement, model: "nn.Module", corpus: Corpus, cells: np.ndarray,
+            forward_cells: int) -> np.ndarray:
+    """(2 + n_layers,) losses: of the untouched model, with all MLPs replaced, with each alone."""
+    chosen = [Configuration("", None, None), Configuration("", replacement, None),
+              *(Configuration("", replacement, [layer]) for layer in range(len(mlps(model))))]
+    per_cell, predictions = scores_by_cell(model, chosen, corpus, cells,  # type: ignore[arg-type]
+                                           forward_cells)
+    return per_cell[:, 0].sum(axis=1) / predictions.sum()
 
 
 def feature_measures(statistics: FeatureStatistics, corpus: Corpus, profile: "Profile",

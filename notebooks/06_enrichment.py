@@ -379,15 +379,15 @@ for gene_rule in ("token", "occurrence"):
     found = passed.get((gene_rule, 1.0))
     ahead = None if found is None else int((found["p_controls"] < run.fdr).sum())
     report.value(f"planted.{gene_rule}", ahead,
-                 "none" if found is None else f"{ahead} of {len(found)}")
+                 "none, as nothing was planted," if found is None else f"{ahead} of {len(found)}")
 pure = passed.get(("occurrence", 1.0))
 needed = None if pure is None else detectable(verdicts, float(pure["p_controls"].median()), run.fdr)
 report.value("planted.needed", needed, "no number" if needed is None else f"{needed:,}")
 
 # %% [markdown]
-# {glue:text}`planted.token` pure planted features (a median of {glue:text}`planted.genes` genes each)
-# are ahead of all controls under the gene rule `token`, and {glue:text}`planted.occurrence` under
-# `occurrence`, where a token counts for the gene in which it stood. The paper's words describe
+# Pure planted features (a median of {glue:text}`planted.genes` genes each) that are ahead of all
+# controls: {glue:text}`planted.token` under the gene rule `token`, {glue:text}`planted.occurrence`
+# under `occurrence`, where a token counts for the gene in which it stood. The paper's words describe
 # `token`, under which a feature that fires on the CD of one gene is given all genes with CD in their
 # names: what it knew about the gene is lost before the test begins. The features are therefore tested
 # under `occurrence`.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from scfm_circuits.profile import Profile
     from scfm_circuits.speed_probe import Speeds
 
-CELLS_PER_SECOND = 3000
+CELLS_PER_SECOND = 5000
 """Cells read, ranked, tokenized and stored (`make bench BENCH=atlas`, two cores)."""
 STARTED = 12.0
 """Seconds until a chapter's process has its libraries, and to draw and write its figures."""
@@ -23,6 +23,10 @@ LIVE = 800
 """Live features of a layer, as in the paper's Table 4 and in `demo`."""
 NULL_SECONDS = 0.04
 """Seconds for a feature's thousand null lists of each kind on two cores, in `demo`."""
+ROW = 0.07
+"""A row of the whole graph, in passes of one prompt."""
+AVERAGED, TRACED, RUNS = 100, 30, 20
+"""Chapter 08: training cells averaged over, held-out cells at most, and runs for each of these."""
 ASKED = 500
 """Held-out cells that chapter 01 asks for their type."""
 
@@ -67,8 +71,9 @@ def chapter_seconds(profile: "Profile", sizes: RunSizes, speeds: "Speeds") -> di
         # The untrained encoder's features, and both dictionaries' on held-out cells alone.
         "05_human_evaluation": counted * (1 + 2 * held_out_share),
         "06_enrichment": control + nulls,
-        "07_endothelial_case_study": 0.0,
-        "08_controls": 0.0,
+        "07_endothelial_case_study": profile.graph_features * ROW * passed(sizes.length),
+        "08_controls": passed(sizes.length) * (
+            min(AVERAGED, sizes.cells) + RUNS * min(TRACED, sizes.held_out)),
         "09_variants": variants * (trained(each) + counted),
         "10_features": 0.0,
         "11_claims": 0.0,

@@ -93,10 +93,18 @@ def test_a_full_disk_is_told_before_anything_is_done(empty: Path, monkeypatch: p
 def test_what_is_there_already_is_not_written_again(empty: Path) -> None:
     profile = load_profile("smoke")
     sizes = sizes_of(tiny_model())
-    before = run_plan.disk_needed(profile, sizes, [])[profile.results]
+
+    def needed(*stale: str) -> int:
+        return run_plan.disk_needed(profile, sizes, [], stale)[profile.results]
+
+    before, alone = needed(*CHAPTERS), needed("09_variants")
+    assert before > alone > needed("11_claims")
+    size = run_memory.transcoder_bytes(profile, sizes)
     (profile.results / "transcoders").mkdir(parents=True)
-    (profile.results / "transcoders" / "layer_0.safetensors").write_bytes(bytes(10**6))
-    assert run_plan.disk_needed(profile, sizes, [])[profile.results] == before - 10**6
+    (profile.results / "transcoders" / "layer_0.safetensors").write_bytes(bytes(size - 1000))
+    assert needed(*CHAPTERS) == before - size + 1000 and needed("09_variants") == alone
+    (profile.results / "transcoders" / "of another width").write_bytes(bytes(10 * size))
+    assert needed(*CHAPTERS) == before - size  # what is too much is no room for others
 
 
 def test_a_cache_with_a_configuration_alone_lacks_the_model(empty: Path) -> None:

@@ -81,7 +81,7 @@ def plan_run(profile: Profile, stale: Sequence[str]) -> RunPlan:
         read_sentence(profile.case_sentence)
     sizes, device = run_sizes(profile), best_device()
     found = downloads(profile, sizes)
-    disk = disk_needed(profile, sizes, found)
+    disk = disk_needed(profile, sizes, found, stale)
     stages = [one for one in memory_stages(profile, sizes, device) if one.serves(stale)]
     problems = [*_disk_problems(disk), *memory_problems(profile, sizes, stages, device)]
     # What will not be run is not tried at its own size either.
@@ -142,23 +142,44 @@ def _is_here(name: str, revision: str | None, weights: bool) -> bool:
     return any(Path(folder).glob("*.safetensors" if weights else "tokenizer*"))
 
 
-def disk_needed(profile: Profile, sizes: RunSizes, found: Iterable[Download]) -> dict[Path, int]:
+def disk_needed(profile: Profile, sizes: RunSizes, found: Iterable[Download],
+                stale: Sequence[str]) -> dict[Path, int]:
     """Bytes that will be written, by folder, at the moment when most is there.
 
-    In results/, beyond what is there already: the corpus, the small model, all transcoders (the
-    run's, the control's, those of the kinds compared), their feature counts and the untrained
-    encoder's, and one training checkpoint with the one that takes its place.
+    In results/, by the chapters that will run: what they leave beyond what is there already, and
+    one training checkpoint with the one that takes its place.
     """
-    one_set = transcoder_bytes(profile, sizes)
-    sets = 1 + profile.reinitialised_control + len(settings(profile))
-    whole = (15 * sizes.cells * sizes.padded + sets * one_set + 2 * 3 * one_set
-             + (sets + 1) * feature_count_bytes(profile, sizes) + 200 * 2**20
-             + (4 * sizes.parameters if profile.model == "train" else 0))
-    there = sum(path.stat().st_size for path in profile.results.rglob("*") if path.is_file())
-    disk = {profile.results: max(0, whole - there)}
+    disk = {profile.results: 200 * 2**20}
+    for chapter, (names, size) in _left_by(profile, sizes).items():
+        if any(name.startswith(chapter) for name in stale):
+            there = sum(_bytes_in(profile.results / name) for name in names)
+            disk[profile.results] += max(0, size - there)
+    if any(name.startswith(("02", "06", "09")) for name in stale):
+        disk[profile.results] += 2 * 3 * transcoder_bytes(profile, sizes)
     for one in found:
         disk[one.folder] = disk.get(one.folder, 0) + one.bytes
     return disk
+
+
+def _left_by(profile: Profile, sizes: RunSizes) -> dict[str, tuple[list[str], int]]:
+    """By the beginning of a chapter's name: what large things it leaves, and their bytes."""
+    trained, counts = transcoder_bytes(profile, sizes), feature_count_bytes(profile, sizes)
+    small = 4 * sizes.parameters if profile.model == "train" else 0
+    return {
+        "01": (["corpus", "language_model"], 15 * sizes.cells * sizes.padded + small),
+        "02": (["transcoders"], trained),
+        "04": (["features.npz"], counts),
+        "05": (["untrained"], counts),
+        "06": (["reinitialised"], profile.reinitialised_control * (trained + counts)),
+        "09": (["variants"], len(settings(profile)) * (trained + counts)),
+    }
+
+
+def _bytes_in(path: Path) -> int:
+    """Size of a file, or of all files below a folder; 0 for what is not there."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(one.stat().st_size for one in path.rglob("*") if one.is_file())
 
 
 def _disk_problems(disk: Mapping[Path, int]) -> list[str]:

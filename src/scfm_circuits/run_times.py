@@ -27,8 +27,8 @@ ROW = 0.07
 """A row of the whole graph, in passes of one prompt."""
 AVERAGED, TRACED, RUNS = 100, 30, 20
 """Chapter 08: training cells averaged over, held-out cells at most, and runs for each of these."""
-ASKED = 500
-"""Held-out cells that chapter 01 asks for their type."""
+ASKED, COMPARED = 500, 32
+"""Held-out cells, at most, that chapter 01 asks for their type, and that chapter 09 measures on."""
 
 
 def chapter_seconds(profile: "Profile", sizes: RunSizes, speeds: "Speeds") -> dict[str, float]:
@@ -63,6 +63,9 @@ def chapter_seconds(profile: "Profile", sizes: RunSizes, speeds: "Speeds") -> di
     validated = (passed(held_out * (4 + layers)) + held_out * (3 + 2 * layers) * speeds.unembedding
                  + 3 * held_out * layers * speeds.counting)
     asked = min(ASKED, sizes.held_out) * 2 * sizes.length
+    few = min(COMPARED, sizes.held_out) * sizes.length
+    compared = (1 + variants) * (passed(few * (2 + layers / 2))
+                                 + few * (2 + layers) * speeds.unembedding)
     own = {
         "01_cells_and_model": sizes.cells / CELLS_PER_SECOND + small + passed(asked),
         "02_training": trained(profile),
@@ -74,7 +77,7 @@ def chapter_seconds(profile: "Profile", sizes: RunSizes, speeds: "Speeds") -> di
         "07_endothelial_case_study": profile.graph_features * ROW * passed(sizes.length),
         "08_controls": passed(sizes.length) * (
             min(AVERAGED, sizes.cells) + RUNS * min(TRACED, sizes.held_out)),
-        "09_variants": variants * (trained(each) + counted),
+        "09_variants": variants * (trained(each) + counted) + compared,
         "10_features": 0.0,
         "11_claims": 0.0,
     }

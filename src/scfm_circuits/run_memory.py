@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 OTHER = 2 * GIB
-"""Memory of a chapter's process beside the parts: libraries, tables, figures, what is freed and
-kept."""
+"""Memory of a chapter's process beside the parts: libraries, tables, figures."""
+KEPT = 0.2
+"""Share of it all that is freed and not given back at once, or lies in pieces."""
 COUNT_SHARE = 0.03
 """Share of all (feature, pair of token and gene) that occur: a guess, on the large side."""
 PIECES = 3.3
@@ -120,6 +121,8 @@ def memory_stages(profile: "Profile", sizes: "RunSizes", device: torch.device) -
     found = [Stage(name, parts) for name, parts in stages.items()]
     if on_gpu:
         found.append(Stage(COUNTING, {"other": OTHER, **counts}, on_device=False))
+    found = [stage._replace(parts={**stage.parts, "freed and kept": round(KEPT * stage.bytes)})
+             for stage in found]
     return sorted(found, key=lambda stage: -stage.bytes)
 
 
@@ -216,7 +219,7 @@ def _advice(profile: "Profile", sizes: "RunSizes", stage: Stage, free: int) -> t
     most = {"buffer_tokens": sizes.training_tokens, "forward_cells": sizes.cells}
     least = {"buffer_tokens": profile.batch_tokens}
     for field, parts in FIELDS.items():
-        held = sum(stage.parts.get(part, 0) for part in parts)
+        held = (1 + KEPT) * sum(stage.parts.get(part, 0) for part in parts)
         if held:
             used = min(getattr(profile, field), most.get(field, 2**63))
             # A little less, as parts are not wholly proportional.

@@ -21,7 +21,7 @@ STARTED = 12.0
 """Seconds until a chapter's process has its libraries, and to draw and write its figures."""
 LIVE = 800
 """Live features of a layer, as in the paper's Table 4 and in `demo`."""
-NULL_SECONDS = 0.04
+NULL_SECONDS = 0.02
 """Seconds for a feature's thousand null lists of each kind on two cores, in `demo`."""
 ROW = 0.07
 """A row of the whole graph, in passes of one prompt."""

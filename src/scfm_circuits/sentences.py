@@ -283,7 +283,7 @@ def load_corpus(profile: Profile) -> Corpus:
 
     cells = read_ranked(profile)
     check_case(cells.labels, split_cells(len(cells), profile.validation_share, profile.seed),
-                profile)
+               profile)
     with atomic_folder(folder) as fresh:
 
         def mapped(name: str, shape: tuple[int, int], dtype: type) -> np.ndarray:

@@ -41,7 +41,7 @@ class Size(NamedTuple):
     training.
     """
 
-    cells: int = 42
+    cells: int = 36
     genes: int = 32_732
     layers: int = 24
     width: int = 1024

@@ -110,12 +110,16 @@ class FeatureTotals:
         return True
 
 
+def fixed_bytes(n_features: int, n_contexts: int) -> int:
+    """Bytes of what is kept of features but for their counts by pair; n_features: of all layers."""
+    return n_features * (8 * N_BINS + 8 + 8 + 16 * n_contexts)
+
+
 def memory_needed(n_layers: int, n_features: int, n_contexts: int, counts: PairCounts
                   ) -> dict[str, int]:
     """Bytes that the pass holds beside the model; the counts for one percent of all that may be."""
-    per_feature = 8 * N_BINS + 8 + 8 + 16 * n_contexts
     possible = n_features * counts.shape[1] // 100
-    return {"fixed": n_layers * n_features * per_feature + counts.buffer_bytes,
+    return {"fixed": fixed_bytes(n_layers * n_features, n_contexts) + counts.buffer_bytes,
             "counts_per_percent": counts.bound([possible] * n_layers) - counts.buffer_bytes}
 
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from scfm_circuits.active_features import N_BINS
-from scfm_circuits.feature_counts import CHUNK_BYTES
+from scfm_circuits.feature_counts import CHUNK_BYTES, fixed_bytes
 from scfm_circuits.language_model import model_dtype
 from scfm_circuits.sparse_counts import BUFFER_KEYS
 from scfm_circuits.training_plan import memory_needed, precision_of
@@ -37,7 +36,7 @@ MOST_ACTIVE = 100
 TRAINING, VALIDATION, COUNTING = "training", "validation", "counting features"
 CONTROL, CIRCUITS, KINDS = "the control's training", "circuits", "the kinds of dictionary"
 _CHAPTERS = {
-    TRAINING: ("02",), VALIDATION: ("03",), COUNTING: ("04", "05", "06"), CONTROL: ("06",),
+    TRAINING: ("02",), VALIDATION: ("03",), COUNTING: ("04", "05", "06", "09"), CONTROL: ("06",),
     CIRCUITS: ("07", "08"), KINDS: ("09",),
 }
 """The chapters that a stage belongs to, by the beginning of their names."""
@@ -81,9 +80,9 @@ def transcoder_bytes(profile: "Profile", sizes: "RunSizes") -> int:
 def feature_count_bytes(profile: "Profile", sizes: "RunSizes") -> int:
     """One set of feature statistics, in a file or in memory."""
     features = sizes.layers * profile.expansion * sizes.width
-    fixed = features * (8 * N_BINS + 16 + 16 * profile.contexts_per_feature)
-    return fixed + 8 * min(round(COUNT_SHARE * features * PIECES * sizes.genes),
-                           sizes.layers * sizes.tokens * MOST_ACTIVE)
+    occurring = min(round(COUNT_SHARE * features * PIECES * sizes.genes),
+                    sizes.layers * sizes.tokens * MOST_ACTIVE)
+    return fixed_bytes(features, profile.contexts_per_feature) + 8 * occurring
 
 
 def memory_stages(profile: "Profile", sizes: "RunSizes", device: torch.device) -> list[Stage]:

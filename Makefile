@@ -7,7 +7,7 @@ PYTHON ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
-RUN := $(PY) -m scfm_circuits.book
+RUN := $(PY) -m scfm_circuits.book.cli
 OPTIONS := --profile "$(PROFILE)" $(foreach pair,$(PARAMS),-p "$(pair)")
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
@@ -35,7 +35,7 @@ plan: $(READY) ## What PROFILE would cost here: downloads, disk, memory, time; r
 	@$(RUN) plan $(OPTIONS)
 
 data: $(READY) ## Fetch and verify the cells, model and gene sets of PROFILE, nothing else
-	@$(PY) -m scfm_circuits.downloads $(OPTIONS)
+	@$(PY) -m scfm_circuits.book.downloads $(OPTIONS)
 
 check: $(READY) ## The gate: are all executed chapters of PROFILE whole and fresh?
 	@$(RUN) check $(OPTIONS)
@@ -45,7 +45,7 @@ profile: export H5AD := $(H5AD)
 profile: export OUT := $(OUT)
 profile: export OVERWRITE := $(OVERWRITE)
 profile: $(READY) ## A first profile for your cells [H5AD=cells.h5ad OUT=mine.yml OVERWRITE=1]
-	@$(PY) -m scfm_circuits.profile_writer
+	@$(PY) -m scfm_circuits.book.first_profile
 
 test: lint types unit smoke ## Lint, types, unit tests, and the whole book on PROFILE=smoke
 	@echo "All tests passed."

@@ -12,7 +12,7 @@
 #     after: []
 #     produces: [corpus/corpus.json, tables/cell_types.csv]
 #     exhibits: "Figure 1, data split"
-#     modules: [cells, sentences, language_model]
+#     modules: [cells/reading, cells/corpus, models/mlp_sites]
 # ---
 
 # %% [markdown]
@@ -30,11 +30,12 @@ profile = "demo"
 import numpy as np
 import pandas as pd
 
-from scfm_circuits import figures
-from scfm_circuits.language_model import get_model, predict_answers
-from scfm_circuits.profile import from_notebook
-from scfm_circuits.report import Report
-from scfm_circuits.sentences import load_corpus
+from scfm_circuits.cells.corpus import load_corpus
+from scfm_circuits.common.profile import from_notebook
+from scfm_circuits.models.answers import predict_answers
+from scfm_circuits.models.loading import get_model
+from scfm_circuits.report.plots.cells_and_training import cells_per_type, training_curve
+from scfm_circuits.report.report import Report
 
 run = from_notebook(globals())
 report = Report(run, "01_cells_and_model")
@@ -59,7 +60,7 @@ report.table("cell_types", types.sort_values("cells", ascending=False, ignore_in
              caption="Cells of each type")
 
 # %% mystnb={"image": {"alt": "Bars of the number of cells of each type, training and held-out cells stacked."}, "figure": {"caption": "Cells of each type, and how many of them are held out.", "name": "fig-cells"}} tags=["hide-input"]
-report.figure("cells_per_type", figures.cells_per_type(corpus.labels, corpus.held_out))
+report.figure("cells_per_type", cells_per_type(corpus.labels, corpus.held_out))
 
 # %% tags=["hide-input"]
 report.show(pd.DataFrame({"what was decided while reading the cells": corpus.decisions}))
@@ -112,7 +113,7 @@ report.value("model.width", model.config.hidden_size)
 report.value("model.parameters", sum(p.numel() for p in model.parameters()))
 
 # %% mystnb={"image": {"alt": "Line of the language model's training loss falling with steps; empty if the model was loaded."}, "figure": {"caption": "Training loss of the small language model. A model that was loaded has no curve.", "name": "fig-lm"}} tags=["hide-input"]
-report.figure("language_model_training", figures.training_curve(curve.step, curve.loss))
+report.figure("language_model_training", training_curve(curve.step, curve.loss))
 
 # %% [markdown]
 # ### How often does it name the right type?

@@ -12,7 +12,7 @@
 #     after: [01_cells_and_model]
 #     produces: [transcoders/config.yaml, transcoders/layer_*.safetensors, tables/training.csv]
 #     exhibits: "Training of the transcoders"
-#     modules: [transcoder, training, training_step, activation_buffer, training_cost, live]
+#     modules: [transcoders/transcoder, transcoders/training/run, transcoders/training/gradients, transcoders/training/activation_buffer, transcoders/training/cost, transcoders/training/history]
 # ---
 
 # %% [markdown]
@@ -37,18 +37,21 @@ profile = "demo"
 import numpy as np
 import pandas as pd
 
-from scfm_circuits import figures, live, training_cost
-from scfm_circuits.activation_buffer import ActivationBuffer
-from scfm_circuits.files import read_json
-from scfm_circuits.language_model import get_model
-from scfm_circuits.profile import ROOT, from_notebook
-from scfm_circuits.report import Report, readable
-from scfm_circuits.sentences import load_corpus
-from scfm_circuits.training import get_transcoders
+from scfm_circuits.cells.corpus import load_corpus
+from scfm_circuits.common.files import read_json, time_in_words
+from scfm_circuits.common.profile import ROOT, from_notebook
+from scfm_circuits.models.loading import get_model
+from scfm_circuits.report.benchmarks import shown_benchmark
+from scfm_circuits.report.live_curves import watcher
+from scfm_circuits.report.plots.cells_and_training import transcoder_curves
+from scfm_circuits.report.report import Report, readable
+from scfm_circuits.transcoders.training import cost
+from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer
+from scfm_circuits.transcoders.training.history import known_mean
+from scfm_circuits.transcoders.training.run import get_transcoders
 
 run = from_notebook(globals())
 report = Report(run, "02_training")
-watcher = live.watcher(run)
 corpus = load_corpus(run)
 model, _ = get_model(run, corpus)
 report.not_comparable(run)
@@ -136,10 +139,10 @@ report.show(pd.DataFrame({
 # checkpoint.
 
 # %%
-transcoders, history = get_transcoders(model, corpus, run, logged=watcher)
+transcoders, history = get_transcoders(model, corpus, run, logged=watcher(run))
 
 # %% mystnb={"image": {"alt": "Four panels against training tokens, one line per layer: reconstruction loss, active features per token, fraction of variance unexplained, share of dead features."}, "figure": {"caption": "Training of all layers at once. Each line is a layer.", "name": "fig-training"}} tags=["hide-input"]
-report.figure("training_curves", figures.transcoder_curves(history))
+report.figure("training_curves", transcoder_curves(history))
 
 # %% tags=["hide-input"]
 last = history[-1]
@@ -149,9 +152,9 @@ report.table("training", pd.DataFrame({
 }), caption="The last training batch, per layer")
 
 # %% tags=["remove-input"]
-report.value("training.dead_share", live.known_mean(last["dead"]))
-report.value("training.final_l0", live.known_mean(last["l0"]))
-report.value("training.final_fvu", live.known_mean(last["fvu"]))
+report.value("training.dead_share", known_mean(last["dead"]))
+report.value("training.final_l0", known_mean(last["l0"]))
+report.value("training.final_fvu", known_mean(last["fvu"]))
 
 # %% [markdown]
 # At the end {glue:text}`training.final_l0` features are active per token on average over layers,
@@ -170,10 +173,10 @@ report.value("training.final_fvu", live.known_mean(last["fvu"]))
 record = read_json(run.results / "transcoders" / "training.json")
 in_training = int(corpus.lengths[~corpus.held_out].sum())
 kept = in_training <= run.buffer_tokens  # then the model runs once
-operations = training_cost.training_operations(
-    config.num_hidden_layers, config.hidden_size, width, tokens, training_cost.layer_weights(model),
+operations = cost.training_operations(
+    config.num_hidden_layers, config.hidden_size, width, tokens, cost.layer_weights(model),
     in_training if kept else tokens)
-of_paper = training_cost.training_operations(
+of_paper = cost.training_operations(
     int(paper["n_layers"]), int(paper["width"]) // int(paper["expansion"]), int(paper["width"]),
     int(paper["training_tokens"]))
 seconds = max(record["seconds"], 1e-9)
@@ -181,10 +184,10 @@ report.value("training.paper_operations", of_paper, f"{of_paper:.3g}")
 report.show(pd.DataFrame({
     "measure": ["tokens", "floating-point operations", "time", "tokens per second",
          "operations per second"],
-    "this run": [readable(tokens), f"{operations:.3g}", training_cost.time_in_words(seconds),
+    "this run": [readable(tokens), f"{operations:.3g}", time_in_words(seconds),
                  f"{tokens / seconds:,.0f}", f"{operations / seconds:.3g}"],
     "the paper's size": [readable(int(paper["training_tokens"])), f"{of_paper:.3g}",
-                         training_cost.time_in_words(of_paper / operations * seconds)
+                         time_in_words(of_paper / operations * seconds)
                          + ", projected", "not named", "as this run"],
 }), caption="Cost of this run, and what its rate would mean for the paper's size")
 
@@ -195,7 +198,7 @@ report.show(pd.DataFrame({
 # benchmark measures the paper's layer size on the machine at hand.
 
 # %% tags=["remove-input"]
-training_cost.shown_benchmark(report, ROOT / "results" / "bench" / "training.json")
+shown_benchmark(report, ROOT / "results" / "bench" / "training.json")
 
 # %% [markdown]
 # ```{admonition} Key points

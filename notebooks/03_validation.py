@@ -12,7 +12,7 @@
 #     after: [02_training]
 #     produces: [tables/table1.csv, tables/table2.csv, tables/validation_layers.csv, figures/*.png, figures/*.svg]
 #     exhibits: "Tables 1 and 2"
-#     modules: [validation]
+#     modules: [transcoders/validation]
 # ---
 
 # %% [markdown]
@@ -29,13 +29,16 @@ profile = "demo"
 import numpy as np
 import pandas as pd
 
-from scfm_circuits import figures
-from scfm_circuits.language_model import get_model
-from scfm_circuits.profile import ROOT, from_notebook
-from scfm_circuits.report import Report
-from scfm_circuits.sentences import load_corpus
-from scfm_circuits.training import get_transcoders
-from scfm_circuits.validation import compare_configurations, fraction_of_variance_unexplained
+from scfm_circuits.cells.corpus import load_corpus
+from scfm_circuits.common.profile import ROOT, from_notebook
+from scfm_circuits.models.loading import get_model
+from scfm_circuits.report.plots.cells_and_training import layer_alone, loss_comparison
+from scfm_circuits.report.report import Report
+from scfm_circuits.transcoders.training.run import get_transcoders
+from scfm_circuits.transcoders.validation import (
+    compare_configurations,
+    fraction_of_variance_unexplained,
+)
 
 run = from_notebook(globals())
 report = Report(run, "03_validation")
@@ -72,7 +75,7 @@ report.values({key: whole.loc[key, "loss"] for key in names}, prefix="table1.")
 report.table("table1", table1, caption="Table 1: validation loss (standard error over cells)")
 
 # %% mystnb={"image": {"alt": "Two bar charts of validation loss for original, transcoders and no MLP: this run and the paper."}, "figure": {"caption": "Table 1 as a picture. The two panels have different models and data and are not to be compared bar by bar.", "name": "fig-table1"}} tags=["hide-input"]
-report.figure("table1", figures.loss_comparison(
+report.figure("table1", loss_comparison(
     scores, {key: float(printed[name]) for key, name in names.items()}))
 
 # %% tags=["remove-input"]
@@ -114,7 +117,7 @@ report.table("table2", table2, caption="Table 2: KL(original || modified) in nat
 # (FVU), measured on the original model's activations.
 
 # %% mystnb={"image": {"alt": "Left: KL against layer when one layer is replaced or removed. Right: bars of fraction of variance unexplained per layer."}, "figure": {"caption": "Each layer alone: what replacing or removing it does to the predictions, and how much of its output its transcoder leaves unexplained.", "name": "fig-layers"}} tags=["hide-input"]
-report.figure("validation_layers", figures.layer_alone(scores, fvu))
+report.figure("validation_layers", layer_alone(scores, fvu))
 
 # %% tags=["hide-input"]
 single = scores[scores["layer"] >= 0].pivot(index="layer", columns="configuration",

@@ -12,7 +12,7 @@
 #     after: [02_training]
 #     produces: [tables/l0.csv, tables/live_features.csv, features.npz]
 #     exhibits: "Figure 2"
-#     modules: [features]
+#     modules: [features/statistics]
 # ---
 
 # %% [markdown]
@@ -28,13 +28,13 @@ profile = "demo"
 import numpy as np
 import pandas as pd
 
-from scfm_circuits import figures
-from scfm_circuits.features import get_statistics
-from scfm_circuits.language_model import get_model
-from scfm_circuits.profile import from_notebook
-from scfm_circuits.report import Report
-from scfm_circuits.sentences import load_corpus
-from scfm_circuits.training import get_transcoders
+from scfm_circuits.cells.corpus import load_corpus
+from scfm_circuits.common.profile import from_notebook
+from scfm_circuits.features.statistics import get_statistics
+from scfm_circuits.models.loading import get_model
+from scfm_circuits.report.plots.features import l0_per_layer
+from scfm_circuits.report.report import Report
+from scfm_circuits.transcoders.training.run import get_transcoders
 
 run = from_notebook(globals())
 report = Report(run, "04_sparsity")
@@ -46,7 +46,7 @@ report.not_comparable(run)
 
 # %% mystnb={"image": {"alt": "Line of mean active features per token against layer, with a band from the 10 to the 90 percent quantile over tokens."}, "figure": {"caption": "Mean number of active features per token, as in the paper's Figure 2, with the spread over tokens that the paper does not show.", "name": "fig-l0"}} tags=["hide-input"]
 quantiles = statistics.l0_quantiles((0.1, 0.5, 0.9))
-report.figure("figure2_l0", figures.l0_per_layer(statistics.l0, quantiles))
+report.figure("figure2_l0", l0_per_layer(statistics.l0, quantiles))
 
 # %% tags=["hide-input"]
 layers = np.arange(transcoders.n_layers)

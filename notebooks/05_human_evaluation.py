@@ -12,7 +12,7 @@
 #     after: [04_sparsity]
 #     produces: [tables/human_eval_sample.csv, tables/human_eval_key.csv, tables/feature_scores.csv, human_eval/deck.json]
 #     exhibits: "Figure 3, Table 3"
-#     modules: [features, rating_deck, card_drawing, human_evaluation, rating_analysis, explanations, held_out_counts, feature_scores, score_checks, score_figures]
+#     modules: [features/statistics, interpretability/deck, interpretability/cards, interpretability/ratings, interpretability/agreement, interpretability/explanations, interpretability/mentions, interpretability/scores, interpretability/score_checks, report/plots/features]
 # ---
 
 # %% [markdown]
@@ -30,11 +30,38 @@ profile = "demo"
 # %%
 import pandas as pd
 
-from scfm_circuits import figures, score_figures
-from scfm_circuits.baselines import untrained_statistics
-from scfm_circuits.card_drawing import draw_deck
-from scfm_circuits.enrichment import wilson_interval
-from scfm_circuits.feature_scores import (
+from scfm_circuits.cells.corpus import load_corpus
+from scfm_circuits.cells.simulated import plan_of
+from scfm_circuits.cells.tokens import token_texts
+from scfm_circuits.common.profile import PLANTED_CELLS, ROOT, from_notebook
+from scfm_circuits.enrichment.significance import wilson_interval
+from scfm_circuits.features.baselines import untrained_statistics
+from scfm_circuits.features.contexts import draw_features, feature_contexts
+from scfm_circuits.features.gene_lists import check_live
+from scfm_circuits.features.statistics import get_statistics
+from scfm_circuits.interpretability.agreement import (
+    POOLED,
+    agreement_table,
+    rate_table,
+    separation_table,
+)
+from scfm_circuits.interpretability.cards import draw_deck
+from scfm_circuits.interpretability.deck import FEATURE, RANDOM, UNTRAINED, deck_key, write_deck
+from scfm_circuits.interpretability.ratings import (
+    card_verdicts,
+    rating_sheet,
+    read_ratings,
+    read_sheets,
+)
+from scfm_circuits.interpretability.score_checks import (
+    known_feature_table,
+    planted_score_table,
+    program_sets,
+    read_reading,
+    table3_check,
+    table3_summary,
+)
+from scfm_circuits.interpretability.scores import (
     ENOUGH_F1,
     FAMILY,
     GENE,
@@ -44,34 +71,11 @@ from scfm_circuits.feature_scores import (
     feature_scores,
     verdict_shares,
 )
-from scfm_circuits.features import check_live, draw_features, feature_contexts, get_statistics
-from scfm_circuits.human_evaluation import (
-    card_verdicts,
-    rating_sheet,
-    read_ratings,
-    read_sheets,
-)
-from scfm_circuits.language_model import get_model
-from scfm_circuits.planted_truth import plan_of
-from scfm_circuits.profile import PLANTED_CELLS, ROOT, from_notebook
-from scfm_circuits.rating_analysis import (
-    POOLED,
-    agreement_table,
-    rate_table,
-    separation_table,
-)
-from scfm_circuits.rating_deck import FEATURE, RANDOM, UNTRAINED, deck_key, write_deck
-from scfm_circuits.report import Report
-from scfm_circuits.score_checks import (
-    known_feature_table,
-    planted_score_table,
-    program_sets,
-    read_reading,
-    table3_check,
-    table3_summary,
-)
-from scfm_circuits.sentences import load_corpus, token_texts
-from scfm_circuits.training import get_transcoders
+from scfm_circuits.models.loading import get_model
+from scfm_circuits.report.plots import features as score_figures
+from scfm_circuits.report.plots.features import frequency_distribution
+from scfm_circuits.report.report import Report
+from scfm_circuits.transcoders.training.run import get_transcoders
 
 run = from_notebook(globals())
 report = Report(run, "05_human_evaluation")
@@ -89,7 +93,7 @@ report.not_comparable(run)
 # ## Figure 3: how often live features fire
 
 # %% mystnb={"image": {"alt": "Histogram of the logarithm of the firing frequency of the live features of one layer, with the live cut marked."}, "figure": {"caption": "Distribution of log10 E(f) over the live features of the rated layer, as in the paper's Figure 3.", "name": "fig-frequency"}} tags=["hide-input"]
-report.figure("figure3_live_features", figures.frequency_distribution(
+report.figure("figure3_live_features", frequency_distribution(
     statistics.log10_frequency[layer], run.live_cut, layer))
 
 # %% tags=["remove-input"]

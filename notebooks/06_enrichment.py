@@ -13,7 +13,7 @@
 #     produces: [tables/table4.csv, tables/table4_shares.csv, tables/features.csv,
 #       tables/feature_terms.csv]
 #     exhibits: "Table 4"
-#     modules: [features, enrichment, controls, baselines, planted_features, prerank]
+#     modules: [features/statistics, enrichment/over_representation, enrichment/controls/layer_counts, features/baselines, enrichment/controls/planted_features, enrichment/prerank]
 # ---
 
 # %% [markdown]
@@ -34,42 +34,44 @@ profile = "demo"
 import numpy as np
 import pandas as pd
 
-from scfm_circuits import figures
-from scfm_circuits.baselines import reinitialised_statistics, untrained_statistics
-from scfm_circuits.control_tables import (
-    detectable,
-    pooled,
-    share_table,
-    top_tokens,
-    verdict_table,
+from scfm_circuits.cells.corpus import load_corpus
+from scfm_circuits.common.profile import ROOT, from_notebook
+from scfm_circuits.enrichment.background import prepare_background
+from scfm_circuits.enrichment.controls.layer_counts import (
+    BAND_DRAWS,
+    ENOUGH,
+    get_controls,
+    layer_controls,
+    testers,
 )
-from scfm_circuits.control_tables import table4 as kept_table4
-from scfm_circuits.controls import BAND_DRAWS, ENOUGH, get_controls, layer_controls, testers
-from scfm_circuits.enrichment import (
-    RULES,
-    load_library,
-    over_representation,
-    prepare_background,
-    top_terms,
-    uniform_null,
-    wilson_interval,
+from scfm_circuits.enrichment.controls.planted_features import (
+    MAX_GENES,
+    MIN_GENES,
+    planted_statistics,
 )
-from scfm_circuits.features import (
+from scfm_circuits.enrichment.controls.tables import detectable, pooled, share_table, verdict_table
+from scfm_circuits.enrichment.controls.tables import table4 as kept_table4
+from scfm_circuits.enrichment.gene_sets import load_library
+from scfm_circuits.enrichment.null_lists import uniform_null
+from scfm_circuits.enrichment.over_representation import over_representation
+from scfm_circuits.enrichment.prerank import prerank_called, prerank_table
+from scfm_circuits.enrichment.rules import RULES
+from scfm_circuits.enrichment.significance import wilson_interval
+from scfm_circuits.enrichment.terms import top_terms
+from scfm_circuits.features.baselines import reinitialised_statistics, untrained_statistics
+from scfm_circuits.features.contexts import draw_features, top_tokens
+from scfm_circuits.features.gene_lists import (
     check_live,
-    draw_features,
     gene_lists,
     gene_scores,
-    get_statistics,
     ranked_genes,
     select_genes,
 )
-from scfm_circuits.language_model import get_model
-from scfm_circuits.planted_features import MAX_GENES, MIN_GENES, planted_statistics
-from scfm_circuits.prerank import prerank_called, prerank_table
-from scfm_circuits.profile import ROOT, from_notebook
-from scfm_circuits.report import Report
-from scfm_circuits.sentences import load_corpus
-from scfm_circuits.training import get_transcoders
+from scfm_circuits.features.statistics import get_statistics
+from scfm_circuits.models.loading import get_model
+from scfm_circuits.report.plots.enrichment import beyond_controls, share_with_controls
+from scfm_circuits.report.report import Report
+from scfm_circuits.transcoders.training.run import get_transcoders
 
 run = from_notebook(globals())
 report = Report(run, "06_enrichment")
@@ -192,7 +194,7 @@ report.value("table4.paper_percentage", float(
 #   are random ({cite:t}`heap2025random` found such features about as interpretable as real ones).
 
 # %% mystnb={"image": {"alt": "One panel per rule: percentage of lists called interpretable against layer, as a line for the features, bands for three kinds of null lists and points for two kinds of features that learnt nothing."}, "figure": {"caption": "Share of lists called interpretable, layer by layer. The thick line is the trained features; bands hold the middle 95 % of draws of null lists; points are features that learnt nothing, with 95 % intervals. What the features add is the distance from the line to the highest of the others. One panel per rule: enrichr is the one the paper most likely used, corpus takes the corpus as background and every term into the correction.", "name": "fig-controls"}} tags=["hide-input"]
-report.figure("table4_controls", figures.share_with_controls(shares, paper["percentage"].to_numpy()))
+report.figure("table4_controls", share_with_controls(shares, paper["percentage"].to_numpy()))
 
 # %% tags=["hide-input"]
 report.value("controls.draws", run.null_draws)
@@ -410,7 +412,7 @@ left = {label: pd.Series(kept).groupby(verdicts["layer"]).mean().reindex(layers)
         for label, kept in demands.items()}
 
 # %% mystnb={"image": {"alt": "Bars per layer: percentage of live features left as more is demanded, from a term under the paper's likely rule to beating all controls."}, "figure": {"caption": "What is left of the live features, layer by layer, as more is demanded of them (gene rule occurrence).", "name": "fig-beyond"}} tags=["hide-input"]
-report.figure("table4_beyond", figures.beyond_controls(
+report.figure("table4_beyond", beyond_controls(
     list(layers), {label: values.tolist() for label, values in left.items()}))
 
 # %% tags=["remove-input"]

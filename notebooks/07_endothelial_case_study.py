@@ -12,7 +12,7 @@
 #     after: [04_sparsity]
 #     produces: [tables/circuit_nodes.csv, tables/circuit_enrichment.csv, tables/paper_case.csv, tables/paper_case_nulls.csv, circuits/*.json, circuits/*.js, circuits/*.graphml]
 #     exhibits: "Figures 4 and 5, the case study"
-#     modules: [attribution, circuits, circuit_graph, enrichment]
+#     modules: [circuits/attribution, circuits/circuit, circuits/graph, enrichment/over_representation]
 # ---
 
 # %% [markdown]
@@ -30,38 +30,50 @@ profile = "demo"
 import numpy as np
 import pandas as pd
 
-from scfm_circuits import InputError, figures
-from scfm_circuits.attribution import (
+from scfm_circuits import InputError
+from scfm_circuits.cells.corpus import load_corpus
+from scfm_circuits.circuits.attribution import (
     contributions,
     equation_5,
     feature_direction,
     freeze,
     logit_direction,
 )
-from scfm_circuits.case_nulls import case_nulls, case_settings, in_prose, named_term, rate, wide
-from scfm_circuits.case_study import case_study
-from scfm_circuits.circuit_exports import neuronpedia_graph, save_graph, save_graphml
-from scfm_circuits.circuit_graph import attribution_graph, feature_target, memory_needed
-from scfm_circuits.circuit_view import circuit_view, feature_details
-from scfm_circuits.circuits import (
-    circuit_genes,
-    edge_table,
-    expansion_table,
+from scfm_circuits.circuits.case_study import case_study
+from scfm_circuits.circuits.circuit import circuit_genes, edge_table, expansion_table, node_table
+from scfm_circuits.circuits.exports import neuronpedia_graph, save_graph, save_graphml
+from scfm_circuits.circuits.graph import attribution_graph, feature_target, memory_needed
+from scfm_circuits.circuits.graph_scores import (
+    completeness_score,
+    endings,
+    prune,
+    replacement_score,
+)
+from scfm_circuits.circuits.search import (
     gene_contributions,
-    node_table,
     strongest_at_end,
     strongest_features,
     trace_feature,
 )
-from scfm_circuits.enrichment import RULES, load_library, term_table
-from scfm_circuits.features import get_statistics
-from scfm_circuits.graph_scores import completeness_score, endings, prune, replacement_score
-from scfm_circuits.language_model import get_model
-from scfm_circuits.paper_checks import server_case
-from scfm_circuits.profile import ROOT, from_notebook
-from scfm_circuits.report import Report
-from scfm_circuits.sentences import load_corpus
-from scfm_circuits.training import get_transcoders
+from scfm_circuits.circuits.view import circuit_view, feature_details
+from scfm_circuits.common.profile import ROOT, from_notebook
+from scfm_circuits.enrichment.gene_sets import load_library
+from scfm_circuits.enrichment.rules import RULES
+from scfm_circuits.enrichment.terms import term_table
+from scfm_circuits.features.statistics import get_statistics
+from scfm_circuits.models.loading import get_model
+from scfm_circuits.paper.case import (
+    case_nulls,
+    case_settings,
+    in_prose,
+    named_term,
+    rate,
+    server_case,
+    wide,
+)
+from scfm_circuits.report.plots import circuits as plots
+from scfm_circuits.report.report import Report
+from scfm_circuits.transcoders.training.run import get_transcoders
 
 run = from_notebook(globals())
 report = Report(run, "07_endothelial_case_study")
@@ -165,7 +177,7 @@ sums = {
     "attention heads": float(parts.heads.sum()), "token embedding": float(parts.embedding),
     "transcoder error": float(parts.errors.sum()), "constant (biases)": float(parts.constant),
 }
-report.figure("case_sum", figures.contribution_kinds(sums))
+report.figure("case_sum", plots.contribution_kinds(sums))
 
 # %% tags=["hide-input"]
 closing = abs(float(parts.total() - reading.value)) / abs(float(reading.value))
@@ -202,7 +214,7 @@ circuit = trace_feature(frozen, last, target, position, branches=run.circuit_bra
 nodes = node_table(circuit, texts, token_genes)
 
 # %% mystnb={"image": {"alt": "The circuit drawn with layers upwards and tokens along: nodes by kind, edges by sign and strength, leading up to the target feature at the last token."}, "figure": {"caption": "The circuit (the paper's Figure 5): layers upwards, tokens along; only tokens with a node have a place. Line width is the size of a contribution; blue adds, orange takes away; the larger a node, the more of the target's contributions pass through it.", "name": "fig-circuit"}} tags=["hide-input"]
-report.figure("figure5_circuit", figures.circuit_picture(circuit, texts, token_genes,
+report.figure("figure5_circuit", plots.circuit_picture(circuit, texts, token_genes,
                                                          transcoders.n_layers))
 
 # %% [markdown]
@@ -513,7 +525,7 @@ report.value("call.closure", call_gap, f"{call_gap:.1e}")
 
 # %% mystnb={"image": {"alt": "Bars of the signed contributions to the logit of the answer's first token: features, attention heads on genes and on other tokens, embedding, error, constant."}, "figure": {"caption": "The logit of the answer's first token as a sum of its direct sources, with attention split by whether the token read belongs to a gene.", "name": "fig-call"}} tags=["hide-input"]
 on_genes = float(by_gene["contribution"].sum())
-report.figure("case_call", figures.contribution_kinds({
+report.figure("case_call", plots.contribution_kinds({
     "features": float(call_parts.features.sum()), "attention to genes": on_genes,
     "attention to other tokens": float(call_parts.heads.sum()) - on_genes,
     "token embedding": float(call_parts.embedding),

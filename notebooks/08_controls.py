@@ -12,7 +12,7 @@
 #     after: [07_endothelial_case_study]
 #     produces: [tables/circuit_faithfulness.csv, tables/circuit_flow.csv, tables/circuit_heads.csv, tables/circuit_overlap.csv]
 #     exhibits: "beyond the paper"
-#     modules: [attribution, circuits, interventions, structure, planted_cells, planted_truth]
+#     modules: [circuits/attribution, circuits/circuit, circuits/interventions, circuits/structure, cells/simulated, circuits/planted_genes]
 # ---
 
 # %% [markdown]
@@ -30,28 +30,23 @@ profile = "demo"
 import numpy as np
 import pandas as pd
 
-from scfm_circuits import InputError, figures
-from scfm_circuits.attribution import contributions, feature_direction, freeze
-from scfm_circuits.baselines import reinitialised_statistics, untrained_statistics
-from scfm_circuits.circuits import strongest_features, trace_feature
-from scfm_circuits.features import get_statistics
-from scfm_circuits.interventions import FeatureAt, compare
-from scfm_circuits.language_model import get_model
-from scfm_circuits.planted_truth import (
+from scfm_circuits import InputError
+from scfm_circuits.cells.corpus import load_corpus
+from scfm_circuits.cells.prompts import answered_prompt
+from scfm_circuits.cells.simulated import plan_of
+from scfm_circuits.cells.tokens import token_texts
+from scfm_circuits.circuits.attribution import contributions, feature_direction, freeze
+from scfm_circuits.circuits.interventions import FeatureAt, compare
+from scfm_circuits.circuits.planted_genes import (
     circuit_gene_table,
     circuits_in_prose,
-    features_in_prose,
     named_right,
-    plan_of,
-    program_matches,
     recovery_summary,
     recovery_table,
     role_table,
 )
-from scfm_circuits.profile import PLANTED_CELLS, from_notebook
-from scfm_circuits.report import Report
-from scfm_circuits.sentences import answered_prompt, load_corpus, token_texts
-from scfm_circuits.structure import (
+from scfm_circuits.circuits.search import strongest_features, trace_feature
+from scfm_circuits.circuits.structure import (
     circuit_features,
     flow_table,
     head_table,
@@ -62,10 +57,17 @@ from scfm_circuits.structure import (
     shared_features,
     similarity,
     supernodes,
-    token_families,
 )
-from scfm_circuits.token_means import mean_activations, token_kinds
-from scfm_circuits.training import get_transcoders
+from scfm_circuits.circuits.token_means import mean_activations, token_kinds
+from scfm_circuits.common.profile import PLANTED_CELLS, from_notebook
+from scfm_circuits.enrichment.controls.planted_programs import features_in_prose, program_matches
+from scfm_circuits.features.baselines import reinitialised_statistics, untrained_statistics
+from scfm_circuits.features.contexts import token_families
+from scfm_circuits.features.statistics import get_statistics
+from scfm_circuits.models.loading import get_model
+from scfm_circuits.report.plots import circuits as plots
+from scfm_circuits.report.report import Report
+from scfm_circuits.transcoders.training.run import get_transcoders
 
 run = from_notebook(globals())
 report = Report(run, "08_controls")
@@ -139,7 +141,7 @@ effects = pd.DataFrame(rows)
 if effects.empty:
     raise InputError("No feature of the last layer is active at the target of any held-out cell; "
                      "lower `l1_coefficient` or train on more tokens.")
-report.figure("circuit_faithfulness", figures.faithfulness(effects))
+report.figure("circuit_faithfulness", plots.faithfulness(effects))
 
 # %% tags=["hide-input"]
 in_order = effects.groupby(["intervention", "features"], sort=False)
@@ -241,7 +243,7 @@ report.value("faithfulness.cells_beyond_random", int((beyond == 2).sum()))
 keys = ["cell", "cell_type", "target"]
 flow = pd.concat(flows, ignore_index=True)
 flow = flow[[*keys, *(column for column in flow if column not in keys)]]
-report.figure("circuit_flow", figures.circuit_flow(flow))
+report.figure("circuit_flow", plots.circuit_flow(flow))
 
 # %% tags=["hide-input"]
 report.table("circuit_flow", flow, rows=0)
@@ -335,7 +337,7 @@ report.value("structure.largest_supernode", largest, f"{100 * largest:.0f} %")
 # %% mystnb={"image": {"alt": "Heat map of the overlap of every pair of circuits, cells sorted by type, with the pairs of one type boxed."}, "figure": {"caption": "Features that two cells' circuits share, of all features of either (Jaccard index); boxes hold the pairs of one type.", "name": "fig-overlap"}} tags=["hide-input"]
 names, types, targets = ([of_cell[key] for of_cell, _ in circuits] for key in keys)
 overlap = similarity(sets)
-report.figure("circuit_overlap", figures.circuit_overlap(overlap, types))
+report.figure("circuit_overlap", plots.circuit_overlap(overlap, types))
 
 # %% tags=["hide-input"]
 tests = {"all pairs": overlap_test(overlap, types, seed=run.seed),
@@ -395,7 +397,7 @@ if simulated:
     roles = role_table(planted_genes)
 
 # %% mystnb={"image": {"alt": "Two panels, circuits of the feature and of the call: for each cell type, the percentage of planted genes among the circuit's most influential genes, the prompt's most expressed genes, and random genes of the prompt."}, "figure": {"caption": "Among as many genes as are planted in the prompt for the cell's type: how many are planted, if the circuit's most influential genes are taken, the prompt's most expressed, or random ones.", "name": "fig-planted"}} tags=["hide-input"]
-report.figure("planted_recovery", figures.planted_recovery(recovered)) if simulated else None
+report.figure("planted_recovery", plots.planted_recovery(recovered)) if simulated else None
 
 # %% tags=["hide-input"]
 report.table("planted_recovery", recovered, digits=3, caption="Planted genes among the circuits' "

@@ -12,7 +12,7 @@
 #     after: [08_controls]
 #     produces: [tables/variants.csv, tables/variants_by_layer.csv]
 #     exhibits: "beyond the paper"
-#     modules: [variants, variant_measures, variant_figures]
+#     modules: [transcoders/variants, enrichment/controls/other_dictionaries, report/plots/variants]
 # ---
 
 # %% [markdown]
@@ -40,16 +40,17 @@ from functools import partial
 
 import numpy as np
 
-from scfm_circuits import variant_figures
-from scfm_circuits.controls import testers
-from scfm_circuits.enrichment import load_library
-from scfm_circuits.features import get_statistics
-from scfm_circuits.language_model import get_model
-from scfm_circuits.profile import from_notebook
-from scfm_circuits.report import Report
-from scfm_circuits.sentences import load_corpus
-from scfm_circuits.variant_measures import by_layer, feature_measures, held_out_measures, summary
-from scfm_circuits.variants import get_variants
+from scfm_circuits.cells.corpus import load_corpus
+from scfm_circuits.common.profile import from_notebook
+from scfm_circuits.enrichment.controls.layer_counts import testers
+from scfm_circuits.enrichment.controls.other_dictionaries import by_layer, feature_measures, summary
+from scfm_circuits.enrichment.gene_sets import load_library
+from scfm_circuits.features.statistics import get_statistics
+from scfm_circuits.models.loading import get_model
+from scfm_circuits.report.plots import variants as variant_figures
+from scfm_circuits.report.report import Report
+from scfm_circuits.transcoders.validation import held_out_measures
+from scfm_circuits.transcoders.variants import get_variants
 
 run = from_notebook(globals())
 report = Report(run, "09_variants")

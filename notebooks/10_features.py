@@ -12,7 +12,7 @@
 #     after: [05_human_evaluation, 06_enrichment, 07_endothelial_case_study, 08_controls]
 #     produces: [feature_pages/manifest.js, feature_pages/index_*.js, feature_pages/panels_*.js]
 #     exhibits: "beyond the paper"
-#     modules: [feature_pages, feature_files]
+#     modules: [report/boxes/features, report/boxes/feature_files]
 # ---
 
 # %% [markdown]
@@ -34,13 +34,14 @@ profile = "demo"
 import numpy as np
 import pandas as pd
 
-from scfm_circuits.feature_pages import FOLDER, make_pages
-from scfm_circuits.features import get_statistics
-from scfm_circuits.language_model import get_model
-from scfm_circuits.profile import from_notebook
-from scfm_circuits.report import Report
-from scfm_circuits.sentences import load_corpus
-from scfm_circuits.training import get_transcoders
+from scfm_circuits.cells.corpus import load_corpus
+from scfm_circuits.common.profile import from_notebook
+from scfm_circuits.features.statistics import get_statistics
+from scfm_circuits.models.loading import get_model
+from scfm_circuits.report.boxes.feature_files import FOLDER
+from scfm_circuits.report.boxes.features import make_pages
+from scfm_circuits.report.report import Report
+from scfm_circuits.transcoders.training.run import get_transcoders
 
 run = from_notebook(globals())
 report = Report(run, "10_features")

@@ -12,7 +12,7 @@
 #     after: [01_cells_and_model, 02_training, 03_validation, 04_sparsity, 05_human_evaluation, 06_enrichment, 07_endothelial_case_study, 08_controls, 09_variants, 10_features]
 #     produces: [claims.csv]
 #     exhibits: "every exhibit"
-#     modules: [claims]
+#     modules: [paper/claims]
 # ---
 
 # %% [markdown]
@@ -29,9 +29,9 @@ profile = "demo"
 # %%
 import pandas as pd
 
-from scfm_circuits.claims import VERDICTS, write_claims
-from scfm_circuits.profile import from_notebook
-from scfm_circuits.report import Report, short_number
+from scfm_circuits.common.profile import from_notebook
+from scfm_circuits.paper.claims import VERDICTS, write_claims
+from scfm_circuits.report.report import Report, short_number
 
 run = from_notebook(globals())
 report = Report(run, "11_claims")

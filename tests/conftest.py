@@ -7,8 +7,8 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from scfm_circuits.profile import Profile
-    from scfm_circuits.sentences import Corpus
+    from scfm_circuits.cells.corpus import Corpus
+    from scfm_circuits.common.profile import Profile
 
 # A first call imports libraries, and the machine may be busy: time says nothing about an example.
 settings.register_profile("untimed", deadline=None)

@@ -10,12 +10,12 @@ import scipy.sparse as sp
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from scfm_circuits.cells import Cells, RankedCells
-from scfm_circuits.profile import Profile, load_profile
-from scfm_circuits.ranking import top_genes
-from scfm_circuits.sentences import Corpus, build_corpus
-from scfm_circuits.training import TrainingRun
-from scfm_circuits.transcoder import Transcoders, Variant
+from scfm_circuits.cells.corpus import Corpus, build_corpus
+from scfm_circuits.cells.ranking import top_genes
+from scfm_circuits.cells.reading import Cells, RankedCells
+from scfm_circuits.common.profile import Profile, load_profile
+from scfm_circuits.transcoders.training.run import TrainingRun
+from scfm_circuits.transcoders.transcoder import Transcoders, Variant
 
 torch.set_num_threads(1)  # the models are too small to share out
 

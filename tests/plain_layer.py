@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scfm_circuits.training_step import BANDWIDTH
-from scfm_circuits.transcoder import Transcoders, Variant
+from scfm_circuits.transcoders.training.gradients import BANDWIDTH
+from scfm_circuits.transcoders.transcoder import Transcoders, Variant
 
 
 def rectangle(u: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from scfm_circuits.distributed import Ranks, started
+from scfm_circuits.transcoders.training.processes import Ranks, started
 
 _FORK = multiprocessing.get_context("fork")
 

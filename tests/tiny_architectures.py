@@ -16,7 +16,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from scfm_circuits.attribution import Frozen
+from scfm_circuits.circuits.attribution import Frozen
 
 LLAMA_TYPE = ("llama", "llama-biases", "mistral", "qwen2")
 FAMILIES = ("parallel", "sequential", "neox-no-biases", *LLAMA_TYPE)

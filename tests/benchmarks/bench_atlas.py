@@ -28,8 +28,8 @@ import yaml
 from machine import cpu_model, peak_mib
 from rehearsal import TYPES, symbols
 
-from scfm_circuits.files import write_json
-from scfm_circuits.profile import ROOT
+from scfm_circuits.common.files import write_json
+from scfm_circuits.common.profile import ROOT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -111,9 +111,9 @@ def sentence_speeds(path: Path, rows: int = 8192) -> dict[str, float]:
     Ours orders and names the first 64 genes of a cell, which are all that a prompt takes, in one
     thread per core; theirs orders and names all of them in one thread, as the package does.
     """
-    from scfm_circuits.h5ad import open_h5ad
-    from scfm_circuits.ranking import top_genes
-    from scfm_circuits.sentences import sentence_texts
+    from scfm_circuits.cells.corpus import sentence_texts
+    from scfm_circuits.cells.h5ad import open_h5ad
+    from scfm_circuits.cells.ranking import top_genes
 
     opened = open_h5ad(path)
     matrix, about = opened.matrices["X"]
@@ -140,8 +140,8 @@ def sentence_speeds(path: Path, rows: int = 8192) -> dict[str, float]:
 
 def small_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
     """A BPE of the size of a demo's, trained on the file's gene symbols."""
-    from scfm_circuits.h5ad import open_h5ad
-    from scfm_circuits.sentences import train_tokenizer
+    from scfm_circuits.cells.h5ad import open_h5ad
+    from scfm_circuits.cells.tokens import train_tokenizer
 
     opened = open_h5ad(path)
     names = opened.matrices["X"][1]["gene_name-new"].astype(str)
@@ -151,8 +151,8 @@ def small_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
 
 def child(profile: str) -> None:
     """Build the corpus and say what it took; run in a process of its own."""
-    from scfm_circuits.profile import load_profile
-    from scfm_circuits.sentences import load_corpus
+    from scfm_circuits.cells.corpus import load_corpus
+    from scfm_circuits.common.profile import load_profile
 
     began = time.perf_counter()
     corpus = load_corpus(load_profile(profile))

@@ -24,14 +24,14 @@ import torch
 from machine import MIB, above, cpu_model, peak_mib, reset_peak
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from scfm_circuits.attribution import Frozen, contributions, feature_direction, freeze
-from scfm_circuits.circuit_graph import attribution_graph, feature_target, memory_needed
-from scfm_circuits.circuits import strongest_features, trace_feature
-from scfm_circuits.files import write_json
-from scfm_circuits.graph_scores import prune
-from scfm_circuits.profile import ROOT, load_profile
-from scfm_circuits.sentences import load_tokenizer
-from scfm_circuits.transcoder import Transcoders
+from scfm_circuits.cells.tokens import load_tokenizer
+from scfm_circuits.circuits.attribution import Frozen, contributions, feature_direction, freeze
+from scfm_circuits.circuits.graph import attribution_graph, feature_target, memory_needed
+from scfm_circuits.circuits.graph_scores import prune
+from scfm_circuits.circuits.search import strongest_features, trace_feature
+from scfm_circuits.common.files import write_json
+from scfm_circuits.common.profile import ROOT, load_profile
+from scfm_circuits.transcoders.transcoder import Transcoders
 
 SIZES: dict[str, dict[str, int]] = {
     "demo": dict(layers=6, width=128, heads=4, features=1_024, vocabulary=1_024, tokens=159),

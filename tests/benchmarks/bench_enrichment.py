@@ -22,10 +22,13 @@ import numba
 import numpy as np
 from machine import cpu_model
 
-from scfm_circuits import enrichment as e
-from scfm_circuits.controls import Tester
-from scfm_circuits.enrichment_inputs import gene_ids
-from scfm_circuits.files import write_json
+from scfm_circuits.common.files import write_json
+from scfm_circuits.enrichment import over_representation as e
+from scfm_circuits.enrichment.background import encode_lists, gene_ids, prepare_background
+from scfm_circuits.enrichment.controls.layer_counts import Tester
+from scfm_circuits.enrichment.gene_sets import GeneSets, load_library
+from scfm_circuits.enrichment.null_lists import uniform_null
+from scfm_circuits.enrichment.terms import term_table
 
 FEATURES_TABLE_4 = 17_216
 GO, KEGG = "GO_Biological_Process_2025", "KEGG_2021_Human"
@@ -33,7 +36,7 @@ BACKGROUND = 20_000
 
 
 def draw_lists(
-    libraries: list[e.GeneSets], n_lists: int, rng: np.random.Generator
+    libraries: list[GeneSets], n_lists: int, rng: np.random.Generator
 ) -> list[list[str]]:
     """Random lists of 50-300 genes; every fourth takes up to half its genes from one GO term."""
     genes = np.array(sorted(set().union(*(library.genes for library in libraries))))
@@ -50,19 +53,19 @@ def draw_lists(
 
 
 def time_ours(
-    lists: list[list[str]], library: e.GeneSets, threads: int | None = None
+    lists: list[list[str]], library: GeneSets, threads: int | None = None
 ) -> tuple[float, float]:
     """Seconds from symbols to result, and the part of it after encoding."""
     start = time.perf_counter()
-    universe = e.prepare_background(library, BACKGROUND)
-    encoded = e.encode_lists(lists, library, universe)
+    universe = prepare_background(library, BACKGROUND)
+    encoded = encode_lists(lists, library, universe)
     middle = time.perf_counter()
     e.over_representation(encoded, library, background=universe, threads=threads)
     end = time.perf_counter()
     return end - start, end - middle
 
 
-def compare_with_gseapy(lists: list[list[str]], library: e.GeneSets) -> dict[str, float]:
+def compare_with_gseapy(lists: list[list[str]], library: GeneSets) -> dict[str, float]:
     """Time gseapy.enrich on each list and compare p and q of every term it returns."""
     sets = {term: list(library.term_members(i)) for i, term in enumerate(library.terms)}
     seconds, p_diff, q_diff, rows = 0.0, 0.0, 0.0, 0
@@ -71,7 +74,7 @@ def compare_with_gseapy(lists: list[list[str]], library: e.GeneSets) -> dict[str
         result = gseapy.enrich(genes, gene_sets=sets, background=BACKGROUND, outdir=None)
         seconds += time.perf_counter() - start
         theirs = result.res2d.set_index("Term")
-        ours = e.term_table(genes, library, background=BACKGROUND).set_index("Term")
+        ours = term_table(genes, library, background=BACKGROUND).set_index("Term")
         if set(ours.index) != set(theirs.index):
             raise SystemExit(f"{library.name}: gseapy returns other terms than ours")
         theirs = theirs.loc[ours.index]
@@ -88,18 +91,18 @@ def compare_with_gseapy(lists: list[list[str]], library: e.GeneSets) -> dict[str
 
 
 def time_nulls(
-    lists: list[list[str]], libraries: list[e.GeneSets], replicates: int, rng: np.random.Generator
+    lists: list[list[str]], libraries: list[GeneSets], replicates: int, rng: np.random.Generator
 ) -> float:
     """Seconds for one replicate: a uniform null list per feature, drawn and tested, in threads."""
     genes = sorted(set().union(*(library.genes for library in libraries)))
-    universes = [e.prepare_background(library, genes) for library in libraries]
+    universes = [prepare_background(library, genes) for library in libraries]
     tester = Tester("corpus", 0.05, tuple(
         (library, universe, gene_ids(genes, universe))
         for library, universe in zip(libraries, universes, strict=True)))
     lengths = [len(members) for members in lists]
 
     def replicate(seed: int) -> None:
-        tester.counted(e.uniform_null(lengths, len(genes), np.random.default_rng(seed)))
+        tester.counted(uniform_null(lengths, len(genes), np.random.default_rng(seed)))
 
     replicate(0)  # compiles
     start = time.perf_counter()
@@ -130,7 +133,7 @@ def main() -> None:
     folder = os.environ.get("SCFM_GENE_SETS")
     if not folder:
         sys.exit("Set SCFM_GENE_SETS to the folder that holds the real gene-set libraries.")
-    libraries = [e.load_library(name, folder) for name in (GO, KEGG)]
+    libraries = [load_library(name, folder) for name in (GO, KEGG)]
     if any(library.source == "bundled" for library in libraries):
         sys.exit(f"{folder} does not hold {GO}.gmt and {KEGG}.gmt.")
     figures = measure(libraries, options.lists, options.gseapy_lists, options.replicates)
@@ -140,7 +143,7 @@ def main() -> None:
 
 
 def measure(
-    libraries: list[e.GeneSets], n_lists: int, n_gseapy: int, replicates: int
+    libraries: list[GeneSets], n_lists: int, n_gseapy: int, replicates: int
 ) -> dict[str, float | str | None]:
     """All figures, units in their names."""
     rng = np.random.default_rng(0)
@@ -149,8 +152,8 @@ def measure(
     start = time.perf_counter()
     e.over_representation(lists[:4], libraries[0], background=BACKGROUND)
     compile_seconds = time.perf_counter() - start
-    e.term_table(lists[0], libraries[0], background=BACKGROUND)
-    e.uniform_null([5], 10, rng)
+    term_table(lists[0], libraries[0], background=BACKGROUND)
+    uniform_null([5], 10, rng)
 
     sample = lists[:n_gseapy]
     go, kegg = (time_ours(lists, library) for library in libraries)

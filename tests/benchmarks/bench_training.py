@@ -51,11 +51,11 @@ from training_steps import (
 )
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from scfm_circuits.files import write_json
-from scfm_circuits.sentences import Corpus
-from scfm_circuits.training import TrainingRun
-from scfm_circuits.training_plan import precision_of
-from scfm_circuits.transcoder import Variant
+from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.common.files import write_json
+from scfm_circuits.transcoders.training.run import TrainingRun
+from scfm_circuits.transcoders.training.settings import precision_of
+from scfm_circuits.transcoders.transcoder import Variant
 
 ACTIVE = 50
 CELL_TOKENS = 211

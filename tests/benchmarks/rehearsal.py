@@ -26,7 +26,7 @@ import pandas as pd
 import scipy.sparse as sp
 import yaml
 
-from scfm_circuits.sentences import load_tokenizer, train_tokenizer
+from scfm_circuits.cells.tokens import load_tokenizer, train_tokenizer
 
 TYPES = {"Ventricular Cardiomyocyte": 0.27, "Fibroblast": 0.20, "Endothelial cell": 0.19,
          "Mural cell": 0.15, "Myeloid": 0.08, "Atrial Cardiomyocyte": 0.06, "Lymphoid": 0.05}

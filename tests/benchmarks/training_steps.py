@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scfm_circuits.profile import load_profile
-from scfm_circuits.stepper import Stepper
-from scfm_circuits.training_step import transcoder_losses
-from scfm_circuits.transcoder import Transcoders, Variant
+from scfm_circuits.common.profile import load_profile
+from scfm_circuits.transcoders.training.gradients import transcoder_losses
+from scfm_circuits.transcoders.training.optimizer import Stepper
+from scfm_circuits.transcoders.transcoder import Transcoders, Variant
 
 PAPER = load_profile("paper")
 RATE, K = 1e-9, 32

@@ -1,0 +1,5 @@
+"""Notebooks into a book; no number comes from here.
+
+Reading order: `cli`, `chapters` (what is stale, and why), `execution`, `gate`, `provenance`,
+`pages`, `downloads`, `first_profile`.
+"""

@@ -1,0 +1,284 @@
+"""Which notebooks of a run are stale, and why.
+
+A notebook is stale when anything its outputs depend on has changed since it was executed:
+
+1. its own source (content, or a newer modification time, as with make);
+2. the package's sources, the profile, the data files, the lock, the external gene sets, and those
+   gene sets in the cache that it asks for by name;
+3. the execution of a notebook it follows (`after` in its header);
+4. a file it declares (`produces`) that is no longer there.
+
+What was used is recorded in the executed notebook itself (`metadata.scfm`). Nothing heavy is
+imported here, so an up-to-date book answers at once.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scfm_circuits import InputError
+from scfm_circuits.common.files import sha256_of_file
+from scfm_circuits.common.profile import (
+    PACKAGE,
+    ROOT,
+    Profile,
+    cells_path,
+    load_profile,
+    profile_files,
+)
+
+NOTEBOOKS = ROOT / "notebooks"
+MACHINERY = "book"
+"""The room that drives and checks the notebooks; no number comes from it."""
+DATA = ("data/paper/*", "data/human_eval/*.csv", "data/gene-sets/*", "data/planted/*",
+        "data/*.yml")
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """A percent notebook of the book and what its header declares under `scfm`."""
+
+    path: Path
+    after: tuple[str, ...]
+    """Names of the notebooks whose results it uses; without `after`, all before it."""
+    produces: tuple[str, ...] = ()
+    """Files it leaves under `results/<profile>/`, as glob patterns."""
+    exhibits: str = ""
+    """The paper's exhibits it reproduces, for the exhibit map."""
+    modules: tuple[str, ...] = ()
+    """The package's modules that do its work, for the exhibit map."""
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def title(self) -> str:
+        """Its first level-one heading, or its name."""
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            if line.startswith("# # "):
+                return line.removeprefix("# # ").strip()
+        return self.name
+
+
+@dataclass(frozen=True)
+class Run:
+    """One profile with its overrides."""
+
+    profile_name: str
+    overrides: Mapping[str, Any]
+    profile: Profile
+    notebooks: tuple[Notebook, ...]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Hash of each kind of input that all notebooks share."""
+
+    def output(self, name: str) -> Path:
+        """Where the executed notebook stands."""
+        return self.profile.results / "notebooks" / f"{name}.ipynb"
+
+
+def load_run(profile_name: str, overrides: Mapping[str, Any] | None = None) -> Run:
+    """Check profile, overrides and notebooks; InputError before anything is executed."""
+    overrides = dict(overrides or {})
+    profile = load_profile(profile_name, overrides)
+    notebooks = tuple(read_notebooks(NOTEBOOKS))
+    return Run(profile_name, overrides, profile, notebooks,
+               shared_inputs(profile, profile_name, overrides))
+
+
+def read_notebooks(folder: Path) -> Iterator[Notebook]:
+    """The folder's notebooks in reading order, which is that of their names."""
+    before: list[str] = []
+    paths = sorted(folder.glob("[0-9]*.py"))
+    if not paths:
+        raise InputError(f"There are no notebooks in {folder} (names start with a number).")
+    for path in paths:
+        yield _read_header(path, tuple(before))
+        before.append(path.stem)
+
+
+def _read_header(path: Path, before: tuple[str, ...]) -> Notebook:
+    """`scfm` of the jupytext header, a YAML block in comments between two lines `# ---`."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    header: Any = {}
+    if lines and lines[0].strip() == "# ---" and "# ---" in lines[1:]:
+        block = lines[1 : lines.index("# ---", 1)]
+        try:
+            header = yaml.safe_load("\n".join(line.removeprefix("#")[1:] for line in block))
+        except yaml.YAMLError:
+            raise InputError(f"The header of {path} is not valid YAML; check its syntax.") from None
+    if not any(line.startswith("# %%") and '"parameters"' in line for line in lines):
+        raise InputError(
+            f'{path} has no cell tagged "parameters"; start one with `# %% tags=["parameters"]`.'
+        )
+    own = ((header or {}).get("jupyter") or {}).get("scfm") or {}
+    unknown = set(own) - {"after", "produces", "exhibits", "modules"}
+    if unknown:
+        raise InputError(f"The header of {path} has the unknown key scfm.{min(unknown)}.")
+    after = tuple(own.get("after", before))
+    for name in after:
+        if name not in before:
+            raise InputError(
+                f"The header of {path} says it comes after {name!r}, "
+                "which is no notebook before it."
+            )
+    return Notebook(path, after, tuple(own.get("produces", ())), str(own.get("exhibits", "")),
+                    tuple(own.get("modules", ())))
+
+
+def _hash_files(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        if path.is_file():
+            digest.update(f"{path.name}\0{sha256_of_file(path)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _stamp_files(paths: Iterable[Path]) -> str:
+    """Names, sizes and times of files whose contents may be hundreds of MB; `none` without any."""
+    lines = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
+             for path in paths if path.is_file()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] if lines else "none"
+
+
+def _gene_set_folders(profile: Profile) -> list[Path]:
+    """The folders where `gene_sets.load_library` looks first, as far as they exist."""
+    # A relative folder starts at the root, where notebooks run.
+    named = (profile.gene_sets, os.environ.get("SCFM_GENE_SETS"))
+    folders = [ROOT / os.path.expanduser(name) for name in named if name]
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _gene_set_inputs(profile: Profile) -> str:
+    return _stamp_files(path for folder in _gene_set_folders(profile)
+                        for path in sorted(folder.iterdir()))
+
+
+def gene_set_cache() -> Path:
+    """The folder of downloaded gene sets, as `gene_sets.load_library` has it."""
+    root = os.environ.get("SCFM_CACHE") or "~/.cache/scfm-circuits"
+    return ROOT / os.path.expanduser(root) / "gene-sets"
+
+
+def libraries_asked_for(notebook: Notebook, profile: Profile) -> list[str]:
+    """The gene-set libraries that the notebook's source loads."""
+    source = notebook.path.read_text(encoding="utf-8")
+    if "load_library(" not in source:
+        return []
+    names = set(re.findall(r"load_library\(\s*[\"']([\w.+-]+)[\"']", source))
+    # Whatever the notebook calls its profile.
+    if re.search(r"\.libraries\b", source):
+        names |= set(profile.libraries)
+    if re.search(r"\.case_library\b", source):
+        names.add(profile.case_library)
+    return sorted(names)
+
+
+def cache_inputs(run: Run, notebook: Notebook) -> dict[str, str]:
+    """The cached libraries that the notebook reads: those it asks for and no folder holds.
+
+    Only its own: a library that a later chapter downloads must not make earlier ones stale.
+    """
+    folders = _gene_set_folders(run.profile)
+    names = [f"{name}.gmt" for name in libraries_asked_for(notebook, run.profile)]
+    cached = [gene_set_cache() / name for name in names
+              if not any((folder / name).is_file() for folder in folders)]
+    return {"gene-set cache": _stamp_files(cached)}
+
+
+def shared_inputs(
+    profile: Profile, profile_name: str, overrides: Mapping[str, Any]
+) -> dict[str, str]:
+    """Hash of each kind of input, by the word used when it has changed."""
+    settings = json.dumps(dict(overrides), sort_keys=True)
+    sources = [path for path in PACKAGE.rglob("*.py")
+               if path.relative_to(PACKAGE).parts[0] != MACHINERY]
+    inputs = {
+        "package": _hash_files(sources),
+        "profile": f"{_hash_files(profile_files(profile_name))}/{profile.name}",
+        "overrides": hashlib.sha256(settings.encode()).hexdigest()[:16],
+        "data": _hash_files(path for pattern in DATA for path in ROOT.glob(pattern)),
+        "lock": _hash_files([ROOT / "requirements.lock"]),
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "gene sets": _gene_set_inputs(profile),
+    }
+    cells = cells_path(profile, ROOT)
+    if cells is not None:
+        inputs["cells"] = _stamp_files([cells])
+    if profile.gene_groups is not None:
+        inputs["gene groups"] = _stamp_files([ROOT / Path(profile.gene_groups).expanduser()])
+    return inputs
+
+
+def rehashed(run: Run) -> Run:
+    """The run with its shared inputs as they are now."""
+    return replace(run, inputs=shared_inputs(run.profile, run.profile_name, run.overrides))
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What an executed notebook says about its execution; None without a readable one."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))["metadata"]["scfm"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if isinstance(record, dict) and "run_id" in record else None
+
+
+def source_inputs(notebook: Notebook) -> dict[str, str]:
+    """Hash and modification time of the notebook's own source."""
+    return {"notebook": sha256_of_file(notebook.path)[:16],
+            "touched": str(notebook.path.stat().st_mtime_ns)}
+
+
+def changed_inputs(run: Run, notebook: Notebook, record: Mapping[str, Any]) -> list[str]:
+    """The kinds of input that are not what the notebook's execution record says."""
+    used = record.get("inputs", {})
+    own = source_inputs(notebook)
+    changed = []
+    if used.get("notebook") != own["notebook"]:
+        changed.append("notebook")
+    elif int(own["touched"]) > int(used.get("touched", 0)):
+        changed.append("notebook touched")
+    shared = {**run.inputs, **cache_inputs(run, notebook)}
+    return changed + [kind for kind, value in shared.items() if used.get(kind) != value]
+
+
+def why_stale(run: Run, notebook: Notebook, records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Why the notebook has to be executed, or an empty string.
+
+    records: the execution records of the notebooks before it that are fresh.
+    """
+    record = read_record(run.output(notebook.name))
+    if record is None:
+        return "not executed yet"
+    changed = changed_inputs(run, notebook, record)
+    if changed:
+        return changed[0] if changed[0] == "notebook touched" else f"{changed[0]} changed"
+    for name in notebook.after:
+        if name not in records or record.get("after", {}).get(name) != records[name]["run_id"]:
+            return f"follows {name}"
+    for pattern in notebook.produces:
+        if not any(run.profile.results.glob(pattern)):
+            return f"{pattern} is missing"
+    return ""
+
+
+def plan(run: Run) -> list[tuple[Notebook, str]]:
+    """The stale notebooks in order, each with the reason."""
+    records: dict[str, Mapping[str, Any]] = {}
+    stale = []
+    for notebook in run.notebooks:
+        reason = why_stale(run, notebook, records)
+        if reason:
+            stale.append((notebook, reason))
+        else:
+            records[notebook.name] = read_record(run.output(notebook.name)) or {}
+    return stale

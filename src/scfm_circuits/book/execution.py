@@ -1,0 +1,285 @@
+"""Executing the stale notebooks of one run, in order, each into its place only when it is good.
+
+A notebook is executed under a temporary name, after its earlier execution has been removed. It
+appears in `results/<profile>/notebooks/` only after it has passed the gate; otherwise the partial
+output is kept in `results/<profile>/failed/` and the notebook stays stale, so that the same command
+tries it again.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, TextIO
+
+from scfm_circuits import InputError
+from scfm_circuits.book import gate, provenance
+from scfm_circuits.book.chapters import (
+    Notebook,
+    Run,
+    cache_inputs,
+    plan,
+    read_record,
+    rehashed,
+    source_inputs,
+)
+from scfm_circuits.common.files import only_one, write_atomic
+from scfm_circuits.common.profile import ROOT, profile_path
+from scfm_circuits.report.live_curves import UNWATCHED
+
+CELL_SECONDS = 3600
+"""A cell that runs longer than this fails; $SCFM_CELL_SECONDS or `--cell-seconds` change it."""
+TIMES_EXPECTED = 5
+"""A chapter that is expected to take long may take this many times as long."""
+
+CLEARED = "\r\x1b[K"
+"""Back to the start of the terminal's line, and nothing on it."""
+
+
+class ExecutionFailed(Exception):
+    """A notebook could not be executed or did not pass the gate; the message is for a person."""
+
+
+def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0) -> list[str]:
+    """Execute the stale notebooks, once the cells and the model are there; returns their names.
+
+    cell_seconds: how long a cell may take; by default what the environment says, or an hour, or
+    several times `expected`, the seconds that the longest chapter is expected to take.
+    Raises ExecutionFailed at the first that fails: earlier ones are kept, its partial output is
+    moved to `results/<profile>/failed/`, and the next call tries it again.
+    """
+    limit = cell_seconds or _seconds_from_environment(
+        max(CELL_SECONDS, round(TIMES_EXPECTED * expected)))
+    with only_one(run.profile.results, "executing notebooks into"):
+        stale = plan(run)
+        if stale:
+            from scfm_circuits.book.downloads import fetch_cells, fetch_model
+
+            fetch_cells(run.profile)
+            fetch_model(run.profile)
+        for number, (notebook, reason) in enumerate(stale, 1):
+            print(f"[{number}/{len(stale)}] {notebook.name}: {reason}", flush=True)
+            seconds = _execute_one(_as_it_is_now(run), notebook, limit)
+            print(f"      done in {seconds:.1f} s", flush=True)
+        known = {f"{notebook.name}.ipynb" for notebook in run.notebooks}
+        for leftover in (run.profile.results / "notebooks").glob("*.ipynb"):
+            if leftover.name not in known:
+                leftover.unlink()
+        return [notebook.name for notebook, _ in stale]
+
+
+def _as_it_is_now(run: Run) -> Run:
+    """The run with the inputs that the next notebook will read; they may change during a run."""
+    now = rehashed(run)
+    if now.inputs["profile"] != run.inputs["profile"]:
+        # Only the notebook's kernel would read it again: its record would name the old settings.
+        raise ExecutionFailed("Changed while running: profile; run `make book` again.")
+    return now
+
+
+def _seconds_from_environment(default: int) -> int:
+    text = os.environ.get("SCFM_CELL_SECONDS", str(default))
+    if not text.isdigit() or int(text) == 0:
+        raise InputError(f"SCFM_CELL_SECONDS is {text!r}; it must be a whole number of seconds.")
+    return int(text)
+
+
+def _prepared(run: Run, notebook: Notebook) -> Any:
+    """The notebook as papermill takes it, with the same cell ids at every conversion."""
+    import jupytext
+
+    node = jupytext.read(notebook.path)
+    for index, cell in enumerate(node.cells):
+        cell["id"] = f"{notebook.name}-{index}"[-64:]
+    node.metadata["kernelspec"] = {
+        "name": "python3", "display_name": "Python 3", "language": "python",
+    }
+    node.metadata.pop("scfm", None)
+    return node
+
+
+def _record(run: Run, notebook: Notebook, seconds: float, git: Mapping[str, Any]) -> dict[str, Any]:
+    after = {name: (read_record(run.output(name)) or {}).get("run_id") for name in notebook.after}
+    return {
+        "run_id": uuid.uuid4().hex,
+        "title": notebook.title,
+        "inputs": {**run.inputs},
+        "after": after,
+        "seconds": round(seconds, 2),
+        "executed_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "profile": run.profile.name,
+        "profile_title": run.profile.title,
+        "overrides": dict(run.overrides),
+        "seed": run.profile.seed,
+        "cells_are": run.profile.cells_are,
+        "cells_name": run.profile.cells_name,
+        "git": dict(git),
+        "versions": provenance.versions(),
+        "machine": provenance.machine(),
+    }
+
+
+def _execute_one(run: Run, notebook: Notebook, limit: int) -> float:
+    """Run one notebook and put it in place if it passes the gate; returns the wall seconds."""
+    import nbformat
+    import papermill
+
+    final = run.output(notebook.name)
+    partial = run.profile.results / "running" / final.name
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    # What the notebook was before it ran: an edit during the run leaves it stale.
+    own, git = source_inputs(notebook), provenance.git_state(ROOT)
+    node = _prepared(run, notebook)
+    # From here on files of the earlier execution are overwritten; if this one fails, its record
+    # must not vouch for the mixture.
+    final.unlink(missing_ok=True)
+    # Its warning about parameters without a default is no news: the profile has checked them.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    # String hashing differs between processes otherwise, and with it the order of sets.
+    os.environ.setdefault("PYTHONHASHSEED", "0")
+    started = time.perf_counter()
+    try:
+        with open(partial.with_suffix(".log"), "w") as log, _terminal() as live:
+            papermill.execute_notebook(
+                node, str(partial), parameters=_parameters(run), kernel_name="python3",
+                kernel_manager_class=_kernel_manager(log), cwd=str(ROOT), execution_timeout=limit,
+                progress_bar={"leave": False, "desc": notebook.name} if live else False,
+                stderr_file=live,
+            )
+        executed = nbformat.read(partial, as_version=4)
+        seconds = time.perf_counter() - started
+        _tidy(executed, notebook, final)
+        executed.metadata["scfm"] = _record(run, notebook, seconds, git)
+        # The cache as the notebook leaves it: what it downloads itself is no change.
+        executed.metadata["scfm"]["inputs"].update({**own, **cache_inputs(run, notebook)})
+        problems = gate.problems(executed, known_parameters=_parameters(run))
+        problems += gate.missing_products(run.profile.results, notebook.produces)
+        if problems:
+            raise ExecutionFailed("; ".join(problems))
+        write_atomic(final, nbformat.writes(executed) + "\n")
+    except BaseException as error:
+        kept = _keep_failed(run, partial)
+        if isinstance(error, KeyboardInterrupt) or _ename(error) == "KeyboardInterrupt":
+            raise KeyboardInterrupt from None
+        raise ExecutionFailed(_failure(notebook, error, kept, limit)) from None
+    for suffix in (".ipynb", ".log"):
+        partial.with_suffix(suffix).unlink(missing_ok=True)
+        (run.profile.results / "failed" / final.name).with_suffix(suffix).unlink(missing_ok=True)
+    return seconds
+
+
+class _Live:
+    """What cells write to stderr, on the terminal, as they write it: bars and `Downloading ...`.
+
+    papermill's own bar keeps its line; each line of the kernel's starts on a cleared one.
+    """
+
+    def __init__(self, terminal: TextIO) -> None:
+        self.terminal = terminal
+        self.at_start = True
+
+    def write(self, text: str) -> None:
+        """Write and show the text at once."""
+        if not text:
+            return
+        shown = text.replace("\r\n", "\n").replace("\r", CLEARED)
+        self.terminal.write((CLEARED if self.at_start else "") + shown)
+        self.at_start = text.endswith("\n")
+
+    def flush(self) -> None:
+        """papermill calls this after each piece."""
+        self.terminal.flush()
+
+    def end(self) -> None:
+        """Clear a line that was begun, so that the next message has it for itself."""
+        if not self.at_start:
+            self.terminal.write(CLEARED)
+            self.flush()
+
+
+@contextlib.contextmanager
+def _terminal() -> Iterator[_Live | None]:
+    """The terminal, if stderr is one; where nobody watches, cells stay quiet."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    live = _Live(sys.stderr)
+    try:
+        yield live
+    finally:
+        live.end()
+
+
+def _kernel_manager(log: IO[str]) -> type:
+    """A kernel manager whose kernels write their own messages to `log` and know nobody looks on.
+
+    On an interruption or a crash a kernel prints a traceback from inside a library, which would
+    bury our one sentence on the terminal. What cells print is in the notebook either way.
+    """
+    from jupyter_client.manager import AsyncKernelManager
+
+    class Quiet(AsyncKernelManager):
+        async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
+            options["env"] = {**(options.get("env") or os.environ), UNWATCHED: "1"}
+            await super().start_kernel(**options, stderr=log)
+
+    return Quiet
+
+
+def _parameters(run: Run) -> dict[str, Any]:
+    name = run.profile_name
+    path = profile_path(name)
+    # A profile given by a path relative to the caller's folder must be found from the kernel's.
+    return {"profile": name if path.parent.name == "profiles" and path.stem == name
+            else str(path.resolve()), **run.overrides}
+
+
+def _tidy(executed: Any, notebook: Notebook, final: Path) -> None:
+    """Make what papermill adds the same on every machine; `input_path` is the whole notebook."""
+    for cell in executed.cells:
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell["id"] = f"{notebook.name}-parameters"[-64:]
+    details = executed.metadata["papermill"]
+    details["input_path"] = notebook.path.name
+    details["output_path"] = final.name
+    details.get("environment_variables", {}).clear()
+
+
+def _keep_failed(run: Run, partial: Path) -> Path | None:
+    if not partial.exists():
+        return None
+    kept = run.profile.results / "failed" / partial.name
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in (".ipynb", ".log"):
+        shutil.move(partial.with_suffix(suffix), kept.with_suffix(suffix))
+    return kept
+
+
+def _ename(error: BaseException) -> str:
+    return str(getattr(error, "ename", ""))
+
+
+def _failure(notebook: Notebook, error: BaseException, kept: Path | None, limit: int) -> str:
+    """What the terminal says about a failed chapter."""
+    if isinstance(error, ExecutionFailed):
+        what = f"it ran, but did not pass the checks: {error}"
+    elif _ename(error) == "InputError":
+        what = str(getattr(error, "evalue", ""))
+    elif _ename(error):
+        traceback = getattr(error, "traceback", [])
+        tail = "\n".join(gate.without_colours("\n".join(traceback)).splitlines()[-12:])
+        what = f"{_ename(error)}: {getattr(error, 'evalue', '')}\n{tail}"
+    elif type(error).__name__ == "CellTimeoutError":
+        what = (f"a cell ran longer than {limit} s; set SCFM_CELL_SECONDS to allow more.")
+    elif type(error).__name__ == "DeadKernelError":
+        what = "the kernel died, most likely because memory ran out."
+    else:
+        what = f"{type(error).__name__}: {error}"
+    where = f"Its partial output: {os.path.relpath(kept)}\n" if kept else ""
+    return (f"{notebook.name} failed: {what}\n{where}"
+            "Earlier chapters are kept; run the same command again to retry.")

@@ -1,0 +1,341 @@
+"""A first profile for somebody's own `.h5ad`, from a look into the file.
+
+    python -m scfm_circuits.book.first_profile cells.h5ad --out mine.yml
+
+Only `obs`, `var` and samples of the values are read, so a file of any size takes seconds; one of an
+anndata before 0.7 is read whole. Each choice is written with what was seen and what else could be
+chosen. Column names and labels come from the file: fields are quoted, and comments hold them as
+Python literals, so none can end a line.
+"""
+
+import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from scfm_circuits import InputError
+from scfm_circuits.cells.h5ad import open_h5ad, possible_symbols, symbol_columns, unreadable
+from scfm_circuits.common.files import write_atomic
+from scfm_circuits.common.profile import PROFILES, Name, Profile, load_profile
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LARGE = 5_000
+"""Cells above which the profile draws some: `demo` is made for few."""
+EXPECTED_HELD_OUT = 10
+"""Held-out cells of the traced type that a draw should leave on average."""
+SAMPLED = 200_000
+"""Values of a matrix that are looked at, in three blocks."""
+
+# Compared without case, spaces, points and underscores.
+_TYPE_COLUMNS = ("celltype", "celltypes", "celltypelabel", "cellontologyclass", "bulklabels",
+                 "majorityvoting", "annotation", "annotations", "celllabel", "label", "labels")
+_TYPE_HINTS = ("annot", "type", "label")
+_CLUSTERS = ("louvain", "leiden", "cluster", "seurat")
+_NO_TYPES = ("donor", "patient", "subject", "individual", "batch", "sample", "sex", "gender",
+             "assay", "tissue", "organ", "disease", "phase", "stage", "ethnicity", "library",
+             "suspension", "barcode", "chemistry", "platform", "dataset", "study", "doublet")
+_COUNT_LAYERS = ("counts", "count", "rawcounts", "rawcount", "umi", "umis", "raw")
+
+
+class Choice(NamedTuple):
+    """A field's value and the comment beside it."""
+
+    value: Any
+    why: str
+
+
+class Peek(NamedTuple):
+    """What a look into the file tells.
+
+    kinds: by place (`X`, `raw`, a layer) `counts`, `normalised` or `unusable`. observations: the
+    table of cells. variables: by place the table of its genes.
+    """
+
+    kinds: dict[str, str]
+    observations: "pd.DataFrame"
+    variables: "dict[str, pd.DataFrame]"
+
+
+# --- the file ------------------------------------------------------------------------------------
+
+
+def peek(path: Path) -> Peek:
+    """Look into an `.h5ad`; InputError if it cannot be read as one."""
+    if path.suffix != ".h5ad":
+        raise InputError(f"H5AD is {str(path)!r}; give the path of an .h5ad file.")
+    if not path.is_file():
+        raise InputError(f"The file {path} does not exist; check the path given as H5AD.")
+    data = open_h5ad(path)
+    try:
+        with unreadable(path):
+            kinds = {name: _kind(matrix) for name, (matrix, _) in data.matrices.items()}
+    finally:
+        data.close()
+    return Peek(kinds, data.obs, {name: genes for name, (_, genes) in data.matrices.items()})
+
+
+def _kind(matrix: Any) -> str:
+    """Whether samples of a matrix's values are counts, normalised, or nothing to rank genes by."""
+    stored = matrix
+    if hasattr(matrix, "group"):  # sparse in the file: what is not stored is zero
+        stored = matrix.group["data"]
+    elif hasattr(matrix, "nnz"):  # sparse in memory
+        stored = matrix.data
+    per_row = max(1, math.prod(stored.shape[1:]))
+    rows = max(1, SAMPLED // 3 // per_row)
+    starts = sorted({0, max(0, stored.shape[0] // 2), max(0, stored.shape[0] - rows)})
+    values = np.concatenate([np.ravel(stored[start : start + rows]) for start in starts])
+    if not np.isfinite(values).all() or (values < 0).any():
+        return "unusable"
+    return "counts" if np.array_equal(values, np.rint(values)) else "normalised"
+
+
+# --- the choices ---------------------------------------------------------------------------------
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s._-]", "", str(name)).lower()
+
+
+def _listed(names: Iterable[Any], most: int = 8) -> str:
+    """Names as Python literals on one line: no character of a file ends a comment."""
+    names = [repr(str(name)[:60]) for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def choose_matrix(found: Peek, where: str) -> Choice:
+    """Counts if there are any, else log-normalised values; InputError if all are scaled.
+
+    A layer is taken for the counts by its name too: `unspliced` holds counts, but not of all.
+    """
+    counted = [name for name in found.kinds if _plain(name) in _COUNT_LAYERS and name != "raw"]
+    order = [(name, "counts") for name in (*counted, "raw", "X")]
+    order += [(name, "normalised") for name in ("raw", "X")]
+    order += [(name, kind) for kind in ("counts", "normalised") for name in found.kinds]
+    chosen = next((name for name, kind in order if found.kinds.get(name) == kind), None)
+    if chosen is None:
+        held = ", ".join(found.kinds) or "neither X, raw nor a layer"
+        raise InputError(f"{where} has no values to rank genes by ({held}: negative or not finite "
+                         "values, so scaled or centred); put counts or log-normalised values into "
+                         "X, raw or a layer.")
+    seen = "; ".join(f"{name!r}: {kind}" for name, kind in found.kinds.items())
+    return Choice(chosen, f"seen in samples: {seen}")
+
+
+def choose_symbols(variables: "pd.DataFrame", where: str, table: str = "var"
+                   ) -> tuple[Choice, Choice]:
+    """Where gene symbols are, and what to do with repeated ones.
+
+    The index, unless it holds Ensembl identifiers or numbers; then a column known to hold symbols,
+    else any column that may. InputError if none may. table: `raw.var` for the genes of `raw`.
+    """
+    columns = dict.fromkeys((None, *symbol_columns(variables), *variables.columns))
+    usable = [column for column in columns if (column is None or isinstance(column, str))
+              and possible_symbols(variables, column)]
+    if not usable:
+        raise InputError(f"{where} has no gene symbols: the index of {table} holds identifiers, "
+                         f"such as {str(variables.index[0])!r}, and no other column of it (there "
+                         f"are {_listed(variables.columns) or 'none'}) has one word for each gene; "
+                         f"add such a column to {table}.")
+    chosen = usable[0]
+    symbols = possible_symbols(variables, chosen)
+    repeated = len(symbols) - len(set(symbols))
+    others = _listed(dict.fromkeys(column or "the index (null)" for column in usable[1:]))
+    column = Choice(chosen, f"such as {_listed(symbols, 3)}"
+                    + (f"; also possible: {others}" if others else ""))
+    rule = Choice("sum" if repeated else "error",
+                  f"{repeated:,} columns have a symbol that another has too" if repeated
+                  else "no symbol is there twice")
+    return column, rule
+
+
+def choose_labels(observations: "pd.DataFrame", where: str) -> Choice:
+    """The column of cell types: one of 2 to 200 words, known names first and clusters last.
+
+    InputError if there is none.
+    """
+    fitting: list[str] = []
+    lacking: list[str] = []
+    for column in observations.columns:
+        values = observations[column]
+        if not isinstance(column, str) or values.dtype.kind in "biufcmM":
+            continue
+        if 2 <= values.nunique() <= 200:
+            (lacking if values.isna().any() else fitting).append(column)
+    ranks = {column: _rank(column) for column in fitting}
+    ordered = [column for _, column in
+               sorted((rank, column) for column, rank in ranks.items() if rank is not None)]
+    if not ordered:
+        why = (f"cells without a label in {_listed(lacking)}" if lacking else
+               f"no column of obs with 2 to 200 words (columns: "
+               f"{_listed(observations.columns) or 'none'})")
+        raise InputError(f"{where} has no usable column of cell types: {why}; give every cell a "
+                         "type in a column such as obs['cell_type'].")
+    others = f"; also possible: {_listed(ordered[1:])}" if ordered[1:] else ""
+    return Choice(ordered[0], f"{observations[ordered[0]].nunique()} types{others}")
+
+
+def _rank(column: str) -> int | None:
+    """A place in the order of columns that may hold cell types; None for one that says it does not.
+
+    An ontology's identifiers come after other types: they say less to a language model than words.
+    """
+    plain = _plain(column)
+    if plain in _TYPE_COLUMNS:
+        return _TYPE_COLUMNS.index(plain)
+    if any(hint in plain for hint in _TYPE_HINTS):
+        return 150 if "ontologyterm" in plain else 100
+    if any(word in plain for word in _CLUSTERS):
+        return 300
+    return None if any(word in plain for word in _NO_TYPES) else 200
+
+
+def choose_case(labels: np.ndarray, base: Profile) -> tuple[Choice, Choice | None]:
+    """The type whose call is traced, and for many cells how many to draw.
+
+    The most frequent type with three held-out cells among those drawn, or the one with most. Unless
+    `base` says how many, of many cells as many are drawn as leave about `EXPECTED_HELD_OUT` of the
+    most frequent type held out.
+    """
+    from scfm_circuits.cells.corpus import split_cells
+    from scfm_circuits.cells.reading import draw_cells
+
+    names, counts = np.unique(labels, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    most: Choice | None = None
+    n_drawn = base.max_cells
+    if n_drawn is None and len(labels) > LARGE:
+        share = counts[order[0]] / len(labels) * base.validation_share
+        n_drawn = max(LARGE, math.ceil(EXPECTED_HELD_OUT / share))
+        if n_drawn < len(labels):
+            most = Choice(n_drawn, f"of {len(labels):,} cells, drawn at random; null takes all")
+    used = labels
+    if n_drawn is not None and n_drawn < len(labels):
+        used = labels[draw_cells(labels, n_drawn, base.sampling, base.seed)]
+    held_out = used[split_cells(len(used), base.validation_share, base.seed)]
+    held = np.array([np.sum(held_out == name) for name in names])
+    enough = [index for index in order if held[index] >= 3]
+    chosen = enough[0] if enough else order[np.argmax(held[order])]
+    others = _listed(names[index] for index in order if index != chosen)
+    return Choice(str(names[chosen]), f"{counts[chosen]:,} cells; other types: {others}"), most
+
+
+# --- the profile ---------------------------------------------------------------------------------
+
+
+def profile_fields(path: Path, base: str = "demo") -> dict[str, Choice]:
+    """The fields that the file decides, with a comment for each; InputError if it fits none."""
+    where = str(path)
+    settings, found = load_profile(base), peek(path)
+    matrix = choose_matrix(found, where)
+    genes = found.variables[matrix.value]
+    if not len(found.observations) or not len(genes):
+        raise InputError(f"{where} holds {len(found.observations)} cells and {len(genes)} genes; "
+                         "there is nothing to read.")
+    column, repeated = choose_symbols(genes, where, "raw.var" if matrix.value == "raw" else "var")
+    label = choose_labels(found.observations, where)
+    labels = found.observations[label.value].astype(str).to_numpy().astype(str)
+    case, most = choose_case(labels, settings)
+    fields = {
+        "cells": Choice(str(path.resolve()),
+                        f"{len(found.observations):,} cells, {len(genes):,} genes"),
+        "cells_are": Choice("real", "simulated, if nobody measured them"),
+        "cells_name": Choice(f"cells of {path.name}", "what the pages call them"),
+        "matrix": matrix, "symbol_column": column, "duplicate_symbols": repeated,
+        "label_column": label, "case_type": case,
+    }
+    return fields | ({"max_cells": most} if most else {})
+
+
+def profile_text(fields: dict[str, Choice], base: str = "demo") -> str:
+    """The profile as YAML: a comment, then its field, in quotes if it is text."""
+    lines = ["# Written from a look into the file; change what is wrong. Everything else is as in",
+             f"# the profile `{base}`; all fields are explained in src/scfm_circuits/profile.py.",
+             f"extends: {base}"]
+    for field, choice in fields.items():
+        # In double quotes no text is taken for a number, a date or null, or spans two lines.
+        value = yaml.safe_dump(choice.value, allow_unicode=True, width=math.inf,
+                               default_style='"' if isinstance(choice.value, str) else None)
+        # YAML ends a bare number or null with a line of three points.
+        lines += [f"# {choice.why}", f"{field}: {value.removesuffix('...' + chr(10)).rstrip()}"]
+    return "\n".join(lines) + "\n"
+
+
+def write_profile(path: Path, out: Path, base: str = "demo", overwrite: bool = False) -> Profile:
+    """Look into `path`, write `out` and return it as it will be read.
+
+    Raises InputError for a file that does not fit, a name that no profile can have, and if `out`
+    is there already and `overwrite` is not given.
+    """
+    _check_out(out, overwrite)
+    try:
+        path = path.expanduser()
+    except RuntimeError:
+        raise InputError(f"H5AD is {str(path)!r}, but that home folder is not known; give the "
+                         "whole path.") from None
+    text = profile_text(profile_fields(path, base), base)
+    try:
+        write_atomic(out, text)
+    except OSError as error:
+        raise InputError(f"The profile {out} cannot be written ({error.strerror}); give another "
+                         "path as OUT.") from None
+    return load_profile(os.path.abspath(out))
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    from pydantic import TypeAdapter, ValidationError
+
+    if out.suffix not in (".yml", ".yaml"):
+        raise InputError(f"OUT is {str(out)!r}; a profile's name ends in .yml.")
+    try:
+        TypeAdapter(Name).validate_python(out.stem)
+    except ValidationError:
+        raise InputError(f"OUT is {str(out)!r}; a profile's name has letters, digits, points, "
+                         "dashes and underscores only, 60 at most.") from None
+    if (PROFILES / f"{out.stem}.yml").exists():
+        raise InputError(f"OUT is {str(out)!r}, but {out.stem} is a profile of the project, whose "
+                         "results would be replaced; choose another name.")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise InputError(f"{out} is there already; give another OUT, or OVERWRITE=1 to replace it.")
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Write a profile; 0 on success, 1 on an error that was explained.
+
+    What is not given is taken from $H5AD, $OUT and $OVERWRITE.
+    """
+    parser = argparse.ArgumentParser(prog="python -m scfm_circuits.book.first_profile",
+                                     description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("h5ad", nargs="?", default=os.environ.get("H5AD", ""))
+    parser.add_argument("--out", default=os.environ.get("OUT") or "mine.yml")
+    parser.add_argument("--extends", default="demo", help="the profile it is based on")
+    parser.add_argument("--overwrite", action="store_true",
+                        default=os.environ.get("OVERWRITE", "") not in ("", "0"))
+    arguments = parser.parse_args(given)
+    try:
+        if not arguments.h5ad:
+            raise InputError("Give the cells: make profile H5AD=path/to/cells.h5ad.")
+        written = write_profile(Path(arguments.h5ad), Path(arguments.out), arguments.extends,
+                                arguments.overwrite)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for field in ("matrix", "symbol_column", "duplicate_symbols", "label_column", "case_type",
+                  "max_cells"):
+        print(f"  {field}: {getattr(written, field)!r}")
+    print(f"Wrote {arguments.out}; look at it, then: make book PROFILE={arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

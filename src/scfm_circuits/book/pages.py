@@ -1,0 +1,315 @@
+"""Building the pages: stage prose and executed notebooks, run Jupyter Book, check, swap in.
+
+1. Stage a clean source folder: `book/` plus the executed notebooks, side by side.
+2. Fill the generated parts of the prose (exhibit map, verdicts, downloads) from the run.
+3. Run Jupyter Book with every warning an error.
+4. Refuse pages that would fetch anything from another host.
+5. Move the result to `html/`.
+
+`html/` stands only if it shows a whole run: before anything stale is executed or built, the earlier
+pages are moved to `html-old/`, and they are removed when the new ones are there.
+"""
+
+import csv
+import hashlib
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scfm_circuits import InputError
+from scfm_circuits.book.chapters import Run, plan
+from scfm_circuits.book.execution import ExecutionFailed
+from scfm_circuits.common.files import only_one, sha256_of_file, write_atomic, write_json
+from scfm_circuits.common.profile import ROOT
+from scfm_circuits.report.boxes.feature_files import FOLDER, index_box
+from scfm_circuits.report.boxes.rating import rating_box
+
+BOOK = ROOT / "book"
+STAMP = "built.json"
+DOWNLOADS = ("tables/*.csv", "tables/*.js", "figures/*.png", "figures/*.svg", "circuits/*.json",
+             "circuits/*.js", "feature_pages/*.js", "values/*.json", "claims.csv",
+             "provenance.json")
+"""Results that are copied beside the pages; transcoder weights stay where they are."""
+# In <a> an address is only followed on a click; in these it is fetched with the page.
+_FETCHED = re.compile(
+    r"<(?:script|img|iframe|source|audio|video|embed|object|link)\b[^>]*?"
+    r"\b(?:src|href|data)\s*=\s*[\"']?\s*(?:https?:)?//[^>]*>", re.IGNORECASE,
+)
+_FETCHED_BY_CSS = re.compile(r"(?:url\(|@import\s)\s*[\"']?(?:https?:)?//", re.IGNORECASE)
+
+
+def build(run: Run, output: Path) -> bool:
+    """Build `<output>/html`; returns False if it already shows exactly this run.
+
+    Raises ExecutionFailed with the builder's warnings if there is one, InputError if the table of
+    contents does not list the notebooks or another run is building into the folder.
+    """
+    output = output.resolve()
+    with only_one(output, "building pages into"):
+        content = fingerprint(run)
+        if _shows(output, content):
+            return False
+        _set_aside(output)
+        _check_contents(run)
+        _build(run, output)
+        write_json(output / STAMP, {"content": content, "profile": run.profile.name})
+        shutil.rmtree(output / "html-old", ignore_errors=True)
+        return True
+
+
+def set_aside_unless_fresh(run: Run, output: Path) -> None:
+    """Move `<output>/html` to `html-old` if it does not show this run as it now is."""
+    output = output.resolve()
+    if not (output / "html").exists():
+        return
+    with only_one(output, "building pages into"):
+        if plan(run) or not _shows(output, fingerprint(run)):
+            _set_aside(output)
+
+
+def _shows(output: Path, content: str) -> bool:
+    return ((output / "html" / "index.html").is_file()
+            and _read(output / STAMP).get("content") == content)
+
+
+def _set_aside(output: Path) -> None:
+    (output / STAMP).unlink(missing_ok=True)
+    if (output / "html").exists():
+        shutil.rmtree(output / "html-old", ignore_errors=True)
+        (output / "html").rename(output / "html-old")
+
+
+def _build(run: Run, output: Path) -> None:
+    """Stage, build and check in `<output>/work`, then move the pages to `<output>/html`."""
+    work = output / "work"
+    shutil.rmtree(work, ignore_errors=True)
+    source = work / "source"
+    stage(run, source)
+    built = _run_jupyter_book(source, work)
+    foreign = sorted(foreign_requests(built))
+    if foreign:
+        raise ExecutionFailed("The pages would fetch from other hosts:\n  " + "\n  ".join(foreign))
+    built.rename(output / "html")
+    shutil.rmtree(work)
+
+
+def fingerprint(run: Run) -> str:
+    """Hash of everything that the pages are made from."""
+    files = [path for path in sorted(BOOK.rglob("*")) if path.is_file()
+             and "_build" not in path.parts and "__pycache__" not in path.parts]
+    files += [run.output(notebook.name) for notebook in run.notebooks]
+    files += sorted(_downloads(run))
+    files += [Path(__file__)]
+    digest = hashlib.sha256(run.profile.name.encode())
+    for path in files:
+        digest.update(f"{path.name}\0{sha256_of_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _downloads(run: Run) -> Iterator[Path]:
+    for pattern in DOWNLOADS:
+        yield from run.profile.results.glob(pattern)
+
+
+def _check_contents(run: Run) -> None:
+    """Every notebook is in the table of contents, and nothing in it is missing."""
+    contents = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
+    listed = set(_listed(contents))
+    notebooks = {notebook.name for notebook in run.notebooks}
+    pages = {path.stem for path in BOOK.glob("*.md")}
+    unlisted, missing = notebooks - listed, listed - notebooks - pages
+    if unlisted:
+        raise InputError(f"book/_toc.yml does not list the notebook {min(unlisted)}.")
+    if missing:
+        raise InputError(f"book/_toc.yml lists {min(missing)}, which is no page and no notebook.")
+
+
+def _listed(contents: Any) -> Iterator[str]:
+    if isinstance(contents, dict):
+        for key, value in contents.items():
+            if key in ("file", "root"):
+                yield str(value)
+            else:
+                yield from _listed(value)
+    elif isinstance(contents, list):
+        for item in contents:
+            yield from _listed(item)
+
+
+def stage(run: Run, source: Path) -> None:
+    """Lay out what Jupyter Book reads: pages and notebooks flat, downloads under `_extra/`."""
+    shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns("_build", "__pycache__"))
+    for page in source.glob("*.md"):
+        page.write_text(_filled(run, page.read_text(encoding="utf-8")), encoding="utf-8")
+    for notebook in run.notebooks:
+        _stage_notebook(run.output(notebook.name), source)
+    downloads = source / "_extra" / "downloads"
+    for path in _downloads(run):
+        target = downloads / path.relative_to(run.profile.results)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    (downloads / "notebooks").mkdir(parents=True, exist_ok=True)
+    for notebook in run.notebooks:
+        shutil.copyfile(notebook.path, downloads / "notebooks" / notebook.path.name)
+    # What the local Sphinx extensions show on the pages.
+    records = {notebook.name: _record(run, notebook.name) for notebook in run.notebooks}
+    write_json(source / "companion.json", {
+        "run": _read(run.profile.results / "provenance.json"),
+        "chapters": records,
+        "small": run.profile.model == "train",
+    })
+
+
+def _record(run: Run, name: str) -> dict[str, Any]:
+    record: dict[str, Any] = _read(run.output(name))["metadata"]["scfm"]
+    return record
+
+
+def _stage_notebook(executed: Path, source: Path) -> None:
+    """Copy a notebook without the cells that only carry papermill's parameters."""
+    node = _read(executed)
+    for cell in node["cells"]:
+        tags = cell["metadata"].setdefault("tags", [])
+        if {"parameters", "injected-parameters"} & set(tags):
+            tags.append("remove-cell")
+    write_atomic(source / executed.name, json.dumps(node, indent=1))
+
+
+# --- generated parts of the prose ----------------------------------------------------------------
+
+
+def _filled(run: Run, text: str) -> str:
+    """The page with its generated parts in place of `<!-- generated: name -->`."""
+    parts = {"exhibits": exhibit_map, "verdicts": verdict_counts, "downloads": download_list,
+             "features": lambda run: index_box(run.profile.results / FOLDER),
+             "rating": lambda run: rating_box(run.profile.results / "human_eval" / "deck.json")}
+
+    def part(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in parts:
+            raise InputError(f"A page asks for the generated part {name!r}, which does not exist.")
+        return parts[name](run)
+
+    return re.sub(r"<!-- generated: ([\w-]+) -->", part, text)
+
+
+def exhibit_map(run: Run) -> str:
+    """Exhibit, chapter, modules, files and run time of every notebook, as a Markdown table."""
+    rows = []
+    for notebook in run.notebooks:
+        record = _record(run, notebook.name)
+        rows.append([
+            notebook.exhibits or "beyond the paper",
+            f"[{_cell(record['title'])}]({notebook.name}.ipynb)",
+            ", ".join(f"`{module}`" for module in notebook.modules),
+            "<br>".join(f"`{pattern}`" for pattern in notebook.produces),
+            f"{record['seconds']:.0f} s",
+        ])
+    return _markdown_table(["Paper", "Chapter", "Modules", "Files", "Run time"], rows)
+
+
+def verdict_counts(run: Run) -> str:
+    """How many claims got which verdict, from the run's `claims.csv`.
+
+    Claims about the model are counted by exhibit; checks of the paper against itself (`kind` is
+    `internal`) need no run and have one line of their own.
+    """
+    from scfm_circuits.paper.claims import VERDICTS
+
+    path = run.profile.results / "claims.csv"
+    if not path.is_file():
+        return "This run has no claims ledger."
+    with open(path, encoding="utf-8", newline="") as handle:
+        claims = list(csv.DictReader(handle))
+    own = [claim for claim in claims if claim["kind"] != "internal"]
+    internal = [claim for claim in claims if claim["kind"] == "internal"]
+    groups = {_cell(exhibit): [claim for claim in own if claim["exhibit"] == exhibit]
+              for exhibit in dict.fromkeys(claim["exhibit"] for claim in own)}
+    groups |= {"**all claims about the model**": own, "**the paper's own arithmetic**": internal}
+    rows = []
+    for title, group in groups.items():
+        counts = Counter(claim["verdict"] for claim in group)
+        rows.append([title, *(str(counts[verdict] or "") for verdict in VERDICTS)])
+    return _markdown_table(["Exhibit", *VERDICTS], rows)
+
+
+def download_list(run: Run) -> str:
+    """Links to the result files, one list for each folder."""
+    groups: dict[str, list[str]] = {}
+    for path in sorted(_downloads(run)):
+        if path.suffix == ".js":
+            # What a browsable table or a circuit loads; its CSV or JSON is for people.
+            continue
+        name = path.relative_to(run.profile.results)
+        groups.setdefault(str(name.parent), []).append(name.as_posix())
+    groups["notebooks"] = [f"notebooks/{notebook.path.name}" for notebook in run.notebooks]
+    lines = []
+    for group, names in groups.items():
+        items = "".join(f'<li><a href="downloads/{html.escape(name, quote=True)}">'
+                        f"{html.escape(name.rsplit('/', 1)[-1])}</a></li>" for name in names)
+        title = "Summary" if group == "." else group.capitalize()
+        lines += [f"## {title}", "", f'<ul class="downloads">{items}</ul>', ""]
+    return "\n".join(lines)
+
+
+def _cell(text: object) -> str:
+    """Untrusted text as one cell of a Markdown table."""
+    flat = " ".join(str(text).split())
+    return re.sub(r"([\\`*_{}\[\]<>|$])", r"\\\1", flat)
+
+
+def _markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# --- the builder ---------------------------------------------------------------------------------
+
+
+def _run_jupyter_book(source: Path, work: Path) -> Path:
+    """Build with warnings as errors; the folder of the pages."""
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()",
+               "build", str(source), "--path-output", str(work),
+               "-W", "-n", "--keep-going", "--all", "--quiet"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    built = work / "_build" / "html"
+    log = work.parent / "build.log"
+    if answer.returncode == 0 and (built / "index.html").is_file():
+        log.unlink(missing_ok=True)
+        return built
+    write_atomic(log, answer.stdout + answer.stderr)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", answer.stderr + answer.stdout)
+    told = [line.replace(f"{source}/", "") for line in text.splitlines()
+            if "WARNING" in line or "ERROR" in line] or text.splitlines()[-15:]
+    raise ExecutionFailed("The book was not built; the whole log is in "
+                          f"{log}:\n  " + "\n  ".join(told[:30]))
+
+
+def foreign_requests(folder: Path) -> Iterator[str]:
+    """Everything in the pages that a browser would fetch from another host on opening them."""
+    for page in folder.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        for match in _FETCHED.finditer(text):
+            if 'rel="canonical"' not in match.group(0):
+                yield f"{page.relative_to(folder)}: {match.group(0)[:120]}"
+    for sheet in folder.rglob("*.css"):
+        match_css = _FETCHED_BY_CSS.search(sheet.read_text(encoding="utf-8", errors="replace"))
+        if match_css:
+            yield f"{sheet.relative_to(folder)}: {match_css.group(0)}"

@@ -1,0 +1,5 @@
+"""Cells in, ranked, as tokens that know their gene.
+
+Reading order: `h5ad` and `reading` (cells from a file), `ranking`, `simulated` (cells with known
+programs), `tokens` (gene names as tokens), `corpus` (what all later rooms read), `prompts`.
+"""

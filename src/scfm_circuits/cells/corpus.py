@@ -1,0 +1,235 @@
+"""Cell sentences: genes in order of expression, as text, as tokens, and back to genes.
+
+The encoding is Cell2Sentence's (Levine et al. 2024): the genes a cell expresses, most expressed
+first, ties in random order, upper case, joined by spaces. The prompt is the paper's Figure 4.
+Every token knows the gene it is part of and its place in it; words of the prompt and of the
+answer belong to no gene.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from scfm_circuits import InputError
+from scfm_circuits.cells.tokens import (
+    Made,
+    Prompts,
+    encode_all,
+    in_memory,
+    load_tokenizer,
+    token_texts,
+    train_tokenizer,
+)
+from scfm_circuits.common.files import atomic_folder, read_json, write_json
+from scfm_circuits.common.profile import ROOT, Profile, cells_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from scfm_circuits.cells.reading import RankedCells
+
+_FIELDS = (
+    "seed", "cells", "matrix", "symbol_column", "duplicate_symbols", "label_column", "max_cells",
+    "sampling", "validation_share", "genes_per_cell", "prompt", "response", "tokenizer",
+    "vocabulary_size", "model_revision",
+)
+_ROOMS = ("cells",)
+_STAMP, _TOKENIZER = "corpus.json", "tokenizer.json"
+_CELLS = 512
+"""Cells whose sentences are put together at once."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All cells as tokens, right-padded.
+
+    tokens: (n_cells, length) int64 token ids; mask: the same shape, False on padding.
+    gene: (n_cells, length) int32 index into `symbols`, -1 where a token belongs to no gene.
+    place: (n_cells, length) int16 position of the token within its gene, -1 outside genes.
+    answer_start: (n_cells,) index of the answer's first token; the token before it asks.
+    answer_end: (n_cells,) index of the answer's last token, the full stop.
+    labels, cell_ids: (n_cells,) text; held_out: (n_cells,) True for validation cells.
+    symbols: the corpus's genes; decisions: sentences for the page.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    gene: np.ndarray
+    place: np.ndarray
+    answer_start: np.ndarray
+    answer_end: np.ndarray
+    labels: np.ndarray
+    cell_ids: np.ndarray
+    held_out: np.ndarray
+    symbols: np.ndarray
+    decisions: np.ndarray
+    tokenizer: "PreTrainedTokenizerFast"
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n_cells,) tokens of each cell without padding."""
+        return self.mask.sum(axis=1)
+
+    @property
+    def occurring(self) -> np.ndarray:
+        """Ids of the genes that stand in any cell's sentence, ascending."""
+        return np.unique(self.gene[self.gene >= 0])
+
+    def gene_ids_of(self, cell: int) -> np.ndarray:
+        """The cell's sentence as gene ids, in rank order."""
+        return self.gene[cell][(self.place[cell] == 0) & self.mask[cell]]
+
+    def genes_of(self, cell: int) -> list[str]:
+        """The cell's sentence: its genes in rank order."""
+        return self.symbols[self.gene_ids_of(cell)].tolist()
+
+    def pieces(self, cell: int) -> list[str]:
+        """The cell's tokens as text, one string per token."""
+        ids = self.tokens[cell][self.mask[cell]]
+        return token_texts(self.tokenizer, ids)
+
+
+def sentence_texts(ranking: np.ndarray, symbols: Sequence[str] | np.ndarray) -> Iterator[str]:
+    """Each cell's genes as text, in rank order, joined by spaces.
+
+    ranking: (n_cells, k) ids of genes, -1 after the last; symbols: n_genes texts.
+    """
+    # An array of texts makes a new object of each element that is taken out; this one shares them.
+    names = np.array(symbols, dtype=object)
+    for start in range(0, len(ranking), _CELLS):
+        part = ranking[start : start + _CELLS]
+        sizes = (part >= 0).sum(axis=1).tolist()
+        for genes, size in zip(names[part].tolist(), sizes, strict=True):
+            yield " ".join(genes[:size])
+
+
+def split_cells(n_cells: int, share: float, seed: int) -> np.ndarray:
+    """(n_cells,) bool: True for the held-out share, drawn at random by cell."""
+    n_held_out = max(1, round(n_cells * share))
+    if n_held_out >= n_cells:
+        raise InputError(f"{n_cells} cells cannot be split with validation_share {share}: nothing "
+                         "would be left to train on; use more cells.")
+    held_out = np.zeros(n_cells, bool)
+    held_out[np.random.default_rng([seed, 3]).permutation(n_cells)[:n_held_out]] = True
+    return held_out
+
+
+def build_corpus(cells: "RankedCells", profile: Profile, made: Made = in_memory) -> Corpus:
+    """All cells as prompts with answers, tokenized, split and padded.
+
+    made: where the large arrays are to be (`tokens.encode_all`).
+
+    Raises InputError if the tokenizer cannot be had or there are too few cells to split.
+    """
+    held_out = split_cells(len(cells), profile.validation_share, profile.seed)
+    symbols = np.array(cells.symbols)
+    answers = [profile.response.replace("{label}", label) for label in cells.labels]
+    if profile.tokenizer == "train":
+        texts = (profile.prompt.replace("{genes}", sentence) + answers[i]
+                 for i, sentence in enumerate(sentence_texts(cells.ranking, symbols))
+                 if not held_out[i])
+        tokenizer = train_tokenizer(texts, profile.vocabulary_size)
+    else:
+        tokenizer = load_tokenizer(profile.tokenizer, profile.model_revision)
+    prompts = encode_all(tokenizer, profile.prompt, symbols, cells.ranking, answers, made)
+    return Corpus(
+        **prompts._asdict(), labels=cells.labels, cell_ids=cells.cell_ids, held_out=held_out,
+        symbols=symbols, decisions=np.array(cells.decisions), tokenizer=tokenizer,
+    )
+
+
+def load_corpus(profile: Profile) -> Corpus:
+    """The profile's corpus: from `results/<profile>/corpus/` if it is current, else built.
+
+    The folder holds an .npy file per array, which is mapped, not read: a part of the corpus costs
+    memory while it is looked at. (Arrow would do the same; numpy needs no further package.)
+    """
+    folder, stamp = profile.results / "corpus", _corpus_stamp(profile)
+    stored = _stored_corpus(folder, stamp)
+    if stored is not None:
+        check_case(stored.labels, stored.held_out, profile)
+        return stored
+    from scfm_circuits.cells.reading import read_ranked
+
+    cells = read_ranked(profile)
+    check_case(cells.labels, split_cells(len(cells), profile.validation_share, profile.seed),
+               profile)
+    with atomic_folder(folder) as fresh:
+
+        def mapped(name: str, shape: tuple[int, int], dtype: type) -> np.ndarray:
+            return np.lib.format.open_memmap(fresh / f"{name}.npy", "w+", dtype, shape)
+
+        corpus = build_corpus(cells, profile, mapped)
+        for key, value in vars(corpus).items():
+            if isinstance(value, np.memmap):
+                value.flush()
+            elif key != "tokenizer":
+                np.save(fresh / f"{key}.npy", value, allow_pickle=False)
+        (fresh / _TOKENIZER).write_text(corpus.tokenizer.backend_tokenizer.to_str(),
+                                        encoding="utf-8")
+        write_json(fresh / _STAMP, {"stamp": stamp, "end_of_text": corpus.tokenizer.eos_token})
+        del corpus
+    built = _stored_corpus(folder, stamp)
+    if built is None:
+        raise InputError(f"The corpus {folder} was written and cannot be read; check the disk.")
+    return built
+
+
+def stored_corpus(profile: Profile) -> Corpus | None:
+    """The corpus that `load_corpus` stored, if it is current."""
+    return _stored_corpus(profile.results / "corpus", _corpus_stamp(profile))
+
+
+def _corpus_stamp(profile: Profile) -> str:
+    """What the corpus depends on: profile fields, sources, and the cells' file."""
+    stamp = json.dumps(profile.fingerprint(_FIELDS, _ROOMS), sort_keys=True)
+    return stamp + _file_stamp(profile)
+
+
+def _stored_corpus(folder: Path, stamp: str) -> Corpus | None:
+    """The corpus in `folder` if it carries this stamp and can be read, else None."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        about = read_json(folder / _STAMP)
+        if about.get("stamp") != stamp:
+            return None
+        names = [field.name for field in fields(Corpus) if field.name != "tokenizer"]
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
+                  for name in names}
+        end = str(about["end_of_text"])
+        text = (folder / _TOKENIZER).read_text(encoding="utf-8")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text),
+                                            bos_token=end, eos_token=end, unk_token=end)
+    except Exception:  # a broken tokenizer.json makes `tokenizers` raise a bare Exception
+        return None
+    large = set(Prompts._fields[:4])
+    return Corpus(tokenizer=tokenizer, **{name: value if name in large else np.array(value)
+                                          for name, value in arrays.items()})
+
+
+def check_case(labels: np.ndarray, held_out: np.ndarray, profile: Profile) -> None:
+    """InputError, before anything is tokenized or trained, if the case study has no cell.
+
+    labels, held_out: (n_cells,) of the cells that are used.
+    """
+    if not np.any(held_out & (labels == profile.case_type)):
+        known = ", ".join(np.unique(labels[held_out]))
+        raise InputError(f"No held-out cell has the type {profile.case_type!r} (`case_type` in the "
+                         f"profile); held-out cells have the types {known}.")
+
+
+def _file_stamp(profile: Profile) -> str:
+    """Size and time of the cells' file, so that a changed file is read again."""
+    path = cells_path(profile, ROOT)
+    if path is None or not path.is_file():
+        return ""
+    return f"{path.stat().st_size}:{path.stat().st_mtime_ns}"

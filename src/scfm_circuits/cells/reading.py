@@ -1,0 +1,359 @@
+"""Cells in: the bundled PBMCs, simulated ones or an `.h5ad` file, checked before any computing.
+
+Cell sentences rank genes within a cell, so any increasing transformation of a cell's values
+(library-size scaling, log1p) leaves them as they are; what matters is that the values are not
+centred or scaled per gene. Negative values give that away and are refused.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+
+from scfm_circuits import InputError
+from scfm_circuits.cells.h5ad import (
+    ENSEMBL,
+    Opened,
+    in_memory,
+    open_h5ad,
+    possible_symbols,
+    row_chunks,
+    symbol_columns,
+)
+from scfm_circuits.cells.ranking import top_genes
+from scfm_circuits.common.profile import BUNDLED_CELLS, PLANTED_CELLS, ROOT, Profile, cells_path
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+@dataclass(frozen=True)
+class Cells:
+    """Expression of checked cells.
+
+    expression: (n_cells, n_genes) sparse rows, float32, nonnegative, explicit zeros removed.
+    symbols: n_genes upper-case gene symbols, unique.
+    labels, cell_ids: (n_cells,) cell types and identifiers.
+    decisions: one sentence for each choice made while reading, for the page.
+    """
+
+    expression: sp.csr_matrix
+    symbols: tuple[str, ...]
+    labels: np.ndarray
+    cell_ids: np.ndarray
+    decisions: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return int(self.expression.shape[0])
+
+
+@dataclass(frozen=True)
+class RankedCells:
+    """Checked cells, each as its most expressed genes.
+
+    ranking: (n_cells, k) int32 gene ids, most expressed first, -1 after the last.
+    symbols, labels, cell_ids, decisions: as in `Cells`.
+    """
+
+    ranking: np.ndarray
+    symbols: tuple[str, ...]
+    labels: np.ndarray
+    cell_ids: np.ndarray
+    decisions: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.ranking)
+
+
+class _About(NamedTuple):
+    """What is known of cells beside their expression; as in `Cells`."""
+
+    symbols: tuple[str, ...]
+    labels: np.ndarray
+    cell_ids: np.ndarray
+    decisions: tuple[str, ...]
+
+
+Take = Callable[[np.ndarray, sp.csr_matrix], None]
+"""Gets some cells' rows in the file and their checked expression."""
+
+
+def read_cells(profile: Profile) -> Cells:
+    """Choose, read and check the profile's cells.
+
+    Cells are chosen from obs alone, and only chunks of the file that hold a chosen one are read:
+    what is held is the chosen cells' expression, and only these cells' values are checked.
+    Raises InputError for a file that is missing, truncated or holds no usable expression,
+    symbols or labels; see the helpers below for the single checks.
+    """
+    parts: list[sp.csr_matrix] = []
+    about = _read(profile, lambda _, part: parts.append(part))
+    return Cells(sp.csr_matrix(sp.vstack(parts, format="csr")), *about)
+
+
+def read_ranked(profile: Profile) -> RankedCells:
+    """As `read_cells`, but each chunk's cells are ranked (`ranking.top_genes`) and let go.
+
+    What is held is the genes of the sentences, however many cells there are.
+    """
+    parts: list[np.ndarray] = []
+    about = _read(profile, lambda rows, part: parts.append(
+        top_genes(part, rows, profile.genes_per_cell, profile.seed)))
+    return RankedCells(np.concatenate(parts), *about)
+
+
+def _read(profile: Profile, take: Take) -> _About:
+    data = _open(profile)
+    try:
+        return _read_opened(data, profile, take)
+    finally:
+        data.close()
+
+
+class _Parts(NamedTuple):
+    """What of opened cells can be checked without reading their expression.
+
+    join, decisions: as from `_merge_duplicates`.
+    """
+
+    matrix: Any
+    symbols: list[str]
+    join: sp.csr_matrix | None
+    labels: np.ndarray
+    decisions: list[str]
+
+
+def _parts(data: Opened, profile: Profile) -> _Parts:
+    where = profile.cells
+    matrix, variables = _matrix(data, profile.matrix, where)
+    symbols, decisions = _symbols(variables, profile.symbol_column, where)
+    labels = _labels(data.obs, profile.label_column, where)
+    if 0 in matrix.shape:
+        raise InputError(f"{where} holds {matrix.shape[0]} cells and {matrix.shape[1]} genes; "
+                         "there is nothing to read.")
+    symbols, join, merged = _merge_duplicates(symbols, profile.duplicate_symbols, where)
+    return _Parts(matrix, symbols, join, labels, decisions + merged)
+
+
+class Description(NamedTuple):
+    """What is known of cells without their expression.
+
+    n_cells: all that there are. symbols: n_genes. labels: of the cells that the profile draws.
+    """
+
+    n_cells: int
+    symbols: list[str]
+    labels: np.ndarray
+
+
+def describe(profile: Profile) -> Description:
+    """Look at the profile's cells, checked as `read_cells` does, but for their expression."""
+    data = _open(profile)
+    try:
+        parts = _parts(data, profile)
+    finally:
+        data.close()
+    return Description(len(parts.labels), parts.symbols,
+                       parts.labels[_drawn(parts.labels, profile)])
+
+
+def _drawn(labels: np.ndarray, profile: Profile) -> np.ndarray:
+    """Row numbers, ascending, of the cells that are used."""
+    if profile.max_cells is None or profile.max_cells >= len(labels):
+        return np.arange(len(labels))
+    return draw_cells(labels, profile.max_cells, profile.sampling, profile.seed)
+
+
+def _read_opened(data: Opened, profile: Profile, take: Take) -> _About:
+    where = profile.cells
+    matrix, symbols, join, labels, decisions = _parts(data, profile)
+    cell_ids = data.obs.index.to_numpy().astype(str)
+    chosen = _drawn(labels, profile)
+    if len(chosen) < len(labels):
+        how = "at random" if profile.sampling == "uniform" else "equally from each cell type"
+        decisions.append(f"{len(chosen):,} of {len(labels):,} cells were drawn {how}.")
+    n_seen, counts = _expression(matrix, chosen, join, where, len(symbols), take)
+    if n_seen < len(symbols):
+        decisions.append(f"{len(symbols) - n_seen:,} genes are not seen in any of these cells.")
+    decisions.append(("The values are whole numbers, so raw counts. " if counts else
+                      "The values are not whole numbers, so normalised already. ")
+                     + "Genes are ranked within each cell, which no library-size scaling or log "
+                     "changes; the values are used as they are.")
+    return _About(tuple(symbols), labels[chosen], cell_ids[chosen], tuple(decisions))
+
+
+def draw_cells(labels: np.ndarray, n: int, sampling: str, seed: int) -> np.ndarray:
+    """Row numbers, ascending, of n cells; fewer cells are among more with the same seed.
+
+    sampling: `uniform`, or `stratified`: as many of each label, as far as there are any.
+    """
+    order = np.random.default_rng([seed, 1]).permutation(len(labels))
+    if sampling == "stratified":
+        turn = np.empty(len(labels), np.int64)
+        for label in np.unique(labels):
+            members = labels[order] == label
+            turn[members] = np.arange(members.sum())
+        order = order[np.argsort(turn, kind="stable")]
+    return np.sort(order[:n])
+
+
+def _expression(matrix: Any, chosen: np.ndarray, join: sp.csr_matrix | None, where: str,
+                n_genes: int, take: Take) -> tuple[int, bool]:
+    """Hand on the chosen cells' checked expression, chunk by chunk, symbols joined by `join`.
+
+    Returns how many genes any of them expresses, and whether all values are whole numbers.
+    """
+    seen, whole = np.zeros(n_genes, bool), True
+    empty: list[int] = []
+    for some, values in row_chunks(matrix, chosen, where):
+        part = _checked(values, where)
+        if join is not None:
+            part = sp.csr_matrix(part @ join)
+            part.sort_indices()
+        seen[part.indices] = True
+        whole = whole and np.array_equal(part.data, np.rint(part.data))
+        empty += chosen[some][np.diff(part.indptr) == 0].tolist()
+        take(chosen[some], part)
+    if empty:
+        raise InputError(f"{where} has {len(empty):,} cells in which no gene is expressed (the "
+                         f"first is row {empty[0]}); filter them out.")
+    return int(seen.sum()), whole
+
+
+def _open(profile: Profile) -> Opened:
+    """The profile's cells, not read yet if they are a file; InputError if it cannot be read."""
+    path = cells_path(profile, ROOT)
+    if path is None:
+        import warnings
+
+        import scanpy
+
+        with warnings.catch_warnings():
+            # scanpy's own file predates its own conventions, and says so at each reading.
+            warnings.simplefilter("ignore")
+            return in_memory(scanpy.datasets.pbmc68k_reduced())
+    if profile.cells == PLANTED_CELLS:
+        from scfm_circuits.cells.simulated import planted_cells, read_plan
+
+        return in_memory(planted_cells(profile.seed, plan=read_plan(path)))
+    if path.suffix != ".h5ad":
+        raise InputError(f"Profile field `cells` is {profile.cells!r}; give `{BUNDLED_CELLS}`, "
+                         f"`{PLANTED_CELLS}` or the path of an .h5ad file.")
+    if not path.is_file():
+        raise InputError(f"The cells {path} do not exist; check `cells` in the profile.")
+    return open_h5ad(path)
+
+
+def _matrix(data: Opened, name: str, where: str) -> tuple[Any, "pd.DataFrame"]:
+    if name in data.matrices:
+        return data.matrices[name]
+    layers = [key for key in data.matrices if key not in ("X", "raw")]
+    if name == "raw":
+        raise InputError(f"{where} has no `raw` matrix; set `matrix` in the profile to "
+                         + " or ".join(["X", *layers]) + ".")
+    if name == "X":
+        raise InputError(f"{where} has no X; set `matrix` in the profile to "
+                         + " or ".join(["raw", *layers]) + ".")
+    known = ", ".join(["X", "raw", *layers])
+    raise InputError(f"{where} has no layer {name!r}; set `matrix` in the profile to one of "
+                     f"{known}.")
+
+
+def _symbols(variables: "pd.DataFrame", column: str | None, where: str
+             ) -> tuple[list[str], list[str]]:
+    """Upper-case symbols of all columns; refuses Ensembl identifiers and empty names."""
+    if column is None:
+        raw = variables.index.to_series().astype(str)
+    elif column in variables.columns:
+        raw = variables[column].astype(str)
+    else:
+        known = ", ".join(map(str, variables.columns)) or "none"
+        raise InputError(f"{where} has no var column {column!r} for gene symbols; the columns are "
+                         f"{known}; set `symbol_column` in the profile.")
+    decisions = [f"Symbols are taken from the var column {column}."] if column else []
+    if _mostly_ensembl(raw):
+        usable = [name for name in symbol_columns(variables)
+                  if not _mostly_ensembl(variables[name].astype(str))]
+        if usable:
+            # If none is whole, what the first one lacks is told below.
+            found = next((name for name in usable if possible_symbols(variables, name)), usable[0])
+            decisions = [f"{column or 'The var index'} holds Ensembl identifiers; symbols are "
+                         f"taken from the var column {found}."]
+            column = found
+            raw = variables[column].astype(str)
+    symbols = [symbol.strip().upper() for symbol in raw]
+    missing = sum(symbol in ("", "NAN", "NONE", "<NA>") for symbol in symbols)
+    if missing:
+        raise InputError(f"{where} has {missing:,} genes without a symbol in "
+                         f"{column or 'the var index'}; fill them or set `symbol_column`.")
+    if any(re.search(r"\s", symbol) for symbol in symbols):
+        bad = next(symbol for symbol in symbols if re.search(r"\s", symbol))
+        raise InputError(f"{where} has a gene symbol with a space in it ({bad!r}); a sentence "
+                         "separates genes by spaces, so rename it.")
+    if _mostly_ensembl(symbols):
+        known = ", ".join(map(str, variables.columns)) or "none"
+        raise InputError(f"{where} names its genes by Ensembl identifiers, not symbols; set "
+                         f"`symbol_column` in the profile to a var column with symbols "
+                         f"(columns: {known}).")
+    # An identifier among symbols is a gene without one; its version is not part of its name.
+    return [symbol.split(".")[0] if ENSEMBL.match(symbol) else symbol for symbol in symbols
+            ], decisions
+
+
+def _mostly_ensembl(names: Iterable[str]) -> bool:
+    """Whether more than half of the names are Ensembl identifiers."""
+    found = [bool(ENSEMBL.match(name)) for name in names]
+    return sum(found) > len(found) / 2
+
+
+def _labels(observations: "pd.DataFrame", column: str, where: str) -> np.ndarray:
+    if column not in observations.columns:
+        known = ", ".join(map(str, observations.columns)) or "none"
+        raise InputError(f"{where} has no obs column {column!r} for cell types; the columns are "
+                         f"{known}; set `label_column` in the profile.")
+    if observations[column].isna().any():
+        raise InputError(f"{where} has {int(observations[column].isna().sum()):,} cells without "
+                         f"a label in {column!r}; drop them or label them.")
+    return observations[column].astype(str).to_numpy().astype(str)
+
+
+def _checked(matrix: Any, where: str) -> sp.csr_matrix:
+    """The matrix as sparse rows; refuses NaN, infinite and negative values."""
+    sparse = sp.csr_matrix(matrix, dtype=np.float32)
+    if not np.isfinite(sparse.data).all():
+        raise InputError(f"{where} has NaN or infinite expression values; choose another `matrix` "
+                         "or replace them.")
+    if (sparse.data < 0).any():
+        raise InputError(f"{where} has negative expression values, so it was scaled or centred "
+                         "per gene, which destroys the ranking; set `matrix` to counts or "
+                         "log-normalised values.")
+    sparse.sum_duplicates()
+    sparse.eliminate_zeros()
+    sparse.sort_indices()
+    return sparse
+
+
+def _merge_duplicates(symbols: list[str], rule: str, where: str
+                      ) -> tuple[list[str], sp.csr_matrix | None, list[str]]:
+    """Repeated symbols refused, numbered, or joined: (symbols, join, decisions).
+
+    join: None, or (n_columns, n_symbols); expression times it adds up columns of one symbol.
+    """
+    unique, inverse, counts = np.unique(symbols, return_inverse=True, return_counts=True)
+    if len(unique) == len(symbols):
+        return symbols, None, []
+    repeated = unique[counts > 1]
+    if rule == "error":
+        named = ", ".join(repeated[:3])
+        raise InputError(f"{where} has {len(repeated):,} gene symbols more than once (such as "
+                         f"{named}); set `duplicate_symbols: sum` in the profile to add them up.")
+    if rule == "unique":
+        import pandas as pd
+        from anndata.utils import make_index_unique
+
+        return (make_index_unique(pd.Index(symbols)).tolist(), None,
+                [f"{len(repeated):,} repeated symbols were numbered (A, A-1, ...)."])
+    join = sp.csr_matrix((np.ones(len(symbols), np.float32), (np.arange(len(symbols)), inverse)))
+    return unique.tolist(), join, [f"{len(repeated):,} repeated symbols were added up."]

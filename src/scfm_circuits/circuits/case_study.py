@@ -1,0 +1,92 @@
+"""The prompt whose call is traced: a held-out cell's, or a sentence from a file (Figure 4).
+
+The paper traces one prompt, which its Figure 4 prints. With the paper's model and tokenizer that
+very sentence can be traced; any other run takes a cell of its own.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from scfm_circuits import InputError
+from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt, answered_sentence
+from scfm_circuits.cells.tokens import encode_prompt
+from scfm_circuits.common.profile import ROOT
+from scfm_circuits.models.answers import answer_prompt, predict_answers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from scfm_circuits.cells.corpus import Corpus
+    from scfm_circuits.common.profile import Profile
+
+class CaseStudy(NamedTuple):
+    """A prompt and the model's own answer to it.
+
+    prompt: tokens, texts and genes, the answer's start and the position of the target.
+    sentence: its genes in rank order; prediction: the answer without its full stop; truth: the
+    cell's label; origin: where the sentence is from, as the page says it.
+    """
+
+    prompt: AnsweredPrompt
+    sentence: list[str]
+    prediction: str
+    truth: str
+    origin: str
+
+
+def case_study(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile") -> CaseStudy:
+    """The profile's case, answered by the model.
+
+    With `case_sentence` it is that file's genes, labelled `case_type`. Else it is the first
+    held-out cell of the type `case_type` that the model names to the letter, or the first one of
+    the type if it names none of the first 20. Raises InputError for a file that holds no sentence.
+    """
+    if profile.case_sentence is not None:
+        sentence = read_sentence(profile.case_sentence)
+        ids = range(len(sentence))
+        asked, _ = encode_prompt(corpus.tokenizer, profile.prompt, sentence, ids)
+        prediction = answer_prompt(model, corpus.tokenizer, asked.tokens)
+        prompt = answered_sentence(corpus.tokenizer, profile, sentence, ids, prediction)
+        return CaseStudy(prompt, sentence, prediction, profile.case_type,
+                         f"that of {Path(profile.case_sentence).name}")
+    candidates = np.flatnonzero(corpus.held_out & (corpus.labels == profile.case_type))[:20]
+    answers = predict_answers(model, corpus, candidates)
+    right = [answer == profile.case_type for answer in answers]
+    chosen = right.index(True) if any(right) else 0
+    cell, prediction = int(candidates[chosen]), answers[chosen]
+    which = ("that the model names to the letter" if right[chosen] else
+             "(the model names none of those tried to the letter)")
+    return CaseStudy(answered_prompt(corpus, profile, cell, prediction), corpus.genes_of(cell),
+                     prediction, str(corpus.labels[cell]),
+                     f"that of the first held-out cell of that type {which}")
+
+
+def read_sentence(name: str, root: Path = ROOT) -> list[str]:
+    """The genes of a CSV file's column `gene`, top to bottom, upper case.
+
+    name: its path, from `root` if relative. Raises InputError for a file without such a column, or
+    in which a gene is empty, repeated or holds a space.
+    """
+    path = root / Path(name).expanduser()
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise InputError(f"The sentence {path} does not exist; check `case_sentence` in the "
+                         "profile.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"The sentence {path} is not readable CSV ({error}); check "
+                         "`case_sentence` in the profile.") from None
+    if "gene" not in table.columns:
+        raise InputError(f"The sentence {path} has no column `gene`; write one gene a row under "
+                         "that heading, the most expressed first.")
+    genes = [gene.strip().upper() for gene in table["gene"]]
+    bad = next((gene for place, gene in enumerate(genes)
+                if not gene or len(gene.split()) > 1 or gene in genes[:place]), None)
+    if bad is not None or not genes:
+        wrong = "no gene" if not genes else f"the gene {bad[:40]!r}" if bad else "an empty gene"
+        raise InputError(f"The sentence {path} holds {wrong}; each row is one gene without a "
+                         "space, and no gene comes twice.")
+    return genes

@@ -1,0 +1,141 @@
+"""A circuit: its nodes, edges and expansions, and its tables."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import pandas as pd
+
+
+class Node(NamedTuple):
+    """A node of a circuit.
+
+    kind: feature, head, embedding, error or logit. layer: -1 for embeddings. position: the token
+    at which it writes; source: the token it read (a head's source, else the position itself).
+    index: feature or head number, token of an embedding or a logit, else -1. value: a feature's
+    activation (the target's pre-activation), a head's contribution to its reader, or the norm of
+    an error or an embedding.
+    """
+
+    id: str
+    kind: str
+    layer: int
+    position: int
+    source: int
+    index: int  # type: ignore[assignment]  # a tuple has a method of this name, not used here
+    value: float
+
+
+class Edge(NamedTuple):
+    """`source` contributes `weight` to the value of `target`, in units of that value."""
+
+    source: str
+    target: str
+    weight: float
+
+
+class Expansion(NamedTuple):
+    """How a node's value adds up: kept edges, biases, and the parts that were not kept."""
+
+    node: str
+    value: float
+    kept: float
+    constant: float
+    rest_features: float
+    rest_heads: float
+    rest_errors: float
+    rest_embedding: float
+    absolute: float
+
+    @property
+    def residual(self) -> float:
+        """What is missing between the parts and the value; rounding only."""
+        return (self.kept + self.constant + self.rest_features + self.rest_heads
+                + self.rest_errors + self.rest_embedding - self.value)
+
+
+@dataclass
+class Circuit:
+    """Nodes by id (the target first), signed edges, and the expansions that prove them."""
+
+    target: str
+    nodes: dict[str, Node] = field(default_factory=dict)
+    edges: list[Edge] = field(default_factory=list)
+    expansions: dict[str, Expansion] = field(default_factory=dict)
+
+    @property
+    def closure_max_relative(self) -> float:
+        """Largest |residual| over the sum of absolute contributions, among expanded nodes."""
+        return max((abs(one.residual) / max(one.absolute, 1e-30)
+                    for one in self.expansions.values()), default=0.0)
+
+    def influence(self) -> dict[str, float]:
+        """Share of the target's absolute contributions that passes through each node.
+
+        An edge passes on |weight| / (sum of all absolute contributions, kept or not, and of the
+        constant) of its target's influence; the target has 1. What a constant takes ends there.
+        """
+        incoming: dict[str, list[Edge]] = {}
+        for edge in self.edges:
+            incoming.setdefault(edge.target, []).append(edge)
+        result = dict.fromkeys(self.nodes, 0.0)
+        result[self.target] = 1.0
+        for node in sorted(self.nodes.values(), key=_height, reverse=True):
+            for edge in incoming.get(node.id, []):
+                share = abs(edge.weight) / max(self.expansions[node.id].absolute, 1e-30)
+                result[edge.source] += share * result[node.id]
+        return result
+
+
+def _height(node: Node) -> float:
+    """Order in which the forward pass computes nodes: an edge always goes upwards."""
+    step = {"embedding": -1.0, "head": 2.0 * node.layer, "error": 2.0 * node.layer + 1,
+            "feature": 2.0 * node.layer + 1, "logit": float("inf")}
+    return step[node.kind]
+
+
+def feature_id(layer: int, feature: int, position: int) -> str:
+    """Identifier of a feature node."""
+    return f"L{layer}_F{feature}_P{position}"
+
+
+def node_table(circuit: Circuit, texts: list[str], genes: list[str | None]) -> pd.DataFrame:
+    """One row per node, most influential first.
+
+    texts, genes: (n_pos,) token texts and the gene of each token (None outside genes). A head
+    counts for the token it read, every other node for the token it stands on.
+    """
+    influence = circuit.influence()
+    rows = [{
+        "kind": node.kind, "layer": node.layer,
+        "feature": node.index if node.kind == "feature" else None,
+        "head": node.index if node.kind == "head" else None,
+        "position": node.position, "source": node.source, "token": texts[node.source],
+        "gene": genes[node.source] or "", "value": node.value, "influence": influence[node.id],
+        "expanded": node.id in circuit.expansions, "node": node.id,
+    } for node in circuit.nodes.values()]
+    frame = pd.DataFrame(rows)
+    frame["feature"] = frame["feature"].astype("Int64")
+    frame["head"] = frame["head"].astype("Int64")
+    return frame.sort_values(["influence", "node"], ascending=[False, True], ignore_index=True)
+
+
+def edge_table(circuit: Circuit) -> pd.DataFrame:
+    """One row per edge: source, target, weight, share of the target's absolute contributions."""
+    frame = pd.DataFrame(circuit.edges, columns=["source", "target", "weight"])
+    frame["share"] = [abs(edge.weight) / circuit.expansions[edge.target].absolute
+                      for edge in circuit.edges]
+    return frame
+
+
+def expansion_table(circuit: Circuit) -> pd.DataFrame:
+    """One row per extended node: its value, how it adds up, and the rounding left."""
+    frame = pd.DataFrame(circuit.expansions.values(), columns=list(Expansion._fields))
+    frame["residual"] = [one.residual for one in circuit.expansions.values()]
+    return frame
+
+
+def circuit_genes(nodes: pd.DataFrame) -> list[str]:
+    """Genes on whose tokens nodes stand, by their nodes' summed influence (paper: 9 genes)."""
+    with_gene = nodes[nodes["gene"] != ""]
+    total = with_gene.groupby("gene", sort=True)["influence"].sum()
+    return total.sort_values(ascending=False, kind="stable").index.tolist()

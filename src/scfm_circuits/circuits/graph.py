@@ -1,0 +1,315 @@
+"""The direct-effect graph of one text: every row exact, its size bounded, its shares stated.
+
+In the frozen linear model (see `attribution`) each reading is a sum over everything that was
+written into the residual stream anywhere upstream, whatever attention paths carried it:
+
+    h = sum(features) + sum(errors) + sum(embeddings) + constant
+
+1. `direct_effects` gives one row of the graph per reading.
+2. `attribution_graph` starts from the targets and gives rows to the features of highest influence
+   first, as circuit-tracer does, until `max_features` have one.
+3. Of each row the strongest edges are kept; what is not kept is summed up as `dropped`.
+
+Pruning and scores are in `graph_scores`.
+Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+
+from scfm_circuits import InputError
+from scfm_circuits.circuits.attribution import Direction, Frozen, feature_direction, logit_direction
+from scfm_circuits.circuits.circuit import Node, feature_id
+from scfm_circuits.circuits.direct_effects import Sources, direct_effects, extent, sources_of
+
+
+class Target(NamedTuple):
+    """Where a graph starts: a node, its reading, and its share of the influence."""
+
+    node: Node
+    reading: Direction
+    weight: float
+
+
+@dataclass(frozen=True)
+class AttributionGraph:
+    """Nodes and the direct effects between them.
+
+    nodes: features with a row, errors, embeddings, then targets that are no active feature.
+    matrix: (n_nodes, n_nodes), row = the node acted on, column = its source, in units of the row's
+    value. weights: (n_nodes,) the targets' shares, summing to 1, else 0. value: (n_nodes,)
+    pre-activation or logit; constant: what biases give; dropped, dropped_absolute: sum and absolute
+    sum of the edges not kept; all zero for errors and embeddings, which have no row.
+    n_active: active features upstream of the targets, with or without a row.
+    """
+
+    nodes: tuple[Node, ...]
+    matrix: csr_array
+    weights: np.ndarray
+    value: np.ndarray
+    constant: np.ndarray
+    dropped: np.ndarray
+    dropped_absolute: np.ndarray
+    n_active: int
+
+    @property
+    def n_edges(self) -> int:
+        """Number of edges."""
+        return int(self.matrix.nnz)
+
+    @property
+    def absolute(self) -> np.ndarray:
+        """(n_nodes,) sum of all absolute parts of each row: kept, dropped and constant."""
+        kept = np.asarray(abs(self.matrix).sum(axis=1), np.float64).ravel()
+        return kept + self.dropped_absolute + np.abs(self.constant)
+
+    @property
+    def closure_max_relative(self) -> float:
+        """Largest |edges + dropped + constant - value| over the row's absolute sum."""
+        kept = np.asarray(self.matrix.sum(axis=1), np.float64).ravel()
+        missing = np.abs(kept + self.dropped + self.constant - self.value)
+        return float((missing / np.maximum(self.absolute, 1e-30)).max(initial=0.0))
+
+    def of_kind(self, *kinds: str) -> np.ndarray:
+        """(n_nodes,) whether a node is of one of these kinds."""
+        return np.isin([node.kind for node in self.nodes], kinds)
+
+
+# --- targets -------------------------------------------------------------------------------------
+
+
+def feature_target(frozen: Frozen, layer: int, feature: int, position: int, weight: float = 1.0
+                   ) -> Target:
+    """One feature's pre-activation at one position."""
+    reading = feature_direction(frozen, layer, feature, position)
+    node = Node(feature_id(layer, feature, position), "feature", layer, position, position, feature,
+                float(reading.value))
+    return Target(node, reading, weight)
+
+
+def logit_targets(frozen: Frozen, position: int, *, share: float = 0.95, most: int = 10
+                  ) -> list[Target]:
+    """The likeliest next tokens, weighted by probability: those that reach `share`, at most `most`
+    (circuit-tracer's `desired_logit_prob` and `max_n_logits`). Each is read less the mean logit."""
+    probability = frozen.logits[position].double().softmax(-1)
+    top = torch.topk(probability, min(most, len(probability)))
+    enough = int((top.values.cumsum(0) < share).sum()) + 1
+    targets = []
+    for weight, token in zip(top.values[:enough].tolist(), top.indices[:enough].tolist(),
+                             strict=True):
+        reading = logit_direction(frozen, token, position)
+        node = Node(f"logit_{token}_P{position}", "logit", len(frozen.weights), position, position,
+                    token, float(reading.value))
+        targets.append(Target(node, reading, weight))
+    return targets
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+class _Rows:
+    """The rows so far, sparse, and what was left out of each.
+
+    own: a row's own column, -1 for a target that is no active feature.
+    """
+
+    def __init__(self, sources: Sources, edges_per_row: int) -> None:
+        self.sources, self.edges_per_row = sources, min(edges_per_row, sources.count)
+        self.own: list[int] = []
+        self.columns: list[np.ndarray] = []
+        self.effects: list[np.ndarray] = []
+        self.value: list[float] = []
+        self.constant: list[float] = []
+        self.dropped: list[float] = []
+        self.dropped_absolute: list[float] = []
+
+    def add(self, frozen: Frozen, own: Sequence[int], readings: Sequence[Direction]) -> None:
+        """Compute and keep the rows of some readings."""
+        effects, constant = direct_effects(frozen, self.sources, readings)
+        size = effects.abs()
+        kept = torch.topk(size, self.edges_per_row, dim=1).indices
+        values = effects.gather(1, kept)
+        # What is dropped is summed itself; the difference of two sums would lose its digits.
+        effects.scatter_(1, kept, 0)
+        size.scatter_(1, kept, 0)
+        self.dropped += effects.sum(dim=1, dtype=torch.float64).tolist()
+        self.dropped_absolute += size.sum(dim=1, dtype=torch.float64).tolist()
+        for columns, row in zip(kept.cpu().numpy(), values.cpu().numpy(), strict=True):
+            there = row != 0
+            self.columns.append(columns[there].astype(np.int32))
+            self.effects.append(row[there])
+        self.own += own
+        self.value += [float(one.value) for one in readings]
+        self.constant += constant.double().tolist()
+
+    def matrix(self) -> csr_array:
+        """(n_rows, sources.count) the kept effects."""
+        ends = np.cumsum([0, *map(len, self.columns)])
+        return csr_array((np.concatenate(self.effects), np.concatenate(self.columns), ends),
+                         shape=(len(self.own), self.sources.count))
+
+    def reach(self, weights: np.ndarray) -> np.ndarray:
+        """(sources.count,) influence of every source so far. weights: the targets', which are the
+        first rows. A row passes its influence on by absolute effect, kept or dropped."""
+        shares = abs(self.matrix()).astype(np.float64)
+        total = np.asarray(shares.sum(axis=1)).ravel() + np.array(self.dropped_absolute)
+        own = np.array(self.own)
+        at_rows = np.concatenate([weights, np.zeros(len(own) - len(weights))])
+        found = np.zeros(self.sources.count)
+        while at_rows.any():
+            passed = (at_rows / np.maximum(total, 1e-30)) @ shares
+            found += passed
+            at_rows = np.where(own >= 0, passed[own], 0.0)
+        return found
+
+
+# --- the graph -----------------------------------------------------------------------------------
+
+
+def memory_needed(frozen: Frozen, targets: Sequence[Target], *, max_features: int = 1_000,
+                  edges_per_row: int = 2_000, batch: int = 32) -> int:
+    """Bytes that `attribution_graph` will take at most beside what `frozen` holds already."""
+    _check(targets, max_features=max_features, edges_per_row=edges_per_row, batch=batch)
+    n_layers, n_pos = extent([one.reading for one in targets])
+    upstream = frozen.activations[:n_layers, :n_pos]
+    n_active = int((upstream > 0).sum())
+    count = n_active + n_layers * n_pos + n_pos
+    item, width, n_heads = (frozen.pre.element_size(), frozen.residual.shape[-1],
+                            frozen.patterns.shape[1])
+    batch = min(batch, max(len(targets), max_features))
+    rows = min(max_features, n_active) + len(targets)
+    # Kept rows: as computed, put together, their sizes, and those once more in float64.
+    edges = rows * min(edges_per_row, count) * (3 * (item + 4) + 12)
+    per_batch = batch * count * (3 * item) + batch * min(edges_per_row, count) * (8 + 2 * item)
+    inner = n_heads * frozen.weights[0].w_v.shape[1]
+    pulls = batch * n_pos * (4 * width + 2 * inner) * item if n_layers else 0
+    listing = upstream.numel() + n_active * (6 * 8 + 2 * item) + 4 * 8 * count
+    return edges + per_batch + pulls + listing
+
+
+def attribution_graph(frozen: Frozen, targets: Sequence[Target], *, max_features: int = 1_000,
+                      edges_per_row: int = 2_000, batch: int = 32,
+                      memory_limit: int | None = None) -> AttributionGraph:
+    """The direct-effect graph upstream of the targets.
+
+    max_features: features that get a row, the most influential first; edges to others are dropped,
+    as are those beyond the `edges_per_row` strongest of a row, and both are accounted for.
+    batch: rows computed at once; influence is taken anew after as many, or after an eighth more
+    than there are. memory_limit: bytes; if `memory_needed` is more, nothing is computed.
+
+    Raises InputError for impossible limits or targets, and above the memory limit.
+    """
+    limits = {"max_features": max_features, "edges_per_row": edges_per_row, "batch": batch}
+    needed = memory_needed(frozen, targets, **limits)
+    if memory_limit is not None and needed > memory_limit:
+        raise InputError(f"The graph needs up to {needed / 2**20:,.0f} MiB, more than the limit of "
+                         f"{memory_limit / 2**20:,.0f} MiB; lower `max_features` ({max_features}), "
+                         f"`edges_per_row` ({edges_per_row}) or `batch` ({batch}).")
+    readings = [one.reading for one in targets]
+    sources = sources_of(frozen, readings)
+    rows = _Rows(sources, edges_per_row)
+    for start in range(0, len(targets), batch):
+        first = targets[start:start + batch]
+        rows.add(frozen, [_column(sources, one.node) for one in first],
+                 [one.reading for one in first])
+    weights = np.array([one.weight for one in targets], np.float64)
+    weights /= weights.sum()
+    _expand(frozen, rows, weights, max_features, batch)
+    return _assembled(frozen, targets, sources, rows, weights)
+
+
+def _expand(frozen: Frozen, rows: _Rows, weights: np.ndarray, left: int, batch: int) -> None:
+    """Give rows to up to `left` features, those with most influence so far first."""
+    sources = rows.sources
+    waiting = np.ones(sources.n_active, bool)
+    waiting[[column for column in rows.own if column >= 0]] = False
+    while left > 0:
+        reached = np.where(waiting, rows.reach(weights)[: sources.n_active], 0.0)
+        # Influence costs a pass over all rows so far, so a large graph takes it anew less often.
+        at_once = min(max(batch, len(rows.own) // 8), left)
+        chosen = np.argsort(-reached, kind="stable")[:at_once]
+        chosen = chosen[reached[chosen] > 0]
+        if not len(chosen):
+            break
+        for start in range(0, len(chosen), batch):
+            part = chosen[start:start + batch]
+            rows.add(frozen, part.tolist(), [feature_direction(
+                frozen, int(sources.layer[i]), int(sources.feature[i]), int(sources.position[i]))
+                for i in part])
+        waiting[chosen] = False
+        left -= len(chosen)
+
+
+def _check(targets: Sequence[Target], **limits: int) -> None:
+    if not targets:
+        raise InputError("A graph needs at least one target.")
+    if len({one.node.id for one in targets}) < len(targets):
+        raise InputError("The same target was given twice; give each once, with its whole weight.")
+    if any(one.weight <= 0 for one in targets):
+        raise InputError("A target's weight must be positive.")
+    for name, value in limits.items():
+        lowest = 0 if name == "max_features" else 1
+        if value < lowest:
+            raise InputError(f"`{name}` is {value}; it must be at least {lowest}.")
+
+
+def _column(sources: Sources, node: Node) -> int:
+    """The column of an active feature; -1 for anything else."""
+    if node.kind != "feature" or node.layer >= sources.n_layers:
+        return -1
+    place = node.layer * sources.n_pos + node.position
+    first, last = sources.starts[place], sources.starts[place + 1]
+    found = first + int(np.searchsorted(sources.feature[first:last], node.index))
+    return found if found < last and sources.feature[found] == node.index else -1
+
+
+def _assembled(frozen: Frozen, targets: Sequence[Target], sources: Sources, rows: _Rows,
+               weights: np.ndarray) -> AttributionGraph:
+    """Rows become nodes; columns without one are dropped, errors without an edge left out."""
+    effects, own = rows.matrix(), np.array(rows.own)
+    has_node = np.zeros(sources.count, bool)
+    has_node[own[own >= 0]] = True
+    has_node[effects.indices[effects.indices >= sources.errors]] = True
+    has_node[sources.embeddings:] = True
+    columns = np.flatnonzero(has_node)
+    new = np.full(sources.count, -1)
+    new[columns] = np.arange(len(columns))
+    apart = np.flatnonzero(own < 0)
+    size = len(columns) + len(apart)
+    row_of = new[own]
+    row_of[apart] = np.arange(len(columns), size)
+
+    leaves = effects[:, ~has_node].astype(np.float64)
+    inner = effects[:, columns].tocoo()
+    signed, size_of = (np.asarray(one.sum(axis=1)).ravel() for one in (leaves, abs(leaves)))
+    per_node = np.zeros((5, size))
+    per_node[:, row_of] = np.stack([
+        np.array(rows.value), np.array(rows.constant), np.array(rows.dropped) + signed,
+        np.array(rows.dropped_absolute) + size_of,
+        np.concatenate([weights, np.zeros(len(own) - len(weights))])])
+    matrix = csr_array((inner.data, (row_of[inner.row], inner.col)), shape=(size, size))
+    nodes = [_node(frozen, sources, int(column)) for column in columns]
+    nodes += [targets[int(row)].node for row in apart]
+    return AttributionGraph(tuple(nodes), matrix, per_node[4], per_node[0], per_node[1],
+                            per_node[2], per_node[3], sources.n_active)
+
+
+def _node(frozen: Frozen, sources: Sources, column: int) -> Node:
+    """The node behind a column."""
+    if column < sources.errors:
+        layer, position, feature = (int(part[column]) for part in (
+            sources.layer, sources.position, sources.feature))
+        return Node(feature_id(layer, feature, position), "feature", layer, position, position,
+                    feature, float(sources.activation[column]))
+    if column < sources.embeddings:
+        layer, position = divmod(column - sources.errors, sources.n_pos)
+        return Node(f"err_L{layer}_P{position}", "error", layer, position, position, -1,
+                    float(frozen.error[layer, position].norm()))
+    position = column - sources.embeddings
+    return Node(f"E_P{position}", "embedding", -1, position, position,
+                int(frozen.tokens[position]), float(frozen.residual[0, position].norm()))

@@ -1,0 +1,343 @@
+"""Is a circuit what the model uses? Change its features in the model and see what the target does.
+
+- `scale` multiplies what features write by a factor, in the real model: attention, LayerNorm and
+  the MLPs' other features then respond as they will. 0 takes a feature away (`ablate`), 2 doubles
+  it. The activation scaled is the one the feature has by then, not the one it had before: a feature
+  that has already fallen silent because others were taken away has nothing left to lose.
+- `circuit_alone` is the converse: every feature outside the circuit is held at its mean, and the
+  circuit's features run. MLPs are replaced by their transcoders plus the error that these made in
+  the clean run, which is kept as it was.
+
+The prediction is the change in the frozen linear model, where only attention carries the difference
+on. `matched_features` draws circuits to compare with. Imports neither pandas nor scanpy.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scfm_circuits import InputError
+from scfm_circuits.circuits.attribution import Direction, Frozen, carried
+from scfm_circuits.circuits.token_means import Means
+from scfm_circuits.models.mlp_sites import mlps
+from scfm_circuits.transcoders.transcoder import Transcoders
+
+Edit = Callable[[Tensor, Tensor], Tensor]
+"""From an MLP's input and output (n_pos, d_model) to what takes the output's place."""
+
+
+class FeatureAt(NamedTuple):
+    """A feature at a token."""
+
+    layer: int
+    feature: int
+    position: int
+
+
+class Effect(NamedTuple):
+    """A target's pre-activation before, and how it changes: as predicted and as measured."""
+
+    before: float
+    predicted_change: float
+    measured_change: float
+
+
+# --- what features write, and the prediction -----------------------------------------------------
+
+
+@torch.no_grad()
+def written_by(frozen: Frozen, features: Sequence[FeatureAt]) -> Tensor:
+    """(n_layers, n_pos, d_model): the sum of what the features write."""
+    total = torch.zeros_like(frozen.mlp_out)
+    for layer, feature, position in features:
+        z = frozen.activations[layer, position, feature]
+        total[layer, position] += z * frozen.transcoders.W_dec[layer, feature]
+    return total
+
+
+@torch.no_grad()
+def written_sizes(frozen: Frozen, layer: int) -> Tensor:
+    """(n_pos, n_features) size of what each feature of a layer writes, z ||d||."""
+    return frozen.activations[layer] * frozen.transcoders.W_dec[layer].norm(dim=-1)
+
+
+@torch.no_grad()
+def frozen_change(frozen: Frozen, change: Tensor, reading: Direction) -> float:
+    """What a change of the MLPs' outputs (n_layers, n_pos, d_model) does to a reading, in the
+    linear model with attention patterns and the norms' scales frozen."""
+    stream = torch.zeros_like(frozen.residual[0])
+    for layer in range(max(reading.mlp_limit, reading.attention_limit)):
+        from_attention = carried(frozen, layer, stream)
+        if layer < reading.attention_limit:
+            stream = stream + from_attention
+        if layer < reading.mlp_limit:
+            stream = stream + change[layer]
+    return float(stream[reading.position] @ reading.vector)
+
+
+# --- the real model ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _edited(modules: Sequence[nn.Module], edits: Mapping[int, Edit]) -> Iterator[None]:
+    def hook(edit: Edit):  # type: ignore[no-untyped-def]
+        return lambda module, args, output: edit(args[0][0], output[0])[None]
+
+    handles = [modules[layer].register_forward_hook(hook(edit)) for layer, edit in edits.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _read_with(model: nn.Module, frozen: Frozen, edits: Mapping[int, Edit], target: FeatureAt
+               ) -> float:
+    """The target's pre-activation in the real model with MLP outputs edited on the way."""
+    seen: list[Tensor] = []
+    modules = mlps(model)  # type: ignore[arg-type]
+    handle = modules[target.layer].register_forward_pre_hook(
+        lambda module, args: seen.append(args[0][0, target.position]))
+    try:
+        with _edited(modules, edits):
+            # Without the unembedding, which nothing here reads.
+            model.base_model(  # type: ignore[operator]
+                input_ids=frozen.tokens[None], use_cache=False)
+    finally:
+        handle.remove()
+    return float(frozen.transcoders.layer_pre_activations(target.layer, seen[0])[target.feature])
+
+
+class _Rows(NamedTuple):
+    """A layer's features of a circuit: (n,) positions and feature indices."""
+
+    positions: Tensor
+    indices: Tensor
+
+
+def _by_layer(frozen: Frozen, features: Sequence[FeatureAt]) -> dict[int, _Rows]:
+    device = frozen.mlp_out.device
+    found: dict[int, tuple[list[int], list[int]]] = {}
+    for layer, feature, position in features:
+        positions, indices = found.setdefault(layer, ([], []))
+        positions.append(position)
+        indices.append(feature)
+    return {layer: _Rows(*(torch.tensor(one, device=device) for one in pair))
+            for layer, pair in found.items()}
+
+
+def _live(t: Transcoders, layer: int, rows: _Rows, x: Tensor) -> Tensor:
+    """(n,) activations of the rows' features on an MLP's input (n_pos, d_model)."""
+    if t.variant.activation != "relu":  # whether one is active may depend on all of a token's
+        z = t.layer_activations(layer, x[rows.positions])
+        return z.gather(1, rows.indices[:, None])[:, 0]
+    centred = x[rows.positions] - t.b_in[layer]
+    return ((centred * t.W_enc[layer, rows.indices]).sum(dim=-1)
+            + t.b_enc[layer, rows.indices]).relu()
+
+
+def scale(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt], factor: float,
+          target: FeatureAt, reading: Direction) -> Effect:
+    """Multiply what the features write by `factor` and read the target's pre-activation.
+
+    reading: the target's direction. The prediction is that of the frozen linear model with the
+    features' clean activations.
+    """
+    t = frozen.transcoders
+
+    def edit(layer: int, rows: _Rows) -> Edit:
+        def edited(x: Tensor, output: Tensor) -> Tensor:
+            written = _live(t, layer, rows, x)[:, None] * t.W_dec[layer, rows.indices]
+            return output.index_add(0, rows.positions, written, alpha=factor - 1)
+
+        return edited
+
+    edits = {layer: edit(layer, rows) for layer, rows in _by_layer(frozen, features).items()}
+    before = float(reading.value)
+    predicted = frozen_change(frozen, (factor - 1) * written_by(frozen, features), reading)
+    return Effect(before, predicted, _read_with(model, frozen, edits, target) - before)
+
+
+def ablate(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt], target: FeatureAt,
+           reading: Direction) -> Effect:
+    """`scale` with the factor 0: the features write nothing."""
+    return scale(model, frozen, features, 0.0, target, reading)
+
+
+# --- the circuit alone ---------------------------------------------------------------------------
+
+class Baseline(NamedTuple):
+    """One text with all features at their means.
+
+    means: (n_layers, n_kinds, n_features); kinds: (n_pos,). mlp_out: (n_layers, n_pos, d_model)
+    what the transcoders write at the means, plus the clean run's error.
+    """
+
+    means: Tensor
+    kinds: Tensor
+    mlp_out: Tensor
+
+
+@torch.no_grad()
+def baseline(frozen: Frozen, means: Means, kinds: np.ndarray) -> Baseline:
+    """All features at the means of their tokens' kinds.
+
+    Raises InputError if the text has a kind of token that was not averaged over.
+    """
+    places = torch.from_numpy(np.asarray(kinds)).to(frozen.tokens.device)
+    known = places < len(means.counts)
+    if not (known.all() and (means.counts[places] > 0).all()):
+        raise InputError("The text has a word where no cell averaged over has one; take means over "
+                         "cells with the same `prompt`.")
+    t = frozen.transcoders
+    written = torch.stack([means.activations[layer][places] @ t.W_dec[layer] + t.b_dec[layer]
+                           for layer in range(t.n_layers)])
+    return Baseline(means.activations, places, written + frozen.error)
+
+
+def circuit_alone(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt],
+                  target: FeatureAt, reading: Direction, held: Baseline) -> Effect:
+    """Run the circuit's features, hold all others at their means, and read the target.
+
+    A change of 0 says that the circuit gives the target all of its pre-activation. Errors are
+    those of the clean run, so that with all features in the circuit nothing changes.
+    """
+    t = frozen.transcoders
+    by_layer = _by_layer(frozen, features)
+
+    def freed(layer: int, rows: _Rows, z: Tensor, output: Tensor) -> Tensor:
+        beyond = z - held.means[layer, held.kinds[rows.positions], rows.indices]
+        return output.index_add(0, rows.positions, beyond[:, None] * t.W_dec[layer, rows.indices])
+
+    def edit(layer: int) -> Edit:
+        def edited(x: Tensor, output: Tensor) -> Tensor:
+            rows = by_layer.get(layer)
+            return held.mlp_out[layer] if rows is None else freed(
+                layer, rows, _live(t, layer, rows, x), held.mlp_out[layer])
+
+        return edited
+
+    clean = held.mlp_out.clone()
+    for layer, rows in by_layer.items():
+        z = frozen.activations[layer, rows.positions, rows.indices]
+        clean[layer] = freed(layer, rows, z, clean[layer])
+    before = float(reading.value)
+    after = _read_with(model, frozen, {layer: edit(layer) for layer in range(target.layer)}, target)
+    return Effect(before, frozen_change(frozen, clean - frozen.mlp_out, reading), after - before)
+
+
+# --- circuits to compare with --------------------------------------------------------------------
+
+
+def matched_features(frozen: Frozen, features: Sequence[FeatureAt], target: FeatureAt,
+                     rng: np.random.Generator, *, within: str = "token", nearest: int = 3
+                     ) -> list[FeatureAt]:
+    """For each feature another of its layer that writes about as much: a random circuit.
+
+    The draw is among the `nearest` active ones by the ratio of what they write (z ||d||).
+    within: `token` draws at the feature's own token, and from the layer's other tokens up to the
+    target's only where there is no other one; `layer` draws from all of these tokens at once, which
+    matches sizes better: a circuit tends to hold all that is strong at its last token. Features of
+    the circuit, and the target, are not drawn, and none twice. The largest choose first, because
+    they have the fewest equals. Drawn features stand in the order of those they stand for; one for
+    which nothing is left is missing.
+    """
+    if within not in ("token", "layer"):
+        raise InputError(f"`within` is {within!r}; use `token` or `layer`.")
+    end, norms = target.position + 1, frozen.transcoders.W_dec.norm(dim=-1)
+    # Per layer the active features that may be drawn: (n, 2) positions and indices, log sizes.
+    pools: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    taken = {*features, target}
+    for layer in sorted({feature.layer for feature in features}):
+        sizes = written_sizes(frozen, layer)[:end]
+        places = torch.nonzero(sizes)
+        kept = np.array([FeatureAt(layer, f, p) not in taken for p, f in places.tolist()], bool)
+        pools[layer] = (places.cpu().numpy()[kept],
+                        sizes[places[:, 0], places[:, 1]].log().cpu().numpy()[kept])
+    own = [float((frozen.activations[layer, position, feature] * norms[layer, feature]).clamp_min(
+        1e-30).log()) for layer, feature, position in features]
+    drawn: dict[int, FeatureAt] = {}
+    for place in np.argsort(-np.array(own), kind="stable"):
+        layer, _, position = features[place]
+        free, log_sizes = pools[layer]
+        here = np.flatnonzero(free[:, 0] == position)
+        pool = here if within == "token" and len(here) else np.arange(len(free))
+        if not len(pool):
+            continue
+        closest = pool[np.argsort(np.abs(log_sizes[pool] - own[place]), kind="stable")[:nearest]]
+        choice = closest[rng.integers(len(closest))]
+        drawn[int(place)] = FeatureAt(layer, int(free[choice, 1]), int(free[choice, 0]))
+        pools[layer] = np.delete(free, choice, axis=0), np.delete(log_sizes, choice)
+    return [drawn[place] for place in sorted(drawn)]
+
+
+_ALONE = ("alone", "alone, own kind")
+
+
+class Comparison(NamedTuple):
+    """Effects of one intervention with a circuit's features, or with random ones of one kind.
+
+    features: `circuit`, `none`, or a kind of random circuits. intervention: `ablation`, `doubling`,
+    `alone` (all others at their means over all tokens) or `alone, own kind` (over tokens of the
+    same kind). All changes are shares of the target's pre-activation: means over the random
+    circuits, with the range of what was measured. size: what the features write, relative to the
+    circuit's own (sum of z ||d||).
+    """
+
+    features: str
+    intervention: str
+    circuits: int
+    n_features: float
+    size: float
+    predicted: float
+    measured: float
+    lowest: float
+    highest: float
+
+
+def compare(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt], target: FeatureAt,
+            reading: Direction, means: Means, kinds: np.ndarray, rng: np.random.Generator, *,
+            draws: int = 5) -> list[Comparison]:
+    """Ablate, double and run alone a circuit, and `draws` random circuits of either sort.
+
+    kinds: the text's `token_means.token_kinds`. `same token` and `same size` are
+    `matched_features` within the token and the layer; `none` is the model with all features at
+    their means. `alone, own kind` is for the circuit and `none` only.
+    """
+    held = dict(zip(_ALONE, (baseline(frozen, means.over_all_tokens(), np.zeros_like(kinds)),
+                             baseline(frozen, means, kinds)), strict=True))
+    whole = max(_total_size(frozen, features), 1e-30)
+
+    def effect(name: str, chosen: Sequence[FeatureAt]) -> Effect:
+        if name in held:
+            return circuit_alone(model, frozen, chosen, target, reading, held[name])
+        factor = {"ablation": 0.0, "doubling": 2.0}[name]
+        return scale(model, frozen, chosen, factor, target, reading)
+
+    def row(kind: str, name: str, sets: Sequence[Sequence[FeatureAt]]) -> Comparison:
+        effects = [effect(name, one) for one in sets]
+        measured = [one.measured_change / one.before for one in effects]
+        return Comparison(
+            kind, name, len(sets), float(np.mean([len(one) for one in sets])),
+            float(np.mean([_total_size(frozen, one) for one in sets])) / whole,
+            float(np.mean([one.predicted_change / one.before for one in effects])),
+            float(np.mean(measured)), min(measured), max(measured))
+
+    found = [row("circuit", name, [features]) for name in ("ablation", "doubling", *_ALONE)]
+    found += [row("none", name, [()]) for name in _ALONE]
+    for kind, within in (("same token", "token"), ("same size", "layer")):
+        sets = [matched_features(frozen, features, target, rng, within=within)
+                for _ in range(draws)]
+        found += [row(kind, name, sets) for name in ("ablation", "doubling", "alone")]
+    return found
+
+
+def _total_size(frozen: Frozen, features: Sequence[FeatureAt]) -> float:
+    norms = frozen.transcoders.W_dec.norm(dim=-1)
+    return sum(float(frozen.activations[layer, position, feature] * norms[layer, feature])
+               for layer, feature, position in features)

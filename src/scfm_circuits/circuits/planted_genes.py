@@ -1,0 +1,212 @@
+"""Are the genes on which a circuit's nodes stand those planted for the cell's type?
+
+Only for simulated cells, where the genes of every program are known. Beside the circuits stand
+random genes of the same prompt (hypergeometric) and the prompt's most expressed genes, which are
+there without any circuit.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from scfm_circuits import InputError
+from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt
+from scfm_circuits.cells.simulated import Plan
+from scfm_circuits.circuits.attribution import (
+    Direction,
+    Frozen,
+    feature_direction,
+    freeze,
+    logit_direction,
+)
+from scfm_circuits.circuits.circuit import Node, feature_id, node_table
+from scfm_circuits.circuits.search import strongest_features, trace
+from scfm_circuits.common.profile import Profile
+from scfm_circuits.enrichment.significance import percent, ratio
+from scfm_circuits.models.answers import predict_answers
+from scfm_circuits.transcoders.transcoder import Transcoders
+
+if TYPE_CHECKING:
+    from transformers import GPTNeoXForCausalLM
+
+TARGETS = ("feature", "call")
+"""What is traced: the last layer's strongest feature where the case study reads its own, and the
+logit of the answer's first token where the answer is decided."""
+
+
+# --- circuits ------------------------------------------------------------------------------------
+
+
+def named_right(model: "GPTNeoXForCausalLM", corpus: Corpus, n: int, asked: int = 20) -> list[int]:
+    """Of each cell type the first n held-out cells that the model names right, as the case study
+    takes its cell; of the first `asked` of that type."""
+    chosen: list[int] = []
+    for label in np.unique(corpus.labels[corpus.held_out]):
+        cells = np.flatnonzero(corpus.held_out & (corpus.labels == label))[:asked]
+        answers = np.array(predict_answers(model, corpus, cells))
+        chosen += cells[answers == label][:n].tolist()
+    return chosen
+
+
+def circuit_gene_table(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus,
+                       cells: Sequence[int], plan: Plan, profile: Profile) -> pd.DataFrame:
+    """Every gene of the cells' prompts, and what the circuits of both targets make of it.
+
+    Columns: cell, cell_type, target (see `TARGETS`), gene, rank (in the prompt, from 1), role (what
+    the gene is to the type, `Plan.role`), nodes (on its tokens), influence (their sum; 0 without a
+    node). A cell in which no feature of the last layer is active has no circuit of that target.
+
+    Raises:
+        InputError: no cells.
+    """
+    if not len(cells):
+        raise InputError("No held-out cell is named right by the model, so no circuit can be set "
+                         "against what was planted; train for more steps (`model_steps`).")
+    frames = []
+    for cell in cells:
+        label = str(corpus.labels[cell])
+        case = answered_prompt(corpus, profile, int(cell), label)
+        frozen = freeze(model, transcoders, case.encoded.tokens)
+        genes = corpus.genes_of(cell)
+        for target, start in _starts(frozen, case).items():
+            circuit = trace(frozen, *start, branches=profile.circuit_branches,
+                            depth=profile.circuit_depth, max_nodes=profile.circuit_nodes)
+            nodes = node_table(circuit, case.texts, case.genes)
+            sums = nodes.groupby("gene")["influence"].agg(["size", "sum"]).reindex(genes).fillna(0)
+            frames.append(pd.DataFrame({
+                "cell": str(corpus.cell_ids[cell]), "cell_type": label, "target": target,
+                "gene": genes, "rank": np.arange(1, len(genes) + 1),
+                "role": [plan.role(gene, label) for gene in genes],
+                "nodes": sums["size"].to_numpy(int), "influence": sums["sum"].to_numpy()}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _starts(frozen: Frozen, case: AnsweredPrompt) -> dict[str, tuple[Node, Direction]]:
+    """By target the node at which a circuit ends, and its reading."""
+    last, position, asked = len(frozen.weights) - 1, case.position, case.answer_start - 1
+    token = int(case.encoded.tokens[case.answer_start])
+    starts = {}
+    for feature in strongest_features(frozen, last, position, 1):
+        reading = feature_direction(frozen, last, feature, position)
+        node = Node(feature_id(last, feature, position), "feature", last, position, position,
+                    feature, float(reading.value))
+        starts["feature"] = (node, reading)
+    reading = logit_direction(frozen, token, asked)
+    starts["call"] = (Node(f"logit_{token}_P{asked}", "logit", last + 1, asked, asked, token,
+                           float(reading.value)), reading)
+    return starts
+
+
+def recovery_table(genes: pd.DataFrame) -> pd.DataFrame:
+    """One row per circuit of `circuit_gene_table`: how many of its genes were planted for the type.
+
+    Columns: cell, cell_type, target; prompt_genes, planted (of them), circuit_genes, found (planted
+    genes of the circuit); precision = found / circuit_genes, recall = found / planted; what as many
+    random genes of the prompt have on average (random_precision, random_recall) with p, the share
+    of such draws with at least as many planted genes; precision_most_expressed, of as many of the
+    prompt's first genes. A circuit may name most genes of its prompt, so the order counts, too:
+    top_found is the number of planted genes among as many of the most influential genes as are
+    planted, top_share its share of them (precision and recall at once), with top_p and
+    top_share_most_expressed as above. A share is missing where there is nothing to divide by.
+    """
+    from scipy.stats import hypergeom
+
+    rows = []
+    for key, one in genes.groupby(["cell", "cell_type", "target"], sort=False):
+        one = one.sort_values("rank")
+        planted, inside = (one["role"] == "own").to_numpy(), (one["nodes"] > 0).to_numpy()
+        n, k, drawn = len(one), int(planted.sum()), int(inside.sum())
+        # Genes without a node cannot be told apart: they are not in the ranking at all.
+        order = np.argsort(-one["influence"].to_numpy(), kind="stable")
+        order = order[inside[order]][:k]
+        found, top = int((planted & inside).sum()), int(planted[order].sum())
+        rows.append((
+            *key, n, k, drawn, found, ratio(found, drawn), ratio(found, k), k / n, drawn / n,
+            float(hypergeom.sf(found - 1, n, k, drawn)), ratio(planted[:drawn].sum(), drawn),
+            top, ratio(top, k), float(hypergeom.sf(top - 1, n, k, len(order))),
+            ratio(planted[:k].sum(), k)))
+    return pd.DataFrame(rows, columns=[
+        "cell", "cell_type", "target", "prompt_genes", "planted", "circuit_genes", "found",
+        "precision", "recall", "random_precision", "random_recall", "p", "precision_most_expressed",
+        "top_found", "top_share", "top_p", "top_share_most_expressed"])
+
+
+def recovery_summary(table: pd.DataFrame, seed: int, draws: int = 10_000) -> pd.DataFrame:
+    """`recovery_table` by target and cell type, and over all types: sums before shares.
+
+    Columns: target, cell_type, circuits, and as in `recovery_table`; p and top_p are the share of
+    draws (seeded) in which random genes of the same prompts, as many for each circuit, have at
+    least as many planted genes in all. They treat circuits as given one by one: that circuits of
+    one model are alike is no part of the null.
+    """
+    rng = np.random.default_rng([seed, 21])
+    rows = []
+    for target, circuits in table.groupby("target", sort=False):
+        for label in [*circuits["cell_type"].unique(), "all types"]:
+            part = circuits if label == "all types" else circuits[circuits["cell_type"] == label]
+            n, k = part["prompt_genes"].to_numpy(), part["planted"].to_numpy()
+            drawn, found = part["circuit_genes"].to_numpy(), part["found"].to_numpy()
+            named = np.minimum(k, drawn)
+            rows.append((
+                target, label, len(part), ratio(found.sum(), drawn.sum()),
+                ratio(found.sum(), k.sum()), ratio((k * drawn / n).sum(), drawn.sum()),
+                ratio((k * drawn / n).sum(), k.sum()),
+                _random_as_good(n, k, drawn, found.sum(), rng, draws),
+                ratio((part["precision_most_expressed"] * drawn).sum(), drawn.sum()),
+                ratio(part["top_found"].sum(), k.sum()), ratio((k * named / n).sum(), k.sum()),
+                _random_as_good(n, k, named, part["top_found"].sum(), rng, draws),
+                ratio((part["top_share_most_expressed"] * k).sum(), k.sum())))
+    return pd.DataFrame(rows, columns=[
+        "target", "cell_type", "circuits", "precision", "recall", "random_precision",
+        "random_recall", "p", "precision_most_expressed", "top_share", "top_share_random", "top_p",
+        "top_share_most_expressed"])
+
+
+def _random_as_good(n: np.ndarray, k: np.ndarray, drawn: np.ndarray, found: float,
+                    rng: np.random.Generator, draws: int) -> float:
+    sums = rng.hypergeometric(k, n - k, drawn, (draws, len(n))).sum(axis=1)
+    return float((1 + (sums >= found).sum()) / (1 + draws))
+
+
+def role_table(genes: pd.DataFrame) -> pd.DataFrame:
+    """What the genes of prompts and circuits are to the cell's type, by target and role.
+
+    Columns: target, role, prompt_percent (of all prompt genes), circuit_percent (of all circuit
+    genes), influence_percent (of what all genes of the circuits carry).
+    """
+    rows = []
+    for target, part in genes.groupby("target", sort=False):
+        inside = part[part["nodes"] > 0]
+        for role in ("own", "shared", "other", "state", "background"):
+            own = inside[inside["role"] == role]
+            rows.append((target, role, 100 * (part["role"] == role).mean(),
+                         100 * ratio(len(own), len(inside)),
+                         100 * ratio(own["influence"].sum(), inside["influence"].sum())))
+    return pd.DataFrame(rows, columns=["target", "role", "prompt_percent", "circuit_percent",
+                                       "influence_percent"])
+
+
+def circuits_in_prose(summary: pd.DataFrame, roles: pd.DataFrame) -> str:
+    """What `recovery_summary` and `role_table` say, for a page."""
+    every = summary[summary["cell_type"] == "all types"].set_index("target")
+    names = {"feature": "the last layer's strongest feature", "call": "the call itself"}
+    said = []
+    for target, row in every.iterrows():
+        influence = roles[roles["target"] == target].set_index("role")["influence_percent"]
+        said.append(
+            f"Circuits of {names[str(target)]} ({row['circuits']} cells): of their genes "
+            f"{percent(row['precision'])} were planted for the cell's type, where random genes of "
+            f"the same prompts give {percent(row['random_precision'])} (p = {row['p']:.2g}) and "
+            f"the most expressed ones {percent(row['precision_most_expressed'])}. They hold "
+            f"{percent(row['recall'])} of the planted genes of the prompts, and would hold "
+            f"{percent(row['random_recall'])} by chance. Of as many of their most influential "
+            f"genes as are planted, {percent(row['top_share'])} are planted (by chance "
+            f"{percent(row['top_share_random'])}, p = {row['top_p']:.2g}; most expressed "
+            f"{percent(row['top_share_most_expressed'])}). Of the influence that stands on genes, "
+            f"{influence['own']:.0f} % is on genes planted for the type, {influence['shared']:.0f} "
+            f"% on those that it shares with another, and {influence['background']:.0f} % on genes "
+            "that all types express alike.")
+    return " ".join(said)

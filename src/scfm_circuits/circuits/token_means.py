@@ -1,0 +1,85 @@
+"""Mean activations of features by kind of token: what an intervention holds the others at.
+
+A feature of the full stop has another mean on genes than on the full stop. Averaged over the tokens
+of one kind, means keep what the text's form brings and lose what is a single cell's own.
+Imports neither pandas nor scanpy.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
+from scfm_circuits.transcoders.transcoder import Transcoders
+
+if TYPE_CHECKING:
+    from scfm_circuits.cells.corpus import Corpus
+
+_FIRST_PIECE, _LATER_PIECE, _ANSWER, _ANSWER_END, _FIRST_WORD = range(5)
+
+
+def token_kinds(gene: np.ndarray, place: np.ndarray, answer_start: int) -> np.ndarray:
+    """(n_pos,) what kind of token stands where in a prompt with its answer; ints from 0.
+
+    A gene's first piece, its later pieces, the answer's last token and its other tokens are one
+    kind each. Every word of the prompt is a kind of its own, counted from the prompt's end if it
+    stands after the genes and from its start if before, so that it is the same in every cell.
+    gene, place: as in a Corpus, for the tokens up to the answer's end.
+    """
+    n, at = len(gene), np.arange(len(gene))
+    genes = np.flatnonzero(gene >= 0)
+    first = genes[0] if len(genes) else 0
+    from_end, from_start = answer_start - 1 - at, at
+    word = np.where(at < first, 2 * from_start + 1, 2 * from_end)
+    kinds = np.where(gene < 0, _FIRST_WORD + word, np.where(place == 0, _FIRST_PIECE, _LATER_PIECE))
+    # White space between two genes that belongs to neither.
+    inner = (gene < 0) & (at > first) & (at < (genes[-1] if len(genes) else 0))
+    kinds[inner] = _LATER_PIECE
+    kinds[answer_start:] = _ANSWER
+    kinds[n - 1] = _ANSWER_END if answer_start < n else kinds[n - 1]
+    return kinds
+
+
+class Means(NamedTuple):
+    """Mean activations by kind of token.
+
+    activations: (n_layers, n_kinds, n_features); counts: (n_kinds,) tokens averaged.
+    """
+
+    activations: Tensor
+    counts: Tensor
+
+    def over_all_tokens(self) -> "Means":
+        """The mean over all tokens as that of one kind, 0."""
+        share = (self.counts / self.counts.sum()).to(self.activations.dtype)
+        return Means(torch.einsum("k,lkf->lf", share, self.activations)[:, None],
+                     self.counts.sum()[None])
+
+
+@torch.no_grad()
+def mean_activations(model: nn.Module, transcoders: Transcoders, corpus: "Corpus",
+                     cells: np.ndarray, forward_cells: int) -> Means:
+    """Mean activation of every feature on every kind of token (`token_kinds`) over the cells."""
+    kinds = np.full((len(cells), corpus.tokens.shape[1]), -1, np.int32)
+    for row, cell in zip(kinds, cells, strict=True):
+        end = corpus.answer_end[cell] + 1
+        row[:end] = token_kinds(corpus.gene[cell, :end], corpus.place[cell, :end],
+                                int(corpus.answer_start[cell]))
+    n_kinds, device = int(kinds.max()) + 1, device_of(model)
+    total = torch.zeros(transcoders.n_layers, n_kinds, transcoders.n_features, device=device,
+                        dtype=transcoders.W_enc.dtype)
+    counts = torch.zeros(n_kinds, dtype=torch.int64, device=device)
+    done = 0
+    for rows, tokens, _ in batches(corpus, cells, forward_cells, device):
+        kind = torch.from_numpy(kinds[done : done + len(rows), : tokens.shape[1]]).to(device)
+        done += len(rows)
+        # The end of the text is left out: no target is read there.
+        inputs = mlp_sites(model, tokens, kind >= 0).inputs
+        chosen = kind[kind >= 0]
+        counts += torch.bincount(chosen, minlength=n_kinds)
+        for layer in range(transcoders.n_layers):
+            z = transcoders.layer_activations(layer, inputs[layer])
+            total[layer].index_add_(0, chosen, z)
+    return Means(total / counts.clamp_min(1)[:, None], counts)

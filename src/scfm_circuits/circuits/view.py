@@ -1,0 +1,226 @@
+"""A circuit as plain data for the interactive figure in the page.
+
+`view` gives nodes, edges, rows (layers) and columns (tokens); `circuit_script` wraps them
+as a script, because a page opened from disk may load a script but not fetch a file; and
+`book/_static/circuit.js` draws them with d3 (book/_extra/vendor/d3). `feature_details` adds what is
+known about features.
+
+All texts are untrusted. Here they are only cut to a readable length; the script holds nothing that
+could end it, and the page shows every text as text.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from scfm_circuits import InputError
+
+if TYPE_CHECKING:
+    from scfm_circuits.cells.corpus import Corpus
+    from scfm_circuits.circuits.circuit import Circuit, Edge, Node
+    from scfm_circuits.common.profile import Profile
+    from scfm_circuits.enrichment.gene_sets import GeneSets
+    from scfm_circuits.features.statistics import FeatureStatistics
+
+MAX_EDGES = 300
+"""Edges in a view unless told otherwise; more are a tangle, and slow to draw on a phone."""
+MOST_EDGES = 2000
+"""No view has more: a browser would not keep up with the pointer."""
+MAX_TOKENS, MAX_GENES, MAX_TEXT = 12, 24, 200
+_ORDER = ("feature", "head", "embedding", "error", "logit")
+
+
+class Detail(TypedDict, total=False):
+    """What a reader wants to know of a node beyond the circuit; every part may be missing."""
+
+    tokens: Sequence[str]
+    """Tokens on which it fires, most often first."""
+    genes: Sequence[str]
+    """Its gene list, most active first."""
+    term: str
+    """The best term of its gene list, with how sure that is."""
+
+
+def circuit_view(
+    circuit: "Circuit", texts: Sequence[str], genes: Sequence[str | None],
+    details: Mapping[str, Detail] | None = None, *, max_edges: int = MAX_EDGES,
+) -> dict[str, Any]:
+    """The circuit's strongest edges and the nodes they join, as JSON without NaN.
+
+    texts, genes: (n_pos,) token texts and the gene of each token (None outside genes).
+    details: by node id. max_edges: the edges that carry most of the target's contributions are
+    kept, as in the static figure.
+
+    Keys: `target` (a node's id); `rows` (names of the occupied layers, lowest first); `columns`
+    (tokens that carry a node: `position`, `text`, `gene`); `kinds`; `nodes` (`id`, `kind`, `label`,
+    `row`, `column`, `layer`, `index`, `position`, `token`, `gene`, `value`, `value_name`,
+    `influence`, `tokens`, `genes`, `term`); `edges`, heaviest first (`id`, `source`, `target`,
+    `weight` in units of the target's value, `share` of its absolute contributions, `carried`: that
+    share times the target's influence); `total_nodes` and `total_edges` of the whole circuit.
+
+    A head stands in the column of the token it read, as in `node_table`.
+
+    Raises InputError if texts, genes and circuit do not fit together, if details name a node that
+    the circuit does not have or a part that `Detail` does not have, if a number is not finite, or
+    if `max_edges` is not between 1 and 2,000.
+    """
+    details = details or {}
+    _check(circuit, texts, genes, details, max_edges)
+    influence = circuit.influence()
+    share = [abs(e.weight) / max(circuit.expansions[e.target].absolute, 1e-30)
+             for e in circuit.edges]
+    carried = [part * influence[e.target] for part, e in zip(share, circuit.edges, strict=True)]
+    # Equal edges stay in the circuit's order, so that a view is the same on every run.
+    order = sorted(range(len(carried)), key=lambda i: -carried[i])[:max_edges]
+    kept = {circuit.target, *(name for i in order for name in
+                              (circuit.edges[i].source, circuit.edges[i].target))}
+    nodes = [node for node in circuit.nodes.values() if node.id in kept]
+    heights = sorted({_row(node) for node in nodes})
+    positions = sorted({node.source for node in nodes})
+    return {
+        "target": circuit.target,
+        "rows": [_row_name(height) for height in heights],
+        "columns": [{"position": p, "text": _cut(texts[p]), "gene": _cut(genes[p] or "")}
+                    for p in positions],
+        "kinds": [kind for kind in _ORDER if any(node.kind == kind for node in nodes)],
+        "nodes": [{
+            **_node(node, circuit.target, texts, genes), **_detail(details.get(node.id, {})),
+            "row": heights.index(_row(node)), "column": positions.index(node.source),
+            "influence": _short(influence[node.id]),
+        } for node in nodes],
+        "edges": [_edge(i, circuit.edges[i], share[i], carried[i]) for i in order],
+        "total_nodes": len(circuit.nodes), "total_edges": len(circuit.edges),
+    }
+
+
+def feature_details(
+    circuit: "Circuit", statistics: "FeatureStatistics", corpus: "Corpus", profile: "Profile",
+    library: "GeneSets",
+) -> dict[str, Detail]:
+    """Tokens, gene list and best term of each of the circuit's features, by node id.
+
+    Gene lists follow the profile's gene and list rules. The term is that of smallest p in the
+    library under the rule `corpus`: tested against the corpus's own genes, with Benjamini-Hochberg
+    over all terms.
+    """
+    import numpy as np
+
+    from scfm_circuits.enrichment.background import prepare_background
+    from scfm_circuits.enrichment.rules import RULES
+    from scfm_circuits.enrichment.terms import top_terms
+    from scfm_circuits.features.contexts import token_table
+    from scfm_circuits.features.gene_lists import gene_lists
+
+    rule, symbols = RULES["corpus"], corpus.symbols[corpus.occurring]
+    universe = prepare_background(library, rule.background_for(symbols.tolist()))
+    found: dict[tuple[int, int], Detail] = {}
+    used = {(node.layer, node.index) for node in circuit.nodes.values() if node.kind == "feature"}
+    for layer in sorted({layer for layer, _ in used}):
+        features = np.array(sorted(feature for at, feature in used if at == layer))
+        lists = gene_lists(statistics, layer, features, corpus, profile)
+        best = top_terms(lists, library, background=universe, family=rule.family, odds=rule.odds,
+                         k=1).set_index("list")
+        for place, (feature, genes) in enumerate(zip(features.tolist(), lists, strict=True)):
+            tokens = token_table(statistics, layer, feature, corpus)["token"].head(MAX_TOKENS)
+            detail: Detail = {"tokens": tokens.tolist(), "genes": genes}
+            if place in best.index:
+                row = best.loc[place].to_dict()
+                fdr = float(row["Adjusted P-value"])
+                nearest = "" if fdr < profile.fdr else f"none below FDR {profile.fdr:g}; nearest: "
+                detail["term"] = (f"{nearest}{row['Term']} ({row['Overlap']} genes, FDR {fdr:.2g}; "
+                                  f"{library.name})")
+            found[layer, feature] = detail
+    return {node.id: found[node.layer, node.index] for node in circuit.nodes.values()
+            if node.kind == "feature"}
+
+
+# --- the parts -----------------------------------------------------------------------------------
+
+
+def _check(circuit: "Circuit", texts: Sequence[str], genes: Sequence[str | None],
+           details: Mapping[str, Detail], max_edges: int) -> None:
+    if not 1 <= max_edges <= MOST_EDGES:
+        raise InputError(f"A circuit's figure can show 1 to {MOST_EDGES:,} edges, not {max_edges}.")
+    if len(texts) != len(genes):
+        raise InputError(f"There are {len(texts)} token texts but {len(genes)} genes; give one "
+                         "gene or None for each token.")
+    last = max(max(node.position, node.source) for node in circuit.nodes.values())
+    if last >= len(texts):
+        raise InputError(f"The circuit has a node at token {last}, but only {len(texts)} texts are "
+                         "given; give those of the prompt that was traced.")
+    for name, detail in details.items():
+        if name not in circuit.nodes:
+            raise InputError(f"The details are for a node {name!r} that the circuit does not have.")
+        unknown = set(detail) - set(Detail.__annotations__)
+        if unknown:
+            raise InputError(f"The details of {name} have an unknown part {min(unknown)!r}; use "
+                             f"{', '.join(Detail.__annotations__)}.")
+    for where, number in [*((edge.source, edge.weight) for edge in circuit.edges),
+                          *((node.id, node.value) for node in circuit.nodes.values())]:
+        if not math.isfinite(number):
+            raise InputError(f"The circuit's node {where} has a value or an edge that is not a "
+                             "finite number; trace it again in float32 or float64.")
+
+
+def _node(node: "Node", target: str, texts: Sequence[str], genes: Sequence[str | None]
+          ) -> dict[str, Any]:
+    names = {"feature": "activation", "head": "contribution to its reader",
+             "embedding": "norm", "error": "norm", "logit": "value"}
+    is_target = node.id == target
+    return {
+        "id": node.id, "kind": node.kind, "label": _label(node), "layer": node.layer,
+        "index": node.index, "position": node.source, "token": _cut(texts[node.source]),
+        "gene": _cut(genes[node.source] or ""), "value": _short(node.value),
+        # The target's value is what the circuit adds up to, before the ReLU.
+        "value_name": "pre-activation" if is_target and node.kind == "feature"
+        else names[node.kind],
+    }
+
+
+def _label(node: "Node") -> str:
+    match node.kind:
+        case "feature":
+            return f"Feature {node.index}, layer {node.layer}"
+        case "head":
+            return f"Head {node.index}, layer {node.layer}"
+        case "error":
+            return f"Transcoder error, layer {node.layer}"
+        case "embedding":
+            return "Token embedding"
+        case _:
+            return "Logit"
+
+
+def _edge(number: int, edge: "Edge", share: float, carried: float) -> dict[str, Any]:
+    return {"id": f"e{number}", "source": edge.source, "target": edge.target,
+            "weight": _short(edge.weight), "share": _short(share), "carried": _short(carried)}
+
+
+def _detail(detail: Detail) -> dict[str, Any]:
+    return {"tokens": [_cut(text) for text in list(detail.get("tokens", ()))[:MAX_TOKENS]],
+            "genes": [_cut(text) for text in list(detail.get("genes", ()))[:MAX_GENES]],
+            "n_genes": len(detail.get("genes", ())),
+            "term": _cut(detail.get("term", ""))}
+
+
+def _row(node: "Node") -> tuple[float, int]:
+    """Where the forward pass computes a node: layer, then heads below the MLP."""
+    if node.kind == "logit":
+        return math.inf, 0
+    return node.layer, 0 if node.kind in ("head", "embedding") else 1
+
+
+def _row_name(row: tuple[float, int]) -> str:
+    layer, part = row
+    if layer < 0:
+        return "embedding"
+    return f"L{layer:.0f} {'MLP' if part else 'heads'}" if math.isfinite(layer) else "logit"
+
+
+def _short(number: float) -> float:
+    """Six significant digits: what a reader can use, and the same on every machine."""
+    return float(f"{number:.6g}")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"

@@ -1,0 +1,115 @@
+"""Writing files so that a reader never sees half of one."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from scfm_circuits import InputError
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds.
+
+    The temporary name keeps the suffix, because writers such as matplotlib choose a format by it.
+    On an error the temporary file is removed and what stood at `path` stays.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes private files; results are meant to be read like any other file.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> Path:
+    """Write `content` to `path` in one step and return the path."""
+    with atomic_path(path) as temporary:
+        data = content.encode("utf-8") if isinstance(content, str) else content
+        temporary.write_bytes(data)
+    return Path(path)
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write `value` as indented JSON with sorted keys; NaN is refused, as JSON has none."""
+    return write_atomic(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as a hexadecimal string."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder; if the block succeeds it takes the place of `path` as a whole.
+
+    What stood at `path` stays until then, and stays for good on an error.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    old = fresh.with_name(fresh.name + "-old")
+    try:
+        yield fresh
+        fresh.chmod(0o755)
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object at `path`; an empty one if there is none or it cannot be read."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, doing: str) -> Iterator[None]:
+    """Hold the folder for this process; InputError if another one holds it.
+
+    doing: what the other run is doing there, such as `executing notebooks into`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"Another run is {doing} {folder}; wait for it to end."
+            ) from None
+        yield
+
+
+
+def time_in_words(seconds: float) -> str:
+    """A duration in the unit that suits it: `40 seconds`, `3.2 hours`, `36 days`."""
+    units = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
+    unit, length = next((pair for pair in units if seconds >= 2 * pair[1]), units[-1])
+    number = seconds / length
+    return f"{number:.0f} {unit}" if number >= 10 else f"{number:.1f} {unit}"

@@ -1,0 +1,44 @@
+"""data/manifest.yml: what profiles use from elsewhere, and what it must be."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scfm_circuits import InputError
+
+_ROOT = Path(__file__).resolve().parents[3]
+
+
+def entry(kind: str, name: str, root: Path = _ROOT) -> dict[str, Any] | None:
+    """The entry of that name among `cells`, `models` or `gene_sets`; None if there is none."""
+    path = root / "data" / "manifest.yml"
+    return _entries(path, path.stat().st_mtime_ns if path.is_file() else 0).get((kind, name))
+
+
+@cache
+def _entries(path: Path, _changed: int) -> dict[tuple[str, str], dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return {(kind, one["name"]): one for kind, some in content.items() for one in some}
+
+
+def check_model(name: str, config: Any, tokenizer_entries: int) -> None:
+    """InputError if a model of the manifest is not what its entry says; others pass.
+
+    config: the model's own configuration.
+    """
+    listed = entry("models", name)
+    if listed is None:
+        return
+    wrong = [f"`{key}` is {getattr(config, key, None)!r} instead of {value!r}"
+             for key, value in listed["config"].items() if getattr(config, key, None) != value]
+    if tokenizer_entries != listed["tokenizer_entries"]:
+        wrong.append(f"the tokenizer has {tokenizer_entries:,} entries instead of "
+                     f"{listed['tokenizer_entries']:,}")
+    if wrong:
+        raise InputError(f"The model {name!r} is not the one in data/manifest.yml: "
+                         f"{'; '.join(wrong)}. Check `model_revision` and `tokenizer` in the "
+                         "profile, or remove the model from the Hugging Face cache.")

@@ -1,0 +1,483 @@
+"""One run of the book as one typed, validated configuration.
+
+A profile is a YAML file in `notebooks/profiles/` (or anywhere, by path). It may name another in
+`extends` and then holds only what differs. Papermill hands a notebook the profile's name and any
+field to override; `from_notebook` turns both into a `Profile`.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from scfm_circuits import InputError
+from scfm_circuits.common import manifest
+
+PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = Path(os.environ.get("SCFM_ROOT", PACKAGE.parents[1]))
+PROFILES = ROOT / "notebooks" / "profiles"
+BUNDLED_CELLS = "pbmc68k_reduced"
+PLANTED_CELLS = "planted"
+PLANTED_PROGRAMS = Path("data") / "planted" / "programs.yml"
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)]
+
+
+class Profile(BaseModel):
+    """Everything that decides what a run computes; one docstring per field."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True,
+        protected_namespaces=(), validate_default=True,
+    )
+
+    name: Name
+    """The profile's name: its file's stem, and the folder under `results/`."""
+    title: str = ""
+    """One line for the banner: which cells and which model."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Every random choice of the run follows from this number."""
+
+    # --- cells -------------------------------------------------------------------------------
+    cells: str = BUNDLED_CELLS
+    """`pbmc68k_reduced` (700 real PBMCs in scanpy's wheel), `planted` (simulated heart cells with
+    known gene programs), a name in data/manifest.yml, or the path of an `.h5ad` file."""
+    cells_are: Literal["real", "simulated"] = "real"
+    """Whether the cells were measured or made up; shown on every page."""
+    cells_name: str = "700 PBMCs (68k PBMC data set, reduced), 10x Genomics"
+    """What the pages call the cells; by default a file's name."""
+    matrix: str = "raw"
+    """Where the expression values are: `X`, `raw`, or the name of a layer."""
+    symbol_column: str | None = None
+    """The `var` column that holds gene symbols; null takes the index."""
+    duplicate_symbols: Literal["error", "sum", "unique"] = "error"
+    """Two columns with one symbol: refuse, add their expression up, or number them (A, A-1)."""
+    label_column: str = "bulk_labels"
+    """The `obs` column that holds each cell's type."""
+    max_cells: Positive | None = None
+    """Use at most this many cells, drawn at random with the seed; null takes all."""
+    sampling: Literal["uniform", "stratified"] = "uniform"
+    """How `max_cells` are drawn: `uniform`, or `stratified`: as many of each cell type, as far as
+    there are any."""
+    validation_share: Share = 0.1
+    """Share of the cells held out: never seen by the small model or the transcoders."""
+
+    # --- sentences ---------------------------------------------------------------------------
+    genes_per_cell: Positive = 64
+    """The k most expressed genes make the cell's sentence (the paper's Figure 4 has 64)."""
+    prompt: str = "{genes}.\n\nThe corresponding cell type is:"
+    """The question put to the model; `{genes}` is the cell sentence (paper, Figure 4)."""
+    response: str = " {label}."
+    """The answer the model is trained to give; `{label}` is the cell type."""
+    tokenizer: str = "train"
+    """`train` (a byte-level BPE on the run's own sentences), or a Hugging Face id or folder."""
+    vocabulary_size: Annotated[int, Field(ge=300)] = 1024
+    """Pieces of the BPE that is trained; ignored for a loaded tokenizer."""
+
+    # --- language model ----------------------------------------------------------------------
+    model: str = "train"
+    """`train` (a small GPT-NeoX on the run's own cells), or a Hugging Face id or folder of a
+    GPT-NeoX, Llama, Mistral or Qwen2."""
+    model_revision: str | None = None
+    """The commit of a Hugging Face model to use."""
+    model_layers: Positive | None = 6
+    """Layers of the model that is trained, or the number a loaded one must have (null: any)."""
+    model_width: Positive = 128
+    """Residual width of the model that is trained."""
+    model_heads: Positive = 4
+    """Attention heads of the model that is trained."""
+    model_steps: Positive = 300
+    """Optimizer steps of the model that is trained."""
+    model_batch_cells: Positive = 16
+    """Cells in each of those steps."""
+    model_learning_rate: Annotated[float, Field(gt=0, lt=1)] = 3e-3
+    """Peak learning rate of those steps."""
+    forward_cells: Positive = 32
+    """Cells in one forward pass when nothing is learnt; bounds memory."""
+    model_precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the model's weights and passes. Circuits are traced in float32 all the same: their
+    sums would not close in half precision."""
+
+    # --- transcoders -------------------------------------------------------------------------
+    expansion: Positive = 8
+    """Transcoder width over model width (the paper: 8192 / 1024 = 8)."""
+    loss: Literal["normalized", "equation4"] = "normalized"
+    """`equation4`: the paper's formula. `normalized`: the code its settings come from, where the
+    same coefficient weighs about a thousand times more."""
+    l1_coefficient: Annotated[float, Field(ge=0)] = 1.4e-4
+    """Weight of the L1 penalty, in the units of the chosen loss."""
+    l1_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which that weight rises linearly from 0 (the paper: none)."""
+    activation: Literal["relu", "topk", "batchtopk", "jumprelu"] = "relu"
+    """What makes features sparse: `relu` with the L1 penalty (the paper); `topk` and `batchtopk`
+    with `count_kernels` and no penalty; `jumprelu` with a penalty on their number."""
+    active_features: Positive = 32
+    """Features active per token under `topk`, and on average under `batchtopk`."""
+    skip: bool = False
+    """Whether a linear map from input to output is trained beside the features."""
+    site: Literal["transcoder", "sae"] = "transcoder"
+    """`transcoder` reads the MLP's input; `sae`, a sparse autoencoder, the output it estimates: it
+    can be trained (`transcoders.training.run`) and compared, but no circuit traced."""
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    """Adam's learning rate after warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 5000
+    """Steps over which the learning rate rises linearly; constant afterwards."""
+    decay_steps: Annotated[int, Field(ge=0)] = 0
+    """Last steps, over which the learning rate falls linearly to 0 (the paper: none)."""
+    resample_steps: Annotated[int, Field(ge=0)] = 0
+    """Every so many steps of the first half, dead features start anew at badly explained tokens;
+    0: never (the paper)."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the products in training; `auto`: bfloat16 on a GPU, float32 on a CPU. Weights and
+    Adam are float32 always."""
+    batch_tokens: Positive = 2048
+    """Tokens in one optimizer step."""
+    training_tokens: Positive = 60_000_000
+    """Tokens trained on in all; a small corpus is gone through several times."""
+    buffer_tokens: Positive = 65_536
+    """Tokens whose activations are held and shuffled together; bounds memory."""
+    dead_after_tokens: Positive = 100_000
+    """A feature that has not fired for this many tokens counts as dead."""
+    checkpoint_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """How often training writes a checkpoint to resume from."""
+    checkpoint_steps: Annotated[int, Field(ge=0)] = 0
+    """Training also writes one every so many steps; 0: by time alone."""
+    tensorboard: bool = False
+    """Whether training also writes curves for TensorBoard, to `results/<profile>/tensorboard`."""
+    variant_tokens: Positive | None = None
+    """Tokens that each kind of dictionary is trained on where kinds are compared; null: a twelfth
+    of `training_tokens`."""
+
+    # --- features ----------------------------------------------------------------------------
+    live_cut: Annotated[float, Field(le=0)] = -4.0
+    """A feature is live in Figure 3 and Table 3 if log10 E(f) is at least this."""
+    live_cut_table4: Annotated[float, Field(le=0)] = -3.0
+    """The same for Table 4, where the paper uses a stricter cut."""
+    human_layer: Annotated[int, Field(ge=0)] = 3
+    """Layer of the human evaluation (the paper: 12 of 24)."""
+    human_features: Positive = 20
+    """Live features drawn for the human evaluation."""
+    contexts_per_feature: Positive = 5
+    """Strongest contexts shown for each of them."""
+    human_decoys: Annotated[int, Field(ge=0)] = 6
+    """Decoys hidden among their cards, half of either kind."""
+    gene_groups: str | None = None
+    """Path of a .csv or .tsv with the columns symbol and group (HGNC's gene groups, say), whose
+    groups count as gene families in the automatic score beside the shared stems of symbols."""
+
+    # --- enrichment --------------------------------------------------------------------------
+    libraries: Annotated[list[str], Field(min_length=1)] = [
+        "GO_Biological_Process_2025", "KEGG_2021_Human",
+    ]
+    """Gene-set libraries of Table 4, by Enrichr name."""
+    case_library: str = "CellMarker_Augmented_2021"
+    """Gene-set library of the case study."""
+    gene_sets: str | None = None
+    """Folder that holds `<library>.gmt` files; null: $SCFM_GENE_SETS, the cache, or a download."""
+    enrichment_rule: Literal["enrichr", "corpus", "gseapy"] = "enrichr"
+    """Background and BH family (see the enrichment chapter)."""
+    fdr: Share = 0.05
+    """A feature is called interpretable if one term has a q-value below this."""
+    gene_rule: Literal["token", "occurrence"] = "token"
+    """How a token counts for a gene: `token`: for each gene of the corpus whose name contains it
+    (the paper's words); `occurrence`: only for the gene it stood in when the feature fired."""
+    list_rule: Literal["all", "top", "share"] = "top"
+    """Which genes of the ranking are tested: all, the first `list_size`, or those that hold
+    `list_share` of the activations. The paper does not say."""
+    list_size: Positive = 50
+    """Genes tested under the list rule `top`."""
+    list_share: Share = 0.5
+    """Share of the activations under the list rule `share`."""
+    null_draws: Annotated[int, Field(ge=19)] = 1000
+    """Random gene lists of each kind that every live feature is compared with."""
+    reinitialised_control: bool = True
+    """Whether transcoders are trained on a model with random weights too, as a control. Takes as
+    long as training them on the model itself."""
+    prerank_features: Annotated[int, Field(ge=0)] = 5
+    """Features of the human evaluation that are also tested by gseapy's prerank (slow)."""
+
+    # --- case study --------------------------------------------------------------------------
+    case_type: str = "CD14+ Monocyte"
+    """Cell type whose call is traced; a held-out cell of this type must exist."""
+    case_sentence: str | None = None
+    """A CSV file whose column `gene` is the sentence to trace instead of a cell's (the paper's
+    Figure 4: `data/paper/figure4_genes.csv`); `case_type` is then its label."""
+    case_position: Literal["answer", "query"] = "answer"
+    """Where the target feature is read: `answer`: the full stop that ends the answer (the paper's
+    final token "."), `query`: the colon where the answer begins."""
+    circuit_branches: Positive = 24
+    """Strongest contributors kept at each expansion of the circuit."""
+    circuit_depth: Positive = 4
+    """How many times the circuit is extended upstream."""
+    circuit_nodes: Positive = 150
+    """Largest number of nodes in the circuit."""
+    graph_features: Positive = 1000
+    """Features that get a row of their own in the whole graph, the most influential first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _file_names_its_cells(cls, given: Any) -> Any:
+        """Without `cells_name`, other cells must not be called by the bundled cells' name."""
+        cells = given.get("cells", BUNDLED_CELLS) if isinstance(given, dict) else None
+        if not isinstance(cells, str) or cells == BUNDLED_CELLS:
+            return given
+        if cells == PLANTED_CELLS:
+            return {"cells_name": "simulated heart cells with planted gene programs",
+                    "cells_are": "simulated", **given}
+        return {"cells_name": f"cells of {Path(cells).name}", **given}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Profile":
+        if self.cells == PLANTED_CELLS and self.cells_are != "simulated":
+            raise ValueError(f"cells_are: the cells `{PLANTED_CELLS}` are made up, so this must be "
+                             "`simulated`")
+        if self.model == "train":
+            if self.model_layers is None:
+                raise ValueError("model_layers: a model that is trained needs a number of layers")
+            if self.model_width % self.model_heads:
+                raise ValueError(
+                    f"model_heads: {self.model_heads} heads do not divide model_width "
+                    f"{self.model_width}"
+                )
+        elif self.tokenizer == "train":
+            raise ValueError("tokenizer: a loaded model needs its own tokenizer, not `train`")
+        if self.model_layers is not None and self.human_layer >= self.model_layers:
+            raise ValueError(
+                f"human_layer: layer {self.human_layer} asked of a model with "
+                f"{self.model_layers} layers; allowed are 0 to {self.model_layers - 1}"
+            )
+        for field, text, slot in (("prompt", self.prompt, "{genes}"),
+                                  ("response", self.response, "{label}")):
+            if text.count(slot) != 1:
+                raise ValueError(f"{field}: must contain {slot} exactly once")
+        if (1 + self.null_draws) * self.fdr <= 1:
+            raise ValueError(f"null_draws: with {self.null_draws} null lists no p-value can be "
+                             f"below the fdr of {self.fdr:g}; use more than {1 / self.fdr:.0f}")
+        if self.buffer_tokens < self.batch_tokens:
+            raise ValueError("buffer_tokens: must be at least batch_tokens")
+        return self
+
+    @property
+    def results(self) -> Path:
+        """Folder of this run's results; a run with overrides has one of its own."""
+        return Path(os.environ.get("SCFM_RESULTS", ROOT / "results")) / self.name
+
+    def fingerprint(self, fields: Iterable[str], rooms: Iterable[str] = ()) -> dict[str, Any]:
+        """What a stage's result depends on: fields, sources of rooms, versions of libraries.
+
+        rooms: folders of the package (`transcoders/training`) or files in them, without `.py`;
+        `common` counts always.
+        """
+        values = {field: getattr(self, field) for field in sorted(fields)}
+        sources = {room: room_digest(room) for room in sorted({"common", *rooms})}
+        # A new release of these may give other numbers from the same sources.
+        versions = {name: version(name) for name in ("numpy", "tokenizers", "torch",
+                                                     "transformers")}
+        return {"fields": values, "sources": sources, "versions": versions}
+
+
+@cache
+def room_digest(room: str) -> str:
+    """Hash of all sources of a room of the package, or of one file in it (without `.py`)."""
+    folder = PACKAGE / room
+    paths = sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{room}.py"]
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
+    """The file of the profile's cells, which need not exist; None for the bundled cells.
+
+    The cells `planted` are made from the file of their gene programs; cells of data/manifest.yml
+    are in data/atlas/, or the folder in the environment variable SCFM_DATA.
+    root: the folder that a relative path starts from. Raises InputError for the home folder of a
+    user who does not exist (`~nobody/cells.h5ad`).
+    """
+    if profile.cells == BUNDLED_CELLS:
+        return None
+    if profile.cells == PLANTED_CELLS:
+        return root / PLANTED_PROGRAMS
+    listed = manifest.entry("cells", profile.cells, root)
+    if listed is not None:
+        return Path(os.environ.get("SCFM_DATA") or root / "data" / "atlas") / listed["file"]
+    try:
+        return root / Path(profile.cells).expanduser()
+    except RuntimeError:
+        raise InputError(f"Profile field `cells` is {profile.cells!r}, but that home folder is not "
+                         "known; give the whole path.") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 and everybody expects."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The profile {path} cannot be read ({error}).") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise InputError(f"The profile {path} is not valid YAML{line}; check its syntax.") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"The profile {path} must be a list of `field: value` lines.")
+    return content
+
+
+def profile_path(profile: str) -> Path:
+    """The file of a profile given by name or by path; InputError if there is none."""
+    is_path = profile.endswith((".yml", ".yaml")) or os.sep in profile
+    path = Path(profile) if is_path else PROFILES / f"{profile}.yml"
+    if is_path and not path.is_absolute() and not path.exists():
+        path = ROOT / path
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yml")))
+        raise InputError(
+            f"There is no profile {profile!r} ({path} does not exist); "
+            f"known are {known}, or give the path of a .yml file."
+        )
+    return path
+
+
+def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[Path]]:
+    """A profile's own fields over those of the profiles it extends, and the files read."""
+    path = path.resolve()
+    if path in seen:
+        raise InputError(f"The profile {path} extends itself; remove `extends` from one of them.")
+    content = _read_yaml(path)
+    base = content.pop("extends", None)
+    if base is None:
+        return content, [path]
+    if not isinstance(base, str):
+        raise InputError(f"{path}: `extends` must be the name of a profile.")
+    inherited, files = _read_chain(profile_path(base), (*seen, path))
+    return _over(inherited, content), [path, *files]
+
+
+def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`own` fields over those of `base`; other cells or models do not keep the base's names."""
+    kept = dict(base)
+    other = {field for field in ("cells", "model")
+             if field in own and own[field] != base.get(field, Profile.model_fields[field].default)}
+    if other:
+        kept.pop("title", None)
+    if "cells" in other:
+        kept.pop("cells_name", None)
+    return {**kept, **own}
+
+
+def profile_files(profile: str) -> list[Path]:
+    """The profile's file and those of the profiles it extends."""
+    return _read_chain(profile_path(profile))[1]
+
+
+def _explain(error: ValidationError, path: Path, overrides: Mapping[str, Any]) -> str:
+    """The first problem of a validation error, naming key, file and what is allowed."""
+    problem = error.errors(include_url=False)[0]
+    key = str(problem["loc"][0]) if problem["loc"] else ""
+    source = "an override" if key in overrides else str(path)
+    if problem["type"] == "extra_forbidden":
+        import difflib
+
+        near = difflib.get_close_matches(key, Profile.model_fields, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else (
+            "allowed are " + ", ".join(sorted(Profile.model_fields)) + ".")
+        return f"Unknown profile field `{key}` in {source}; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    got = "" if problem["type"] in ("value_error", "missing") else f" (got {problem['input']!r})"
+    if not key:
+        key, _, message = message.partition(": ")
+        source = "an override" if key in overrides else str(path)
+    about = (Profile.model_fields[key].description or "") if key in Profile.model_fields else ""
+    about = " ".join(about.split())
+    return f"Profile field `{key}` in {source}: {message}{got}. {about}".rstrip()
+
+
+def load_profile(profile: str, overrides: Mapping[str, Any] | None = None) -> Profile:
+    """Read and check a profile.
+
+    A run with overrides gets a name of its own (`demo+1f2e3d4c`), so that it never replaces the
+    profile's results. Raises InputError naming the key, the file and what is allowed.
+    """
+    overrides = dict(overrides or {})
+    path = profile_path(profile)
+    content, _ = _read_chain(path)
+    if "name" in overrides or "extends" in overrides:
+        raise InputError("`name` and `extends` cannot be overridden; write a profile file instead.")
+    try:
+        checked = Profile.model_validate({**_over(content, overrides), "name": path.stem})
+        if not overrides:
+            return checked
+        digest = hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]
+        return checked.model_copy(update={"name": f"{path.stem}+{digest}"})
+    except ValidationError as error:
+        raise InputError(_explain(error, path, overrides)) from None
+
+
+_NOT_PARAMETERS = {"profile", "In", "Out", "exit", "quit", "open", "get_ipython"}
+_strict = True
+
+
+def from_notebook(namespace: Mapping[str, Any]) -> Profile:
+    """The profile of a notebook: `profile` and any field that papermill injected.
+
+    namespace: the notebook's `globals()`. On the first call nothing else has been assigned yet,
+    so a name that is no field is an unknown papermill parameter and an InputError; when the cell
+    is run again interactively, the notebook's own variables are passed over.
+    """
+    global _strict
+    plain = (str, int, float, bool, list, dict, type(None))
+    given = {
+        key: value for key, value in namespace.items()
+        # Capitals are imported constants; a parameter has none.
+        if not key.startswith("_") and not key.isupper() and key not in _NOT_PARAMETERS
+        and isinstance(value, plain)
+    }
+    if not _strict:
+        given = {key: value for key, value in given.items() if key in Profile.model_fields}
+    loaded = load_profile(namespace["profile"], given)
+    _strict = False
+    return loaded
+
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """`key=value` pairs, the values read as in a profile file."""
+    overrides = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"The parameter {pair!r} must have the form key=value.")
+        try:
+            overrides[key.strip()] = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError:
+            raise InputError(f"The value in {pair!r} cannot be read as YAML.") from None
+    return overrides
+
+
+
+def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--profile` and `-p`, as every program of the package takes them."""
+    parser.add_argument("--profile", default="demo", help="name or .yml file (default: demo)")
+    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="KEY=VALUE",
+                        help="override a field of the profile; may be repeated")

@@ -1,0 +1,293 @@
+"""What over-representation is computed from: a library seen against a background, encoded lists.
+
+`prepare_background` decides which genes could have been drawn and which terms are tested;
+`encode_lists` turns lists of symbols into the library's gene ids under that decision.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scfm_circuits import InputError
+from scfm_circuits.enrichment import kernels as enrichment_kernels
+from scfm_circuits.enrichment.gene_sets import GeneSets
+from scfm_circuits.enrichment.null_lists import Ragged
+
+IntArray = NDArray[np.integer[Any]]
+Family = Literal["hit", "all"]
+
+MAX_BACKGROUND = 1_000_000
+"""Largest background accepted as a number; no genome has that many genes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Background:
+    """A library seen against a background: what is drawn from, and which terms are tested."""
+
+    library: GeneSets
+    total: int
+    """Number of background genes N."""
+    symbols: frozenset[str] | None
+    """Upper-case background symbols; None if only their number is given (nothing is filtered)."""
+    known: NDArray[np.bool_]
+    """Which of the library's genes are in the background, (n_genes,)."""
+    sizes: IntArray
+    """Genes of each term within the background, 0 for a term left out, (n_terms,)."""
+    gene_indptr: IntArray
+    """Where each gene's terms start in `gene_terms`, (n_genes + 1,)."""
+    gene_terms: IntArray
+    """Terms of each gene, (sizes.sum(),)."""
+    limits: tuple[int, int | None] = field(default=(1, None))
+    """Smallest and largest term size tested, counted within the background."""
+
+    @property
+    def n_terms(self) -> int:
+        """Number of terms that can be tested: the BH family "all"."""
+        return int(np.count_nonzero(self.sizes))
+
+    @cached_property
+    def log_factorials(self) -> tuple[NDArray[np.int64], float]:
+        """Table and unit, see `kernels.log_factorial_table`."""
+        return enrichment_kernels.log_factorial_table(self.total)
+
+    @cached_property
+    def term_index(self) -> enrichment_kernels.TermIndex:
+        """The same terms in the form the compiled engine walks."""
+        distinct, size_class = np.unique(self.sizes, return_inverse=True)
+        overlaps = np.arange(int(distinct[-1]) + 1)
+        # A row of cells per overlap x: one for each distinct size that is at least x.
+        first_class = np.searchsorted(distinct, overlaps)
+        widths = distinct.size - first_class
+        row_start = np.cumsum(widths) - widths
+        cell_overlap = np.repeat(overlaps, widths)
+        cell_class = np.arange(widths.sum()) - row_start[cell_overlap] + first_class[cell_overlap]
+        return enrichment_kernels.TermIndex(
+            self.gene_indptr, self.gene_terms, size_class.astype(np.int32),
+            (row_start - first_class).astype(np.int32), cell_class.astype(np.int32),
+            cell_overlap.astype(np.int32), distinct,
+            np.searchsorted(np.sort(size_class), np.arange(distinct.size + 1)),
+            np.argsort(size_class, kind="stable").astype(np.int32),
+        )  # fmt: skip
+
+    def setting(self, family: Family, alpha: float) -> enrichment_kernels.Setting:
+        """What the compiled engine has to know beside the terms."""
+        n_tests = self.n_terms if family == "all" else 0
+        return enrichment_kernels.Setting(self.total, *self.log_factorials, n_tests, alpha)
+
+    def statement(self, family: Family) -> str:
+        """One sentence stating background, BH family and size limits of a result."""
+        if self.symbols is None:
+            drawn = f"{self.total:,} genes (a number; unknown symbols count as drawn)"
+        else:
+            drawn = f"{self.total:,} given genes (lists and terms restricted to them)"
+        tests = "the terms hit by the list" if family == "hit" else f"all {self.n_terms:,} terms"
+        low, high = self.limits
+        upper = f" to {high}" if high is not None else " or more"
+        limits = "of every size" if self.limits == (1, None) else f"with {low}{upper} genes"
+        return (
+            f"{self.library.name}: background of {drawn}, "
+            f"Benjamini-Hochberg over {tests}, terms {limits}."
+        )
+
+
+class Encoded(NamedTuple):
+    """Gene lists as the library's gene ids; repeats and genes outside the background dropped."""
+
+    indptr: IntArray
+    """Where each list starts in `ids`, (n_lists + 1,)."""
+    ids: IntArray
+    """Gene ids of all lists, unique within a list, (indptr[-1],)."""
+    n_query: IntArray
+    """Number of genes of each list that count as drawn, n of the test, (n_lists,)."""
+
+
+def prepare_background(
+    library: GeneSets,
+    background: int | Collection[str] | Background | None,
+    min_size: int = 1,
+    max_size: int | None = None,
+) -> Background:
+    """Fix what lists are drawn from; pass the result as `background` to reuse it for many calls.
+
+    Args:
+        library: the gene sets.
+        background: a number N (nothing is filtered, unknown symbols count, as at Enrichr and
+            gseapy with a number), the symbols drawn from (lists and terms are restricted to them),
+            or None for the union of the library (gseapy's default).
+        min_size, max_size: term sizes tested, counted within the background.
+
+    Raises:
+        InputError: a background that is a string, empty, smaller than a term, or shares no gene
+            with the library.
+    """
+    if isinstance(background, Background):
+        if background.library is not library:
+            raise InputError(
+                f"The background was prepared for library {background.library.name}, not for "
+                f"{library.name}; prepare one for each library."
+            )
+        return background
+    total, symbols = _background_genes(library, background)
+    owners = np.repeat(np.arange(len(library)), library.sizes)
+    known = np.ones(len(library.genes), dtype=bool)
+    if symbols is not None:
+        known = np.fromiter((gene in symbols for gene in library.genes), bool, len(library.genes))
+    kept = known[library.term_genes]
+    sizes = np.bincount(owners[kept], minlength=len(library))
+    outside = (sizes < min_size) | (sizes > (max_size or len(library.genes)))
+    sizes[outside] = 0
+    kept &= ~outside[owners]
+    if not sizes.any():
+        raise InputError(
+            f"No term of {library.name} can be tested: none shares a gene with the {total:,} "
+            "background genes within the size limits; check that both use gene symbols."
+        )
+    _check_fits(library, total, sizes)
+    genes = library.term_genes[kept]
+    order = np.argsort(genes, kind="stable")
+    counts = np.bincount(genes, minlength=len(library.genes))
+    return Background(
+        library, total, symbols, known, sizes, np.concatenate([[0], np.cumsum(counts)]),
+        owners[kept][order].astype(np.int32), (min_size, max_size),
+    )  # fmt: skip
+
+
+def _background_genes(
+    library: GeneSets, background: int | Collection[str] | None
+) -> tuple[int, frozenset[str] | None]:
+    """Number of background genes, and their symbols unless only a number is given."""
+    if background is None:
+        return len(library.genes), frozenset(library.genes)
+    if isinstance(background, int | np.integer) and not isinstance(background, bool):
+        if not 0 < background <= MAX_BACKGROUND:
+            raise InputError(
+                f"A background of {int(background):,} genes makes no sense; give a number from 1 "
+                f"to {MAX_BACKGROUND:,}, or the genes themselves."
+            )
+        return int(background), None
+    if isinstance(background, str | bytes | bool) or not isinstance(background, Collection):
+        raise InputError(
+            f"The background is {background!r:.60}; give a number of genes, a collection of "
+            "symbols, or None for the library's genes."
+        )
+    symbols = frozenset(_upper(symbol) for symbol in background)
+    if not symbols:
+        raise InputError("The background holds no gene; pass the genes the lists are drawn from.")
+    return len(symbols), symbols
+
+
+def _check_fits(library: GeneSets, total: int, sizes: IntArray) -> None:
+    largest = int(sizes.argmax())
+    if sizes[largest] > total:
+        raise InputError(
+            f"The background of {total:,} genes is smaller than the term "
+            f"{library.terms[largest]!r} of {library.name} ({sizes[largest]:,} genes); give the "
+            "number of genes that the lists could have been drawn from."
+        )
+
+
+def _upper(symbol: Any) -> str:
+    if not isinstance(symbol, str) or not symbol.strip():
+        raise InputError(
+            f"{symbol!r:.60} is not a gene symbol; remove missing values and empty entries."
+        )
+    return symbol.strip().upper()
+
+
+class _SymbolIds(dict[str, int]):
+    """Ids of symbols as they come, one for all spellings of a symbol (C1orf112, C1ORF112)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[str, int] = {}
+
+    def __missing__(self, symbol: str) -> int:
+        upper = _upper(symbol)
+        self[symbol] = self.names.setdefault(upper, len(self.names))
+        return self[symbol]
+
+
+def encode_lists(
+    lists: Sequence[Collection[str]],
+    library: GeneSets,
+    background: int | Collection[str] | Background | None,
+) -> Encoded:
+    """Turn lists of symbols into gene ids: upper-cased, repeats dropped, background applied.
+
+    Raises:
+        InputError: a list that is one string, an entry that is no symbol, or as
+            `prepare_background`.
+    """
+    universe = prepare_background(library, background)
+    symbol_ids = _SymbolIds()
+    flat: list[int] = []
+    lengths = []
+    for i, genes in enumerate(lists):
+        if isinstance(genes, str | bytes):
+            raise InputError(f"Gene list {i} is one string; pass a list of symbols for each list.")
+        flat.extend(map(symbol_ids.__getitem__, genes))
+        lengths.append(len(genes))
+    indptr = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    counts, gene = _looked_up(list(symbol_ids.names), universe)
+    return _compact(indptr, np.asarray(flat, dtype=np.int64), counts, gene)
+
+
+class GeneIds(NamedTuple):
+    """The genes that lists name by id, as the library and the background know them."""
+
+    canonical: IntArray
+    """The same number for all spellings of a symbol, (n_genes,)."""
+    counts: NDArray[np.bool_]
+    """Whether each canonical gene counts as drawn."""
+    gene: IntArray
+    """The library's id of each canonical gene, -1 for none."""
+
+
+def gene_ids(genes: Sequence[str], universe: Background) -> GeneIds:
+    """Look the symbols up once, for many calls of `encode_ids`."""
+    symbol_ids = _SymbolIds()
+    canonical = np.array([symbol_ids[gene] for gene in genes], dtype=np.int64)
+    return GeneIds(canonical, *_looked_up(list(symbol_ids.names), universe))
+
+
+def encode_ids(
+    lists: Ragged,
+    genes: Sequence[str] | GeneIds,
+    library: GeneSets,
+    background: int | Collection[str] | Background | None,
+) -> Encoded:
+    """As `encode_lists`, for lists that are ids into `genes` already (the nulls): far faster.
+
+    Raises:
+        InputError: an id outside `genes`, or as `prepare_background`.
+    """
+    universe = prepare_background(library, background)
+    known = genes if isinstance(genes, GeneIds) else gene_ids(genes, universe)
+    n_genes = known.canonical.size
+    if lists.ids.size and not 0 <= lists.ids.min() <= lists.ids.max() < n_genes:
+        raise InputError(f"The lists hold an id outside the {n_genes} genes they refer to.")
+    indptr = np.asarray(lists.indptr, dtype=np.int64)
+    return _compact(indptr, known.canonical[lists.ids], known.counts, known.gene)
+
+
+def _looked_up(names: Sequence[str], universe: Background
+               ) -> tuple[NDArray[np.bool_], IntArray]:
+    """Whether each symbol counts as drawn, and the library's id of it."""
+    index = universe.library.index
+    gene = np.array([index.get(name, -1) for name in names], dtype=np.int32)
+    if universe.symbols is None:
+        return np.ones(len(names), dtype=bool), gene
+    return np.array([name in universe.symbols for name in names], dtype=bool), gene
+
+
+def _compact(indptr: IntArray, symbols: IntArray, counts: NDArray[np.bool_], gene: IntArray
+             ) -> Encoded:
+    """Drop repeats and what the background excludes; translate to the library's gene ids."""
+    ids = np.empty(symbols.size, dtype=np.int32)
+    n_query = np.zeros(indptr.size - 1, dtype=np.int64)
+    starts = enrichment_kernels.compact_lists(indptr, symbols, counts, gene, ids, n_query)
+    return Encoded(starts, ids[: starts[-1]], n_query)

@@ -1,0 +1,101 @@
+"""What dictionaries of different kinds are compared by: see `variants`.
+
+All are measured on the same held-out cells, by the dictionaries as they are stored: thresholds of
+`batchtopk` and `jumprelu` are those learnt in training.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.enrichment.controls.layer_counts import Tester, null_source
+from scfm_circuits.enrichment.null_lists import ragged
+from scfm_circuits.features.gene_lists import gene_list_ids
+from scfm_circuits.features.statistics import FeatureStatistics
+from scfm_circuits.transcoders.variants import Trained
+
+if TYPE_CHECKING:
+
+    from scfm_circuits.common.profile import Profile
+
+NULL = "token-preserving"
+"""The null lists: random tokens of the kinds, and as many, as the feature fires on."""
+
+
+def feature_measures(statistics: FeatureStatistics, corpus: Corpus, profile: "Profile",
+                     ready: Sequence[Tester]) -> pd.DataFrame:
+    """Live features and the interpretable ones among them: a row per layer.
+
+    Columns: layer, live (Figure 3's cut), live_table4, dead (share that fires nowhere in the
+    corpus); for each tester, called_<rule> and null_<rule>: how many of the features that are live
+    at Table 4's cut it calls, and how many of as many null lists of the kind `NULL`, one for each.
+    """
+    live, rows = statistics.live(profile.live_cut_table4), []
+    for layer in range(len(live)):
+        features = np.flatnonzero(live[layer])
+        own = ragged(gene_list_ids(statistics, layer, features, corpus, profile))
+        row = {"layer": layer, "live": int(statistics.live(profile.live_cut)[layer].sum()),
+               "live_table4": len(features), "dead": float((statistics.fired[layer] == 0).mean())}
+        null = None
+        if len(features):
+            source = null_source(statistics, layer, features, own, corpus, profile)
+            null = source.draw(NULL, np.random.default_rng([profile.seed, 12, layer]), 1)
+        for tester in ready:
+            row[f"called_{tester.rule}"] = int(tester.counted(own)[0].sum()) if null else 0
+            row[f"null_{tester.rule}"] = int(tester.counted(null)[0].sum()) if null else 0
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def by_layer(trained: Sequence[Trained], held_out: pd.DataFrame,
+             features: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """One row per variant and layer, measures of both kinds.
+
+    `loss_increase`: loss with that layer's MLP replaced, less the model's own.
+    """
+    own = held_out.set_index(["variant", "layer"])["loss"]
+    frames = []
+    for one in trained:
+        name = one.setting.name
+        rows = held_out[(held_out["variant"] == name) & (held_out["layer"] >= 0)]
+        rows = rows.assign(loss_increase=rows["loss"] - own["original", -1])
+        frames.append(rows.merge(features[name], on="layer"))
+    return pd.concat(frames, ignore_index=True)
+
+
+def summary(trained: Sequence[Trained], layers: pd.DataFrame, held_out: pd.DataFrame
+            ) -> pd.DataFrame:
+    """One row per variant: means over layers, live features of all layers, pooled percentages.
+
+    Columns: variant, label, l1_coefficient or k (what set its L0), l0, l0_ratio (to the
+    reference's), fvu, loss_increase (one layer at a time), loss_increase_all (all at once), live,
+    live_table4, dead, percentage_<rule>, null_<rule>, seconds_ratio (a training step's time to
+    that of the reference).
+    """
+    own = held_out.set_index(["variant", "layer"])["loss"]
+    rules = [str(name).removeprefix("called_") for name in layers
+             if str(name).startswith("called_")]
+    rows = []
+    for one in trained:
+        part = layers[layers["variant"] == one.setting.name]
+        limited = one.setting.matched == "k"
+        row = {"variant": one.setting.name, "label": one.setting.label,
+               "l1_coefficient": np.nan if limited else one.l1_coefficient,
+               "k": one.profile.active_features if limited else np.nan,
+               "l0": part["l0"].mean(), "fvu": part["fvu"].mean(),
+               "loss_increase": part["loss_increase"].mean(),
+               "loss_increase_all": own[one.setting.name, -1] - own["original", -1],
+               "live": int(part["live"].sum()), "live_table4": int(part["live_table4"].sum()),
+               "dead": part["dead"].mean()}
+        tested = row["live_table4"] or np.nan
+        for rule in rules:
+            row[f"percentage_{rule}"] = 100 * part[f"called_{rule}"].sum() / tested
+            row[f"null_{rule}"] = 100 * part[f"null_{rule}"].sum() / tested
+        row["seconds_ratio"] = one.seconds / trained[0].seconds
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    table.insert(5, "l0_ratio", table["l0"] / table["l0"].iloc[0])
+    return table

@@ -1,0 +1,338 @@
+"""Gene-set libraries: read from GMT files, checked, cached, downloaded once if need be.
+
+A library is a list of named terms, each a set of gene symbols. Symbols are upper-cased once, here,
+because the published libraries are upper case while atlases mix (`C1orf112`).
+
+Where `load_library` looks, in this order; the network is never touched when a file is there:
+1. the folder the profile names, 2. the folder in the environment variable SCFM_GENE_SETS,
+3. the cache (SCFM_CACHE or ~/.cache/scfm-circuits, subfolder gene-sets), 4. Enrichr's own server
+(unless offline), 5. the small library of marker sets bundled with this project, with a warning.
+"""
+
+import hashlib
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scfm_circuits import InputError
+from scfm_circuits.common import manifest
+from scfm_circuits.common.files import write_atomic
+from scfm_circuits.common.profile import ROOT
+
+IntArray = NDArray[np.integer[Any]]
+
+DATA_FOLDER = ROOT / "data"
+BUNDLED_LIBRARY = "bundled_markers"
+ENRICHR_URL = "https://maayanlab.cloud/Enrichr/geneSetLibrary"
+DOWNLOAD_TRIES = 3
+
+# Why a download failed, so that the second and third library of a run do not wait again. The key
+# "" stands for the whole server (no connection), a library's name for that library alone.
+_failed_downloads: dict[str, str] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class GeneSets:
+    """One gene-set library, with genes as integer ids.
+
+    Names of terms and symbols come from outside: escape them wherever they meet HTML.
+    """
+
+    name: str
+    """Name of the library, e.g. "GO_Biological_Process_2025"."""
+    terms: tuple[str, ...]
+    """Term names, in the order of the file."""
+    genes: tuple[str, ...]
+    """Union of all terms' symbols, upper case, sorted; a gene's id is its place here."""
+    term_indptr: IntArray
+    """Where each term starts in `term_genes`, (n_terms + 1,)."""
+    term_genes: IntArray
+    """Gene ids of each term, sorted and unique within the term, (n_terms' sizes summed,)."""
+    source: str
+    """Where it came from: "file", "download", "bundled" or "memory"."""
+    sha256: str
+    """SHA-256 of the file's bytes; of the content for a library built in memory."""
+    warning: str | None = field(default=None)
+    """What a reader should know about this copy, e.g. that it is another version; None if fine."""
+
+    def __len__(self) -> int:
+        return len(self.terms)
+
+    @cached_property
+    def sizes(self) -> IntArray:
+        """Number of genes of each term, (n_terms,)."""
+        return np.diff(self.term_indptr)
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Gene id of each (upper-case) symbol."""
+        return {symbol: i for i, symbol in enumerate(self.genes)}
+
+    @cached_property
+    def content_sha256(self) -> str:
+        """SHA-256 of terms and members, blind to line endings, descriptions and order."""
+        lines = sorted(
+            "\t".join((term, *self.term_members(i))) for i, term in enumerate(self.terms)
+        )
+        return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()
+
+    def term_members(self, i: int) -> tuple[str, ...]:
+        """Symbols of term `i`, sorted."""
+        ids = self.term_genes[self.term_indptr[i] : self.term_indptr[i + 1]]
+        return tuple(self.genes[j] for j in ids)
+
+
+def _build(
+    name: str, members: Mapping[str, set[str]], source: str, sha256: str, warning: str | None
+) -> GeneSets:
+    """Turn term -> symbols (upper case, no empty term) into the integer form."""
+    genes = tuple(sorted(set().union(*members.values())))
+    index = {symbol: i for i, symbol in enumerate(genes)}
+    ids = [sorted(index[symbol] for symbol in symbols) for symbols in members.values()]
+    indptr = np.zeros(len(ids) + 1, dtype=np.int64)
+    np.cumsum([len(term) for term in ids], out=indptr[1:])
+    flat = np.fromiter((i for term in ids for i in term), dtype=np.int32, count=int(indptr[-1]))
+    return GeneSets(name, tuple(members), genes, indptr, flat, source, sha256, warning)
+
+
+def gene_sets_from_dict(name: str, mapping: Mapping[str, Iterable[str]]) -> GeneSets:
+    """Library from a mapping of term name to symbols, e.g. planted programs or a user's own sets.
+
+    Symbols are upper-cased and de-duplicated; terms without a gene are dropped and counted in the
+    warning.
+
+    Raises:
+        InputError: no term has a gene, or a term is given as one string instead of a list.
+    """
+    members: dict[str, set[str]] = {}
+    for term, symbols in mapping.items():
+        if isinstance(symbols, str):
+            raise InputError(
+                f"Term {term!r} of library {name} is one string; give a list of gene symbols."
+            )
+        members[term] = {symbol.strip().upper() for symbol in symbols if symbol.strip()}
+    kept = {term: symbols for term, symbols in members.items() if symbols}
+    if not kept:
+        raise InputError(f"Library {name} has no term with a gene; give at least one gene set.")
+    library = _build(name, kept, "memory", "", _dropped(len(members) - len(kept)))
+    return replace(library, sha256=library.content_sha256)
+
+
+def _dropped(n_empty: int) -> str | None:
+    return f"{n_empty} term(s) without a gene were left out." if n_empty else None
+
+
+def read_gmt(path: str | Path, name: str | None = None) -> GeneSets:
+    """Read a GMT file: one term a line, as `term <tab> description <tab> gene <tab> gene ...`.
+
+    Tabs at the end of a line are harmless, a weight behind a comma (`GENE,1.0`) is dropped, so are
+    repeated genes, and terms without any gene (counted in the warning).
+
+    Args:
+        path: the file.
+        name: the library's name; the file's stem by default.
+
+    Raises:
+        InputError: no such file, not UTF-8 text, not GMT, a term name twice, or no term left.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise InputError(
+            f"The gene-set file {path} cannot be read ({reason}); check the path, or remove it "
+            "from the profile to use another source."
+        ) from error
+    return parse_gmt(content, name or path.stem, source="file", where=f"The gene-set file {path}")
+
+
+def parse_gmt(content: bytes, name: str, source: str, where: str) -> GeneSets:
+    """Parse the bytes of a GMT file; `where` opens each error message ("The gene-set file x").
+
+    Raises:
+        InputError: as `read_gmt`.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where} is not UTF-8 text (byte {error.start}); give a plain, unpacked GMT file."
+        ) from error
+    members: dict[str, set[str]] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        term, *rest = line.rstrip("\r").split("\t")
+        term = term.strip()
+        if not rest or not term or "\0" in line:
+            raise InputError(
+                f"{where} is not a GMT file: line {number} is not "
+                "'term <tab> description <tab> genes'; replace the file."
+            )
+        if term in members:
+            raise InputError(
+                f"{where} names the term {term[:80]!r} twice (again in line {number}); "
+                "rename or merge the two."
+            )
+        symbols = (cell.partition(",")[0].strip().upper() for cell in rest[1:])
+        members[term] = {symbol for symbol in symbols if symbol}
+    kept = {term: symbols for term, symbols in members.items() if symbols}
+    if not kept:
+        raise InputError(f"{where} holds no term with a gene; replace the file.")
+    warning = _dropped(len(members) - len(kept))
+    return _build(name, kept, source, hashlib.sha256(content).hexdigest(), warning)
+
+
+def load_library(name: str, folder: str | Path | None = None, *, offline: bool = False) -> GeneSets:
+    """Find the library `name` (file `<name>.gmt`); the module docstring gives the order.
+
+    A copy whose content differs from data/manifest.yml carries a warning, not an error. If nothing
+    else is to be had, the bundled marker library is returned: its `source` is "bundled" and its
+    `warning` says why. Two libraries asked for can then both be the bundled one.
+
+    Args:
+        name: Enrichr's name of the library, e.g. "KEGG_2021_Human".
+        folder: folder of GMT files, searched first.
+        offline: do not download; the environment variable SCFM_OFFLINE=1 does the same.
+
+    Raises:
+        InputError: a named folder does not exist, or a file that is there cannot be used.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name, flags=re.ASCII):
+        raise InputError(
+            f"{name[:80]!r} is not the name of a gene-set library; use letters, digits, '_', '-' "
+            "and '.', as in 'KEGG_2021_Human'."
+        )
+    here = local_copy(name, folder)
+    if here is not None:
+        return _with_manifest_warning(read_gmt(here))
+    if name == BUNDLED_LIBRARY:
+        return replace(read_gmt(_bundled_path()), source="bundled")
+    if offline or downloads_are_off():
+        return _bundled(name, "downloads are switched off")
+    try:
+        return _with_manifest_warning(_download(name))
+    except _DownloadError as error:
+        return _bundled(name, str(error))
+
+
+def local_copy(name: str, folder: str | Path | None = None) -> Path | None:
+    """The library's file in the folder given, in $SCFM_GENE_SETS or in the cache, if it is there.
+
+    Raises InputError for a named folder that does not exist.
+    """
+    named = [(folder, "the profile"), (os.environ.get("SCFM_GENE_SETS"), "SCFM_GENE_SETS")]
+    folders = [_existing_folder(path, origin) for path, origin in named if path]
+    paths = [one / f"{name}.gmt" for one in (*folders, cache_folder())]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def downloads_are_off() -> bool:
+    """Whether the environment says SCFM_OFFLINE."""
+    return os.environ.get("SCFM_OFFLINE", "").lower() in {"1", "true", "yes"}
+
+
+def _existing_folder(path: str | Path, origin: str) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise InputError(
+            f"The gene-set folder {folder} named by {origin} does not exist; correct the path or "
+            "remove the setting."
+        )
+    return folder
+
+
+def cache_folder() -> Path:
+    """Where downloaded libraries are kept."""
+    root = os.environ.get("SCFM_CACHE") or "~/.cache/scfm-circuits"
+    return Path(root).expanduser() / "gene-sets"
+
+
+def _bundled_path() -> Path:
+    return DATA_FOLDER / "gene-sets" / f"{BUNDLED_LIBRARY}.gmt"
+
+
+def _bundled(wanted: str, reason: str) -> GeneSets:
+    library = read_gmt(_bundled_path())
+    warning = (
+        f"{wanted} is not available ({reason}). The {len(library)} marker sets bundled with this "
+        "project stand in for it, so these results are not comparable with the paper's. Put "
+        f"{wanted}.gmt into a folder and name that folder in SCFM_GENE_SETS to use the real one."
+    )
+    return replace(library, source="bundled", warning=warning)
+
+
+def _with_manifest_warning(library: GeneSets) -> GeneSets:
+    """Add a warning if the library's content is not the version the manifest records."""
+    entry = manifest.entry("gene_sets", library.name)
+    # Enrichr's server and its mirrors end lines differently, so equal content is the same version.
+    if entry is None or library.sha256 == entry["sha256"]:
+        return library
+    if library.content_sha256 == entry["content_sha256"]:
+        return library
+    note = (
+        f"This copy of {library.name} ({len(library)} terms, sha256 {library.sha256[:12]}...) is "
+        f"not the version recorded in data/manifest.yml ({entry['terms']} terms, sha256 "
+        f"{entry['sha256'][:12]}...); figures can differ."
+    )
+    return replace(library, warning=" ".join(filter(None, (library.warning, note))))
+
+
+class _DownloadError(Exception):
+    """A library could not be fetched; the message says why."""
+
+
+def _download(name: str) -> GeneSets:
+    """Fetch a library from Enrichr, check that it is one, and only then put it into the cache."""
+    earlier = _failed_downloads.get("") or _failed_downloads.get(name)
+    if earlier:
+        raise _DownloadError(earlier)
+    target = cache_folder() / f"{name}.gmt"
+    print(f"Downloading {name} from {ENRICHR_URL} (once; kept in {target})", file=sys.stderr)
+    try:
+        content = _fetch(name)
+        library = parse_gmt(content, name, source="download", where="The answer of the server")
+    except (_DownloadError, InputError) as error:
+        _failed_downloads.setdefault(name, str(error))
+        raise _DownloadError(str(error)) from error
+    try:
+        write_atomic(target, content)
+    except OSError as error:
+        note = f"It could not be kept in {target} ({error.strerror}) and is fetched every time."
+        library = replace(library, warning=" ".join(filter(None, (library.warning, note))))
+    return library
+
+
+def _fetch(name: str) -> bytes:
+    """The bytes of Enrichr's answer; connection trouble and busy servers are tried again."""
+    import requests
+
+    reason = ""
+    for attempt in range(DOWNLOAD_TRIES):
+        if attempt:
+            time.sleep(attempt)
+        try:
+            response = requests.get(
+                ENRICHR_URL, params={"mode": "text", "libraryName": name}, timeout=(10, 60)
+            )
+        except requests.RequestException as error:
+            reason = f"no connection to the Enrichr server: {type(error).__name__}"
+            continue
+        if response.status_code == 200:
+            return response.content
+        reason = f"the Enrichr server answered with status {response.status_code}"
+        if response.status_code < 500 and response.status_code != 429:
+            raise _DownloadError(reason)
+    # Not this library's fault: the next one would wait for nothing.
+    _failed_downloads[""] = reason
+    raise _DownloadError(reason)

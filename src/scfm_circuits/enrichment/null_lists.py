@@ -1,0 +1,242 @@
+"""Null gene lists and the statistics that compare a feature's result with them.
+
+Each null answers "could a list made without the model have done as well?", holding one more thing
+fixed than the one before:
+- `uniform_null`: the list's length. A correct test must come out near its nominal level here.
+- `frequency_matched_null`: also how often its genes occur in the corpus.
+- `token_preserving_null`: also that a feature fires on tokens, so often on each, and that a token
+  stands for a family of genes that share a piece of their name.
+
+Lists are `Ragged`: integer ids into whatever the caller counts as genes (or tokens). Everything is
+drawn from the generator handed in, so a seed fixes the result.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from scfm_circuits import InputError
+from scfm_circuits.enrichment import null_kernels as kernels
+from scfm_circuits.enrichment.significance import FloatArray, IntArray
+
+
+class Ragged(NamedTuple):
+    """Lists of integer ids of different lengths, one behind the other."""
+
+    indptr: IntArray
+    """Where each list starts in `ids`, (n_lists + 1,)."""
+    ids: IntArray
+    """The ids of all lists, (indptr[-1],)."""
+
+    @property
+    def lengths(self) -> IntArray:
+        """Length of each list, (n_lists,)."""
+        return np.diff(self.indptr)
+
+
+def ragged(lists: Iterable[ArrayLike]) -> Ragged:
+    """`Ragged` from a sequence of integer lists or arrays."""
+    arrays = [np.asarray(ids, dtype=np.int64).ravel() for ids in lists]
+    flat = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int64)
+    return Ragged(_indptr([len(ids) for ids in arrays]), flat)
+
+
+def _indptr(lengths: ArrayLike) -> IntArray:
+    lengths = np.asarray(lengths, dtype=np.int64)
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+
+
+def uniform_null(lengths: ArrayLike, genes: int, rng: np.random.Generator, draws: int = 1
+                 ) -> Ragged:
+    """Lists of distinct genes drawn uniformly, one for each length.
+
+    Controls for list length alone: under a correct rule the share of significant lists must be
+    near its nominal level, so this tests the machinery rather than the feature.
+
+    Args:
+        lengths: list lengths, (n_lists,).
+        genes: how many genes there are; ids are 0..genes-1.
+        rng: source of randomness.
+        draws: null lists for each length; the result has `draws` blocks of n_lists.
+
+    Raises:
+        InputError: a list is longer than there are genes.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if lengths.size and (lengths.min() < 0 or lengths.max() > genes):
+        raise InputError(
+            f"Cannot draw a null list of {int(lengths.max())} distinct genes from {genes}; use the "
+            "same genes for the lists and for the null."
+        )
+    indptr = _indptr(np.tile(lengths, draws))
+    one_bin = np.zeros(max(genes, 1), dtype=np.int64)
+    # Which genes are replaced does not matter when all share one bin.
+    return _resample(Ragged(indptr, np.zeros(indptr[-1], dtype=np.int64)), one_bin, rng)
+
+
+def frequency_matched_null(lists: Ragged, gene_frequency: ArrayLike, n_bins: int,
+                           rng: np.random.Generator, draws: int = 1) -> Ragged:
+    """Replace each gene by a random gene of similar corpus frequency; no repeats within a list.
+
+    Controls for length and for how often the genes occur: lists ranked by activation favour
+    frequent genes, and frequent genes are those of well-annotated processes.
+
+    Args:
+        lists: gene ids, distinct within a list.
+        gene_frequency: corpus frequency of every gene, (n_genes,).
+        n_bins: number of equally filled frequency bins within which genes are exchanged.
+        rng: source of randomness.
+        draws: null lists for each list; the result has `draws` blocks of n_lists.
+
+    Raises:
+        InputError: an id without a frequency, a repeated id, or no bins.
+    """
+    frequency = np.asarray(gene_frequency, dtype=np.float64)
+    _check_ids(lists, frequency.size, "gene")
+    return _resample(_repeated(lists, draws), _quantile_bins(frequency, n_bins), rng)
+
+
+class TokenFamilies(NamedTuple):
+    """The tokens that occur in genes, each with its family: the genes that contain it."""
+
+    indptr: IntArray
+    """Where each token's family starts in `genes` and `shares`, (n_tokens + 1,)."""
+    genes: IntArray
+    """Gene ids, distinct within a family, (indptr[-1],)."""
+    shares: FloatArray
+    """Share of the token's occurrences that stand in that gene, (indptr[-1],)."""
+    cell: IntArray
+    """Which tokens may stand in for each other: bin of frequency by bin of family size."""
+
+
+def token_families(pair_token: ArrayLike, pair_gene: ArrayLike, pair_count: ArrayLike,
+                   n_bins: int = 8) -> TokenFamilies:
+    """`TokenFamilies` from the distinct pairs of token and gene and how often each occurs.
+
+    Args:
+        pair_token: places 0..n_tokens-1, every one of them in use, (n_pairs,).
+        pair_gene: gene ids, (n_pairs,).
+        pair_count: occurrences, at least 1, (n_pairs,).
+        n_bins: bins of frequency, and of family size.
+
+    Raises:
+        InputError: a pair twice, a token without a gene, or no bins.
+    """
+    token, gene = (np.asarray(values, dtype=np.int64) for values in (pair_token, pair_gene))
+    count = np.asarray(pair_count, dtype=np.float64)
+    sizes = np.bincount(token)
+    if (sizes == 0).any() or (count <= 0).any():
+        raise InputError("A token belongs to no gene; leave out tokens that stand in none.")
+    order = np.argsort(token, kind="stable")
+    _check_ids(Ragged(_indptr(sizes), gene[order]), int(gene.max(initial=0)) + 1, "gene")
+    frequency = np.bincount(token, weights=count)
+    size_bin = _quantile_bins(np.asarray(sizes, dtype=np.float64), n_bins)
+    cell = _quantile_bins(frequency.astype(np.float64), n_bins) * n_bins + size_bin
+    return TokenFamilies(_indptr(sizes), gene[order], (count / frequency[token])[order], cell)
+
+
+class TokenCounts(NamedTuple):
+    """How often each feature fires on each token."""
+
+    indptr: IntArray
+    """Where each feature's tokens start, (n_features + 1,)."""
+    tokens: IntArray
+    """Tokens, distinct within a feature, as places in `TokenFamilies`, (indptr[-1],)."""
+    counts: FloatArray
+    """How often the feature fires on that token, above 0, (indptr[-1],)."""
+
+
+def token_preserving_null(
+    features: TokenCounts, families: TokenFamilies, lengths: ArrayLike, rng: np.random.Generator,
+    *, n_genes: int, by_token: bool = True, draws: int = 1,
+) -> Ragged:
+    """Gene lists of features that fire as often, on as many tokens of the same kind.
+
+    Controls for sub-words: a token stands for the family of genes whose names contain it, families
+    share functions, so even one token with no model behind it is "enriched". A feature must do
+    better than random tokens to say something about biology.
+
+    Each token hands its count to a random token of its cell (like in frequency and family size); a
+    token alone in its cell stays, which makes the control stricter. Within a token's family the
+    count falls to the genes as the token's occurrences do: the null knows tokens, not genes. The
+    genes are ranked as those of a feature are, and the first as many as the feature lists are
+    taken, so length is held fixed (fewer if the tokens have fewer genes).
+
+    Args:
+        features: tokens and counts of each feature.
+        families: the genes of each token.
+        lengths: genes on each feature's own list, (n_features,).
+        rng: source of randomness.
+        n_genes: how many genes there are.
+        by_token: a gene's score is the counts of all its tokens (gene rule `token`), or only what
+            falls inside the gene (`occurrence`).
+        draws: null lists for each feature; the result has `draws` blocks of n_features.
+
+    Raises:
+        InputError: a token twice in a feature or outside the families.
+    """
+    _check_ids(Ragged(features.indptr, features.tokens), families.cell.size, "token")
+    own = _repeated(Ragged(features.indptr, features.tokens), draws)
+    tokens = _resample(own, families.cell, rng)
+    wanted = np.tile(np.asarray(lengths, dtype=np.int64), draws)
+    genes = np.empty(int(wanted.sum()), dtype=np.int64)
+    counts = np.tile(np.asarray(features.counts, dtype=np.float64), draws)
+    indptr = kernels.lists_of_tokens(tokens.indptr, tokens.ids, counts, families, n_genes,
+                                     by_token, wanted, genes)
+    return Ragged(indptr, genes[: indptr[-1]])
+
+
+def _repeated(lists: Ragged, draws: int) -> Ragged:
+    """The lists `draws` times, one block after another."""
+    indptr = np.asarray(lists.indptr, dtype=np.int64)
+    ids = np.asarray(lists.ids, dtype=np.int64)
+    if draws == 1:
+        return Ragged(indptr, ids)
+    return Ragged(_indptr(np.tile(np.diff(indptr), draws)), np.tile(ids, draws))
+
+
+def _check_ids(lists: Ragged, n_items: int, noun: str) -> None:
+    if lists.ids.size and (lists.ids.min() < 0 or lists.ids.max() >= n_items):
+        raise InputError(
+            f"The lists name a {noun} outside 0..{n_items - 1}; give a frequency for every {noun}."
+        )
+    keys = np.repeat(np.arange(lists.lengths.size), lists.lengths) * n_items + lists.ids
+    if np.unique(keys).size < keys.size:
+        raise InputError(f"A list names the same {noun} twice; pass each {noun} once per list.")
+
+
+def _quantile_bins(values: FloatArray, n_bins: int) -> IntArray:
+    """Bin of each value, 0..n_bins-1, about equally filled; equal values share a bin."""
+    if n_bins < 1:
+        raise InputError(f"The number of bins is {n_bins}; use at least 1.")
+    if not values.size:
+        return np.zeros(0, dtype=np.int64)
+    inner = np.quantile(values, np.linspace(0, 1, n_bins + 1)[1:-1])
+    return np.searchsorted(inner, values, side="right")
+
+
+def _resample(lists: Ragged, item_bin: IntArray, rng: np.random.Generator) -> Ragged:
+    """Exchange each id for a random item of the same bin; items of bin -1 are never drawn."""
+    items = np.argsort(item_bin, kind="stable")[np.count_nonzero(item_bin < 0) :]
+    bin_start = _indptr(np.bincount(item_bin[items], minlength=1))
+    drawn = np.empty(lists.ids.size, dtype=np.int64)
+    kernels.sample_within_bins(
+        np.asarray(lists.indptr, dtype=np.int64),
+        np.asarray(lists.ids, dtype=np.int64),
+        item_bin,
+        bin_start,
+        items,
+        rng.random(lists.ids.size),
+        drawn,
+    )
+    return Ragged(lists.indptr, drawn)
+
+
+def symbols_of(lists: Ragged, genes: Sequence[str]) -> list[list[str]]:
+    """The lists as gene symbols, for reading or for `term_table`."""
+    names = np.asarray(genes, dtype=object)[lists.ids]
+    starts = lists.indptr.tolist()
+    return [names[a:b].tolist() for a, b in pairwise(starts)]

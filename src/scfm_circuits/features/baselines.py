@@ -1,0 +1,143 @@
+"""Features that owe nothing to what the model has learnt, to set beside those that do.
+
+- A re-initialised model: every weight is drawn anew, and transcoders are trained on it just as on
+  the model itself. Sparse autoencoders of such models (Pythia among them) give features that look
+  about as interpretable as those of the trained ones (Heap, Lawson, Farnik and Aitchison,
+  arXiv:2501.17727), so the corpus and the training alone may do it.
+- An untrained encoder: the model is the real one, and the features read random directions.
+"""
+
+import copy
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.features.statistics import FeatureStatistics, get_statistics, stored_statistics
+from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
+from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer
+from scfm_circuits.transcoders.training.run import get_transcoders
+from scfm_circuits.transcoders.training.settings import Control
+from scfm_circuits.transcoders.transcoder import Transcoders
+
+if TYPE_CHECKING:
+    from transformers import GPTNeoXForCausalLM
+
+    from scfm_circuits.common.profile import Profile
+
+# --- a re-initialised model ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def reinitialised_model(model: "GPTNeoXForCausalLM", seed: int) -> "GPTNeoXForCausalLM":
+    """A copy of the model whose every parameter tensor is drawn anew; the model stays as it is.
+
+    Entries are normal with the tensor's own mean and standard deviation, embeddings included
+    (Heap et al.'s "re-randomised including embeddings"), so the scales of weights are kept and all
+    else is lost; a constant tensor stays. Tensors that the model ties stay tied. Needs the memory
+    of one more model.
+    """
+    drawn = copy.deepcopy(model)
+    # numpy's numbers are the same on every device, and none of those that the model began with.
+    rng = np.random.default_rng([seed, 11])
+    for parameter in drawn.parameters():
+        std, mean = torch.std_mean(parameter.float(), correction=0)
+        noise = torch.from_numpy(rng.standard_normal(tuple(parameter.shape), np.float32))
+        parameter.copy_(noise.to(parameter.device) * std + mean)
+    return drawn
+
+
+def mean_output_norms(model: "GPTNeoXForCausalLM", corpus: Corpus, cells: np.ndarray,
+                      forward_cells: int) -> Tensor:
+    """(n_layers,) mean norm of each MLP's output over the tokens of some cells."""
+    total, n_tokens = torch.zeros((), dtype=torch.float64, device=device_of(model)), 0
+    for _, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
+        norms = mlp_sites(model, tokens, mask).outputs.norm(dim=-1).double()
+        total, n_tokens = total + norms.sum(dim=1), n_tokens + norms.shape[1]
+    return total / n_tokens
+
+
+def output_scale(model: "GPTNeoXForCausalLM", control: "GPTNeoXForCausalLM", corpus: Corpus,
+                 profile: "Profile") -> Tensor:
+    """(n_layers,) factors that give the control's MLP outputs the mean norm of the model's.
+
+    A trained MLP's input and output weights fit each other, random ones do not: their outputs are
+    several times smaller. Under the loss `equation4` the same penalty would then weigh that much
+    more. `normalized` scales with the outputs, but Adam's steps do not: smaller outputs are learnt
+    less well in the same number of them. Measured on the training cells of the buffer's first fill.
+    """
+    cells = ActivationBuffer(model, corpus, profile).cells(0)
+    wanted, found = (mean_output_norms(one, corpus, cells, profile.forward_cells)
+                     for one in (model, control))
+    return torch.where(found > 0, wanted / found, 1.0)
+
+
+def reinitialised_statistics(model: "GPTNeoXForCausalLM", corpus: Corpus, profile: "Profile"
+                             ) -> FeatureStatistics:
+    """Statistics of transcoders trained on the re-initialised model as the profile's own are.
+
+    The transcoders' folder and the statistics are kept in `results/<profile>/reinitialised/`, and
+    training goes on from its checkpoint there if it was interrupted. It takes as long as training
+    on the model itself, and the memory of one more model. Each layer's outputs are first brought
+    to the scale of the model's own (`output_scale`; the factors are in `training.json`).
+    """
+    control = Control("reinitialised", profile.fingerprint((), ("features/baselines",)))
+    stored = stored_statistics(corpus, profile, control)
+    if stored is not None:
+        return stored
+    other = reinitialised_model(model, profile.seed)
+    control = control._replace(output_scale=output_scale(model, other, corpus, profile))
+    transcoders, _ = get_transcoders(other, corpus, profile, control)
+    return get_statistics(other, transcoders, corpus, profile, control)
+
+
+# --- an untrained encoder ------------------------------------------------------------------------
+
+
+def untrained_statistics(model: "GPTNeoXForCausalLM", statistics: FeatureStatistics,
+                         corpus: Corpus, profile: "Profile", n_features: int = 256
+                         ) -> FeatureStatistics:
+    """Statistics of an encoder that was initialised as for training, and not trained.
+
+    Its features' thresholds are set so that they fire as often as live trained features of the
+    same layer, drawn at random, do: they differ in what they fire on, not in how often.
+    statistics: those of the trained features. Kept in `results/<profile>/untrained/`.
+    """
+    rates = hashlib.sha256(np.ascontiguousarray(statistics.fired).tobytes()).hexdigest()[:16]
+    control = Control("untrained", {**profile.fingerprint(("live_cut_table4",),
+                                                           ("features/baselines",)),
+                                    "fired": rates, "n_features": n_features})
+    stored = stored_statistics(corpus, profile, control)
+    if stored is not None:
+        return stored
+    encoder = untrained_encoder(model, statistics, corpus, profile, n_features)
+    return get_statistics(model, encoder, corpus, profile, control)
+
+
+@torch.no_grad()
+def untrained_encoder(model: "GPTNeoXForCausalLM", statistics: FeatureStatistics, corpus: Corpus,
+                      profile: "Profile", n_features: int) -> Transcoders:
+    """Random directions, n_features per layer, with thresholds set on some training cells."""
+    d_model, n_layers = model.config.hidden_size, len(statistics.fired)
+    untrained = Transcoders(n_layers, d_model, n_features).to(device_of(model))
+    untrained.initialise(profile.seed + 1)
+    rng = np.random.default_rng([profile.seed, 10])
+    some = np.flatnonzero(~corpus.held_out)[: profile.forward_cells]
+    _, tokens, mask = next(iter(batches(corpus, some, len(some), device_of(model))))
+    inputs = mlp_sites(model, tokens, mask).inputs
+    untrained.b_in.copy_(inputs.mean(dim=1))
+    live = statistics.live(profile.live_cut_table4)
+    for layer in range(n_layers):
+        rates = statistics.frequency[layer][live[layer]]
+        if not len(rates):
+            continue
+        wanted = np.clip(rng.choice(rates, n_features), 0, 1)
+        pre = untrained.layer_pre_activations(layer, inputs[layer])  # not of all layers at once
+        ordered = pre.sort(dim=0, descending=True).values
+        rank = np.minimum((wanted * len(ordered)).round().astype(int), len(ordered) - 1)
+        columns = torch.arange(n_features, device=ordered.device)
+        untrained.b_enc[layer] = -ordered[torch.from_numpy(rank).to(ordered.device), columns]
+    return untrained

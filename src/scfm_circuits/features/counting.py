@@ -1,0 +1,296 @@
+"""Counting what every feature of every layer fires on, in one pass over the corpus.
+
+At the paper's size (24 x 8192 features, 60 million tokens, some 10^5 pairs of token and gene) a
+table of all features by all pairs would take 79 GB, and few features fire on more than a small part
+of the pairs. So the pass keeps sparse counts, and in arrays of fixed size what else is wanted of a
+feature: its strongest contexts, the sum and the histogram of its activations.
+
+Each batch of cells is reduced where the model is: on the CPU by compiled loops (`count_kernels`)
+over the activations, on a GPU by a few operations for all layers, with one synchronisation.
+The pass can be stopped at any time and goes on from its checkpoint to the same result.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from scfm_circuits.common.files import atomic_path
+from scfm_circuits.features.count_kernels import (
+    LOWEST_BIN,
+    N_BINS,
+    POSITION,
+    SQRT_2,
+    keep_strongest,
+    tally,
+)
+from scfm_circuits.features.pair_counts import (
+    PairCounts,
+    pack_matrices,
+    read_arrays,
+    unpack_matrices,
+)
+from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
+from scfm_circuits.transcoders.active_entries import find_active
+from scfm_circuits.transcoders.transcoder import Transcoders
+
+if TYPE_CHECKING:
+    from transformers import GPTNeoXForCausalLM
+
+    from scfm_circuits.cells.corpus import Corpus
+
+CHUNK_ACTIVATIONS = 2**22
+"""Activations that are made and looked through at a time on the CPU, in its cache."""
+CHUNK_BYTES = 2**31
+"""Activations of all layers that a GPU holds at a time."""
+ANNOUNCE_BYTES = 2**30
+
+
+class Checkpoint(NamedTuple):
+    """Where a pass is kept while it runs, what it must belong to, and how often it is written."""
+
+    path: Path
+    stamp: str
+    seconds: float
+
+
+class Batch(NamedTuple):
+    """What is known of a batch's tokens: the pair, the cell within the batch, the position in it.
+
+    pair, cell, position: (n_tokens,) int64 on the model's device, cell by cell. lengths: (n_cells,)
+    tokens of each cell.
+    """
+
+    pair: Tensor
+    cell: Tensor
+    position: Tensor
+    lengths: np.ndarray
+
+
+class FeatureTotals:
+    """Everything that is counted, after any number of cells.
+
+    Tensors on the model's device: l0 (n_layers, n_features + 1), tokens by their number of active
+    features; histogram (n_layers, n_features, N_BINS), activations by size; total (n_layers,
+    n_features) float64, their sum; best, best_cell (n_layers, n_features, n_contexts), the
+    strongest activations with their positions in one int64 (see `unpack_best`), and their cells.
+    counts: the sparse counts by pair, on the host. done: cells counted.
+    """
+
+    def __init__(self, n_layers: int, n_features: int, n_pairs: int, n_tokens: int,
+                 n_contexts: int, device: torch.device) -> None:
+        whole: dict[str, Any] = {"dtype": torch.int64, "device": device}
+        self.tensors = {
+            "l0": torch.zeros(n_layers, n_features + 1, **whole),
+            "histogram": torch.zeros(n_layers, n_features, N_BINS, **whole),
+            "total": torch.zeros(n_layers, n_features, dtype=torch.float64, device=device),
+            "best": torch.zeros(n_layers, n_features, n_contexts, **whole),
+            "best_cell": torch.full((n_layers, n_features, n_contexts), -1, **whole),
+        }
+        self.counts = PairCounts(n_layers, n_features, n_pairs, n_tokens)
+        self.done = 0
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write all of it in one step; what was written before stays until then."""
+        arrays = {key: tensor.cpu().numpy() for key, tensor in self.tensors.items()}
+        with atomic_path(checkpoint.path) as temporary:
+            np.savez(temporary, allow_pickle=False, stamp=np.array(checkpoint.stamp),
+                     done=np.array(self.done), **arrays,
+                     **pack_matrices(self.counts.matrices()))
+
+    def resume(self, checkpoint: Checkpoint) -> bool:
+        """Take up a checkpoint if it can be read and belongs to this very pass."""
+        stored = read_arrays(checkpoint.path, checkpoint.stamp)
+        if stored is None:
+            return False
+        for key, tensor in self.tensors.items():
+            tensor.copy_(torch.from_numpy(stored[key]))
+        self.counts.restore(unpack_matrices(stored, self.counts.shape))
+        self.done = int(stored["done"])
+        return True
+
+
+def fixed_bytes(n_features: int, n_contexts: int) -> int:
+    """Bytes of what is kept of features but for their counts by pair; n_features: of all layers."""
+    return n_features * (8 * N_BINS + 8 + 8 + 16 * n_contexts)
+
+
+def memory_needed(n_layers: int, n_features: int, n_contexts: int, counts: PairCounts
+                  ) -> dict[str, int]:
+    """Bytes that the pass holds beside the model; the counts for one percent of all that may be."""
+    possible = n_features * counts.shape[1] // 100
+    return {"fixed": fixed_bytes(n_layers * n_features, n_contexts) + counts.buffer_bytes,
+            "counts_per_percent": counts.bound([possible] * n_layers) - counts.buffer_bytes}
+
+
+# --- one batch -----------------------------------------------------------------------------------
+
+
+def describe_batch(pairs: np.ndarray, mask: Tensor) -> Batch:
+    """pairs: (n_cells, length) pair of each token; mask: the same shape, False on padding."""
+    inside = mask.cpu().numpy()
+    pair, cell, position = (torch.from_numpy(one).to(mask.device) for one in
+                            (pairs[inside].astype(np.int64), *inside.nonzero()))
+    return Batch(pair, cell, position, inside.sum(axis=1))
+
+
+def add_on_cpu(totals: FeatureTotals, transcoders: Transcoders, layer: int, x: Tensor,
+               batch: Batch) -> None:
+    """Count one layer's activations on a batch; x: (n_tokens, d_model), its transcoder's input."""
+    shape = len(batch.lengths), transcoders.n_features
+    strongest = np.zeros(shape, np.int64)
+    tensors = {key: tensor[layer].numpy() for key, tensor in totals.tensors.items()}
+    base = layer * transcoders.n_features * totals.counts.shape[1]
+    pair, cell, position = (one.numpy() for one in batch[:3])
+    n_tokens = max(1, CHUNK_ACTIVATIONS // transcoders.n_features)
+    for start in range(0, len(x), n_tokens):
+        part = slice(start, start + n_tokens)
+        z = transcoders.layer_activations(layer, x[part]).numpy()
+        found = find_active(z, torch.get_num_threads())
+        assert found is not None  # which it is only under a limit
+        keys = np.empty(len(found.feature), np.int64)
+        value = found.value.astype(np.float32, copy=False)
+        tally(found.start, found.feature, value, pair[part], cell[part], position[part],
+              base, totals.counts.shape[1], keys, tensors["l0"], tensors["histogram"],
+              tensors["total"], strongest)
+        totals.counts.add(torch.from_numpy(keys))
+    keep_strongest(strongest, totals.done, tensors["best"], tensors["best_cell"])
+
+
+def add_on_gpu(totals: FeatureTotals, transcoders: Transcoders, x: Tensor, batch: Batch) -> None:
+    """Count all layers' activations on a batch; x: (n_layers, n_tokens, d_model).
+
+    The same as `add_on_cpu`, by operations that any device has. As many cells are taken at a time
+    as `CHUNK_BYTES` allows; each time waits for the device once.
+    """
+    # Activations are float32 at least, whatever the model's type.
+    per_token = transcoders.n_layers * transcoders.n_features * max(4, x.element_size())
+    ends = np.cumsum(batch.lengths)
+    first = 0
+    while first < len(ends):
+        start = int(ends[first - 1]) if first else 0
+        fit = int(np.searchsorted(ends, start + CHUNK_BYTES // per_token, side="right"))
+        last = max(first + 1, fit)
+        part = slice(start, int(ends[last - 1]))
+        z = torch.stack([transcoders.layer_activations(layer, x[layer, part])
+                         for layer in range(transcoders.n_layers)])
+        _add_cells(totals, z, batch.pair[part], batch.cell[part] - first, batch.position[part],
+                   totals.done + first, last - first)
+        first = last
+
+
+def _add_cells(totals: FeatureTotals, z: Tensor, pair: Tensor, cell: Tensor, position: Tensor,
+               first_cell: int, n_cells: int) -> None:
+    """z: (n_layers, n_tokens, n_features) activations on the tokens of some whole cells."""
+    tensors, (n_layers, _, n_features) = totals.tensors, z.shape
+    active = z > 0
+    l0 = active.sum(dim=-1)
+    tensors["l0"].scatter_add_(1, l0, torch.ones_like(l0))
+    tensors["total"] += z.float().sum(dim=1, dtype=torch.float64)
+    layer, token, feature = active.nonzero(as_tuple=True)  # the one place that waits
+    bits = z[layer, token, feature].float().view(torch.int32).long()
+    unit = layer * n_features + feature
+    octave = 2 * ((bits >> 23) - 127) + ((bits & 0x7FFFFF) >= SQRT_2)
+    where = unit * N_BINS + (octave - LOWEST_BIN).clamp(0, N_BINS - 1)
+    tensors["histogram"].view(-1).scatter_add_(0, where, torch.ones_like(where))
+    totals.counts.add(unit * totals.counts.shape[1] + pair[token])
+    strongest = torch.zeros(n_layers * n_features * n_cells, dtype=torch.int64, device=z.device)
+    strongest.scatter_reduce_(0, unit * n_cells + cell[token],
+                              (bits << 32) | (POSITION - position[token]), "amax")
+    # Sorted by activation alone and stably: of equal ones, those of lower cells stay in front.
+    best = torch.cat([tensors["best"], strongest.view(n_layers, n_features, n_cells)], dim=2)
+    cells = torch.arange(first_cell, first_cell + n_cells, device=z.device)
+    cells = torch.cat([tensors["best_cell"], cells.expand(n_layers, n_features, -1)], dim=2)
+    order = (best >> 32).sort(dim=2, descending=True, stable=True).indices
+    order = order[..., : tensors["best"].shape[2]]
+    tensors["best"].copy_(best.gather(2, order))
+    tensors["best_cell"].copy_(cells.gather(2, order))
+
+
+def unpack_best(best: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Activations (float32) and positions (int64) of `FeatureTotals.tensors["best"]`."""
+    activation = np.ascontiguousarray(best >> 32).astype(np.int32).view(np.float32)
+    return activation, np.where(best > 0, POSITION - (best & POSITION), -1)
+
+
+def activation_edges() -> np.ndarray:
+    """(N_BINS + 1,) bounds of the bins of activations; the outer bins take all beyond."""
+    return 2.0 ** ((np.arange(N_BINS + 1) + LOWEST_BIN) / 2)
+
+
+# --- the pass ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def count_activations(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: "Corpus",
+                      pairs: np.ndarray, n_pairs: int, forward_cells: int, n_contexts: int,
+                      checkpoint: Checkpoint | None, progress: bool) -> FeatureTotals:
+    """All cells in their order, from the checkpoint on if there is one.
+
+    pairs: (n_cells, length) pair of each token of the corpus, as from `corpus_pairs`.
+    """
+    device, n_tokens = device_of(model), int(corpus.mask.sum())
+    size = transcoders.n_layers, transcoders.n_features
+    totals = FeatureTotals(*size, n_pairs, n_tokens, n_contexts, device)
+    _announce(size, n_tokens, n_contexts, totals.counts)
+    if checkpoint is not None and totals.resume(checkpoint):
+        print(f"Resuming the count of features at cell {totals.done:,} of {len(corpus):,}.")
+    saver = _Saver(checkpoint)
+    bar = tqdm(total=n_tokens, initial=int(corpus.mask[: totals.done].sum()), desc="features",
+               unit="token", unit_scale=True, disable=not progress)
+    for rows, x, mask in _inputs(model, transcoders, corpus, totals.done, forward_cells, device):
+        batch = describe_batch(pairs[rows, : mask.shape[1]], mask)
+        if device.type == "cpu":
+            for layer in range(transcoders.n_layers):
+                add_on_cpu(totals, transcoders, layer, x[layer], batch)
+        else:
+            add_on_gpu(totals, transcoders, x, batch)
+        totals.done += len(rows)
+        bar.update(int(batch.lengths.sum()))
+        saver.after_batch(totals)
+    bar.close()
+    return totals
+
+
+class _Saver:
+    """Writes checkpoints by time, and no more often than lets 95 % of it be spent on counting."""
+
+    def __init__(self, checkpoint: Checkpoint | None) -> None:
+        self._checkpoint = checkpoint
+        self._due = time.monotonic() + (checkpoint.seconds if checkpoint is not None else 0)
+
+    def after_batch(self, totals: FeatureTotals) -> None:
+        """Write a checkpoint if it is time; a full disk costs the checkpoint, not the pass."""
+        began = time.monotonic()
+        if self._checkpoint is None or began < self._due:
+            return
+        try:
+            totals.save(self._checkpoint)
+        except OSError as error:
+            tqdm.write(f"The counts' checkpoint cannot be written ({error}); going on without.")
+        now = time.monotonic()
+        self._due = now + max(self._checkpoint.seconds, 19 * (now - began))
+
+
+def _inputs(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: "Corpus", first: int,
+            forward_cells: int, device: torch.device
+            ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """(rows, (n_layers, n_tokens, d_model) what the transcoders read, mask) of batches of cells."""
+    for rows, tokens, mask in batches(corpus, np.arange(first, len(corpus)), forward_cells, device):
+        yield rows, transcoders.variant.read(*mlp_sites(model, tokens, mask)), mask
+
+
+def _announce(size: tuple[int, int], n_tokens: int, n_contexts: int, counts: PairCounts) -> None:
+    """Say what the pass needs, if that is much or may become much."""
+    memory = memory_needed(*size, n_contexts, counts)
+    if memory["fixed"] + 100 * memory["counts_per_percent"] < ANNOUNCE_BYTES:
+        return
+    print(f"Counting {size[0]} x {size[1]:,} features over {n_tokens:,} tokens and "
+          f"{counts.shape[1]:,} pairs of token and gene; memory: {memory['fixed'] / 2**20:,.0f} "
+          f"MiB, and at most {memory['counts_per_percent'] / 2**20:,.0f} MiB for each percent of "
+          "(feature, pair) that occurs.")

@@ -1,0 +1,167 @@
+"""Exact counts of (layer, feature, pair) in memory that grows with the distinct ones only."""
+
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor
+
+from scfm_circuits.common.compiled import compiled
+
+BUFFER_KEYS = 2**24
+"""Keys that wait on the host until they are sorted; a GPU keeps eight times as many."""
+_BYTES_PER_ENTRY = 8
+
+
+class PairCounts:
+    """How often each feature of each layer is active on each pair.
+
+    Keys are collected until a buffer is full, then sorted and counted into one sparse matrix per
+    layer. Matrices are added up as in a binary counter: a new one is merged with the last while
+    that is less than twice as large. So each holds at least twice the next one's entries, and all
+    together less than twice the distinct ones; an entry takes part in few mergers.
+    """
+
+    def __init__(self, n_layers: int, n_features: int, n_pairs: int, n_tokens: int,
+                 buffer_keys: int = BUFFER_KEYS) -> None:
+        self.n_layers, self.shape = n_layers, (n_features, n_pairs)
+        self._buffer_keys = buffer_keys
+        # No count is larger than the number of tokens.
+        self._type = np.int32 if n_tokens < 2**31 else np.int64
+        self._waiting: list[Tensor] = []
+        self._n_waiting = 0
+        self._runs: list[list[sp.csr_matrix]] = [[] for _ in range(n_layers)]
+
+    def add(self, keys: Tensor) -> None:
+        """Count (n,) int64 keys, (layer * n_features + feature) * n_pairs + pair, in any order."""
+        limit = self._buffer_keys * (8 if keys.is_cuda else 1)
+        if self._n_waiting + len(keys) > limit:
+            self.flush()
+        self._waiting.append(keys)
+        self._n_waiting += len(keys)
+
+    def flush(self) -> None:
+        """Sort what waits into the matrices."""
+        if not self._n_waiting:
+            return
+        waiting = torch.cat(self._waiting)
+        self._waiting, self._n_waiting = [], 0
+        if waiting.is_cuda:
+            keys, counts = (one.cpu().numpy() for one in waiting.unique(return_counts=True))
+        else:
+            keys, counts = _count_distinct(waiting.numpy())
+        per_layer = self.shape[0] * self.shape[1]
+        ends = np.searchsorted(keys, per_layer * np.arange(self.n_layers + 1))
+        for layer, (a, b) in enumerate(pairwise(ends)):
+            if b > a:
+                self._push(layer, keys[a:b] - layer * per_layer, counts[a:b])
+
+    def _push(self, layer: int, keys: np.ndarray, counts: np.ndarray) -> None:
+        n_features, n_pairs = self.shape
+        starts = np.searchsorted(keys, n_pairs * np.arange(n_features + 1))
+        new = sp.csr_matrix((counts.astype(self._type), (keys % n_pairs).astype(np.int32), starts),
+                            shape=self.shape)
+        runs = self._runs[layer]
+        while runs and runs[-1].nnz < 2 * new.nnz:
+            new = runs.pop() + new
+        runs.append(new)
+
+    def matrices(self) -> tuple[sp.csr_matrix, ...]:
+        """The counts so far, (n_features, n_pairs) for each layer, sorted."""
+        self.flush()
+        for runs in self._runs:
+            while len(runs) > 1:
+                last = runs.pop()
+                runs[-1] = runs[-1] + last
+        none = np.zeros(self.shape[0] + 1, np.int32)
+        empty = np.zeros(0, self._type), none[:0], none
+        return tuple(runs[0] if runs else sp.csr_matrix(empty, shape=self.shape)
+                     for runs in self._runs)
+
+    def restore(self, matrices: Sequence[sp.csr_matrix]) -> None:
+        """Go on from the matrices of an earlier pass."""
+        self._waiting, self._n_waiting = [], 0
+        self._runs = [[matrix] for matrix in matrices]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in matrices and in the buffer."""
+        return 8 * self._n_waiting + sum(
+            run.data.nbytes + run.indices.nbytes + run.indptr.nbytes
+            for runs in self._runs for run in runs)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """The buffer while it is sorted: the keys, a sorted copy, the distinct ones' counts."""
+        return 4 * 8 * self._buffer_keys
+
+    def bound(self, distinct: Sequence[int]) -> int:
+        """Bytes that are held at most once a layer has so many distinct (feature, pair).
+
+        All matrices hold less than twice the distinct entries; one layer's are merged at a time,
+        which takes as much again. Rows add an index each per matrix.
+        """
+        per_entry = _BYTES_PER_ENTRY * (1 if self._type == np.int32 else 2)
+        entries = 2 * sum(distinct) + 2 * max(distinct)
+        n_runs = sum(1 + int(np.log2(max(one, 1))) for one in distinct)
+        return per_entry * entries + 8 * (self.shape[0] + 1) * n_runs + self.buffer_bytes
+
+
+def _count_distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted distinct keys and how often each occurs; `keys` is used up."""
+    keys = _sort(keys, int(keys.max()))
+    first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
+    return keys[first], np.diff(first, append=len(keys))
+
+
+@compiled
+def _sort(keys, largest):  # type: ignore[no-untyped-def]
+    """Radix sort of int64 from 0 to `largest`, in place or not; five times as fast as numpy's."""
+    digit = 9
+    other = np.empty_like(keys)
+    shift = 0
+    while largest >> shift > 0:
+        ends = np.zeros((1 << digit) + 1, np.int64)
+        for key in keys:
+            ends[((key >> shift) & ((1 << digit) - 1)) + 1] += 1
+        for i in range(1 << digit):
+            ends[i + 1] += ends[i]
+        for key in keys:
+            bucket = (key >> shift) & ((1 << digit) - 1)
+            other[ends[bucket]] = key
+            ends[bucket] += 1
+        keys, other = other, keys
+        shift += digit
+    return keys
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def pack_matrices(matrices: Sequence[sp.csr_matrix]) -> dict[str, np.ndarray]:
+    """Matrices as the arrays of an .npz file; `unpack_matrices` reads them back."""
+    return {f"counts_{i}_{key}": getattr(matrix, key) for i, matrix in enumerate(matrices)
+            for key in ("data", "indices", "indptr")}
+
+
+def unpack_matrices(arrays: Mapping[str, np.ndarray], shape: tuple[int, int]
+                    ) -> tuple[sp.csr_matrix, ...]:
+    """What `pack_matrices` packed; KeyError if a part is missing, ValueError if they do not fit."""
+    n = sum(key.startswith("counts_") and key.endswith("_indptr") for key in arrays)
+    return tuple(sp.csr_matrix(tuple(arrays[f"counts_{i}_{key}"] for key in
+                                     ("data", "indices", "indptr")), shape=shape)
+                 for i in range(n))
+
+
+def read_arrays(path: Path, stamp: str) -> dict[str, np.ndarray] | None:
+    """The arrays of an .npz file; None if it is missing or broken or bears another stamp."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored) if str(stored["stamp"]) == stamp else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None

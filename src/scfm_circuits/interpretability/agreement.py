@@ -1,0 +1,105 @@
+"""What the ratings say: rates with intervals, decoys beside features, agreement, sample size."""
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import cohen_kappa_score
+from statsmodels.stats.inter_rater import aggregate_raters, fleiss_kappa
+from statsmodels.stats.power import NormalIndPower
+from statsmodels.stats.proportion import proportion_effectsize
+
+from scfm_circuits import InputError
+from scfm_circuits.enrichment.significance import wilson_interval
+from scfm_circuits.interpretability.deck import SOURCES
+from scfm_circuits.interpretability.ratings import ANSWERS, card_verdicts
+
+POOLED = "all raters"
+
+
+def rate_table(ratings: pd.DataFrame) -> pd.DataFrame:
+    """How often raters say Yes, by what the cards are: for each rater and for all together.
+
+    Columns: source, rater, yes, cards, rate, lower_95, upper_95 (Wilson). For all raters together
+    a card is Yes if more than half of its ratings are. Unsure counts as not Yes.
+    """
+    rows = []
+    for source in SOURCES:
+        part = ratings[ratings["source"] == source]
+        verdicts = card_verdicts(part)
+        counted = [(rater, int((one["interpretable"] == "Yes").sum()), len(one))
+                   for rater, one in part.groupby("rater")]
+        for rater, yes, n in [*counted, (POOLED, int(verdicts.sum()), len(verdicts))]:
+            if n:
+                rows.append((source, rater, yes, n, yes / n, *wilson_interval(yes, n)))
+    return pd.DataFrame(rows, columns=["source", "rater", "yes", "cards", "rate", "lower_95",
+                                       "upper_95"])
+
+
+def agreement_table(ratings: pd.DataFrame) -> pd.DataFrame:
+    """Agreement beyond chance: Cohen's kappa of every two raters, Fleiss' kappa of all.
+
+    Columns: raters, statistic, cards (that they all rated), agreement (share of pairs of answers
+    that are equal), kappa (nan if all answers are the same one, or no card was rated by all). All
+    three answers count as categories. No rows for fewer than two raters.
+    """
+    wide = ratings.pivot(index="card", columns="rater", values="interpretable")
+    rows = []
+    for one, other in combinations(wide.columns, 2):
+        both = wide[[one, other]].dropna()
+        rows.append((f"{one}, {other}", "Cohen", len(both), *_cohen(both)))
+    if wide.shape[1] >= 2:
+        common = wide.dropna()
+        rows.append((POOLED, "Fleiss", len(common), *_fleiss(common)))
+    return pd.DataFrame(rows, columns=["raters", "statistic", "cards", "agreement", "kappa"])
+
+
+def _cohen(both: pd.DataFrame) -> tuple[float, float]:
+    if both.empty:
+        return math.nan, math.nan
+    one, other = (both.iloc[:, i].tolist() for i in (0, 1))
+    same = float(np.mean([a == b for a, b in zip(one, other, strict=True)]))
+    # With one answer alone chance agrees fully as well, and kappa is 0 / 0.
+    if len({*one, *other}) < 2:
+        return same, math.nan
+    return same, float(cohen_kappa_score(one, other, labels=list(ANSWERS)))
+
+
+def _fleiss(common: pd.DataFrame) -> tuple[float, float]:
+    if common.empty:
+        return math.nan, math.nan
+    codes = np.array([[ANSWERS.index(answer) for answer in row] for row in common.to_numpy()])
+    counts, _ = aggregate_raters(codes, n_cat=len(ANSWERS))
+    n = codes.shape[1]
+    same = float(((counts**2).sum(axis=1) - n).mean() / (n * (n - 1)))
+    if len(np.unique(codes)) < 2:
+        return same, math.nan
+    return same, float(fleiss_kappa(counts, method="fleiss"))
+
+
+def cards_to_separate(rate: float, other: float, power: float = 0.8, alpha: float = 0.05) -> int:
+    """Cards of each of two kinds that a two-sided test needs to tell their rates apart.
+
+    Normal approximation with Cohen's effect size h (statsmodels).
+
+    Raises:
+        InputError: rates that are equal or no shares.
+    """
+    if not (0 <= rate <= 1 and 0 <= other <= 1) or rate == other:
+        raise InputError(f"No number of cards separates the rates {rate:g} and {other:g}; give two "
+                         "different shares.")
+    needed = NormalIndPower().solve_power(effect_size=abs(proportion_effectsize(rate, other)),
+                                          power=power, alpha=alpha, alternative="two-sided")
+    return max(2, math.ceil(float(needed)))
+
+
+def separation_table(rate: float, others: dict[str, float], power: float = 0.8) -> pd.DataFrame:
+    """`cards_to_separate` for a rate against several others by name.
+
+    Columns: against, rate, other_rate, cards_of_each (missing where the rates are equal), power.
+    """
+    rows = [(name, rate, other, None if rate == other else cards_to_separate(rate, other, power),
+             power) for name, other in others.items()]
+    frame = pd.DataFrame(rows, columns=["against", "rate", "other_rate", "cards_of_each", "power"])
+    return frame.astype({"cards_of_each": "Int64"})

@@ -1,0 +1,254 @@
+"""Simple explanations of a feature: "it fires on these genes / families / sub-words".
+
+All three kinds are sets of genes, so one can be held against the other: a gene, the genes of a
+family, the genes whose name contains a token. Each kind is given equal freedom, up to `AT_MOST`
+items (the paper's Table 3 names at most three genes or families in a row).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from scfm_circuits import InputError
+from scfm_circuits.common.compiled import compiled
+from scfm_circuits.interpretability.mentions import Mentions
+
+AT_MOST = 3
+"""Items that an explanation may name."""
+
+_HYPHENATED = re.compile(r"([A-Z]{2,})-[A-Z]")
+_BEFORE_DIGIT = re.compile(r"([A-Z-]*[A-Z])-?(?=[0-9])")
+
+
+class Items(NamedTuple):
+    """The items of one kind, each a set of genes; a gene may be in several or in none.
+
+    names: what the page calls them. item_indptr, item_genes: the genes of each item; gene_indptr,
+    gene_items: the items of each gene.
+    """
+
+    names: NDArray[np.str_]
+    item_indptr: NDArray[np.int64]
+    item_genes: NDArray[np.int64]
+    gene_indptr: NDArray[np.int64]
+    gene_items: NDArray[np.int64]
+
+
+def items_from(names: Sequence[str], item: np.ndarray, gene: np.ndarray, n_genes: int) -> Items:
+    """Items of which `item[i]` holds `gene[i]`; a pair that is given twice counts once."""
+    pairs = np.unique(np.stack([item, gene]).astype(np.int64), axis=1)
+    by_gene = pairs[:, np.lexsort((pairs[0], pairs[1]))]
+    return Items(np.array(names, dtype=str),
+                 np.searchsorted(pairs[0], np.arange(len(names) + 1)), pairs[1].copy(),
+                 np.searchsorted(by_gene[1], np.arange(n_genes + 1)), by_gene[0].copy())
+
+
+# --- families ------------------------------------------------------------------------------------
+
+
+def family_stem(symbol: str) -> str:
+    """The part of a symbol that its family shares, by spelling alone; upper case.
+
+    1. Letters, a hyphen, a letter: what stands before the hyphen (HLA-DRA: HLA, MT-ND4: MT).
+    2. Else what stands before the first digit, of at least two letters (ZBTB20: ZBTB, RPS3A: RPS,
+       HSP90AA1: HSP, CSNK1A1: CSNK, NKX2-5: NKX).
+    3. Else, if there is no digit, the symbol without its last letter if three are left (TNNT: TNN,
+       PTPRC: PTPR).
+    4. Else the symbol itself (C1orf112, ABL).
+
+    Spelling is no biology: CASP3 and CAST do not meet here, and neither do ACTB and ACTA2, while
+    clones such as RP11-291B21.2 share RP. A table of gene groups does better.
+    """
+    upper = symbol.upper()
+    if found := _HYPHENATED.match(upper):
+        return found.group(1)
+    if found := _BEFORE_DIGIT.match(upper):
+        return found.group(1) if len(found.group(1)) >= 2 else upper
+    if upper.isalpha() and len(upper) >= 4:
+        return upper[:-1]
+    return upper
+
+
+def read_gene_groups(path: str | Path) -> dict[str, tuple[str, ...]]:
+    """Groups of genes (HGNC's, say) from a table with the columns symbol and group: group, symbols.
+
+    Comma- or tab-separated, by suffix .csv or not; a gene may be in several groups, a row each.
+
+    Raises:
+        InputError: no such file, not such a table, or no group in it.
+    """
+    separator = "," if Path(path).suffix.lower() == ".csv" else "\t"
+    try:
+        frame = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"The gene groups {path} cannot be read ({error}); `gene_groups` takes a "
+                         ".csv or .tsv with the columns symbol and group.") from None
+    frame.columns = [str(name).strip().lower() for name in frame.columns]
+    if not {"symbol", "group"} <= set(frame.columns):
+        raise InputError(f"The gene groups {path} have the columns {', '.join(frame.columns)}; "
+                         "needed are symbol and group.")
+    given = frame[["symbol", "group"]].apply(lambda column: column.str.strip())
+    given = given[(given != "").all(axis=1)]
+    if given.empty:
+        raise InputError(f"The gene groups {path} name no gene with a group; fill both columns.")
+    return {str(group): tuple(dict.fromkeys(part["symbol"].str.upper()))
+            for group, part in given.groupby("group")}
+
+
+def family_items(symbols: Sequence[str] | np.ndarray,
+                 groups: Mapping[str, Sequence[str]] | None = None) -> Items:
+    """The families of the genes: their shared stems, and the groups of a table if there is one.
+
+    A gene whose stem no other gene has is a family of one. A group that holds exactly the genes of
+    a stem takes its place.
+    """
+    members: dict[str, list[int]] = {}
+    for gene, symbol in enumerate(symbols):
+        members.setdefault(family_stem(str(symbol)), []).append(gene)
+    place = {str(symbol).upper(): gene for gene, symbol in enumerate(symbols)}
+    found = {tuple(genes): f"{stem}*" if len(genes) > 1 else str(symbols[genes[0]])
+             for stem, genes in members.items()}
+    for group, named in (groups or {}).items():
+        genes = sorted(place[symbol.upper()] for symbol in named if symbol.upper() in place)
+        if genes:
+            found[tuple(genes)] = group
+    lengths = [len(genes) for genes in found]
+    return items_from(list(found.values()), np.repeat(np.arange(len(found)), lengths),
+                      np.concatenate([np.array(genes, np.int64) for genes in found] or
+                                     [np.zeros(0, np.int64)]), len(symbols))
+
+
+class Explained(NamedTuple):
+    """For each of n features, the items chosen on some mentions, and their score on others.
+
+    items: (n, AT_MOST) chosen, in this order; -1: no more. precision, recall, f1, auroc: (n,); nan
+    where nothing was there to be right or wrong about.
+    """
+
+    items: NDArray[np.int64]
+    precision: NDArray[np.float64]
+    recall: NDArray[np.float64]
+    f1: NDArray[np.float64]
+    auroc: NDArray[np.float64]
+
+    @property
+    def size(self) -> NDArray[np.int64]:
+        """(n,) number of items."""
+        return (self.items >= 0).sum(axis=1)
+
+
+def explain(train: Mentions, held_out: Mentions, items: Items, at_most: int = AT_MOST
+            ) -> Explained:
+    """Choose items for each feature on the training mentions and score them on the held-out ones.
+
+    The prediction is that the feature fires on every mention of the items' genes and on no other.
+    Items are added one by one, each time the one with the best F1 on the training mentions, while
+    that rises, up to `at_most`; of equals the first. AUROC: a mention's score is the feature's
+    firing rate in training on the genes that the first item that holds it has brought, and on the
+    rest for all others; ties count half.
+    """
+    n = len(train.indptr) - 1
+    chosen = np.full((n, at_most), -1, np.int64)
+    # Last column: the mentions that no item covers.
+    rate, hit, seen = (np.zeros((n, at_most + 1)) for _ in range(3))
+    item = np.repeat(np.arange(len(items.names)), np.diff(items.item_indptr))
+    size = np.bincount(item, train.present[items.item_genes], minlength=len(items.names))
+    _choose(*train, *held_out, *items[1:], size, chosen, rate, hit, seen)
+    missed = seen - hit
+    positive, predicted = hit.sum(axis=1), seen[:, :-1].sum(axis=1)
+    right = hit[:, :-1].sum(axis=1)
+    higher = rate[:, :, None] > rate[:, None, :]
+    equal = rate[:, :, None] == rate[:, None, :]
+    won = np.einsum("ni,nj,nij->n", hit, missed, higher + 0.5 * equal)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return Explained(chosen, right / predicted, right / positive,
+                         np.where(positive > 0, 2 * right / (predicted + positive), np.nan),
+                         won / (positive * missed.sum(axis=1)))
+
+
+def description_bits(n_chosen: np.ndarray, n_items: int) -> np.ndarray:
+    """log2 of the number of ways to choose so many of `n_items`: what naming them costs."""
+    from scipy.special import gammaln
+
+    ways = gammaln(n_items + 1) - gammaln(n_chosen + 1) - gammaln(n_items - n_chosen + 1)
+    return np.asarray(ways / np.log(2))
+
+
+@compiled
+def _choose(indptr, gene, fired, present, held_indptr, held_gene, held_fired, held_present,  # type: ignore[no-untyped-def]
+            item_indptr, item_genes, gene_indptr, gene_items, size, chosen, rate, hit, seen):
+    """Fills chosen, rate (in training), hit (held-out firing) and seen (held-out mentions)."""
+    n_genes, at_most = len(present), chosen.shape[1]
+    k, held_k = np.zeros(n_genes), np.zeros(n_genes)
+    covered = np.zeros(n_genes, np.bool_)
+    order = np.empty(n_genes, np.int64)  # covered genes, to undo
+    gain, left = np.zeros(len(size)), size.copy()
+    touched = np.empty(len(size), np.int64)
+    everything, held_everything = present.sum(), held_present.sum()
+    for f in range(len(indptr) - 1):
+        n_touched = n_covered = 0
+        total = 0.0
+        for a in range(indptr[f], indptr[f + 1]):
+            g = gene[a]
+            k[g] = fired[a]
+            total += fired[a]
+            for b in range(gene_indptr[g], gene_indptr[g + 1]):
+                i = gene_items[b]
+                if gain[i] == 0:
+                    touched[n_touched] = i
+                    n_touched += 1
+                gain[i] += fired[a]
+        held_total = 0.0
+        for a in range(held_indptr[f], held_indptr[f + 1]):
+            held_k[held_gene[a]] = held_fired[a]
+            held_total += held_fired[a]
+        right = predicted = best = held_right = held_predicted = 0.0
+        touched[:n_touched].sort()
+        for step in range(at_most):
+            found = -1
+            for c in range(n_touched):
+                i = touched[c]
+                if gain[i] <= 0:
+                    continue
+                f1 = 2 * (right + gain[i]) / (predicted + left[i] + total)
+                if f1 > best * (1 + 1e-12):
+                    best, found = f1, i
+            if found < 0:
+                break
+            chosen[f, step] = found
+            rate[f, step] = gain[found] / left[found]
+            right += gain[found]
+            predicted += left[found]
+            for a in range(item_indptr[found], item_indptr[found + 1]):
+                g = item_genes[a]
+                if covered[g]:
+                    continue
+                covered[g] = True
+                order[n_covered] = g
+                n_covered += 1
+                hit[f, step] += held_k[g]
+                seen[f, step] += held_present[g]
+                for b in range(gene_indptr[g], gene_indptr[g + 1]):
+                    left[gene_items[b]] -= present[g]
+                    gain[gene_items[b]] -= k[g]
+            held_right += hit[f, step]
+            held_predicted += seen[f, step]
+        if everything > predicted:
+            rate[f, at_most] = (total - right) / (everything - predicted)
+        hit[f, at_most] = held_total - held_right
+        seen[f, at_most] = held_everything - held_predicted
+        for a in range(n_covered):
+            covered[order[a]] = False
+            for b in range(gene_indptr[order[a]], gene_indptr[order[a] + 1]):
+                left[gene_items[b]] += present[order[a]]
+        for c in range(n_touched):
+            gain[touched[c]] = 0.0
+        for a in range(indptr[f], indptr[f + 1]):
+            k[gene[a]] = 0.0
+        for a in range(held_indptr[f], held_indptr[f + 1]):
+            held_k[held_gene[a]] = 0.0

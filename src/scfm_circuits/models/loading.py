@@ -1,0 +1,168 @@
+"""Loading the model that is explained, or having it trained on the spot, with checks before use."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from scfm_circuits import InputError
+from scfm_circuits.common import manifest
+from scfm_circuits.common.files import atomic_folder, read_json, write_json
+from scfm_circuits.models.architectures import check_supported
+from scfm_circuits.models.mlp_sites import best_device, moved_to
+from scfm_circuits.models.small_models import TrainingCurve, train_small_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from scfm_circuits.cells.corpus import Corpus
+    from scfm_circuits.common.profile import Profile
+
+_FIELDS = ("seed", "model", "model_layers", "model_width", "model_heads", "model_steps",
+           "model_batch_cells", "model_learning_rate", "model_revision")
+
+
+
+def _without_widgets() -> None:
+    """Switch off the bars of transformers: in a notebook they are widgets, which would pull scripts
+    from other hosts into the page."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+
+def load_config(name: str | Path, revision: str | None = None, **options: Any
+                ) -> "PreTrainedConfig":
+    """A model's configuration, which says its size before its weights are there.
+
+    options: as for transformers, such as `local_files_only`. Raises InputError if it cannot be had,
+    or if the model is of no supported family or quantized.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(name), revision=revision, trust_remote_code=False,
+                                            **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _cannot_load(name, error) from None
+    check_supported(config.model_type, (config.architectures or [config.model_type])[0])
+    if getattr(config, "quantization_config", None):
+        raise InputError(f"The weights of the model {str(name)!r} are quantized, so what a layer "
+                         "computes cannot be read from them; set `model` to one that is not.")
+    return config
+
+
+
+def check_layers(profile: "Profile", found: int) -> None:
+    """InputError if the profile asks for layers that a loaded model of `found` does not have."""
+    if profile.model_layers not in (None, found):
+        raise InputError(f"The profile asks for {profile.model_layers} layers (`model_layers`), "
+                         f"but the model {profile.model!r} has {found}; set `model_layers: "
+                         f"{found}`.")
+    if profile.human_layer >= found:
+        raise InputError(f"`human_layer` is {profile.human_layer}, but the model "
+                         f"{profile.model!r} has layers 0 to {found - 1}; lower it.")
+
+
+
+def load_model(name: str | Path, revision: str | None = None,
+               dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
+    """A causal language model from a Hugging Face id or folder, in evaluation mode.
+
+    Only safetensors weights are read and no code of the repository is run. Attention is `eager`,
+    because the tracer reads its patterns. Raises InputError as `load_config` does, before weights
+    are read, or if weights are missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _without_widgets()
+    load_config(name, revision)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(name), revision=revision, dtype=dtype, use_safetensors=True,
+            trust_remote_code=False, attn_implementation="eager", output_loading_info=True,
+        )
+        model, loading = loaded
+        # transformers fills missing weights with random numbers and only warns.
+        if loading["missing_keys"]:
+            raise ValueError(f"it lacks the weights {', '.join(sorted(loading['missing_keys']))}")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _cannot_load(name, error) from None
+    return model.eval()
+
+
+
+def _cannot_load(name: str | Path, error: Exception) -> InputError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return InputError(f"The model {str(name)!r} cannot be loaded ({reason}); check `model` in the "
+                      "profile, or download it once with a network.")
+
+
+
+def model_dtype(profile: "Profile") -> torch.dtype:
+    """Type of the model's weights, but for circuits."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[profile.model_precision]
+
+
+
+def get_model(profile: "Profile", corpus: "Corpus", *, exact: bool = False
+              ) -> tuple["PreTrainedModel", TrainingCurve]:
+    """The profile's model: loaded, or trained once and kept as a Hugging Face checkpoint folder.
+
+    Returns the model on the best device, in the profile's `model_precision` or, if `exact`, in
+    float32; and its training curve (empty if loaded).
+    """
+    dtype = torch.float32 if exact else model_dtype(profile)
+    if profile.model != "train":
+        check_layers(profile, load_config(profile.model, profile.model_revision).num_hidden_layers)
+        model = load_model(profile.model, profile.model_revision, dtype)
+        manifest.check_model(profile.model, model.config, len(corpus.tokenizer))
+        check_vocabulary(model, corpus)
+        moved_to(model, best_device())
+        return model, TrainingCurve([], [])
+    folder = profile.results / "language_model"
+    stamp = profile.fingerprint(_FIELDS, ("cells", "models"))
+    stamp["corpus"] = corpus_digest(corpus)
+    stored = read_json(folder / "training.json")
+    if stored.get("stamp") != stamp:
+        _without_widgets()
+        model, curve = train_small_model(corpus, profile)
+        with atomic_folder(folder) as fresh:
+            model.save_pretrained(fresh)
+            corpus.tokenizer.save_pretrained(fresh)
+            write_json(fresh / "training.json", {"stamp": stamp, **curve._asdict()})
+    else:
+        curve = TrainingCurve(stored["step"], stored["loss"])
+    model = load_model(folder, dtype=dtype)
+    moved_to(model, best_device())
+    return model, curve
+
+
+
+def corpus_digest(corpus: "Corpus") -> str:
+    """A short hash of the corpus's tokens and split; what was trained on them depends on it."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for start in range(0, len(corpus), 4096):  # not a copy of all of them
+        digest.update(np.ascontiguousarray(corpus.tokens[start : start + 4096]).tobytes())
+    digest.update(np.ascontiguousarray(corpus.held_out).tobytes())
+    return digest.hexdigest()[:16]
+
+
+
+def check_vocabulary(model: nn.Module, corpus: "Corpus") -> None:
+    """Raise InputError if the corpus has token ids or lengths that the model cannot take."""
+    config: Any = model.config
+    largest, length = int(corpus.tokens.max()), corpus.tokens.shape[1]
+    if largest >= config.vocab_size:
+        raise InputError(f"The tokenizer gives token {largest}, but the model has "
+                         f"{config.vocab_size} rows; `tokenizer` and `model` do not belong "
+                         "together.")
+    if length > config.max_position_embeddings:
+        raise InputError(f"The longest cell has {length} tokens, the model takes "
+                         f"{config.max_position_embeddings}; lower `genes_per_cell`.")

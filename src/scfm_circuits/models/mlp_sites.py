@@ -1,0 +1,122 @@
+"""The MLPs of a model: what they read and write on a corpus, and what happens without them.
+
+Batches of prompts, activations at every MLP, and MLPs replaced by transcoders or by zeros.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scfm_circuits.models.architectures import decoder, decoder_layers
+
+if TYPE_CHECKING:
+    from scfm_circuits.cells.corpus import Corpus
+
+Replacement = Callable[[int, Tensor], Tensor]
+"""From a layer and its MLP input (..., d_model) to what takes the MLP output's place."""
+
+
+class Sites(NamedTuple):
+    """What the MLPs of all layers read and wrote on some tokens.
+
+    inputs, outputs: (n_layers, n_tokens, d_model); row `n` of both is the same token.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device
+
+
+def moved_to(model: nn.Module, device: torch.device) -> nn.Module:
+    return model.to(device)
+
+
+def best_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def mlps(model: nn.Module) -> list[nn.Module]:
+    """The MLP modules, layer by layer; InputError for a model of no supported family."""
+    return [layer.mlp for layer in decoder_layers(model)]
+
+
+# --- forward passes ------------------------------------------------------------------------------
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy of each next token that is not padding, in nats, computed in float32.
+
+    logits: (n, length, vocabulary); tokens, mask: (n, length). Returns (n_predictions,).
+    """
+    wanted = mask[:, 1:]
+    return nn.functional.cross_entropy(
+        logits[:, :-1][wanted].float(), tokens[:, 1:][wanted], reduction="none")
+
+
+def batches(corpus: "Corpus", cells: Sequence[int] | np.ndarray, size: int, device: torch.device
+            ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """Cells in the given order, `size` at a time, cut to their longest.
+
+    Yields (rows, tokens, mask): (n,) cell indices, (n, length) token ids, (n, length) bool.
+    """
+    cells = np.asarray(cells)
+    for start in range(0, len(cells), size):
+        rows = cells[start : start + size]
+        length = int(corpus.lengths[rows].max())
+        yield (rows, torch.from_numpy(corpus.tokens[rows, :length]).to(device),
+               torch.from_numpy(corpus.mask[rows, :length]).to(device))
+
+
+@contextlib.contextmanager
+def replaced_mlps(model: nn.Module, replacement: Replacement,
+                  layers: Sequence[int] | None = None) -> Iterator[None]:
+    """Within the block, the MLPs of `layers` (default: all) give `replacement(layer, input)`."""
+    modules = dict(enumerate(mlps(model)))
+    if layers is not None:
+        modules = {layer: modules[layer] for layer in layers}
+
+    def hook(layer: int) -> Callable:
+        return lambda module, args, output: replacement(layer, args[0])
+
+    handles = [module.register_forward_hook(hook(layer)) for layer, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def zero_ablation(layer: int, inputs: Tensor) -> Tensor:
+    """The replacement that removes an MLP: it writes nothing (the paper's "No MLP")."""
+    return torch.zeros_like(inputs)
+
+
+@torch.no_grad()
+def mlp_sites(model: nn.Module, tokens: Tensor, mask: Tensor) -> Sites:
+    """Inputs and outputs of all MLPs on the tokens that are not padding, from one forward pass.
+
+    tokens, mask: (n, length). No logits are computed.
+    """
+    seen: list[tuple[Tensor, Tensor]] = []
+    where = mask.flatten().nonzero()[:, 0]  # once: a GPU is waited for each time
+    handles = [
+        module.register_forward_hook(lambda module, args, output: seen.append(
+            (args[0].flatten(0, 1)[where], output.flatten(0, 1)[where])))
+        for module in mlps(model)
+    ]
+    try:
+        decoder(model)(input_ids=tokens, attention_mask=mask, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    inputs, outputs = zip(*seen, strict=True)
+    return Sites(torch.stack(inputs), torch.stack(outputs))

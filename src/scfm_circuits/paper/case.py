@@ -1,0 +1,260 @@
+"""How often other genes get the paper's term: the case study's enrichment beside chance.
+
+The case study reports "Endothelial cell: heart" for the nine genes of its circuit. Two of the nine
+carry it. Here the same test runs on lists that share less and less with the circuit: its anchor
+gene with random genes, its anchor with other genes of the prompt, any genes of the prompt (either
+can hold more of the circuit's genes), and random genes alone. Each is tested under every rule in
+`enrichment.RULES` and with the Benjamini-Hochberg (BH) family exchanged, because that choice
+decides the outcome.
+
+A random gene is drawn from what the rule's background says could have been drawn: where that is a
+number, from as many genes as it says, of which those beyond the library's own match no term.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from scfm_circuits import InputError
+from scfm_circuits.enrichment.background import Background, Encoded, encode_ids, prepare_background
+from scfm_circuits.enrichment.gene_sets import GeneSets
+from scfm_circuits.enrichment.null_lists import Ragged, uniform_null
+from scfm_circuits.enrichment.over_representation import over_representation
+from scfm_circuits.enrichment.rules import RULES, Rule
+from scfm_circuits.enrichment.significance import wilson_interval
+from scfm_circuits.enrichment.terms import term_fdr
+from scfm_circuits.paper.exhibits import PAPER
+
+ANY_TERM = "any term"
+
+
+class CaseSetting(NamedTuple):
+    """A rule that can be applied to the case, with its background."""
+
+    rule: Rule
+    universe: Background
+
+    @property
+    def label(self) -> str:
+        """Rule, number of background genes and BH family in few words."""
+        tests = "the terms hit" if self.rule.family == "hit" else "all terms"
+        return f"{self.rule.name}: {self.universe.total:,} genes, BH over {tests}"
+
+
+def case_settings(
+    library: GeneSets, genes: Collection[str], corpus_genes: Collection[str]
+) -> list[CaseSetting]:
+    """Every rule that can be applied to `genes`, as it is and with the BH family exchanged.
+
+    A rule whose background is the corpus is left out unless the corpus holds all the genes: the
+    others could not have been drawn.
+
+    Raises:
+        InputError: as `prepare_background`.
+    """
+    settings = []
+    in_corpus = {gene.upper() for gene in genes} <= {gene.upper() for gene in corpus_genes}
+    for rule in RULES.values():
+        if rule.background == "corpus" and not in_corpus:
+            continue
+        universe = prepare_background(library, rule.background_for(corpus_genes))
+        exchanged = replace(rule, family="all" if rule.family == "hit" else "hit")
+        settings += [CaseSetting(rule, universe), CaseSetting(exchanged, universe)]
+    return settings
+
+
+def named_term(library: GeneSets, printed: str) -> str | None:
+    """The library's name of a term that is printed with other capitals or spaces; None for none."""
+
+    def plain(name: str) -> str:
+        return "".join(name.lower().split())
+
+    return next((term for term in library.terms if plain(term) == plain(printed)), None)
+
+
+def case_nulls(
+    settings: Sequence[CaseSetting],
+    term: str,
+    genes: Sequence[str],
+    prompt: Sequence[str],
+    *,
+    draws: int,
+    seed: int,
+    fdr: float = 0.05,
+) -> pd.DataFrame:
+    """How often the term, or any term, has an adjusted p below `fdr` for lists other than `genes`.
+
+    Args:
+        settings: from `case_settings`.
+        term: the library's name of the paper's term.
+        genes: the circuit's genes; the first is the anchor that two of the nulls keep.
+        prompt: the genes of the prompt.
+        draws: lists per null; `genes` themselves are one list.
+        seed: the same seed gives the same lists, and the same ones to both BH families.
+        fdr: level below which an adjusted p counts.
+
+    Returns:
+        One row per setting and kind of list (circuit, anchor_random, anchor_prompt, prompt,
+        random): kind, list (in words), called (which term), rule, bh_family, background_genes,
+        draws, n_called, percent, and low and high of its 95 % Wilson interval in percent (missing
+        for the circuit's genes themselves, where nothing is drawn).
+
+    Raises:
+        InputError: no draws, fewer genes to draw from than a list has, or as `term_fdr`.
+    """
+    if draws < 1:
+        raise InputError(f"The number of draws is {draws}; use at least 1.")
+    rows = []
+    for setting in settings:
+        universe, family = setting.universe, setting.rule.family
+        for kind, (words, called, lists) in _case_lists(setting, genes, prompt, term, draws,
+                                                        seed).items():
+            if called == ANY_TERM:
+                q = over_representation(lists, universe.library, background=universe,
+                                        family=family, alpha=fdr).min_q
+            else:
+                q = term_fdr(lists, universe.library, term, background=universe, family=family)
+            n, k = q.size, int(np.count_nonzero(q < fdr))
+            low, high = wilson_interval(k, n) if n > 1 else (np.nan, np.nan)
+            rows.append((kind, words, called, setting.rule.name, family, universe.total, n, k,
+                         100 * k / n, 100 * low, 100 * high))
+    return pd.DataFrame(rows, columns=[
+        "kind", "list", "called", "rule", "bh_family", "background_genes", "draws", "n_called",
+        "percent", "low", "high"])
+
+
+def _case_lists(
+    setting: CaseSetting, genes: Sequence[str], prompt: Sequence[str], term: str, draws: int,
+    seed: int,
+) -> Mapping[str, tuple[str, str, Encoded]]:
+    """By kind: the list in words, which term is asked of it, and its draws."""
+    genes, prompt = ([gene.upper() for gene in symbols] for symbols in (genes, prompt))
+    anchor, n, some = genes[0], len(genes), _drawn_from(setting.universe)
+    kinds: dict[str, tuple[str, str, Sequence[str], str | None, int]] = {
+        "circuit": (f"the {n} genes of the circuit", term, genes, anchor, 1),
+        "anchor_random": (f"{anchor} and {n - 1} random genes", term, some, anchor, draws),
+        "anchor_prompt": (f"{anchor} and {n - 1} other genes of the prompt", term, prompt, anchor,
+                          draws),
+        "prompt": (f"any {n} genes of the prompt", term, prompt, None, draws),
+        "random": (f"{n} random genes", ANY_TERM, some, None, draws),
+    }
+    return {
+        kind: (words, called, _encoded(setting.universe, pool, kept, n, count,
+                                       np.random.default_rng([seed, 11, i])))
+        for i, (kind, (words, called, pool, kept, count)) in enumerate(kinds.items())
+    }
+
+
+def _drawn_from(universe: Background) -> list[str]:
+    """The genes a random list can hold under this background, nameless ones filled in."""
+    if universe.symbols is not None:
+        return sorted(universe.symbols)
+    known = universe.library.genes
+    if len(known) > universe.total:
+        raise InputError(
+            f"A background of {universe.total:,} genes is fewer than the {len(known):,} of "
+            f"{universe.library.name}, so a random gene has no meaning; raise the number."
+        )
+    return [*known, *(f"NAMELESS {i}" for i in range(universe.total - len(known)))]
+
+
+def _encoded(
+    universe: Background, pool: Sequence[str], kept: str | None, length: int, draws: int,
+    rng: np.random.Generator,
+) -> Encoded:
+    """`draws` lists of `length` genes from the pool, the first of them `kept` if it is given."""
+    pool = [gene for gene in pool if gene != kept]
+    n = length - (kept is not None)
+    ids = uniform_null(np.full(draws, n), len(pool), rng).ids.reshape(draws, n)
+    if kept is not None:
+        ids = np.column_stack([np.full(draws, len(pool)), ids])
+        pool = [*pool, kept]
+    lists = Ragged(np.arange(draws + 1) * length, ids.ravel())
+    return encode_ids(lists, pool, universe.library, universe)
+
+
+def rate(table: pd.DataFrame, kind: str, rule: str = "enrichr", family: str = "hit") -> pd.Series:
+    """The row of `case` of one kind of list, under one rule and BH family.
+
+    Raises:
+        InputError: the table has no such row.
+    """
+    rows = table[(table["kind"] == kind) & (table["rule"] == rule)
+                 & (table["bh_family"] == family)]
+    if rows.empty:
+        raise InputError(f"The nulls have no list {kind!r} under {rule!r}, BH over {family!r}.")
+    return rows.iloc[0]
+
+
+def in_words(row: pd.Series) -> str:
+    """A rate with its interval, "86.7 % (85.1 to 88.1)"; yes or no where nothing was drawn."""
+    if row["draws"] == 1:
+        return "yes" if row["n_called"] else "no"
+    return f"{row['percent']:.1f} % ({row['low']:.1f} to {row['high']:.1f})"
+
+
+def wide(table: pd.DataFrame, settings: Sequence[CaseSetting]) -> pd.DataFrame:
+    """`case` for reading: a row per list, a column per setting, rates in words."""
+    shown = table[["list", "called"]].drop_duplicates(ignore_index=True)
+    for rule, universe in settings:
+        rows = table[(table["rule"] == rule.name) & (table["bh_family"] == rule.family)]
+        shown[CaseSetting(rule, universe).label] = [in_words(row) for _, row in rows.iterrows()]
+    return shown
+
+
+def in_prose(table: pd.DataFrame, fdr: float) -> str:
+    """What the rates of `case` under the Enrichr rule and its exchange mean, for a page."""
+    said = {(kind, family): in_words(rate(table, kind, family=family))
+            for kind in table["kind"].unique() for family in ("hit", "all")}
+    circuit = table[table["kind"] == "circuit"]
+    first = rate(table, "anchor_random")
+    return (
+        f"The circuit's genes bring the term below FDR {fdr:g} under {circuit['n_called'].sum()} "
+        f"of the {len(circuit)} rules shown. So do {first['list']}, with no model behind them, in "
+        f"{said['anchor_random', 'hit']} of {first['draws']:,} draws under the server's rule, and "
+        f"{rate(table, 'random')['list']} bring one term or another there in "
+        f"{said['random', 'hit']}: the rule corrects only for the terms that a list happens to "
+        "touch, and in a list this short a single gene can be enough. Corrected for all terms of "
+        f"the library, the two rates are {said['anchor_random', 'all']} and "
+        f"{said['random', 'all']}. Two genes of the term are then needed, and "
+        f"{rate(table, 'anchor_prompt')['list']} still reach the level in "
+        f"{said['anchor_prompt', 'all']} of draws, {rate(table, 'prompt')['list']} in "
+        f"{said['prompt', 'all']}, because the prompt is the sentence of an endothelial cell. What "
+        "the circuit adds has to be read against these last two rates."
+    )
+
+
+
+def combined_score(overlap: int, term: int, query: int, population: int) -> tuple[float, float]:
+    """The Enrichr server's Combined Score, -ln(p) x odds ratio, and its one-sided Fisher p."""
+    p = float(stats.hypergeom.sf(overlap - 1, population, term, query))
+    outside = population - term - query + overlap
+    odds = overlap * outside / max((query - overlap) * (term - overlap), 1)
+    return -math.log(p) * odds, p
+
+
+
+def server_case(folder: str | Path | None = None, population: int = 20_000) -> pd.DataFrame:
+    """The paper's nine genes under the Enrichr server's formula, from overlap counts alone.
+
+    `cellmarker_overlaps.csv` has, for each of the terms of CellMarker_Augmented_2021 that hold one
+    of the nine, the overlap and the term's size; only the paper's term is named. So the case can be
+    computed where the library, which may not be passed on, is not at hand.
+
+    Returns one row per term: overlap, term_size, term, p (one-sided Fisher, N = population), FDR
+    (BH over these terms), score; smallest p first.
+    """
+    folder = Path(folder) if folder is not None else PAPER
+    nine = len(pd.read_csv(folder / "circuit_genes.csv"))
+    table = pd.read_csv(folder / "cellmarker_overlaps.csv", keep_default_na=False)
+    scored = [combined_score(int(x), int(size), nine, population)
+              for x, size in zip(table["overlap"], table["term_size"], strict=True)]
+    table["score"], table["p"] = [score for score, _ in scored], [p for _, p in scored]
+    table["FDR"] = stats.false_discovery_control(table["p"])
+    return table.sort_values("p", kind="stable", ignore_index=True)

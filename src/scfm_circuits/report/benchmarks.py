@@ -1,0 +1,61 @@
+"""The training benchmark's figures as a table beside the chapter that trains."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from scfm_circuits.common.files import read_json
+
+if TYPE_CHECKING:
+    from scfm_circuits.report.report import Report, Shown
+
+_ROWS = (
+    ("fraction_of_matmul_peak", "share of the matrix-product limit"),
+    ("fraction_of_matmul_peak_50_active", "the same, 50 features active"),
+    ("fraction_of_matmul_peak_of_the_step", "the same, step alone"),
+    ("fraction_of_matmul_peak_bfloat16", "the same in bfloat16"),
+    ("tokens_per_second", "tokens per second, 24 layers"),
+    ("projected_minutes_for_60m_tokens", "minutes for 60 M tokens, 24 layers"),
+    ("peak_memory_mib", "peak memory (MiB)"),
+    ("ratio_vs_autograd", "speed over the same step by autograd"),
+    ("ratio_vs_autograd_50_active", "the same, 50 features active"),
+    ("ratio_vs_sparsify", "speed over sparsify (TopK)"),
+    ("memory_ratio_vs_sparsify", "sparsify's memory over ours"),
+)
+
+
+
+def benchmark_table(path: Path) -> tuple[pd.DataFrame, str] | None:
+    """What `make bench BENCH=training` measured, and on which machine; None if it was not run.
+
+    A figure that was extrapolated from fewer layers says so.
+    """
+    found = read_json(path)
+    if not found:
+        return None
+    rows: list[dict[str, Any]] = []
+    for key, what in _ROWS:
+        value = found.get(key)
+        if value is None:
+            value = next((found[other] for other in found if other.endswith("extrapolated_from_"
+                         f"{found.get('layers')}") and other.startswith(f"{key}_24")), None)
+            what += f" (extrapolated from {found.get('layers')})"
+        if isinstance(value, int | float):
+            rows.append({"measure": what, "value": float(value)})
+    device = found.get("device")
+    where = (f"{found.get('cpu')}, {found.get('threads')} threads" if device in (None, "cpu")
+             else f"{device}")
+    return pd.DataFrame(rows, columns=["measure", "value"]), where
+
+
+
+def shown_benchmark(report: "Report", path: Path) -> "Shown | None":
+    """The benchmark's figures as a table with its machine, or how to get them."""
+    found = benchmark_table(path)
+    if found is None:
+        return report.warning("It was not run on this machine: `make bench BENCH=training` does, "
+                              "in a few minutes.")
+    frame, where = found
+    return report.show(frame, caption=f"make bench BENCH=training, at the paper's layer size, on "
+                                      f"{where}")

@@ -1,0 +1,1 @@
+"""The figures of the book, a file for each group of chapters; `style` is shared."""

@@ -1,0 +1,239 @@
+"""Figures of circuits: contributions, the circuit itself, interventions, structure."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from scfm_circuits.report.plots.style import (
+    BLUE,
+    BROWN,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    panels,
+    ticks,
+)
+
+if TYPE_CHECKING:
+    from scfm_circuits.circuits.circuit import Circuit, Node
+
+sns.set_theme(context="notebook", style="whitegrid", palette="colorblind",
+              rc={"figure.dpi": 100, "axes.titlesize": "medium", "axes.titleweight": "bold"})
+
+
+def contribution_kinds(shares: Mapping[str, float]) -> Figure:
+    """How a pre-activation adds up, by kind of source (signed sums)."""
+    figure, (axis,) = panels(1, width=6.5, height=0.6 + 0.42 * len(shares))
+    names, values = list(shares), list(shares.values())
+    colours = [BLUE if value >= 0 else ORANGE for value in values]
+    bars = axis.barh(names[::-1], values[::-1], color=colours[::-1])
+    axis.bar_label(bars, fmt="%.3f", padding=4)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.margins(x=0.18)
+    axis.set(xlabel="contribution to the target's pre-activation")
+    axis.grid(axis="y", visible=False)
+    return figure
+
+
+def circuit_picture(circuit: "Circuit", texts: Sequence[str], genes: Sequence[str | None],
+                    n_layers: int, max_edges: int = 150) -> Figure:
+    """Figure 5: layers upwards, tokens along, width by weight, colour by sign.
+
+    The edges that carry most of the target's contributions are drawn, with the nodes they join;
+    only tokens that carry such a node have a place. A head stands at the token it read.
+    """
+    influence = circuit.influence()
+    carried = {edge: abs(edge.weight) / circuit.expansions[edge.target].absolute
+               * influence[edge.target] for edge in circuit.edges}
+    strongest = sorted(circuit.edges, key=lambda edge: -carried[edge])[:max_edges]
+    shown = {circuit.target, *(e.source for e in strongest), *(e.target for e in strongest)}
+    nodes = [node for node in circuit.nodes.values() if node.id in shown]
+    place, positions = _places(nodes, n_layers)
+    figure, axis = plt.subplots(figsize=(max(8.0, 0.3 * len(positions)), 6),
+                                constrained_layout=True)
+    top = max(carried[edge] for edge in strongest)
+    for edge in reversed(strongest):
+        (x0, y0), (x1, y1) = place[edge.source], place[edge.target]
+        axis.plot([x0, x1], [y0, y1], color=BLUE if edge.weight > 0 else ORANGE, alpha=0.55,
+                  linewidth=0.5 + 4.5 * (carried[edge] / top) ** 0.5, zorder=1)
+    markers = {"feature": ("o", GREEN), "head": ("D", PURPLE), "embedding": ("s", GREY),
+               "error": ("X", RED), "logit": ("*", "black")}
+    for kind, (marker, colour) in markers.items():
+        chosen = [node for node in nodes if node.kind == kind]
+        if chosen:
+            axis.scatter([place[n.id][0] for n in chosen], [place[n.id][1] for n in chosen],
+                         s=[22 + 220 * influence[n.id] for n in chosen], marker=marker,
+                         color=colour, edgecolor="white", linewidth=0.6, zorder=2)
+            # The legend's marks are of one size, whatever the first node's influence.
+            axis.scatter([], [], s=45, marker=marker, color=colour, label=kind)
+    for sign, colour in (("adds", BLUE), ("takes away", ORANGE)):
+        axis.plot([], [], color=colour, linewidth=3, label=sign)
+    labels = [f"{texts[p]} ({genes[p]})" if genes[p] else texts[p] for p in positions]
+    axis.set_xticks(range(len(positions)), [label.replace("$", r"\$") for label in labels],
+                    rotation=90, fontsize=8)
+    axis.set_yticks([-1, *range(n_layers)], ["embedding", *(f"layer {i}" for i in range(n_layers))])
+    axis.grid(axis="x", visible=False)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    return figure
+
+
+def _places(nodes: Sequence["Node"], n_layers: int
+            ) -> tuple[dict[str, tuple[float, float]], list[int]]:
+    """Where each node is drawn, and the token positions in use.
+
+    Heads stand below the MLP nodes of their layer; nodes that share a place are set side by side.
+    """
+    positions = sorted({p for node in nodes for p in (node.position, node.source)})
+    column = {position: i for i, position in enumerate(positions)}
+    heights = {"embedding": -1.0, "logit": float(n_layers)}
+    groups: dict[tuple[int, float], list[str]] = {}
+    for node in nodes:
+        y = heights.get(node.kind, node.layer + (-0.15 if node.kind == "head" else 0.25))
+        groups.setdefault((column[node.source], y), []).append(node.id)
+    place = {}
+    for (x, y), members in groups.items():
+        offsets = (np.arange(len(members)) - (len(members) - 1) / 2) / max(len(members), 4)
+        place.update({name: (x + 0.8 * offset, y) for name, offset in
+                      zip(members, offsets, strict=True)})
+    return place, positions
+
+
+_CIRCUIT_COLOURS = {"circuit": BLUE, "same token": GREEN, "same size": GREY, "none": ORANGE}
+_INTERVENTION_NAMES = {"ablation": "taken away", "doubling": "doubled", "alone": "alone",
+                       "alone, own kind": "alone,\nown kind"}
+
+
+def faithfulness(frame: pd.DataFrame) -> Figure:
+    """What changing features does to a circuit's target, circuits beside random circuits.
+
+    frame: a row per cell, `features` and `intervention` (`interventions.compare`); predicted,
+    measured, lowest, highest as shares of the target.
+    Left: predicted against measured, features taken away. Right: measured, every intervention.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True,
+                                width_ratios=(4, 6))
+    taken = frame[frame["intervention"] == "ablation"]
+    kinds = [kind for kind in _CIRCUIT_COLOURS if (frame["features"] == kind).any()]
+    for kind in kinds[::-1]:
+        rows = taken[taken["features"] == kind]
+        if len(rows):
+            axes[0].scatter(rows["predicted"], rows["measured"], s=22, alpha=0.7,
+                            color=_CIRCUIT_COLOURS[kind], zorder=2)
+            axes[0].vlines(rows["predicted"], rows["lowest"], rows["highest"], linewidth=1,
+                           alpha=0.5, color=_CIRCUIT_COLOURS[kind], zorder=1)
+    low = min(taken["predicted"].min(), taken["lowest"].min(), -1.0)
+    high = max(taken["predicted"].max(), taken["highest"].max(), 0.1)
+    axes[0].plot([low, high], [low, high], color="black", linewidth=0.8, linestyle=":")
+    axes[0].set(xlabel="predicted change / target", ylabel="measured change / target",
+                title="taken away")
+    # Own jitter: seaborn's comes from the global generator and would differ from run to run.
+    jitter = np.random.default_rng(0)
+    for place, name in enumerate(_INTERVENTION_NAMES):
+        for offset, kind in enumerate(kinds):
+            values = frame.loc[(frame["features"] == kind) & (frame["intervention"] == name),
+                               "measured"]
+            x = place + 0.2 * (offset - (len(kinds) - 1) / 2)
+            axes[1].scatter(x + jitter.uniform(-0.05, 0.05, len(values)), values, s=16, alpha=0.7,
+                            color=_CIRCUIT_COLOURS[kind])
+            if len(values):
+                axes[1].hlines(values.median(), x - 0.08, x + 0.08, color="black", linewidth=1.5)
+    axes[1].set_xticks(range(len(_INTERVENTION_NAMES)), list(_INTERVENTION_NAMES.values()))
+    axes[1].axhline(0, color="black", linewidth=0.8)
+    axes[1].set(ylabel="measured change / target", title="every intervention")
+    axes[1].grid(axis="x", visible=False)
+    labels = {"circuit": "the circuit", "same token": "others at the same tokens",
+              "same size": "others of the same size", "none": "no feature (all at their means)"}
+    handles = [axes[0].scatter([], [], s=30, color=_CIRCUIT_COLOURS[kind]) for kind in kinds]
+    figure.legend(handles, [labels[kind] for kind in kinds], loc="outside lower center",
+                  ncols=len(kinds), frameon=False)
+    return figure
+
+
+def circuit_flow(flow: pd.DataFrame) -> Figure:
+    """What writes the targets' values, layer by layer, as mean shares over cells.
+
+    flow: one row per cell, kind and layer (`structure.flow_table`). Left: written straight to the
+    target. Right: passing through the circuit's nodes.
+    """
+    figure, axes = panels(2, width=4.8, height=4)
+    colours = {"attention": PURPLE, "features": GREEN, "errors": RED, "embedding": GREY,
+               "biases": BROWN}
+    n_cells = flow["cell"].nunique()
+    n_layers = int(flow["layer"].max()) + 1
+    for axis, column, title in ((axes[0], "share", "written straight to the target"),
+                                (axes[1], "passing", "passing through the circuit")):
+        means = flow.groupby(["kind", "layer"])[column].sum() / n_cells
+        bottom = np.zeros(n_layers)
+        for kind in ("attention", "features", "errors"):
+            values = np.array([means.get((kind, layer), 0.0) for layer in range(n_layers)])
+            axis.bar(np.arange(n_layers), 100 * values, bottom=100 * bottom, label=kind,
+                     color=colours[kind])
+            bottom += values
+        # A path ends at a bias: none passes through.
+        aside = {"tokens": "embedding"} if column == "passing" else {"tokens": "embedding",
+                                                                     "biases": "biases"}
+        for place, kind in zip((-2, -3), aside.values(), strict=False):
+            axis.bar(place, 100 * means.get((kind, -1), 0.0), color=colours[kind])
+        axis.set_xticks([*range(-2, -2 - len(aside), -1), *ticks(n_layers)],
+                        [*aside, *map(str, ticks(n_layers))])
+        axis.tick_params(axis="x", labelsize=9)
+        for label in axis.get_xticklabels()[: len(aside)]:
+            label.set_rotation(90)
+        axis.set(title=title, xlabel="layer", xlim=(-3.6, n_layers - 0.4))
+        axis.grid(axis="x", visible=False)
+    axes[0].set_ylabel("% of the target's contributions")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def circuit_overlap(overlap: np.ndarray, labels: Sequence[str]) -> Figure:
+    """Jaccard index of every pair of circuits' features, cells in the order given.
+
+    overlap: (n, n); labels: (n,) the cells' types, equal ones side by side, which are boxed.
+    """
+    n = len(labels)
+    figure, axis = plt.subplots(figsize=(3.5 + 0.2 * n, 2.2 + 0.2 * n), constrained_layout=True)
+    shown = np.where(np.eye(n, dtype=bool), np.nan, overlap)
+    image = axis.imshow(shown, cmap="viridis", vmin=0, vmax=max(np.nanmax(shown, initial=0), 0.01))
+    starts = [i for i in range(n) if i == 0 or labels[i] != labels[i - 1]]
+    ends = [*starts[1:], n]
+    for start, end in zip(starts, ends, strict=True):
+        axis.add_patch(plt.Rectangle((start - 0.5, start - 0.5), end - start, end - start,
+                                     fill=False, edgecolor=ORANGE, linewidth=2, clip_on=False))
+    middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
+    names = [str(labels[start]).replace("$", r"\$") for start in starts]
+    axis.set_xticks(middles, names, rotation=90, fontsize=9)
+    axis.set_yticks(middles, names, fontsize=9)
+    axis.grid(visible=False)
+    figure.colorbar(image, ax=axis, label="shared features (Jaccard index)", shrink=0.8)
+    return figure
+
+
+def planted_recovery(summary: pd.DataFrame) -> Figure:
+    """Planted genes among as many of a circuit's most influential genes as are planted, by cell
+    type; one panel per target. summary: `planted_genes.recovery_summary`."""
+    targets = list(summary["target"].unique())
+    figure, axes = panels(len(targets), width=4.8)
+    marks = {"top_share_random": ("random", "|", GREY),
+             "top_share_most_expressed": ("most expressed", "s", ORANGE),
+             "top_share": ("circuit", "o", BLUE)}
+    for ax, target in zip(axes, targets, strict=True):
+        rows = summary[summary["target"] == target].iloc[::-1]
+        places = np.arange(len(rows))
+        for column, (label, mark, colour) in marks.items():
+            ax.scatter(100 * rows[column], places, marker=mark, color=colour, label=label, zorder=3,
+                       s=110 if mark == "|" else 55 if mark == "s" else 22)
+        ax.set_yticks(places, rows["cell_type"])
+        ax.grid(axis="y", color="0.9")
+        ax.set(xlim=(0, 100), title=f"circuits of the {target}",
+               xlabel="planted for the cell's type, %")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure

@@ -1,0 +1,91 @@
+"""Figures of features: L0, frequencies (the paper's Figures 2 and 3), and scores."""
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from scfm_circuits.interpretability.deck import FEATURE, RANDOM, UNTRAINED
+from scfm_circuits.interpretability.scores import EITHER, FAMILY, GENE, NONE, SUB_WORD
+from scfm_circuits.report.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, panels, ticks
+
+SHOWN = {GENE: BLUE, FAMILY: GREEN, EITHER: PURPLE, SUB_WORD: ORANGE, NONE: GREY}
+"""Verdicts in the order in which bars are stacked, with their colours."""
+
+
+def explained_per_layer(shares: pd.DataFrame) -> Figure:
+    """Shares of the verdicts by layer, for features and both kinds of decoys.
+
+    shares: from `scores.verdict_shares`.
+    """
+    sources = [FEATURE, UNTRAINED, RANDOM]
+    by_layer = shares[shares["layer"] != "all"]
+    n_layers = by_layer["layer"].nunique()
+    figure, axes = panels(len(sources), width=max(3.2, 0.32 * n_layers))
+    for axis, source in zip(axes, sources, strict=True):
+        part = by_layer[by_layer["source"] == source]
+        bottom = np.zeros(len(part))
+        for verdict, colour in SHOWN.items():
+            height = 100 * part[verdict].fillna(0).to_numpy(float)
+            axis.bar(part["layer"].astype(int), height, bottom=bottom, color=colour, label=verdict,
+                     width=0.8)
+            bottom += height
+        axis.set(title={FEATURE: "live features"}.get(source, source), xlabel="layer",
+                 ylim=(0, 100))
+        axis.grid(axis="x", visible=False)
+    axes[0].set(ylabel="% of those with a verdict")
+    for axis in axes[1:]:
+        axis.set(yticklabels=[])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
+                  frameon=False)
+    return figure
+
+
+def prediction_by_kind(features: pd.DataFrame, decoys: pd.DataFrame) -> Figure:
+    """How well each kind of explanation predicts held-out mentions: share of features above an F1.
+
+    features, decoys: from `scores`.
+    """
+    figure, axes = panels(3, width=3.4)
+    levels = np.linspace(0, 1, 101)
+    sources = [(FEATURE, features, BLUE), *((name, decoys[decoys["source"] == name], colour)
+               for name, colour in ((UNTRAINED, ORANGE), (RANDOM, GREY)))]
+    for axis, (kind, title) in zip(axes, {"gene": "genes", "family": "families",
+                                          "token": "sub-words"}.items(), strict=True):
+        for name, frame, colour in sources:
+            f1 = frame[f"{kind}_f1"].dropna().to_numpy()
+            if len(f1):
+                axis.plot(levels, [100 * (f1 >= level).mean() for level in levels], color=colour,
+                          label={FEATURE: "live features"}.get(name, name))
+        axis.set(title=f"up to three {title}", xlabel="F1 on held-out cells of at least",
+                 xlim=(0, 1), ylim=(0, 100))
+    axes[0].set(ylabel="% of features")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  frameon=False)
+    return figure
+
+
+
+def l0_per_layer(mean: np.ndarray, quantiles: np.ndarray) -> Figure:
+    """Figure 2: mean active features per token, with the 10 and 90 % quantiles over tokens."""
+    figure, (axis,) = panels(1, width=6.5)
+    layers = np.arange(len(mean))
+    axis.fill_between(layers, quantiles[:, 0], quantiles[:, -1], color=BLUE, alpha=0.2,
+                      label="10 to 90 % of tokens")
+    axis.plot(layers, mean, "o-", color=BLUE, label="mean")
+    axis.set(xlabel="layer", ylabel="active features per token (L0)", ylim=(0, None),
+             xticks=ticks(len(mean)))
+    axis.legend()
+    return figure
+
+
+
+def frequency_distribution(log10_frequency: np.ndarray, cut: float, layer: int) -> Figure:
+    """Figure 3: distribution of log10 E(f) of one layer's live features."""
+    live = log10_frequency[log10_frequency >= cut]
+    figure, (axis,) = panels(1, width=6.5)
+    sns.histplot(live, bins=40, ax=axis, color=BLUE)
+    axis.axvline(cut, color=ORANGE, linestyle="--", label=f"live cut, {cut:g}")
+    axis.set(xlabel=r"$\log_{10} E(f)$", ylabel="features", title=f"layer {layer}")
+    axis.legend()
+    return figure

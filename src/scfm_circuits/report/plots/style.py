@@ -1,0 +1,28 @@
+"""Colours and panels that all figures share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, _, _ = sns.color_palette("colorblind")
+
+
+
+def panels(n: int, *, width: float = 4.4, height: float = 3.4) -> tuple[Figure, Sequence[Axes]]:
+    figure, axes = plt.subplots(1, n, figsize=(width * n, height), constrained_layout=True)
+    return figure, np.atleast_1d(axes).tolist()
+
+
+
+def layer_colours(n: int) -> list[Any]:
+    return sns.color_palette("viridis", n)
+
+
+
+def ticks(n: int) -> list[int]:
+    return list(range(0, n, 1 if n <= 12 else 2))

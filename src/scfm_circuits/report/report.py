@@ -1,0 +1,232 @@
+"""What a notebook hands to the book: tables, figures and numbers, each shown and kept as a file.
+
+A chapter makes one `Report` and shows everything through it, so that what the page says and what
+stands under `results/<profile>/` cannot differ. Text in tables may come from strangers (gene-set
+files, labels, profiles) and is escaped.
+"""
+
+import html
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scfm_circuits import InputError
+from scfm_circuits.common.files import atomic_path, write_atomic, write_json
+from scfm_circuits.common.profile import Profile
+from scfm_circuits.report.tables import browsable, number, plain, table_bundle
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class Shown:
+    """Something IPython displays from a ready-made MIME bundle."""
+
+    def __init__(self, bundle: Mapping[str, Any], metadata: Mapping[str, Any] | None = None):
+        self.bundle = dict(bundle)
+        self.metadata = dict(metadata or {})
+
+    def _repr_mimebundle_(self, **_: object) -> tuple[dict[str, Any], dict[str, Any]]:
+        return self.bundle, self.metadata
+
+    def __repr__(self) -> str:
+        return str(self.bundle.get("text/plain", ""))
+
+
+class Report:
+    """One chapter's tables, figures and numbers, under the profile's results folder."""
+
+    def __init__(self, profile: Profile, chapter: str) -> None:
+        """profile: the run. chapter: the notebook's name, such as `03_validation`."""
+        self.profile = profile
+        self.chapter = _checked_name(chapter, "chapter")
+        self._values: dict[str, Any] = {}
+
+    def table(
+        self, name: str, frame: "pd.DataFrame", *,
+        caption: str | None = None, rows: int | None = None, digits: int = 4,
+    ) -> Shown:
+        """Write `tables/<name>.csv` in full and show at most `rows` rows of it.
+
+        digits: significant digits of a floating-point number on the page; the file has ten.
+        """
+        path = self._csv(name)
+        write_atomic(path, _csv_text(frame))
+        return Shown(table_bundle(frame, caption, rows, digits, path))
+
+    def browse(
+        self, name: str, frame: "pd.DataFrame", *,
+        caption: str | None = None, rows: int = 25, digits: int = 4,
+        links: Mapping[str, str] | None = None,
+    ) -> Shown:
+        """Write `tables/<name>.csv` in full and show a table to search, sort, filter and page.
+
+        Without the book's script (in JupyterLab, say) it is the table of the first `rows` rows.
+        Beside the CSV, `tables/<name>.js` hands all rows to the script.
+
+        links: for a column, the address behind its texts. Other columns' texts are filled in by
+        name, as in `{"best_term": "https://amigo.geneontology.org/amigo/term/{go_id}"}`; a row
+        that lacks one of them has no link.
+
+        Raises InputError if `rows` is not positive, or if a link names a column that is not there
+        or leads anywhere but to a web address or a path in the book.
+        """
+        path = self._csv(name)
+        bundle, script = browsable(frame, caption, rows, digits, path, links)
+        write_atomic(path, _csv_text(frame))
+        write_atomic(path.with_suffix(".js"), script)
+        return Shown(bundle)
+
+    def _csv(self, name: str) -> Path:
+        return self.profile.results / "tables" / f"{_checked_name(name, 'table')}.csv"
+
+    def show(
+        self, frame: "pd.DataFrame", *,
+        caption: str | None = None, rows: int | None = None, digits: int = 4,
+    ) -> Shown:
+        """Show a table in the same way without writing a file."""
+        return Shown(table_bundle(frame, caption, rows, digits, None))
+
+    def figure(self, name: str, figure: "Figure") -> Shown:
+        """Write `figures/<name>.png` and `.svg`, the same bytes on every run, and show the PNG.
+
+        The page takes its caption and alternative text from the cell's `mystnb` metadata.
+        """
+        import matplotlib as mpl
+
+        folder = self.profile.results / "figures"
+        _checked_name(name, "figure")
+        undated: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None}}
+        for suffix, metadata in undated.items():
+            with (
+                atomic_path(folder / f"{name}.{suffix}") as path,
+                mpl.rc_context({"svg.hashsalt": name}),
+            ):
+                figure.savefig(path, dpi=200, bbox_inches="tight", metadata=metadata)
+        _let_go(figure)
+        png = (folder / f"{name}.png").read_bytes()
+        # A PNG's header holds its width in pixels; at 200 dots per inch, half of it is the natural
+        # width on a screen.
+        width = int.from_bytes(png[16:20], "big") // 2
+        return Shown(
+            {"image/png": png, "text/plain": f"<Figure {name}>"}, {"image/png": {"width": width}}
+        )
+
+    def circuit(
+        self, name: str, view: Mapping[str, Any], *, caption: str | None = None
+    ) -> Shown:
+        """Write `circuits/<name>.js` and show the circuit as a figure to explore.
+
+        view: from `view.circuit_view`. The page links to `circuits/<name>.json`, the
+        export of the same circuit (`exports.save_graph`), which the chapter writes too.
+        """
+        from scfm_circuits.report.boxes.circuit import circuit_bundle, circuit_script
+
+        _checked_name(name, "circuit")
+        script = circuit_script(name, view)
+        write_atomic(self.profile.results / "circuits" / f"{name}.js", script)
+        return Shown(circuit_bundle(name, view, caption, script))
+
+    def value(self, key: str, value: Any, text: str | None = None) -> None:
+        """Keep a number in `values/<chapter>.json` and make it available to the prose.
+
+        The text cells use it as {glue:text}`key`. text: how it reads there; by default integers
+        get thousands separators and other numbers four significant digits. Keys are unique across
+        the book.
+        """
+        # A colon would be read as the start of a format by the glue role.
+        _checked_name(key, "value")
+        kept = plain(value)
+        self._values[key] = kept
+        write_json(self.profile.results / "values" / f"{self.chapter}.json", self._values)
+        _glue(key, readable(kept) if text is None else text)
+
+    def values(self, mapping: Mapping[str, Any], prefix: str = "") -> None:
+        """`value` for each item; `prefix` stands before each key."""
+        for key, value in mapping.items():
+            self.value(f"{prefix}{key}", value)
+
+    @staticmethod
+    def warning(*texts: str | None) -> Shown | None:
+        """A visible box for each distinct text that is not empty; None if there is none."""
+        said = [text for text in dict.fromkeys(texts) if text]
+        if not said:
+            return None
+        return Shown({
+            "text/html": "".join(
+                f'<p class="not-comparable" role="note">{html.escape(text)}</p>' for text in said),
+            "text/plain": "\n".join(said),
+        })
+
+    @staticmethod
+    def not_comparable(profile: Profile) -> Shown | None:
+        """A note for profiles that train their own small model; None for any other."""
+        if profile.model != "train":
+            return None
+        text = (
+            f"Not comparable at this scale: the profile {profile.name} uses a model of "
+            f"{profile.model_layers} layers and width {profile.model_width}, trained on the spot. "
+            "Numbers that depend on scale stand beside the paper's without a verdict."
+        )
+        return Report.warning(text)
+
+
+def readable(value: Any) -> str:
+    """A number as prose shows it: `1,234`, `0.01235`, `yes`; `n/a` for a missing one."""
+    match value:
+        case None:
+            return "n/a"
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return number(4)(value)
+        case _:
+            return str(value)
+
+
+def short_number(text: str) -> str:
+    """A number written in full, with four significant digits; any other text as it is."""
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return text if len(text) <= 7 or not math.isfinite(value) else number(4)(value)
+
+
+def _csv_text(frame: "pd.DataFrame") -> str:
+    return frame.to_csv(index=False, float_format="%.10g", lineterminator="\n")
+
+
+def _checked_name(name: str, kind: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"The {kind} name {name!r} must be made of letters, digits, `.`, `_` and `-`."
+        )
+    return name
+
+
+def _glue(key: str, text: str) -> None:
+    """Store `text` in the notebook under `key`; outside of IPython there is no notebook."""
+    from IPython import get_ipython  # type: ignore[attr-defined]
+
+    if get_ipython() is None:  # type: ignore[no-untyped-call]
+        return
+    from myst_nb import glue
+
+    # A string is glued in quotes. The glue role evaluates what it finds: without them `4,646` would
+    # read (4, 646) and `0.00` would read 0.0.
+    glue(key, text, display=False)
+
+
+def _let_go(figure: "Figure") -> None:
+    """Take the figure out of pyplot's hands, else the notebook would show it a second time."""
+    import matplotlib.pyplot as plt
+
+    plt.close(figure)

@@ -1,0 +1,169 @@
+"""What the transcoders are trained on: MLP inputs and outputs of some cells, shuffled.
+
+1. A fill: the model runs once over as many training cells as the buffer holds and leaves every
+   MLP's inputs and outputs there. A corpus that fits is harvested once and kept. Several processes
+   take turns at a fill's cells, and each is handed the activations of its own layers.
+2. One permutation per fill, the same for all layers, cuts the buffer into batches of tokens.
+
+Which cells a fill takes and how it is permuted depend on the seed and the fill's number only, so
+training can go on from any step as if it had not been interrupted.
+Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scfm_circuits.models.mlp_sites import Sites, batches, device_of, mlp_sites, mlps
+from scfm_circuits.transcoders.training.processes import ALONE, Ranks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from scfm_circuits.cells.corpus import Corpus
+    from scfm_circuits.common.profile import Profile
+
+class Batch(NamedTuple):
+    """Some tokens of a fill: the fill's activations, and (n_tokens,) which of them."""
+
+    fill: Sites
+    chosen: Tensor
+
+    def sites(self, layers: slice = slice(None)) -> Sites:
+        """Inputs and outputs of some layers on the batch's tokens."""
+        return Sites(self.fill.inputs[layers, self.chosen], self.fill.outputs[layers, self.chosen])
+
+
+class ActivationBuffer:
+    """MLP inputs and outputs of some training cells, for all layers, in shuffled batches.
+
+    output_scale: (n_layers,) factors on the outputs, or None. dtype: type they are kept in; the
+    model computes in its own. ranks: this process among several, of which each holds the layers
+    that are its own (`layers`).
+    """
+
+    def __init__(self, model: "PreTrainedModel", corpus: "Corpus", profile: "Profile",
+                 output_scale: Tensor | None = None, dtype: torch.dtype = torch.float32,
+                 ranks: Ranks = ALONE) -> None:
+        self._model, self._corpus, self._profile = model, corpus, profile
+        self._output_scale, self._dtype, self._ranks = output_scale, dtype, ranks
+        self.layers = ranks.layers(len(mlps(model)))
+        self._train = np.flatnonzero(~corpus.held_out)
+        mean_length = corpus.lengths[self._train].mean()
+        wanted = math.ceil(profile.buffer_tokens / mean_length)
+        self.cells_per_fill = min(len(self._train), wanted)
+        self._held: tuple[int, Sites] | None = None
+        self._storage: Sites | None = None
+
+    def cells(self, fill: int) -> np.ndarray:
+        """Cells of one fill: the next ones of an endless sequence of seeded permutations."""
+        n, size = len(self._train), self.cells_per_fill
+        if size == n:
+            return self._train
+        first, last = fill * size, (fill + 1) * size - 1
+        sequence = np.concatenate([
+            np.random.default_rng([self._profile.seed, 5, epoch]).permutation(self._train)
+            for epoch in range(first // n, last // n + 1)
+        ])
+        start = first - first // n * n
+        return sequence[start : start + size]
+
+    def n_batches(self, fill: int) -> int:
+        """Batches that a fill gives; what is left over is dropped."""
+        tokens = int(self._corpus.lengths[self.cells(fill)].sum())
+        return max(1, tokens // self._profile.batch_tokens)
+
+    def sites(self, fill: int) -> Sites:
+        """Activations of a fill's cells, (n_layers, n_tokens, d_model) each, on the device.
+
+        The last fill is held, and the next one overwrites it.
+        """
+        if self.cells_per_fill == len(self._train):
+            fill = 0
+        if self._held is not None and self._held[0] == fill:
+            return self._held[1]
+        self._held = None
+        cells, corpus = self.cells(fill), self._corpus
+        # Cells of like length together: less padding. The tokens are permuted anyway.
+        cells = cells[np.argsort(corpus.lengths[cells], kind="stable")]
+        inputs, outputs = self._room(int(corpus.lengths[cells].sum()))
+        end = 0
+        with faster_attention(self._model):
+            for part in self._harvested(cells):
+                start, end = end, end + part[0].shape[1]
+                inputs[:, start:end], outputs[:, start:end] = part
+        if self._output_scale is not None:
+            scale = self._output_scale.to(outputs)[self.layers.start : self.layers.stop]
+            outputs *= scale[:, None, None]
+        self._held = fill, Sites(inputs, outputs)
+        return self._held[1]
+
+    def _harvested(self, cells: np.ndarray) -> Iterator[Sites | Tensor]:
+        """Inputs and outputs of this process's layers, some cells at a time, in their order."""
+        size, ranks = self._profile.forward_cells, self._ranks
+        turns = [cells[start : start + size] for start in range(0, len(cells), size)]
+        for first in range(0, len(turns), ranks.size):
+            together = turns[first : first + ranks.size]
+            own = self._forward(together[ranks.rank] if ranks.rank < len(together) else cells[:0])
+            if ranks.size == 1:
+                yield own
+                continue
+            counts = [int(self._corpus.lengths[turn].sum()) for turn in together]
+            counts += [0] * (ranks.size - len(together))
+            yield from ranks.exchange(
+                [torch.stack([part[list(ranks.layers(len(part), rank))] for part in own])
+                 for rank in range(ranks.size)],
+                [(2, len(self.layers), n, own.inputs.shape[-1]) for n in counts])
+
+    def _forward(self, cells: np.ndarray) -> Sites:
+        """Activations of all layers on some cells, from one pass of the model."""
+        for _, tokens, mask in batches(self._corpus, cells, max(1, len(cells)),
+                                       device_of(self._model)):
+            return mlp_sites(self._model, tokens, mask)
+        none = torch.empty((len(mlps(self._model)), 0, self._model.config.hidden_size),
+                           device=device_of(self._model),
+                           dtype=next(self._model.parameters()).dtype)
+        return Sites(none, none)
+
+    def _room(self, n_tokens: int) -> Sites:
+        """Memory for a fill: what is there already, if it is enough."""
+        if self._storage is None or self._storage.inputs.shape[1] < n_tokens:
+            self._storage = None  # given back before more is taken
+            shape = (len(self.layers), n_tokens, self._model.config.hidden_size)
+            device = device_of(self._model)
+            self._storage = Sites(torch.empty(shape, device=device, dtype=self._dtype),
+                                  torch.empty(shape, device=device, dtype=self._dtype))
+        return Sites(*(part[:, :n_tokens] for part in self._storage))
+
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        """Batches from the given step on, without end."""
+        fill, skipped = 0, 0
+        while skipped + self.n_batches(fill) <= first_step:
+            skipped += self.n_batches(fill)
+            fill += 1
+        skip = first_step - skipped
+        size = self._profile.batch_tokens
+        while True:
+            held = self.sites(fill)
+            order = np.random.default_rng([self._profile.seed, 6, fill])
+            permutation = torch.from_numpy(order.permutation(held.inputs.shape[1]))
+            permutation = permutation.to(held.inputs.device)
+            for batch in range(skip, self.n_batches(fill)):
+                yield Batch(held, permutation[batch * size : (batch + 1) * size])
+            fill, skip = fill + 1, 0
+
+
+@contextlib.contextmanager
+def faster_attention(model: "PreTrainedModel") -> Iterator[None]:
+    """Within the block, the model's attention is PyTorch's fused one, which keeps no patterns."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,156 @@
+"""A step's work on a CPU when few features are active: over active entries, not over all of them.
+
+Of a step's five products only the first, which finds out which features are active, needs all
+entries. With 50 of 8,192 active the other four are mostly products with zero. Two passes take their
+place, exact up to the order of summation:
+
+1. Token by token: the estimate, the loss's gradient in it, and in each active entry.
+2. Feature by feature: the gradient of its two directions and its bias, and Adam on them at once.
+   The gradients of a layer are never stored.
+
+Compiled by numba, which a bare GPU machine need not have: `optimizer` does without.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor, get_num_threads
+
+from scfm_circuits.common.compiled import compiled, share_out
+from scfm_circuits.transcoders.active_entries import Active, find_active
+
+DENSITY = 0.1
+"""Share of active entries up to which this is faster than the dense products."""
+
+
+class Rates(NamedTuple):
+    """Adam's numbers for one step: see `gradients.corrected` and `adam_rows`."""
+
+    rate: float
+    spread: float
+    beta1: float
+    beta2: float
+    epsilon: float
+
+
+_fast = partial(compiled, fastmath={"reassoc", "contract", "nsz"})
+"""Compile; sums may be reordered (in one way only), so that they use the whole vector unit."""
+
+
+def active_entries(z: Tensor) -> Active | None:
+    """The entries above zero of (n_tokens, n_features), or None if there are too many."""
+    return find_active(z.numpy(), get_num_threads(), int(DENSITY * z.numel()))
+
+
+def backward(active: Active, decoder: Tensor, base: Tensor, y: Tensor, scale: Tensor, penalty: float
+             ) -> tuple[Tensor, Tensor, np.ndarray]:
+    """What stands between an estimate and the gradients.
+
+    decoder: (n_features, d_model). base: (n_tokens, d_model), the estimate without features. scale:
+    (n_tokens,) twice the weight of each token's squared error. penalty: what each active entry
+    costs per unit. Returns (residual, outer, inner): estimate minus y and the loss's gradient in
+    the estimate, both (n_tokens, d_model), and in the active entries, (n_active,).
+    """
+    residual, outer = base.clone(), base.new_empty(base.shape)
+    inner = np.empty_like(active.value)
+    arrays = [part.numpy() for part in (decoder, y, scale, residual, outer)]
+    share_out(len(y), get_num_threads(), lambda first, last: _tokens(
+        first, last, active.start, active.feature, active.value, *arrays,
+        arrays[0].dtype.type(penalty), inner))
+    return residual, outer, inner
+
+
+def update(active: Active, inner: np.ndarray, outer: Tensor, centred: Tensor,
+           encoder: list[Tensor], decoder: list[Tensor], bias: list[Tensor], rates: Rates) -> None:
+    """Adam on a layer's directions and encoder biases, with unit writing directions.
+
+    outer, centred: (n_tokens, d_model), the loss's gradient in the estimate, and centred inputs.
+    encoder, decoder, bias: the tensor and Adam's two moments of it, which are overwritten.
+    """
+    n_features = len(bias[0])
+    start, token, entry = _by_feature(active.start, active.feature, n_features)
+    kind = active.value.dtype.type
+    numbers = tuple(kind(number) for number in rates)
+    arrays = [part.numpy() for part in (outer, centred, *encoder, *decoder, *bias)]
+    share_out(n_features, get_num_threads(), lambda first, last: _features(
+        first, last, start, token, entry, active.value, inner, *arrays, *numbers))
+
+
+# --- kernels -------------------------------------------------------------------------------------
+
+
+@_fast
+def _tokens(first, last, start, feature, value, decoder, y, scale, residual, outer, penalty,  # type: ignore[no-untyped-def]
+            inner):
+    d = y.shape[1]
+    for t in range(first, last):
+        for e in range(start[t], start[t + 1]):
+            row, v = decoder[feature[e]], value[e]
+            for j in range(d):
+                residual[t, j] += v * row[j]
+        for j in range(d):
+            residual[t, j] -= y[t, j]
+            outer[t, j] = residual[t, j] * scale[t]
+        for e in range(start[t], start[t + 1]):
+            row = decoder[feature[e]]
+            total = penalty
+            for j in range(d):
+                total += outer[t, j] * row[j]
+            inner[e] = total
+
+
+@_fast
+def _by_feature(start, feature, n_features):  # type: ignore[no-untyped-def]
+    """Where each feature's entries begin, and each one's token and place: tokens ascend."""
+    begin = np.zeros(n_features + 1, np.int64)
+    for e in range(len(feature)):
+        begin[feature[e] + 1] += 1
+    for f in range(n_features):
+        begin[f + 1] += begin[f]
+    at = begin[:-1].copy()
+    token, entry = np.empty(len(feature), np.int32), np.empty(len(feature), np.int64)
+    for t in range(len(start) - 1):
+        for e in range(start[t], start[t + 1]):
+            f = feature[e]
+            token[at[f]], entry[at[f]] = t, e
+            at[f] += 1
+    return begin, token, entry
+
+
+@_fast
+def _features(first, last, start, token, entry, value, inner, outer, centred, enc, enc_mean,  # type: ignore[no-untyped-def]
+              enc_square, dec, dec_mean, dec_square, bias, bias_mean, bias_square, rate, spread,
+              beta1, beta2, epsilon):
+    d = enc.shape[1]
+    for_enc, for_dec = np.empty(d, enc.dtype), np.empty(d, enc.dtype)
+    zero, one = enc.dtype.type(0), enc.dtype.type(1)
+    for f in range(first, last):
+        for_enc[:], for_dec[:], for_bias = zero, zero, zero
+        for i in range(start[f], start[f + 1]):
+            t, v, g = token[i], value[entry[i]], inner[entry[i]]
+            for_bias += g
+            for j in range(d):
+                for_dec[j] += v * outer[t, j]
+                for_enc[j] += g * centred[t, j]
+        along = zero
+        for j in range(d):
+            along += for_dec[j] * dec[f, j]
+        norm = zero
+        for j in range(d):
+            g = for_enc[j]
+            enc_mean[f, j] += (g - enc_mean[f, j]) * (one - beta1)
+            enc_square[f, j] = enc_square[f, j] * beta2 + g * g * (one - beta2)
+            enc[f, j] -= rate * enc_mean[f, j] / (np.sqrt(enc_square[f, j]) * spread + epsilon)
+        for j in range(d):
+            g = for_dec[j] - dec[f, j] * along
+            dec_mean[f, j] += (g - dec_mean[f, j]) * (one - beta1)
+            dec_square[f, j] = dec_square[f, j] * beta2 + g * g * (one - beta2)
+            dec[f, j] -= rate * dec_mean[f, j] / (np.sqrt(dec_square[f, j]) * spread + epsilon)
+            norm += dec[f, j] * dec[f, j]
+        norm = max(np.sqrt(norm), enc.dtype.type(1e-8))
+        for j in range(d):
+            dec[f, j] /= norm
+        bias_mean[f] += (for_bias - bias_mean[f]) * (one - beta1)
+        bias_square[f] = bias_square[f] * beta2 + for_bias * for_bias * (one - beta2)
+        bias[f] -= rate * bias_mean[f] / (np.sqrt(bias_square[f]) * spread + epsilon)

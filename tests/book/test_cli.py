@@ -1,0 +1,722 @@
+"""Executing, gating and building, on tiny notebooks of their own."""
+
+import io
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import opened
+
+from scfm_circuits import InputError
+from scfm_circuits.book import chapters as freshness
+from scfm_circuits.book import cli as book
+from scfm_circuits.book import execution, gate, pages
+from scfm_circuits.book.chapters import load_run, plan
+from scfm_circuits.common import profile
+from scfm_circuits.common.files import only_one
+from scfm_circuits.enrichment import gene_sets
+from scfm_circuits.paper import claims
+from scfm_circuits.report import tables as report_tables
+
+ROOT = Path(__file__).resolve().parents[2]
+PARAMETERS = '# %% tags=["parameters"]\nprofile = "tiny"\n'
+HOSTILE = "<script>alert('cells')</script> & \"co\""
+# Each execution leaves a line, so tests count executions and not seconds.
+COUNT = "# %%\nwith open('count.txt', 'a') as log:\n    log.write('{name} ')\n"
+
+
+class Project:
+    """A folder with notebooks, a profile and a book, and the commands run on it."""
+
+    def __init__(self, root: Path, capture: Callable[[], tuple[str, str]]) -> None:
+        self.root = root
+        self.capture = capture
+
+    def notebook(self, name: str, body: str = "", header: str = "") -> None:
+        head = f"# ---\n# jupyter:\n#   scfm: {header}\n# ---\n" if header else ""
+        path = self.root / "notebooks" / f"{name}.py"
+        path.write_text(f"{head}# %% [markdown]\n# # Chapter {name}\n\n{PARAMETERS}\n"
+                        f"{COUNT.format(name=name)}\n{body}", encoding="utf-8")
+
+    def touch(self, name: str) -> None:
+        later = time.time_ns() + 10**9
+        os.utime(self.root / "notebooks" / f"{name}.py", ns=(later, later))
+
+    def command(self, *words: str) -> tuple[int, str, str]:
+        code = book.main([*words, "--profile", "tiny"])
+        return (code, *self.capture())
+
+    def executed(self) -> list[str]:
+        """Names executed since the last call."""
+        log = self.root / "count.txt"
+        names = log.read_text().split() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return names
+
+    def output(self, name: str, folder: str = "notebooks") -> Path:
+        return self.root / "results" / "tiny" / folder / f"{name}.ipynb"
+
+
+def make_project(root: Path, patch: pytest.MonkeyPatch,
+                 capture: Callable[[], tuple[str, str]]) -> Project:
+    (root / "notebooks" / "profiles").mkdir(parents=True)
+    shutil.copy(ROOT / "notebooks" / "profiles" / "demo.yml", root / "notebooks" / "profiles")
+    (root / "notebooks" / "profiles" / "tiny.yml").write_text(
+        f"extends: demo\ncells_name: {json.dumps(HOSTILE)}\ntitle: {json.dumps(HOSTILE)}\n")
+    (root / "requirements.lock").write_text("a==1\n")
+    for module in (profile, freshness, execution, book, pages, report_tables):
+        patch.setattr(module, "ROOT", root)
+    patch.setattr(profile, "PROFILES", root / "notebooks" / "profiles")
+    patch.setattr(freshness, "NOTEBOOKS", root / "notebooks")
+    (root / "package").mkdir()
+    (root / "package" / "science.py").write_text("x = 1\n")
+    patch.setattr(freshness, "PACKAGE", root / "package")
+    patch.setattr(pages, "BOOK", root / "book")
+    # What a run would cost is told of the real notebooks (test_run_plan).
+    patch.setattr(book, "_announce", lambda run: 0.0)
+    patch.setenv("SCFM_ROOT", str(root))
+    patch.setenv("SCFM_GENE_SETS", "")
+    patch.setenv("SCFM_CACHE", str(root / "cache"))
+    patch.delenv("SCFM_RESULTS", raising=False)
+    return Project(root, capture)
+
+
+@pytest.fixture
+def project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Project:
+    return make_project(tmp_path, monkeypatch, lambda: tuple(capfd.readouterr()))  # type: ignore[arg-type, return-value]
+
+
+def test_only_what_is_stale_is_executed(project: Project) -> None:
+    project.notebook("01_first")
+    project.notebook("02_second", header="{after: [01_first]}")
+    project.notebook("03_apart", header="{after: []}")
+    code, told, _ = project.command("execute")
+    assert code == 0 and project.executed() == ["01_first", "02_second", "03_apart"]
+    assert "02_second: not executed yet" in told
+
+    code, told, _ = project.command("execute")
+    assert (code, project.executed()) == (0, []) and "up to date" in told
+
+    project.touch("01_first")
+    _, told, _ = project.command("execute")
+    assert project.executed() == ["01_first", "02_second"]
+    assert "01_first: notebook touched" in told and "02_second: follows 01_first" in told
+    assert project.command("check")[0] == 0
+
+
+def test_a_failing_notebook_leaves_no_output_and_is_tried_again(project: Project) -> None:
+    project.notebook("01_first")
+    project.notebook("02_second", "# %%\n1 / 0\n")
+    project.notebook("03_third")
+    for _ in range(2):
+        code, _, told = project.command("execute")
+        assert code == 1
+        assert "02_second failed: ZeroDivisionError: division by zero" in told
+        assert "Earlier chapters are kept; run the same command again to retry." in told
+        assert not project.output("02_second").exists()
+        assert project.output("02_second", "failed").exists()
+        assert "failed/02_second.ipynb" in told
+    assert project.executed() == ["01_first", "02_second", "02_second"]
+    assert project.command("check")[0] == 1
+
+    project.notebook("02_second", "# %%\n1 / 1\n")
+    assert project.command("execute")[0] == 0
+    assert project.executed() == ["02_second", "03_third"]
+    assert not project.output("02_second", "failed").exists()
+
+
+@pytest.mark.parametrize(("body", "code", "told", "untold"), [
+    ("from scfm_circuits import InputError\nraise InputError('No such column `x`.')", 1,
+     "01_first failed: No such column `x`.\n", "Traceback"),
+    ("import time\ntime.sleep(60)", 1, "a cell ran longer than 1 s", "Traceback"),
+    ("raise KeyboardInterrupt", 130, "Interrupted; finished chapters are kept", "Traceback"),
+    ("import os\nos._exit(1)", 1, "the kernel died", "Traceback"),
+    ("import os\nos.write(2, b'kernel' b' noise')\n1 / 0", 1, "ZeroDivisionError", "kernel noise"),
+    ("from IPython.display import Image, display\ndisplay(Image(b'\\x89PNG', format='png'))", 1,
+     "shows a figure without alternative text", "Traceback"),
+])
+def test_an_ending_is_told_in_one_sentence(
+    project: Project, body: str, code: int, told: str, untold: str
+) -> None:
+    project.notebook("01_first", f"# %%\n{body}\n")
+    got, _, error = project.command("execute", "--cell-seconds", "1")
+    assert got == code and told in error and untold not in error
+    assert not project.output("01_first").exists()
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (["-p", "sed=1"], "did you mean seed"),
+    (["-p", "seed=x"], "`seed`"),
+    (["-p", "seed"], "key=value"),
+    (["-p", "seed=[1"], "cannot be read"),
+    (["--cell-seconds", "0"], "at least 1"),
+])
+def test_wrong_parameters_end_before_anything_runs(
+    project: Project, words: list[str], told: str
+) -> None:
+    project.notebook("01_first")
+    code, _, error = project.command("execute", *words)
+    assert code == 1 and told in error and error.count("\n") == 1
+    assert project.executed() == [] and not (project.root / "results").exists()
+
+
+def test_wrong_notebooks_end_before_anything_runs(project: Project) -> None:
+    assert "There are no notebooks" in project.command("execute")[2]
+    path = project.root / "notebooks" / "01_first.py"
+    path.write_text("# %%\nprofile = 'tiny'\n")
+    assert 'no cell tagged "parameters"' in project.command("execute")[2]
+    project.notebook("01_first", header="{after: [02_second]}")
+    assert "is no notebook before it" in project.command("execute")[2]
+    project.notebook("01_first", header="{before: [02_second]}")
+    assert "unknown key scfm.before" in project.command("execute")[2]
+
+
+def test_overrides_reach_the_notebook_and_have_results_of_their_own(project: Project) -> None:
+    project.notebook("01_first", "# %%\nprint('seed is', seed, 'rate', learning_rate)\n")
+    words = ["-p", "seed=7", "-p", "learning_rate=1e-4"]
+    assert project.command("execute", *words)[0] == 0
+    (path,) = (project.root / "results").glob("tiny+*/notebooks/01_first.ipynb")
+    assert "seed is 7 rate 0.0001" in path.read_text()
+    assert not project.output("01_first").exists()
+    assert project.command("check", *words)[0] == 0
+
+
+def change_package(project: Project) -> None:
+    (project.root / "package" / "science.py").write_text("x = 2\n")
+
+
+def change_profile(project: Project) -> None:
+    with open(project.root / "notebooks" / "profiles" / "demo.yml", "a") as file:
+        file.write("\nseed: 3\n")
+
+
+def change_data(project: Project) -> None:
+    (project.root / "data" / "paper").mkdir(parents=True)
+    (project.root / "data" / "paper" / "table1.csv").write_text("a\n1\n")
+
+
+def change_lock(project: Project) -> None:
+    (project.root / "requirements.lock").write_text("a==2\n")
+
+
+def change_product(project: Project) -> None:
+    (project.root / "results" / "tiny" / "tables" / "a.csv").unlink()
+
+
+def change_output(project: Project) -> None:
+    project.output("01_first").write_text("{}")
+
+
+def test_every_kind_of_change_is_noticed(project: Project) -> None:
+    body = ("# %%\nimport os\nos.makedirs('results/tiny/tables', exist_ok=True)\n"
+            "open('results/tiny/tables/a.csv', 'w').close()\n")
+    project.notebook("01_first", body, header="{produces: [tables/a.csv]}")
+    changes = {
+        change_package: "package changed", change_profile: "profile changed",
+        change_data: "data changed", change_lock: "lock changed",
+        change_product: "tables/a.csv is missing", change_output: "not executed yet",
+    }
+    assert project.command("execute")[0] == 0
+    # What only drives the notebooks changes no number.
+    (project.root / "package" / "book.py").write_text("x = 2\n")
+    executed, produced = project.output("01_first").read_text(), load_run("tiny")
+    assert plan(produced) == []
+    for change, reason in changes.items():
+        change(project)
+        run = load_run("tiny")
+        assert [why for _, why in plan(run)] == [reason]
+        code, _, told = project.command("check")
+        assert code == 1 and f"01_first: {reason}" in told
+        # As if it had been executed with this input.
+        node = json.loads(executed)
+        node["metadata"]["scfm"]["inputs"].update(run.inputs)
+        project.output("01_first").write_text(json.dumps(node))
+        (project.root / "results" / "tiny" / "tables" / "a.csv").touch()
+        assert plan(run) == []
+
+
+def test_a_changed_cells_file_is_noticed_wherever_it_is(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(project.root / "home"))
+    (project.root / "home").mkdir()
+    project.notebook("01_first")
+    # A file of that name in the current folder is not the profile's.
+    monkeypatch.chdir(project.root / "package")
+    (project.root / "package" / "x.h5ad").write_text("another")
+    for cells, place in (("~/x.h5ad", project.root / "home"), ("x.h5ad", project.root)):
+        profiles = project.root / "notebooks" / "profiles"
+        (profiles / "tiny.yml").write_text(f"extends: demo\ncells: {cells}\n")
+        seen = {load_run("tiny").inputs["cells"]}
+        for text in ("a", "bc"):
+            (place / "x.h5ad").write_text(text)
+            seen.add(load_run("tiny").inputs["cells"])
+        assert len(seen) == 3
+
+
+def test_cached_gene_sets_make_only_the_chapters_that_ask_for_them_stale(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert freshness.gene_set_cache() == gene_sets.cache_folder()
+    cache = freshness.gene_set_cache()
+    loads = "# %%\ndef load_library(name): pass\n\n"
+    # As a download in the course of the chapter.
+    fetch = (f"from pathlib import Path\nPath({str(cache)!r}).mkdir(parents=True)\n"
+             f"Path({str(cache / 'KEGG_2021_Human.gmt')!r}).write_text('a')\n")
+    project.notebook("01_none")
+    project.notebook("02_by_field", f"{loads}# load_library(name) of run.libraries\n{fetch}",
+                     header="{after: []}")
+    project.notebook("03_by_name", f"{loads}load_library('Some_2020')\n", header="{after: []}")
+    assert project.command("execute")[0] == 0
+    (cache / "Unasked_2020.gmt").write_text("a")
+    assert plan(load_run("tiny")) == []
+    stale = []
+    for name, chapter in {"Some_2020": "03_by_name", "KEGG_2021_Human": "02_by_field"}.items():
+        (cache / f"{name}.gmt").write_text("more")
+        stale = sorted([*stale, (chapter, "gene-set cache changed")])
+        assert [(one.name, why) for one, why in plan(load_run("tiny"))] == stale
+    # A folder that is searched first hides the cache.
+    monkeypatch.setenv("SCFM_GENE_SETS", str(project.root / "sets"))
+    (project.root / "sets").mkdir()
+    (project.root / "sets" / "Some_2020.gmt").write_text("a")
+    run = load_run("tiny")
+    assert run.inputs["gene sets"] != "none"
+    assert freshness.cache_inputs(run, run.notebooks[2]) == {"gene-set cache": "none"}
+    assert freshness.cache_inputs(run, run.notebooks[1]) != {"gene-set cache": "none"}
+
+
+def test_which_libraries_the_real_chapters_ask_for() -> None:
+    run = load_run("demo")
+    asked = {notebook.name: freshness.libraries_asked_for(notebook, run.profile)
+             for notebook in run.notebooks}
+    assert asked["01_cells_and_model"] == asked["08_controls"] == asked["11_claims"] == []
+    assert asked["09_variants"] == sorted(run.profile.libraries)
+    assert asked["06_enrichment"] == sorted(run.profile.libraries)
+    assert run.profile.case_library in asked["07_endothelial_case_study"]
+    # Notebooks alone load libraries, else their sources would not tell; `make data` fetches them.
+    calling = [path.name for path in (ROOT / "src").rglob("*.py")
+               if "load_library(" in path.read_text(encoding="utf-8")]
+    assert set(calling) <= {"gene_sets.py", "freshness.py", "downloads.py"}
+
+
+def test_a_failure_over_old_results_leaves_nothing_that_counts_as_fresh(project: Project) -> None:
+    project.notebook("01_first")
+    project.notebook("02_second")
+    assert project.command("execute")[0] == 0
+    whole = (project.root / "notebooks" / "01_first.py").read_text()
+    stat = (project.root / "notebooks" / "01_first.py").stat()
+    project.notebook("01_first", "# %%\n1 / 0\n")
+    assert project.command("execute")[0] == 1
+    # The source is as it was, and older than the execution; its files may be overwritten.
+    (project.root / "notebooks" / "01_first.py").write_text(whole)
+    os.utime(project.root / "notebooks" / "01_first.py", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    told = project.command("plan")[1]
+    assert told == "01_first: not executed yet\n02_second: follows 01_first\n"
+    assert not project.output("01_first").exists()
+
+
+CHANGE = "# %%\nwith open('package/science.py', 'a') as file:\n    file.write('y = 1\\n')\n"
+
+
+@pytest.mark.parametrize("changing", ["01_first", "02_second"])
+def test_inputs_that_change_during_the_run_are_noticed(project: Project, changing: str) -> None:
+    for name in ("01_first", "02_second", "03_third"):
+        project.notebook(name, CHANGE if name == changing else "", header="{after: []}")
+    code, _, told = project.command("all")
+    assert code == 1 and told == "Changed while running: package; run `make book` again.\n"
+    project.notebook(changing, header="{after: []}")
+    project.executed()
+    # What ran after the change ran with what is there now.
+    names = ["01_first", "02_second", "03_third"]
+    assert project.command("execute")[0] == 0
+    assert project.executed() == names[: names.index(changing) + 1]
+    assert project.command("check")[0] == 0
+
+
+def test_a_profile_that_changes_during_the_run_ends_it(project: Project) -> None:
+    project.notebook("01_first", (
+        "# %%\nwith open('notebooks/profiles/tiny.yml', 'a') as file:\n"
+        "    file.write('seed: 3\\n')\n"))
+    project.notebook("02_second", header="{after: []}")
+    code, _, told = project.command("execute")
+    assert code == 1 and told == "Changed while running: profile; run `make book` again.\n"
+    assert project.executed() == ["01_first"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_and_messages_of_cells_reach_a_terminal_only(
+    project: Project, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    project.notebook("01_first", (
+        "# %%\nimport sys\nprint('Downloading', file=sys.stderr)\n"
+        "print('shown', 'in the notebook')\n"
+        "for step in range(3):\n"
+        "    print(f'\\rstep {step}', end='', file=sys.stderr, flush=True)\n"))
+    stderr = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stderr", stderr)
+    assert book.main(["execute", "--profile", "tiny"]) == 0
+    told = stderr.getvalue()
+    if terminal:
+        assert f"{execution.CLEARED}Downloading\n" in told
+        assert f"{execution.CLEARED}step 1{execution.CLEARED}step 2" in told.replace(
+            2 * execution.CLEARED, execution.CLEARED)
+        # The bar that was not ended does not share its line with what follows.
+        assert told.endswith(execution.CLEARED)
+    else:
+        assert told == ""
+    assert "shown in the notebook" not in told
+    assert "shown in the notebook" in project.output("01_first").read_text()
+
+
+def test_a_folder_is_held_by_one_run(tmp_path: Path) -> None:
+    def held() -> AbstractContextManager[None]:
+        return only_one(tmp_path, "building pages into")
+
+    with held(), pytest.raises(InputError, match="Another run is building pages into"), held():
+        raise AssertionError("held twice")
+    with held():
+        pass
+
+
+@pytest.fixture
+def paged(project: Project) -> Project:
+    """A project with a chapter and pages that took no builder to make."""
+    project.notebook("01_first")
+    (project.root / "book").mkdir()
+    (project.root / "book" / "_toc.yml").write_text("root: 01_first\n")
+    return project
+
+
+def fake_builder(source: Path, work: Path) -> Path:
+    (work / "_build" / "html").mkdir(parents=True)
+    (work / "_build" / "html" / "index.html").write_text("new")
+    return work / "_build" / "html"
+
+
+def fail_in_notebook(project: Project) -> None:
+    project.notebook("01_first", "# %%\n1 / 0\n")
+
+
+def fail_in_gate(project: Project) -> None:
+    project.notebook("01_first", header="{produces: [never.csv]}")
+
+
+def fail_in_build(project: Project) -> None:
+    (project.root / "book" / "_toc.yml").write_text("root: gone\n")
+
+
+@pytest.mark.parametrize("fail", [fail_in_notebook, fail_in_gate, fail_in_build])
+def test_pages_stand_only_if_the_run_ended_well(
+    paged: Project, monkeypatch: pytest.MonkeyPatch, fail: Callable[[Project], None]
+) -> None:
+    monkeypatch.setattr(pages, "_run_jupyter_book", fake_builder)
+    output = paged.root / "out"
+    words = ["all", "--output", str(output)]
+    assert paged.command(*words)[0] == 0
+    assert (output / "html" / "index.html").is_file() and not (output / "html-old").exists()
+    (output / "html" / "index.html").write_text("earlier")
+    fail(paged)
+    for _ in range(2):
+        assert paged.command(*words)[0] == 1
+        assert not (output / "html").exists() and not (output / pages.STAMP).exists()
+        assert (output / "html-old" / "index.html").read_text() == "earlier"
+    paged.notebook("01_first")
+    (paged.root / "book" / "_toc.yml").write_text("root: 01_first\n")
+    assert paged.command(*words)[0] == 0
+    assert (output / "html" / "index.html").read_text() == "new"
+    assert not (output / "html-old").exists()
+
+
+def test_two_runs_do_not_build_into_one_folder(
+    paged: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "_run_jupyter_book", fake_builder)
+    words = ["all", "--output", str(paged.root / "out")]
+    with only_one(paged.root / "out", "building pages into"):
+        code, _, told = paged.command(*words)
+    assert code == 1 and "Another run is building pages into" in told
+    assert paged.command(*words)[0] == 0
+
+
+def test_the_papers_own_arithmetic_is_counted_apart(project: Project) -> None:
+    project.notebook("01_first")
+    folder = project.root / "results" / "tiny"
+    folder.mkdir(parents=True)
+    lines = ["Table 1,off,number", "Table 1,match,number", "Fig. 2,off,number",
+             "Table 1,match,internal", "a|b,not measured,statement", "Table 2,off,internal",
+             "Table 2,match,internal"]
+    (folder / "claims.csv").write_text("exhibit,verdict,kind\n" + "\n".join(lines) + "\n")
+    table = [[cell.strip() for cell in line.strip("|").split(" | ")]
+             for line in pages.verdict_counts(load_run("tiny")).splitlines()]
+    assert table[0] == ["Exhibit", *claims.VERDICTS]
+    assert table[2:] == [
+        ["Table 1", "1", "", "1", "", ""], ["Fig. 2", "", "", "1", "", ""],
+        ["a\\|b", "", "", "", "", "1"],
+        ["**all claims about the model**", "1", "", "2", "", "1"],
+        ["**the paper's own arithmetic**", "2", "", "1", "", ""],
+    ]
+
+
+@pytest.fixture(scope="module")
+def good() -> dict[str, Any]:
+    """An executed notebook as the gate wants it."""
+    figure = {"output_type": "display_data", "data": {"image/png": "x"}, "metadata": {}}
+    done = {"papermill": {"status": "completed"}}
+    alt = {"image": {"alt": "A line."}, "figure": {"caption": "A line."}}
+    cell = {"cell_type": "code", "source": "1", "outputs": []}
+    return {
+        "cells": [
+            {**cell, "execution_count": 1, "metadata": done},
+            {"cell_type": "markdown", "source": "# A", "metadata": {}},
+            {**cell, "execution_count": 2, "metadata": {**done, "mystnb": alt},
+             "outputs": [figure]},
+            {**cell, "execution_count": None, "source": " \n", "metadata": {}},
+        ],
+        "metadata": {"papermill": {"parameters": {"profile": "tiny"}, "exception": None},
+                     "scfm": {}},
+    }
+
+
+def test_the_gate_lets_a_good_notebook_through(good: dict[str, Any]) -> None:
+    assert gate.problems(good, ["profile"]) == []
+
+
+ERROR = {"output_type": "error", "ename": "ValueError", "evalue": "\x1b[31mbad\x1b[0m",
+         "traceback": []}
+
+
+@pytest.mark.parametrize(("path", "value", "told"), [
+    (["cells", 0, "outputs"], [ERROR], "cell 0: ended in ValueError: bad"),
+    (["cells", 0, "execution_count"], None, "cell 0: was not executed"),
+    (["cells", 0, "execution_count"], 2, "cell 0: was executed out of order"),
+    (["cells", 2, "execution_count"], 3, "cell 2: was executed out of order"),
+    (["cells", 0, "metadata", "papermill", "status"], "pending", "has the status 'pending'"),
+    (["cells", 0, "metadata", "papermill", "status"], "failed", "has the status 'failed'"),
+    (["cells", 2, "metadata", "mystnb", "image", "alt"], " ", "without alternative text"),
+    (["cells", 2, "metadata", "mystnb", "figure"], {}, "without a caption"),
+    (["metadata", "papermill", "exception"], True, "recorded an exception"),
+    (["metadata", "papermill", "parameters"], {"sed": 1}, "unknown parameter 'sed'"),
+])
+def test_the_gate_refuses(good: dict[str, Any], path: list[Any], value: Any, told: str) -> None:
+    bad = json.loads(json.dumps(good))
+    place = bad
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    (problem,) = gate.problems(bad, ["profile"])
+    assert told in problem
+
+
+def test_the_gate_wants_an_execution_record(good: dict[str, Any]) -> None:
+    bad = json.loads(json.dumps(good))
+    del bad["metadata"]["scfm"]
+    assert gate.problems(bad, ["profile"]) == ["it has no execution record"]
+
+
+def test_a_value_belongs_to_one_chapter(project: Project) -> None:
+    glue = "# %%\nfrom myst_nb import glue\nglue('loss', 1, display=False)\n"
+    project.notebook("01_first", glue)
+    project.notebook("02_second", glue)
+    assert project.command("execute")[0] == 0
+    code, _, told = project.command("check")
+    assert code == 1 and "02_second: the value 'loss' is also one of 01_first" in told
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+# A feature on a hostile token gives the target three of its four units.
+CIRCUIT = (
+    "from scfm_circuits.circuit_exports import neuronpedia_graph, save_graph\n"
+    "from scfm_circuits.circuit_view import circuit_view\n"
+    "from scfm_circuits.circuits import Circuit, Edge, Expansion, Node\n"
+    f"texts = [{HOSTILE!r}, '.']\n"
+    "nodes = {'L1_F7_P1': Node('L1_F7_P1', 'feature', 1, 1, 1, 7, 4.0),\n"
+    "         'L0_F3_P1': Node('L0_F3_P1', 'feature', 0, 1, 1, 3, 2.0),\n"
+    "         'E_P0': Node('E_P0', 'embedding', -1, 0, 0, 5, 1.0)}\n"
+    "edges = [Edge('L0_F3_P1', 'L1_F7_P1', 3.0), Edge('E_P0', 'L0_F3_P1', 2.0)]\n"
+    "sums = {'L1_F7_P1': Expansion('L1_F7_P1', 4.0, 3.0, 1.0, 0.0, 0.0, 0.0, 0.0, 4.0),\n"
+    "        'L0_F3_P1': Expansion('L0_F3_P1', 2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0)}\n"
+    "circuit = Circuit('L1_F7_P1', nodes, edges, sums)\n"
+    "save_graph(report.profile.results / 'circuits' / 'case.json',\n"
+    "           neuronpedia_graph(circuit, texts, slug='case', scan='scfm-tiny'))\n"
+    "display(report.circuit('case', circuit_view(circuit, texts, [None, None]), caption='All'))\n"
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """A book of one chapter with the real configuration, extensions and style."""
+    with pytest.MonkeyPatch.context() as patch:
+        project = make_project(tmp_path_factory.mktemp("book"), patch, lambda: ("", ""))
+        folder = project.root / "book"
+        shutil.copytree(ROOT / "book", folder,
+                        ignore=shutil.ignore_patterns("_build", "*.md", "__pycache__"))
+        (folder / "references.bib").touch()
+        (folder / "intro.md").write_text(
+            "# Intro\n\nLoss {glue:text}`01_first.ipynb::t.loss:s`, $x^2$. "
+            "[elsewhere](https://example.org)\n\n<!-- generated: verdicts -->\n\n"
+            "<!-- generated: exhibits -->\n\n<!-- generated: downloads -->\n")
+        (folder / "_toc.yml").write_text(
+            "format: jb-book\nroot: intro\nchapters:\n- file: 01_first\n")
+        project.notebook("01_first", (
+            "# %%\nimport base64, os\nfrom IPython.display import Image\n"
+            "from scfm_circuits.profile import from_notebook\n"
+            "from scfm_circuits.report import Report\n"
+            "report = Report(from_notebook({'profile': profile}), '01_first')\n"
+            "report.value('t.loss', 0.25)\n"
+            f"{CIRCUIT}"
+            "\n# %%\n"
+            "import pandas\n"
+            "frame = pandas.DataFrame({'x': range(60)})\n"
+            "shown = report.browse('many', frame)\n"
+            "display(shown)\n"
+            "report.value('t.count', 4646)\n"
+            "report.value('t.small', 8.03e-4, '8.03e-04')\n"
+            "with open(report.profile.results / 'claims.csv', 'w') as file:\n"
+            "    file.write('exhibit,verdict,kind\\nTable 1,match,number\\n<b>,off,number\\n')\n"
+            "\n# %% [markdown]\n# Count {glue:text}`t.count`, small {glue:text}`t.small`.\n"
+            '\n# %% mystnb={"image": {"alt": "A dot."}, "figure": {"caption": "A dot."}}\n'
+            f"Image(base64.b64decode('{PIXEL}'), format='png')\n"
+        ), header='{exhibits: "Fig. 9", modules: [cells], produces: [claims.csv]}')
+        assert book.main(["all", "--profile", "tiny", "--output", str(folder / "_build")]) == 0
+        yield project
+
+
+PIXEL = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJ"
+         "RU5ErkJggg==")
+
+
+def test_every_page_says_what_and_whence_and_escapes_it(built: Project) -> None:
+    html = built.root / "book" / "_build" / "html"
+    for name in ("intro", "01_first", "search", "genindex"):
+        text = (html / f"{name}.html").read_text(encoding="utf-8")
+        assert "REAL cells" in text and 'class="provenance"' in text
+        assert "<script>alert" not in text and "&lt;script&gt;alert" in text
+        assert "marked not comparable" in text and "seed 0" in text
+    chapter = (html / "01_first.html").read_text(encoding="utf-8")
+    assert 'href="downloads/notebooks/01_first.py"' in chapter
+    assert 'alt="A dot."' in chapter and "thebe_js_url" not in chapter.lower()
+    provenance = json.loads((html / "downloads" / "provenance.json").read_text())
+    assert provenance["profile"] == "tiny" and provenance["seconds"]["01_first"] > 0
+
+
+def test_generated_parts(built: Project) -> None:
+    html = built.root / "book" / "_build" / "html"
+    text = (html / "intro.html").read_text(encoding="utf-8")
+    assert ">0.25</span>" in text and "generated:" not in text
+    assert "&lt;b&gt;" in text and "Chapter 01_first" in text and "Fig. 9" in text
+    # The glue role evaluates what it is given; numbers must read as they were written.
+    chapter = (html / "01_first.html").read_text(encoding="utf-8")
+    assert ">4,646</span>" in chapter and ">8.03e-04</span>" in chapter
+    assert 'href="downloads/values/01_first.json"' in text
+    assert (html / "downloads" / "claims.csv").is_file()
+
+
+def test_a_browsable_table_finds_its_script_and_its_data(built: Project) -> None:
+    html = built.root / "book" / "_build" / "html"
+    chapter = (html / "01_first.html").read_text(encoding="utf-8")
+    assert 'data-source="downloads/tables/many.js?v=' in chapter
+    assert re.search(r'<script src="_static/browse\.js[?"]', chapter)
+    assert (html / "_static" / "browse.js").is_file()
+    assert (html / "downloads" / "tables" / "many.js").is_file()
+    # For people there is the CSV.
+    listed = re.findall(r'href="(downloads/tables/[^"]*)"', (html / "intro.html").read_text())
+    assert listed == ["downloads/tables/many.csv"]
+
+
+def test_a_circuit_finds_its_script_its_library_and_its_data(built: Project) -> None:
+    html = built.root / "book" / "_build" / "html"
+    chapter = (html / "01_first.html").read_text(encoding="utf-8")
+    (box,) = re.findall(r'<[^>]* data-library="[^"]*"[^>]*>', chapter)
+    files = [name.partition("?")[0] for name in
+             re.findall(r'data-(?:source|library)="([^"]*)"', box)]
+    assert sorted(files) == ["downloads/circuits/case.js", "vendor/d3/d3.min.js"]
+    files += re.findall(r'<script src="(_static/(?:circuit|dom)\.js)[?"]', chapter)
+    files += re.findall(r'href="(downloads/circuits/[^"]*)"', chapter)
+    assert len(files) == 5 and all((html / name).is_file() for name in files)
+    assert (html / "vendor" / "d3" / "LICENSE").is_file()
+    # For people there is the JSON.
+    listed = re.findall(r'href="(downloads/circuits/[^"]*)"', (html / "intro.html").read_text())
+    assert listed == ["downloads/circuits/case.json"] and listed[0] in files
+
+
+def test_a_circuit_is_drawn_in_the_built_page(built: Project, tmp_path: Path) -> None:
+    # The browser leaves files of its own beside the page.
+    html = tmp_path / "html"
+    shutil.copytree(built.root / "book" / "_build" / "html", html)
+    page = opened(html / "01_first.html", "--host-resolver-rules=MAP * ~NOTFOUND",
+                  marker='data-source="downloads/circuits/case.js', budget=30_000)
+    assert "2 of 2 edges and 3 of 3 nodes shown." in page
+    labels = re.findall(r'class="node[^"]*"[^>]* aria-label="([^"]*)"', page)
+    assert sorted(label.split(",")[0] for label in labels) == ["Feature 3", "Feature 7",
+                                                               "Token embedding"]
+    assert "<script>alert" not in page
+
+
+def test_pages_fetch_nothing_and_bring_their_mathematics(built: Project) -> None:
+    html = built.root / "book" / "_build" / "html"
+    assert list(pages.foreign_requests(html)) == []
+    assert "vendor/mathjax/tex-mml-chtml.js" in (html / "intro.html").read_text()
+    assert (html / "vendor" / "mathjax" / "tex-mml-chtml.js").stat().st_size > 500_000
+    assert list((html / "vendor" / "mathjax").rglob("*.woff"))
+
+
+def test_an_unchanged_book_is_not_built_again(
+    built: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("built again")
+
+    monkeypatch.setattr(pages, "_run_jupyter_book", never)
+    assert book.main(["all", "--profile", "tiny", "--output",
+                      str(built.root / "book" / "_build")]) == 0
+    assert "Everything is up to date" in capsys.readouterr().out
+
+
+def test_a_failed_build_leaves_no_pages(
+    built: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = built.root / "book" / "intro.md"
+    page.write_text("# Intro\n\n{nosuchrole}`x`\n")
+    output = built.root / "book" / "_build"
+    for _ in range(2):
+        assert book.main(["build", "--profile", "tiny", "--output", str(output)]) == 1
+        assert "intro.md:3: WARNING: Unknown interpreted text role" in capsys.readouterr().err
+        assert not (output / "html").exists()
+
+
+def test_the_contents_list_every_notebook(built: Project) -> None:
+    toc = built.root / "book" / "_toc.yml"
+    toc.write_text("format: jb-book\nroot: intro\n")
+    run = load_run("tiny")
+    with pytest.raises(Exception, match="does not list the notebook 01_first"):
+        pages._check_contents(run)
+    toc.write_text("format: jb-book\nroot: intro\nchapters:\n- file: 01_first\n- file: gone\n")
+    with pytest.raises(Exception, match="lists gone"):
+        pages._check_contents(run)
+
+
+@pytest.mark.parametrize("text", [
+    '<script src="https://cdn.example.org/a.js"></script>', "<img alt='' src='//example.org/a'>",
+    '<link rel="stylesheet" href="http://example.org/a.css">',
+])
+def test_foreign_requests_are_found(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.html").write_text(f"<a href='https://example.org'>fine</a>{text}")
+    assert len(list(pages.foreign_requests(tmp_path))) == 1
+    (tmp_path / "a.html").write_text("")
+    (tmp_path / "a.css").write_text("@font-face { src: url('https://example.org/f.woff') }")
+    assert len(list(pages.foreign_requests(tmp_path))) == 1

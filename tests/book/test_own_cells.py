@@ -1,0 +1,107 @@
+"""Somebody's own `.h5ad`: from the file to a built book, by the commands that `make` runs.
+
+Four kinds of file are common in laboratories: indexed by Ensembl identifiers, with symbols that
+repeat, with normalised values alone, with a categorical label that has empty categories. What the
+writer and the reader make of each is tested beside them. A whole book takes more than a minute even
+at this size (each of its chapters imports torch and transformers), so two books stand for the four
+kinds, two kinds in each file.
+"""
+
+import html
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import yaml
+
+from scfm_circuits.common.profile import ROOT, load_profile
+
+EMPTY = "Never seen <cell>"
+SMALL = {
+    "extends": "smoke", "max_cells": None, "genes_per_cell": 8, "vocabulary_size": 320,
+    "model_width": 16, "model_steps": 5, "model_batch_cells": 8, "expansion": 2,
+    "training_tokens": 2048, "batch_tokens": 256, "buffer_tokens": 1024, "warmup_steps": 2,
+    "dead_after_tokens": 1024, "variant_tokens": 512, "human_features": 2, "human_decoys": 0,
+    "contexts_per_feature": 2, "reinitialised_control": False, "prerank_features": 0,
+    "null_draws": 21, "circuit_branches": 3, "circuit_depth": 2, "circuit_nodes": 12,
+    "graph_features": 20,
+}
+"""Fields of a profile whose book is executed in the shortest time; no number means anything."""
+
+
+def some_pbmcs(n: int = 120) -> anndata.AnnData:
+    """Real cells with log-normalised values, their symbols as the index, and `cell_type`."""
+    import scanpy
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the file that scanpy carries is an old one
+        data = scanpy.datasets.pbmc68k_reduced()
+    chosen = np.sort(np.random.default_rng(0).permutation(len(data))[:n])
+    labels = data.obs["bulk_labels"].astype(str).to_numpy()[chosen]
+    return anndata.AnnData(data.raw.X[chosen].toarray(),
+                           obs=pd.DataFrame({"cell_type": labels}, index=data.obs_names[chosen]),
+                           var=pd.DataFrame(index=data.raw.var_names))
+
+
+def identifiers_and_repeated_symbols(path: Path) -> None:
+    """Counts of genes by Ensembl identifier, of which thirty have another's symbol."""
+    data = some_pbmcs()
+    symbols = data.var_names.to_numpy().astype(object)
+    symbols[1:60:2] = symbols[0:60:2]
+    data.var["biotype"] = "protein_coding"
+    data.var["feature_name"] = pd.Categorical(symbols)
+    data.var_names = [f"ENSG{number:011d}" for number in range(1, len(symbols) + 1)]
+    data.X = sp.csr_matrix(np.rint(np.expm1(data.X)))
+    data.write_h5ad(path)
+
+
+def normalised_values_and_empty_categories(path: Path) -> None:
+    """Log-normalised values alone, and a type that no cell has."""
+    data = some_pbmcs()
+    labels = data.obs["cell_type"]
+    data.obs["cell_type"] = pd.Categorical(labels, [EMPTY, *sorted(set(labels))])
+    data.write_h5ad(path)
+
+
+@pytest.mark.parametrize(("write", "fields", "decided"), [
+    (identifiers_and_repeated_symbols,
+     {"symbol_column": "feature_name", "duplicate_symbols": "sum"},
+     ["Symbols are taken from the var column feature_name.", "30 repeated symbols were added up.",
+      "The values are whole numbers, so raw counts."]),
+    (normalised_values_and_empty_categories,
+     {"symbol_column": None, "duplicate_symbols": "error"},
+     ["The values are not whole numbers, so normalised already."]),
+])
+def test_a_file_makes_a_book(tmp_path: Path, write: Callable[[Path], None],
+                             fields: dict[str, str | None], decided: list[str]) -> None:
+    """`make profile`, then `make book`, without the gene-set libraries and without network."""
+    write(tmp_path / "cells.h5ad")
+    (tmp_path / "small.yml").write_text(yaml.safe_dump(SMALL))
+    settings = {**os.environ, "SCFM_RESULTS": str(tmp_path / "results"), "SCFM_GENE_SETS": "",
+                "SCFM_CACHE": str(tmp_path / "cache"), "SCFM_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    profile = str(tmp_path / "mine.yml")
+    for words in (["first_profile", str(tmp_path / "cells.h5ad"), "--out", profile,
+                   "--extends", str(tmp_path / "small.yml")],
+                  ["cli", "all", "--profile", profile, "--output", str(tmp_path / "built")]):
+        done = subprocess.run([sys.executable, "-m", f"scfm_circuits.book.{words[0]}", *words[1:]],
+                              cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    written = load_profile(profile)
+    assert {"matrix": "X", "label_column": "cell_type", **fields}.items() <= dict(written).items()
+    pages = tmp_path / "built" / "html"
+    page = html.unescape((pages / "01_cells_and_model.html").read_text(encoding="utf-8"))
+    assert all(sentence in page for sentence in decided), page
+    assert "cells of cells.h5ad" in page and f" {written.case_type}.\n" in page
+    chapters = sorted(path.stem for path in (ROOT / "notebooks").glob("*.py"))
+    assert all((pages / f"{chapter}.html").is_file() for chapter in chapters) and chapters
+    # A type that no cell has is in no file but the cells'.
+    kept = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".h5ad"]
+    assert not [path for path in kept if b"Never seen" in path.read_bytes()]

@@ -1,0 +1,377 @@
+"""Contributions are exact: they sum to the pre-activation, and agree with autograd."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_model, tiny_transcoders, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_architectures import FAMILIES, LLAMA_TYPE, LinearModel, Read, tiny
+from torch import Tensor
+from torch.func import functional_call, grad
+
+from scfm_circuits import InputError
+from scfm_circuits.circuits.attribution import (
+    Direction,
+    Frozen,
+    carried,
+    closure,
+    contributions,
+    equation_5,
+    feature_direction,
+    freeze,
+    head_direction,
+    logit_direction,
+)
+from scfm_circuits.transcoders.transcoder import Variant
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["parallel", "sequential"])
+def frozen(request: pytest.FixtureRequest) -> Frozen:
+    model = tiny_model(parallel=request.param)
+    return freeze(model, tiny_transcoders(model), tokens(9))
+
+
+@settings(max_examples=40, deadline=None)
+@given(layers=st.integers(1, 4), heads=st.sampled_from([1, 2, 4]), n=st.integers(1, 12),
+       parallel=st.booleans(), seed=st.integers(0, 10_000))
+def test_contributions_sum_to_pre_activation(layers, heads, n, parallel, seed):
+    model = tiny_model(layers=layers, heads=heads, parallel=parallel, seed=seed)
+    run = freeze(model, tiny_transcoders(model, seed=seed), tokens(n, seed=seed))
+    rng = np.random.default_rng(seed)
+    layer, feature, position = (int(rng.integers(size)) for size in (layers, 24, n))
+    reading = feature_direction(run, layer, feature, position)
+    assert abs(contributions(run, reading).total() - reading.value) < 1e-10
+    assert closure(run, reading) < 1e-10
+
+
+def test_logits_and_logit_differences_close(frozen):
+    for minus in (None, 3):
+        reading = logit_direction(frozen, 7, 8, minus)
+        assert abs(contributions(frozen, reading).total() - reading.value) < 1e-10
+
+
+def test_head_contributions_close_through_two_hops(frozen):
+    reading = feature_direction(frozen, 2, 5, 8)
+    first = head_direction(frozen, reading, 1, 0, 3)
+    assert abs(contributions(frozen, reading).heads[1, 0, 3] - first.value) < 1e-12
+    assert abs(contributions(frozen, first).total() - first.value) < 1e-10
+    second = head_direction(frozen, first, 0, 1, 2)
+    assert abs(contributions(frozen, first).heads[0, 1, 2] - second.value) < 1e-12
+    assert abs(contributions(frozen, second).total() - second.value) < 1e-10
+
+
+def test_nothing_comes_from_the_same_or_later_layers(frozen):
+    reading = feature_direction(frozen, 1, 0, 8)
+    parts = contributions(frozen, reading)
+    assert parts.features.shape[0] == parts.errors.shape[0] == 1
+    assert parts.heads.shape[0] == (1 if frozen.parallel else 2)
+
+
+def test_heads_see_no_later_token(frozen):
+    parts = contributions(frozen, feature_direction(frozen, 2, 1, 4))
+    assert parts.heads[:, :, 5:].abs().max() == 0
+
+
+def test_the_frozen_run_is_the_models_own(frozen):
+    model = tiny_model(parallel=frozen.parallel)
+    with torch.no_grad():
+        logits = model(input_ids=frozen.tokens[None]).logits[0]
+    assert torch.allclose(frozen.logits, logits, atol=1e-12)
+    estimate = frozen.transcoders.decode(frozen.activations)
+    assert torch.allclose(estimate + frozen.error, frozen.mlp_out, atol=1e-12)
+
+
+def _linear_forward(frozen: Frozen, sources: torch.Tensor) -> torch.Tensor:
+    """Pre-activations of the last layer, with patterns and scales frozen, as a function of what
+    the MLPs write; an independent route for autograd (residuals, not directions)."""
+    residual = frozen.residual[0]
+    t, norm = frozen.transcoders, None
+    for layer, w in enumerate(frozen.weights):
+        def normed(x, sigma, gain, bias):
+            return (x - x.mean(-1, keepdim=True)) / sigma[:, None] * gain + bias
+        values = torch.einsum("hkd,nd->hnk", w.w_v, normed(
+            residual, frozen.sigma1[layer], w.ln1_gain, w.ln1_bias)) + w.b_v[:, None]
+        mixed = torch.einsum("hts,hsk,hok->to", frozen.patterns[layer], values, w.w_o) + w.b_o
+        stream = residual if frozen.parallel else residual + mixed
+        norm = normed(stream, frozen.sigma2[layer], w.ln2_gain, w.ln2_bias)
+        residual = residual + mixed + sources[layer]
+    return torch.nn.functional.linear(norm - t.b_in[-1], t.W_enc[-1], t.b_enc[-1])
+
+
+def test_feature_edges_equal_the_gradient_and_doubling(frozen):
+    layer, feature, position = 2, 3, 8
+    sources = frozen.mlp_out.clone()
+    value = _linear_forward(frozen, sources)[position, feature]
+    assert abs(value - frozen.pre[layer, position, feature]) < 1e-10
+    gradient = grad(lambda s: _linear_forward(frozen, s)[position, feature])(sources)
+    # The gradient to the same token holds all paths; those of one hop are what is left when no
+    # later layer's attention carries them on, which at one layer below the target is exact.
+    z, decoder = frozen.activations, frozen.transcoders.W_dec
+    expected = z[1, position] * (decoder[1] @ gradient[1, position])
+    direct = contributions(frozen, feature_direction(frozen, layer, feature, position))
+    if frozen.parallel:
+        assert torch.allclose(direct.features[1], expected, atol=1e-10)
+    assert gradient[layer].abs().max() == 0
+    doubled = sources.clone()
+    active = int(direct.features[1].abs().argmax())
+    doubled[1, position] += z[1, position, active] * decoder[1, active]
+    moved = _linear_forward(frozen, doubled)[position, feature] - value
+    if frozen.parallel:
+        assert abs(moved - direct.features[1, active]) < 1e-10
+
+
+def test_equation_5_ignores_the_layer_norm(frozen):
+    raw = equation_5(frozen, 2, 5, 8)
+    exact = contributions(frozen, feature_direction(frozen, 2, 5, 8)).features
+    assert raw.shape == exact.shape
+    assert not torch.allclose(raw, exact, rtol=0.05)
+
+
+KINDS = (Variant("topk", 5), Variant("batchtopk", 5), Variant("jumprelu"),
+         Variant("topk", 5, skip=True))
+
+
+@pytest.mark.parametrize("variant", KINDS, ids=str)
+def test_only_features_that_are_active_contribute(variant):
+    """Under every activation function: a pre-activation above zero makes no feature active."""
+    model = tiny_model()
+    t = tiny_transcoders(model, variant=variant)
+    if variant.activation == "batchtopk":
+        t.log_threshold.fill_(0.2)
+    run = freeze(model, t, tokens(9))
+    assert torch.equal(run.activations, t.encode(run.mlp_in))
+    silent = (run.pre > 0) & (run.activations == 0)
+    assert silent.any()
+    assert torch.allclose(t.decode(run.activations) + run.error, run.mlp_out, atol=1e-12)
+    parts = contributions(run, feature_direction(run, 2, 5, 8))
+    assert (parts.features[silent[:2, 8]] == 0).all() and (parts.features != 0).any()
+    assert closure(run, feature_direction(run, 2, 5, 8)) < 1e-10
+    assert (equation_5(run, 2, 5, 8)[silent[:2, 8]] == 0).all()
+
+
+def test_autoencoders_of_outputs_are_refused():
+    model = tiny_model()
+    with pytest.raises(InputError, match="set `site: transcoder`"):
+        freeze(model, tiny_transcoders(model, variant=Variant(site="sae")), tokens(4))
+
+
+def test_attention_patterns_are_needed():
+    model = tiny_model()
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(InputError, match="eager"):
+        freeze(model, tiny_transcoders(model), tokens(4))
+
+
+def test_functional_call_is_not_needed_to_patch_the_model():
+    # The tracer must leave the model as it was: no hook stays behind.
+    model = tiny_model()
+    before = model(input_ids=torch.arange(5)[None]).logits
+    freeze(model, tiny_transcoders(model), tokens(5))
+    after = functional_call(model, dict(model.named_parameters()),
+                            kwargs={"input_ids": torch.arange(5)[None]}).logits
+    assert torch.equal(before, after)
+
+
+# --- every family --------------------------------------------------------------------------------
+
+SHAPES = {"family": st.sampled_from(FAMILIES), "layers": st.integers(1, 3),
+          "heads": st.sampled_from([(1, 1, 16), (2, 1, 6), (4, 4, 4), (4, 2, 4), (4, 1, 8)]),
+          "n": st.integers(1, 8), "seed": st.integers(0, 10_000)}
+
+
+class Case:
+    """A random model of a family, a run of it, a target, and the linear oracle of that run."""
+
+    def __init__(self, family: str, layers: int, heads: tuple[int, int, int], n: int, seed: int
+                 ) -> None:
+        shape = {"layers": layers, "heads": heads[0], "value_heads": heads[1],
+                 "head_size": heads[2], "seed": seed}
+        self.model = tiny(family, **shape)
+        self.run = freeze(self.model, tiny_transcoders(self.model, seed=seed), tokens(n, seed=seed))
+        self.linear = LinearModel(tiny(family, **shape), self.run)
+        rng = np.random.default_rng(seed)
+        self.layer, self.feature, self.position = (
+            int(rng.integers(size)) for size in (layers, 24, n))
+        self.reading = feature_direction(self.run, self.layer, self.feature, self.position)
+        self.clean = (self.run.residual[0], self.run.mlp_out)
+        self.zero = tuple(torch.zeros_like(part) for part in self.clean)
+
+    def target(self, read: Read) -> Tensor:
+        """The target's pre-activation, from what the oracle's MLPs read."""
+        return self.pre(read)[self.layer, self.position, self.feature]
+
+    def pre(self, read: Read) -> Tensor:
+        t = self.run.transcoders
+        return torch.einsum("lfd,lnd->lnf", t.W_enc, read.mlp_in - t.b_in[:, None]) \
+            + t.b_enc[:, None]
+
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """d target / d (embeddings, MLP outputs), by autograd through transformers' code."""
+        leaves = [part.clone().requires_grad_() for part in self.clean]
+        return torch.autograd.grad(self.target(self.linear(*leaves)), leaves, allow_unused=True,
+                                   materialize_grads=True)
+
+
+class Collected:
+    """All that reaches a reading through any number of heads: `contributions` of the reading, and
+    of each head it sees, and so on; heads at the same layer and token are read as one."""
+
+    def __init__(self, run: Frozen, reading: Direction) -> None:
+        self.features = torch.zeros_like(run.pre)
+        self.errors = torch.zeros_like(run.pre[..., 0])
+        self.embedding = torch.zeros_like(run.pre[0, :, 0])
+        self.constant = torch.zeros(())
+        waiting: dict[tuple[int, int], Tensor] = {}
+        self._take(run, reading, waiting)
+        while waiting:
+            layer, source = max(waiting)
+            vector = waiting.pop((layer, source))
+            self._take(run, Direction(vector, source, layer, layer, vector.new_zeros(()),
+                                      vector @ run.residual[layer, source]), waiting)
+
+    def _take(self, run: Frozen, reading: Direction, waiting: dict[tuple[int, int], Tensor]
+              ) -> None:
+        parts = contributions(run, reading)
+        assert abs(parts.total() - reading.value) < 1e-10
+        self.features[: reading.mlp_limit, reading.position] += parts.features
+        self.errors[: reading.mlp_limit, reading.position] += parts.errors
+        self.embedding[reading.position] += parts.embedding
+        self.constant = self.constant + parts.constant
+        for layer in range(reading.attention_limit):
+            for source in range(reading.position + 1):
+                hops = [head_direction(run, reading, layer, head, source)
+                        for head in range(run.patterns.shape[1])]
+                for head, hop in enumerate(hops):
+                    assert abs(hop.value - parts.heads[layer, head, source]) < 1e-11
+                vector = sum(hop.vector for hop in hops)
+                waiting[layer, source] = waiting.get((layer, source), 0) + vector
+
+    def total(self) -> Tensor:
+        return (self.features.sum() + self.errors.sum() + self.embedding.sum() + self.constant)
+
+
+@settings(max_examples=80, deadline=None)
+@given(**SHAPES)
+def test_one_hop_and_logits_close_in_every_family(family, layers, heads, n, seed):
+    case = Case(family, layers, heads, n, seed)
+    assert abs(contributions(case.run, case.reading).total() - case.reading.value) < 1e-10
+    for minus in (None, 3):
+        reading = logit_direction(case.run, 7, case.position, minus)
+        assert abs(contributions(case.run, reading).total() - reading.value) < 1e-10
+
+
+@settings(max_examples=40, deadline=None)
+@given(**SHAPES)
+def test_frozen_patterns_and_scales_give_the_eager_run(family, layers, heads, n, seed):
+    case = Case(family, layers, heads, n, seed)
+    read = case.linear(*case.clean)
+    assert (read.logits - case.run.logits).abs().max() < 1e-10
+    assert (read.mlp_in - case.run.mlp_in).abs().max() < 1e-10
+    eager = case.model(input_ids=case.run.tokens[None]).logits[0]
+    assert (case.run.logits - eager).abs().max() == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(**SHAPES)
+def test_the_graph_through_all_heads_is_autograds(family, layers, heads, n, seed):
+    case = Case(family, layers, heads, n, seed)
+    run, found = case.run, Collected(case.run, case.reading)
+    assert abs(found.total() - case.reading.value) < 1e-10
+    # The constant is what is left of the model without embeddings, features and errors.
+    decoder_biases = run.transcoders.b_dec[:, None].expand_as(run.mlp_out)
+    alone = case.target(case.linear(case.zero[0], decoder_biases))
+    assert abs(found.constant - alone) < 1e-10
+    of_embedding, of_mlp = case.gradient()
+    written = torch.einsum("lfd,lnd->lnf", run.transcoders.W_dec, of_mlp)
+    assert (found.features - run.activations * written).abs().max() < 1e-10
+    assert (found.errors - (run.error * of_mlp).sum(dim=-1)).abs().max() < 1e-10
+    assert (found.embedding - (run.residual[0] * of_embedding).sum(dim=-1)).abs().max() < 1e-10
+    # Nothing from its own or a later layer, or from a later token: exactly nothing.
+    assert of_mlp[case.layer :].abs().sum() == 0 and found.features[case.layer :].abs().sum() == 0
+    assert of_mlp[:, case.position + 1 :].abs().sum() == 0
+    assert found.features[:, case.position + 1 :].abs().sum() == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(**SHAPES)
+def test_doubling_a_feature_moves_all_downstream_by_its_edges(family, layers, heads, n, seed):
+    case = Case(family, layers, heads, n, seed)
+    run, rng = case.run, np.random.default_rng(seed + 1)
+    active = torch.nonzero(run.activations)
+    layer, position, feature = (int(i) for i in active[rng.integers(len(active))])
+    doubled = run.mlp_out.clone()
+    doubled[layer, position] += (run.activations[layer, position, feature]
+                                 * run.transcoders.W_dec[layer, feature])
+    moved = case.pre(case.linear(run.residual[0], doubled)) - run.pre
+    assert moved[: layer + 1].abs().max() < 1e-10
+    assert position == 0 or moved[:, :position].abs().max() < 1e-10
+    for _ in range(3):
+        target = (int(rng.integers(layers)), int(rng.integers(24)), int(rng.integers(n)))
+        edges = Collected(run, feature_direction(run, *target)).features
+        assert abs(moved[target[0], target[2], target[1]]
+                   - edges[layer, position, feature]) < 1e-10
+
+
+@settings(max_examples=40, deadline=None)
+@given(**SHAPES)
+def test_carried_is_what_attention_makes_of_a_change(family, layers, heads, n, seed):
+    case = Case(family, layers, heads, n, seed)
+    run = case.run
+    change = torch.randn(n, 16, generator=torch.Generator().manual_seed(seed),
+                         dtype=torch.float64)
+    # In the first layer of the oracle, silent MLPs: what is added beyond the change is attention.
+    silent = torch.zeros_like(run.mlp_out)
+    before, after = (case.linear(run.residual[0] + moved, silent) for moved in (0, change))
+    stream = change + carried(run, 0, change)
+    for layer in range(1, layers):
+        stream = stream + carried(run, layer, stream)
+    logits = run.centre(stream) / run.sigma_final[:, None] * run.final_gain @ run.unembedding.T
+    assert (after.logits - before.logits - logits).abs().max() < 1e-9
+    # And it is the adjoint of the head readings.
+    of = Direction(torch.randn(16, dtype=torch.float64), case.position, layers, layers,
+                   torch.zeros(()), torch.zeros(()))
+    by_heads = sum(head_direction(run, of, layers - 1, head, source).vector @ change[source]
+                   for head in range(heads[0]) for source in range(n))
+    assert abs(carried(run, layers - 1, change)[case.position] @ of.vector - by_heads) < 1e-10
+
+
+def test_an_rms_norm_is_not_centred():
+    # A constant added to the stream vanishes in LayerNorm only.
+    for family in ("parallel", "llama"):
+        run = Case(family, 2, (2, 1, 6), 5, 0).run
+        vanished = bool(carried(run, 1, torch.ones_like(run.final)).abs().max() < 1e-10)
+        assert vanished == run.centred == (family not in LLAMA_TYPE)
+
+
+def test_a_sliding_window_leaves_older_tokens_out():
+    run = Case("mistral", 2, (4, 2, 4), 8, 0).run
+    parts = contributions(run, feature_direction(run, 1, 0, 7))
+    assert parts.heads[:, :, :4].abs().max() == 0 < parts.heads[:, :, 4:].abs().min()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_own_norms_close_as_float32_can(family):
+    native, exact, single = (
+        freeze(one, tiny_transcoders(one), tokens(9)) for one in (
+            tiny(family, native_norms=True), tiny(family), tiny(family, native_norms=True).float()))
+    assert torch.allclose(native.logits, exact.logits, atol=1e-4)
+    for one in (native, single):
+        assert closure(one, feature_direction(one, 2, 5, 8)) < 1e-5
+        assert closure(one, logit_direction(one, 7, 8)) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_freezing_leaves_no_hook(family):
+    model = tiny(family)
+
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    model(input_ids=torch.arange(5)[None], output_attentions=True)  # transformers adds its own
+    before = hooks()
+    freeze(model, tiny_transcoders(model), tokens(5))
+    assert hooks() == before
+    with pytest.raises(IndexError):
+        freeze(model, tiny_transcoders(model), tokens(5) + 1000)
+    assert hooks() == before

@@ -1,0 +1,105 @@
+"""The prompt that is traced: a cell's, or the paper's own sentence."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import model_for, tiny_corpus, tiny_profile
+
+from scfm_circuits import InputError
+from scfm_circuits.cells.tokens import encode_prompt, load_tokenizer
+from scfm_circuits.circuits import case_study
+from scfm_circuits.common.profile import ROOT, load_profile
+from scfm_circuits.models.answers import answer_prompt
+
+FIGURE_4 = "data/paper/figure4_genes.csv"
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Any:
+    return tiny_corpus()
+
+
+def written(folder: Path, text: str) -> str:
+    path = folder / "sentence.csv"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_cell_that_is_named_correctly_comes_first(corpus, monkeypatch, tmp_path):
+    kind = str(corpus.labels[corpus.held_out][-1])
+    rows = np.flatnonzero(corpus.held_out & (corpus.labels == kind))
+    profile = tiny_profile(monkeypatch, tmp_path, case_type=kind)
+    model = model_for(corpus)
+    for answers in (["no"] * len(rows), ["no"] * (len(rows) - 1) + [kind]):
+        monkeypatch.setattr(case_study, "predict_answers", lambda *given, a=answers: a)
+        found = case_study.case_study(model, corpus, profile)
+        expected = rows[answers.index(kind) if kind in answers else 0]
+        assert found.sentence == corpus.genes_of(int(expected))
+        assert (found.truth, found.prediction) == (kind, kind if kind in answers else "no")
+        assert ("none of those" not in found.origin) == (kind in answers)
+
+
+@pytest.mark.parametrize("place", ["answer", "query"])
+def test_a_sentence_from_a_file_is_the_prompt(corpus, monkeypatch, tmp_path, place):
+    symbols = [str(symbol) for symbol in corpus.symbols[:5]]
+    sentence = [symbols[3], "NOTINTHECORPUS1", *symbols[:2]]
+    name = written(tmp_path, "rank,gene\n" + "".join(
+        f"{rank},{gene.lower()}\n" for rank, gene in enumerate(sentence, 1)))
+    profile = tiny_profile(monkeypatch, tmp_path, case_sentence=name, case_position=place)
+    model = model_for(corpus)
+    found = case_study.case_study(model, corpus, profile)
+    asked = profile.prompt.replace("{genes}", " ".join(sentence))
+    ids = np.array(corpus.tokenizer(asked, add_special_tokens=False)["input_ids"])
+    assert found.prediction == answer_prompt(model, corpus.tokenizer, ids)
+    whole = asked + profile.response.replace("{label}", found.prediction)
+    assert found.prompt.encoded.tokens.tolist() == corpus.tokenizer(
+        whole, add_special_tokens=False)["input_ids"]
+    # Its tokens spell its genes, also one that the corpus does not have.
+    spelled: dict[str, str] = {}
+    for gene, text in zip(found.prompt.genes, found.prompt.texts, strict=True):
+        if gene is not None:
+            spelled[gene] = spelled.get(gene, "") + text.removeprefix("_")
+    assert spelled == {gene: gene for gene in sentence}
+    end = len(found.prompt.texts) - 1
+    assert found.prompt.position == (end if place == "answer" else found.prompt.answer_start - 1)
+    assert found.sentence == sentence and "sentence.csv" in found.origin
+
+
+@pytest.mark.parametrize(("text", "wrong"), [
+    ("rank,symbol\n1,VWF\n", "no column `gene`"),
+    ("gene\n", "holds no gene"),
+    ("gene\nVWF\nvwf\n", "'VWF'"),
+    ("gene,rank\n,1\n", "an empty gene"),
+    ("gene\nVWF PTPRB\n", "'VWF PTPRB'"),
+    ("", "not readable CSV"),
+    ('gene\n"VWF', "not readable CSV"),
+])
+def test_a_file_without_a_sentence(tmp_path, text, wrong):
+    with pytest.raises(InputError, match=wrong):
+        case_study.read_sentence(written(tmp_path, text))
+    with pytest.raises(InputError, match="does not exist"):
+        case_study.read_sentence(str(tmp_path / "none.csv"))
+
+
+def test_the_papers_profile_traces_figure_4():
+    profile = load_profile("paper")
+    assert profile.case_sentence == FIGURE_4
+    sentence = case_study.read_sentence(profile.case_sentence)
+    assert len(sentence) == 64 and sentence[1] == "VWF"
+
+
+def test_each_of_the_nine_genes_maps_back_from_its_tokens():
+    folder = os.environ.get("SCFM_TOKENIZER")
+    if not folder:
+        pytest.skip("SCFM_TOKENIZER is not set to a folder with Pythia's tokenizer.json")
+    tokenizer, profile = load_tokenizer(folder), load_profile("paper")
+    sentence = case_study.read_sentence(FIGURE_4)
+    encoded, _ = encode_prompt(tokenizer, profile.prompt, sentence, range(64))
+    assert int((encoded.gene >= 0).sum()) == 210  # with the sentence's full stop, 211
+    for gene in pd.read_csv(ROOT / "data" / "paper" / "circuit_genes.csv")["gene"]:
+        own = encoded.tokens[encoded.gene == sentence.index(gene)]
+        assert tokenizer.decode(own.tolist()).strip() == gene

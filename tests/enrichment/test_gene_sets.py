@@ -1,0 +1,279 @@
+"""Gene-set libraries: the traps of GMT files, and where a library comes from."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+
+from scfm_circuits import InputError
+from scfm_circuits.enrichment import gene_sets
+from scfm_circuits.enrichment.gene_sets import gene_sets_from_dict, load_library, read_gmt
+
+KEGG = "KEGG_2021_Human"
+GMT = b"Term one\tnote\tVWF\tKDR\nTerm two\t\tTIE1\n"
+
+
+@pytest.fixture(autouse=True)
+def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No setting of the machine, no cache of the user, no earlier failure, no network."""
+    monkeypatch.delenv("SCFM_GENE_SETS", raising=False)
+    monkeypatch.delenv("SCFM_OFFLINE", raising=False)
+    monkeypatch.setenv("SCFM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gene_sets, "_failed_downloads", {})
+    monkeypatch.setattr(gene_sets.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(requests, "get", _forbidden)
+
+
+def _forbidden(*args: Any, **kwargs: Any) -> requests.Response:
+    raise AssertionError("the network was touched although a file is there")
+
+
+class Server:
+    """Stands in for requests.get, counting the calls."""
+
+    def __init__(self, *answers: bytes | int | Exception) -> None:
+        self.answers = list(answers)
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, url: str, **kwargs: Any) -> requests.Response:
+        self.calls.append({"url": url, **kwargs})
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        response = requests.Response()
+        response.status_code = answer if isinstance(answer, int) else 200
+        response._content = answer if isinstance(answer, bytes) else b""
+        return response
+
+
+def write(path: Path, content: bytes = GMT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def test_reads_terms_genes_and_members(tmp_path: Path) -> None:
+    library = read_gmt(write(tmp_path / "mine.gmt"))
+    assert library.name == "mine" and library.source == "file" and library.warning is None
+    assert library.terms == ("Term one", "Term two") and len(library) == 2
+    assert library.genes == ("KDR", "TIE1", "VWF")
+    assert [library.term_members(i) for i in range(2)] == [("KDR", "VWF"), ("TIE1",)]
+    assert library.sizes.tolist() == [2, 1] and library.index["VWF"] == 2
+    assert len(library.sha256) == 64
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"T\td\tVWF\tKDR\t\n",
+        b"T\td\tVWF\tKDR\t\t\t\r\n",
+        b"T\td\tVWF,1.0\tKDR,0.25\n",
+        b"T\td\tvwf\tKDR\tVWF\t Kdr \n",
+        b"\xef\xbb\xbfT\td\tVWF\tKDR",
+        b"\n\nT\t\t\tVWF\tKDR\n\n",
+    ],
+    ids=["trailing tab", "tabs and CRLF", "weights", "case and repeats", "BOM", "empty places"],
+)
+def test_harmless_oddities_give_the_same_sets(tmp_path: Path, line: bytes) -> None:
+    library = read_gmt(write(tmp_path / "a.gmt", line))
+    assert library.terms == ("T",) and library.term_members(0) == ("KDR", "VWF")
+
+
+def test_term_without_genes_is_dropped_and_counted(tmp_path: Path) -> None:
+    library = read_gmt(write(tmp_path / "a.gmt", b"Empty\td\nAlso empty\td\t\t\nT\td\tVWF\n"))
+    assert library.terms == ("T",)
+    assert library.warning is not None and library.warning.startswith("2 term(s) without a gene")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no term with a gene"),
+        (b"T\td\n", "no term with a gene"),
+        (b"T\td\tVWF\nT\td\tKDR\n", "twice .again in line 2"),
+        (b"<!DOCTYPE html>\n<html>\n", "not a GMT file: line 1"),
+        (b"\t\t<div>page</div>\n", "not a GMT file: line 1"),
+        (b"T\td\tVWF\ngene,weight\n", "not a GMT file: line 2"),
+        (b"T\td\tVW\0F\n", "not a GMT file"),
+        (b"T\td\tVWF\xff\xfe\n", "not UTF-8"),
+        (b"\x1f\x8b\x08\x00packed", "not UTF-8"),
+    ],
+)
+def test_unusable_files_say_what_is_wrong(tmp_path: Path, content: bytes, message: str) -> None:
+    path = write(tmp_path / "bad.gmt", content)
+    with pytest.raises(InputError, match=message) as caught:
+        read_gmt(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_file_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        read_gmt(tmp_path / "nowhere.gmt")
+
+
+def test_from_dict() -> None:
+    library = gene_sets_from_dict("planted", {"A": ["vwf", "VWF", "KDR"], "none": []})
+    assert library.source == "memory" and library.term_members(0) == ("KDR", "VWF")
+    assert library.warning is not None and "1 term(s)" in library.warning
+    assert library.sha256 == library.content_sha256
+    with pytest.raises(InputError, match="one string"):
+        gene_sets_from_dict("planted", {"A": "VWF"})
+    with pytest.raises(InputError, match="no term with a gene"):
+        gene_sets_from_dict("planted", {"A": [" "]})
+
+
+def test_content_hash_is_blind_to_layout_but_not_to_genes(tmp_path: Path) -> None:
+    plain = read_gmt(write(tmp_path / "a.gmt"))
+    other = read_gmt(write(tmp_path / "b.gmt", b"Term two\tx\tTIE1\t\r\nTerm one\t\tkdr\tVWF\r\n"))
+    fewer = read_gmt(write(tmp_path / "c.gmt", b"Term one\tnote\tVWF\nTerm two\t\tTIE1\n"))
+    assert plain.sha256 != other.sha256 and plain.content_sha256 == other.content_sha256
+    assert plain.content_sha256 != fewer.content_sha256
+
+
+def test_order_is_folder_then_environment_then_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [tmp_path / "profile", tmp_path / "environment", tmp_path / "cache" / "gene-sets"]
+    for i, place in enumerate(places):
+        write(place / "Mine.gmt", b"place%d\td\tVWF\n" % i)
+    monkeypatch.setenv("SCFM_GENE_SETS", str(places[1]))
+    found = [load_library("Mine", places[0]).terms[0]]
+    (places[0] / "Mine.gmt").unlink()
+    found.append(load_library("Mine", places[0]).terms[0])
+    (places[1] / "Mine.gmt").unlink()
+    found.append(load_library("Mine", places[0], offline=True).terms[0])
+    assert found == ["place0", "place1", "place2"]
+
+
+def test_named_folder_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="named by the profile does not exist"):
+        load_library(KEGG, tmp_path / "none")
+    monkeypatch.setenv("SCFM_GENE_SETS", str(tmp_path / "none"))
+    with pytest.raises(InputError, match="named by SCFM_GENE_SETS does not exist"):
+        load_library(KEGG)
+
+
+@pytest.mark.parametrize("name", ["../secrets", "", "a/b", "a b", ".hidden", "x\n"])
+def test_library_name_cannot_leave_the_folder(name: str) -> None:
+    with pytest.raises(InputError, match="not the name of a gene-set library"):
+        load_library(name)
+
+
+def test_download_is_cached_and_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = Server(503, GMT)
+    monkeypatch.setattr(requests, "get", server)
+    assert load_library("Mine").source == "download"
+    assert len(server.calls) == 2 and server.calls[0]["timeout"] == (10, 60)
+    assert server.calls[0]["params"]["libraryName"] == "Mine"
+    assert "Downloading Mine" in capsys.readouterr().err
+    monkeypatch.setattr(requests, "get", _forbidden)
+    assert load_library("Mine").source == "file"
+    assert (tmp_path / "cache" / "gene-sets" / "Mine.gmt").read_bytes() == GMT
+
+
+@pytest.mark.parametrize("answer", [b"<html>\n<p>Not found</p>\n", b"", b"\xff\xfe\x00"])
+def test_an_error_page_is_never_cached(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: bytes
+) -> None:
+    monkeypatch.setattr(requests, "get", Server(answer))
+    library = load_library(KEGG)
+    assert library.source == "bundled"
+    assert library.warning is not None and "The answer of the server" in library.warning
+    assert not list((tmp_path / "cache").rglob("*"))
+
+
+def test_no_connection_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(requests.ConnectionError("unreachable"))
+    monkeypatch.setattr(requests, "get", server)
+    libraries = [load_library(name) for name in (KEGG, "GO_Biological_Process_2025", "Other")]
+    assert len(server.calls) == gene_sets.DOWNLOAD_TRIES
+    for library in libraries:
+        assert library.source == "bundled" and library.name == gene_sets.BUNDLED_LIBRARY
+        assert library.warning is not None and "no connection to the Enrichr server" in (
+            library.warning
+        )
+
+
+def test_unknown_library_is_asked_for_once_and_others_still_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = Server(404, GMT)
+    monkeypatch.setattr(requests, "get", server)
+    warning = load_library("No_Such_Library").warning
+    assert warning is not None and "status 404" in warning and "No_Such_Library" in warning
+    assert load_library("Mine").source == "download"
+    load_library("No_Such_Library")
+    assert len(server.calls) == 2
+
+
+@pytest.mark.parametrize("switch", ["argument", "environment"])
+def test_offline_falls_back_on_the_bundled_sets(
+    monkeypatch: pytest.MonkeyPatch, switch: str
+) -> None:
+    if switch == "environment":
+        monkeypatch.setenv("SCFM_OFFLINE", "1")
+    library = load_library(KEGG, offline=switch == "argument")
+    assert library.source == "bundled"
+    assert library.warning is not None and "not comparable" in library.warning
+    assert "SCFM_GENE_SETS" in library.warning
+
+
+def test_cache_that_cannot_be_written_still_gives_the_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    monkeypatch.setattr(requests, "get", Server(GMT))
+    library = load_library("Mine")
+    assert library.source == "download"
+    assert library.warning is not None and "could not be kept" in library.warning
+
+
+def test_other_version_is_a_warning(tmp_path: Path) -> None:
+    write(tmp_path / f"{KEGG}.gmt")
+    library = load_library(KEGG, tmp_path)
+    assert library.warning is not None
+    assert "not the version recorded in data/manifest.yml (320 terms" in library.warning
+
+
+def test_bundled_library_is_sound() -> None:
+    library = load_library(gene_sets.BUNDLED_LIBRARY)
+    assert library.source == "bundled" and library.warning is None
+    assert len(library) >= 40
+    assert library.sizes.min() >= 8 and library.sizes.max() <= 25
+    assert "VWF" in library.term_members(library.terms.index("Endothelial cell"))
+    # Each term is a set of its own, so that a hit names one kind of cell or process.
+    members = [library.term_members(i) for i in range(len(library))]
+    assert len(set(members)) == len(members)
+
+
+def test_manifest_entries_are_complete() -> None:
+    entries = yaml.safe_load((gene_sets.DATA_FOLDER / "manifest.yml").read_text())["gene_sets"]
+    assert {entry["name"] for entry in entries} == {
+        "GO_Biological_Process_2025",
+        "KEGG_2021_Human",
+        "CellMarker_Augmented_2021",
+    }
+    for entry in entries:
+        assert entry["url"].startswith(gene_sets.ENRICHR_URL) and entry["url"].endswith(
+            entry["name"]
+        )
+        assert len(entry["sha256"]) == len(entry["content_sha256"]) == 64
+        assert entry["licence"] and entry["citation"]
+
+
+REAL = os.environ.get("SCFM_GENE_SETS")
+
+
+@pytest.mark.skipif(not REAL, reason="SCFM_GENE_SETS is not set: needs the real libraries")
+def test_real_libraries_are_the_manifest_versions() -> None:
+    for entry in yaml.safe_load((gene_sets.DATA_FOLDER / "manifest.yml").read_text())["gene_sets"]:
+        path = Path(str(REAL)) / f"{entry['name']}.gmt"
+        library = load_library(entry["name"], REAL)
+        assert library.warning is None and library.source == "file"
+        assert (len(library), len(library.genes)) == (entry["terms"], entry["genes"])
+        assert path.stat().st_size == entry["bytes"] and library.sha256 == entry["sha256"]

@@ -1,0 +1,170 @@
+"""The deck: what it shows is what was counted, it tells nothing away, and comes back as written."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
+
+from scfm_circuits import InputError
+from scfm_circuits.cells.tokens import token_texts
+from scfm_circuits.features.contexts import draw_features, token_table
+from scfm_circuits.features.statistics import get_statistics
+from scfm_circuits.interpretability.cards import (
+    Fires,
+    Subject,
+    activations,
+    draw_deck,
+    nearest,
+    quantile_places,
+)
+from scfm_circuits.interpretability.deck import (
+    FEATURE,
+    QUANTILE,
+    RANDOM,
+    SOURCES,
+    TOP,
+    UNTRAINED,
+    deck_key,
+    read_deck,
+    write_deck,
+)
+from scfm_circuits.models.mlp_sites import mlp_sites
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    run = tiny_profile(monkeypatch, tmp_path, human_features=5, human_decoys=4)
+    corpus = tiny_corpus(24)
+    model = model_for(corpus).float()
+    transcoders = tiny_transcoders(model)
+    statistics = get_statistics(model, transcoders, corpus, run)
+    return run, corpus, model, transcoders, statistics
+
+
+def drawn_deck(world):
+    run, corpus, model, transcoders, statistics = world
+    return draw_deck(model, transcoders, statistics, corpus, run)
+
+
+def test_a_deck_holds_the_features_and_the_decoys(world):
+    run, corpus, model, transcoders, statistics = world
+    deck = drawn_deck(world)
+    assert [one.card for one in deck.cards] == [f"c{i:02d}" for i in range(1, 10)]
+    assert [len(deck.of_source(source)) for source in SOURCES] == [5, 2, 2]
+    wanted = draw_features(statistics, run.human_layer, 5, run.live_cut, run.seed)
+    assert sorted(one.feature for one in deck.of_source(FEATURE)) == wanted.tolist()
+    assert [one.source for one in deck.cards] != sorted(one.source for one in deck.cards)
+    assert drawn_deck(world) == deck
+    other = draw_deck(model, transcoders, statistics, corpus, run.model_copy(update={"seed": 1}))
+    assert other.study != deck.study
+    none = run.model_copy(update={"human_decoys": 0})
+    assert len(draw_deck(model, transcoders, statistics, corpus, none).cards) == 5
+
+
+def test_a_card_shows_what_was_counted(world):
+    _, corpus, _, _, statistics = world
+    pairs = list(zip(token_texts(corpus.tokenizer, statistics.pair_token),
+                     statistics.pair_gene, strict=True))
+    for card in drawn_deck(world).of_source(FEATURE):
+        table = token_table(statistics, card.layer, card.feature, corpus).head(5)
+        assert [one.fired for one in card.tokens] == table["count"].tolist()
+        assert [one.share for one in card.tokens] == pytest.approx(table["share"].tolist())
+        assert [one.fired / one.present for one in card.tokens] == pytest.approx(
+            table["rate"].tolist())
+        row = statistics.counts[card.layer][card.feature].toarray().ravel()
+        for gene in card.genes:
+            pair = pairs.index((gene.token, corpus.symbols.tolist().index(gene.symbol)))
+            assert (row[pair], statistics.pair_count[pair]) == (gene.fired, gene.occurrences)
+        assert card.log10_frequency == pytest.approx(
+            statistics.log10_frequency[card.layer, card.feature])
+
+
+def test_contexts_carry_the_models_activations(world):
+    run, corpus, model, transcoders, statistics = world
+    for card in drawn_deck(world).of_source(FEATURE):
+        for context in card.contexts:
+            x, _ = mlp_sites(model, *(one[None, : corpus.lengths[context.cell]] for one in (
+                _tensor(corpus.tokens[context.cell]), _tensor(corpus.mask[context.cell]))))
+            z = transcoders.layer_activations(card.layer, x[card.layer])[:, card.feature].numpy()
+            pieces = corpus.pieces(context.cell)
+            texts = [piece.text for piece in context.pieces]
+            starts = [i for i in range(len(pieces) - len(texts) + 1)
+                      if pieces[i : i + len(texts)] == texts]
+            found = [piece.activation for piece in context.pieces]
+            assert any(np.allclose(z[i : i + len(texts)], found, atol=2e-4) for i in starts)
+            assert max(found) > 0
+        top = [max(p.activation for p in one.pieces) for one in card.contexts if one.kind == TOP]
+        assert top[0] == pytest.approx(
+            statistics.context_activation[card.layer, card.feature, 0], abs=2e-4)
+        assert len(top) == min(run.contexts_per_feature, (
+            statistics.context_cell[card.layer, card.feature] >= 0).sum())
+        assert any(one.kind == QUANTILE for one in card.contexts)
+
+
+def _tensor(array):
+    import torch
+
+    return torch.from_numpy(array)
+
+
+def test_decoys_fire_as_often_as_features(world):
+    deck = drawn_deck(world)
+    features = [one.log10_frequency for one in deck.of_source(FEATURE)]
+    for card in (*deck.of_source(UNTRAINED), *deck.of_source(RANDOM)):
+        assert min(abs(card.log10_frequency - one) for one in features) < 0.3
+        assert card.tokens and card.contexts
+    assert all(one.feature == -1 for one in deck.of_source(RANDOM))
+
+
+def test_the_nearest_is_taken_once():
+    given = np.array([0.0, 1.0, 1.1, 5.0])
+    assert nearest(np.array([1.05, 1.05, 1.05]), given, given < 4).tolist() == [1, 2, 0]
+    assert nearest(np.array([5.0, 5.0]), given, given > 4).tolist() == [3]
+
+
+def test_quantile_contexts_come_from_every_stratum():
+    fires = Fires(np.arange(100), np.zeros(100, int), np.arange(100.0))
+    subject = Subject(FEATURE, 0, np.zeros(1), fires, ((99, 0), (98, 0)))
+    found = [cell for cell, _ in quantile_places(subject, 7, np.random.default_rng(0))]
+    assert [cell // 14 for cell in found] == [6, 5, 4, 3, 2, 1, 0]
+    few = subject._replace(fires=Fires(*(one[97:] for one in fires)))
+    assert quantile_places(few, 7, np.random.default_rng(0)) == [(97, 0)]
+
+
+def test_activations_are_those_of_the_features_asked_for(world):
+    _, corpus, model, transcoders, statistics = world
+    features = np.array([3, 17])
+    found = activations(model, transcoders, corpus, np.arange(len(corpus)), 1, features, 5)
+    for one, feature in zip(found, features, strict=True):
+        assert len(one.cell) == statistics.fired[1, feature]
+        assert one.activation.sum() == pytest.approx(statistics.activation_sum[1, feature],
+                                                     rel=1e-4)
+        assert corpus.mask[one.cell, one.position].all()
+
+
+def test_the_written_deck_is_blind_and_comes_back(world, tmp_path):
+    deck = drawn_deck(world)
+    path = write_deck(deck, tmp_path / "deck.json")
+    content = json.loads(path.read_text())
+    assert set(content) == {"study", "instructions", "cards"}
+    assert {key for one in content["cards"] for key in one} == {
+        "card", "log10_frequency", "tokens", "genes", "contexts"}
+    back = read_deck(path)
+    assert back.study == deck.study
+    for one, other in zip(back.cards, deck.cards, strict=True):
+        assert (one.card, one.tokens, one.genes, one.contexts) == (
+            other.card, other.tokens, other.genes, other.contexts)
+        assert (one.source, one.layer, one.feature) == ("", -1, -1)
+    key = deck_key(deck)
+    assert key["source"].value_counts().to_dict() == {FEATURE: 5, UNTRAINED: 2, RANDOM: 2}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"study": "s"}', '{"study": "s", "cards": [1]}',
+                                  '{"study": "s", "cards": [{"card": "c01"}]}'])
+def test_a_broken_deck_is_refused(tmp_path, text):
+    (tmp_path / "deck.json").write_text(text)
+    with pytest.raises(InputError, match=r"deck\.json"):
+        read_deck(tmp_path / "deck.json")
+    with pytest.raises(InputError, match=r"none\.json"):
+        read_deck(tmp_path / "none.json")

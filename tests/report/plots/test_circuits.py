@@ -1,0 +1,109 @@
+"""Figures show what they are given, and are the same on every run."""
+
+import io
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import tiny_model, tiny_transcoders, tokens
+from matplotlib.collections import PathCollection
+
+from scfm_circuits.circuits.attribution import freeze
+from scfm_circuits.circuits.search import strongest_features, trace_feature
+from scfm_circuits.report.plots import circuits as plots
+from scfm_circuits.report.plots.cells_and_training import cells_per_type
+from scfm_circuits.report.plots.features import l0_per_layer
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def drawn(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=50, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def effects() -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        [(kind, name) for kind in ("circuit", "same token", "same size")
+         for name in ("ablation", "doubling", "alone") for _ in range(5)]
+        + [("none", "alone")] * 5, columns=["features", "intervention"])
+    measured = rng.normal(size=len(frame))
+    return frame.assign(predicted=rng.normal(size=len(frame)), measured=measured,
+                        lowest=measured - 0.1, highest=measured + 0.1)
+
+
+def test_the_same_data_gives_the_same_picture_whatever_the_global_generator():
+    first = drawn(plots.faithfulness(effects()))
+    np.random.rand(7)  # moves the global generator
+    assert drawn(plots.faithfulness(effects())) == first
+
+
+def test_every_circuit_node_that_is_drawn_has_a_place_and_the_target_is_among_them():
+    model = tiny_model()
+    run = freeze(model, tiny_transcoders(model), tokens(7))
+    target = strongest_features(run, 2, 6, 1)[0]
+    circuit = trace_feature(run, 2, target, 6, branches=6, depth=3, max_nodes=40)
+    texts, genes = [f"t{i}" for i in range(7)], ["A", None, "$B$", None, None, None, None]
+    few = plots.circuit_picture(circuit, texts, genes, 3, max_edges=5)
+    many = plots.circuit_picture(circuit, texts, genes, 3, max_edges=500)
+
+    def lines(figure):
+        return sum(len(line.get_xdata()) == 2 for line in figure.axes[0].lines)
+
+    assert lines(few) == 5
+    assert lines(many) == len(circuit.edges)
+    drawn(many)  # a dollar sign in a gene is not mathematics
+
+
+def test_a_layer_axis_of_24_layers_is_not_crowded():
+    figure = l0_per_layer(np.arange(24.0), np.ones((24, 3)))
+    assert len(figure.axes[0].get_xticks()) == 12
+
+
+def test_held_out_and_training_cells_add_up():
+    labels = np.array(["a", "a", "b", "a"])
+    figure = cells_per_type(labels, np.array([True, False, False, False]))
+    widths = [bar.get_width() for bar in figure.axes[0].patches]
+    assert sorted(widths) == [0, 1, 1, 2]
+
+
+def test_every_cell_is_drawn_once_for_every_intervention():
+    figure = plots.faithfulness(effects())
+    left, right = ([len(points.get_offsets()) for points in axis.collections
+                    if isinstance(points, PathCollection)]
+                   for axis in figure.axes)
+    assert sorted(left) == [0] * 4 + [5] * 3  # the empty ones are the legend's
+    assert sum(right) == 3 * 3 * 5 + 5
+
+
+def flow() -> pd.DataFrame:
+    one = pd.DataFrame({"kind": ["attention", "features", "features", "errors", "embedding",
+                                 "biases"],
+                        "layer": [0, 0, 1, 1, -1, -1], "share": [0.3, 0.2, 0.1, 0.1, 0.1, 0.2],
+                        "passing": [0.5, 0.2, 0.1, 0.0, 0.4, 0.0]})
+    return pd.concat([one.assign(cell="a"), one.assign(cell="b", share=one["share"][::-1].values)])
+
+
+def test_the_bars_of_the_flow_add_up_to_the_whole():
+    direct, passing = plots.circuit_flow(flow()).axes
+    assert sum(bar.get_height() for bar in direct.patches) == pytest.approx(100)
+    assert sum(bar.get_height() for bar in passing.patches) == pytest.approx(120)
+    assert [tick.get_text() for tick in direct.get_xticklabels()] == ["tokens", "biases", "0", "1"]
+    assert [tick.get_text() for tick in passing.get_xticklabels()] == ["tokens", "0", "1"]
+
+
+def test_the_overlap_map_boxes_the_pairs_of_a_type():
+    overlap = np.random.default_rng(0).random((5, 5))
+    figure = plots.circuit_overlap(overlap, ["$A$", "$A$", "B", "B", "B"])
+    axis = figure.axes[0]
+    assert [box.get_width() for box in axis.patches] == [2, 3]
+    assert np.isnan(axis.images[0].get_array().filled(np.nan).diagonal()).all()
+    drawn(figure)
+    drawn(plots.circuit_overlap(np.ones((1, 1)), ["alone"]))

@@ -1,0 +1,137 @@
+"""What a chapter opens: cells, model, transcoders, statistics, gene sets, baselines.
+
+    chapter = open_chapter("06_enrichment", profile, overrides)
+    chapter.statistics            # made, or read, when first asked for
+    chapter.table("table4", ...)  # all that `Report` shows and keeps
+
+Each part is made at most once, when first asked for, from the parts before it, and is kept in
+`results/<profile>/` by the room that makes it; a chapter run by hand makes what is missing.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scfm_circuits.common.profile import load_profile
+from scfm_circuits.report.report import Report, Shown
+
+if TYPE_CHECKING:
+    from scfm_circuits.cells.corpus import Corpus
+    from scfm_circuits.enrichment.gene_sets import GeneSets
+    from scfm_circuits.features.statistics import FeatureStatistics
+    from scfm_circuits.models.small_models import TrainingCurve
+    from scfm_circuits.transcoders.transcoder import Transcoders
+
+History = list[dict[str, Any]]
+
+
+def open_chapter(name: str, profile: str, overrides: Mapping[str, Any] | None = None) -> "Chapter":
+    """The chapter `name` (such as `06_enrichment`) of a profile with some fields overridden.
+
+    Raises InputError naming the field, if profile or overrides cannot be used.
+    """
+    return Chapter(load_profile(profile, overrides), name)
+
+
+class Chapter(Report):
+    """A chapter's parts, each made when first asked for, and all that `Report` does."""
+
+    @cached_property
+    def corpus(self) -> "Corpus":
+        """The cells as token sequences."""
+        from scfm_circuits.cells.corpus import load_corpus
+
+        return load_corpus(self.profile)
+
+    @cached_property
+    def held_out(self) -> np.ndarray:
+        """(n,) places of the held-out cells in the corpus."""
+        return np.flatnonzero(self.corpus.held_out)
+
+    @cached_property
+    def _model(self) -> tuple[Any, "TrainingCurve"]:
+        from scfm_circuits.models.loading import get_model
+
+        return get_model(self.profile, self.corpus)
+
+    @property
+    def model(self) -> Any:
+        """The model that is explained (a causal language model of transformers), ready to run."""
+        return self._model[0]
+
+    @property
+    def model_curve(self) -> "TrainingCurve":
+        """The model's own training, where it was trained on the spot; else empty."""
+        return self._model[1]
+
+    @cached_property
+    def _trained(self) -> tuple["Transcoders", History]:
+        from scfm_circuits.transcoders.training.run import get_transcoders
+
+        return get_transcoders(self.model, self.corpus, self.profile)
+
+    @property
+    def transcoders(self) -> "Transcoders":
+        """The transcoders of all layers."""
+        return self._trained[0]
+
+    @property
+    def history(self) -> History:
+        """The transcoders' training history, a row for each measurement."""
+        return self._trained[1]
+
+    @cached_property
+    def statistics(self) -> "FeatureStatistics":
+        """What each feature fires on, counted over the corpus."""
+        from scfm_circuits.features.statistics import get_statistics
+
+        return get_statistics(self.model, self.transcoders, self.corpus, self.profile)
+
+    @cached_property
+    def libraries_asked_for(self) -> list["GeneSets"]:
+        """One for each of the profile's `libraries`; the same one may stand in for several."""
+        from scfm_circuits.enrichment.gene_sets import load_library
+
+        return [load_library(name, self.profile.gene_sets) for name in self.profile.libraries]
+
+    @property
+    def libraries(self) -> list["GeneSets"]:
+        """The profile's gene-set libraries, each once."""
+        return list({one.content_sha256: one for one in self.libraries_asked_for}.values())
+
+    def library_warnings(self) -> Shown | None:
+        """A box for what is wrong with the libraries; None if nothing is."""
+        return self.warning(*(one.warning for one in self.libraries_asked_for))
+
+    @cached_property
+    def baselines(self) -> dict[str, "FeatureStatistics"]:
+        """Features that learnt nothing, by name.
+
+        An untrained encoder's; and, if the profile says `reinitialised_control`, those of
+        transcoders trained on a model with random weights.
+        """
+        from scfm_circuits.features.baselines import (
+            reinitialised_statistics,
+            untrained_statistics,
+        )
+
+        found = {"untrained encoder": untrained_statistics(
+            self.model, self.statistics, self.corpus, self.profile,
+            n_features=self.transcoders.n_features)}
+        if self.profile.reinitialised_control:
+            found["re-initialised model"] = reinitialised_statistics(
+                self.model, self.corpus, self.profile)
+        return found
+
+    # --- numbers in the prose ---
+
+    def percent(self, key: str, share: float | None, digits: int = 0) -> None:
+        """`value` of a share between 0 and 1, which reads as a percentage."""
+        text = "n/a" if share is None or np.isnan(share) else f"{100 * share:.{digits}f} %"
+        self.value(key, share, text)
+
+    def p_value(self, key: str, p: float | None) -> None:
+        """`value` of a p-value, which reads with two significant digits."""
+        self.value(key, p, "n/a" if p is None or np.isnan(p) else f"{p:.2g}")

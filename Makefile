@@ -50,9 +50,10 @@ profile: $(READY) ## A first profile for your cells [H5AD=cells.h5ad OUT=mine.ym
 test: lint types unit smoke ## Lint, types, unit tests, and the whole book on PROFILE=smoke
 	@echo "All tests passed."
 
-lint: $(READY_DEV) ## ruff over package, tests, notebooks and the book's extensions
+lint: $(READY_DEV) ## ruff over all Python, and the contracts: which room may import what
 	@echo "Lint"
 	@$(PY) -m ruff check --quiet src tests notebooks book/_ext
+	@$(PY) tests/contracts.py
 
 types: $(READY_DEV) ## mypy over the package
 	@echo "Types"

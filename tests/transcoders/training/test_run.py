@@ -23,6 +23,7 @@ from processes import child
 from torch import Tensor
 
 from scfm_circuits import InputError
+from scfm_circuits.__main__ import main
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.profile import Profile
 from scfm_circuits.models.mlp_sites import Sites, mlp_sites
@@ -31,7 +32,7 @@ from scfm_circuits.transcoders.training import run as training_module
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer, Batch
 from scfm_circuits.transcoders.training.interrupts import Terminated
 from scfm_circuits.transcoders.training.optimizer import Stepper
-from scfm_circuits.transcoders.training.run import TrainingRun, get_transcoders, main
+from scfm_circuits.transcoders.training.run import TrainingRun, get_transcoders
 
 
 def changed(profile: Profile, **fields: Any) -> Profile:
@@ -642,7 +643,7 @@ def program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, corpus: Corpus) -> 
     monkeypatch.setattr(sentences, "load_corpus", lambda profile: corpus)
     monkeypatch.setattr(mlp_sites, "get_model", no_model)
     fields = [f"-p{key}={value}" for key, value in TRAINING.items()]
-    return lambda *more: main(["--profile", "smoke", *fields, *more])
+    return lambda *more: main(["train", "--profile", "smoke", *fields, *more])
 
 
 def test_the_program_trains_what_the_chapter_reads(program, tmp_path, capsys):

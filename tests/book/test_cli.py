@@ -578,8 +578,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             "format: jb-book\nroot: intro\nchapters:\n- file: 01_first\n")
         project.notebook("01_first", (
             "# %%\nimport base64, os\nfrom IPython.display import Image\n"
-            "from scfm_circuits.profile import from_notebook\n"
-            "from scfm_circuits.report import Report\n"
+            "from scfm_circuits.common.profile import from_notebook\n"
+            "from scfm_circuits.report.report import Report\n"
             "report = Report(from_notebook({'profile': profile}), '01_first')\n"
             "report.value('t.loss', 0.25)\n"
             f"{CIRCUIT}"

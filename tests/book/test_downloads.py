@@ -135,9 +135,9 @@ def hub(tmp_path: Path) -> Iterator[Host]:
 def in_process(hub: Host, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
     """Fetch and load in a process of its own: huggingface_hub reads its settings at import."""
     code = ("from scfm_circuits.book.downloads import fetch_model\n"
-            "from scfm_circuits.language_model import load_model\n"
-            "from scfm_circuits.sentences import load_tokenizer\n"
-            "from scfm_circuits.profile import load_profile\n"
+            "from scfm_circuits.models.loading import load_model\n"
+            "from scfm_circuits.cells.tokens import load_tokenizer\n"
+            "from scfm_circuits.common.profile import load_profile\n"
             "from scfm_circuits import InputError\n"
             f"run = load_profile('smoke', dict(model='some/model', tokenizer='some/model',"
             f" model_revision='{COMMIT}', model_layers=None))\n"

@@ -637,11 +637,11 @@ def no_model(profile: Profile, corpus: Corpus) -> Any:
 def program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, corpus: Corpus) -> Callable[..., int]:
     """`main` with a tiny corpus and model in place of the profile's own."""
     from scfm_circuits.cells import corpus as sentences
-    from scfm_circuits.models import mlp_sites
+    from scfm_circuits.models import loading
 
     monkeypatch.setenv("SCFM_RESULTS", str(tmp_path))
     monkeypatch.setattr(sentences, "load_corpus", lambda profile: corpus)
-    monkeypatch.setattr(mlp_sites, "get_model", no_model)
+    monkeypatch.setattr(loading, "get_model", no_model)
     fields = [f"-p{key}={value}" for key, value in TRAINING.items()]
     return lambda *more: main(["train", "--profile", "smoke", *fields, *more])
 
@@ -656,10 +656,8 @@ def test_the_program_trains_what_the_chapter_reads(program, tmp_path, capsys):
 def test_the_program_logs_as_the_chapter_does(program, monkeypatch):
     seen: list[int] = []
 
-    def watching(profile: Profile) -> Any:
-        return (lambda history: seen.append(len(history))) if profile.tensorboard else None
-
-    monkeypatch.setattr(training_module, "watcher", watching)
+    monkeypatch.setattr(training_module, "TensorBoard",
+                        lambda folder: lambda history: seen.append(len(history)))
     assert program("-p", "tensorboard=true") == 0 and len(seen) > 1
     assert seen == sorted(seen)
 

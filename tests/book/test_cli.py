@@ -539,9 +539,9 @@ def test_a_value_belongs_to_one_chapter(project: Project) -> None:
 
 # A feature on a hostile token gives the target three of its four units.
 CIRCUIT = (
-    "from scfm_circuits.circuit_exports import neuronpedia_graph, save_graph\n"
-    "from scfm_circuits.circuit_view import circuit_view\n"
-    "from scfm_circuits.circuits import Circuit, Edge, Expansion, Node\n"
+    "from scfm_circuits.circuits.exports import neuronpedia_graph, save_graph\n"
+    "from scfm_circuits.circuits.view import circuit_view\n"
+    "from scfm_circuits.circuits.circuit import Circuit, Edge, Expansion, Node\n"
     f"texts = [{HOSTILE!r}, '.']\n"
     "nodes = {'L1_F7_P1': Node('L1_F7_P1', 'feature', 1, 1, 1, 7, 4.0),\n"
     "         'L0_F3_P1': Node('L0_F3_P1', 'feature', 0, 1, 1, 3, 2.0),\n"

@@ -118,8 +118,8 @@ def _take_gpu() -> bool:
             raise FailedElsewhere("The first process has said what is wrong.")
         raise InputError(
             f"{here} processes were started, but this machine has {gpus} GPU"
-            f"{'s' if gpus > 1 else ''}; start at most {gpus} (`--nproc-per-node {gpus}`), let them "
-            f"share with {SHARE_GPUS}=1, or use the processor with CUDA_VISIBLE_DEVICES=.")
+            f"{'s' if gpus > 1 else ''}; start at most {gpus} (`--nproc-per-node {gpus}`), let "
+            f"them share with {SHARE_GPUS}=1, or use the processor: CUDA_VISIBLE_DEVICES=.")
     torch.cuda.set_device(local % gpus)
     return here <= gpus
 

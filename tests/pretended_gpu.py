@@ -1,4 +1,4 @@
-"""A GPU that is none: tensors that say they are on `cuda`, compute on the processor, and do not mix.
+"""A GPU that is none: tensors that say they are on `cuda`, compute on the host, and do not mix.
 
 What goes wrong on a GPU and on no CPU is mostly of three kinds, and all raise here as they would
 there: numpy is asked for of a tensor that is not on the host; an operation is given tensors of two

@@ -184,9 +184,10 @@ def _ceilings() -> dict[str, float]:
 
 
 def tests(options: Options) -> dict[str, Any]:
-    """Those marked `gpu`."""
-    child = Child(["-m", "pytest", "-m", "gpu", "tests", "-p", "no:cacheprovider", "-rfE",
-                   "--durations=8"], options.work / "tests.log")
+    """Those marked `gpu`; several at once, as most of their time is the compiler's."""
+    at_once = max(1, min(6, (os.cpu_count() or 1) // 2))
+    words = ["-m", "gpu", "-n", str(at_once), "-p", "no:cacheprovider", "-rfE", "--durations=8"]
+    child = Child(["-m", "pytest", *words, "tests"], options.work / "tests.log")
     return pytest_figures(child, options.seconds("tests"))
 
 

@@ -8,6 +8,7 @@ Parts, in this order, each with a limit of its own within `--seconds`:
 - environment: versions, the card, and its two ceilings (a copy, a product in bfloat16);
 - tests: those marked `gpu`, among them a training step against float64;
 - training: `bench_training`, against the bare products and against sparsify;
+- passes: `bench_passes`, what counting features and Tables 1 and 2 take over all cells;
 - rehearsal: the eleven chapters on stand-ins of the paper's size (`rehearsal`), one after another,
   with seconds and memory of each; one that fails does not keep the later ones from being tried;
 - suite: the unit tests, which run on the processor wherever they run.
@@ -48,8 +49,8 @@ from scfm_circuits.book.gate import without_colours
 from scfm_circuits.common.files import read_json, write_json
 from scfm_circuits.common.profile import ROOT
 
-PARTS = ("environment", "tests", "training", "rehearsal", "suite")
-LIMITS = {"tests": 120, "training": 150, "rehearsal": 360, "suite": 240}
+PARTS = ("environment", "tests", "training", "passes", "rehearsal", "suite")
+LIMITS = {"tests": 120, "training": 150, "passes": 60, "rehearsal": 360, "suite": 240}
 """Seconds that a part may take at most."""
 TAIL = 4000
 """Characters of output that are kept of what failed."""
@@ -192,13 +193,22 @@ def tests(options: Options) -> dict[str, Any]:
 
 
 def training(options: Options) -> dict[str, Any]:
-    """`bench_training`: its figures, also those that it had printed when it was ended."""
-    path = options.work / "training.json"
-    words = ["tests/benchmarks/bench_training.py", "--output", str(path)]
-    if options.small:
-        words += ["--width", "64", "--rounds", "1", "--tokens", "256"]
-    child = Child(words, options.work / "training.log")
-    found = child.result(options.seconds("training"))
+    """`bench_training`."""
+    small = ["--width", "64", "--rounds", "1", "--tokens", "256"]
+    return benchmark("training", options, small)
+
+
+def passes(options: Options) -> dict[str, Any]:
+    """`bench_passes`."""
+    return benchmark("passes", options, ["--width", "64"])
+
+
+def benchmark(name: str, options: Options, small: Sequence[str]) -> dict[str, Any]:
+    """A benchmark's figures, also those that it had printed when it was ended."""
+    path = options.work / f"{name}.json"
+    words = [f"tests/benchmarks/bench_{name}.py", "--output", str(path)]
+    child = Child([*words, *(small if options.small else ())], options.work / f"{name}.log")
+    found = child.result(options.seconds(name))
     printed = dict(re.findall(r"^(\w+): (\S+)$", child.text(), re.MULTILINE))
     return {**found, **(read_json(path) or {"printed": printed})}
 
@@ -336,7 +346,8 @@ def check(options: Options) -> dict[str, Any]:
         write_json(options.output, found)
 
     beside = options.beside and {"rehearsal", "suite"} <= set(options.parts)
-    for name, part in (("environment", environment), ("tests", tests), ("training", training)):
+    for name, part in (("environment", environment), ("tests", tests), ("training", training),
+                       ("passes", passes)):
         if name in options.parts:
             print(f"{name} ...", flush=True)
             keep(name, part(options))
@@ -358,10 +369,11 @@ def summary(found: Mapping[str, Any]) -> str:
         if part in found:
             lines += [f"{part}: {found[part]['summary'] or 'no summary'} (exit code "
                       f"{found[part]['exit_code']})", *found[part]["not_passed"][:20]]
-    if "training" in found:
-        lines += [f"training: exit code {found['training']['exit_code']}"]
-        lines += [f"  {key}: {value}" for key, value in found["training"].items()
-                  if key.startswith(("tokens_per_second", "fraction", "ratio", "minutes"))]
+    for part in ("training", "passes"):
+        if part in found:
+            lines += [f"{part}: exit code {found[part]['exit_code']}"]
+            lines += [f"  {key}: {value}" for key, value in found[part].items()
+                      if isinstance(value, float) and key not in ("seconds",)]
     for name, row in found.get("rehearsal", {}).get("chapters", {}).items():
         lines.append(f"{name}: {'ok' if row['ok'] else 'FAILED'} {row.get('seconds')} s, GPU "
                      f"{row.get('peak_gpu_mib')} MiB, {row.get('mean_gpu_percent')} %, host "
@@ -395,7 +407,8 @@ def main(given: Sequence[str] | None = None) -> int:
         found = check(Options(parts, time.monotonic() + chosen.seconds, chosen.small,
                               chosen.beside, chosen.workers, size, work, chosen.output.resolve()))
     print(summary(found))
-    codes = [found[part]["exit_code"] for part in ("tests", "training", "suite") if part in found]
+    codes = [figures["exit_code"] for figures in found.values()
+             if isinstance(figures, dict) and "exit_code" in figures]
     executed = all(row["ok"] for row in found.get("rehearsal", {}).get("chapters", {}).values())
     return 0 if executed and all(code in (0, 5) for code in codes) else 1
 

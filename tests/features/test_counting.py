@@ -44,6 +44,9 @@ class GivenActivations:
     def layer_activations(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         return x
 
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
 
 class Made(SimpleNamespace):
     """Activations z (n_layers, n_cells, length, n_features), zero on padding; mask; pairs."""

@@ -1,0 +1,110 @@
+"""Passes over the corpus at the paper's size, where nothing is trained: counting, Tables 1 and 2.
+
+    make bench BENCH=passes
+
+A GPT-NeoX of 24 layers x 1,024 and transcoders of 8,192 features, all random, on cells of 211
+random tokens; on a CPU one layer of each. TopK stands in for trained features' sparsity. What the
+profile `paper` has is 316,000 cells, of which a tenth are held out; `minutes_for_paper` is what one
+pass takes over them (counting: all; validation: those held out, under all 51 configurations).
+Writes results/bench/passes.json.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from machine import MIB, cpu_model
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.common.files import write_json
+from scfm_circuits.features.statistics import count_features
+from scfm_circuits.transcoders.transcoder import Transcoders, Variant
+from scfm_circuits.transcoders.validation import compare_configurations
+
+CELLS, HELD_OUT, CELL_TOKENS, GENES = 316_000, 31_600, 211, 20_000
+ACTIVE, FORWARD_CELLS, VOCABULARY = 48, 32, 50_304
+
+
+def random_corpus(n: int) -> Corpus:
+    """n cells of random tokens in random genes; none held out."""
+    rng = np.random.default_rng(0)
+    shape, none = (n, CELL_TOKENS), np.zeros(n, int)
+    text, symbols = np.full(n, ""), np.array([f"G{i}" for i in range(GENES)])
+    return Corpus(rng.integers(0, VOCABULARY, shape), np.ones(shape, bool),
+                  rng.integers(0, GENES, shape).astype(np.int32), np.zeros(shape, np.int16), none,
+                  none, text, text, np.zeros(n, bool), symbols, np.empty(0),
+                  None)  # type: ignore[arg-type]
+
+
+def stand_ins(layers: int, width: int, device: str) -> tuple[Any, Transcoders]:
+    """A model and transcoders of random weights."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(
+            vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers,
+            num_attention_heads=16, intermediate_size=4 * width, rotary_pct=0.25,
+            max_position_embeddings=2048, use_parallel_residual=True,
+            attn_implementation="eager")).eval().requires_grad_(False)
+        transcoders = Transcoders(layers, width, 8 * width, Variant("topk", ACTIVE))
+    return model, transcoders.initialise(0).requires_grad_(False)
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, float | None]:
+    """Seconds of a second call, and the peak of the GPU's memory in MiB."""
+    on_gpu = torch.cuda.is_available()
+    work()
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    work()
+    if on_gpu:
+        torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() / MIB if on_gpu else None
+    return time.perf_counter() - began, peak
+
+
+def measure(layers: int, width: int, batches: int, device: str) -> dict[str, Any]:
+    """All figures; batches: of 32 cells."""
+    model, transcoders = stand_ins(layers, width, device)
+    corpus = random_corpus(batches * FORWARD_CELLS)
+    n_tokens, few = int(corpus.mask.sum()), np.arange(FORWARD_CELLS)
+    counting, counting_peak = timed(lambda: count_features(
+        model, transcoders, corpus, FORWARD_CELLS, progress=False))
+    validation, validation_peak = timed(lambda: compare_configurations(
+        model, transcoders, corpus, few, FORWARD_CELLS))
+    tokens_of_few = int(corpus.mask[few].sum())
+    return {
+        "counting_tokens_per_second": n_tokens / counting,
+        "counting_minutes_for_paper": CELLS * CELL_TOKENS * counting / n_tokens / 60,
+        "counting_peak_gpu_mib": counting_peak,
+        "validation_tokens_per_second": tokens_of_few / validation,
+        "validation_minutes_for_paper": HELD_OUT * CELL_TOKENS * validation / tokens_of_few / 60,
+        "validation_peak_gpu_mib": validation_peak,
+    }
+
+
+def main() -> None:
+    """Read the options, measure, print and write the figures."""
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--layers", type=int, default=24 if on_gpu else 1)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--batches", type=int, default=16 if on_gpu else 1)
+    parser.add_argument("--output", default="results/bench/passes.json")
+    options = parser.parse_args()
+    found = measure(options.layers, options.width, options.batches, "cuda" if on_gpu else "cpu")
+    for key, value in found.items():
+        print(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
+    write_json(options.output, {
+        **found, "layers": options.layers, "width": options.width,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu", "cpu": cpu_model(),
+        "torch": torch.__version__})
+
+
+if __name__ == "__main__":
+    main()

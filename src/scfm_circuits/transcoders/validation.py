@@ -210,11 +210,12 @@ def fraction_of_variance_unexplained(model: "GPTNeoXForCausalLM", transcoders: T
     error = np.zeros(transcoders.n_layers)
     variance = OutputVariance(transcoders.n_layers, transcoders.d_model)
     for _, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
-        x, y = mlp_sites(model, tokens, mask)
-        variance.add(y)
-        for layer in range(transcoders.n_layers):  # the activations of one layer at a time
-            missed = transcoders.layer_estimate(layer, x[layer]) - y[layer]
-            error[layer] += float(missed.double().square().sum())
+        with counting_precision(tokens.device):
+            x, y = mlp_sites(model, tokens, mask)
+            variance.add(y)
+            for layer in range(transcoders.n_layers):  # the activations of one layer at a time
+                missed = transcoders.layer_estimate(layer, x[layer]) - y[layer]
+                error[layer] += float(missed.double().square().sum())
     return error / variance.value()
 
 Load = Callable[[], Transcoders]

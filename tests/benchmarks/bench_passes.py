@@ -22,23 +22,43 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.files import write_json
+from scfm_circuits.features.pair_counts import PairCounts
 from scfm_circuits.features.statistics import count_features
 from scfm_circuits.transcoders.transcoder import Transcoders, Variant
 from scfm_circuits.transcoders.validation import compare_configurations
 
-CELLS, HELD_OUT, CELL_TOKENS, GENES = 316_000, 31_600, 211, 20_000
+CELLS, HELD_OUT, CELL_TOKENS, GENES, PIECES = 316_000, 31_600, 211, 20_000, 3
 ACTIVE, VOCABULARY = 48, 50_304
 
 
 def random_corpus(n: int) -> Corpus:
-    """n cells of random tokens in random genes; none held out."""
+    """n cells of genes of three random pieces each, a few genes in most cells; none held out."""
     rng = np.random.default_rng(0)
     shape, none = (n, CELL_TOKENS), np.zeros(n, int)
     text, symbols = np.full(n, ""), np.array([f"G{i}" for i in range(GENES)])
-    return Corpus(rng.integers(0, VOCABULARY, shape), np.ones(shape, bool),
-                  rng.integers(0, GENES, shape).astype(np.int32), np.zeros(shape, np.int16), none,
-                  none, text, text, np.zeros(n, bool), symbols, np.empty(0),
-                  None)  # type: ignore[arg-type]
+    common = rng.lognormal(0, 2, GENES)
+    drawn = rng.choice(GENES, (n, -(-CELL_TOKENS // PIECES)), p=common / common.sum())
+    pieces = rng.integers(0, 5000, (GENES, PIECES))
+    tokens = pieces[drawn].reshape(n, -1)[:, :CELL_TOKENS]
+    gene = np.repeat(drawn, PIECES, axis=1)[:, :CELL_TOKENS].astype(np.int32)
+    return Corpus(tokens, np.ones(shape, bool), gene, np.zeros(shape, np.int16), none, none, text,
+                  text, np.zeros(n, bool), symbols, np.empty(0), None)  # type: ignore[arg-type]
+
+
+class Flushes:
+    """Adds up the seconds in which keys are sorted into sparse counts, once all else is done."""
+
+    def __init__(self) -> None:
+        self.seconds, flush = 0.0, PairCounts.flush
+
+        def timed_flush(counts: PairCounts) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            flush(counts)
+            self.seconds += time.perf_counter() - began
+
+        PairCounts.flush = timed_flush  # type: ignore[method-assign]
 
 
 def stand_ins(layers: int, width: int, device: str) -> tuple[Any, Transcoders]:
@@ -75,6 +95,7 @@ def measure(layers: int, width: int, batches: int, device: str) -> dict[str, Any
     model, transcoders = stand_ins(layers, width, device)
     corpus = random_corpus(batches * together)
     n_tokens, few = int(corpus.mask.sum()), np.arange(together)
+    flushes = Flushes()
     counting, counting_peak = timed(lambda: count_features(
         model, transcoders, corpus, together, progress=False))
     validation, validation_peak = timed(lambda: compare_configurations(
@@ -82,6 +103,7 @@ def measure(layers: int, width: int, batches: int, device: str) -> dict[str, Any
     tokens_of_few = int(corpus.mask[few].sum())
     found = {"counting_tokens_per_second": n_tokens / counting,
              "counting_peak_gpu_mib": counting_peak,
+             "counting_share_in_sparse_counts": flushes.seconds / 2 / counting,
              "validation_tokens_per_second": tokens_of_few / validation,
              "validation_peak_gpu_mib": validation_peak}
     if layers == 24:

@@ -10,6 +10,7 @@ over the activations, on a GPU by a few operations for all layers, with one sync
 The pass can be stopped at any time and goes on from its checkpoint to the same result.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,7 +89,8 @@ class FeatureTotals:
             "best": torch.zeros(n_layers, n_features, n_contexts, **whole),
             "best_cell": torch.full((n_layers, n_features, n_contexts), -1, **whole),
         }
-        self.counts = PairCounts(n_layers, n_features, n_pairs, n_tokens)
+        threads = 1 if device.type == "cpu" else os.cpu_count() or 1
+        self.counts = PairCounts(n_layers, n_features, n_pairs, n_tokens, threads=threads)
         self.done = 0
 
     def save(self, checkpoint: Checkpoint) -> None:

@@ -195,7 +195,7 @@ def tests(options: Options) -> dict[str, Any]:
 def training(options: Options) -> dict[str, Any]:
     """`bench_training`."""
     small = ["--width", "64", "--rounds", "1", "--tokens", "256"]
-    return benchmark("training", options, small)
+    return benchmark("training", options, small, "--quick")
 
 
 def passes(options: Options) -> dict[str, Any]:
@@ -203,10 +203,10 @@ def passes(options: Options) -> dict[str, Any]:
     return benchmark("passes", options, ["--width", "64"])
 
 
-def benchmark(name: str, options: Options, small: Sequence[str]) -> dict[str, Any]:
+def benchmark(name: str, options: Options, small: Sequence[str], *more: str) -> dict[str, Any]:
     """A benchmark's figures, also those that it had printed when it was ended."""
     path = options.work / f"{name}.json"
-    words = [f"tests/benchmarks/bench_{name}.py", "--output", str(path)]
+    words = [f"tests/benchmarks/bench_{name}.py", "--output", str(path), *more]
     child = Child([*words, *(small if options.small else ())], options.work / f"{name}.log")
     found = child.result(options.seconds(name))
     printed = dict(re.findall(r"^(\w+): (\S+)$", child.text(), re.MULTILINE))

@@ -6,9 +6,9 @@ Every token knows the gene it is part of and its place in it; words of the promp
 answer belong to no gene.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-import dataclasses
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -13,6 +13,9 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from scfm_circuits.cells.corpus import Corpus, build_corpus
 from scfm_circuits.cells.ranking import top_genes
 from scfm_circuits.cells.reading import Cells, RankedCells
+from scfm_circuits.circuits.attribution import Frozen, logit_direction
+from scfm_circuits.circuits.circuit import Node
+from scfm_circuits.circuits.graph import Target
 from scfm_circuits.common.profile import Profile, load_profile
 from scfm_circuits.transcoders.training.run import TrainingRun
 from scfm_circuits.transcoders.transcoder import Transcoders, Variant
@@ -57,6 +60,22 @@ def tiny_transcoders(model: GPTNeoXForCausalLM, features: int = 24, seed: int = 
     for tensor in (*transcoders.parameters(), transcoders.b_in):
         tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype) * 0.5)
     return transcoders
+
+
+def logit_targets(frozen: Frozen, position: int, *, share: float = 0.95, most: int = 10
+                  ) -> list[Target]:
+    """The likeliest next tokens, weighted by probability: those that reach `share`, at most `most`
+    (circuit-tracer's `desired_logit_prob` and `max_n_logits`). Each is read less the mean logit."""
+    probability = frozen.logits[position].double().softmax(-1)
+    top = torch.topk(probability, min(most, len(probability)))
+    enough = int((top.values.cumsum(0) < share).sum()) + 1
+    targets = []
+    for weight, token in zip(top.values[:enough].tolist(), top.indices[:enough].tolist(),
+                             strict=True):
+        reading = logit_direction(frozen, token, position)
+        node = Node.of_logit(token, position, len(frozen.weights), reading.value)
+        targets.append(Target(node, reading, weight))
+    return targets
 
 
 def tokens(n: int, vocabulary: int = 40, seed: int = 2) -> np.ndarray:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import model_for, tiny_corpus, tiny_model, tiny_transcoders, tokens
+from helpers import logit_targets, model_for, tiny_corpus, tiny_model, tiny_transcoders, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_architectures import FAMILIES, LinearModel, tiny
@@ -15,7 +15,6 @@ from scfm_circuits.circuits.graph import (
     Target,
     attribution_graph,
     feature_target,
-    logit_targets,
     memory_needed,
 )
 from scfm_circuits.circuits.graph_scores import (
@@ -251,7 +250,7 @@ def test_memory_is_stated_and_refused_beforehand(frozen, monkeypatch):
     graph = attribution_graph(frozen, targets, **WHOLE, memory_limit=large)
     stored = graph.matrix.data.nbytes + graph.matrix.indices.nbytes
     assert stored < large
-    monkeypatch.setattr("scfm_circuits.circuit_graph.direct_effects", None)
+    monkeypatch.setattr("scfm_circuits.circuits.graph.direct_effects", None)
     with pytest.raises(InputError, match="lower `max_features`"):
         attribution_graph(frozen, targets, **WHOLE, memory_limit=large - 1)
 

@@ -50,8 +50,7 @@ def circuit_picture(circuit: "Circuit", texts: Sequence[str], genes: Sequence[st
     only tokens that carry such a node have a place. A head stands at the token it read.
     """
     influence = circuit.influence()
-    carried = {edge: abs(edge.weight) / circuit.expansions[edge.target].absolute
-               * influence[edge.target] for edge in circuit.edges}
+    carried = dict(zip(circuit.edges, circuit.carried(), strict=True))
     strongest = sorted(circuit.edges, key=lambda edge: -carried[edge])[:max_edges]
     shown = {circuit.target, *(e.source for e in strongest), *(e.target for e in strongest)}
     nodes = [node for node in circuit.nodes.values() if node.id in shown]

@@ -18,7 +18,6 @@ from scfm_circuits.circuits.attribution import (
 )
 from scfm_circuits.circuits.interventions import (
     FeatureAt,
-    ablate,
     baseline,
     circuit_alone,
     compare,
@@ -93,7 +92,7 @@ def test_other_activations_are_scaled_and_run_as_they_are(model, variant):
 
 
 def test_nothing_ablated_changes_nothing(model, frozen):
-    effect = ablate(model, frozen, [], TARGET, feature_direction(frozen, *TARGET))
+    effect = scale(model, frozen, [], 0.0, TARGET, feature_direction(frozen, *TARGET))
     assert effect.before == pytest.approx(float(frozen.pre[2, 8, 5]), abs=1e-12)
     assert effect.predicted_change == 0
     assert effect.measured_change == pytest.approx(0, abs=1e-12)
@@ -344,12 +343,12 @@ def test_compare_gives_shares_means_and_ranges(model, frozen):
     assert len(rows) == 12
     before = float(reading.value)
     own = rows["circuit", "ablation"]
-    direct = ablate(model, frozen, circuit, TARGET, reading)
+    direct = scale(model, frozen, circuit, 0.0, TARGET, reading)
     assert own.measured == own.lowest == own.highest == direct.measured_change / before
     assert (own.circuits, own.n_features, own.size) == (1, 8, pytest.approx(1))
     rng = np.random.default_rng(3)
-    expected = [ablate(model, frozen, matched_features(frozen, circuit, TARGET, rng), TARGET,
-                       reading).measured_change / before for _ in range(4)]
+    expected = [scale(model, frozen, matched_features(frozen, circuit, TARGET, rng), 0.0, TARGET,
+                      reading).measured_change / before for _ in range(4)]
     random = rows["same token", "ablation"]
     assert (random.lowest, random.highest) == (min(expected), max(expected))
     assert random.measured == pytest.approx(np.mean(expected))

@@ -36,7 +36,7 @@ from scfm_circuits.models.architectures import (
     final_norm,
     layer_weights,
 )
-from scfm_circuits.models.mlp_sites import device_of
+from scfm_circuits.models.mlp_sites import device_of, hooked
 from scfm_circuits.transcoders.transcoder import Transcoders
 
 if TYPE_CHECKING:
@@ -180,11 +180,8 @@ def _recorded(model: "PreTrainedModel", ids: Tensor) -> tuple[Any, dict[str, lis
             layer.mlp.register_forward_hook(
                 lambda module, args, output: seen["out"].append(output[0])),
         ]
-    try:
+    with hooked(handles):
         return model(input_ids=ids, use_cache=False, output_attentions=True), seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # --- readings ------------------------------------------------------------------------------------

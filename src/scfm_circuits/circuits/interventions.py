@@ -1,8 +1,8 @@
 """Is a circuit what the model uses? Change its features in the model and see what the target does.
 
 - `scale` multiplies what features write by a factor, in the real model: attention, LayerNorm and
-  the MLPs' other features then respond as they will. 0 takes a feature away (`ablate`), 2 doubles
-  it. The activation scaled is the one the feature has by then, not the one it had before: a feature
+  the MLPs' other features then respond as they will. 0 takes a feature away, 2 doubles it.
+  The activation scaled is the one the feature has by then, not the one it had before: a feature
   that has already fallen silent because others were taken away has nothing left to lose.
 - `circuit_alone` is the converse: every feature outside the circuit is held at its mean, and the
   circuit's features run. MLPs are replaced by their transcoders plus the error that these made in
@@ -12,8 +12,7 @@ The prediction is the change in the frozen linear model, where only attention ca
 on. `matched_features` draws circuits to compare with. Imports neither pandas nor scanpy.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from scfm_circuits import InputError
 from scfm_circuits.circuits.attribution import Direction, Frozen, carried
 from scfm_circuits.circuits.token_means import Means
-from scfm_circuits.models.mlp_sites import mlps
+from scfm_circuits.models.mlp_sites import hooked, mlps
 from scfm_circuits.transcoders.transcoder import Transcoders
 
 Edit = Callable[[Tensor, Tensor], Tensor]
@@ -82,34 +81,22 @@ def frozen_change(frozen: Frozen, change: Tensor, reading: Direction) -> float:
 # --- the real model ------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _edited(modules: Sequence[nn.Module], edits: Mapping[int, Edit]) -> Iterator[None]:
-    def hook(edit: Edit):  # type: ignore[no-untyped-def]
-        return lambda module, args, output: edit(args[0][0], output[0])[None]
-
-    handles = [modules[layer].register_forward_hook(hook(edit)) for layer, edit in edits.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def _read_with(model: nn.Module, frozen: Frozen, edits: Mapping[int, Edit], target: FeatureAt
                ) -> float:
     """The target's pre-activation in the real model with MLP outputs edited on the way."""
     seen: list[Tensor] = []
-    modules = mlps(model)  # type: ignore[arg-type]
-    handle = modules[target.layer].register_forward_pre_hook(
-        lambda module, args: seen.append(args[0][0, target.position]))
-    try:
-        with _edited(modules, edits):
-            # Without the unembedding, which nothing here reads.
-            model.base_model(  # type: ignore[operator]
-                input_ids=frozen.tokens[None], use_cache=False)
-    finally:
-        handle.remove()
+    modules = mlps(model)
+
+    def hook(edit: Edit):  # type: ignore[no-untyped-def]
+        return lambda module, args, output: edit(args[0][0], output[0])[None]
+
+    with hooked([modules[target.layer].register_forward_pre_hook(
+            lambda module, args: seen.append(args[0][0, target.position])),
+            *(modules[layer].register_forward_hook(hook(edit)) for layer, edit in edits.items())]):
+        # Without the unembedding, which nothing here reads.
+        model.base_model(  # type: ignore[operator]
+            input_ids=frozen.tokens[None], use_cache=False)
     return float(frozen.transcoders.layer_pre_activations(target.layer, seen[0])[target.feature])
 
 
@@ -161,12 +148,6 @@ def scale(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt], facto
     before = float(reading.value)
     predicted = frozen_change(frozen, (factor - 1) * written_by(frozen, features), reading)
     return Effect(before, predicted, _read_with(model, frozen, edits, target) - before)
-
-
-def ablate(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt], target: FeatureAt,
-           reading: Direction) -> Effect:
-    """`scale` with the factor 0: the features write nothing."""
-    return scale(model, frozen, features, 0.0, target, reading)
 
 
 # --- the circuit alone ---------------------------------------------------------------------------

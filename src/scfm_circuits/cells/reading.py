@@ -148,7 +148,7 @@ class Description(NamedTuple):
     labels: np.ndarray
 
 
-def describe(profile: Profile) -> Description:
+def describe_cells(profile: Profile) -> Description:
     """Look at the profile's cells, checked as `read_cells` does, but for their expression."""
     data = _open(profile)
     try:

@@ -23,7 +23,7 @@ import torch
 from scipy.sparse import csr_array
 
 from scfm_circuits import InputError
-from scfm_circuits.circuits.attribution import Direction, Frozen, feature_direction
+from scfm_circuits.circuits.attribution import Frozen, Reading, feature_direction
 from scfm_circuits.circuits.circuit import Kind, Node
 from scfm_circuits.circuits.direct_effects import Sources, direct_effects, extent, sources_of
 
@@ -32,7 +32,7 @@ class Target(NamedTuple):
     """Where a graph starts: a node, its reading, and its share of the influence."""
 
     node: Node
-    reading: Direction
+    reading: Reading
     weight: float
 
 
@@ -109,7 +109,7 @@ class _Rows:
         self.dropped: list[float] = []
         self.dropped_absolute: list[float] = []
 
-    def add(self, frozen: Frozen, own: Sequence[int], readings: Sequence[Direction]) -> None:
+    def add(self, frozen: Frozen, own: Sequence[int], readings: Sequence[Reading]) -> None:
         """Compute and keep the rows of some readings."""
         effects, constant = direct_effects(frozen, self.sources, readings)
         size = effects.abs()

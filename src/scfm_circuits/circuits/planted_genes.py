@@ -16,8 +16,8 @@ from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt
 from scfm_circuits.cells.simulated import Plan
 from scfm_circuits.circuits.attribution import (
-    Direction,
     Frozen,
+    Reading,
     feature_direction,
     freeze,
     logit_direction,
@@ -81,7 +81,7 @@ def circuit_gene_table(model: "GPTNeoXForCausalLM", transcoders: Transcoders, co
     return pd.concat(frames, ignore_index=True)
 
 
-def _starts(frozen: Frozen, case: AnsweredPrompt) -> dict[str, tuple[Node, Direction]]:
+def _starts(frozen: Frozen, case: AnsweredPrompt) -> dict[str, tuple[Node, Reading]]:
     """By target the node at which a circuit ends, and its reading."""
     last, position, asked = len(frozen.weights) - 1, case.position, case.answer_start - 1
     token = int(case.encoded.tokens[case.answer_start])

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from scfm_circuits.circuits.attribution import (
     Contributions,
-    Direction,
     Frozen,
+    Reading,
     contributions,
     feature_direction,
     head_direction,
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 class _Candidate(NamedTuple):
     node: Node
     weight: float
-    reading: Direction | None
+    reading: Reading | None
 
 
-def trace(frozen: Frozen, target: Node, reading: Direction, *, branches: int, depth: int,
+def trace(frozen: Frozen, target: Node, reading: Reading, *, branches: int, depth: int,
           max_nodes: int) -> Circuit:
     """The circuit upstream of a target.
 
@@ -40,7 +40,7 @@ def trace(frozen: Frozen, target: Node, reading: Direction, *, branches: int, de
     expansions between a node and the target; max_nodes: where the search stops.
     """
     circuit = Circuit(target.id, {target.id: target})
-    readings: dict[str, Direction] = {target.id: reading}
+    readings: dict[str, Reading] = {target.id: reading}
     best = {target.id: 1.0}
     queue: list[tuple[float, int, str]] = [(-1.0, 0, target.id)]
     while queue and len(circuit.nodes) < max_nodes:
@@ -71,7 +71,7 @@ def trace_feature(frozen: Frozen, layer: int, feature: int, position: int, **opt
     return trace(frozen, node, reading, **options)
 
 
-def _strongest(frozen: Frozen, target: Node, reading: Direction, parts: Contributions,
+def _strongest(frozen: Frozen, target: Node, reading: Reading, parts: Contributions,
                branches: int) -> list[_Candidate]:
     """The strongest contributors of all kinds, strongest first."""
     by_kind: dict[Kind, Tensor] = {"feature": parts.features, "head": parts.heads,
@@ -91,7 +91,7 @@ def _strongest(frozen: Frozen, target: Node, reading: Direction, parts: Contribu
     return chosen
 
 
-def _candidate(frozen: Frozen, target: Node, reading: Direction, kind: Kind, index: list[int],
+def _candidate(frozen: Frozen, target: Node, reading: Reading, kind: Kind, index: list[int],
                weight: float) -> _Candidate:
     """The node behind one contribution; index: its place in that kind's part."""
     position = reading.position
@@ -112,7 +112,7 @@ def _candidate(frozen: Frozen, target: Node, reading: Direction, kind: Kind, ind
     return _Candidate(node, weight, None)
 
 
-def _expansion(name: str, reading: Direction, parts: Contributions, kept: list[_Candidate]
+def _expansion(name: str, reading: Reading, parts: Contributions, kept: list[_Candidate]
                ) -> Expansion:
     def rest(total: Tensor, kind: str) -> float:
         return float(total) - sum(one.weight for one in kept if one.node.kind == kind)

@@ -112,7 +112,7 @@ _INTERVENTION_NAMES = {"ablation": "taken away", "doubling": "doubled", "alone":
 def faithfulness(frame: pd.DataFrame) -> Figure:
     """What changing features does to a circuit's target, circuits beside random circuits.
 
-    frame: a row per cell, `features` and `intervention` (`interventions.compare`); predicted,
+    frame: a row per cell, `features` and `intervention` (`compare_interventions`); predicted,
     measured, lowest, highest as shares of the target.
     Left: predicted against measured, features taken away. Right: measured, every intervention.
     """

@@ -1,6 +1,7 @@
 """Tiny random models, cells and corpora for identities."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scfm_circuits.cells.corpus import Corpus, build_corpus
 from scfm_circuits.cells.ranking import top_genes
-from scfm_circuits.cells.reading import Cells, RankedCells
+from scfm_circuits.cells.reading import RankedCells, read_chunks
 from scfm_circuits.circuits.attribution import Frozen, logit_direction
 from scfm_circuits.circuits.circuit import Node
 from scfm_circuits.circuits.graph import Target
@@ -87,6 +88,27 @@ def tiny_profile(monkeypatch: pytest.MonkeyPatch, results: Path, **overrides: An
     """The smoke profile, smaller still, with its results under `results`."""
     monkeypatch.setenv("SCFM_RESULTS", str(results))
     return load_profile("smoke", {"genes_per_cell": 6, "max_cells": None, **overrides})
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Expression of checked cells, (n_cells, n_genes) sparse rows; the rest as in `About`."""
+
+    expression: sp.csr_matrix
+    symbols: tuple[str, ...]
+    labels: np.ndarray
+    cell_ids: np.ndarray
+    decisions: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return int(self.expression.shape[0])
+
+
+def read_cells(profile: Profile) -> Cells:
+    """The profile's cells with all of their expression."""
+    parts: list[sp.csr_matrix] = []
+    about = read_chunks(profile, lambda _, part: parts.append(part))
+    return Cells(sp.csr_matrix(sp.vstack(parts, format="csr")), *about)
 
 
 def tiny_cells(n: int = 12, genes: Sequence[str] = GENES, labels: Sequence[str] = LABELS,

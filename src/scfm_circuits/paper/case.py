@@ -231,14 +231,12 @@ def in_prose(table: pd.DataFrame, fdr: float) -> str:
     )
 
 
-
 def combined_score(overlap: int, term: int, query: int, population: int) -> tuple[float, float]:
     """The Enrichr server's Combined Score, -ln(p) x odds ratio, and its one-sided Fisher p."""
     p = float(stats.hypergeom.sf(overlap - 1, population, term, query))
     outside = population - term - query + overlap
     odds = overlap * outside / max((query - overlap) * (term - overlap), 1)
     return -math.log(p) * odds, p
-
 
 
 def server_case(folder: str | Path | None = None, population: int = 20_000) -> pd.DataFrame:

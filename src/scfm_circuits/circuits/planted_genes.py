@@ -183,6 +183,21 @@ def role_table(genes: pd.DataFrame) -> pd.DataFrame:
                                        "influence_percent"])
 
 
+def circuit_figures(summary: pd.DataFrame, roles: pd.DataFrame) -> dict[str, float]:
+    """What `recovery_summary` (over all types) and `role_table` say, for a page.
+
+    Keys: `<target>.circuits`, `<target>.precision` and so on, as the columns of the summary, and
+    `<target>.influence_<role>`: percent of the influence on genes.
+    """
+    every = summary[summary["cell_type"] == "all types"].drop(columns="cell_type")
+    figures = {f"{target}.{name}": float(value)
+               for target, row in every.set_index("target").iterrows()
+               for name, value in row.items()}
+    return figures | {
+        f"{target}.influence_{role}": float(share) for target, role, share in zip(
+            roles["target"], roles["role"], roles["influence_percent"], strict=True)}
+
+
 def circuits_in_prose(summary: pd.DataFrame, roles: pd.DataFrame) -> str:
     """What `recovery_summary` and `role_table` say, for a page."""
     every = summary[summary["cell_type"] == "all types"].set_index("target")

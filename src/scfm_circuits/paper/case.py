@@ -4,7 +4,7 @@ The case study reports "Endothelial cell: heart" for the nine genes of its circu
 carry it. Here the same test runs on lists that share less and less with the circuit: its anchor
 gene with random genes, its anchor with other genes of the prompt, any genes of the prompt (either
 can hold more of the circuit's genes), and random genes alone. Each is tested under every rule in
-`enrichment.RULES` and with the Benjamini-Hochberg (BH) family exchanged, because that choice
+`rules.RULES` and with the Benjamini-Hochberg (BH) family exchanged, because that choice
 decides the outcome.
 
 A random gene is drawn from what the rule's background says could have been drawn: where that is a
@@ -15,7 +15,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -181,7 +181,7 @@ def _encoded(
 
 def null_row(table: pd.DataFrame, kind: str, rule: str = "enrichr", family: str = "hit"
              ) -> pd.Series:
-    """The row of `case` of one kind of list, under one rule and BH family.
+    """The row of `case_nulls` of one kind of list, under one rule and BH family.
 
     Raises:
         InputError: the table has no such row.
@@ -201,7 +201,7 @@ def in_words(row: pd.Series) -> str:
 
 
 def rates_by_rule(table: pd.DataFrame, settings: Sequence[CaseRule]) -> pd.DataFrame:
-    """`case` for reading: a row per list, a column per setting, rates in words."""
+    """`case_nulls` for reading: a row per list, a column per setting, rates in words."""
     shown = table[["list", "called"]].drop_duplicates(ignore_index=True)
     for rule, universe in settings:
         rows = table[(table["rule"] == rule.name) & (table["bh_family"] == rule.family)]
@@ -209,24 +209,38 @@ def rates_by_rule(table: pd.DataFrame, settings: Sequence[CaseRule]) -> pd.DataF
     return shown
 
 
-def in_prose(table: pd.DataFrame, fdr: float) -> str:
-    """What the rates of `case` under the Enrichr rule and its exchange mean, for a page."""
-    said = {(kind, family): in_words(null_row(table, kind, family=family))
-            for kind in table["kind"].unique() for family in ("hit", "all")}
+def null_figures(table: pd.DataFrame) -> dict[str, Any]:
+    """What `case_nulls` found under the Enrichr rule and its exchange, for a page.
+
+    Keys: rules (shown), called (under how many of them the circuit's genes bring the term below the
+    level), draws; for each kind of list `<kind>.list` in words, and `<kind>.hit`, `<kind>.all`: how
+    often it is called under either BH family, in words.
+    """
     circuit = table[table["kind"] == "circuit"]
-    first = null_row(table, "anchor_random")
+    figures: dict[str, Any] = {"rules": len(circuit), "called": int(circuit["n_called"].sum()),
+                               "draws": int(null_row(table, "anchor_random")["draws"])}
+    for kind in table["kind"].unique():
+        figures[f"{kind}.list"] = null_row(table, kind)["list"]
+        for family in ("hit", "all"):
+            figures[f"{kind}.{family}"] = in_words(null_row(table, kind, family=family))
+    return figures
+
+
+def in_prose(table: pd.DataFrame, fdr: float) -> str:
+    """What the rates of `case_nulls` under the Enrichr rule and its exchange mean, for a page."""
+    said = null_figures(table)
     return (
-        f"The circuit's genes bring the term below FDR {fdr:g} under {circuit['n_called'].sum()} "
-        f"of the {len(circuit)} rules shown. So do {first['list']}, with no model behind them, in "
-        f"{said['anchor_random', 'hit']} of {first['draws']:,} draws under the server's rule, and "
-        f"{null_row(table, 'random')['list']} bring one term or another there in "
-        f"{said['random', 'hit']}: the rule corrects only for the terms that a list happens to "
+        f"The circuit's genes bring the term below FDR {fdr:g} under {said['called']} "
+        f"of the {said['rules']} rules shown. So do {said['anchor_random.list']}, with no model "
+        f"behind them, in {said['anchor_random.hit']} of {said['draws']:,} draws under the "
+        f"server's rule, and {said['random.list']} bring one term or another there in "
+        f"{said['random.hit']}: the rule corrects only for the terms that a list happens to "
         "touch, and in a list this short a single gene can be enough. Corrected for all terms of "
-        f"the library, the two rates are {said['anchor_random', 'all']} and "
-        f"{said['random', 'all']}. Two genes of the term are then needed, and "
-        f"{null_row(table, 'anchor_prompt')['list']} still reach the level in "
-        f"{said['anchor_prompt', 'all']} of draws, {null_row(table, 'prompt')['list']} in "
-        f"{said['prompt', 'all']}, because the prompt is the sentence of an endothelial cell. What "
+        f"the library, the two rates are {said['anchor_random.all']} and "
+        f"{said['random.all']}. Two genes of the term are then needed, and "
+        f"{said['anchor_prompt.list']} still reach the level in "
+        f"{said['anchor_prompt.all']} of draws, {said['prompt.list']} in "
+        f"{said['prompt.all']}, because the prompt is the sentence of an endothelial cell. What "
         "the circuit adds has to be read against these last two rates."
     )
 

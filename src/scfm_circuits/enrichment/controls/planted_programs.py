@@ -178,7 +178,7 @@ def feature_figures(matches: ProgramMatches) -> dict[str, float]:
     control that does best).
     """
     lists = matches.lists.set_index("lists")
-    matched, own_programs = lists.loc[FEATURES, ["percentage", "own_programs"]].tolist()
+    matched, own_programs = map(float, lists.loc[FEATURES, ["percentage", "own_programs"]])
     own = matches.programs[matches.programs["kind"] == "own"]
     recalls = own[[f"{column_name(str(name))}_recall" for name in lists.index.drop(FEATURES)]]
     n = len(matches.features)

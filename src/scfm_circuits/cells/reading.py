@@ -224,8 +224,9 @@ def _matrix(data: Opened, name: str, where: str) -> tuple[Any, "pd.DataFrame"]:
     if name in data.matrices:
         return data.matrices[name]
     missing = {"raw": "`raw` matrix", "X": "X"}.get(name, f"layer {name!r}")
-    raise InputError(f"{where} has no {missing}; set `matrix` in the profile to "
-                     f"{' or '.join(data.matrices)}.")
+    mend = (f"set `matrix` in the profile to {' or '.join(data.matrices)}" if data.matrices
+            else "there is no other expression in it, so choose another file")
+    raise InputError(f"{where} has no {missing}; {mend}.")
 
 
 def _symbols(variables: "pd.DataFrame", column: str | None, where: str

@@ -86,11 +86,6 @@ class Plan:
         planted = [gene for program in self.programs for gene in program.genes]
         return (*planted, *(gene for _, genes in self.background.values() for gene in genes))
 
-    def own_genes(self, cell_type: str) -> frozenset[str]:
-        """The genes planted for this type and no other."""
-        return frozenset(gene for program in self.programs for gene in program.genes
-                         if program.cell_types == (cell_type,))
-
     def role(self, gene: str, cell_type: str) -> str:
         """What a gene is to a cell type: `own`, `shared` (with another), `other` (planted for other
         types only), `state` or `background`."""

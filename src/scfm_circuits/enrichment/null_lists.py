@@ -11,8 +11,7 @@ Lists are `Ragged`: integer ids into whatever the caller counts as genes (or tok
 drawn from the generator handed in, so a seed fixes the result.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -233,10 +232,3 @@ def _resample(lists: Ragged, item_bin: IntArray, rng: np.random.Generator) -> Ra
         drawn,
     )
     return Ragged(lists.indptr, drawn)
-
-
-def symbols_of(lists: Ragged, genes: Sequence[str]) -> list[list[str]]:
-    """The lists as gene symbols, for reading or for `term_table`."""
-    names = np.asarray(genes, dtype=object)[lists.ids]
-    starts = lists.indptr.tolist()
-    return [names[a:b].tolist() for a, b in pairwise(starts)]

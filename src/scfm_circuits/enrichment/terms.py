@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from scfm_circuits import InputError
-from scfm_circuits.enrichment import kernels as enrichment_kernels
+from scfm_circuits.enrichment import kernels
 from scfm_circuits.enrichment.background import (
     Background,
     Encoded,
@@ -53,8 +53,7 @@ def term_table(
 
     Columns: Term, Overlap ("2/96"), n_overlap, term_size (within the background), P-value, Adjusted
     P-value, Odds Ratio, Combined Score (-ln p times odds ratio), Genes (";"-joined, in the order of
-    the query). `attrs["statement"]` states background and BH family, `attrs["unmatched"]` the
-    symbols the library does not know.
+    the query).
 
     Args:
         genes: symbols of the list, in the order wanted in the Genes column.
@@ -70,11 +69,7 @@ def term_table(
     _check_odds(odds)
     encoded, universe = checked_lists([genes], library, background, family)
     hits, text = _best(encoded, 0, universe, family, None)
-    table = _columns([hits], [text], universe, odds)
-    known = library.index
-    table.attrs["statement"] = universe.statement(family)
-    table.attrs["unmatched"] = [symbol for symbol in genes if symbol.strip().upper() not in known]
-    return table
+    return _columns([hits], [text], universe, odds)
 
 
 def top_terms(
@@ -108,7 +103,6 @@ def top_terms(
     rows = np.array([hits.terms.size for hits, _ in found], dtype=np.int64)
     table.insert(0, "list", np.repeat(np.arange(rows.size), rows))
     table.insert(1, "rank", np.arange(len(table)) - np.repeat(np.cumsum(rows) - rows, rows) + 1)
-    table.attrs["statement"] = universe.statement(family)
     return table
 
 
@@ -182,17 +176,6 @@ def impossible_list(i: int, universe: Background) -> InputError:
     )
 
 
-def overlaps(genes: IntArray, universe: Background) -> tuple[IntArray, IntArray]:
-    """Terms hit by one list of gene ids, and the overlap with each."""
-    return _counted(_terms_of(genes, universe), universe)
-
-
-def _counted(terms: IntArray, universe: Background) -> tuple[IntArray, IntArray]:
-    counts = np.bincount(terms, minlength=universe.sizes.size)
-    hit = np.flatnonzero(counts)
-    return hit, counts[hit]
-
-
 def _terms_of(genes: IntArray, universe: Background) -> IntArray:
     """The terms of each gene, gene after gene."""
     starts, stops = universe.gene_indptr[genes], universe.gene_indptr[genes + 1]
@@ -209,11 +192,11 @@ def _scored(
 ) -> tuple[_Hits, IntArray]:
     """The k best of the terms hit by list `i` (all if None), and the terms of each of its genes."""
     of_genes = _terms_of(_genes(encoded, i), universe)
-    terms, overlap = _counted(of_genes, universe)
+    counts = np.bincount(of_genes, minlength=universe.sizes.size)
+    terms = np.flatnonzero(counts)
+    overlap = counts[terms]
     size, n = universe.sizes[terms], int(encoded.n_query[i])
-    log_p = enrichment_kernels.log_upper_tails(
-        overlap, size, n, universe.total, *universe.log_factorials
-    )
+    log_p = kernels.log_upper_tails(overlap, size, n, universe.total, *universe.log_factorials)
     if np.isnan(log_p).any():
         raise impossible_list(i, universe)
     p = np.exp(log_p)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.files import atomic_path
-from scfm_circuits.enrichment import kernels as enrichment_kernels
+from scfm_circuits.enrichment import kernels
 from scfm_circuits.enrichment.background import (
     Background,
     GeneIds,
@@ -127,8 +127,8 @@ class Tester:
             setting = universe.setting(RULES[self.rule].family, self.alpha)
             # Lists of one length share their tails.
             order = np.argsort(encoded.n_query, kind="stable")
-            enrichment_kernels.count_lists(order, encoded, terms, setting,
-                                           enrichment_kernels.scratch(terms), min_p, significant)
+            kernels.count_lists(order, encoded, terms, setting,
+                                           kernels.scratch(terms), min_p, significant)
             called |= significant > 0
             np.minimum(smallest, min_p, out=smallest)
         if np.isnan(smallest).any():

@@ -16,7 +16,7 @@ import scipy.sparse as sp
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.files import atomic_path
-from scfm_circuits.features.counting import Checkpoint, count_activations, unpack_best
+from scfm_circuits.features.counting import count_activations, unpack_best
 from scfm_circuits.features.pair_counts import pack_matrices, read_arrays, unpack_matrices
 from scfm_circuits.transcoders.training.settings import Control, stage_folder, training_stamp
 from scfm_circuits.transcoders.transcoder import Transcoders
@@ -123,16 +123,15 @@ def corpus_pairs(corpus: Corpus) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
 
 
 def count_features(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus,
-                   forward_cells: int, n_contexts: int = 5, *,
-                   checkpoint: Checkpoint | None = None, progress: bool = True
+                   forward_cells: int, n_contexts: int = 5, *, progress: bool = True
                    ) -> FeatureStatistics:
-    """One pass over all cells, which goes on from `checkpoint` if it was interrupted.
+    """One pass over all cells.
 
     Memory: see `counting.memory_needed`; the pass says so if it is much.
     """
     tokens_of, genes_of, counts_of, index = corpus_pairs(corpus)
     totals = count_activations(model, transcoders, corpus, index, len(tokens_of), forward_cells,
-                               n_contexts, checkpoint, progress)
+                               n_contexts, progress)
     arrays = {key: tensor.cpu().numpy() for key, tensor in totals.tensors.items()}
     activation, position = unpack_best(arrays["best"])
     return FeatureStatistics(
@@ -172,20 +171,16 @@ def get_statistics(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus
     """
     stored = stored_statistics(corpus, profile, control)
     if stored is None:
-        path, stamp = stage_folder(profile, control) / "features.npz", _stamp(corpus, profile,
-                                                                              control)
-        checkpoint = Checkpoint(path.with_name("features_checkpoint.npz"), stamp,
-                                profile.checkpoint_seconds)
+        stamp = _stamp(corpus, profile, control)
         stored = count_features(model, transcoders, corpus, profile.forward_cells,
-                                profile.contexts_per_feature, checkpoint=checkpoint)
+                                profile.contexts_per_feature)
         parts = pack_matrices(stored.counts)
         plain = {key: value for key, value in vars(stored).items() if key != "counts"}
         # Compressing gigabytes takes longer than counting them.
         large = sum(part.nbytes for part in parts.values()) > _COMPRESSED_BYTES
-        with atomic_path(path) as temporary:
+        with atomic_path(stage_folder(profile, control) / "features.npz") as temporary:
             (np.savez if large else np.savez_compressed)(
                 temporary, stamp=np.array(stamp), allow_pickle=False, **plain, **parts)
-        checkpoint.path.unlink(missing_ok=True)
     return stored
 
 

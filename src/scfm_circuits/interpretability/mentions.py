@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.files import atomic_path
-from scfm_circuits.features.counting import Checkpoint, count_activations
+from scfm_circuits.features.counting import count_activations
 from scfm_circuits.features.pair_counts import pack_matrices, read_arrays, unpack_matrices
 from scfm_circuits.features.statistics import FeatureStatistics, corpus_pairs, gene_digest
 from scfm_circuits.transcoders.training.settings import Control, stage_folder, training_stamp
@@ -53,8 +53,7 @@ def get_held_out_counts(model: "GPTNeoXForCausalLM", transcoders: Transcoders, c
                         ) -> tuple[sp.csr_matrix, ...]:
     """Per layer (n_features, n_pairs) how often a feature is active on a pair in held-out cells.
 
-    Pairs are those of `FeatureStatistics`. Kept in `mentions.npz` beside its file; an
-    interrupted pass goes on from its checkpoint.
+    Pairs are those of `FeatureStatistics`. Kept in `held_out_counts.npz` beside its file.
     """
     path = stage_folder(profile, control) / "held_out_counts.npz"
     stamp = json.dumps([training_stamp(profile, corpus, control),
@@ -67,20 +66,15 @@ def get_held_out_counts(model: "GPTNeoXForCausalLM", transcoders: Transcoders, c
             return unpack_matrices(stored, (transcoders.n_features, len(tokens)))
         except (KeyError, ValueError):
             pass
-    checkpoint = Checkpoint(path.with_name("held_out_checkpoint.npz"), stamp,
-                            profile.checkpoint_seconds)
-    counts = count_held_out(model, transcoders, corpus, profile.forward_cells, index, len(tokens),
-                            checkpoint)
+    counts = count_held_out(model, transcoders, corpus, profile.forward_cells, index, len(tokens))
     with atomic_path(path) as temporary:
         np.savez_compressed(temporary, stamp=np.array(stamp), allow_pickle=False,
                             **pack_matrices(counts))
-    checkpoint.path.unlink(missing_ok=True)
     return counts
 
 
 def count_held_out(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus,
-                   forward_cells: int, index: np.ndarray, n_pairs: int,
-                   checkpoint: Checkpoint | None = None, *, progress: bool = True
+                   forward_cells: int, index: np.ndarray, n_pairs: int, *, progress: bool = True
                    ) -> tuple[sp.csr_matrix, ...]:
     """The pass itself; index: (n_cells, length) the pair of each token, from `corpus_pairs`."""
     rows = np.flatnonzero(corpus.held_out)
@@ -88,7 +82,7 @@ def count_held_out(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus
         "tokens", "mask", "gene", "place", "answer_start", "answer_end", "labels", "cell_ids",
         "held_out")}
     totals = count_activations(model, transcoders, dataclasses.replace(corpus, **cells),
-                               index[rows], n_pairs, forward_cells, 1, checkpoint, progress)
+                               index[rows], n_pairs, forward_cells, 1, progress)
     return totals.counts.matrices()
 
 

@@ -24,6 +24,7 @@ import yaml
 
 from scfm_circuits import InputError
 from scfm_circuits.common.profile import PLANTED_CELLS, PLANTED_PROGRAMS, ROOT, Profile, cells_path
+from scfm_circuits.common.randomness import generator
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -157,7 +158,7 @@ def planted_cells(seed: int, n_cells: int = N_CELLS, plan: Plan | None = None) -
     from anndata import AnnData
 
     plan = plan or read_plan()
-    rng = np.random.default_rng([seed, 20])
+    rng = generator(seed, "simulated cells")
     names = list(plan.cell_types)
     types = rng.choice(len(names), n_cells, p=list(plan.cell_types.values()))
     activity = _activities(plan, types, rng)

@@ -1,5 +1,5 @@
 """What every room uses.
 
 Reading order: `profile` (one typed, validated profile), `files` (safe writing, digests), `manifest`
-(data sets and models), `compiled` (numba loops, threads).
+(data sets and models), `compiled` (numba loops, threads), `randomness` (streams by name).
 """

@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.tokens import token_texts
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.features.statistics import FeatureStatistics
 
 
@@ -128,5 +129,5 @@ def draw_features(statistics: FeatureStatistics, layer: int, n: int, cut: float,
                   ) -> np.ndarray:
     """n live features of a layer drawn at random (all of them if there are fewer), sorted."""
     live = np.flatnonzero(statistics.live(cut)[layer])
-    drawn = np.random.default_rng([seed, 7, layer]).permutation(live)[:n]
+    drawn = generator(seed, "features of a study", layer).permutation(live)[:n]
     return np.sort(drawn)

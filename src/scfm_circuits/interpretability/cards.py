@@ -15,6 +15,7 @@ import torch
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.tokens import token_texts
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.features.baselines import untrained_encoder, untrained_statistics
 from scfm_circuits.features.contexts import draw_features, fired_tokens, pieces_around
 from scfm_circuits.features.statistics import FeatureStatistics, corpus_pairs
@@ -75,7 +76,7 @@ def draw_deck(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
     Fewer features if the layer has fewer live ones, and fewer decoys of the untrained encoder if it
     has fewer live features. The study's name depends on all that was drawn and counted.
     """
-    layer, rng = profile.human_layer, np.random.default_rng([profile.seed, 33])
+    layer, rng = profile.human_layer, generator(profile.seed, "cards")
     drawn = draw_features(statistics, layer, profile.human_features, profile.live_cut, profile.seed)
     n_random = profile.human_decoys // 2
     matched = np.resize(rng.permutation(drawn), profile.human_decoys)

@@ -181,7 +181,7 @@ def _measure(z: Tensor, residual: Tensor, y: Tensor, scale: Tensor | float, vari
     if not measured:
         return found
     l0 = (z > 0).sum(dim=(1, 2)).to(weight.dtype) / n
-    return _with_losses(found, y, scale, variant, weight, l0, totals.sum(dim=1) / n)
+    return with_losses(found, y, scale, variant, weight, l0, totals.sum(dim=1) / n)
 
 
 def sparse_measures(active: "Active", residual: Tensor, y: Tensor, scale: Tensor,
@@ -197,7 +197,7 @@ def sparse_measures(active: "Active", residual: Tensor, y: Tensor, scale: Tensor
     if not measured:
         return found
     l0 = value.new_full((1,), len(value) / n)
-    return _with_losses(found, y, scale, variant, weight, l0, value.sum()[None] / n)
+    return with_losses(found, y, scale, variant, weight, l0, value.sum()[None] / n)
 
 
 def _unmeasured(fired: Tensor, smallest: Tensor, residual: Tensor) -> Measures:
@@ -206,15 +206,16 @@ def _unmeasured(fired: Tensor, smallest: Tensor, residual: Tensor) -> Measures:
     return Measures(Losses(none, none), fired, none, none, smallest, residual)
 
 
-def _with_losses(found: Measures, y: Tensor, scale: Tensor | float, variant: Variant,
-                 weight: Tensor, l0: Tensor, l1: Tensor) -> Measures:
+def with_losses(found: Measures, y: Tensor, scale: Tensor | float, variant: Variant,
+                weight: Tensor, l0: Tensor, l1: Tensor) -> Measures:
     """Measures with their losses, L0 and FVU; l0, l1: (n_layers,) means over tokens."""
     squared = found.residual.square().sum(dim=-1, keepdim=True)
     penalty = {"relu": l1, "jumprelu": l0}.get(variant.activation, torch.zeros_like(l0))
     variance = (y - y.mean(dim=1, keepdim=True)).square().sum(dim=(1, 2))
     fvu = squared.sum(dim=(1, 2)) / variance.clamp_min(1e-12)
     losses = Losses((squared * scale).mean(dim=(1, 2)), weight * penalty)
-    return found._replace(losses=losses, l0=l0, fvu=fvu)
+    # Made anew: compilers of torch before 2.13 fail on a `_replace`.
+    return Measures(losses, found.fired, l0, fvu, found.smallest, found.residual)
 
 
 def follow_threshold(log_threshold: Tensor, smallest: Tensor, rate: float = 0.05) -> None:

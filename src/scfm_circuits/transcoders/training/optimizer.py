@@ -175,8 +175,10 @@ class Stepper:
             return None
         try:
             return self._compiled[function](*arguments)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0][:200]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler fails in many ways; what is really wrong comes back
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             print(f"{function.__name__} could not be compiled and is done without ({reason}).")
             del self._compiled[function]
             return None

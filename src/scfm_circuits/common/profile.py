@@ -10,7 +10,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
+from scfm_circuits.common.kept import COMMON, PACKAGE, room_hash
 
-PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = Path(os.environ.get("SCFM_ROOT", PACKAGE.parents[1]))
 PROFILES = ROOT / "notebooks" / "profiles"
 BUNDLED_CELLS = "pbmc68k_reduced"
@@ -279,22 +278,11 @@ class Profile(BaseModel):
         `common` counts always.
         """
         values = {field: getattr(self, field) for field in sorted(fields)}
-        sources = {room: room_digest(room) for room in sorted({"common", *rooms})}
+        sources = {room: room_hash(room) for room in sorted({COMMON, *rooms})}
         # A new release of these may give other numbers from the same sources.
         versions = {name: version(name) for name in ("numpy", "tokenizers", "torch",
                                                      "transformers")}
         return {"fields": values, "sources": sources, "versions": versions}
-
-
-@cache
-def room_digest(room: str) -> str:
-    """Hash of all sources of a room of the package, or of one file in it (without `.py`)."""
-    folder = PACKAGE / room
-    paths = sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{room}.py"]
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:

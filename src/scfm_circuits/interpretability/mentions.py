@@ -14,9 +14,9 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from scfm_circuits.cells.corpus import Corpus
-from scfm_circuits.common.files import atomic_path
+from scfm_circuits.common.kept import kept_arrays
 from scfm_circuits.features.counting import count_activations
-from scfm_circuits.features.pair_counts import pack_matrices, read_arrays, unpack_matrices
+from scfm_circuits.features.pair_counts import pack_matrices, unpack_matrices
 from scfm_circuits.features.statistics import FeatureStatistics, corpus_pairs, gene_digest
 from scfm_circuits.transcoders.training.settings import Control, stage_folder, training_stamp
 from scfm_circuits.transcoders.transcoder import Transcoders
@@ -60,17 +60,10 @@ def get_held_out_counts(model: "GPTNeoXForCausalLM", transcoders: Transcoders, c
                         profile.fingerprint(("forward_cells",), _ROOMS), gene_digest(corpus)],
                        sort_keys=True)
     tokens, _, _, index = corpus_pairs(corpus)
-    stored = read_arrays(path, stamp)
-    if stored is not None:
-        try:
-            return unpack_matrices(stored, (transcoders.n_features, len(tokens)))
-        except (KeyError, ValueError):
-            pass
-    counts = count_held_out(model, transcoders, corpus, profile.forward_cells, index, len(tokens))
-    with atomic_path(path) as temporary:
-        np.savez_compressed(temporary, stamp=np.array(stamp), allow_pickle=False,
-                            **pack_matrices(counts))
-    return counts
+    shape = transcoders.n_features, len(tokens)
+    return kept_arrays(path, stamp, lambda: count_held_out(
+        model, transcoders, corpus, profile.forward_cells, index, len(tokens)),
+        pack_matrices, lambda arrays: unpack_matrices(arrays, shape))
 
 
 def count_held_out(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus,

@@ -44,7 +44,12 @@ import numpy as np
 from scfm_circuits.cells.corpus import load_corpus
 from scfm_circuits.common.profile import from_notebook
 from scfm_circuits.enrichment.controls.layer_counts import testers
-from scfm_circuits.enrichment.controls.other_dictionaries import by_layer, feature_measures, summary
+from scfm_circuits.enrichment.controls.other_dictionaries import (
+    by_layer,
+    cells_counted,
+    feature_measures,
+    summary,
+)
 from scfm_circuits.enrichment.gene_sets import load_library
 from scfm_circuits.features.statistics import get_statistics
 from scfm_circuits.models.loading import get_model
@@ -73,7 +78,7 @@ report.not_comparable(run)
 #
 # All of these are trained for {glue:text}`variants.steps` steps of {glue:text}`variants.batch` tokens,
 # fewer than the transcoders of the other chapters, so the numbers here compare with each other and not
-# with those.
+# with those. Their features are counted in {glue:text}`variants.counted` cells.
 
 # %%
 trained = get_variants(model, corpus, run)
@@ -85,10 +90,11 @@ scores = held_out_measures(model, {one.setting.name: partial(one.load, model.dev
 loaded = [load_library(name, run.gene_sets) for name in run.libraries]
 # Without the real libraries one bundled library stands in for all of them.
 libraries = list({library.content_sha256: library for library in loaded}.values())
-rules = testers(libraries, corpus, run)
+counted = cells_counted(corpus, run)
+rules = testers(libraries, counted, run)
 features = {one.setting.name: feature_measures(
-    get_statistics(model, one.load(model.device), corpus, one.profile, one.control), corpus, run, rules)
-    for one in trained}
+    get_statistics(model, one.load(model.device), counted, one.profile, one.control), counted, run,
+    rules) for one in trained}
 layers = by_layer(trained, scores, features)
 table = summary(trained, layers, scores)
 
@@ -125,7 +131,7 @@ losses = scores.set_index(["variant", "layer"])["loss"]
 report.values({"steps": trained[0].history[-1]["step"], "batch": trained[0].profile.batch_tokens,
                "k": next(one.profile.active_features for one in trained
                          if one.setting.matched == "k"),
-               "cells": len(held_out)}, prefix="variants.")
+               "cells": len(held_out), "counted": len(counted)}, prefix="variants.")
 for key, value in (("l0_ratio_min", other["l0_ratio"].min()),
                    ("l0_ratio_max", other["l0_ratio"].max())):
     report.value(f"variants.{key}", float(value), f"{value:.2f}")

@@ -23,6 +23,7 @@ from scfm_circuits.models.loading import check_vocabulary, get_model, load_model
 from scfm_circuits.models.mlp_sites import (
     Sites,
     batches,
+    counting_precision,
     mlp_sites,
     mlps,
     next_token_loss,
@@ -252,6 +253,15 @@ def test_next_token_loss_is_torchs_on_single_texts():
         expected += [-float(logs[i, one[i + 1]]) for i in range(len(one) - 1)]
     assert together.shape == (int(mask.sum()) - 5,)
     np.testing.assert_allclose(together.numpy(), expected, rtol=1e-5)
+
+
+def test_products_are_coarser_on_a_gpu_within_the_block_alone():
+    with counting_precision(CPU):
+        assert torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(KeyError), counting_precision(torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "high"
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_batches_hold_every_cell_once_in_the_given_order():

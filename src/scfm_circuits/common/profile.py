@@ -156,6 +156,8 @@ class Profile(BaseModel):
     variant_tokens: Positive | None = None
     """Tokens that each kind of dictionary is trained on where kinds are compared; null: a twelfth
     of `training_tokens`."""
+    variant_cells: Positive | None = None
+    """Cells, drawn at random, in which the features of these kinds are counted; null: all."""
 
     # --- features ----------------------------------------------------------------------------
     live_cut: Annotated[float, Field(le=0)] = -4.0

@@ -51,6 +51,7 @@ STREAMS: Mapping[str, Stream] = {
     "scored features of the untrained encoder": Stream(32, ("layer",)),
     "cards": Stream(33),
     "features with known items": Stream(34, ("kind",)),
+    "cells that kinds are counted in": Stream(35),
 }
 
 

@@ -16,8 +16,8 @@ from scfm_circuits import InputError
 from scfm_circuits.enrichment import kernels
 from scfm_circuits.enrichment.gene_sets import GeneSets
 from scfm_circuits.enrichment.null_lists import Ragged
+from scfm_circuits.enrichment.significance import IntArray
 
-IntArray = NDArray[np.integer[Any]]
 Family = Literal["hit", "all"]
 
 MAX_BACKGROUND = 1_000_000

@@ -5,11 +5,10 @@ read the same result of a list (`_scored`), so they cannot disagree.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from scfm_circuits import InputError
 from scfm_circuits.enrichment import kernels
@@ -21,9 +20,8 @@ from scfm_circuits.enrichment.background import (
     prepare_background,
 )
 from scfm_circuits.enrichment.gene_sets import GeneSets
+from scfm_circuits.enrichment.significance import FloatArray, IntArray
 
-IntArray = NDArray[np.integer[Any]]
-FloatArray = NDArray[np.floating[Any]]
 Odds = Literal["gseapy", "enrichr"]
 
 
@@ -66,10 +64,8 @@ def term_table(
     Raises:
         InputError: as `over_representation`.
     """
-    _check_odds(odds)
-    encoded, universe = checked_lists([genes], library, background, family)
-    hits, text = _best(encoded, 0, universe, family, None)
-    return _columns([hits], [text], universe, odds)
+    table = top_terms([genes], library, background=background, family=family, odds=odds, k=None)
+    return table.drop(columns=["list", "rank"])
 
 
 def top_terms(
@@ -79,7 +75,7 @@ def top_terms(
     background: int | Collection[str] | Background | None,
     family: Family,
     odds: Odds,
-    k: int = 5,
+    k: int | None = 5,
 ) -> pd.DataFrame:
     """The k terms of smallest p of every list: `term_table(...).head(k)` of each, but fast.
 
@@ -89,13 +85,14 @@ def top_terms(
     Args:
         lists: gene symbols per list, or lists encoded with the same background.
         library, background, family, odds: see `term_table`.
-        k: rows per list at most.
+        k: rows per list at most; None for every term hit.
 
     Raises:
         InputError: k below 1, or as `over_representation`.
     """
-    _check_odds(odds)
-    if k < 1:
+    if odds not in ("gseapy", "enrichr"):
+        raise InputError(f"The odds ratio is {odds!r}; use 'gseapy' or 'enrichr'.")
+    if k is not None and k < 1:
         raise InputError(f"The number of terms per list is {k}; use at least 1.")
     encoded, universe = checked_lists(lists, library, background, family)
     found = [_best(encoded, i, universe, family, k) for i in range(encoded.n_query.size)]
@@ -252,11 +249,6 @@ def _columns(
         "Combined Score": -log_p * ratio,
         "Genes": [text for texts in genes for text in texts],
     })
-
-
-def _check_odds(odds: Odds) -> None:
-    if odds not in ("gseapy", "enrichr"):
-        raise InputError(f"The odds ratio is {odds!r}; use 'gseapy' or 'enrichr'.")
 
 
 def _odds_ratio(x: IntArray, size: IntArray, n: IntArray, total: int, odds: Odds) -> FloatArray:

@@ -100,6 +100,23 @@ def zero_ablation(layer: int, inputs: Tensor) -> Tensor:
     return torch.zeros_like(inputs)
 
 
+@contextlib.contextmanager
+def counting_precision(device: torch.device) -> Iterator[None]:
+    """Within the block, a GPU's float32 products are TF32's: several times faster.
+
+    For passes over all cells that count or average. Factors are rounded to 11 significant bits,
+    bfloat16's to 8, in which transcoders are trained there. Circuits are not traced so: their sums
+    would not close. On a CPU nothing changes.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @torch.no_grad()
 def mlp_sites(model: nn.Module, tokens: Tensor, mask: Tensor, into: Sites | None = None) -> Sites:
     """Inputs and outputs of all MLPs on the tokens that are not padding, from one forward pass.

@@ -14,7 +14,12 @@ from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.profile import Profile
 from scfm_circuits.enrichment.controls import layer_counts
 from scfm_circuits.enrichment.controls.layer_counts import layer_controls
-from scfm_circuits.enrichment.controls.other_dictionaries import by_layer, feature_measures, summary
+from scfm_circuits.enrichment.controls.other_dictionaries import (
+    by_layer,
+    cells_counted,
+    feature_measures,
+    summary,
+)
 from scfm_circuits.enrichment.controls.tables import share_table
 from scfm_circuits.enrichment.gene_sets import GeneSets, gene_sets_from_dict
 from scfm_circuits.features.statistics import FeatureStatistics, count_features
@@ -152,6 +157,21 @@ def test_called_features_are_those_of_table_4(
     assert found["live_table4"].tolist() == statistics.live(-3.0).sum(axis=1).tolist()
     assert found["live"].tolist() == statistics.live(profile.live_cut).sum(axis=1).tolist()
     assert found["dead"].to_numpy() == pytest.approx((statistics.fired == 0).mean(axis=1))
+
+
+def test_features_are_counted_in_as_many_cells_as_the_profile_says(
+        model: Any, corpus: Corpus, profile: Profile) -> None:
+    assert cells_counted(corpus, profile) is corpus
+    assert cells_counted(corpus, profile.model_copy(update={"variant_cells": 20})) is corpus
+    some = cells_counted(corpus, profile.model_copy(update={"variant_cells": 8}))
+    assert len(some) == 8 and len(set(some.cell_ids)) == 8
+    rows = np.flatnonzero(np.isin(corpus.cell_ids, some.cell_ids))
+    assert some.cell_ids.tolist() == corpus.cell_ids[rows].tolist()
+    found = count_features(model, tiny_transcoders(model), some, 3, progress=False)
+    assert found.n_tokens == corpus.lengths[rows].sum()
+    table = feature_measures(found, some, profile, layer_counts.testers(
+        [gene_sets_from_dict("own", {"a term": corpus.symbols[:6].tolist()})], some, profile))
+    assert len(table) == len(found.fired) and (table["live"] > 0).all()
 
 
 def test_a_layer_without_live_features_is_a_row_of_zeros(

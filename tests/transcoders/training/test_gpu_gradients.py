@@ -16,6 +16,7 @@ from scfm_circuits.transcoders.training.gradients import adam_rows, corrected
 from scfm_circuits.transcoders.training.optimizer import Stepper
 from scfm_circuits.transcoders.transcoder import Transcoders, Variant, unit_rows
 
+pytestmark = pytest.mark.gpu
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from plain_layer import LOSSES, VARIANTS, PlainLayer, given_sites, pairs, stack
 
 from scfm_circuits import InputError
-from scfm_circuits.transcoders.training import gradients, sparse_gradients
-from scfm_circuits.transcoders.training.gradients import gradients, transcoder_losses
+from scfm_circuits.transcoders.training import sparse_gradients
+from scfm_circuits.transcoders.training.gradients import BANDWIDTH, gradients, transcoder_losses
 from scfm_circuits.transcoders.training.optimizer import Stepper, resample
 from scfm_circuits.transcoders.transcoder import INITIAL_THRESHOLD, Transcoders, Variant
 
@@ -67,7 +67,7 @@ def test_the_jumprelu_window_is_met_and_moves_the_thresholds():
     t = stack(Variant("jumprelu"), 1, 6, 40)
     x, y = pairs(1, 50, 6, 2)
     pre, theta = t.pre_activations(x)[0], t.log_threshold[0].exp()
-    near = (pre - theta).abs() < gradients.BANDWIDTH / 2
+    near = (pre - theta).abs() < BANDWIDTH / 2
     before = t.log_threshold.clone()
     Stepper(t, "equation4").step(given_sites(x, y), 0.01, 0.5, 1)
     assert 0 < int(near.any(dim=0).sum()) < 40

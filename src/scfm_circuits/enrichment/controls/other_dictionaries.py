@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.cells.corpus import Corpus, of_cells
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.controls.layer_counts import Tester, null_source
 from scfm_circuits.enrichment.null_lists import ragged
@@ -19,11 +19,21 @@ from scfm_circuits.features.statistics import FeatureStatistics
 from scfm_circuits.transcoders.variants import Trained
 
 if TYPE_CHECKING:
-
     from scfm_circuits.common.profile import Profile
 
 NULL = "token-preserving"
 """The null lists: random tokens of the kinds, and as many, as the feature fires on."""
+
+
+def cells_counted(corpus: Corpus, profile: "Profile") -> Corpus:
+    """The cells in which the features of all kinds are counted: all, or `variant_cells` of them.
+
+    A pass over the paper's 67 million tokens costs more than training a kind does.
+    """
+    if profile.variant_cells is None or profile.variant_cells >= len(corpus):
+        return corpus
+    drawn = generator(profile.seed, "cells that kinds are counted in").permutation(len(corpus))
+    return of_cells(corpus, np.sort(drawn[: profile.variant_cells]))
 
 
 def feature_measures(statistics: FeatureStatistics, corpus: Corpus, profile: "Profile",

@@ -2,9 +2,9 @@
 
 On a CPU a step goes through the layers one at a time: the gradients of one layer are used up before
 the next one's are made, so memory does not grow with depth; and where few features are active, it
-goes over these alone (`sparse_gradients`). On a GPU many layers pass together, so that the host is never
-waited for, and what is not a product is done by kernels of its own (`gpu_gradients`); where these cannot
-be had or do not fit the variant, the two functions of `gradients` are compiled instead.
+goes over these alone (`sparse_gradients`). On a GPU all layers pass together, so that the host is
+never waited for, and what is not a product is done by kernels of its own (`gpu_gradients`); where
+these cannot be had or do not fit the variant, the two functions of `gradients` are compiled.
 Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
@@ -46,8 +46,8 @@ class Stepper:
 
     precision: type of the products (the weights and Adam stay as they are). layers_at_once: layers
     that share each product; None: one on a CPU, all on a GPU. fused: whether the kernels of
-    `gpu_gradients` are used, where the variant and the weights' type allow it; None: on a GPU. beside:
-    programs of its Adam that run beside the next layers' products. compiled: whether the two
+    `gpu_gradients` are used, where the variant and the weights' type allow it; None: on a GPU.
+    beside: programs of its Adam that run beside the next layers' products. compiled: whether the two
     functions are compiled; None: on a GPU. A compiler that cannot is said once, and done without.
     sparse: whether a CPU may go over active entries only, where these are few (`sparse_gradients`).
     """

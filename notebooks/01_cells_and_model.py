@@ -32,6 +32,7 @@ import pandas as pd
 
 from scfm_circuits.cells.corpus import load_corpus
 from scfm_circuits.common.profile import from_notebook
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.answers import predict_answers
 from scfm_circuits.models.loading import get_model
 from scfm_circuits.report.plots.cells_and_training import cells_per_type, training_curve
@@ -126,7 +127,7 @@ report.figure("language_model_training", training_curve(curve.step, curve.loss))
 
 # %% tags=["hide-input"]
 held_out = np.flatnonzero(corpus.held_out)
-held_out = np.sort(np.random.default_rng(run.seed).permutation(held_out)[:500])
+held_out = np.sort(generator(run.seed, "cells asked for their type").permutation(held_out)[:500])
 report.value("model.asked", len(held_out))
 answers = np.array(predict_answers(model, corpus, held_out))
 truth = corpus.labels[held_out]

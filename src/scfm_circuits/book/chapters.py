@@ -171,7 +171,7 @@ def gene_set_cache() -> Path:
 def libraries_asked_for(notebook: Notebook, profile: Profile) -> list[str]:
     """The gene-set libraries that the notebook's source loads."""
     source = notebook.path.read_text(encoding="utf-8")
-    if "load_library(" not in source:
+    if not re.search(r"load_library\(|\bchapter\.libraries\b", source):
         return []
     names = set(re.findall(r"load_library\(\s*[\"']([\w.+-]+)[\"']", source))
     # Whatever the notebook calls its profile.

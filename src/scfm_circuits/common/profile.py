@@ -121,7 +121,7 @@ class Profile(BaseModel):
     """Steps over which that weight rises linearly from 0 (the paper: none)."""
     activation: Literal["relu", "topk", "batchtopk", "jumprelu"] = "relu"
     """What makes features sparse: `relu` with the L1 penalty (the paper); `topk` and `batchtopk`
-    with `count_kernels` and no penalty; `jumprelu` with a penalty on their number."""
+    with `active_features` and no penalty; `jumprelu` with a penalty on their number."""
     active_features: Positive = 32
     """Features active per token under `topk`, and on average under `batchtopk`."""
     skip: bool = False

@@ -61,16 +61,18 @@ def transcoder_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 
-def loss_comparison(scores: pd.DataFrame, paper: Mapping[str, float]) -> Figure:
-    """Validation loss of the three configurations, ours and the paper's, side by side."""
-    names = {"original": "original", "transcoder": "transcoders", "no_mlp": "no MLP"}
-    whole = scores[scores["layer"] == -1].set_index("configuration")
+def loss_comparison(table: pd.DataFrame) -> Figure:
+    """Validation loss of the three configurations, ours and the paper's, side by side.
+
+    table: from `validation.table1`.
+    """
     figure, axes = panels(2, width=4.2)
-    ours = whole["loss"].loc[list(names)].astype(float).tolist()
-    errors = whole["loss_se"].loc[list(names)].astype(float).tolist()
+    ours, errors, paper = (table[name].astype(float).tolist()
+                           for name in ("validation_loss", "standard_error", "paper"))
     for axis, values, title, error in ((axes[0], ours, "this run", errors),
-                                       (axes[1], [paper[key] for key in names], "the paper", None)):
-        bars = axis.bar(list(names.values()), values, yerr=error, color=[BLUE, GREEN, ORANGE])
+                                       (axes[1], paper, "the paper", None)):
+        bars = axis.bar(["original", "transcoders", "no MLP"], values, yerr=error,
+                        color=[BLUE, GREEN, ORANGE])
         axis.bar_label(bars, fmt="%.2f", padding=3)
         axis.set(title=title, ylim=(0, max(values) * 1.15))
         axis.grid(axis="x", visible=False)

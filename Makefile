@@ -7,7 +7,7 @@ PYTHON ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
-RUN := $(PY) -m scfm_circuits.book.cli
+RUN := $(PY) -m scfm_circuits
 OPTIONS := --profile "$(PROFILE)" $(foreach pair,$(PARAMS),-p "$(pair)")
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
@@ -26,33 +26,34 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4000000000
 .PHONY: book notebooks plan data check profile test lint types unit smoke bench lab clean help
 
 book: $(READY) ## Execute what is stale, check it, build the pages [PROFILE=demo PARAMS="seed=1"]
-	@$(RUN) all $(OPTIONS)
+	@$(RUN) book $(OPTIONS)
 
 notebooks: $(READY) ## Execute the stale notebooks of PROFILE only
-	@$(RUN) execute $(OPTIONS)
+	@$(RUN) book execute $(OPTIONS)
 
 plan: $(READY) ## What PROFILE would cost here: downloads, disk, memory, time; runs nothing
 	@$(RUN) plan $(OPTIONS)
 
 data: $(READY) ## Fetch and verify the cells, model and gene sets of PROFILE, nothing else
-	@$(PY) -m scfm_circuits.book.downloads $(OPTIONS)
+	@$(RUN) data $(OPTIONS)
 
 check: $(READY) ## The gate: are all executed chapters of PROFILE whole and fresh?
-	@$(RUN) check $(OPTIONS)
+	@$(RUN) book check $(OPTIONS)
 
 # Through the environment, where a shell takes no character of it for its own.
 profile: export H5AD := $(H5AD)
 profile: export OUT := $(OUT)
 profile: export OVERWRITE := $(OVERWRITE)
 profile: $(READY) ## A first profile for your cells [H5AD=cells.h5ad OUT=mine.yml OVERWRITE=1]
-	@$(PY) -m scfm_circuits.book.first_profile
+	@$(RUN) profile
 
 test: lint types unit smoke ## Lint, types, unit tests, and the whole book on PROFILE=smoke
 	@echo "All tests passed."
 
-lint: $(READY_DEV) ## ruff over package, tests, notebooks and the book's extensions
+lint: $(READY_DEV) ## ruff over all Python, and the contracts: which room may import what
 	@echo "Lint"
 	@$(PY) -m ruff check --quiet src tests notebooks book/_ext
+	@$(PY) tests/contracts.py
 
 types: $(READY_DEV) ## mypy over the package
 	@echo "Types"
@@ -64,7 +65,7 @@ unit: $(READY_DEV) ## Unit tests
 
 smoke: $(READY) ## The whole book on PROFILE=smoke, into book/_build/smoke
 	@echo "The book on PROFILE=smoke"
-	@$(RUN) all --profile smoke --output book/_build/smoke
+	@$(RUN) book --profile smoke --output book/_build/smoke
 
 bench: $(READY_DEV) ## Benchmarks; figures go to results/bench/*.json [BENCH=enrichment]
 	@ls tests/benchmarks/bench_$(or $(BENCH),*).py >/dev/null 2>&1 || \

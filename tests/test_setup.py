@@ -112,7 +112,7 @@ def test_make_hands_overrides_on() -> None:
         ["make", "-n", "-C", str(ROOT), "book", "PROFILE=smoke", "PARAMS=seed=1 fdr=0.1"],
         capture_output=True, text=True, check=True,
     )
-    assert 'all --profile "smoke" -p "seed=1" -p "fdr=0.1"' in answer.stdout
+    assert 'book --profile "smoke" -p "seed=1" -p "fdr=0.1"' in answer.stdout
 
 
 @pytest.mark.parametrize(("given", "gone"), [

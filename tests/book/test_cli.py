@@ -15,12 +15,12 @@ import pytest
 from browser import opened
 
 from scfm_circuits import InputError
+from scfm_circuits.__main__ import main
 from scfm_circuits.book import chapters as freshness
 from scfm_circuits.book import cli as book
 from scfm_circuits.book import execution, gate, pages
 from scfm_circuits.book.chapters import load_run, plan
-from scfm_circuits.common import profile
-from scfm_circuits.common.files import only_one
+from scfm_circuits.common import files, profile
 from scfm_circuits.enrichment import gene_sets
 from scfm_circuits.paper import claims
 from scfm_circuits.report import tables as report_tables
@@ -30,6 +30,10 @@ PARAMETERS = '# %% tags=["parameters"]\nprofile = "tiny"\n'
 HOSTILE = "<script>alert('cells')</script> & \"co\""
 # Each execution leaves a line, so tests count executions and not seconds.
 COUNT = "# %%\nwith open('count.txt', 'a') as log:\n    log.write('{name} ')\n"
+
+
+COMMANDS = {"plan": ["plan"], **{step: ["book", step] for step in ("all", "execute", "check",
+                                                                    "build")}}
 
 
 class Project:
@@ -50,7 +54,7 @@ class Project:
         os.utime(self.root / "notebooks" / f"{name}.py", ns=(later, later))
 
     def command(self, *words: str) -> tuple[int, str, str]:
-        code = book.main([*words, "--profile", "tiny"])
+        code = main([*COMMANDS[words[0]], *words[1:], "--profile", "tiny"])
         return (code, *self.capture())
 
     def executed(self) -> list[str]:
@@ -71,7 +75,7 @@ def make_project(root: Path, patch: pytest.MonkeyPatch,
     (root / "notebooks" / "profiles" / "tiny.yml").write_text(
         f"extends: demo\ncells_name: {json.dumps(HOSTILE)}\ntitle: {json.dumps(HOSTILE)}\n")
     (root / "requirements.lock").write_text("a==1\n")
-    for module in (profile, freshness, execution, book, pages, report_tables):
+    for module in (profile, freshness, execution, pages, report_tables):
         patch.setattr(module, "ROOT", root)
     patch.setattr(profile, "PROFILES", root / "notebooks" / "profiles")
     patch.setattr(freshness, "NOTEBOOKS", root / "notebooks")
@@ -79,8 +83,8 @@ def make_project(root: Path, patch: pytest.MonkeyPatch,
     (root / "package" / "science.py").write_text("x = 1\n")
     patch.setattr(freshness, "PACKAGE", root / "package")
     patch.setattr(pages, "BOOK", root / "book")
-    # What a run would cost is told of the real notebooks (test_run_plan).
-    patch.setattr(book, "_announce", lambda run: 0.0)
+    # What a run would cost is told of the real notebooks (test_preflight).
+    patch.setattr(book, "announce", lambda run: 0.0)
     patch.setenv("SCFM_ROOT", str(root))
     patch.setenv("SCFM_GENE_SETS", "")
     patch.setenv("SCFM_CACHE", str(root / "cache"))
@@ -138,7 +142,7 @@ def test_a_failing_notebook_leaves_no_output_and_is_tried_again(project: Project
     ("from scfm_circuits import InputError\nraise InputError('No such column `x`.')", 1,
      "01_first failed: No such column `x`.\n", "Traceback"),
     ("import time\ntime.sleep(60)", 1, "a cell ran longer than 1 s", "Traceback"),
-    ("raise KeyboardInterrupt", 130, "Interrupted; finished chapters are kept", "Traceback"),
+    ("raise KeyboardInterrupt", 130, "Interrupted; what is finished is kept", "Traceback"),
     ("import os\nos._exit(1)", 1, "the kernel died", "Traceback"),
     ("import os\nos.write(2, b'kernel' b' noise')\n1 / 0", 1, "ZeroDivisionError", "kernel noise"),
     ("from IPython.display import Image, display\ndisplay(Image(b'\\x89PNG', format='png'))", 1,
@@ -368,7 +372,7 @@ def test_bars_and_messages_of_cells_reach_a_terminal_only(
         "    print(f'\\rstep {step}', end='', file=sys.stderr, flush=True)\n"))
     stderr = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr("sys.stderr", stderr)
-    assert book.main(["execute", "--profile", "tiny"]) == 0
+    assert main(["book", "execute", "--profile", "tiny"]) == 0
     told = stderr.getvalue()
     if terminal:
         assert f"{execution.CLEARED}Downloading\n" in told
@@ -384,7 +388,7 @@ def test_bars_and_messages_of_cells_reach_a_terminal_only(
 
 def test_a_folder_is_held_by_one_run(tmp_path: Path) -> None:
     def held() -> AbstractContextManager[None]:
-        return only_one(tmp_path, "building pages into")
+        return files.only_one(tmp_path, "building pages into")
 
     with held(), pytest.raises(InputError, match="Another run is building pages into"), held():
         raise AssertionError("held twice")
@@ -446,7 +450,7 @@ def test_two_runs_do_not_build_into_one_folder(
 ) -> None:
     monkeypatch.setattr(pages, "_run_jupyter_book", fake_builder)
     words = ["all", "--output", str(paged.root / "out")]
-    with only_one(paged.root / "out", "building pages into"):
+    with files.only_one(paged.root / "out", "building pages into"):
         code, _, told = paged.command(*words)
     assert code == 1 and "Another run is building pages into" in told
     assert paged.command(*words)[0] == 0
@@ -574,8 +578,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             "format: jb-book\nroot: intro\nchapters:\n- file: 01_first\n")
         project.notebook("01_first", (
             "# %%\nimport base64, os\nfrom IPython.display import Image\n"
-            "from scfm_circuits.profile import from_notebook\n"
-            "from scfm_circuits.report import Report\n"
+            "from scfm_circuits.common.profile import from_notebook\n"
+            "from scfm_circuits.report.report import Report\n"
             "report = Report(from_notebook({'profile': profile}), '01_first')\n"
             "report.value('t.loss', 0.25)\n"
             f"{CIRCUIT}"
@@ -592,7 +596,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             '\n# %% mystnb={"image": {"alt": "A dot."}, "figure": {"caption": "A dot."}}\n'
             f"Image(base64.b64decode('{PIXEL}'), format='png')\n"
         ), header='{exhibits: "Fig. 9", modules: [cells], produces: [claims.csv]}')
-        assert book.main(["all", "--profile", "tiny", "--output", str(folder / "_build")]) == 0
+        assert main(["book", "all", "--profile", "tiny", "--output", str(folder / "_build")]) == 0
         yield project
 
 
@@ -682,7 +686,7 @@ def test_an_unchanged_book_is_not_built_again(
         raise AssertionError("built again")
 
     monkeypatch.setattr(pages, "_run_jupyter_book", never)
-    assert book.main(["all", "--profile", "tiny", "--output",
+    assert main(["book", "all", "--profile", "tiny", "--output",
                       str(built.root / "book" / "_build")]) == 0
     assert "Everything is up to date" in capsys.readouterr().out
 
@@ -694,7 +698,7 @@ def test_a_failed_build_leaves_no_pages(
     page.write_text("# Intro\n\n{nosuchrole}`x`\n")
     output = built.root / "book" / "_build"
     for _ in range(2):
-        assert book.main(["build", "--profile", "tiny", "--output", str(output)]) == 1
+        assert main(["book", "build", "--profile", "tiny", "--output", str(output)]) == 1
         assert "intro.md:3: WARNING: Unknown interpreted text role" in capsys.readouterr().err
         assert not (output / "html").exists()
 

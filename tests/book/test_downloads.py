@@ -1,211 +1,29 @@
-"""Downloads from a host on this machine that behaves as badly as the real ones do."""
+"""What a profile needs from elsewhere: cells, models, and the command that fetches them."""
 
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import yaml
+from test_fetch import CONTENT, SHA, Answer, Host, serving
 
 from scfm_circuits import InputError
+from scfm_circuits.__main__ import main
 from scfm_circuits.book import downloads
-from scfm_circuits.book.downloads import Remote, fetch, fetch_cells, fetch_model, main
+from scfm_circuits.book.downloads import fetch_cells, fetch_model
 from scfm_circuits.common import manifest
 from scfm_circuits.common.profile import ROOT, cells_path, load_profile
-
-CONTENT = np.random.default_rng(0).bytes(300_000)
-SHA = hashlib.sha256(CONTENT).hexdigest()
-
-
-class Host(ThreadingHTTPServer):
-    """Serves `content` at any path. faults: for each request in turn what goes wrong, or "".
-
-    `cut:n`: the connection ends after n bytes of the body; a number: that status; `whole`: a range
-    is answered with the whole file; `shifted`: with another part; `old`: the ETag is left as it is.
-    """
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.content, self.etag = CONTENT, '"one"'
-        self.faults: list[str] = []
-        self.seen: list[str | None] = []
-        self.files: dict[str, bytes] = {}
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def handle_error(self, *_: Any) -> None:
-        """A client that leaves is no news."""
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Host
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing."""
-
-    def do_GET(self) -> None:
-        host = self.server
-        host.seen.append(self.headers.get("Range"))
-        fault = host.faults.pop(0) if host.faults else ""
-        if fault.isdigit():
-            self.send_response(int(fault))
-            self.send_header("Retry-After", "0")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        asked = self.headers.get("Range")
-        ranged = asked and self.headers.get("If-Range") == host.etag and fault != "whole"
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and ranged else 0
-        start += 7 if fault == "shifted" else 0
-        body = host.content[start:]
-        self.send_response(206 if ranged else 200)
-        if host.etag:
-            self.send_header("ETag", host.etag)
-        if ranged:
-            self.send_header("Content-Range",
-                             f"bytes {start}-{len(host.content) - 1}/{len(host.content)}")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if fault.startswith("cut:"):
-            self.wfile.write(body[: int(fault[4:])])
-            self.wfile.flush()
-            self.close_connection = True
-            return
-        self.wfile.write(body)
 
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
-    waits: list[float] = []
-    monkeypatch.setattr(downloads.time, "sleep", waits.append)
-    server = Host()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def remote(host: Host, **other: Any) -> Remote:
-    return Remote(**{"url": f"{host.url}/cells.h5ad", "bytes": len(CONTENT), "sha256": SHA,
-                     "instead": "Or name a file.", **other})
-
-
-def got(host: Host, folder: Path, **other: Any) -> bytes:
-    return fetch(remote(host, **other), folder / "cells.h5ad", progress=False).read_bytes()
-
-
-def leftovers(folder: Path) -> list[str]:
-    return sorted(one.name for one in folder.iterdir() if not one.name.startswith("."))
-
-
-def test_a_file_is_fetched_once_and_hashed_once(host, tmp_path, monkeypatch):
-    assert got(host, tmp_path) == CONTENT and leftovers(tmp_path) == ["cells.h5ad"]
-    monkeypatch.setattr(downloads, "sha256_of_file", None)
-    assert got(host, tmp_path) == CONTENT and len(host.seen) == 1
-
-
-@pytest.mark.parametrize("faults", [
-    ["cut:1000"], ["cut:0", "cut:200000", "503"], ["429", "500", "cut:299999"],
-    ["cut:100000", "whole"], ["cut:100000", "shifted"], ["cut:100000", "416"]])
-def test_whatever_goes_wrong_on_the_way_the_file_is_right(host, tmp_path, faults):
-    host.faults = list(faults)
-    assert got(host, tmp_path) == CONTENT and leftovers(tmp_path) == ["cells.h5ad"]
-    assert len(host.seen) >= len(faults) and host.faults == []
-
-
-def test_a_cut_connection_is_taken_up_where_it_broke(host, tmp_path):
-    host.faults = ["cut:100000"]
-    got(host, tmp_path)
-    start = int(host.seen[1].removeprefix("bytes=").rstrip("-"))
-    assert 100_000 - 2**16 < start <= 100_000
-
-
-def test_an_earlier_run_is_taken_up_unless_the_file_has_changed(host, tmp_path):
-    for etag in ('"one"', '"two"'):
-        host.etag, host.faults, host.seen = '"one"', ["cut:100000", *["cut:0"] * 9], []
-        with pytest.raises(InputError, match=r"cannot be fetched.*run the same command.*Or name"):
-            got(host, tmp_path)
-        assert leftovers(tmp_path) == ["cells.h5ad.part", "cells.h5ad.part.json"]
-        host.etag, host.faults, host.seen = etag, [], []
-        kept = (tmp_path / "cells.h5ad.part").stat().st_size
-        assert got(host, tmp_path) == CONTENT and host.seen == [f"bytes={kept}-"] and kept
-        (tmp_path / "cells.h5ad").unlink()
-
-
-@pytest.mark.parametrize("etag", ["", 'W/"weak"'])
-def test_without_a_version_it_begins_anew(host, tmp_path, etag):
-    host.etag, host.faults = etag, ["cut:100000"]
-    assert got(host, tmp_path) == CONTENT and host.seen == [None, None]
-
-
-@pytest.mark.parametrize("change, said", [
-    (lambda content: bytes([content[0] ^ 1]) + content[1:], "another checksum"),
-    (lambda content: content + b"more", "bytes instead of 300,000"),
-    (lambda content: content[:-5], "299,995 bytes instead of 300,000")])
-def test_a_wrong_file_is_set_aside(host, tmp_path, change, said):
-    host.content = change(CONTENT)
-    with pytest.raises(InputError, match=rf"(?s){said}.*cells.h5ad.wrong.*Or name a file"):
-        got(host, tmp_path)
-    assert "cells.h5ad" not in leftovers(tmp_path) and "cells.h5ad.wrong" in leftovers(tmp_path)
-    host.content = CONTENT
-    assert got(host, tmp_path) == CONTENT
-
-
-def test_a_file_that_was_put_there_is_checked_too(host, tmp_path):
-    path = tmp_path / "cells.h5ad"
-    path.write_bytes(CONTENT)
-    assert got(host, tmp_path) == CONTENT and host.seen == []
-    path.write_bytes(CONTENT[:-1] + b"?")
-    os.utime(path, ns=(1, 1))
-    with pytest.raises(InputError, match="another checksum"):
-        got(host, tmp_path)
-    assert not path.exists()
-
-
-def test_no_room_is_said_before_anything_is_fetched(host, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)._replace(free=downloads.MARGIN + 299_999)
-    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(InputError, match=r"GB free.*SCFM_DATA"):
-        got(host, tmp_path)
-    assert host.seen == []
-    # What is there already needs no room.
-    (tmp_path / "cells.h5ad.part").write_bytes(b"x")
-    assert got(host, tmp_path) == CONTENT
-
-
-def test_no_network_and_no_such_file(host, tmp_path):
-    host.faults = ["404"]
-    with pytest.raises(InputError, match=r"the server answers 404. Or name a file"):
-        got(host, tmp_path)
-    assert len(host.seen) == 1
-    host.shutdown()
-    host.server_close()
-    with pytest.raises(InputError, match=r"cannot be fetched .*network is back. Or name a file"):
-        got(host, tmp_path)
-
-
-def test_two_processes_do_not_write_one_file(host, tmp_path):
-    from scfm_circuits.common.files import only_one
-
-    with only_one(tmp_path, "downloading into"), pytest.raises(InputError, match="Another run"):
-        got(host, tmp_path)
-
-
-# --- a profile's cells ---------------------------------------------------------------------------
+    yield from serving(monkeypatch)
 
 
 def test_the_papers_cells_are_those_of_the_manifest(monkeypatch, tmp_path):
@@ -223,7 +41,7 @@ def test_the_command_fetches_and_says_what(host, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SCFM_DATA", str(tmp_path / "data"))
     entry = {"file": "a.h5ad", "url": f"{host.url}/a", "bytes": len(CONTENT), "sha256": SHA}
     monkeypatch.setattr(manifest, "entry", lambda kind, *_: entry if kind == "cells" else None)
-    given = ["--profile", "smoke", "-p", "cells=heart_cell_atlas_v2"]
+    given = ["data", "--profile", "smoke", "-p", "cells=heart_cell_atlas_v2"]
     assert main(given) == 0
     assert f"Cells: {tmp_path / 'data' / 'a.h5ad'}" in capsys.readouterr().out
     host.content = b"wrong"
@@ -317,9 +135,9 @@ def hub(tmp_path: Path) -> Iterator[Host]:
 def in_process(hub: Host, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
     """Fetch and load in a process of its own: huggingface_hub reads its settings at import."""
     code = ("from scfm_circuits.book.downloads import fetch_model\n"
-            "from scfm_circuits.language_model import load_model\n"
-            "from scfm_circuits.sentences import load_tokenizer\n"
-            "from scfm_circuits.profile import load_profile\n"
+            "from scfm_circuits.models.loading import load_model\n"
+            "from scfm_circuits.cells.tokens import load_tokenizer\n"
+            "from scfm_circuits.common.profile import load_profile\n"
             "from scfm_circuits import InputError\n"
             f"run = load_profile('smoke', dict(model='some/model', tokenizer='some/model',"
             f" model_revision='{COMMIT}', model_layers=None))\n"

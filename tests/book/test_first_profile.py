@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scfm_circuits import InputError
+from scfm_circuits.__main__ import main
 from scfm_circuits.book.first_profile import (
     Choice,
     choose_case,
     choose_labels,
-    main,
     profile_text,
     write_profile,
 )
@@ -296,7 +296,7 @@ def test_what_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str
     some_data().write_h5ad(tmp_path / "cells.h5ad")
     out = tmp_path / "mine.yml"
     out.write_text("mine")
-    given = [str(tmp_path / "cells.h5ad"), "--out", str(out)]
+    given = ["profile", str(tmp_path / "cells.h5ad"), "--out", str(out)]
     assert main(given) == 1 and out.read_text() == "mine"
     assert "OVERWRITE=1" in capsys.readouterr().err
     assert main([*given, "--overwrite"]) == 0

@@ -88,10 +88,10 @@ def test_a_file_makes_a_book(tmp_path: Path, write: Callable[[Path], None],
     settings = {**os.environ, "SCFM_RESULTS": str(tmp_path / "results"), "SCFM_GENE_SETS": "",
                 "SCFM_CACHE": str(tmp_path / "cache"), "SCFM_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     profile = str(tmp_path / "mine.yml")
-    for words in (["first_profile", str(tmp_path / "cells.h5ad"), "--out", profile,
+    for words in (["profile", str(tmp_path / "cells.h5ad"), "--out", profile,
                    "--extends", str(tmp_path / "small.yml")],
-                  ["cli", "all", "--profile", profile, "--output", str(tmp_path / "built")]):
-        done = subprocess.run([sys.executable, "-m", f"scfm_circuits.book.{words[0]}", *words[1:]],
+                  ["book", "--profile", profile, "--output", str(tmp_path / "built")]):
+        done = subprocess.run([sys.executable, "-m", "scfm_circuits", *words],
                               cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     written = load_profile(profile)

@@ -22,7 +22,7 @@ def test_every_chapter_executes_and_every_table_has_its_shape(tmp_path: Path) ->
     with open(profile, "a") as file:
         file.write("model_precision: bfloat16\n")
     done = subprocess.run(
-        [sys.executable, "-m", "scfm_circuits.book.cli", "execute", "--profile", str(profile)],
+        [sys.executable, "-m", "scfm_circuits", "book", "execute", "--profile", str(profile)],
         cwd=ROOT, capture_output=True, text=True, check=False,
         env={**os.environ, "SCFM_RESULTS": str(results), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

@@ -251,7 +251,7 @@ def test_memory_is_stated_and_refused_beforehand(frozen, monkeypatch):
     graph = attribution_graph(frozen, targets, **WHOLE, memory_limit=large)
     stored = graph.matrix.data.nbytes + graph.matrix.indices.nbytes
     assert stored < large
-    monkeypatch.setattr("scfm_circuits.circuit_graph.direct_effects", None)
+    monkeypatch.setattr("scfm_circuits.circuits.graph.direct_effects", None)
     with pytest.raises(InputError, match="lower `max_features`"):
         attribution_graph(frozen, targets, **WHOLE, memory_limit=large - 1)
 

@@ -9,6 +9,7 @@ import requests
 import yaml
 
 from scfm_circuits import InputError
+from scfm_circuits.common import fetch
 from scfm_circuits.enrichment import gene_sets
 from scfm_circuits.enrichment.gene_sets import gene_sets_from_dict, load_library, read_gmt
 
@@ -23,7 +24,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SCFM_OFFLINE", raising=False)
     monkeypatch.setenv("SCFM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(gene_sets, "_failed_downloads", {})
-    monkeypatch.setattr(gene_sets.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(fetch.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(requests, "get", _forbidden)
 
 
@@ -46,6 +47,7 @@ class Server:
         response = requests.Response()
         response.status_code = answer if isinstance(answer, int) else 200
         response._content = answer if isinstance(answer, bytes) else b""
+        response._content_consumed = True  # type: ignore[attr-defined]
         return response
 
 
@@ -168,8 +170,8 @@ def test_download_is_cached_and_not_repeated(
     server = Server(503, GMT)
     monkeypatch.setattr(requests, "get", server)
     assert load_library("Mine").source == "download"
-    assert len(server.calls) == 2 and server.calls[0]["timeout"] == (10, 60)
-    assert server.calls[0]["params"]["libraryName"] == "Mine"
+    assert len(server.calls) == 2 and server.calls[0]["timeout"] == fetch.TIMEOUTS
+    assert server.calls[0]["url"] == f"{gene_sets.ENRICHR_URL}?mode=text&libraryName=Mine"
     assert "Downloading Mine" in capsys.readouterr().err
     monkeypatch.setattr(requests, "get", _forbidden)
     assert load_library("Mine").source == "file"
@@ -194,7 +196,7 @@ def test_no_connection_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(server.calls) == gene_sets.DOWNLOAD_TRIES
     for library in libraries:
         assert library.source == "bundled" and library.name == gene_sets.BUNDLED_LIBRARY
-        assert library.warning is not None and "no connection to the Enrichr server" in (
+        assert library.warning is not None and "cannot be fetched (unreachable)" in (
             library.warning
         )
 
@@ -205,7 +207,8 @@ def test_unknown_library_is_asked_for_once_and_others_still_work(
     server = Server(404, GMT)
     monkeypatch.setattr(requests, "get", server)
     warning = load_library("No_Such_Library").warning
-    assert warning is not None and "status 404" in warning and "No_Such_Library" in warning
+    assert warning is not None
+    assert "the server answers 404" in warning and "No_Such_Library" in warning
     assert load_library("Mine").source == "download"
     load_library("No_Such_Library")
     assert len(server.calls) == 2

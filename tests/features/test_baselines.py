@@ -225,7 +225,7 @@ def test_a_change_of_its_own_source_makes_the_control_stale_and_nothing_else(
 
     def changed(self: Profile, fields: Any, modules: Any = ()) -> dict[str, Any]:
         found = fingerprint(self, fields, modules)
-        found["sources"] = {key: "other" if key == "baselines" else value
+        found["sources"] = {key: "other" if key == "features/baselines" else value
                             for key, value in found["sources"].items()}
         return found
 

@@ -208,7 +208,7 @@ def test_rankings_are_in_order_of_score_then_own_activations_then_gene(statistic
 def test_rankings_do_not_depend_on_how_many_are_made_at_a_time(statistics, corpus, monkeypatch):
     features = np.arange(12)
     whole = ranked_genes(statistics, 0, features, len(corpus.symbols), "token")
-    monkeypatch.setattr(features_module, "_FEATURES", 5)
+    monkeypatch.setattr("scfm_circuits.features.gene_lists._FEATURES", 5)
     parts = ranked_genes(statistics, 0, features, len(corpus.symbols), "token")
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_array_equal(one, other)

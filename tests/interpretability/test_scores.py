@@ -147,7 +147,7 @@ def test_held_out_counts_are_kept(tmp_path, monkeypatch):
     model = model_for(corpus).float()
     transcoders = tiny_transcoders(model)
     first = get_held_out_counts(model, transcoders, corpus, run)
-    monkeypatch.setattr("scfm_circuits.held_out_counts.count_activations", None)
+    monkeypatch.setattr("scfm_circuits.interpretability.mentions.count_activations", None)
     again = get_held_out_counts(model, transcoders, corpus, run)
     assert all((one != other).nnz == 0 for one, other in zip(first, again, strict=True))
     corpus.gene[corpus.mask & (corpus.gene == 1)] = 0

@@ -18,7 +18,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from scfm_circuits import InputError
 from scfm_circuits.common.profile import Profile
-from scfm_circuits.models import mlp_sites as language_model_module
 from scfm_circuits.models.answers import answer_prompt, predict_answers
 from scfm_circuits.models.loading import check_vocabulary, get_model, load_model
 from scfm_circuits.models.mlp_sites import (
@@ -414,7 +413,7 @@ def test_the_small_model_is_trained_once_and_kept(monkeypatch, tmp_path):
         trained.append(1)
         return train(*args, **options, progress=False)
 
-    monkeypatch.setattr(language_model_module, "train_small_model", counted)
+    monkeypatch.setattr("scfm_circuits.models.loading.train_small_model", counted)
     first, curve = get_model(profile, corpus)
     again, same_curve = get_model(profile, corpus)
     assert len(trained) == 1 and curve == same_curve

@@ -1,193 +1,78 @@
-"""Fetching what a profile uses from elsewhere: `make data`.
+"""What a profile uses from elsewhere: what of it is missing, and fetching it (`make data`).
 
-Cells are fetched with requests, because a partial file of 9 GB must be taken up again (pooch, else
-the obvious choice, begins anew); models and tokenizers by huggingface_hub, which does so itself.
-A file is downloaded as `<name>.part`, checked against the manifest, and only then gets its name;
-one that is not what it should be is set aside as `<name>.wrong`.
-
-    python -m scfm_circuits.book.downloads --profile paper
+Cells and gene sets come through `fetch`; models and tokenizers through huggingface_hub, which takes
+up what was cut and checks it by itself.
 """
 
-import argparse
 import contextlib
-import shutil
-import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from tqdm.auto import tqdm
+from typing import NamedTuple
 
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
-from scfm_circuits.common.files import read_json, sha256_of_file, write_json
-from scfm_circuits.common.profile import ROOT, Profile, cells_path, load_profile
+from scfm_circuits.common.fetch import Remote, fetch, missing_bytes
+from scfm_circuits.common.files import first_line
+from scfm_circuits.common.profile import ROOT, Profile, cells_path
+from scfm_circuits.enrichment.gene_sets import (
+    cache_folder,
+    downloads_are_off,
+    load_library,
+    local_copy,
+)
 
-if TYPE_CHECKING:
-    import requests
-
-MARGIN = 256 * 2**20
-"""Bytes that must be left free on the disk."""
-TIMEOUTS = 15.0, 60.0
-"""Seconds to wait for a connection, and for the next bytes."""
-ATTEMPTS = 6
-"""Tries in a row that bring nothing."""
-# What is lost of a cut connection is less than this.
-_CHUNK = 1 << 16
 MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "tokenizer.model"]
 
 
-class Remote(NamedTuple):
-    """A file elsewhere, and what it must be. instead: what to do if it cannot be had."""
+class Download(NamedTuple):
+    """Something to fetch: bytes, into which folder; `exact` if the size is known."""
 
-    url: str
+    what: str
     bytes: int
-    sha256: str
-    instead: str = ""
+    folder: Path
+    exact: bool = True
 
 
-class _TryAgain(Exception):
-    """A fault that may pass; wait: seconds that the server asks for."""
+def missing(profile: Profile, parameters: int) -> list[Download]:
+    """What is not here yet. A model's size is that of its weights in float32, the most there is.
 
-    def __init__(self, reason: object, wait: float = 0.0) -> None:
-        super().__init__(str(reason))
-        self.wait = wait
-
-
-def fetch(remote: Remote, path: Path, *, progress: bool = True) -> Path:
-    """The file at `path`, downloaded unless it is there, and checked.
-
-    A file that is there is hashed once; its size and time are remembered beside it.
-
-    Raises:
-        InputError: no network, no such file there, no room on the disk, another process at it, or
-            content that is not what the manifest says (then it is set aside).
+    parameters: the model's number of weights. InputError if a folder named for gene sets is not.
     """
-    from scfm_circuits.common.files import only_one
+    from huggingface_hub import constants
 
-    with only_one(path.parent, "downloading into"):
-        if path.is_file():
-            _verify(path, path, remote, progress)
-            return path
-        part = path.with_name(path.name + ".part")
-        _check_disk(remote, path)
-        _download(remote, part, progress)
-        _verify(part, path, remote, progress)
-    return path
-
-
-def missing_bytes(whole: int, path: Path) -> int:
-    """How many of a file's bytes have not been downloaded to `path` yet."""
-    part = path.with_name(path.name + ".part")
-    there = next((one.stat().st_size for one in (path, part) if one.is_file()), 0)
-    return max(0, whole - there)
+    found = []
+    listed, path = manifest.entry("cells", profile.cells), cells_path(profile, ROOT)
+    if listed is not None and path is not None:
+        left = missing_bytes(int(listed["bytes"]), path)
+        found += [Download(path.name, left, path.parent)] if left else []
+    for name in dict.fromkeys((profile.model, profile.tokenizer)):
+        if name != "train" and not _is_here(name, profile.model_revision, name == profile.model):
+            size = 4 * parameters if name == profile.model else 3 * 2**20
+            found.append(Download(name, size, Path(constants.HF_HUB_CACHE), exact=False))
+    for name in () if downloads_are_off() else missing_libraries(profile):
+        library = manifest.entry("gene_sets", name)
+        size = int(library["bytes"]) if library else 2**20
+        found.append(Download(name, size, cache_folder(), exact=library is not None))
+    return found
 
 
-def _check_disk(remote: Remote, path: Path) -> None:
-    needed = missing_bytes(remote.bytes, path) + MARGIN
-    free = shutil.disk_usage(path.parent).free
-    if free < needed:
-        raise InputError(f"{path.parent} has {free / 1e9:.1f} GB free, but {remote.url} needs "
-                         f"{needed / 1e9:.1f} GB more; make room, or name another folder in the "
-                         "environment variable SCFM_DATA.")
+def missing_libraries(profile: Profile) -> list[str]:
+    """Gene-set libraries that are not here; InputError if a folder named for them is not."""
+    return [name for name in dict.fromkeys((*profile.libraries, profile.case_library))
+            if local_copy(name, profile.gene_sets) is None]
 
 
-def _verify(found: Path, path: Path, remote: Remote, progress: bool) -> None:
-    """Give the found file its name if it is what it should be; set it aside if not."""
-    about = path.with_name(f".{path.name}.verified.json")
-    state = found.stat()
-    seen = {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns, "sha256": remote.sha256}
-    if found == path and read_json(about) == seen:
-        return
-    if progress and state.st_size > 1e9:
-        print(f"Checking {path.name} ...", flush=True)
-    problem = ""
-    if state.st_size != remote.bytes:
-        problem = f"{state.st_size:,} bytes instead of {remote.bytes:,}"
-    elif sha256_of_file(found) != remote.sha256:
-        problem = "another checksum (sha256) than data/manifest.yml says"
-    if problem:
-        wrong = path.with_name(path.name + ".wrong")
-        found.replace(wrong)
-        raise InputError(f"{path.name} has {problem}; it was set aside as {wrong} and is not used. "
-                         f"Fetch it again. {remote.instead}".strip())
-    found.replace(path)
-    write_json(about, seen)
-    _aside(path.with_name(path.name + ".part")).unlink(missing_ok=True)
+def _is_here(name: str, revision: str | None, weights: bool) -> bool:
+    """Whether a model (with its weights) or a tokenizer is a folder, or in Hugging Face's cache."""
+    if Path(name).expanduser().exists():
+        return True
+    from huggingface_hub import snapshot_download
 
-
-def _aside(part: Path) -> Path:
-    return part.with_name(part.name + ".json")
-
-
-def _download(remote: Remote, part: Path, progress: bool) -> None:
-    """Bytes into `part` until all are there; goes on where it, or an earlier run, has stopped."""
-    import requests
-
-    failures = 0
-    size = part.stat().st_size if part.is_file() else 0
-    with requests.Session() as session, tqdm(
-            total=remote.bytes, initial=size, unit="B", unit_scale=True, desc=part.stem,
-            disable=not progress) as bar:
-        while size < remote.bytes:
-            try:
-                _attempt(session, remote, part, size, bar)
-                return  # whole, though perhaps of another size, which is said when it is checked
-            except _TryAgain as error:
-                fault = error
-            except requests.RequestException as error:
-                fault = _TryAgain(error)
-            now = part.stat().st_size if part.is_file() else 0
-            failures = 0 if now > size else failures + 1
-            size = now
-            if failures >= ATTEMPTS:
-                reason = " ".join(str(fault).split())[:200]
-                raise InputError(f"{remote.url} cannot be fetched ({reason}); what is there so far "
-                                 f"is kept, so run the same command again when the network is "
-                                 f"back. {remote.instead}".strip())
-            time.sleep(min(60.0, max(fault.wait, 0.5 * 2**failures)))
-
-
-def _attempt(session: "requests.Session", remote: Remote, part: Path, size: int, bar: Any) -> None:
-    """One request, and its body into the file."""
-    headers = {"Accept-Encoding": "identity"}
-    version = read_json(_aside(part)).get("version")
-    if size and version:
-        # Only the rest of this very version; of another one, all of it.
-        headers |= {"Range": f"bytes={size}-", "If-Range": str(version)}
-    with session.get(remote.url, headers=headers, timeout=TIMEOUTS, stream=True) as answer:
-        status = answer.status_code
-        if status == 429 or status >= 500:
-            wait = answer.headers.get("Retry-After", "")
-            raise _TryAgain(f"the server answers {status}", float(wait) if wait.isdigit() else 0.0)
-        if status == 416:  # there is no such rest: what is here is of another file
-            part.unlink(missing_ok=True)
-            raise _TryAgain("the server has no such part")
-        if status not in (200, 206):
-            raise InputError(f"{remote.url} cannot be fetched: the server answers {status}. "
-                             f"{remote.instead}".strip())
-        # A weak ETag says "much the same", which does not do for half a file.
-        now = next((value for value in (answer.headers.get("ETag"),
-                                        answer.headers.get("Last-Modified"))
-                    if value and not value.startswith("W/")), None)
-        rest = status == 206 and now == version and answer.headers.get(
-            "Content-Range", "").startswith(f"bytes {size}-")
-        if status == 206 and not rest:
-            part.unlink(missing_ok=True)
-            raise _TryAgain("the server gives another part than it was asked for")
-        bar.n = size if rest else 0
-        bar.refresh()
-        write_json(_aside(part), {"version": now})
-        with open(part, "ab" if rest else "wb") as file:
-            for chunk in answer.iter_content(_CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
-                if file.tell() > remote.bytes:
-                    return
-
-
-# --- a profile's needs ---------------------------------------------------------------------------
+    try:
+        folder = snapshot_download(name, revision=revision, local_files_only=True,
+                                   allow_patterns=MODEL_FILES)
+    except Exception:  # huggingface_hub raises many kinds
+        return False
+    return any(Path(folder).glob("*.safetensors" if weights else "tokenizer*"))
 
 
 def fetch_cells(profile: Profile) -> Path | None:
@@ -221,8 +106,8 @@ def fetch_model(profile: Profile) -> list[Path]:
             folder = Path(snapshot_download(name, revision=profile.model_revision,
                                             allow_patterns=MODEL_FILES))
         except Exception as error:  # huggingface_hub raises many kinds
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise InputError(f"{name!r} cannot be fetched from Hugging Face ({reason}); check the "
+            raise InputError(f"{name!r} cannot be fetched from Hugging Face ({first_line(error)}); "
+                             "check the "
                              "name and `model_revision` in the profile and the network, or name a "
                              "folder that holds it.") from None
         if name == profile.model and not any(folder.glob("*.safetensors")):
@@ -234,32 +119,15 @@ def fetch_model(profile: Profile) -> list[Path]:
 
 def fetch_gene_sets(profile: Profile) -> list[str]:
     """The profile's libraries as `gene_sets` finds or fetches them; returns its warnings."""
-    from scfm_circuits.enrichment.gene_sets import load_library
-
     return [one.warning for name in profile.libraries
             if (one := load_library(name, profile.gene_sets)).warning]
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    """Fetch a profile's cells, model and gene sets; 0 on success, 1 on an explained error."""
-    from scfm_circuits.common.profile import add_profile_arguments, parse_overrides
-
-    parser = argparse.ArgumentParser(prog="scfm_circuits.book.downloads", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_profile_arguments(parser)
-    arguments = parser.parse_args(given)
-    try:
-        profile = load_profile(arguments.profile, parse_overrides(arguments.parameters))
-        cells = fetch_cells(profile)
-        folders = fetch_model(profile)
-        warnings = fetch_gene_sets(profile)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted; what is there so far is kept, run the same command again to go on.",
-              file=sys.stderr)
-        return 130
+def fetch_data(profile: Profile) -> None:
+    """Fetch a profile's cells, model and gene sets, and say where they are."""
+    cells = fetch_cells(profile)
+    folders = fetch_model(profile)
+    warnings = fetch_gene_sets(profile)
     for what, where in (("Cells", [cells] if cells else []), ("Model and tokenizer", folders)):
         for one in where:
             with contextlib.suppress(ValueError):
@@ -268,8 +136,3 @@ def main(given: Sequence[str] | None = None) -> int:
     print(f"Gene sets: {', '.join(profile.libraries)}.")
     for warning in warnings:
         print(warning)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

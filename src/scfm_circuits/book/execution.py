@@ -35,7 +35,7 @@ from scfm_circuits.report.live_curves import UNWATCHED
 CELL_SECONDS = 3600
 """A cell that runs longer than this fails; $SCFM_CELL_SECONDS or `--cell-seconds` change it."""
 TIMES_EXPECTED = 5
-"""A chapter that is expected to take long may take this many times as long."""
+"""A run that is expected to take long: a cell of it may take this many times as long."""
 
 CLEARED = "\r\x1b[K"
 """Back to the start of the terminal's line, and nothing on it."""
@@ -49,7 +49,7 @@ def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0)
     """Execute the stale notebooks, once the cells and the model are there; returns their names.
 
     cell_seconds: how long a cell may take; by default what the environment says, or an hour, or
-    several times `expected`, the seconds that the longest chapter is expected to take.
+    several times `expected`, the seconds that the whole run is expected to take.
     Raises ExecutionFailed at the first that fails: earlier ones are kept, its partial output is
     moved to `results/<profile>/failed/`, and the next call tries it again.
     """

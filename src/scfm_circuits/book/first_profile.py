@@ -1,6 +1,4 @@
-"""A first profile for somebody's own `.h5ad`, from a look into the file.
-
-    python -m scfm_circuits.book.first_profile cells.h5ad --out mine.yml
+"""A first profile for somebody's own `.h5ad`, from a look into the file (`make profile`).
 
 Only `obs`, `var` and samples of the values are read, so a file of any size takes seconds; one of an
 anndata before 0.7 is read whole. Each choice is written with what was seen and what else could be
@@ -8,12 +6,10 @@ chosen. Column names and labels come from the file: fields are quoted, and comme
 Python literals, so none can end a line.
 """
 
-import argparse
 import math
 import os
 import re
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -308,34 +304,12 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise InputError(f"{out} is there already; give another OUT, or OVERWRITE=1 to replace it.")
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    """Write a profile; 0 on success, 1 on an error that was explained.
-
-    What is not given is taken from $H5AD, $OUT and $OVERWRITE.
-    """
-    parser = argparse.ArgumentParser(prog="python -m scfm_circuits.book.first_profile",
-                                     description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("h5ad", nargs="?", default=os.environ.get("H5AD", ""))
-    parser.add_argument("--out", default=os.environ.get("OUT") or "mine.yml")
-    parser.add_argument("--extends", default="demo", help="the profile it is based on")
-    parser.add_argument("--overwrite", action="store_true",
-                        default=os.environ.get("OVERWRITE", "") not in ("", "0"))
-    arguments = parser.parse_args(given)
-    try:
-        if not arguments.h5ad:
-            raise InputError("Give the cells: make profile H5AD=path/to/cells.h5ad.")
-        written = write_profile(Path(arguments.h5ad), Path(arguments.out), arguments.extends,
-                                arguments.overwrite)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 1
+def first_profile(h5ad: str, out: str, base: str = "demo", overwrite: bool = False) -> None:
+    """`write_profile`, and say what was chosen."""
+    if not h5ad:
+        raise InputError("Give the cells: make profile H5AD=path/to/cells.h5ad.")
+    written = write_profile(Path(h5ad), Path(out), base, overwrite)
     for field in ("matrix", "symbol_column", "duplicate_symbols", "label_column", "case_type",
                   "max_cells"):
         print(f"  {field}: {getattr(written, field)!r}")
-    print(f"Wrote {arguments.out}; look at it, then: make book PROFILE={arguments.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    print(f"Wrote {out}; look at it, then: make book PROFILE={out}")

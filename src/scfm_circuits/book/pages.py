@@ -28,7 +28,8 @@ import yaml
 from scfm_circuits import InputError
 from scfm_circuits.book.chapters import Run, plan
 from scfm_circuits.book.execution import ExecutionFailed
-from scfm_circuits.common.files import only_one, sha256_of_file, write_atomic, write_json
+from scfm_circuits.book.gate import without_colours
+from scfm_circuits.common.files import only_one, read_json, sha256_of_file, write_atomic, write_json
 from scfm_circuits.common.profile import ROOT
 from scfm_circuits.report.boxes.feature_files import FOLDER, index_box
 from scfm_circuits.report.boxes.rating import rating_box
@@ -78,7 +79,7 @@ def set_aside_unless_fresh(run: Run, output: Path) -> None:
 
 def _shows(output: Path, content: str) -> bool:
     return ((output / "html" / "index.html").is_file()
-            and _read(output / STAMP).get("content") == content)
+            and read_json(output / STAMP).get("content") == content)
 
 
 def _set_aside(output: Path) -> None:
@@ -113,14 +114,6 @@ def fingerprint(run: Run) -> str:
     for path in files:
         digest.update(f"{path.name}\0{sha256_of_file(path)}\n".encode())
     return digest.hexdigest()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _downloads(run: Run) -> Iterator[Path]:
@@ -171,20 +164,20 @@ def stage(run: Run, source: Path) -> None:
     # What the local Sphinx extensions show on the pages.
     records = {notebook.name: _record(run, notebook.name) for notebook in run.notebooks}
     write_json(source / "companion.json", {
-        "run": _read(run.profile.results / "provenance.json"),
+        "run": read_json(run.profile.results / "provenance.json"),
         "chapters": records,
         "small": run.profile.model == "train",
     })
 
 
 def _record(run: Run, name: str) -> dict[str, Any]:
-    record: dict[str, Any] = _read(run.output(name))["metadata"]["scfm"]
+    record: dict[str, Any] = read_json(run.output(name))["metadata"]["scfm"]
     return record
 
 
 def _stage_notebook(executed: Path, source: Path) -> None:
     """Copy a notebook without the cells that only carry papermill's parameters."""
-    node = _read(executed)
+    node = read_json(executed)
     for cell in node["cells"]:
         tags = cell["metadata"].setdefault("tags", [])
         if {"parameters", "injected-parameters"} & set(tags):
@@ -295,7 +288,7 @@ def _run_jupyter_book(source: Path, work: Path) -> Path:
         log.unlink(missing_ok=True)
         return built
     write_atomic(log, answer.stdout + answer.stderr)
-    text = re.sub(r"\x1b\[[0-9;]*m", "", answer.stderr + answer.stdout)
+    text = without_colours(answer.stderr + answer.stdout)
     told = [line.replace(f"{source}/", "") for line in text.splitlines()
             if "WARNING" in line or "ERROR" in line] or text.splitlines()[-15:]
     raise ExecutionFailed("The book was not built; the whole log is in "

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Files: written so that a reader never sees half of one, hashed, and held by one process."""
 
 import contextlib
 import fcntl
@@ -88,7 +88,6 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-
 @contextlib.contextmanager
 def only_one(folder: Path, doing: str) -> Iterator[None]:
     """Hold the folder for this process; InputError if another one holds it.
@@ -104,6 +103,17 @@ def only_one(folder: Path, doing: str) -> Iterator[None]:
                 f"Another run is {doing} {folder}; wait for it to end."
             ) from None
         yield
+
+
+def digest(content: str | bytes) -> str:
+    """A short hash (16 hexadecimal digits of SHA-256), to tell whether something is the same."""
+    data = content.encode() if isinstance(content, str) else content
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or else its kind; at most 200 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 

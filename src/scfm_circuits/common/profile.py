@@ -5,7 +5,6 @@ A profile is a YAML file in `notebooks/profiles/` (or anywhere, by path). It may
 field to override; `from_notebook` turns both into a `Profile`.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -128,7 +127,7 @@ class Profile(BaseModel):
     """Whether a linear map from input to output is trained beside the features."""
     site: Literal["transcoder", "sae"] = "transcoder"
     """`transcoder` reads the MLP's input; `sae`, a sparse autoencoder, the output it estimates: it
-    can be trained (`transcoders.training.run`) and compared, but no circuit traced."""
+    can be trained (`python -m scfm_circuits train`) and compared, but no circuit traced."""
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     """Adam's learning rate after warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 5000
@@ -330,6 +329,20 @@ _Loader.add_implicit_resolver(
 )
 
 
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """`key=value` pairs, the values read as in a profile file."""
+    overrides = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"The parameter {pair!r} must have the form key=value.")
+        try:
+            overrides[key.strip()] = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError:
+            raise InputError(f"The value in {pair!r} cannot be read as YAML.") from None
+    return overrides
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
@@ -458,26 +471,3 @@ def from_notebook(namespace: Mapping[str, Any]) -> Profile:
     loaded = load_profile(namespace["profile"], given)
     _strict = False
     return loaded
-
-
-
-def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """`key=value` pairs, the values read as in a profile file."""
-    overrides = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key.strip():
-            raise InputError(f"The parameter {pair!r} must have the form key=value.")
-        try:
-            overrides[key.strip()] = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
-            raise InputError(f"The value in {pair!r} cannot be read as YAML.") from None
-    return overrides
-
-
-
-def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--profile` and `-p`, as every program of the package takes them."""
-    parser.add_argument("--profile", default="demo", help="name or .yml file (default: demo)")
-    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="KEY=VALUE",
-                        help="override a field of the profile; may be repeated")

@@ -13,18 +13,20 @@ import hashlib
 import os
 import re
 import sys
-import time
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
+from scfm_circuits.common.fetch import Remote, Unreachable, fetch
 from scfm_circuits.common.files import write_atomic
 from scfm_circuits.common.profile import ROOT
 
@@ -222,8 +224,8 @@ def load_library(name: str, folder: str | Path | None = None, *, offline: bool =
         return _bundled(name, "downloads are switched off")
     try:
         return _with_manifest_warning(_download(name))
-    except _DownloadError as error:
-        return _bundled(name, str(error))
+    except InputError as error:
+        return _bundled(name, str(error).rstrip("."))
 
 
 def local_copy(name: str, folder: str | Path | None = None) -> Path | None:
@@ -288,51 +290,29 @@ def _with_manifest_warning(library: GeneSets) -> GeneSets:
     return replace(library, warning=" ".join(filter(None, (library.warning, note))))
 
 
-class _DownloadError(Exception):
-    """A library could not be fetched; the message says why."""
-
-
 def _download(name: str) -> GeneSets:
-    """Fetch a library from Enrichr, check that it is one, and only then put it into the cache."""
+    """Fetch a library from Enrichr, check that it is one, and only then put it into the cache.
+
+    Raises InputError, as it did the first time, for one that cannot be had.
+    """
     earlier = _failed_downloads.get("") or _failed_downloads.get(name)
     if earlier:
-        raise _DownloadError(earlier)
+        raise InputError(earlier)
     target = cache_folder() / f"{name}.gmt"
     print(f"Downloading {name} from {ENRICHR_URL} (once; kept in {target})", file=sys.stderr)
+    remote = Remote(f"{ENRICHR_URL}?mode=text&libraryName={quote(name)}")
     try:
-        content = _fetch(name)
+        with tempfile.TemporaryDirectory() as folder:
+            content = fetch(remote, Path(folder) / target.name, progress=False,
+                            attempts=DOWNLOAD_TRIES).read_bytes()
         library = parse_gmt(content, name, source="download", where="The answer of the server")
-    except (_DownloadError, InputError) as error:
-        _failed_downloads.setdefault(name, str(error))
-        raise _DownloadError(str(error)) from error
+    except InputError as error:
+        # If the server cannot be reached, the next library would wait for nothing.
+        _failed_downloads["" if isinstance(error, Unreachable) else name] = str(error)
+        raise
     try:
         write_atomic(target, content)
     except OSError as error:
         note = f"It could not be kept in {target} ({error.strerror}) and is fetched every time."
         library = replace(library, warning=" ".join(filter(None, (library.warning, note))))
     return library
-
-
-def _fetch(name: str) -> bytes:
-    """The bytes of Enrichr's answer; connection trouble and busy servers are tried again."""
-    import requests
-
-    reason = ""
-    for attempt in range(DOWNLOAD_TRIES):
-        if attempt:
-            time.sleep(attempt)
-        try:
-            response = requests.get(
-                ENRICHR_URL, params={"mode": "text", "libraryName": name}, timeout=(10, 60)
-            )
-        except requests.RequestException as error:
-            reason = f"no connection to the Enrichr server: {type(error).__name__}"
-            continue
-        if response.status_code == 200:
-            return response.content
-        reason = f"the Enrichr server answered with status {response.status_code}"
-        if response.status_code < 500 and response.status_code != 429:
-            raise _DownloadError(reason)
-    # Not this library's fault: the next one would wait for nothing.
-    _failed_downloads[""] = reason
-    raise _DownloadError(reason)

@@ -18,13 +18,14 @@ from processes import child, free_port, in_ranks
 from torch import Tensor
 
 from scfm_circuits import InputError
+from scfm_circuits.__main__ import main
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.files import read_json
 from scfm_circuits.common.profile import ROOT, Profile
 from scfm_circuits.transcoders.training import checkpoints
 from scfm_circuits.transcoders.training.interrupts import Terminated
 from scfm_circuits.transcoders.training.processes import FailedElsewhere, Ranks, started
-from scfm_circuits.transcoders.training.run import TrainingRun, get_transcoders, main
+from scfm_circuits.transcoders.training.run import TrainingRun, get_transcoders
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +251,7 @@ def program(rank: int, port: int, errors: Path, given: list[str]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.stderr = errors.open("w")
-    code = main(given)
+    code = main(["train", *given])
     sys.stderr.close()
     raise SystemExit(code)
 
@@ -264,7 +265,7 @@ def test_processes_say_once_what_a_person_can_mend(tmp_path, monkeypatch, field,
                  for rank in range(2)]
     for process in processes:
         process.join(60)
-    assert [process.exitcode for process in processes] == [2, 2]
+    assert [process.exitcode for process in processes] == [1, 1]
     assert said in errors[0].read_text() and len(errors[0].read_text().splitlines()) == 1
     assert errors[1].read_text() == ""
 
@@ -279,8 +280,7 @@ def test_torchrun_trains_what_one_process_trains(tmp_path, monkeypatch):
     given = [f"-p{key}={value}" for key, value in fields.items()]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-         str(free_port()), "-m", "scfm_circuits.transcoders.training.run",
-         "--profile", "smoke", *given],
+         str(free_port()), "-m", "scfm_circuits", "train", "--profile", "smoke", *given],
         env={**os.environ, "SCFM_RESULTS": str(tmp_path / "two"), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -294,7 +294,7 @@ def test_torchrun_trains_what_one_process_trains(tmp_path, monkeypatch):
         (two / name).rename(one / name)
     monkeypatch.setenv("SCFM_RESULTS", str(tmp_path / "one"))
     monkeypatch.setattr("scfm_circuits.models.small_models.train_small_model", None)
-    assert main(["--profile", "smoke", *given]) == 0
+    assert main(["train", "--profile", "smoke", *given]) == 0
     for layer in range(2):
         name = f"transcoders/layer_{layer}.safetensors"
         assert (one / name).read_bytes() == (two / name).read_bytes()

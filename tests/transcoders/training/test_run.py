@@ -23,6 +23,7 @@ from processes import child
 from torch import Tensor
 
 from scfm_circuits import InputError
+from scfm_circuits.__main__ import main
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.profile import Profile
 from scfm_circuits.models.mlp_sites import Sites, mlp_sites
@@ -31,7 +32,7 @@ from scfm_circuits.transcoders.training import run as training_module
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer, Batch
 from scfm_circuits.transcoders.training.interrupts import Terminated
 from scfm_circuits.transcoders.training.optimizer import Stepper
-from scfm_circuits.transcoders.training.run import TrainingRun, get_transcoders, main
+from scfm_circuits.transcoders.training.run import TrainingRun, get_transcoders
 
 
 def changed(profile: Profile, **fields: Any) -> Profile:
@@ -636,13 +637,13 @@ def no_model(profile: Profile, corpus: Corpus) -> Any:
 def program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, corpus: Corpus) -> Callable[..., int]:
     """`main` with a tiny corpus and model in place of the profile's own."""
     from scfm_circuits.cells import corpus as sentences
-    from scfm_circuits.models import mlp_sites
+    from scfm_circuits.models import loading
 
     monkeypatch.setenv("SCFM_RESULTS", str(tmp_path))
     monkeypatch.setattr(sentences, "load_corpus", lambda profile: corpus)
-    monkeypatch.setattr(mlp_sites, "get_model", no_model)
+    monkeypatch.setattr(loading, "get_model", no_model)
     fields = [f"-p{key}={value}" for key, value in TRAINING.items()]
-    return lambda *more: main(["--profile", "smoke", *fields, *more])
+    return lambda *more: main(["train", "--profile", "smoke", *fields, *more])
 
 
 def test_the_program_trains_what_the_chapter_reads(program, tmp_path, capsys):
@@ -655,10 +656,8 @@ def test_the_program_trains_what_the_chapter_reads(program, tmp_path, capsys):
 def test_the_program_logs_as_the_chapter_does(program, monkeypatch):
     seen: list[int] = []
 
-    def watching(profile: Profile) -> Any:
-        return (lambda history: seen.append(len(history))) if profile.tensorboard else None
-
-    monkeypatch.setattr(training_module, "watcher", watching)
+    monkeypatch.setattr(training_module, "TensorBoard",
+                        lambda folder: lambda history: seen.append(len(history)))
     assert program("-p", "tensorboard=true") == 0 and len(seen) > 1
     assert seen == sorted(seen)
 

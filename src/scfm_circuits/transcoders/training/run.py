@@ -6,19 +6,17 @@ each layer exactly as if it were trained alone. A run stops at any step and goes
 checkpoint (`checkpoints`) as if it had not stopped; `torchrun` shares its layers out among
 processes (`processes`):
 
-    torchrun --nproc-per-node 2 -m scfm_circuits.transcoders.training.run --profile paper
+    torchrun --nproc-per-node 2 -m scfm_circuits train --profile paper
 
 Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
-import argparse
 import contextlib
 import copy
 import json
 import math
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +28,10 @@ from tqdm import tqdm
 from scfm_circuits import InputError
 from scfm_circuits.common.files import atomic_folder, read_json
 from scfm_circuits.models.mlp_sites import Sites, device_of, mlps
-from scfm_circuits.report.live_curves import watcher
 from scfm_circuits.transcoders.training import checkpoints
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer, Batch
 from scfm_circuits.transcoders.training.gradients import Measures
-from scfm_circuits.transcoders.training.history import MEASURES, Logged, known_mean
+from scfm_circuits.transcoders.training.history import MEASURES, Logged, TensorBoard, known_mean
 from scfm_circuits.transcoders.training.interrupts import Stops, Terminated, stops_heeded
 from scfm_circuits.transcoders.training.optimizer import Stepper, resample
 from scfm_circuits.transcoders.training.processes import ALONE, FailedElsewhere, Ranks, started
@@ -347,56 +344,32 @@ def _announce(run: TrainingRun, corpus: "Corpus") -> None:
 # --- as a program --------------------------------------------------------------------------------
 
 
-def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    from scfm_circuits.common.profile import add_profile_arguments
+def train(profile_name: str, overrides: Mapping[str, Any]) -> None:
+    """Train a profile's transcoders, as one of several processes under `torchrun`.
 
-    parser = argparse.ArgumentParser(
-        prog="python -m scfm_circuits.transcoders.training.run", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_profile_arguments(parser)
-    return parser.parse_args(given)
-
-
-def _perform(arguments: argparse.Namespace, ranks: Ranks) -> None:
+    Raises InputError; SystemExit in a process that had to end because another one failed and said
+    why.
+    """
     from scfm_circuits.cells.corpus import load_corpus
-    from scfm_circuits.common.profile import load_profile, parse_overrides
+    from scfm_circuits.common.profile import load_profile
     from scfm_circuits.models.loading import get_model
 
     def prepared() -> tuple["Profile", "Corpus", "PreTrainedModel"]:
-        profile = load_profile(arguments.profile, parse_overrides(arguments.parameters))
+        profile = load_profile(profile_name, overrides)
         corpus = load_corpus(profile)
         return profile, corpus, get_model(profile, corpus)[0]
 
     def logs() -> Logged | None:  # before any work: TensorBoard may not be installed
-        return watcher(load_profile(arguments.profile, parse_overrides(arguments.parameters)))
+        profile = load_profile(profile_name, overrides)
+        return TensorBoard(profile.results / "tensorboard") if profile.tensorboard else None
 
-    logged = ranks.after_first(lambda: logs() if ranks.first else None)
-    # The first process builds what the others then read.
-    profile, corpus, model = ranks.after_first(prepared)
-    get_transcoders(model, corpus, profile, ranks=ranks, logged=logged)
-    if ranks.first:
-        print(f"The transcoders are in {profile.results / 'transcoders'}.")
-
-
-def main(given: Sequence[str] | None = None) -> int:
-    """Train a profile's transcoders; 0 on success, 2 on an error that was explained.
-
-    130 after Ctrl-C; SIGTERM ends with 143.
-    """
-    arguments = _arguments(given)
     try:
         with started() as ranks:
-            _perform(arguments, ranks)
+            logged = ranks.after_first(lambda: logs() if ranks.first else None)
+            # The first process builds what the others then read.
+            profile, corpus, model = ranks.after_first(prepared)
+            get_transcoders(model, corpus, profile, ranks=ranks, logged=logged)
+            if ranks.first:
+                print(f"The transcoders are in {profile.results / 'transcoders'}.")
     except FailedElsewhere:
-        return 2
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted; run the same command again to go on.", file=sys.stderr)
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        raise SystemExit(1) from None

@@ -1,0 +1,393 @@
+"""What a run is told to cost, what is refused, and that the advice given helps."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers import tiny_model, tiny_profile
+from huggingface_hub import constants
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scfm_circuits import InputError
+from scfm_circuits.__main__ import main
+from scfm_circuits.book import cli as book
+from scfm_circuits.book import downloads, execution, preflight
+from scfm_circuits.book.chapters import NOTEBOOKS, load_run, read_notebooks
+from scfm_circuits.book.preflight import (
+    CONTROLS,
+    COUNTED,
+    FIELDS,
+    KINDS,
+    TRAINED,
+    Sizes,
+    memory_problems,
+    memory_stages,
+    run_cost,
+    run_seconds,
+    run_sizes,
+    works,
+)
+from scfm_circuits.cells.corpus import load_corpus
+from scfm_circuits.common.profile import Profile, load_profile
+from scfm_circuits.models.loading import get_model
+from scfm_circuits.models.small_models import build_small_model
+
+CPU = torch.device("cpu")
+PYTHIA_410M = 405_334_016
+"""Parameters of EleutherAI/pythia-410m, as its authors count them (embeddings included)."""
+TINY = Sizes(12, 12, 16, 114, 86, 12, False, 3, 16, 2, 40, 12_000, 30_000, 50_000)
+EVERYTHING = {file for one in read_notebooks(NOTEBOOKS) for file in one.produces}
+
+
+@pytest.fixture
+def empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine on which nothing has been fetched or made, without a network."""
+    for name in ("RESULTS", "DATA", "CACHE", "GENE_SETS"):
+        monkeypatch.setenv(f"SCFM_{name}", str(tmp_path / name.lower()))
+    monkeypatch.delenv(preflight.ANYWAY, raising=False)
+    monkeypatch.delenv("SCFM_OFFLINE", raising=False)
+    (tmp_path / "gene_sets").mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(preflight, "matrix_rate", lambda *_: 1e11)
+    return tmp_path
+
+
+def test_every_work_is_that_of_one_chapter() -> None:
+    profile = load_profile("smoke")
+    stages = memory_stages(profile, TINY, torch.device("cuda"))
+    known = [file for one in read_notebooks(NOTEBOOKS) for file in one.produces]
+    for file in {*works(profile, TINY), *(file for one in stages for file in one.leaves)}:
+        assert known.count(file) == 1, file
+
+
+# --- sizes ---------------------------------------------------------------------------------------
+
+
+def test_the_papers_size_is_known_before_anything_is_fetched(empty: Path) -> None:
+    (empty / "data").mkdir()
+    (empty / "data" / "Global_raw.h5ad").write_bytes(b"broken: it will be set aside")
+    found = run_sizes(load_profile("paper"))
+    assert (found.cells, found.cells_in_file, found.genes) == (316_000, 704_296, 32_732)
+    assert (found.layers, found.width, found.vocabulary) == (24, 1024, 50_304)
+    assert found.parameters == PYTHIA_410M and not found.measured
+    # Figure 4's prompt has 219 tokens: 64 genes of 3.3 and the question; the run needs 60 M.
+    assert found.tokens / found.cells == pytest.approx(225, rel=0.1)
+    assert 60_000_000 < found.training_tokens == pytest.approx(0.9 * found.tokens, rel=1e-3)
+
+
+def test_what_is_told_of_the_small_profiles_is_what_they_are(
+        empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = tiny_profile(monkeypatch, empty / "results", max_cells=60)
+    before = run_sizes(profile)
+    assert (before.cells, before.cells_in_file) == (60, 700)
+    corpus = load_corpus(profile)
+    found = run_sizes(profile)
+    assert found.measured and found.tokens == int(corpus.mask.sum())
+    assert found.training_tokens == corpus.lengths[~corpus.held_out].sum()
+    assert found.padded == corpus.tokens.shape[1]
+    assert before.tokens == pytest.approx(found.tokens, rel=0.5)
+    model = build_small_model(profile, len(corpus.tokenizer), found.padded)
+    assert found.parameters == sum(one.numel() for one in model.parameters())
+    assert found.vocabulary == len(corpus.tokenizer)
+
+
+def test_a_model_in_a_folder_is_looked_at(empty: Path) -> None:
+    tiny_model(layers=5, width=24).save_pretrained(empty / "model")
+    profile = load_profile("smoke", {"model": str(empty / "model"), "model_layers": None,
+                                     "tokenizer": str(empty / "model")})
+    assert preflight.model_config(profile, None, 10).hidden_size == 24
+    for changes, told in (({"model_layers": 2}, r"asks for 2 layers.*has 5; set `model_layers: 5`"),
+                          ({"human_layer": 5}, "has layers 0 to 4; lower it")):
+        with pytest.raises(InputError, match=told):
+            preflight.model_config(profile.model_copy(update=changes), None, 10)
+
+
+def test_layers_are_checked_before_weights_are_read(empty: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model(layers=3).save_pretrained(empty / "model")
+    (empty / "model" / "model.safetensors").write_bytes(b"no weights")
+    profile = tiny_profile(monkeypatch, empty / "results")
+    corpus = load_corpus(profile.model_copy(update={"max_cells": 60}))
+    wrong = profile.model_copy(update={"model": str(empty / "model"), "model_layers": 9})
+    with pytest.raises(InputError, match="set `model_layers: 3`"):
+        get_model(wrong, corpus)
+
+
+# --- downloads and disk --------------------------------------------------------------------------
+
+
+def test_what_the_paper_fetches(empty: Path) -> None:
+    profile = load_profile("paper")
+    found = {one.what: one for one in downloads.missing(profile, 1000)}
+    assert list(found) == ["Global_raw.h5ad", profile.model, "GO_Biological_Process_2025",
+                           "KEGG_2021_Human", "CellMarker_Augmented_2021"]
+    assert found["Global_raw.h5ad"].bytes == 9_125_578_296
+    assert found[profile.model].bytes == 4000 and not found[profile.model].exact
+    (empty / "data").mkdir()
+    (empty / "data" / "Global_raw.h5ad.part").write_bytes(bytes(1000))
+    (empty / "gene_sets" / "KEGG_2021_Human.gmt").write_text("a\t\tB\n")
+    found = {one.what: one for one in downloads.missing(profile, 1000)}
+    assert found["Global_raw.h5ad"].bytes == 9_125_578_296 - 1000
+    assert "KEGG_2021_Human" not in found
+
+
+def test_a_cache_with_a_configuration_alone_lacks_the_model(empty: Path) -> None:
+    snapshot = empty / "hub" / "models--some--model" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    refs = empty / "hub" / "models--some--model" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("a" * 40)
+    for file, model, tokenizer in (("config.json", False, False), ("a.safetensors", True, False),
+                                   ("tokenizer.json", True, True)):
+        (snapshot / file).write_text("{}")
+        assert downloads._is_here("some/model", None, weights=True) == model
+        assert downloads._is_here("some/model", None, weights=False) == tokenizer
+
+
+def test_a_full_disk_is_told_before_anything_is_done(empty: Path, monkeypatch: pytest.MonkeyPatch
+                                                     ) -> None:
+    class Usage(NamedTuple):
+        total: int
+        used: int
+        free: int
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 5 * 10**9))
+    monkeypatch.setattr(preflight, "memory_available", lambda device: 2**50)
+    profile = load_profile("paper")
+    problem, hint = run_cost(profile, EVERYTHING, 11).refusal.splitlines()
+    assert str(empty / "data") in problem and "has 5.0 GB free" in problem  # all on one disk
+    assert "SCFM_RESULTS" in problem and "`max_cells`" in problem
+    sizes = run_sizes(profile)
+    disk = preflight.disk_needed(profile, sizes, downloads.missing(profile, sizes.parameters),
+                                 EVERYTHING)
+    needed = float(re.search(r"up to ([\d.]+) GB", problem)[1])  # type: ignore[index]
+    assert needed == pytest.approx(sum(disk.values()) / 1e9, abs=0.06)
+    assert hint == "(To try all the same, set SCFM_ANYWAY=1.)"
+    monkeypatch.setenv(preflight.ANYWAY, "1")
+    assert run_cost(profile, EVERYTHING, 11).refusal == ""
+
+
+def test_what_is_there_already_is_not_written_again(empty: Path) -> None:
+    profile = load_profile("smoke")
+
+    def needed(wanted: set[str] = EVERYTHING) -> int:
+        return preflight.disk_needed(profile, TINY, [], wanted)[profile.results]
+
+    before, alone = needed(), needed({KINDS})
+    assert before > alone > needed({"claims.csv"})
+    (profile.results / "transcoders").mkdir(parents=True)
+    (profile.results / "transcoders" / "layer_0.safetensors").write_bytes(bytes(29_000))
+    assert needed() == before - 29_000 and needed({KINDS}) == alone
+    (profile.results / "transcoders" / "of another width").write_bytes(bytes(10**6))
+    assert needed() == before - TINY.one_set  # what is too much is no room for others
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written_is_told(empty: Path) -> None:
+    (empty / "results").mkdir(mode=0o500)
+    with pytest.raises(InputError, match=r"Nothing can be written into .*results; name other"):
+        run_cost(load_profile("smoke"), EVERYTHING, 11)
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def test_the_papers_memory_on_a_gpu(empty: Path) -> None:
+    profile = load_profile("paper")
+    sizes = run_sizes(profile)
+    assert sizes.one_set == 4 * 24 * (2 * 8192 * 1024 + 8192 + 2 * 1024)
+    stages = memory_stages(profile, sizes, torch.device("cuda"))
+    training = stages[0].parts
+    # By hand: 131,072 tokens of 24 layers, read and written, 1,024 wide, in bfloat16.
+    assert training["buffer"] == 131_072 * 24 * 2 * 1024 * 2
+    assert training["model in the type of training"] == 2 * sizes.parameters
+    assert training["parameters and Adam"] == pytest.approx(24 * 2 * 8192 * 1024 * 12, rel=0.01)
+    per_cell = sizes.tokens / sizes.cells
+    assert stages[1].parts["logits"] == 16 * round(32 * per_cell) * 50_304
+    assert stages[1].parts["attention"] == 12 * 32 * 16 * sizes.padded**2
+    assert {one.device.type for one in stages if one.name == "counting features"} == {"cuda", "cpu"}
+    assert max(one.bytes for one in stages if one.device.type == "cuda") < 40 * 2**30
+
+
+def test_no_control_needs_no_memory_for_it(empty: Path) -> None:
+    for control in (True, False):
+        profile = load_profile("smoke", {"reinitialised_control": control})
+        names = [one.name for one in memory_stages(profile, TINY, CPU)]
+        assert ("the control's training" in names) == control and "training" in names
+
+
+def test_every_field_that_is_named_scales_its_part(empty: Path, monkeypatch: pytest.MonkeyPatch
+                                                   ) -> None:
+    profile = tiny_profile(monkeypatch, empty, batch_tokens=32, buffer_tokens=64, expansion=4,
+                           forward_cells=2, max_cells=60)
+
+    def parts(other: Profile) -> dict[tuple[str, str], int]:
+        return {(one.name, part): size for one in memory_stages(other, run_sizes(other), CPU)
+                for part, size in one.parts.items()}
+
+    whole = parts(profile)
+    for field, some in FIELDS.items():
+        halved = parts(profile.model_copy(update={field: getattr(profile, field) // 2}))
+        for (stage, part), size in whole.items():
+            if part == "feature counts" and field == "expansion":
+                assert halved[stage, part] < size  # tokens are the limit of these few
+            else:
+                expected = size / 2 if part in some else size
+                assert halved[stage, part] == pytest.approx(expected, rel=0.1), (stage, part)
+
+
+@given(share=st.floats(0.2, 0.999), name=st.sampled_from(["buffer", "expansion", "logits"]))
+def test_the_advice_helps(share: float, name: str) -> None:
+    large: dict[str, dict[str, Any]] = {
+        "buffer": {"buffer_tokens": 10**9, "training_tokens": 10**9},
+        "expansion": {"expansion": 10**7}, "logits": {"forward_cells": 10**9}}
+    profile = load_profile("smoke", large[name])
+    sizes = TINY._replace(cells=10**8, tokens=10**9, training_tokens=9 * 10**8)
+    stage = max(memory_stages(profile, sizes, CPU), key=lambda one: one.bytes)
+    free = int(share * stage.bytes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "memory_available", lambda device: free)
+        (problem,) = memory_problems(profile, sizes, [stage])
+        assert f"{stage.name[1:]} needs" in problem and "this machine has" in problem
+        told = re.search(r"lower `(\w+)` in the profile.*; ([\d,]+) would fit", problem)
+        if told is None:
+            assert "alone is enough" in problem
+            return
+        helped = profile.model_copy(update={told[1]: int(told[2].replace(",", ""))})
+        Profile.model_validate({**dict(helped), "name": "n"})  # a value that the profile takes
+        again = {one.name: one for one in memory_stages(helped, sizes, CPU)}
+        assert again[stage.name].bytes <= free
+
+
+def test_each_field_is_named_once_with_a_value_for_all(empty: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = load_profile("smoke", {"buffer_tokens": 10**9, "training_tokens": 10**9})
+    sizes = TINY._replace(cells=10**8, tokens=10**9, training_tokens=9 * 10**8)
+    stages = memory_stages(profile, sizes, CPU)
+    monkeypatch.setattr(preflight, "memory_available", lambda device: 50 * 2**30)
+    (problem,) = memory_problems(profile, sizes, stages)
+    helped = profile.model_copy(update={"buffer_tokens": int(
+        re.search(r"; ([\d,]+) would fit", problem)[1].replace(",", ""))})  # type: ignore[index]
+    assert memory_problems(helped, sizes, memory_stages(helped, sizes, CPU)) == []
+
+
+@pytest.mark.parametrize(("lines", "files", "found"), [
+    ("0::/job/step", {"job/memory.max": "9000\n", "job/step/memory.max": "max\n"}, [9000]),
+    ("0::/", {"memory.max": "9000\n"}, [9000]),
+    ("4:memory:/job\n3:cpu:/other", {"memory/job/memory.limit_in_bytes": "9000\n",
+                                     "memory/memory.limit_in_bytes": "99000\n"}, [9000, 99000]),
+    ("0::/gone", {}, []),
+])
+def test_limits_of_containers_and_jobs(tmp_path: Path, lines: str, files: dict[str, str],
+                                       found: list[int]) -> None:
+    for name, content in files.items():
+        (tmp_path / "group" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "group" / name).write_text(content)
+    (tmp_path / "own").write_text(lines)
+    assert preflight.group_limits(tmp_path / "group", tmp_path / "own") == found
+    assert preflight.group_limits(tmp_path / "group", tmp_path / "no such file") == []
+
+
+# --- time ----------------------------------------------------------------------------------------
+
+
+def test_time_follows_what_is_done(empty: Path) -> None:
+    profile = load_profile("smoke", {"reinitialised_control": False, "buffer_tokens": 1000})
+    assert run_seconds(profile, TINY, set(), 3, 1e6) == 3 * preflight.STARTED
+    # By hand: ten operations a weight of a transcoder, and two a weight of the model; the buffer
+    # holds all tokens, so these pass the model once.
+    width = profile.expansion * 16
+    by_hand = 3 * 10 * profile.training_tokens * 16 * width + 2 * 86 * 12_000
+    assert run_seconds(profile, TINY, {TRAINED}, 0, 1e6) == pytest.approx(by_hand / 1e6)
+    counted = 114 * (2 * 12_000 + 2 * 3 * 16 * width)
+    assert run_seconds(profile, TINY, {COUNTED}, 0, 1e6) == pytest.approx(counted / 1e6)
+    control = profile.model_copy(update={"reinitialised_control": True})
+    more = (run_seconds(control, TINY, {CONTROLS}, 0, 1e6)
+            - run_seconds(profile, TINY, {CONTROLS}, 0, 1e6))
+    assert more == pytest.approx((by_hand + counted) / 1e6)
+
+
+def test_the_speed_of_products_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A clock that says how long each product took: the fastest counts.
+    clock = iter([0.0, 0.1, 1.0, 3.0, 0.2, 5.0, 5.5, 9.0])
+    monkeypatch.setattr(preflight.time, "perf_counter", lambda: next(clock))
+    profile = load_profile("smoke")
+    found = preflight.matrix_rate(profile, TINY, CPU)
+    assert found == pytest.approx(2 * profile.batch_tokens * 16 * 16 * profile.expansion / 0.5)
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def test_make_plan_says_everything_and_does_nothing(empty: Path, capsys: pytest.CaptureFixture[str]
+                                                    ) -> None:
+    assert main(["plan", "--profile", "smoke"]) == 0
+    told = capsys.readouterr().out
+    for word in ("smoke: 120 of 700 cells, about ", "disk  ", "memory  ", "time  ",
+                 "download  1.4 MB: GO_Biological_Process_2025", " for 11 chapters",
+                 "11_claims: not executed yet"):
+        assert word in told, word
+    assert not (empty / "results").exists() and not (empty / "cache").exists()
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"case_sentence": "none.csv"}, "check `case_sentence`"),
+    ({"gene_sets": "nowhere"}, "nowhere named by the profile does not exist"),
+    ({"case_type": "nobody"}, "No held-out cell has the type 'nobody'"),
+    ({"site": "sae"}, "set `site: transcoder`"),
+    ({"model": "some/model", "tokenizer": "some/model"}, "check `model`"),
+    ({"cells": "/none.h5ad"}, "do not exist"),
+    ({"label_column": "none"}, "set `label_column`"),
+])
+def test_what_will_fail_is_told_before_any_work(empty: Path, changes: dict[str, Any], told: str
+                                                ) -> None:
+    with pytest.raises(InputError, match=told):
+        run_cost(load_profile("smoke", changes), EVERYTHING, 11)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_executed(
+        empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["book", "execute", "--profile", "smoke", "-p", "expansion=10000000"]) == 1
+    printed, error = capsys.readouterr()
+    assert "memory    about" in printed and "time  " not in printed
+    assert "lower `expansion` in the profile" in error and "Traceback" not in error
+    assert not (empty / "results").exists()
+
+
+def test_gene_sets_that_will_be_missed_are_told(empty: Path, monkeypatch: pytest.MonkeyPatch
+                                                ) -> None:
+    monkeypatch.setenv("SCFM_OFFLINE", "1")
+    told = run_cost(load_profile("smoke"), EVERYTHING, 1).text
+    assert "download " not in told and "for 1 chapter," in told
+    assert "CellMarker_Augmented_2021 are not here and downloads are off" in told
+
+
+def test_a_cell_may_take_several_times_what_the_run_is_expected_to(
+        empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+
+    def executed(run: Any, notebook: Any, limit: int) -> float:
+        limits.append(limit)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(execution, "_execute_one", executed)
+    monkeypatch.delenv("SCFM_CELL_SECONDS", raising=False)
+    for seconds in (10_000.0, 1.0):
+        monkeypatch.setattr(book, "announce", lambda run, told=seconds: told)
+        assert main(["book", "execute", "--profile", "smoke"]) == 130
+    monkeypatch.setenv("SCFM_CELL_SECONDS", "77")
+    assert main(["book", "execute", "--profile", "smoke"]) == 130
+    assert limits == [execution.TIMES_EXPECTED * 10_000, execution.CELL_SECONDS, 77]
+
+
+def test_an_estimate_that_fails_keeps_nobody_from_work(
+        empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(book.sys, "executable", "/bin/false")
+    assert book.announce(load_run("smoke")) == 0.0
+    assert "cannot be told (no answer)" in capsys.readouterr().out

@@ -130,7 +130,8 @@ def test_random_lists_are_called_no_more_often_than_the_level(profile):
     assert by_rule["corpus"] < 9 and (table["percentage"] == table["called"] / 4).all()
     assert (table["percentage"].between(table["lower_95"] - 1e-9, table["upper_95"] + 1e-9)).all()
     few = tiny_corpus(12)  # 16 genes: no list of 10 is half of them
-    assert studies.nominal_level([library], few, strict).empty
+    assert studies.nominal_level(
+        [gene_sets_from_dict("l", {"t": few.symbols[:4].tolist()})], few, strict).empty
 
 
 # --- would a good feature pass? ------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Tiny random models, cells and corpora for identities."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scfm_circuits.cells.corpus import Corpus, build_corpus
 from scfm_circuits.cells.ranking import top_genes
-from scfm_circuits.cells.reading import Cells, RankedCells
+from scfm_circuits.cells.reading import RankedCells, read_chunks
+from scfm_circuits.circuits.attribution import Frozen, logit_direction
+from scfm_circuits.circuits.circuit import Node
+from scfm_circuits.circuits.graph import Target
 from scfm_circuits.common.profile import Profile, load_profile
 from scfm_circuits.transcoders.training.run import TrainingRun
 from scfm_circuits.transcoders.transcoder import Transcoders, Variant
@@ -59,6 +63,22 @@ def tiny_transcoders(model: GPTNeoXForCausalLM, features: int = 24, seed: int = 
     return transcoders
 
 
+def logit_targets(frozen: Frozen, position: int, *, share: float = 0.95, most: int = 10
+                  ) -> list[Target]:
+    """The likeliest next tokens, weighted by probability: those that reach `share`, at most `most`
+    (circuit-tracer's `desired_logit_prob` and `max_n_logits`). Each is read less the mean logit."""
+    probability = frozen.logits[position].double().softmax(-1)
+    top = torch.topk(probability, min(most, len(probability)))
+    enough = int((top.values.cumsum(0) < share).sum()) + 1
+    targets = []
+    for weight, token in zip(top.values[:enough].tolist(), top.indices[:enough].tolist(),
+                             strict=True):
+        reading = logit_direction(frozen, token, position)
+        node = Node.of_logit(token, position, len(frozen.weights), reading.value)
+        targets.append(Target(node, reading, weight))
+    return targets
+
+
 def tokens(n: int, vocabulary: int = 40, seed: int = 2) -> np.ndarray:
     """n random token ids."""
     return np.random.default_rng(seed).integers(0, vocabulary, n)
@@ -68,6 +88,27 @@ def tiny_profile(monkeypatch: pytest.MonkeyPatch, results: Path, **overrides: An
     """The smoke profile, smaller still, with its results under `results`."""
     monkeypatch.setenv("SCFM_RESULTS", str(results))
     return load_profile("smoke", {"genes_per_cell": 6, "max_cells": None, **overrides})
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Expression of checked cells, (n_cells, n_genes) sparse rows; the rest as in `About`."""
+
+    expression: sp.csr_matrix
+    symbols: tuple[str, ...]
+    labels: np.ndarray
+    cell_ids: np.ndarray
+    decisions: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return int(self.expression.shape[0])
+
+
+def read_cells(profile: Profile) -> Cells:
+    """The profile's cells with all of their expression."""
+    parts: list[sp.csr_matrix] = []
+    about = read_chunks(profile, lambda _, part: parts.append(part))
+    return Cells(sp.csr_matrix(sp.vstack(parts, format="csr")), *about)
 
 
 def tiny_cells(n: int = 12, genes: Sequence[str] = GENES, labels: Sequence[str] = LABELS,

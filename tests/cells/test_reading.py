@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from helpers import Cells, read_cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scfm_circuits import InputError
 from scfm_circuits.cells import h5ad
-from scfm_circuits.cells.reading import Cells, draw_cells, read_cells
+from scfm_circuits.cells.reading import draw_cells
 from scfm_circuits.common.profile import load_profile
 
 SYMBOLS = ["CD3D", "MS4A1", "hla-dqa1", "LYZ"]

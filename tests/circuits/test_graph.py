@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import model_for, tiny_corpus, tiny_model, tiny_transcoders, tokens
+from helpers import logit_targets, model_for, tiny_corpus, tiny_model, tiny_transcoders, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_architectures import FAMILIES, LinearModel, tiny
@@ -15,13 +15,12 @@ from scfm_circuits.circuits.graph import (
     Target,
     attribution_graph,
     feature_target,
-    logit_targets,
     memory_needed,
 )
 from scfm_circuits.circuits.graph_scores import (
     completeness_score,
     cumulative_influence,
-    endings,
+    effect_ends,
     influence,
     prune,
     replacement_score,
@@ -319,10 +318,10 @@ def test_scores_are_those_of_the_dense_matrix(graph):
 
 
 def test_endings_leave_nothing_out(graph, whole):
-    shares = endings(graph)
+    shares = effect_ends(graph)
     assert set(shares) == {"tokens", "errors", "constant", "dropped"}
     assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0
-    assert endings(whole)["dropped"] == 0 and endings(whole)["constant"] > 0
+    assert effect_ends(whole)["dropped"] == 0 and effect_ends(whole)["constant"] > 0
     # By absorbing states: a walk from the targets, upwards by absolute share, ends somewhere.
     size = np.abs(graph.matrix.toarray())
     total = size.sum(axis=1) + graph.dropped_absolute + np.abs(graph.constant)
@@ -401,7 +400,7 @@ def test_pruning_nothing_keeps_all_that_leads_to_a_target(graph):
     weights = edges_of(pruned)
     lost = set(edges_of(graph)) - set(weights)
     assert len(lost) <= 0.02 * graph.n_edges  # rounding ends the cumulative sum early
-    assert endings(pruned)["dropped"] == pytest.approx(endings(graph)["dropped"], abs=1e-6)
+    assert effect_ends(pruned)["dropped"] == pytest.approx(effect_ends(graph)["dropped"], abs=1e-6)
 
 
 def test_pruning_a_graph_without_edges_keeps_targets_and_tokens(frozen):

@@ -8,18 +8,17 @@ field to override; `from_notebook` turns both into a `Profile`.
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
+from scfm_circuits.common.profile_files import read_fields
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = Path(os.environ.get("SCFM_ROOT", PACKAGE.parents[1]))
@@ -319,44 +318,6 @@ def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
                          "known; give the whole path.") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 and everybody expects."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """`key=value` pairs, the values read as in a profile file."""
-    overrides = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key.strip():
-            raise InputError(f"The parameter {pair!r} must have the form key=value.")
-        try:
-            overrides[key.strip()] = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
-            raise InputError(f"The value in {pair!r} cannot be read as YAML.") from None
-    return overrides
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The profile {path} cannot be read ({error}).") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise InputError(f"The profile {path} is not valid YAML{line}; check its syntax.") from None
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise InputError(f"The profile {path} must be a list of `field: value` lines.")
-    return content
-
-
 def profile_path(profile: str) -> Path:
     """The file of a profile given by name or by path; InputError if there is none."""
     is_path = profile.endswith((".yml", ".yaml")) or os.sep in profile
@@ -377,7 +338,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
     path = path.resolve()
     if path in seen:
         raise InputError(f"The profile {path} extends itself; remove `extends` from one of them.")
-    content = _read_yaml(path)
+    content = read_fields(path)
     base = content.pop("extends", None)
     if base is None:
         return content, [path]

@@ -4,12 +4,13 @@ Batches of prompts, activations at every MLP, and MLPs replaced by transcoders o
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from scfm_circuits.models.architectures import decoder, decoder_layers
 
@@ -77,8 +78,19 @@ def batches(corpus: "Corpus", cells: Sequence[int] | np.ndarray, size: int, devi
 
 
 @contextlib.contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Within the block these hooks are in place; however it ends, they are gone after it."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def replaced_mlps(model: nn.Module, replacement: Replacement,
-                  layers: Sequence[int] | None = None) -> Iterator[None]:
+                  layers: Sequence[int] | None = None
+                  ) -> contextlib.AbstractContextManager[None]:
     """Within the block, the MLPs of `layers` (default: all) give `replacement(layer, input)`."""
     modules = dict(enumerate(mlps(model)))
     if layers is not None:
@@ -87,12 +99,7 @@ def replaced_mlps(model: nn.Module, replacement: Replacement,
     def hook(layer: int) -> Callable:
         return lambda module, args, output: replacement(layer, args[0])
 
-    handles = [module.register_forward_hook(hook(layer)) for layer, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(module.register_forward_hook(hook(layer)) for layer, module in modules.items())
 
 
 def zero_ablation(layer: int, inputs: Tensor) -> Tensor:
@@ -108,15 +115,9 @@ def mlp_sites(model: nn.Module, tokens: Tensor, mask: Tensor) -> Sites:
     """
     seen: list[tuple[Tensor, Tensor]] = []
     where = mask.flatten().nonzero()[:, 0]  # once: a GPU is waited for each time
-    handles = [
-        module.register_forward_hook(lambda module, args, output: seen.append(
+    with hooked(module.register_forward_hook(lambda module, args, output: seen.append(
             (args[0].flatten(0, 1)[where], output.flatten(0, 1)[where])))
-        for module in mlps(model)
-    ]
-    try:
+            for module in mlps(model)):
         decoder(model)(input_ids=tokens, attention_mask=mask, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     inputs, outputs = zip(*seen, strict=True)
     return Sites(torch.stack(inputs), torch.stack(outputs))

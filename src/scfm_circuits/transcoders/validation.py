@@ -21,6 +21,7 @@ from scfm_circuits.models.mlp_sites import (
     Replacement,
     batches,
     device_of,
+    hooked,
     mlp_sites,
     mlps,
     replaced_mlps,
@@ -170,7 +171,9 @@ def _log_probabilities(model: "GPTNeoXForCausalLM", configuration: Configuration
     with contextlib.ExitStack() as stack:
         given = {"input_ids": tokens}
         if configuration.replacement is None:
-            stack.enter_context(_recorded(model, residuals))
+            stack.enter_context(hooked(
+                layer.register_forward_pre_hook(lambda module, args: residuals.append(args[0]))
+                for layer in decoder_layers(model)))
         else:
             stack.enter_context(replaced_mlps(model, configuration.replacement,
                                               configuration.layers))
@@ -182,18 +185,6 @@ def _log_probabilities(model: "GPTNeoXForCausalLM", configuration: Configuration
     # Only predictions that count go through the unembedding, the model's largest product.
     logits = model.get_output_embeddings()(last[:, :-1][mask[:, 1:]])
     return logits.float().log_softmax(dim=-1)
-
-
-@contextlib.contextmanager
-def _recorded(model: nn.Module, residuals: list[Tensor]) -> Iterator[None]:
-    """Within the block, what each layer is handed is appended to `residuals`."""
-    handles = [layer.register_forward_pre_hook(lambda module, args: residuals.append(args[0]))
-               for layer in decoder_layers(model)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

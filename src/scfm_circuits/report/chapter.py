@@ -29,16 +29,22 @@ if TYPE_CHECKING:
 History = list[dict[str, Any]]
 
 
-def open_chapter(name: str, profile: str, overrides: Mapping[str, Any] | None = None) -> "Chapter":
+def open_chapter(name: str, profile: str, overrides: Mapping[str, Any] | None = None, *,
+                 exact: bool = False) -> "Chapter":
     """The chapter `name` (such as `06_enrichment`) of a profile with some fields overridden.
 
+    exact: have the model in float32 whatever the profile says, as circuits need.
     Raises InputError naming the field, if profile or overrides cannot be used.
     """
-    return Chapter(load_profile(profile, overrides), name)
+    chapter = Chapter(load_profile(profile, overrides), name)
+    chapter.exact = exact
+    return chapter
 
 
 class Chapter(Report):
     """A chapter's parts, each made when first asked for, and all that `Report` does."""
+
+    exact = False
 
     @cached_property
     def paper(self) -> "PaperTables":
@@ -70,7 +76,7 @@ class Chapter(Report):
     def _model(self) -> tuple[Any, "TrainingCurve"]:
         from scfm_circuits.models.loading import get_model
 
-        return get_model(self.profile, self.corpus)
+        return get_model(self.profile, self.corpus, exact=self.exact)
 
     @property
     def model(self) -> Any:

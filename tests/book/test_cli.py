@@ -1,5 +1,6 @@
 """Executing, gating and building, on tiny notebooks of their own."""
 
+import ast
 import io
 import json
 import os
@@ -26,7 +27,7 @@ from scfm_circuits.paper import claims
 from scfm_circuits.report import tables as report_tables
 
 ROOT = Path(__file__).resolve().parents[2]
-PARAMETERS = '# %% tags=["parameters"]\nprofile = "tiny"\n'
+PARAMETERS = '# %% tags=["parameters"]\nprofile = "tiny"\noverrides = {}\n'
 HOSTILE = "<script>alert('cells')</script> & \"co\""
 # Each execution leaves a line, so tests count executions and not seconds.
 COUNT = "# %%\nwith open('count.txt', 'a') as log:\n    log.write('{name} ')\n"
@@ -171,6 +172,20 @@ def test_wrong_parameters_end_before_anything_runs(
     code, _, error = project.command("execute", *words)
     assert code == 1 and told in error and error.count("\n") == 1
     assert project.executed() == [] and not (project.root / "results").exists()
+
+
+def test_a_notebook_is_handed_its_profile_and_what_it_overrides(project: Project) -> None:
+    project.notebook("01_first", (
+        "# %%\nfrom pathlib import Path\n"
+        "from scfm_circuits.report.chapter import open_chapter\n"
+        "chapter = open_chapter('01_first', profile, overrides)\n"
+        "own = [chapter.profile.name, chapter.profile.seed, chapter.profile.gene_sets]\n"
+        "Path('told.txt').write_text(repr(own))\n"))
+    assert project.command("execute", "-p", "seed=7", "-p", "gene_sets=sets")[0] == 0
+    name, *own = ast.literal_eval((project.root / "told.txt").read_text())
+    assert name.startswith("tiny+") and own == [7, "sets"]
+    assert project.command("execute")[0] == 0
+    assert (project.root / "told.txt").read_text() == "['tiny', 0, None]"
 
 
 def test_wrong_notebooks_end_before_anything_runs(project: Project) -> None:
@@ -544,9 +559,9 @@ def test_a_value_belongs_to_one_chapter(project: Project) -> None:
 
 # A feature on a hostile token gives the target three of its four units.
 CIRCUIT = (
-    "from scfm_circuits.circuit_exports import neuronpedia_graph, save_graph\n"
-    "from scfm_circuits.circuit_view import circuit_view\n"
-    "from scfm_circuits.circuits import Circuit, Edge, Expansion, Node\n"
+    "from scfm_circuits.circuits.circuit import Circuit, Edge, Expansion, Node\n"
+    "from scfm_circuits.circuits.exports import neuronpedia_graph, save_graph\n"
+    "from scfm_circuits.circuits.view import circuit_view\n"
     f"texts = [{HOSTILE!r}, '.']\n"
     "nodes = {'L1_F7_P1': Node('L1_F7_P1', 'feature', 1, 1, 1, 7, 4.0),\n"
     "         'L0_F3_P1': Node('L0_F3_P1', 'feature', 0, 1, 1, 3, 2.0),\n"
@@ -578,9 +593,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             "format: jb-book\nroot: intro\nchapters:\n- file: 01_first\n")
         project.notebook("01_first", (
             "# %%\nimport base64, os\nfrom IPython.display import Image\n"
-            "from scfm_circuits.common.profile import from_notebook\n"
-            "from scfm_circuits.report.report import Report\n"
-            "report = Report(from_notebook({'profile': profile}), '01_first')\n"
+            "from scfm_circuits.report.chapter import open_chapter\n"
+            "report = open_chapter('01_first', profile, overrides)\n"
             "report.value('t.loss', 0.25)\n"
             f"{CIRCUIT}"
             "\n# %%\n"

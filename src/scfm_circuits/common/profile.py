@@ -10,7 +10,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
+from scfm_circuits.common.kept import COMMON, PACKAGE, room_hash
 
-PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = Path(os.environ.get("SCFM_ROOT", PACKAGE.parents[1]))
 PROFILES = ROOT / "notebooks" / "profiles"
 BUNDLED_CELLS = "pbmc68k_reduced"
@@ -279,22 +278,11 @@ class Profile(BaseModel):
         `common` counts always.
         """
         values = {field: getattr(self, field) for field in sorted(fields)}
-        sources = {room: room_digest(room) for room in sorted({"common", *rooms})}
+        sources = {room: room_hash(room) for room in sorted({COMMON, *rooms})}
         # A new release of these may give other numbers from the same sources.
         versions = {name: version(name) for name in ("numpy", "tokenizers", "torch",
                                                      "transformers")}
         return {"fields": values, "sources": sources, "versions": versions}
-
-
-@cache
-def room_digest(room: str) -> str:
-    """Hash of all sources of a room of the package, or of one file in it (without `.py`)."""
-    folder = PACKAGE / room
-    paths = sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{room}.py"]
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
@@ -317,6 +305,22 @@ def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
     except RuntimeError:
         raise InputError(f"Profile field `cells` is {profile.cells!r}, but that home folder is not "
                          "known; give the whole path.") from None
+
+
+def gene_set_folders(named: str | Path | None) -> dict[Path, str]:
+    """The folders where gene sets are looked for before the cache, each with who names it.
+
+    named: the folder in the profile. A relative folder starts at the root, where notebooks run.
+    """
+    origins = {"the profile": named, "SCFM_GENE_SETS": os.environ.get("SCFM_GENE_SETS")}
+    return {ROOT / os.path.expanduser(folder): origin for origin, folder in origins.items()
+            if folder}
+
+
+def gene_set_cache() -> Path:
+    """Where downloaded gene sets are kept."""
+    root = os.environ.get("SCFM_CACHE") or "~/.cache/scfm-circuits"
+    return ROOT / os.path.expanduser(root) / "gene-sets"
 
 
 class _Loader(yaml.SafeLoader):

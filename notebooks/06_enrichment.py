@@ -12,6 +12,7 @@
 #     after: [04_sparsity]
 #     produces: [tables/table4.csv, tables/table4_shares.csv, tables/features.csv,
 #       tables/feature_terms.csv]
+#     libraries: [libraries]
 #     exhibits: "Table 4"
 #     modules: [features/statistics, enrichment/over_representation, enrichment/controls/layer_counts, features/baselines, enrichment/controls/planted_features, enrichment/prerank]
 # ---

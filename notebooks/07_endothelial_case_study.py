@@ -11,6 +11,7 @@
 #   scfm:
 #     after: [04_sparsity]
 #     produces: [tables/circuit_nodes.csv, tables/circuit_enrichment.csv, tables/paper_case.csv, tables/paper_case_nulls.csv, circuits/*.json, circuits/*.js, circuits/*.graphml]
+#     libraries: [case_library, CellMarker_Augmented_2021]
 #     exhibits: "Figures 4 and 5, the case study"
 #     modules: [circuits/attribution, circuits/circuit, circuits/graph, enrichment/over_representation]
 # ---

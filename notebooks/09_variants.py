@@ -9,8 +9,9 @@
 #     language: python
 #     name: python3
 #   scfm:
-#     after: [08_controls]
+#     after: [04_sparsity]
 #     produces: [tables/variants.csv, tables/variants_by_layer.csv]
+#     libraries: [libraries]
 #     exhibits: "beyond the paper"
 #     modules: [transcoders/variants, enrichment/controls/other_dictionaries, report/plots/variants]
 # ---

@@ -1,5 +1,6 @@
 """Executing, gating and building, on tiny notebooks of their own."""
 
+import ast
 import io
 import json
 import os
@@ -20,13 +21,12 @@ from scfm_circuits.book import chapters as freshness
 from scfm_circuits.book import cli as book
 from scfm_circuits.book import execution, gate, pages
 from scfm_circuits.book.chapters import load_run, plan
-from scfm_circuits.common import files, profile
-from scfm_circuits.enrichment import gene_sets
+from scfm_circuits.common import files, kept, profile
 from scfm_circuits.paper import claims
 from scfm_circuits.report import tables as report_tables
 
 ROOT = Path(__file__).resolve().parents[2]
-PARAMETERS = '# %% tags=["parameters"]\nprofile = "tiny"\n'
+PARAMETERS = '# %% tags=["parameters"]\nprofile = "tiny"\noverrides = {}\n'
 HOSTILE = "<script>alert('cells')</script> & \"co\""
 # Each execution leaves a line, so tests count executions and not seconds.
 COUNT = "# %%\nwith open('count.txt', 'a') as log:\n    log.write('{name} ')\n"
@@ -81,7 +81,7 @@ def make_project(root: Path, patch: pytest.MonkeyPatch,
     patch.setattr(freshness, "NOTEBOOKS", root / "notebooks")
     (root / "package").mkdir()
     (root / "package" / "science.py").write_text("x = 1\n")
-    patch.setattr(freshness, "PACKAGE", root / "package")
+    patch.setattr(kept, "PACKAGE", root / "package")
     patch.setattr(pages, "BOOK", root / "book")
     # What a run would cost is told of the real notebooks (test_preflight).
     patch.setattr(book, "announce", lambda run: 0.0)
@@ -173,6 +173,20 @@ def test_wrong_parameters_end_before_anything_runs(
     assert project.executed() == [] and not (project.root / "results").exists()
 
 
+def test_a_notebook_is_handed_its_profile_and_what_it_overrides(project: Project) -> None:
+    project.notebook("01_first", (
+        "# %%\nfrom pathlib import Path\n"
+        "from scfm_circuits.report.chapter import open_chapter\n"
+        "chapter = open_chapter('01_first', profile, overrides)\n"
+        "own = [chapter.profile.name, chapter.profile.seed, chapter.profile.gene_sets]\n"
+        "Path('told.txt').write_text(repr(own))\n"))
+    assert project.command("execute", "-p", "seed=7", "-p", "gene_sets=sets")[0] == 0
+    name, *own = ast.literal_eval((project.root / "told.txt").read_text())
+    assert name.startswith("tiny+") and own == [7, "sets"]
+    assert project.command("execute")[0] == 0
+    assert (project.root / "told.txt").read_text() == "['tiny', 0, None]"
+
+
 def test_wrong_notebooks_end_before_anything_runs(project: Project) -> None:
     assert "There are no notebooks" in project.command("execute")[2]
     path = project.root / "notebooks" / "01_first.py"
@@ -225,13 +239,14 @@ def test_every_kind_of_change_is_noticed(project: Project) -> None:
             "open('results/tiny/tables/a.csv', 'w').close()\n")
     project.notebook("01_first", body, header="{produces: [tables/a.csv]}")
     changes = {
-        change_package: "package changed", change_profile: "profile changed",
+        change_package: "package (common) changed", change_profile: "profile changed",
         change_data: "data changed", change_lock: "lock changed",
         change_product: "tables/a.csv is missing", change_output: "not executed yet",
     }
     assert project.command("execute")[0] == 0
     # What only drives the notebooks changes no number.
-    (project.root / "package" / "book.py").write_text("x = 2\n")
+    (project.root / "package" / "book").mkdir()
+    (project.root / "package" / "book" / "cli.py").write_text("x = 2\n")
     executed, produced = project.output("01_first").read_text(), load_run("tiny")
     assert plan(produced) == []
     for change, reason in changes.items():
@@ -242,7 +257,8 @@ def test_every_kind_of_change_is_noticed(project: Project) -> None:
         assert code == 1 and f"01_first: {reason}" in told
         # As if it had been executed with this input.
         node = json.loads(executed)
-        node["metadata"]["scfm"]["inputs"].update(run.inputs)
+        node["metadata"]["scfm"]["inputs"].update(
+            {**run.inputs, **freshness.source_inputs(run.notebooks[0])})
         project.output("01_first").write_text(json.dumps(node))
         (project.root / "results" / "tiny" / "tables" / "a.csv").touch()
         assert plan(run) == []
@@ -270,16 +286,13 @@ def test_a_changed_cells_file_is_noticed_wherever_it_is(
 def test_cached_gene_sets_make_only_the_chapters_that_ask_for_them_stale(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert freshness.gene_set_cache() == gene_sets.cache_folder()
-    cache = freshness.gene_set_cache()
-    loads = "# %%\ndef load_library(name): pass\n\n"
+    cache = profile.gene_set_cache()
     # As a download in the course of the chapter.
-    fetch = (f"from pathlib import Path\nPath({str(cache)!r}).mkdir(parents=True)\n"
+    fetch = (f"# %%\nfrom pathlib import Path\nPath({str(cache)!r}).mkdir(parents=True)\n"
              f"Path({str(cache / 'KEGG_2021_Human.gmt')!r}).write_text('a')\n")
     project.notebook("01_none")
-    project.notebook("02_by_field", f"{loads}# load_library(name) of run.libraries\n{fetch}",
-                     header="{after: []}")
-    project.notebook("03_by_name", f"{loads}load_library('Some_2020')\n", header="{after: []}")
+    project.notebook("02_by_field", fetch, header="{after: [], libraries: [libraries]}")
+    project.notebook("03_by_name", header="{after: [], libraries: [Some_2020]}")
     assert project.command("execute")[0] == 0
     (cache / "Unasked_2020.gmt").write_text("a")
     assert plan(load_run("tiny")) == []
@@ -302,14 +315,11 @@ def test_which_libraries_the_real_chapters_ask_for() -> None:
     run = load_run("demo")
     asked = {notebook.name: freshness.libraries_asked_for(notebook, run.profile)
              for notebook in run.notebooks}
-    assert asked["01_cells_and_model"] == asked["08_controls"] == asked["11_claims"] == []
-    assert asked["09_variants"] == sorted(run.profile.libraries)
-    assert asked["06_enrichment"] == sorted(run.profile.libraries)
+    assert asked["09_variants"] == asked["06_enrichment"] == sorted(run.profile.libraries)
     assert run.profile.case_library in asked["07_endothelial_case_study"]
-    # Notebooks alone load libraries, else their sources would not tell; `make data` fetches them.
-    calling = [path.name for path in (ROOT / "src").rglob("*.py")
-               if "load_library(" in path.read_text(encoding="utf-8")]
-    assert set(calling) <= {"gene_sets.py", "freshness.py", "downloads.py"}
+    for notebook in run.notebooks:
+        loads = re.search(r"load_library\(|\.libraries\b", notebook.path.read_text())
+        assert bool(asked[notebook.name]) == bool(loads), notebook.name
 
 
 def test_a_failure_over_old_results_leaves_nothing_that_counts_as_fresh(project: Project) -> None:
@@ -336,7 +346,7 @@ def test_inputs_that_change_during_the_run_are_noticed(project: Project, changin
     for name in ("01_first", "02_second", "03_third"):
         project.notebook(name, CHANGE if name == changing else "", header="{after: []}")
     code, _, told = project.command("all")
-    assert code == 1 and told == "Changed while running: package; run `make book` again.\n"
+    assert code == 1 and told == "Changed while running: package (common); run `make book` again.\n"
     project.notebook(changing, header="{after: []}")
     project.executed()
     # What ran after the change ran with what is there now.
@@ -544,9 +554,9 @@ def test_a_value_belongs_to_one_chapter(project: Project) -> None:
 
 # A feature on a hostile token gives the target three of its four units.
 CIRCUIT = (
-    "from scfm_circuits.circuit_exports import neuronpedia_graph, save_graph\n"
-    "from scfm_circuits.circuit_view import circuit_view\n"
-    "from scfm_circuits.circuits import Circuit, Edge, Expansion, Node\n"
+    "from scfm_circuits.circuits.exports import neuronpedia_graph, save_graph\n"
+    "from scfm_circuits.circuits.view import circuit_view\n"
+    "from scfm_circuits.circuits.circuit import Circuit, Edge, Expansion, Node\n"
     f"texts = [{HOSTILE!r}, '.']\n"
     "nodes = {'L1_F7_P1': Node('L1_F7_P1', 'feature', 1, 1, 1, 7, 4.0),\n"
     "         'L0_F3_P1': Node('L0_F3_P1', 'feature', 0, 1, 1, 3, 2.0),\n"
@@ -578,9 +588,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             "format: jb-book\nroot: intro\nchapters:\n- file: 01_first\n")
         project.notebook("01_first", (
             "# %%\nimport base64, os\nfrom IPython.display import Image\n"
-            "from scfm_circuits.common.profile import from_notebook\n"
-            "from scfm_circuits.report.report import Report\n"
-            "report = Report(from_notebook({'profile': profile}), '01_first')\n"
+            "from scfm_circuits.report.chapter import open_chapter\n"
+            "report = open_chapter('01_first', profile, overrides)\n"
             "report.value('t.loss', 0.25)\n"
             f"{CIRCUIT}"
             "\n# %%\n"

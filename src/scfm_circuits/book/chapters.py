@@ -3,8 +3,8 @@
 A notebook is stale when anything its outputs depend on has changed since it was executed:
 
 1. its own source (content, or a newer modification time, as with make);
-2. the package's sources, the profile, the data files, the lock, the external gene sets, and those
-   gene sets in the cache that it asks for by name;
+2. a room of the package that it uses (`reach`), the profile, the data files, the lock, the external
+   gene sets, and those gene sets in the cache that its header names (`libraries`);
 3. the execution of a notebook it follows (`after` in its header);
 4. a file it declares (`produces`) that is no longer there.
 
@@ -12,10 +12,7 @@ What was used is recorded in the executed notebook itself (`metadata.scfm`). Not
 imported here, so an up-to-date book answers at once.
 """
 
-import hashlib
 import json
-import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,19 +22,20 @@ from typing import Any
 import yaml
 
 from scfm_circuits import InputError
-from scfm_circuits.common.files import sha256_of_file
+from scfm_circuits.book import reach
+from scfm_circuits.common import kept
+from scfm_circuits.common.files import digest, sha256_of_file
 from scfm_circuits.common.profile import (
-    PACKAGE,
     ROOT,
     Profile,
     cells_path,
+    gene_set_cache,
+    gene_set_folders,
     load_profile,
     profile_files,
 )
 
 NOTEBOOKS = ROOT / "notebooks"
-MACHINERY = "book"
-"""The room that drives and checks the notebooks; no number comes from it."""
 DATA = ("data/paper/*", "data/human_eval/*.csv", "data/gene-sets/*", "data/planted/*",
         "data/*.yml")
 
@@ -55,6 +53,8 @@ class Notebook:
     """The paper's exhibits it reproduces, for the exhibit map."""
     modules: tuple[str, ...] = ()
     """The package's modules that do its work, for the exhibit map."""
+    libraries: tuple[str, ...] = ()
+    """The gene-set libraries it reads: their names, or profile fields that hold them."""
 
     @property
     def name(self) -> str:
@@ -120,7 +120,7 @@ def _read_header(path: Path, before: tuple[str, ...]) -> Notebook:
             f'{path} has no cell tagged "parameters"; start one with `# %% tags=["parameters"]`.'
         )
     own = ((header or {}).get("jupyter") or {}).get("scfm") or {}
-    unknown = set(own) - {"after", "produces", "exhibits", "modules"}
+    unknown = set(own) - {"after", "produces", "exhibits", "modules", "libraries"}
     if unknown:
         raise InputError(f"The header of {path} has the unknown key scfm.{min(unknown)}.")
     after = tuple(own.get("after", before))
@@ -131,54 +131,27 @@ def _read_header(path: Path, before: tuple[str, ...]) -> Notebook:
                 "which is no notebook before it."
             )
     return Notebook(path, after, tuple(own.get("produces", ())), str(own.get("exhibits", "")),
-                    tuple(own.get("modules", ())))
+                    tuple(own.get("modules", ())), tuple(own.get("libraries", ())))
 
 
 def _hash_files(paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        if path.is_file():
-            digest.update(f"{path.name}\0{sha256_of_file(path)}\n".encode())
-    return digest.hexdigest()[:16]
+    return digest("".join(f"{path.name}\0{sha256_of_file(path)}\n" for path in sorted(paths)
+                          if path.is_file()))
 
 
 def _stamp_files(paths: Iterable[Path]) -> str:
     """Names, sizes and times of files whose contents may be hundreds of MB; `none` without any."""
     lines = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
              for path in paths if path.is_file()]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] if lines else "none"
-
-
-def _gene_set_folders(profile: Profile) -> list[Path]:
-    """The folders where `gene_sets.load_library` looks first, as far as they exist."""
-    # A relative folder starts at the root, where notebooks run.
-    named = (profile.gene_sets, os.environ.get("SCFM_GENE_SETS"))
-    folders = [ROOT / os.path.expanduser(name) for name in named if name]
-    return [folder for folder in folders if folder.is_dir()]
-
-
-def _gene_set_inputs(profile: Profile) -> str:
-    return _stamp_files(path for folder in _gene_set_folders(profile)
-                        for path in sorted(folder.iterdir()))
-
-
-def gene_set_cache() -> Path:
-    """The folder of downloaded gene sets, as `gene_sets.load_library` has it."""
-    root = os.environ.get("SCFM_CACHE") or "~/.cache/scfm-circuits"
-    return ROOT / os.path.expanduser(root) / "gene-sets"
+    return digest("\n".join(lines)) if lines else "none"
 
 
 def libraries_asked_for(notebook: Notebook, profile: Profile) -> list[str]:
-    """The gene-set libraries that the notebook's source loads."""
-    source = notebook.path.read_text(encoding="utf-8")
-    if not re.search(r"load_library\(|\bchapter\.libraries\b", source):
-        return []
-    names = set(re.findall(r"load_library\(\s*[\"']([\w.+-]+)[\"']", source))
-    # Whatever the notebook calls its profile.
-    if re.search(r"\.libraries\b", source):
-        names |= set(profile.libraries)
-    if re.search(r"\.case_library\b", source):
-        names.add(profile.case_library)
+    """The gene-set libraries that the notebook's header declares."""
+    names: set[str] = set()
+    for name in notebook.libraries:
+        value = getattr(profile, name) if name in Profile.model_fields else name
+        names |= {value} if isinstance(value, str) else set(value)
     return sorted(names)
 
 
@@ -187,7 +160,7 @@ def cache_inputs(run: Run, notebook: Notebook) -> dict[str, str]:
 
     Only its own: a library that a later chapter downloads must not make earlier ones stale.
     """
-    folders = _gene_set_folders(run.profile)
+    folders = gene_set_folders(run.profile.gene_sets)
     names = [f"{name}.gmt" for name in libraries_asked_for(notebook, run.profile)]
     cached = [gene_set_cache() / name for name in names
               if not any((folder / name).is_file() for folder in folders)]
@@ -198,17 +171,14 @@ def shared_inputs(
     profile: Profile, profile_name: str, overrides: Mapping[str, Any]
 ) -> dict[str, str]:
     """Hash of each kind of input, by the word used when it has changed."""
-    settings = json.dumps(dict(overrides), sort_keys=True)
-    sources = [path for path in PACKAGE.rglob("*.py")
-               if path.relative_to(PACKAGE).parts[0] != MACHINERY]
     inputs = {
-        "package": _hash_files(sources),
         "profile": f"{_hash_files(profile_files(profile_name))}/{profile.name}",
-        "overrides": hashlib.sha256(settings.encode()).hexdigest()[:16],
+        "overrides": digest(json.dumps(dict(overrides), sort_keys=True)),
         "data": _hash_files(path for pattern in DATA for path in ROOT.glob(pattern)),
         "lock": _hash_files([ROOT / "requirements.lock"]),
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-        "gene sets": _gene_set_inputs(profile),
+        "gene sets": _stamp_files(path for folder in gene_set_folders(profile.gene_sets)
+                                  if folder.is_dir() for path in sorted(folder.iterdir())),
     }
     cells = cells_path(profile, ROOT)
     if cells is not None:
@@ -233,22 +203,27 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def source_inputs(notebook: Notebook) -> dict[str, str]:
-    """Hash and modification time of the notebook's own source."""
-    return {"notebook": sha256_of_file(notebook.path)[:16],
-            "touched": str(notebook.path.stat().st_mtime_ns)}
+    """Hash and modification time of the notebook's own source, and hashes of what it uses of the
+    package: whole rooms, and of `report`, which every chapter uses, the files."""
+    used = reach.sources_of(notebook.path)
+    wanted = {kept.COMMON, *map(kept.room_of, used)}
+    rooms = {f"package ({room})": kept.sources_hash(
+        files if room != "report" else [file for file in files if file in used])
+        for room, files in kept.rooms().items() if room in wanted}
+    return {"notebook": digest(notebook.path.read_bytes()),
+            "touched": str(notebook.path.stat().st_mtime_ns), **rooms}
 
 
 def changed_inputs(run: Run, notebook: Notebook, record: Mapping[str, Any]) -> list[str]:
     """The kinds of input that are not what the notebook's execution record says."""
     used = record.get("inputs", {})
     own = source_inputs(notebook)
-    changed = []
-    if used.get("notebook") != own["notebook"]:
-        changed.append("notebook")
-    elif int(own["touched"]) > int(used.get("touched", 0)):
-        changed.append("notebook touched")
-    shared = {**run.inputs, **cache_inputs(run, notebook)}
-    return changed + [kind for kind, value in shared.items() if used.get(kind) != value]
+    touched = own.pop("touched")
+    now = {**own, **run.inputs, **cache_inputs(run, notebook)}
+    changed = [kind for kind, value in now.items() if used.get(kind) != value]
+    if "notebook" not in changed and int(touched) > int(used.get("touched", 0)):
+        changed.insert(0, "notebook touched")
+    return changed
 
 
 def why_stale(run: Run, notebook: Notebook, records: Mapping[str, Mapping[str, Any]]) -> str:

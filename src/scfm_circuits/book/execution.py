@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -195,24 +195,17 @@ class _Live:
         """papermill calls this after each piece."""
         self.terminal.flush()
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Clear a line that was begun, so that the next message has it for itself."""
         if not self.at_start:
             self.terminal.write(CLEARED)
             self.flush()
 
 
-@contextlib.contextmanager
-def _terminal() -> Iterator[_Live | None]:
+def _terminal() -> contextlib.AbstractContextManager[_Live | None]:
     """The terminal, if stderr is one; where nobody watches, cells stay quiet."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    live = _Live(sys.stderr)
-    try:
-        yield live
-    finally:
-        live.end()
+    return contextlib.closing(_Live(sys.stderr)) if sys.stderr.isatty() else (
+        contextlib.nullcontext())
 
 
 def _kernel_manager(log: IO[str]) -> type:

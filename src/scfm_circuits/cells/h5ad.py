@@ -19,6 +19,7 @@ import scipy.sparse as sp
 from tqdm.auto import tqdm
 
 from scfm_circuits import InputError
+from scfm_circuits.common.files import first_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,9 +66,8 @@ def unreadable(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # h5py and anndata raise many kinds for a broken file
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error)
-        raise InputError(f"The cells {path} cannot be read as .h5ad ({reason}); the file may be "
-                         "truncated: fetch it again.") from None
+        raise InputError(f"The cells {path} cannot be read as .h5ad ({first_line(error)}); the "
+                         "file may be truncated: fetch it again.") from None
 
 
 def open_h5ad(path: Path) -> Opened:

@@ -23,6 +23,7 @@ import pandas as pd
 import yaml
 
 from scfm_circuits import InputError
+from scfm_circuits.common.files import first_line
 from scfm_circuits.common.profile import PLANTED_CELLS, PLANTED_PROGRAMS, ROOT, Profile, cells_path
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def read_plan(path: Path = PROGRAMS) -> Plan:
         plan = _plan(content)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"The planted programs {path} cannot be read "
-                         f"({str(error).splitlines()[0]}).") from None
+                         f"({first_line(error)}).") from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"The planted programs {path} lack something or have it in the wrong form "
                          f"({error}); see the comment at the head of data/planted/programs.yml."

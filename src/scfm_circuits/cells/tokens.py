@@ -12,6 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from scfm_circuits import InputError
+from scfm_circuits.common.files import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -242,7 +243,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokeniz
         tokenizer: Any = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=False)
     except Exception as error:  # a broken file makes `tokenizers` raise a bare Exception
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)
         raise InputError(f"The tokenizer {name!r} cannot be loaded ({reason}); check `tokenizer` "
                          "in the profile, or download it once with a network.") from None
     if not tokenizer.is_fast:

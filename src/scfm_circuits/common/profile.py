@@ -1,15 +1,14 @@
 """One run of the book as one typed, validated configuration.
 
 A profile is a YAML file in `notebooks/profiles/` (or anywhere, by path). It may name another in
-`extends` and then holds only what differs. Papermill hands a notebook the profile's name and any
-field to override; `from_notebook` turns both into a `Profile`.
+`extends` and then holds only what differs. A notebook is handed the profile's name and the fields
+to override; `load_profile` turns both into a `Profile`.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
+from scfm_circuits.common.kept import COMMON, PACKAGE, room_hash
 from scfm_circuits.common.profile_files import read_fields
 
-PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = Path(os.environ.get("SCFM_ROOT", PACKAGE.parents[1]))
 PROFILES = ROOT / "notebooks" / "profiles"
 BUNDLED_CELLS = "pbmc68k_reduced"
@@ -278,22 +277,11 @@ class Profile(BaseModel):
         `common` counts always.
         """
         values = {field: getattr(self, field) for field in sorted(fields)}
-        sources = {room: room_digest(room) for room in sorted({"common", *rooms})}
+        sources = {room: room_hash(room) for room in sorted({COMMON, *rooms})}
         # A new release of these may give other numbers from the same sources.
         versions = {name: version(name) for name in ("numpy", "tokenizers", "torch",
                                                      "transformers")}
         return {"fields": values, "sources": sources, "versions": versions}
-
-
-@cache
-def room_digest(room: str) -> str:
-    """Hash of all sources of a room of the package, or of one file in it (without `.py`)."""
-    folder = PACKAGE / room
-    paths = sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{room}.py"]
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
@@ -316,6 +304,22 @@ def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
     except RuntimeError:
         raise InputError(f"Profile field `cells` is {profile.cells!r}, but that home folder is not "
                          "known; give the whole path.") from None
+
+
+def gene_set_folders(named: str | Path | None) -> dict[Path, str]:
+    """The folders where gene sets are looked for before the cache, each with who names it.
+
+    named: the folder in the profile. A relative folder starts at the root, where notebooks run.
+    """
+    origins = {"the profile": named, "SCFM_GENE_SETS": os.environ.get("SCFM_GENE_SETS")}
+    return {ROOT / os.path.expanduser(folder): origin for origin, folder in origins.items()
+            if folder}
+
+
+def gene_set_cache() -> Path:
+    """Where downloaded gene sets are kept."""
+    root = os.environ.get("SCFM_CACHE") or "~/.cache/scfm-circuits"
+    return ROOT / os.path.expanduser(root) / "gene-sets"
 
 
 def profile_path(profile: str) -> Path:
@@ -406,29 +410,3 @@ def load_profile(profile: str, overrides: Mapping[str, Any] | None = None) -> Pr
         return checked.model_copy(update={"name": f"{path.stem}+{digest}"})
     except ValidationError as error:
         raise InputError(_explain(error, path, overrides)) from None
-
-
-_NOT_PARAMETERS = {"profile", "In", "Out", "exit", "quit", "open", "get_ipython"}
-_strict = True
-
-
-def from_notebook(namespace: Mapping[str, Any]) -> Profile:
-    """The profile of a notebook: `profile` and any field that papermill injected.
-
-    namespace: the notebook's `globals()`. On the first call nothing else has been assigned yet,
-    so a name that is no field is an unknown papermill parameter and an InputError; when the cell
-    is run again interactively, the notebook's own variables are passed over.
-    """
-    global _strict
-    plain = (str, int, float, bool, list, dict, type(None))
-    given = {
-        key: value for key, value in namespace.items()
-        # Capitals are imported constants; a parameter has none.
-        if not key.startswith("_") and not key.isupper() and key not in _NOT_PARAMETERS
-        and isinstance(value, plain)
-    }
-    if not _strict:
-        given = {key: value for key, value in given.items() if key in Profile.model_fields}
-    loaded = load_profile(namespace["profile"], given)
-    _strict = False
-    return loaded

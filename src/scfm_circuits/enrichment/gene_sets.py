@@ -28,7 +28,7 @@ from scfm_circuits import InputError
 from scfm_circuits.common import manifest
 from scfm_circuits.common.fetch import Remote, Unreachable, fetch
 from scfm_circuits.common.files import write_atomic
-from scfm_circuits.common.profile import ROOT
+from scfm_circuits.common.profile import ROOT, gene_set_cache, gene_set_folders
 
 IntArray = NDArray[np.integer[Any]]
 
@@ -233,31 +233,17 @@ def local_copy(name: str, folder: str | Path | None = None) -> Path | None:
 
     Raises InputError for a named folder that does not exist.
     """
-    named = [(folder, "the profile"), (os.environ.get("SCFM_GENE_SETS"), "SCFM_GENE_SETS")]
-    folders = [_existing_folder(path, origin) for path, origin in named if path]
-    paths = [one / f"{name}.gmt" for one in (*folders, cache_folder())]
+    for place, origin in gene_set_folders(folder).items():
+        if not place.is_dir():
+            raise InputError(f"The gene-set folder {place} named by {origin} does not exist; "
+                             "correct the path or remove the setting.")
+    paths = [place / f"{name}.gmt" for place in (*gene_set_folders(folder), gene_set_cache())]
     return next((path for path in paths if path.is_file()), None)
 
 
 def downloads_are_off() -> bool:
     """Whether the environment says SCFM_OFFLINE."""
     return os.environ.get("SCFM_OFFLINE", "").lower() in {"1", "true", "yes"}
-
-
-def _existing_folder(path: str | Path, origin: str) -> Path:
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise InputError(
-            f"The gene-set folder {folder} named by {origin} does not exist; correct the path or "
-            "remove the setting."
-        )
-    return folder
-
-
-def cache_folder() -> Path:
-    """Where downloaded libraries are kept."""
-    root = os.environ.get("SCFM_CACHE") or "~/.cache/scfm-circuits"
-    return Path(root).expanduser() / "gene-sets"
 
 
 def _bundled_path() -> Path:
@@ -298,7 +284,7 @@ def _download(name: str) -> GeneSets:
     earlier = _failed_downloads.get("") or _failed_downloads.get(name)
     if earlier:
         raise InputError(earlier)
-    target = cache_folder() / f"{name}.gmt"
+    target = gene_set_cache() / f"{name}.gmt"
     print(f"Downloading {name} from {ENRICHR_URL} (once; kept in {target})", file=sys.stderr)
     remote = Remote(f"{ENRICHR_URL}?mode=text&libraryName={quote(name)}")
     try:

@@ -8,7 +8,6 @@
 """
 
 import copy
-import hashlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.common.files import digest
 from scfm_circuits.features.statistics import FeatureStatistics, get_statistics, stored_statistics
 from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer
@@ -106,7 +106,7 @@ def untrained_statistics(model: "GPTNeoXForCausalLM", statistics: FeatureStatist
     same layer, drawn at random, do: they differ in what they fire on, not in how often.
     statistics: those of the trained features. Kept in `results/<profile>/untrained/`.
     """
-    rates = hashlib.sha256(np.ascontiguousarray(statistics.fired).tobytes()).hexdigest()[:16]
+    rates = digest(np.ascontiguousarray(statistics.fired).tobytes())
     control = Control("untrained", {**profile.fingerprint(("live_cut_table4",),
                                                            ("features/baselines",)),
                                     "fired": rates, "n_features": n_features})

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scfm_circuits.common.files import atomic_path
+from scfm_circuits.common.kept import read_arrays
 from scfm_circuits.features.count_kernels import (
     LOWEST_BIN,
     N_BINS,
@@ -29,12 +30,7 @@ from scfm_circuits.features.count_kernels import (
     keep_strongest,
     tally,
 )
-from scfm_circuits.features.pair_counts import (
-    PairCounts,
-    pack_matrices,
-    read_arrays,
-    unpack_matrices,
-)
+from scfm_circuits.features.pair_counts import PairCounts, pack_matrices, unpack_matrices
 from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
 from scfm_circuits.transcoders.active_entries import find_active
 from scfm_circuits.transcoders.transcoder import Transcoders

@@ -1,10 +1,7 @@
 """Exact counts of (layer, feature, pair) in memory that grows with the distinct ones only."""
 
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
@@ -156,12 +153,3 @@ def unpack_matrices(arrays: Mapping[str, np.ndarray], shape: tuple[int, int]
     return tuple(sp.csr_matrix(tuple(arrays[f"counts_{i}_{key}"] for key in
                                      ("data", "indices", "indptr")), shape=shape)
                  for i in range(n))
-
-
-def read_arrays(path: Path, stamp: str) -> dict[str, np.ndarray] | None:
-    """The arrays of an .npz file; None if it is missing or broken or bears another stamp."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return dict(stored) if str(stored["stamp"]) == stamp else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        return None

@@ -5,19 +5,18 @@ token of the corpus that is not padding. E(f, t) is kept as counts per pair of t
 which both readings of the paper's gene rule follow. `counting` does the counting.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
 
 from scfm_circuits.cells.corpus import Corpus
-from scfm_circuits.common.files import atomic_path
+from scfm_circuits.common.files import digest
+from scfm_circuits.common.kept import if_current, kept_arrays
 from scfm_circuits.features.counting import Checkpoint, count_activations, unpack_best
-from scfm_circuits.features.pair_counts import pack_matrices, read_arrays, unpack_matrices
+from scfm_circuits.features.pair_counts import pack_matrices, unpack_matrices
 from scfm_circuits.transcoders.training.settings import Control, stage_folder, training_stamp
 from scfm_circuits.transcoders.transcoder import Transcoders
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
     from scfm_circuits.common.profile import Profile
 
-_COMPRESSED_BYTES = 2**28
 _CELLS = 4096
 _ROOMS = ("features", "transcoders/active_entries")
 
@@ -147,7 +145,7 @@ def count_features(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus
 
 def gene_digest(corpus: Corpus) -> str:
     """A short hash of which gene each token stands in."""
-    return hashlib.sha256(np.ascontiguousarray(corpus.gene).tobytes()).hexdigest()[:16]
+    return digest(np.ascontiguousarray(corpus.gene).tobytes())
 
 
 def _stamp(corpus: Corpus, profile: "Profile", control: Control | None) -> str:
@@ -161,7 +159,7 @@ def stored_statistics(corpus: Corpus, profile: "Profile", control: Control | Non
                       ) -> FeatureStatistics | None:
     """The statistics that `get_statistics` stored, if they are current."""
     path = stage_folder(profile, control) / "features.npz"
-    return _read(path, _stamp(corpus, profile, control))
+    return if_current(path, _stamp(corpus, profile, control), _statistics)
 
 
 def get_statistics(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus,
@@ -170,34 +168,24 @@ def get_statistics(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus
 
     With `control`, those of that control's transcoders, stored in its own folder.
     """
-    stored = stored_statistics(corpus, profile, control)
-    if stored is None:
-        path, stamp = stage_folder(profile, control) / "features.npz", _stamp(corpus, profile,
-                                                                              control)
-        checkpoint = Checkpoint(path.with_name("features_checkpoint.npz"), stamp,
-                                profile.checkpoint_seconds)
-        stored = count_features(model, transcoders, corpus, profile.forward_cells,
-                                profile.contexts_per_feature, checkpoint=checkpoint)
-        parts = pack_matrices(stored.counts)
-        plain = {key: value for key, value in vars(stored).items() if key != "counts"}
-        # Compressing gigabytes takes longer than counting them.
-        large = sum(part.nbytes for part in parts.values()) > _COMPRESSED_BYTES
-        with atomic_path(path) as temporary:
-            (np.savez if large else np.savez_compressed)(
-                temporary, stamp=np.array(stamp), allow_pickle=False, **plain, **parts)
-        checkpoint.path.unlink(missing_ok=True)
-    return stored
+    path, stamp = stage_folder(profile, control) / "features.npz", _stamp(corpus, profile, control)
+    checkpoint = Checkpoint(path.with_name("features_checkpoint.npz"), stamp,
+                            profile.checkpoint_seconds)
+    found = kept_arrays(path, stamp, lambda: count_features(
+        model, transcoders, corpus, profile.forward_cells, profile.contexts_per_feature,
+        checkpoint=checkpoint), _arrays, _statistics)
+    checkpoint.path.unlink(missing_ok=True)
+    return found
 
 
-def _read(path: Path, stamp: str) -> FeatureStatistics | None:
-    arrays = read_arrays(path, stamp)
-    if arrays is None:
-        return None
-    try:
-        shape = arrays["fired"].shape[1], len(arrays["pair_token"])
-        plain: dict[str, Any] = {one.name: arrays[one.name] for one in
-                                 fields(FeatureStatistics) if one.name != "counts"}
-        return FeatureStatistics(**{**plain, "n_tokens": int(plain["n_tokens"])},
-                                 counts=unpack_matrices(arrays, shape))
-    except (KeyError, ValueError):
-        return None
+def _arrays(statistics: FeatureStatistics) -> dict[str, Any]:
+    plain = {key: value for key, value in vars(statistics).items() if key != "counts"}
+    return plain | pack_matrices(statistics.counts)
+
+
+def _statistics(arrays: dict[str, np.ndarray]) -> FeatureStatistics:
+    shape = arrays["fired"].shape[1], len(arrays["pair_token"])
+    plain: dict[str, Any] = {one.name: arrays[one.name] for one in
+                             fields(FeatureStatistics) if one.name != "counts"}
+    return FeatureStatistics(**{**plain, "n_tokens": int(plain["n_tokens"])},
+                             counts=unpack_matrices(arrays, shape))

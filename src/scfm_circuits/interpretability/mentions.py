@@ -14,9 +14,9 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from scfm_circuits.cells.corpus import Corpus
-from scfm_circuits.common.files import atomic_path
+from scfm_circuits.common.kept import kept_arrays
 from scfm_circuits.features.counting import Checkpoint, count_activations
-from scfm_circuits.features.pair_counts import pack_matrices, read_arrays, unpack_matrices
+from scfm_circuits.features.pair_counts import pack_matrices, unpack_matrices
 from scfm_circuits.features.statistics import FeatureStatistics, corpus_pairs, gene_digest
 from scfm_circuits.transcoders.training.settings import Control, stage_folder, training_stamp
 from scfm_circuits.transcoders.transcoder import Transcoders
@@ -53,7 +53,7 @@ def get_held_out_counts(model: "GPTNeoXForCausalLM", transcoders: Transcoders, c
                         ) -> tuple[sp.csr_matrix, ...]:
     """Per layer (n_features, n_pairs) how often a feature is active on a pair in held-out cells.
 
-    Pairs are those of `FeatureStatistics`. Kept in `mentions.npz` beside its file; an
+    Pairs are those of `FeatureStatistics`. Kept in `held_out_counts.npz` beside its file; an
     interrupted pass goes on from its checkpoint.
     """
     path = stage_folder(profile, control) / "held_out_counts.npz"
@@ -61,19 +61,12 @@ def get_held_out_counts(model: "GPTNeoXForCausalLM", transcoders: Transcoders, c
                         profile.fingerprint(("forward_cells",), _ROOMS), gene_digest(corpus)],
                        sort_keys=True)
     tokens, _, _, index = corpus_pairs(corpus)
-    stored = read_arrays(path, stamp)
-    if stored is not None:
-        try:
-            return unpack_matrices(stored, (transcoders.n_features, len(tokens)))
-        except (KeyError, ValueError):
-            pass
     checkpoint = Checkpoint(path.with_name("held_out_checkpoint.npz"), stamp,
                             profile.checkpoint_seconds)
-    counts = count_held_out(model, transcoders, corpus, profile.forward_cells, index, len(tokens),
-                            checkpoint)
-    with atomic_path(path) as temporary:
-        np.savez_compressed(temporary, stamp=np.array(stamp), allow_pickle=False,
-                            **pack_matrices(counts))
+    counts = kept_arrays(path, stamp, lambda: count_held_out(
+        model, transcoders, corpus, profile.forward_cells, index, len(tokens), checkpoint),
+        pack_matrices, lambda arrays: unpack_matrices(arrays, (transcoders.n_features,
+                                                               len(tokens))))
     checkpoint.path.unlink(missing_ok=True)
     return counts
 

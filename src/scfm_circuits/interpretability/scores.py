@@ -13,7 +13,6 @@ measured for every live feature of every layer. Phases:
 The same is done for features of an untrained encoder and for random tokens that fire as often.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.tokens import token_texts
+from scfm_circuits.common.files import digest
 from scfm_circuits.common.profile import ROOT
 from scfm_circuits.features.baselines import untrained_encoder, untrained_statistics
 from scfm_circuits.features.statistics import FeatureStatistics
@@ -307,7 +307,7 @@ def feature_scores(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
 
 def untrained_control(other: FeatureStatistics, profile: "Profile") -> Control:
     """What the untrained encoder's held-out counts depend on; other: its statistics."""
-    fired = hashlib.sha256(np.ascontiguousarray(other.fired).tobytes()).hexdigest()[:16]
+    fired = digest(np.ascontiguousarray(other.fired).tobytes())
     return Control("untrained", {**profile.fingerprint((), ("features/baselines",)),
                                  "counted": fired})
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
-from scfm_circuits.common.files import atomic_folder, read_json, write_json
+from scfm_circuits.common.files import atomic_folder, first_line, read_json, write_json
 from scfm_circuits.models.architectures import check_supported
 from scfm_circuits.models.mlp_sites import best_device, moved_to
 from scfm_circuits.models.small_models import TrainingCurve, train_small_model
@@ -97,7 +97,7 @@ def load_model(name: str | Path, revision: str | None = None,
 
 
 def _cannot_load(name: str | Path, error: Exception) -> InputError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    reason = first_line(error)
     return InputError(f"The model {str(name)!r} cannot be loaded ({reason}); check `model` in the "
                       "profile, or download it once with a network.")
 

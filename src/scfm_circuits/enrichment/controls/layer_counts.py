@@ -17,11 +17,10 @@ Layers are kept on disk as they are done, so an interrupted run goes on where it
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
-from scfm_circuits.common.files import atomic_path
+from scfm_circuits.common.kept import kept_arrays
 from scfm_circuits.enrichment import kernels as enrichment_kernels
 from scfm_circuits.enrichment.background import (
     Background,
@@ -339,15 +338,13 @@ def get_controls(statistics: FeatureStatistics, baselines: Mapping[str, FeatureS
     layers = []
     with bar:
         for layer in range(len(live)):
-            path = folder / f"layer_{layer}.npz"
-            stamp = _stamp(statistics, baselines, layer, corpus, profile, libraries)
-            stored = _read(path, stamp, len(baselines))
-            if stored is None:
-                stored = layer_controls(statistics, baselines, layer, corpus, profile, ready, bar)
-                _write(path, stamp, stored)
+            layers.append(kept_arrays(
+                folder / f"layer_{layer}.npz",
+                _stamp(statistics, baselines, layer, corpus, profile, libraries),
+                partial(layer_controls, statistics, baselines, layer, corpus, profile, ready, bar),
+                _arrays, partial(_controls, n_baselines=len(baselines))))
             # Lists that need not be drawn count as done.
             bar.update(int(most[: layer + 1].sum()) - bar.n)
-            layers.append(stored)
     return layers
 
 
@@ -364,23 +361,15 @@ def _stamp(statistics: FeatureStatistics, baselines: Mapping[str, FeatureStatist
                        [library.content_sha256 for library in libraries]], sort_keys=True)
 
 
-def _write(path: Path, stamp: str, controls: LayerControls) -> None:
-    plain = {key: value for key, value in controls._asdict().items()
-             if not key.startswith("baseline")}
-    several = {f"{key}_{i}": array for key in ("baseline_called", "baseline_min_p")
-               for i, array in enumerate(getattr(controls, key))}
-    with atomic_path(path) as temporary:
-        np.savez_compressed(temporary, stamp=np.array(stamp), **plain, **several)
+def _arrays(controls: LayerControls) -> dict[str, Any]:
+    several = {f"{key}_{i}": array for key, arrays in controls._asdict().items()
+               if key.startswith("baseline") for i, array in enumerate(arrays)}
+    return {key: value for key, value in controls._asdict().items()
+            if not key.startswith("baseline")} | several
 
 
-def _read(path: Path, stamp: str, n_baselines: int) -> LayerControls | None:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            if str(stored["stamp"]) != stamp:
-                return None
-            parts: dict[str, Any] = {
-                key: tuple(stored[f"{key}_{i}"] for i in range(n_baselines))
-                if key.startswith("baseline") else stored[key] for key in LayerControls._fields}
-            return LayerControls(**parts)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+def _controls(arrays: dict[str, np.ndarray], n_baselines: int) -> LayerControls:
+    parts: dict[str, Any] = {
+        key: tuple(arrays[f"{key}_{i}"] for i in range(n_baselines))
+        if key.startswith("baseline") else arrays[key] for key in LayerControls._fields}
+    return LayerControls(**parts)

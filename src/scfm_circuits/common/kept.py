@@ -1,0 +1,111 @@
+"""Results that are kept: read if they are current, else made and kept.
+
+A result is current if it bears the stamp of what it would now be made from
+(`Profile.fingerprint`): fields of the profile, the sources of rooms, versions of libraries, and
+whatever else its maker names. A room is a folder of the package; a file beside the folders belongs
+to `common`.
+"""
+
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from scfm_circuits.common.files import atomic_path, digest, sha256_of_file
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PACKAGE = Path(__file__).resolve().parents[1]
+COMMON = "common"
+Made = TypeVar("Made")
+
+
+def room_of(path: Path) -> str:
+    """The room that a source file of the package belongs to."""
+    inside = path.parts[len(PACKAGE.parts):]
+    # The one program only calls what others do.
+    return inside[0] if len(inside) > 1 else "book" if path.stem == "__main__" else COMMON
+
+
+def rooms() -> dict[str, list[Path]]:
+    """The source files of every room, wherever in it they are."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        found.setdefault(room_of(path), []).append(path)
+    return found
+
+
+def sources_hash(paths: Iterable[Path]) -> str:
+    """A short hash of source files and of their places in the package."""
+    return digest("".join(f"{path.relative_to(PACKAGE).as_posix()}\0"
+                          f"{_sha256(path, path.stat().st_mtime_ns, path.stat().st_size)}\n"
+                          for path in sorted(paths)))
+
+
+@cache
+def _sha256(path: Path, _changed: int, _size: int) -> str:
+    return sha256_of_file(path)
+
+
+@cache
+def room_hash(room: str) -> str:
+    """A short hash of a room's sources, or of a file or folder in it, as this process has them.
+
+    room: such as `cells`, `transcoders/training` or `features/baselines`. Raises KeyError if there
+    is no such thing.
+    """
+    paths = rooms().get(room) or [path for place in (PACKAGE / room, PACKAGE / f"{room}.py")
+                                  for path in (place, *place.rglob("*.py")) if path.is_file()]
+    if not paths:
+        raise KeyError(room)
+    return sources_hash(paths)
+
+
+def read_arrays(path: Path, stamp: str) -> "dict[str, np.ndarray] | None":
+    """The arrays of an .npz file; None if it is missing or broken or bears another stamp."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored) if str(stored["stamp"]) == stamp else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def write_arrays(path: Path, stamp: str, arrays: Mapping[str, Any]) -> None:
+    """Write what `read_arrays` reads."""
+    import numpy as np
+
+    found = {name: np.asarray(one) for name, one in arrays.items()}
+    # Compressing gigabytes takes longer than making them.
+    large = sum(one.nbytes for one in found.values()) > 2**28
+    with atomic_path(path) as temporary:
+        (np.savez if large else np.savez_compressed)(
+            temporary, stamp=np.array(stamp), allow_pickle=False, **found)
+
+
+def if_current(path: Path, stamp: str, made_of: "Callable[[dict[str, np.ndarray]], Made]"
+               ) -> Made | None:
+    """`made_of` the arrays at `path` if they bear the stamp, else None.
+
+    made_of: may raise KeyError and ValueError for a file that is not whole.
+    """
+    stored = read_arrays(path, stamp)
+    try:
+        return None if stored is None else made_of(stored)
+    except (KeyError, ValueError):
+        return None
+
+
+def kept_arrays(path: Path, stamp: str, make: Callable[[], Made],
+                arrays_of: Callable[[Made], Mapping[str, Any]],
+                made_of: "Callable[[dict[str, np.ndarray]], Made]") -> Made:
+    """`if_current`, or else what `make` gives, kept at `path` as `arrays_of` it."""
+    made = if_current(path, stamp, made_of)
+    if made is None:
+        made = make()
+        write_arrays(path, stamp, arrays_of(made))
+    return made

@@ -1,0 +1,76 @@
+"""What is kept is read only while it is current."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scfm_circuits.common import kept
+from scfm_circuits.common.profile import load_profile
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    for name in ("__init__", "common/files", "cells/reading", "cells/deep/er/x", "book/cli"):
+        path = tmp_path / "package" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    monkeypatch.setattr(kept, "PACKAGE", tmp_path / "package")
+    kept.room_hash.cache_clear()
+    yield tmp_path / "package"
+    kept.room_hash.cache_clear()
+
+
+def test_a_room_is_all_that_is_in_it(package: Path) -> None:
+    def now(room: str = "cells") -> str:
+        kept.room_hash.cache_clear()
+        return kept.room_hash(room)
+
+    seen = {now()}
+    (package / "book" / "cli.py").write_text("x = 1")
+    (package / "common" / "files.py").write_text("x = 1")
+    assert {now()} == seen
+    deep = {now("cells/deep"), now("cells/deep/er/x")}
+    for name in ("cells/deep/er/x", "cells/new"):
+        (package / f"{name}.py").write_text("x = 1")
+        seen.add(now())
+    assert not deep & {now("cells/deep"), now("cells/deep/er/x")}
+    (package / "cells" / "new.py").rename(package / "cells" / "newer.py")
+    seen.add(now())
+    assert len(seen) == 4
+    with pytest.raises(KeyError):
+        kept.room_hash("no such room")
+
+
+def test_what_lies_beside_the_rooms_is_common(package: Path) -> None:
+    before = kept.room_hash("common")
+    (package / "__init__.py").write_text("x = 1")
+    kept.room_hash.cache_clear()
+    assert kept.room_hash("common") != before
+    assert kept.room_of(package / "__main__.py") == "book"  # it only calls what others do
+
+
+def test_a_fingerprint_names_what_a_result_is_made_from() -> None:
+    profile = load_profile("smoke")
+    found = profile.fingerprint(("seed",), ("cells",))
+    assert found["fields"] == {"seed": profile.seed} and "torch" in found["versions"]
+    assert found["sources"] == {room: kept.room_hash(room) for room in ("cells", "common")}
+
+
+def test_arrays_are_made_once_and_again_when_they_are_not_current(tmp_path: Path) -> None:
+    path, made = tmp_path / "folder" / "x.npz", []
+
+    def get(stamp: str) -> int:
+        def make() -> int:
+            made.append(stamp)
+            return len(made)
+
+        return kept.kept_arrays(path, stamp, make, lambda one: {"x": np.array(one)},
+                                lambda arrays: int(arrays["x"]))
+
+    assert [get("a"), get("a"), get("b"), get("b")] == [1, 1, 2, 2] and made == ["a", "b"]
+    path.write_bytes(path.read_bytes()[:100])
+    assert get("b") == 3
+    kept.write_arrays(path, "b", {"another": np.zeros(3)})
+    assert get("b") == 4 and get("b") == 4

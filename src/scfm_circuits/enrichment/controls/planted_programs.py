@@ -34,30 +34,6 @@ def programs_library(plan: Plan) -> GeneSets:
 
 
 
-def features_in_prose(matches: "ProgramMatches", types: int) -> str:
-    """What `program_matches` says, for a page. types: how many cell types there are."""
-    lists = matches.lists.set_index("lists")
-    own = matches.programs[matches.programs["kind"] == "own"]
-    beyond = int(matches.features["beyond_all_controls"].sum())
-    ahead = int(matches.programs["ahead_of_controls"].sum()) / len(matches.features)
-    others = "; ".join(f"{name} {row['percentage']:.1f} % and {row['own_programs']:.1f}"
-                       for name, row in lists.drop(index=FEATURES).iterrows())
-    features = lists.loc[FEATURES]
-    recalls = own[[f"{column_name(str(name))}_recall" for name in lists.index.drop(FEATURES)]]
-    return (
-        f"Of {len(matches.features):,} live features {features['percentage']:.1f} % "
-        f"match a program. {100 * ahead:.1f} % match one and are ahead of every control at the "
-        f"same level, one by one; after correction over all features {beyond:,} are. Of the "
-        f"{types} programs that are planted for one cell type "
-        f"{features['own_programs']:.0f} have a feature that matches. For lists that no "
-        "trained feature made, the share that matches and the number of these programs matched "
-        f"are: {others}. The best feature of such a program lists a median of "
-        f"{percent(own['best_recall'].fillna(0).median())} of its genes (with "
-        f"{percent(own['best_precision'].median())} of the list in the program), the best list of "
-        f"the control that does best {percent(recalls.median().max())}.")
-
-
-
 class ProgramMatches(NamedTuple):
     """Features' gene lists against the programs, see `program_matches`."""
 
@@ -68,6 +44,31 @@ class ProgramMatches(NamedTuple):
     """One row per program: who matches it, the best list, and what null lists have."""
     lists: pd.DataFrame
     """One row per kind of lists: share matching a program, programs matched."""
+
+    def words(self) -> dict[str, str]:
+        """What a page says of them.
+
+        live, matching, ahead, beyond: features, and those that match a program, that are ahead of
+        every control at the same level, and beyond all after correction. own_programs: programs of
+        one cell type with a match. others: the same of lists that no feature made. recall,
+        precision: of the median best feature of such a program; control_recall: of the best list of
+        the control that does best.
+        """
+        lists = self.lists.set_index("lists")
+        features, others = lists.loc[FEATURES], lists.drop(index=FEATURES)
+        own = self.programs[self.programs["kind"] == "own"]
+        ahead = int(self.programs["ahead_of_controls"].sum()) / len(self.features)
+        recalls = own[[f"{column_name(str(name))}_recall" for name in others.index]]
+        return {
+            "live": f"{len(self.features):,}", "matching": f"{features['percentage']:.1f} %",
+            "ahead": f"{100 * ahead:.1f} %",
+            "beyond": f"{int(self.features['beyond_all_controls'].sum()):,}",
+            "own_programs": f"{features['own_programs']:.0f}",
+            "others": "; ".join(f"{name} {row['percentage']:.1f} % and {row['own_programs']:.1f}"
+                                for name, row in others.iterrows()),
+            "recall": percent(own["best_recall"].fillna(0).median()),
+            "precision": percent(own["best_precision"].median()),
+            "control_recall": percent(recalls.median().max())}
 
 
 

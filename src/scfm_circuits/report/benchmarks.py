@@ -62,7 +62,6 @@ def benchmark_table(path: Path) -> tuple[pd.DataFrame, str] | None:
     return pd.DataFrame(rows, columns=["measure", "value"]), where
 
 
-
 def shown_benchmark(report: "Report", path: Path = BENCHMARK) -> "Shown | None":
     """The benchmark's figures as a table with its machine, or how to get them."""
     found = benchmark_table(path)

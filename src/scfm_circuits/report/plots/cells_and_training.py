@@ -28,14 +28,12 @@ def cells_per_type(labels: np.ndarray, held_out: np.ndarray) -> Figure:
     return figure
 
 
-
 def training_curve(step: Sequence[int], loss: Sequence[float]) -> Figure:
     """Loss of the small language model against its steps."""
     figure, (axis,) = panels(1, width=6)
     axis.plot(step, loss, color=BLUE, linewidth=1)
     axis.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
     return figure
-
 
 
 def transcoder_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
@@ -60,7 +58,6 @@ def transcoder_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-
 def loss_comparison(table: pd.DataFrame) -> Figure:
     """Validation loss of the three configurations, ours and the paper's, side by side.
 
@@ -78,7 +75,6 @@ def loss_comparison(table: pd.DataFrame) -> Figure:
         axis.grid(axis="x", visible=False)
     axes[0].set_ylabel("validation loss (nats per token)")
     return figure
-
 
 
 def layer_alone(scores: pd.DataFrame, fvu: np.ndarray) -> Figure:

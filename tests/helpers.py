@@ -13,7 +13,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scfm_circuits.cells.corpus import Corpus, build_corpus
 from scfm_circuits.cells.ranking import top_genes
-from scfm_circuits.cells.reading import RankedCells, read_chunks
+from scfm_circuits.cells.reading import About, RankedCells, read_chunks
 from scfm_circuits.circuits.attribution import Frozen, logit_direction
 from scfm_circuits.circuits.circuit import Node
 from scfm_circuits.circuits.graph import Target
@@ -91,24 +91,17 @@ def tiny_profile(monkeypatch: pytest.MonkeyPatch, results: Path, **overrides: An
 
 
 @dataclass(frozen=True)
-class Cells:
-    """Expression of checked cells, (n_cells, n_genes) sparse rows; the rest as in `About`."""
+class Cells(About):
+    """Expression of checked cells, (n_cells, n_genes) sparse rows."""
 
     expression: sp.csr_matrix
-    symbols: tuple[str, ...]
-    labels: np.ndarray
-    cell_ids: np.ndarray
-    decisions: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return int(self.expression.shape[0])
 
 
 def read_cells(profile: Profile) -> Cells:
     """The profile's cells with all of their expression."""
     parts: list[sp.csr_matrix] = []
     about = read_chunks(profile, lambda _, part: parts.append(part))
-    return Cells(sp.csr_matrix(sp.vstack(parts, format="csr")), *about)
+    return Cells(**vars(about), expression=sp.csr_matrix(sp.vstack(parts, format="csr")))
 
 
 def tiny_cells(n: int = 12, genes: Sequence[str] = GENES, labels: Sequence[str] = LABELS,
@@ -119,8 +112,8 @@ def tiny_cells(n: int = 12, genes: Sequence[str] = GENES, labels: Sequence[str] 
     for row in values:
         chosen = rng.permutation(len(genes))[: rng.integers(2, len(genes) + 1)]
         row[chosen] = rng.integers(1, 4, len(chosen))
-    return Cells(sp.csr_matrix(values), tuple(genes), np.array([labels[i % len(labels)] for i in
-                 range(n)]), np.array([f"cell{i}" for i in range(n)]), ("simulated",))
+    return Cells(tuple(genes), np.array([labels[i % len(labels)] for i in range(n)]),
+                 np.array([f"cell{i}" for i in range(n)]), ("simulated",), sp.csr_matrix(values))
 
 
 def tiny_corpus(n: int = 12, seed: int = 3, **overrides: Any) -> Corpus:
@@ -134,7 +127,7 @@ def tiny_corpus(n: int = 12, seed: int = 3, **overrides: Any) -> Corpus:
 def ranked(cells: Cells, k: int, seed: int = 0) -> RankedCells:
     """The cells as the genes of their sentences."""
     ranking = top_genes(cells.expression, np.arange(len(cells)), k, seed)
-    return RankedCells(ranking, cells.symbols, cells.labels, cells.cell_ids, cells.decisions)
+    return RankedCells(cells.symbols, cells.labels, cells.cell_ids, cells.decisions, ranking)
 
 
 def model_for(corpus: Corpus, **options: Any) -> GPTNeoXForCausalLM:

@@ -30,24 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 @dataclass(frozen=True)
-class RankedCells:
-    """Checked cells, each as its most expressed genes.
-
-    ranking: (n_cells, k) int32 gene ids, most expressed first, -1 after the last.
-    The rest is as in `About`.
-    """
-
-    ranking: np.ndarray
-    symbols: tuple[str, ...]
-    labels: np.ndarray
-    cell_ids: np.ndarray
-    decisions: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.ranking)
-
-
-class About(NamedTuple):
+class About:
     """What is known of cells beside their expression.
 
     symbols: n_genes upper-case gene symbols, unique. labels, cell_ids: (n_cells,) cell types and
@@ -58,6 +41,19 @@ class About(NamedTuple):
     labels: np.ndarray
     cell_ids: np.ndarray
     decisions: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class RankedCells(About):
+    """Checked cells, each as its most expressed genes.
+
+    ranking: (n_cells, k) int32 gene ids, most expressed first, -1 after the last.
+    """
+
+    ranking: np.ndarray
 
 
 Take = Callable[[np.ndarray, sp.csr_matrix], None]
@@ -73,7 +69,7 @@ def read_ranked(profile: Profile) -> RankedCells:
     parts: list[np.ndarray] = []
     about = read_chunks(profile, lambda rows, part: parts.append(
         top_genes(part, rows, profile.genes_per_cell, profile.seed)))
-    return RankedCells(np.concatenate(parts), *about)
+    return RankedCells(**vars(about), ranking=np.concatenate(parts))
 
 
 def read_chunks(profile: Profile, take: Take) -> About:
@@ -227,16 +223,9 @@ def _open(profile: Profile) -> Opened:
 def _matrix(data: Opened, name: str, where: str) -> tuple[Any, "pd.DataFrame"]:
     if name in data.matrices:
         return data.matrices[name]
-    layers = [key for key in data.matrices if key not in ("X", "raw")]
-    if name == "raw":
-        raise InputError(f"{where} has no `raw` matrix; set `matrix` in the profile to "
-                         + " or ".join(["X", *layers]) + ".")
-    if name == "X":
-        raise InputError(f"{where} has no X; set `matrix` in the profile to "
-                         + " or ".join(["raw", *layers]) + ".")
-    known = ", ".join(["X", "raw", *layers])
-    raise InputError(f"{where} has no layer {name!r}; set `matrix` in the profile to one of "
-                     f"{known}.")
+    missing = {"raw": "`raw` matrix", "X": "X"}.get(name, f"layer {name!r}")
+    raise InputError(f"{where} has no {missing}; set `matrix` in the profile to "
+                     f"{' or '.join(data.matrices)}.")
 
 
 def _symbols(variables: "pd.DataFrame", column: str | None, where: str

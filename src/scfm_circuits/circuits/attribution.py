@@ -18,7 +18,6 @@ features see attention of earlier layers only; in a sequential one (Llama) they 
 layer's too. Which models there are, and where their parts stand, is in `architectures`.
 The sums are exact in the model's precision. transformers' RMSNorm rounds to float32, so in a
 float64 model with RMSNorm they are as good as float32.
-Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 from dataclasses import dataclass
@@ -201,16 +200,14 @@ def feature_direction(frozen: Frozen, layer: int, feature: int, position: int) -
 
 
 @torch.no_grad()
-def logit_direction(frozen: Frozen, token: int, position: int, minus: int | None = None
-                    ) -> Reading:
-    """A token's logit less the mean logit (or less another token's), as a reading."""
+def logit_direction(frozen: Frozen, token: int, position: int) -> Reading:
+    """A token's logit less the mean logit, as a reading."""
     unembed, logits = frozen.unembedding, frozen.logits[position]
-    other = unembed.mean(dim=0) if minus is None else unembed[minus]
-    f = unembed[token] - other
+    f = unembed[token] - unembed.mean(dim=0)
     u = frozen.centre(frozen.final_gain * f) / frozen.sigma_final[position]
     n_layers = len(frozen.weights)
-    value = logits[token] - (logits.mean() if minus is None else logits[minus])
-    return Reading(u, position, n_layers, n_layers, f @ frozen.final_bias, value)
+    return Reading(u, position, n_layers, n_layers, f @ frozen.final_bias,
+                   logits[token] - logits.mean())
 
 
 @torch.no_grad()

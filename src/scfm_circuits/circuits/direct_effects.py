@@ -6,7 +6,6 @@ each layer, and its product with what an MLP's features, its error and the embed
 are their effects. This is the gradient of the frozen linear model in closed form.
 
 The constant is what the biases give along the way, never the rest.
-Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,6 @@ written into the residual stream anywhere upstream, whatever attention paths car
 3. Of each row the strongest edges are kept; what is not kept is summed up as `dropped`.
 
 Pruning and scores are in `graph_scores`.
-Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 from collections.abc import Sequence
@@ -174,23 +173,17 @@ def memory_needed(frozen: Frozen, targets: Sequence[Target], *, max_features: in
 
 
 def attribution_graph(frozen: Frozen, targets: Sequence[Target], *, max_features: int = 1_000,
-                      edges_per_row: int = 2_000, batch: int = 32,
-                      memory_limit: int | None = None) -> AttributionGraph:
+                      edges_per_row: int = 2_000, batch: int = 32) -> AttributionGraph:
     """The direct-effect graph upstream of the targets.
 
     max_features: features that get a row, the most influential first; edges to others are dropped,
     as are those beyond the `edges_per_row` strongest of a row, and both are accounted for.
     batch: rows computed at once; influence is taken anew after as many, or after an eighth more
-    than there are. memory_limit: bytes; if `memory_needed` is more, nothing is computed.
+    than there are. `memory_needed` says beforehand what it takes.
 
-    Raises InputError for impossible limits or targets, and above the memory limit.
+    Raises InputError for impossible limits or targets.
     """
-    limits = {"max_features": max_features, "edges_per_row": edges_per_row, "batch": batch}
-    needed = memory_needed(frozen, targets, **limits)
-    if memory_limit is not None and needed > memory_limit:
-        raise InputError(f"The graph needs up to {needed / 2**20:,.0f} MiB, more than the limit of "
-                         f"{memory_limit / 2**20:,.0f} MiB; lower `max_features` ({max_features}), "
-                         f"`edges_per_row` ({edges_per_row}) or `batch` ({batch}).")
+    _check(targets, max_features=max_features, edges_per_row=edges_per_row, batch=batch)
     readings = [one.reading for one in targets]
     sources = sources_of(frozen, readings)
     rows = _Rows(sources, edges_per_row)

@@ -3,7 +3,6 @@
 Definitions are circuit-tracer's (`graph.py`): with A_hat the row-normalised absolute matrix,
 influence = weights (A_hat + A_hat^2 + ...). Its scores see kept edges only and know no biases;
 `effect_ends` counts everything.
-Imports neither scanpy nor gseapy.
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,7 @@
   the clean run, which is kept as it was.
 
 The prediction is the change in the frozen linear model, where only attention carries the difference
-on. `matched_features` draws circuits to compare with. Imports neither pandas nor scanpy.
+on. `matched_features` draws circuits to compare with.
 """
 
 from collections.abc import Callable, Mapping, Sequence

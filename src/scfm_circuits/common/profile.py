@@ -306,22 +306,6 @@ def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
                          "known; give the whole path.") from None
 
 
-def gene_set_folders(named: str | Path | None) -> dict[Path, str]:
-    """The folders where gene sets are looked for before the cache, each with who names it.
-
-    named: the folder in the profile. A relative folder starts at the root, where notebooks run.
-    """
-    origins = {"the profile": named, "SCFM_GENE_SETS": os.environ.get("SCFM_GENE_SETS")}
-    return {ROOT / os.path.expanduser(folder): origin for origin, folder in origins.items()
-            if folder}
-
-
-def gene_set_cache() -> Path:
-    """Where downloaded gene sets are kept."""
-    root = os.environ.get("SCFM_CACHE") or "~/.cache/scfm-circuits"
-    return ROOT / os.path.expanduser(root) / "gene-sets"
-
-
 def profile_path(profile: str) -> Path:
     """The file of a profile given by name or by path; InputError if there is none."""
     is_path = profile.endswith((".yml", ".yaml")) or os.sep in profile

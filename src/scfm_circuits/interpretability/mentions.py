@@ -39,7 +39,6 @@ class Mentions(NamedTuple):
     present: NDArray[np.float64]
 
 
-
 def as_arrays(matrix: Any) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """A csr matrix's (indptr, indices, data) in the types that the loops are compiled for."""
     return (matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64),

@@ -108,16 +108,33 @@ def zero_ablation(layer: int, inputs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mlp_sites(model: nn.Module, tokens: Tensor, mask: Tensor) -> Sites:
+def mlp_sites(model: nn.Module, tokens: Tensor, mask: Tensor, into: Sites | None = None) -> Sites:
     """Inputs and outputs of all MLPs on the tokens that are not padding, from one forward pass.
 
-    tokens, mask: (n, length). No logits are computed.
+    tokens, mask: (n, length). into: where they are written as the pass goes, in its type; None: to
+    memory of their own. No logits are computed.
     """
+    modules = mlps(model)
     seen: list[tuple[Tensor, Tensor]] = []
     where = mask.flatten().nonzero()[:, 0]  # once: a GPU is waited for each time
-    with hooked(module.register_forward_hook(lambda module, args, output: seen.append(
-            (args[0].flatten(0, 1)[where], output.flatten(0, 1)[where])))
-            for module in mlps(model)):
+
+    def hook(layer: int) -> Callable:
+        def kept(module: nn.Module, args: tuple, output: Tensor) -> None:
+            parts = args[0].flatten(0, 1), output.flatten(0, 1)
+            if into is None:
+                seen.append((parts[0][where], parts[1][where]))
+                return
+            for part, to in zip(parts, into, strict=True):
+                if part.dtype == to.dtype:
+                    torch.index_select(part, 0, where, out=to[layer])
+                else:
+                    to[layer] = part[where]
+
+        return kept
+
+    with hooked(module.register_forward_hook(hook(layer)) for layer, module in enumerate(modules)):
         decoder(model)(input_ids=tokens, attention_mask=mask, use_cache=False)
+    if into is not None:
+        return into
     inputs, outputs = zip(*seen, strict=True)
     return Sites(torch.stack(inputs), torch.stack(outputs))

@@ -4,7 +4,7 @@ The case study reports "Endothelial cell: heart" for the nine genes of its circu
 carry it. Here the same test runs on lists that share less and less with the circuit: its anchor
 gene with random genes, its anchor with other genes of the prompt, any genes of the prompt (either
 can hold more of the circuit's genes), and random genes alone. Each is tested under every rule in
-`enrichment.RULES` and with the Benjamini-Hochberg (BH) family exchanged, because that choice
+`rules.RULES` and with the Benjamini-Hochberg (BH) family exchanged, because that choice
 decides the outcome.
 
 A random gene is drawn from what the rule's background says could have been drawn: where that is a
@@ -181,7 +181,7 @@ def _encoded(
 
 def null_row(table: pd.DataFrame, kind: str, rule: str = "enrichr", family: str = "hit"
              ) -> pd.Series:
-    """The row of `case` of one kind of list, under one rule and BH family.
+    """The row of `case_nulls` of one kind of list, under one rule and BH family.
 
     Raises:
         InputError: the table has no such row.
@@ -201,7 +201,7 @@ def in_words(row: pd.Series) -> str:
 
 
 def rates_by_rule(table: pd.DataFrame, settings: Sequence[CaseRule]) -> pd.DataFrame:
-    """`case` for reading: a row per list, a column per setting, rates in words."""
+    """`case_nulls` for reading: a row per list, a column per setting, rates in words."""
     shown = table[["list", "called"]].drop_duplicates(ignore_index=True)
     for rule, universe in settings:
         rows = table[(table["rule"] == rule.name) & (table["bh_family"] == rule.family)]
@@ -224,14 +224,12 @@ def words_of(table: pd.DataFrame) -> dict[str, str]:
                   **{f"{kind}_{family}": in_words(row) for family, row in rows.items()}}
     return words
 
-
 def combined_score(overlap: int, term: int, query: int, population: int) -> tuple[float, float]:
     """The Enrichr server's Combined Score, -ln(p) x odds ratio, and its one-sided Fisher p."""
     p = float(stats.hypergeom.sf(overlap - 1, population, term, query))
     outside = population - term - query + overlap
     odds = overlap * outside / max((query - overlap) * (term - overlap), 1)
     return -math.log(p) * odds, p
-
 
 
 def server_case(folder: str | Path | None = None, population: int = 20_000) -> pd.DataFrame:

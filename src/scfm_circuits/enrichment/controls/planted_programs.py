@@ -33,7 +33,6 @@ def programs_library(plan: Plan) -> GeneSets:
     return gene_sets_from_dict("planted programs", {one.name: one.genes for one in plan.programs})
 
 
-
 class ProgramMatches(NamedTuple):
     """Features' gene lists against the programs, see `program_matches`."""
 
@@ -69,7 +68,6 @@ class ProgramMatches(NamedTuple):
             "recall": percent(own["best_recall"].fillna(0).median()),
             "precision": percent(own["best_precision"].median()),
             "control_recall": percent(recalls.median().max())}
-
 
 
 def program_matches(statistics: FeatureStatistics, baselines: Mapping[str, FeatureStatistics],
@@ -122,12 +120,10 @@ def program_matches(statistics: FeatureStatistics, baselines: Mapping[str, Featu
                           _list_table(tables, plan, draws))
 
 
-
 def _program_of(corpus: Corpus, plan: Plan) -> np.ndarray:
     """(n_genes,) index of the program of each of the corpus's genes, -1 for none."""
     place = {gene.upper(): i for i, one in enumerate(plan.programs) for gene in one.genes}
     return np.array([place.get(str(symbol).upper(), -1) for symbol in corpus.symbols])
-
 
 
 def _matched(lists: Ragged, tester: Tester, program_of: np.ndarray) -> pd.DataFrame:
@@ -143,13 +139,11 @@ def _matched(lists: Ragged, tester: Tester, program_of: np.ndarray) -> pd.DataFr
                          "matched": result.n_significant > 0})
 
 
-
 def _named(features: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     names = np.array([*(one.name for one in plan.programs), ""])
     kinds = np.array([*(one.kind for one in plan.programs), ""])
     best = features["best"].to_numpy()
     return features.drop(columns="best").assign(program=names[best], kind=kinds[best])
-
 
 
 def _program_table(features: pd.DataFrame, tables: Mapping[str, pd.DataFrame], corpus: Corpus,
@@ -182,10 +176,8 @@ def _program_table(features: pd.DataFrame, tables: Mapping[str, pd.DataFrame], c
     return table.astype(dict.fromkeys(whole, "Int64"))
 
 
-
 def _best(best: pd.DataFrame, of: str) -> float:
     return ratio(best["overlap"].iloc[0], best[of].iloc[0]) if len(best) else np.nan
-
 
 
 def _list_table(tables: Mapping[str, pd.DataFrame], plan: Plan, draws: int) -> pd.DataFrame:

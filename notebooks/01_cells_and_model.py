@@ -25,23 +25,19 @@
 
 # %% tags=["parameters"]
 profile = "demo"
+overrides: dict = {}
 
 # %%
 import numpy as np
 import pandas as pd
 
-from scfm_circuits.cells.corpus import load_corpus
-from scfm_circuits.common.profile import from_notebook
-from scfm_circuits.common.randomness import generator
-from scfm_circuits.models.answers import predict_answers
-from scfm_circuits.models.loading import get_model
+from scfm_circuits.models.answers import held_out_answers
+from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.plots.cells_and_training import cells_per_type, training_curve
-from scfm_circuits.report.report import Report
 
-run = from_notebook(globals())
-report = Report(run, "01_cells_and_model")
-corpus = load_corpus(run)
-report.not_comparable(run)
+chapter = open_chapter("01_cells_and_model", profile, overrides)
+corpus = chapter.corpus
+chapter.not_comparable()
 
 # %% [markdown]
 # ## Cells
@@ -51,20 +47,19 @@ report.not_comparable(run)
 # are held out. The split is by cell, so that nothing of a held-out cell is ever trained on.
 
 # %% tags=["hide-input"]
-report.value("cells.name", run.cells_name)
-report.value("cells.total", len(corpus))
-report.value("cells.held_out", int(corpus.held_out.sum()))
-report.value("split.train_share", float(np.mean(~corpus.held_out)))
+chapter.values({"cells.name": chapter.profile.cells_name, "cells.total": len(corpus),
+                "cells.held_out": len(chapter.held_out),
+                "split.train_share": np.mean(~corpus.held_out)})
 types = pd.DataFrame({"cell type": corpus.labels, "held out": corpus.held_out})
 types = types.groupby("cell type")["held out"].agg(cells="size", held_out="sum").reset_index()
-report.table("cell_types", types.sort_values("cells", ascending=False, ignore_index=True),
-             caption="Cells of each type")
+chapter.table("cell_types", types.sort_values("cells", ascending=False, ignore_index=True),
+              caption="Cells of each type")
 
 # %% mystnb={"image": {"alt": "Bars of the number of cells of each type, training and held-out cells stacked."}, "figure": {"caption": "Cells of each type, and how many of them are held out.", "name": "fig-cells"}} tags=["hide-input"]
-report.figure("cells_per_type", cells_per_type(corpus.labels, corpus.held_out))
+chapter.figure("cells_per_type", cells_per_type(corpus.labels, corpus.held_out))
 
 # %% tags=["hide-input"]
-report.show(pd.DataFrame({"what was decided while reading the cells": corpus.decisions}))
+chapter.show(pd.DataFrame({"what was decided while reading the cells": corpus.decisions}))
 
 # %% [markdown]
 # ## Sentences
@@ -74,12 +69,12 @@ report.show(pd.DataFrame({"what was decided while reading the cells": corpus.dec
 # of the paper's Figure 4. Here is one held-out cell, with the answer the model should give.
 
 # %% tags=["hide-input"]
-report.value("cells.k", run.genes_per_cell)
-cell = int(np.flatnonzero(corpus.held_out & (corpus.labels == run.case_type))[0])
+cell = int(np.flatnonzero(corpus.held_out & (corpus.labels == chapter.profile.case_type))[0])
 n_genes = (corpus.place == 0).sum(axis=1)
-report.value("cells.n_genes_in_prompt", int(n_genes[cell]))
-print(run.prompt.replace("{genes}", " ".join(corpus.genes_of(cell)))
-      + run.response.replace("{label}", str(corpus.labels[cell])))
+chapter.values({"k": chapter.profile.genes_per_cell, "n_genes_in_prompt": n_genes[cell]},
+               prefix="cells.")
+print(chapter.profile.prompt.replace("{genes}", " ".join(corpus.genes_of(cell)))
+      + chapter.profile.response.replace("{label}", str(corpus.labels[cell])))
 
 # %% [markdown]
 # The tokenizer cuts gene names into pieces. Every token remembers the gene it came from and its
@@ -88,11 +83,10 @@ print(run.prompt.replace("{genes}", " ".join(corpus.genes_of(cell)))
 # Pythia's tokenizer.
 
 # %% tags=["hide-input"]
-inside = corpus.gene >= 0
-report.value("cells.tokens_per_gene", float(inside.sum() / n_genes.sum()))
-report.value("cells.tokens", int(corpus.mask.sum()))
+chapter.values({"tokens_per_gene": (corpus.gene >= 0).sum() / n_genes.sum(),
+                "tokens": corpus.mask.sum()}, prefix="cells.")
 first = slice(0, 14)
-report.show(pd.DataFrame({
+chapter.show(pd.DataFrame({
     "token": corpus.pieces(cell)[first],
     "gene": [corpus.symbols[g] if g >= 0 else "" for g in corpus.gene[cell][first]],
     "place in the gene": corpus.place[cell][first],
@@ -108,13 +102,12 @@ report.show(pd.DataFrame({
 # {glue:text}`model.width`.
 
 # %%
-model, curve = get_model(run, corpus)
-report.value("model.layers", model.config.num_hidden_layers)
-report.value("model.width", model.config.hidden_size)
-report.value("model.parameters", sum(p.numel() for p in model.parameters()))
+model, curve = chapter.model, chapter.model_curve
+chapter.values({"layers": model.config.num_hidden_layers, "width": model.config.hidden_size,
+                "parameters": model.num_parameters()}, prefix="model.")
 
 # %% mystnb={"image": {"alt": "Line of the language model's training loss falling with steps; empty if the model was loaded."}, "figure": {"caption": "Training loss of the small language model. A model that was loaded has no curve.", "name": "fig-lm"}} tags=["hide-input"]
-report.figure("language_model_training", training_curve(curve.step, curve.loss))
+chapter.figure("language_model_training", training_curve(curve.step, curve.loss))
 
 # %% [markdown]
 # ### How often does it name the right type?
@@ -126,22 +119,13 @@ report.figure("language_model_training", training_curve(curve.step, curve.loss))
 # for {glue:text}`model.accuracy_percent` %.
 
 # %% tags=["hide-input"]
-held_out = np.flatnonzero(corpus.held_out)
-held_out = np.sort(generator(run.seed, "cells asked for their type").permutation(held_out)[:500])
-report.value("model.asked", len(held_out))
-answers = np.array(predict_answers(model, corpus, held_out))
-truth = corpus.labels[held_out]
-commonest = pd.Series(corpus.labels[~corpus.held_out]).mode()[0]
-report.value("model.accuracy", float(np.mean(answers == truth)))
-report.value("model.majority", float(np.mean(truth == commonest)))
-for key in ("accuracy", "majority"):
-    value = np.mean(answers == truth) if key == "accuracy" else np.mean(truth == commonest)
-    report.value(f"model.{key}_percent", 100 * float(value), f"{100 * value:.0f}")
-by_type = pd.DataFrame({"cell type": truth, "right": answers == truth, "answer": answers})
-report.table("cell_type_answers", by_type.groupby("cell type").agg(
-    cells=("right", "size"), right=("right", "sum"),
-    commonest_answer=("answer", lambda a: a.mode()[0])).reset_index(),
-    caption="Answers for held-out cells, by true type")
+answers = held_out_answers(model, corpus, chapter.profile.seed)
+by_type = pd.DataFrame(answers.by_type)
+chapter.values({"asked": by_type["cells"].sum(), "accuracy": answers.accuracy,
+                "majority": answers.majority}, prefix="model.")
+chapter.rounded("model.accuracy_percent", 100 * answers.accuracy)
+chapter.rounded("model.majority_percent", 100 * answers.majority)
+chapter.table("cell_type_answers", by_type, caption="Answers for held-out cells, by true type")
 
 # %% [markdown]
 # ```{admonition} Key points

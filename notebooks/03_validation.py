@@ -24,33 +24,21 @@
 
 # %% tags=["parameters"]
 profile = "demo"
+overrides: dict = {}
 
 # %%
-import numpy as np
-import pandas as pd
-
-from scfm_circuits.cells.corpus import load_corpus
-from scfm_circuits.common.profile import ROOT, from_notebook
-from scfm_circuits.models.loading import get_model
+from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.plots.cells_and_training import layer_alone, loss_comparison
-from scfm_circuits.report.report import Report
-from scfm_circuits.transcoders.training.run import get_transcoders
-from scfm_circuits.transcoders.validation import (
-    compare_configurations,
-    fraction_of_variance_unexplained,
-)
+from scfm_circuits.transcoders import validation
 
-run = from_notebook(globals())
-report = Report(run, "03_validation")
-corpus = load_corpus(run)
-model, _ = get_model(run, corpus)
-transcoders, _ = get_transcoders(model, corpus, run)
-report.not_comparable(run)
+chapter = open_chapter("03_validation", profile, overrides)
+chapter.not_comparable()
 
 # %%
-held_out = np.flatnonzero(corpus.held_out)
-scores = compare_configurations(model, transcoders, corpus, held_out, run.forward_cells)
-fvu = fraction_of_variance_unexplained(model, transcoders, corpus, held_out, run.forward_cells)
+asked = (chapter.model, chapter.transcoders, chapter.corpus, chapter.held_out,
+         chapter.profile.forward_cells)
+scores = validation.compare_configurations(*asked)
+fvu = validation.fraction_of_variance_unexplained(*asked)
 
 # %% [markdown]
 # ## Table 1: validation loss
@@ -61,31 +49,19 @@ fvu = fraction_of_variance_unexplained(model, transcoders, corpus, held_out, run
 # ($\ln 50304 = 10.83$).
 
 # %% tags=["hide-input"]
-names = {"original": "Original", "transcoder": "Transcoder", "no_mlp": "No MLP"}
-whole = scores[scores["layer"] == -1].set_index("configuration")
-printed = pd.read_csv(ROOT / "data" / "paper" / "table1.csv").set_index("configuration")
-printed = printed["validation_loss"]
-table1 = pd.DataFrame({
-    "configuration": list(names.values()),
-    "validation_loss": [whole.loc[key, "loss"] for key in names],
-    "standard_error": [whole.loc[key, "loss_se"] for key in names],
-    "paper": [printed[name] for name in names.values()],
-})
-report.values({key: whole.loc[key, "loss"] for key in names}, prefix="table1.")
-report.table("table1", table1, caption="Table 1: validation loss (standard error over cells)")
+table1 = validation.table1(scores, chapter.paper.loss)
+loss, printed = (table1.set_index("configuration")[name] for name in ("validation_loss", "paper"))
+chapter.values(dict(zip(validation.NAMES, loss, strict=True)), prefix="table1.")
+chapter.table("table1", table1, caption="Table 1: validation loss (standard error over cells)")
 
 # %% mystnb={"image": {"alt": "Two bar charts of validation loss for original, transcoders and no MLP: this run and the paper."}, "figure": {"caption": "Table 1 as a picture. The two panels have different models and data and are not to be compared bar by bar.", "name": "fig-table1"}} tags=["hide-input"]
-report.figure("table1", loss_comparison(
-    scores, {key: float(printed[name]) for key, name in names.items()}))
+chapter.figure("table1", loss_comparison(table1))
 
 # %% tags=["remove-input"]
-loss = whole["loss"]
-recovered = (loss["no_mlp"] - loss["transcoder"]) / (loss["no_mlp"] - loss["original"])
-theirs = (printed["No MLP"] - printed["Transcoder"]) / (printed["No MLP"] - printed["Original"])
-report.value("table1.recovered", float(recovered), f"{100 * recovered:.1f} %")
-report.value("table1.paper_recovered", float(theirs), f"{100 * theirs:.1f} %")
-order = loss["original"] < loss["transcoder"] < loss["no_mlp"]
-report.value("table1.order", bool(order), "holds" if order else "does not hold")
+chapter.percent("table1.recovered", validation.recovered(loss), 1)
+chapter.percent("table1.paper_recovered", validation.recovered(printed), 1)
+order = loss["Original"] < loss["Transcoder"] < loss["No MLP"]
+chapter.value("table1.order", order, "holds" if order else "does not hold")
 
 # %% [markdown]
 # The order original < transcoder < no MLP {glue:text}`table1.order` here. Of the loss that removing
@@ -99,15 +75,9 @@ report.value("table1.order", bool(order), "holds" if order else "does not hold")
 # tokens.
 
 # %% tags=["hide-input"]
-printed_kl = pd.read_csv(ROOT / "data" / "paper" / "table2.csv").set_index("configuration")
-table2 = pd.DataFrame({
-    "configuration": [names[key] for key in ("transcoder", "no_mlp")],
-    "mean_kl": [whole.loc[key, "kl"] for key in ("transcoder", "no_mlp")],
-    "standard_error": [whole.loc[key, "kl_se"] for key in ("transcoder", "no_mlp")],
-    "paper": [printed_kl.loc[names[key], "mean_kl"] for key in ("transcoder", "no_mlp")],
-})
-report.values({key: whole.loc[key, "kl"] for key in ("transcoder", "no_mlp")}, prefix="table2.")
-report.table("table2", table2, caption="Table 2: KL(original || modified) in nats per token")
+table2 = validation.table2(scores, chapter.paper.kl)
+chapter.values(dict(zip(("transcoder", "no_mlp"), table2["mean_kl"], strict=True)), "table2.")
+chapter.table("table2", table2, caption="Table 2: KL(original || modified) in nats per token")
 
 # %% [markdown]
 # ## Beyond the paper: one layer at a time
@@ -117,17 +87,10 @@ report.table("table2", table2, caption="Table 2: KL(original || modified) in nat
 # (FVU), measured on the original model's activations.
 
 # %% mystnb={"image": {"alt": "Left: KL against layer when one layer is replaced or removed. Right: bars of fraction of variance unexplained per layer."}, "figure": {"caption": "Each layer alone: what replacing or removing it does to the predictions, and how much of its output its transcoder leaves unexplained.", "name": "fig-layers"}} tags=["hide-input"]
-report.figure("validation_layers", layer_alone(scores, fvu))
+chapter.figure("validation_layers", layer_alone(scores, fvu))
 
 # %% tags=["hide-input"]
-single = scores[scores["layer"] >= 0].pivot(index="layer", columns="configuration",
-                                            values=["loss", "kl"])
-layers = pd.DataFrame({
-    "layer": single.index, "fvu": fvu,
-    "loss_replaced": single["loss", "transcoder"], "loss_removed": single["loss", "no_mlp"],
-    "kl_replaced": single["kl", "transcoder"], "kl_removed": single["kl", "no_mlp"],
-})
-report.table("validation_layers", layers, caption="Each layer alone")
+chapter.table("validation_layers", validation.each_layer(scores, fvu), caption="Each layer alone")
 
 # %% [markdown]
 # ```{admonition} Key points

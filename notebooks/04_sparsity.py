@@ -23,43 +23,34 @@
 
 # %% tags=["parameters"]
 profile = "demo"
+overrides: dict = {}
 
 # %%
 import numpy as np
 import pandas as pd
 
-from scfm_circuits.cells.corpus import load_corpus
-from scfm_circuits.common.profile import from_notebook
-from scfm_circuits.features.statistics import get_statistics
-from scfm_circuits.models.loading import get_model
+from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.plots.features import l0_per_layer
-from scfm_circuits.report.report import Report
-from scfm_circuits.transcoders.training.run import get_transcoders
 
-run = from_notebook(globals())
-report = Report(run, "04_sparsity")
-corpus = load_corpus(run)
-model, _ = get_model(run, corpus)
-transcoders, _ = get_transcoders(model, corpus, run)
-statistics = get_statistics(model, transcoders, corpus, run)
-report.not_comparable(run)
+chapter = open_chapter("04_sparsity", profile, overrides)
+statistics, width = chapter.statistics, chapter.transcoders.n_features
+chapter.not_comparable()
 
 # %% mystnb={"image": {"alt": "Line of mean active features per token against layer, with a band from the 10 to the 90 percent quantile over tokens."}, "figure": {"caption": "Mean number of active features per token, as in the paper's Figure 2, with the spread over tokens that the paper does not show.", "name": "fig-l0"}} tags=["hide-input"]
 quantiles = statistics.l0_quantiles((0.1, 0.5, 0.9))
-report.figure("figure2_l0", l0_per_layer(statistics.l0, quantiles))
+chapter.figure("figure2_l0", l0_per_layer(statistics.l0, quantiles))
 
 # %% tags=["hide-input"]
-layers = np.arange(transcoders.n_layers)
-report.table("l0", pd.DataFrame({
+layers = np.arange(len(statistics.l0))
+chapter.table("l0", pd.DataFrame({
     "layer": layers, "l0": statistics.l0, "quantile_10": quantiles[:, 0],
     "median": quantiles[:, 1], "quantile_90": quantiles[:, 2],
-    "share_of_width": statistics.l0 / transcoders.n_features,
+    "share_of_width": statistics.l0 / width,
 }), caption="L0 per layer")
 
 # %% tags=["remove-input"]
-report.values({f"layer_{i}": float(value) for i, value in enumerate(statistics.l0)}, prefix="l0.")
-report.value("l0.mean", float(statistics.l0.mean()))
-report.value("l0.width", transcoders.n_features)
+chapter.values({f"layer_{i}": value for i, value in enumerate(statistics.l0)}, prefix="l0.")
+chapter.values({"mean": statistics.l0.mean(), "width": width}, prefix="l0.")
 
 # %% [markdown]
 # On average over layers {glue:text}`l0.mean` of {glue:text}`l0.width` features are active on a token.
@@ -73,15 +64,15 @@ report.value("l0.width", transcoders.n_features)
 # cut of $-4$ has fired {glue:text}`live.at_cut` times.
 
 # %% tags=["hide-input"]
-report.value("live.n_tokens", statistics.n_tokens)
-at_cut = statistics.n_tokens * 10**run.live_cut
-report.value("live.at_cut", float(at_cut), f"{at_cut:,.0f}")
-report.table("live_features", pd.DataFrame({
+cut, cut_table4 = chapter.profile.live_cut, chapter.profile.live_cut_table4
+chapter.value("live.n_tokens", statistics.n_tokens)
+chapter.rounded("live.at_cut", statistics.n_tokens * 10**cut)
+chapter.table("live_features", pd.DataFrame({
     "layer": layers,
-    "features": transcoders.n_features,
+    "features": width,
     "never_fired": (statistics.fired == 0).sum(axis=1),
-    "live_human_evaluation": statistics.live(run.live_cut).sum(axis=1),
-    "live_table4": statistics.live(run.live_cut_table4).sum(axis=1),
+    "live_human_evaluation": statistics.live(cut).sum(axis=1),
+    "live_table4": statistics.live(cut_table4).sum(axis=1),
 }), caption="Live features per layer, under both of the paper's cuts")
 
 # %% [markdown]

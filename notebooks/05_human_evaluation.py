@@ -26,79 +26,31 @@
 
 # %% tags=["parameters"]
 profile = "demo"
+overrides: dict = {}
 
 # %%
 import pandas as pd
 
-from scfm_circuits.cells.corpus import load_corpus
-from scfm_circuits.cells.simulated import plan_of
-from scfm_circuits.cells.tokens import token_texts
-from scfm_circuits.common.profile import PLANTED_CELLS, ROOT, from_notebook
-from scfm_circuits.enrichment.significance import wilson_interval
-from scfm_circuits.features.baselines import untrained_statistics
-from scfm_circuits.features.contexts import draw_features, feature_contexts
-from scfm_circuits.features.gene_lists import check_live
-from scfm_circuits.features.statistics import get_statistics
-from scfm_circuits.interpretability.agreement import (
-    POOLED,
-    agreement_table,
-    rate_table,
-    separation_table,
-)
-from scfm_circuits.interpretability.cards import draw_deck
-from scfm_circuits.interpretability.deck import FEATURE, RANDOM, UNTRAINED, deck_key, write_deck
-from scfm_circuits.interpretability.ratings import (
-    card_verdicts,
-    rating_sheet,
-    read_ratings,
-    read_sheets,
-)
-from scfm_circuits.interpretability.score_checks import (
-    known_feature_table,
-    planted_score_table,
-    program_sets,
-    read_reading,
-    table3_check,
-    table3_summary,
-)
-from scfm_circuits.interpretability.scores import (
-    ENOUGH_F1,
-    FAMILY,
-    GENE,
-    MARGIN,
-    MIN_FIRED,
-    corpus_kinds,
-    feature_scores,
-    verdict_shares,
-)
-from scfm_circuits.models.loading import get_model
-from scfm_circuits.report.plots import features as score_figures
-from scfm_circuits.report.plots.features import frequency_distribution
-from scfm_circuits.report.report import Report
-from scfm_circuits.transcoders.training.run import get_transcoders
+from scfm_circuits.interpretability import agreement, cards, deck, ratings, score_checks, scores
+from scfm_circuits.report.chapter import open_chapter
+from scfm_circuits.report.plots import features as plots
 
-run = from_notebook(globals())
-report = Report(run, "05_human_evaluation")
-sheets = ROOT / "data" / "human_eval"
-_ = read_sheets(sheets)  # a sheet that cannot be used is told before anything is computed
-corpus = load_corpus(run)
-model, _ = get_model(run, corpus)
-transcoders, _ = get_transcoders(model, corpus, run)
-statistics = get_statistics(model, transcoders, corpus, run)
-layer = run.human_layer
-check_live(statistics, layer, run.live_cut)
-report.not_comparable(run)
+chapter = open_chapter("05_human_evaluation", profile, overrides)
+_ = ratings.read_sheets(ratings.SHEETS)  # one that cannot be used is told before any computing
+settings, corpus, statistics = chapter.profile, chapter.corpus, chapter.statistics
+layer = settings.human_layer
+chapter.not_comparable()
 
 # %% [markdown]
 # ## Figure 3: how often live features fire
 
 # %% mystnb={"image": {"alt": "Histogram of the logarithm of the firing frequency of the live features of one layer, with the live cut marked."}, "figure": {"caption": "Distribution of log10 E(f) over the live features of the rated layer, as in the paper's Figure 3.", "name": "fig-frequency"}} tags=["hide-input"]
-report.figure("figure3_live_features", frequency_distribution(
-    statistics.log10_frequency[layer], run.live_cut, layer))
+chapter.figure("figure3_live_features", plots.frequency_distribution(
+    statistics.log10_frequency[layer], settings.live_cut, layer))
 
 # %% tags=["remove-input"]
-report.value("live.layer", layer)
-report.value("live.sampled_layer", int(statistics.live(run.live_cut)[layer].sum()))
+chapter.values({"layer": layer, "sampled_layer": statistics.live(settings.live_cut)[layer].sum()},
+               prefix="live.")
 
 # %% [markdown]
 # Layer {glue:text}`live.layer` has {glue:text}`live.sampled_layer` live features.
@@ -110,31 +62,26 @@ report.value("live.sampled_layer", int(statistics.live(run.live_cut)[layer].sum(
 # contexts, the token in brackets. A leading space is shown as `_`.
 
 # %%
-drawn = draw_features(statistics, layer, run.human_features, run.live_cut, run.seed)
-contexts = feature_contexts(statistics, corpus, layer, drawn, run.contexts_per_feature)
-deck = draw_deck(model, transcoders, statistics, corpus, run)
-key = deck_key(deck)
-sheet = rating_sheet(deck.study, layer, drawn, statistics, contexts, corpus, run.gene_rule, key)
+study = cards.draw_study(chapter.model, chapter.transcoders, statistics, corpus, settings)
 
 # %% tags=["hide-input"]
-report.table("human_eval_sample", sheet)
-report.table("human_eval_key", key, rows=0)
-report.show(sheet[["feature", "log10_E_f", "activating_tokens", "genes"]],
-            caption="The sampled features: tokens with their share of activations, and genes")
+chapter.table("human_eval_sample", study.sheet)
+chapter.table("human_eval_key", study.key, rows=0)
+chapter.show(study.sheet[["feature", "log10_E_f", "activating_tokens", "genes"]],
+             caption="The sampled features: tokens with their share of activations, and genes")
 
 # %% tags=["hide-input"]
-report.show(pd.DataFrame({
-    "feature": drawn,
+chapter.show(pd.DataFrame({
+    "feature": study.drawn,
     "strongest contexts": [" | ".join(f"{c.before}[{c.token}]{c.after}" for c in one[:3])
-                           for one in contexts],
+                           for one in study.contexts],
 }), caption="Where they fire most strongly")
 
 # %% tags=["remove-input"]
-_ = write_deck(deck, run.results / "human_eval" / "deck.json")
-report.value("deck.cards", len(deck.cards))
-report.value("deck.study", deck.study)
-for source, name in ((UNTRAINED, "untrained"), (RANDOM, "random")):
-    report.value(f"deck.{name}", len(deck.of_source(source)))
+_ = deck.write_deck(study.deck, settings.results / "human_eval" / "deck.json")
+chapter.values({"cards": len(study.deck.cards), "study": study.deck.study,
+                "untrained": len(study.deck.of_source(deck.UNTRAINED)),
+                "random": len(study.deck.of_source(deck.RANDOM))}, prefix="deck.")
 
 # %% [markdown]
 # ## The deck
@@ -156,53 +103,37 @@ for source, name in ((UNTRAINED, "untrained"), (RANDOM, "random")):
 # ## The rate
 
 # %%
-ratings = read_ratings(sheets, deck.study, key)
-rates = rate_table(ratings.table)
-features_rated = ratings.table[ratings.table["source"] == FEATURE]
-verdicts = card_verdicts(features_rated)
-yes, n = int(verdicts.sum()), len(verdicts)
-paper = pd.read_csv(ROOT / "data" / "paper" / "table3.csv")
-paper_yes = int((paper["gene_level_interpretable"] == "Yes").sum())
-low, high = wilson_interval(paper_yes, len(paper))
+answered = ratings.read_ratings(ratings.SHEETS, study.deck.study, study.key)
+rated = agreement.rating_study(answered.table, chapter.paper.table3)
 
 # %% tags=["hide-input"]
-printed = pd.DataFrame([{"source": "the paper's features", "rater": "the paper", "yes": paper_yes,
-                         "cards": len(paper), "rate": paper_yes / len(paper), "lower_95": low,
-                         "upper_95": high}])
-report.table("human_eval_rate", pd.concat([printed, rates]) if len(rates) else printed,
-             caption="Share rated gene-level interpretable, with Wilson 95 % intervals")
+chapter.table("human_eval_rate", rated.rates,
+              caption="Share rated gene-level interpretable, with Wilson 95 % intervals")
 
 # %% tags=["hide-input"]
-agreement = agreement_table(ratings.table)
-report.table("human_eval_agreement", agreement, caption="Agreement of raters, over all cards") if len(
-    agreement) else None
+chapter.table("human_eval_agreement", rated.agreement,
+              caption="Agreement of raters, over all cards") if len(rated.agreement) else None
 
 # %% tags=["hide-input"]
-pooled = rates[rates["rater"] == POOLED].set_index("source")["rate"]
-against = {"one half": 0.5, "one fifth": 0.2, **{
-    f"this study's {source}": float(rate) for source, rate in pooled.items()}}
-needed = separation_table(paper_yes / len(paper), against)
-report.table("human_eval_size", needed, digits=3, caption="Cards of each of two kinds that tell the "
-             "paper's rate from another one, with a power of 80 % at the 5 % level")
+chapter.table("human_eval_size", rated.needed, digits=3, caption="Cards of each of two kinds that "
+              "tell the paper's rate from another one, with a power of 80 % at the 5 % level")
 
 # %% tags=["remove-input"]
-report.value("human.rate", yes / n if n else None, f"{yes} of {n}" if n else "nobody has rated yet")
-report.value("human.n", n if n else None, str(n))
-report.value("human.raters", int(ratings.table["rater"].nunique()))
-report.value("human.foreign", ratings.foreign)
-report.value("human.repeated", ratings.repeated)
-decoys = pooled.drop(FEATURE, errors="ignore")
-report.value("human.decoys", len(decoys) > 0, "; ".join(
-    f"{100 * rate:.0f} % of the cards of {source}" for source, rate in decoys.items())
+chapter.value("human.rate", rated.yes / rated.n if rated.n else None,
+              f"{rated.yes} of {rated.n}" if rated.n else "nobody has rated yet")
+chapter.value("human.n", rated.n or None, str(rated.n))
+chapter.value("human.decoys", len(rated.decoys) > 0, "; ".join(
+    f"{100 * rate:.0f} % of the cards of {source}" for source, rate in rated.decoys.items())
     or "nobody has rated one yet")
-size = int(needed.set_index("against")["cards_of_each"]["one half"])
-report.value("human.cards_for_half", size)
-report.value("human.paper_low", low, f"{100 * low:.0f}")
-report.value("human.paper_high", high, f"{100 * high:.0f}")
+chapter.values({"raters": answered.table["rater"].nunique(), "foreign": answered.foreign,
+                "repeated": answered.repeated, "cards_for_half": rated.needed["cards_of_each"][0]},
+               prefix="human.")
+chapter.percent("human.paper_low", rated.paper[0])
+chapter.percent("human.paper_high", rated.paper[1])
 
 # %% [markdown]
 # Seven of 20 is 35 %, with a 95 % interval from {glue:text}`human.paper_low` to
-# {glue:text}`human.paper_high` %: one rating of 20 features of one layer leaves open whether less
+# {glue:text}`human.paper_high`: one rating of 20 features of one layer leaves open whether less
 # than a fifth or more than half of them are interpretable. For this run's sample:
 # {glue:text}`human.rate` (raters: {glue:text}`human.raters`; rated rows of other studies in the
 # folder, which are not counted: {glue:text}`human.foreign`; rows that repeat another:
@@ -231,50 +162,40 @@ report.value("human.paper_high", high, f"{100 * high:.0f}")
 #   mentions gets no verdict.
 
 # %%
-simulated = run.cells == PLANTED_CELLS
-plan = plan_of(run) if simulated else None
-sets = program_sets(plan) if plan else None
-scores = feature_scores(model, transcoders, statistics, corpus, run, sets)
-shares = verdict_shares(scores)
+scored = scores.feature_scores(chapter.model, chapter.transcoders, statistics, corpus, settings,
+                               score_checks.program_sets(chapter.plan))
+shares = scores.verdict_shares(scored)
 
 # %% mystnb={"image": {"alt": "Stacked bars by layer, for live features, features of an untrained encoder, and random tokens: percentages explained by genes, families, either, sub-words, or nothing."}, "figure": {"caption": "What predicts where features fire on held-out cells, by layer, beside decoys that fire as often.", "name": "fig-feature-scores"}} tags=["hide-input"]
-report.figure("feature_scores", score_figures.explained_per_layer(shares))
+chapter.figure("feature_scores", plots.explained_per_layer(shares))
 
 # %% mystnb={"image": {"alt": "Three panels, genes, families and sub-words: the share of features whose held-out F1 reaches a level, for live features and both kinds of decoys."}, "figure": {"caption": "How well each kind of explanation predicts held-out cells: share of features that reach an F1.", "name": "fig-score-kinds"}} tags=["hide-input"]
-report.figure("feature_score_kinds", score_figures.prediction_by_kind(*scores))
+chapter.figure("feature_score_kinds", plots.prediction_by_kind(*scored))
 
 # %% tags=["hide-input"]
-report.table("feature_scores", scores.features, rows=0)
-report.table("feature_score_decoys", scores.decoys, rows=0)
-report.table("feature_score_shares", shares, rows=0)
-report.show(shares[shares["layer"] == "all"].drop(columns="layer"), digits=3, caption="Verdicts over "
-            "all layers, as shares of those that have one")
+chapter.table("feature_scores", scored.features, rows=0)
+chapter.table("feature_score_decoys", scored.decoys, rows=0)
+chapter.table("feature_score_shares", shares, rows=0)
+overall = shares[shares["layer"] == "all"].drop(columns="layer")
+chapter.show(overall, digits=3,
+             caption="Verdicts over all layers, as shares of those that have one")
 
 # %% tags=["hide-input"]
-margins = pd.concat([verdict_shares(scores, margin).assign(margin=margin)
-                     for margin in (MARGIN / 2, MARGIN, 2 * MARGIN)])
-margins = margins[margins["layer"] == "all"]
-columns = ["source", "margin", *(name for name in margins if name not in ("source", "margin", "layer"))]
-report.show(margins[columns], digits=3, caption="The same under other margins")
+chapter.show(scores.margin_table(scored), digits=3, caption="The same under other margins")
 
 # %% tags=["hide-input"]
-table = scores.features.loc[scores.features["layer"] == layer].set_index("feature").loc[drawn]
-report.show(table.reset_index()[["feature", "log10_E_f", "gene_items", "gene_f1", "family_items",
-                                 "family_f1", "token_items", "token_f1", "verdict"]], digits=2,
-            caption="The sampled features: the genes, families and sub-words that predict them best")
+table = scored.features.loc[scored.features["layer"] == layer].set_index("feature")
+chapter.show(table.loc[study.drawn].reset_index()[[
+    "feature", "log10_E_f", "gene_items", "gene_f1", "family_items", "family_f1", "token_items",
+    "token_f1", "verdict"]], digits=2,
+    caption="The sampled features: the genes, families and sub-words that predict them best")
 
 # %% tags=["remove-input"]
-report.values({"margin": MARGIN, "enough": ENOUGH_F1, "min_fired": MIN_FIRED}, prefix="score.")
-overall = shares[shares["layer"] == "all"].set_index("source")
-for source, name in ((FEATURE, "features"), (UNTRAINED, "untrained"), (RANDOM, "random")):
-    row = overall.loc[source] if source in overall.index else None
-    for part, verdicts_of in (("gene_level", [GENE, FAMILY]), ("sub_word", ["sub-word"]),
-                              ("either", ["either"]), ("none", ["none"])):
-        share = None if row is None or not row["scored"] else float(row[verdicts_of].sum())
-        report.value(f"score.{name}.{part}", share,
-                     "none scored" if share is None else f"{100 * share:.1f} %")
-report.value("score.n", int(overall.loc[FEATURE, "scored"]))
-report.value("score.too_rare", int(overall.loc[FEATURE, "too_rare"]))
+own = overall.set_index("source").loc[deck.FEATURE]
+chapter.values({"margin": scores.MARGIN, "enough": scores.ENOUGH_F1, "min_fired": scores.MIN_FIRED,
+                "n": int(own["scored"]), "too_rare": int(own["too_rare"])}, prefix="score.")
+for key, share in scores.level_shares(shares).items():
+    chapter.percent(f"score.{key}", share, 1, missing="none scored")
 
 # %% [markdown]
 # Of {glue:text}`score.n` live features with a verdict ({glue:text}`score.too_rare` more are too rare
@@ -299,47 +220,36 @@ report.value("score.too_rare", int(overall.loc[FEATURE, "too_rare"]))
 # {glue:text}`score.made.token_1` are wrongly scored gene- or family-level. {glue:text}`score.known`
 
 # %% tags=["hide-input"]
-kinds = corpus_kinds(statistics, corpus, run, sets)
-made = known_feature_table(kinds, run.seed)
-report.table("known_features", made, digits=3, caption="Verdicts on features made to fire on some "
-             "genes, families or sub-words")
+checks = score_checks.check_scores(statistics, corpus, settings, chapter.plan, chapter.paper.table3)
+chapter.table("known_features", checks.made, digits=3, caption="Verdicts on features made to fire "
+              "on some genes, families or sub-words")
 
 # %% tags=["remove-input"]
-for kind in ("gene", "token"):
-    for purity in (1.0, 0.7):
-        of = made[(made["fires_on"] == kind) & (made["purity"] == purity)]
-        name = f"score.made.{kind}_{purity:g}".replace("0.", "0")
-        for suffix, column in (("", "gene_or_family"), ("_either", "either")):
-            share = float(of[column].iloc[0]) if len(of) else None
-            report.value(name + suffix, share,
-                         "none could be made" if share is None else f"{100 * share:.0f} %")
-report.value("score.known", simulated, "In this profile the programs of genes are known. If a "
-             "feature's gene list matches one, its firing should be predicted by genes more often than "
-             "a decoy's." if simulated else "What features should be is known for simulated cells "
-             "only; in the book of the profile planted this section tells whether features whose "
-             "program is known are scored as such.")
-if simulated:
-    other = untrained_statistics(model, statistics, corpus, run, n_features=transcoders.n_features)
-    planted = planted_score_table(scores, {FEATURE: statistics, UNTRAINED: other}, corpus, run, plan)
+for key, share in checks.made_shares().items():
+    chapter.percent(f"score.made.{key}", share, missing="none could be made")
+chapter.value("score.known", bool(chapter.plan), "In this profile the programs of genes are known. "
+              "If a feature's gene list matches one, its firing should be predicted by genes more "
+              "often than a decoy's." if chapter.plan else "What features should be is known for "
+              "simulated cells only; in the book of the profile planted this section tells whether "
+              "features whose program is known are scored as such.")
 
 # %% tags=["hide-input"]
-report.table("planted_scores", planted, digits=3, caption="Verdicts of features whose planted program "
-             "is known, of other features, and of decoys") if simulated else None
+if chapter.plan:
+    planted = score_checks.planted_score_table(
+        scored, {deck.FEATURE: statistics, deck.UNTRAINED: chapter.untrained}, corpus, settings,
+        chapter.plan)
+chapter.table("planted_scores", planted, digits=3, caption="Verdicts of features whose planted "
+              "program is known, of other features, and of decoys") if chapter.plan else None
 
 # %% tags=["remove-input"]
-said = ""
-if simulated:
-    known = planted[planted["program"] == "known"].set_index("source")
-    ideal = made[(made["fires_on"] == "program") & (made["purity"] == 1)]
-    beyond = {f"{'trained' if source == FEATURE else source} features with a known program": part for source, part in
-              known["program_beyond_sub_words"].items()}
-    decoys = planted[planted["source"] != FEATURE]
-    beyond["decoys of either kind, whatever their lists match"] = float(
-        (decoys["program_beyond_sub_words"] * decoys["features"]).sum() / decoys["features"].sum())
-    beyond["features made to fire on programs"] = ideal["program_beyond_sub_words"].mean()
-    said = "Naming planted programs predicts better than naming sub-words for: " + "; ".join(
-        f"{100 * share:.1f} % of {name}" for name, share in beyond.items()) + "."
-report.value("score.planted", simulated, said)
+of = {deck.FEATURE: "trained features with a known program",
+      deck.UNTRAINED: "untrained encoder features with a known program",
+      "decoys": "decoys of either kind, whatever their lists match",
+      "made": "features made to fire on programs"}
+beyond = score_checks.program_shares(planted, checks.made) if chapter.plan else {}
+said = "; ".join(f"{100 * share:.1f} % of {of[key]}" for key, share in beyond.items())
+chapter.value("score.planted", bool(chapter.plan), said and (
+    f"Naming planted programs predicts better than naming sub-words for: {said}."))
 
 # %% [markdown]
 # {glue:text}`score.planted`
@@ -356,19 +266,15 @@ report.value("score.planted", simulated, said)
 # descriptions do not hold what the paper's judgement was made on.
 
 # %% tags=["hide-input"]
-reading = read_reading(ROOT / "data" / "paper" / "table3_reading.csv")
-texts = token_texts(corpus.tokenizer, pd.unique(pd.Series(kinds.pairs.token).sort_values()))
-check = table3_check(paper, reading, kinds, texts, corpus.symbols)
-report.value("score.table3_n", int(check["verdict"].notna().sum()))
-report.table("table3_check", check, digits=2, caption="The paper's Table 3 as printed, and the "
-             "verdict on features that fire as described")
+chapter.value("score.table3_n", checks.table3["verdict"].notna().sum())
+chapter.table("table3_check", checks.table3, digits=2, caption="The paper's Table 3 as printed, and "
+              "the verdict on features that fire as described")
 
 # %% tags=["hide-input"]
-summary = table3_summary(check)
-for answer, row in summary.set_index("paper").iterrows():
-    report.value(f"score.table3_{answer.lower()}", int(row[[GENE, FAMILY]].sum()),
-                 f"{row[[GENE, FAMILY]].sum()} of {row.sum()}")
-report.show(summary, caption="The paper's judgement against the verdict")
+for answer in ("Yes", "No"):
+    called, made = checks.called(answer)
+    chapter.value(f"score.table3_{answer.lower()}", called, f"{called} of {made}")
+chapter.show(checks.judged, caption="The paper's judgement against the verdict")
 
 # %% [markdown]
 # ```{admonition} Key points

@@ -26,62 +26,25 @@
 
 # %% tags=["parameters"]
 profile = "demo"
+overrides: dict = {}
 
 # %%
-import numpy as np
 import pandas as pd
 
 from scfm_circuits import InputError
-from scfm_circuits.cells.corpus import load_corpus
-from scfm_circuits.circuits.attribution import (
-    contributions,
-    equation_5,
-    feature_direction,
-    freeze,
-    logit_direction,
-)
-from scfm_circuits.circuits.case_study import case_study
-from scfm_circuits.circuits.circuit import circuit_genes, edge_table, expansion_table, node_table
-from scfm_circuits.circuits.exports import neuronpedia_graph, save_graph, save_graphml
-from scfm_circuits.circuits.graph import attribution_graph, feature_target, memory_needed
-from scfm_circuits.circuits.graph_scores import (
-    completeness_score,
-    effect_ends,
-    prune,
-    replacement_score,
-)
-from scfm_circuits.circuits.search import (
-    gene_contributions,
-    strongest_at_end,
-    strongest_features,
-    trace_feature,
-)
+from scfm_circuits.circuits import attribution, circuit, exports, search
+from scfm_circuits.circuits.case_study import case_study, target_elsewhere
+from scfm_circuits.circuits.graph_scores import graph_study
 from scfm_circuits.circuits.view import circuit_view, feature_details
-from scfm_circuits.common.profile import ROOT, from_notebook
 from scfm_circuits.enrichment.gene_sets import load_library
 from scfm_circuits.enrichment.rules import RULES
-from scfm_circuits.enrichment.terms import term_table
-from scfm_circuits.features.statistics import get_statistics
-from scfm_circuits.models.loading import get_model
-from scfm_circuits.paper.case import (
-    case_nulls,
-    case_rules,
-    in_prose,
-    named_term,
-    null_row,
-    rates_by_rule,
-    server_case,
-)
+from scfm_circuits.paper import case as printed_case
+from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.plots import circuits as plots
-from scfm_circuits.report.report import Report
-from scfm_circuits.transcoders.training.run import get_transcoders
 
-run = from_notebook(globals())
-report = Report(run, "07_endothelial_case_study")
-corpus = load_corpus(run)
-model, _ = get_model(run, corpus, exact=True)
-transcoders, _ = get_transcoders(model, corpus, run)
-report.not_comparable(run)
+chapter = open_chapter("07_endothelial_case_study", profile, overrides, exact=True)
+settings, corpus = chapter.profile, chapter.corpus
+chapter.not_comparable()
 
 # %% [markdown]
 # ## The cell and the call
@@ -91,21 +54,19 @@ report.not_comparable(run)
 # blank line and the question. The target is read at the {glue:text}`case.position`.
 
 # %%
-study = case_study(model, corpus, run)
-case, genes, prediction = study.prompt, study.sentence, study.prediction
-texts, token_genes, position = case.texts, case.genes, case.position
+study = case_study(chapter.model, corpus, settings)
+case, genes, position = study.prompt, study.sentence, study.prompt.position
 
 # %% tags=["hide-input"]
-report.value("case.type", run.case_type)
-report.value("case.position", f"final token, {texts[position]!r}" if run.case_position == "answer"
-             else f"end of the question, {texts[position]!r}")
-report.value("case.prediction", prediction)
-report.value("case.truth", study.truth)
-report.value("case.origin", study.origin)
-report.value("case.n_prompt_genes", len(genes))
-report.value("case.n_tokens", len(texts))
-print(run.prompt.replace("{genes}", " ".join(genes))
-      + run.response.replace("{label}", prediction))
+end = repr(case.texts[position])
+chapter.values({
+    "type": settings.case_type, "prediction": study.prediction, "truth": study.truth,
+    "position": f"final token, {end}" if settings.case_position == "answer"
+    else f"end of the question, {end}",
+    "origin": study.origin, "n_prompt_genes": len(genes), "n_tokens": len(case.texts),
+}, prefix="case.")
+print(settings.prompt.replace("{genes}", " ".join(genes))
+      + settings.response.replace("{label}", study.prediction))
 
 # %% [markdown]
 # The model's answer is "{glue:text}`case.prediction`"; its label is
@@ -115,33 +76,29 @@ print(run.prompt.replace("{genes}", " ".join(genes))
 # ## The strongest features at the last token
 
 # %%
-frozen = freeze(model, transcoders, case.encoded.tokens)
-last = transcoders.n_layers - 1
-strongest = strongest_features(frozen, last, position, 8)
+frozen = attribution.freeze(chapter.model, chapter.transcoders, case.encoded.tokens)
+last = chapter.transcoders.n_layers - 1
+strongest = search.strongest_features(frozen, last, position, 8)
 if not strongest:
     raise InputError("No feature of the last layer is active at the target token; lower "
                      "`l1_coefficient` or train on more tokens.")
-target = strongest[0]
-reading = feature_direction(frozen, last, target, position)
-parts = contributions(frozen, reading)
+target = last, strongest[0], position
 
 # %% tags=["hide-input"]
-report.value("case.target", target, str(target))
-report.value("case.target_layer", last)
-report.value("case.pre_activation", float(reading.value))
-report.table("case_features", pd.DataFrame({
+reading = attribution.feature_direction(frozen, *target)
+chapter.value("case.target", strongest[0], str(strongest[0]))
+chapter.values({"target_layer": last, "pre_activation": float(reading.value)}, prefix="case.")
+chapter.table("case_features", pd.DataFrame({
     "layer": last, "feature": strongest,
-    "activation": [float(frozen.activations[last, position, f]) for f in strongest],
+    "activation": frozen.activations[last, position, strongest].tolist(),
 }), caption="Most active features of the last layer at that token")
 
 # %% tags=["remove-input"]
-others = np.flatnonzero(corpus.held_out)[:200]
-tops = strongest_at_end(model, transcoders, corpus, others, last, run.case_position,
-                        run.forward_cells)
-same = tops == target
-report.value("case.same_target", float(same.mean()), f"{100 * same.mean():.0f} %")
-report.value("case.n_types", len(np.unique(corpus.labels[others])))
-report.value("case.same_target_types", len(np.unique(corpus.labels[others[same]])))
+elsewhere = target_elsewhere(chapter.model, chapter.transcoders, corpus, settings, last,
+                             strongest[0])
+chapter.percent("case.same_target", elsewhere.share)
+chapter.values({"n_types": elsewhere.types, "same_target_types": elsewhere.same_types},
+               prefix="case.")
 
 # %% [markdown]
 # Before tracing it: the same feature is the strongest of the last layer at the same place in
@@ -173,29 +130,23 @@ report.value("case.same_target_types", len(np.unique(corpus.labels[others[same]]
 # {glue:text}`case.closure` of it.
 
 # %% mystnb={"image": {"alt": "Bars of the signed contributions to the target's pre-activation: features, attention heads, embedding, error, constant."}, "figure": {"caption": "The target feature's pre-activation as a sum of its sources. Error is what the transcoders leave unexplained of earlier layers' MLPs.", "name": "fig-sum"}} tags=["hide-input"]
-sums = {
-    "features of earlier layers": float(parts.features.sum()),
-    "attention heads": float(parts.heads.sum()), "token embedding": float(parts.embedding),
-    "transcoder error": float(parts.errors.sum()), "constant (biases)": float(parts.constant),
-}
-report.figure("case_sum", plots.contribution_kinds(sums))
+parts = attribution.contributions(frozen, reading)
+sums = search.sums_by_source(parts)
+chapter.figure("case_sum", plots.contribution_kinds(sums))
 
 # %% tags=["hide-input"]
-closing = abs(float(parts.total() - reading.value)) / abs(float(reading.value))
-report.value("case.closure", closing, f"{closing:.1e}")
-report.table("case_sum", pd.DataFrame({
+total, value = float(parts.total()), float(reading.value)
+closing = abs(float(parts.total() - reading.value)) / abs(value)
+chapter.value("case.closure", closing, f"{closing:.1e}")
+chapter.table("case_sum", pd.DataFrame({
     "source": [*sums, "sum", "pre-activation of the model"],
-    "contribution": [*sums.values(), float(parts.total()), float(reading.value)],
+    "contribution": [*sums.values(), total, value],
 }), caption="The sum, and what the model itself computes", digits=7)
 
 # %% tags=["remove-input"]
-raw = equation_5(frozen, last, target, position).flatten().cpu().numpy()
-exact = parts.features.flatten().cpu().numpy()
-active = frozen.activations[:last, position].flatten().cpu().numpy() > 0
-agreement = np.corrcoef(raw[active], exact[active])[0, 1] if active.sum() > 2 else np.nan
-report.value("case.equation5_correlation", float(agreement), f"{agreement:.2f}")
-ratio = raw.sum() / exact.sum() if exact.sum() else np.nan
-report.value("case.equation5_ratio", float(ratio), f"{ratio:.2f}")
+as_printed = attribution.compare_equation_5(frozen, parts, *target)
+chapter.rounded("case.equation5_correlation", as_printed.correlation, 2)
+chapter.rounded("case.equation5_ratio", as_printed.ratio, 2)
 
 # %% [markdown]
 # Over the features active at this token, Equation 5 as printed and the exact contributions have a
@@ -210,13 +161,12 @@ report.value("case.equation5_ratio", float(ratio), f"{ratio:.2f}")
 # Negative contributions are kept.
 
 # %%
-circuit = trace_feature(frozen, last, target, position, branches=run.circuit_branches,
-                        depth=run.circuit_depth, max_nodes=run.circuit_nodes)
-nodes = node_table(circuit, texts, token_genes)
+found = search.trace_feature(frozen, *target, branches=settings.circuit_branches,
+                             depth=settings.circuit_depth, max_nodes=settings.circuit_nodes)
+nodes = circuit.node_table(found, case.texts, case.genes)
 
 # %% mystnb={"image": {"alt": "The circuit drawn with layers upwards and tokens along: nodes by kind, edges by sign and strength, leading up to the target feature at the last token."}, "figure": {"caption": "The circuit (the paper's Figure 5): layers upwards, tokens along; only tokens with a node have a place. Line width is the size of a contribution; blue adds, orange takes away; the larger a node, the more of the target's contributions pass through it.", "name": "fig-circuit"}} tags=["hide-input"]
-report.figure("figure5_circuit", plots.circuit_picture(circuit, texts, token_genes,
-                                                         transcoders.n_layers))
+chapter.figure("figure5_circuit", plots.circuit_picture(found, case.texts, case.genes, last + 1))
 
 # %% [markdown]
 # The same circuit can be explored below: a node opens with its tokens, its feature's gene list and
@@ -224,35 +174,31 @@ report.figure("figure5_circuit", plots.circuit_picture(circuit, texts, token_gen
 # own genes.
 
 # %% tags=["hide-input"]
-library = load_library(run.case_library, run.gene_sets)
-details = feature_details(circuit, get_statistics(model, transcoders, corpus, run), corpus, run,
-                          library)
-report.circuit("case_study", circuit_view(circuit, texts, token_genes, details),
-               caption="The circuit to explore: layers upwards, tokens along; the larger a node, the "
-               "more of the target's contributions pass through it")
+library = load_library(settings.case_library, settings.gene_sets)
+details = feature_details(found, chapter.statistics, corpus, settings, library)
+chapter.circuit("case_study", circuit_view(found, case.texts, case.genes, details),
+                caption="The circuit to explore: layers upwards, tokens along; the larger a node, "
+                "the more of the target's contributions pass through it")
 
 # %% tags=["hide-input"]
-report.table("circuit_nodes", nodes, rows=20, caption="The most influential nodes")
+chapter.table("circuit_nodes", nodes, rows=20, caption="The most influential nodes")
 
 # %% tags=["hide-input"]
-expansions = expansion_table(circuit)
-report.table("circuit_edges", edge_table(circuit), rows=0)
-report.table("circuit_expansions", expansions, rows=6, digits=5,
-             caption="Closure: kept edges, biases and the parts not kept add up to each node's value")
+chapter.table("circuit_edges", circuit.edge_table(found), rows=0)
+chapter.table("circuit_expansions", circuit.expansion_table(found), rows=6, digits=5,
+              caption="Closure: kept edges, biases and the parts not kept add up to each node's "
+              "value")
 
 # %% tags=["remove-input"]
-graph = neuronpedia_graph(circuit, texts, slug=f"{run.name}-case", scan=f"scfm-{run.name}")
-path = save_graph(run.results / "circuits" / "case_study.json", graph)
-first = expansions.iloc[0]
-kept_share = abs(edge_table(circuit).query("target == @circuit.target")["weight"]).sum()
-kept_share /= first["absolute"]
-on_prompt = float((nodes["gene"] == "").mean())
-found = circuit_genes(nodes)
-report.values({"nodes": len(nodes), "edges": len(circuit.edges), "gene_nodes": len(found)},
-              prefix="case.")
-report.value("case.closure_max", circuit.closure_max_relative, f"{circuit.closure_max_relative:.1e}")
-report.value("case.prompt_token_share", on_prompt, f"{100 * on_prompt:.0f} %")
-report.value("case.kept_share", float(kept_share), f"{100 * kept_share:.0f} %")
+scan = f"scfm-{settings.name}"
+exports.save_both(settings.results, "case_study", found, case.texts, case.genes,
+                  slug=f"{settings.name}-case", scan=scan)
+named = circuit.circuit_genes(nodes)
+chapter.values({"nodes": len(nodes), "edges": len(found.edges), "gene_nodes": len(named)},
+               prefix="case.")
+chapter.value("case.closure_max", found.closure_max_relative, f"{found.closure_max_relative:.1e}")
+chapter.percent("case.prompt_token_share", float((nodes["gene"] == "").mean()))
+chapter.percent("case.kept_share", circuit.share_kept(found))
 
 # %% [markdown]
 # The circuit has {glue:text}`case.nodes` nodes and {glue:text}`case.edges` edges. Its direct edges
@@ -271,41 +217,23 @@ report.value("case.kept_share", float(kept_share), f"{100 * kept_share:.0f} %")
 # others, and those too weak to keep, are counted as dropped. Each row adds up as before.
 
 # %%
-start = [feature_target(frozen, last, target, position)]
-needed = memory_needed(frozen, start, max_features=run.graph_features)
-whole = attribution_graph(frozen, start, max_features=run.graph_features)
-pruned = prune(whole)
-ends = effect_ends(whole)
+graph = graph_study(frozen, *target, max_features=settings.graph_features)
 
 # %% tags=["hide-input"]
-report.table("circuit_graph", pd.DataFrame({
-    "graph": ["before pruning", "after pruning"],
-    **{kind: [int(one.of_kind(kind).sum()) for one in (whole, pruned)]
-       for kind in ("feature", "error", "embedding")},
-    "edges": [one.n_edges for one in (whole, pruned)],
-    "replacement_score": [replacement_score(one) for one in (whole, pruned)],
-    "completeness_score": [completeness_score(one) for one in (whole, pruned)],
-    **{f"ends_in_{end}": [effect_ends(one)[end] for one in (whole, pruned)] for end in ends},
-}), caption="The graph, before and after pruning to the nodes that hold 80 % of all influence and "
-            "the edges that hold 98 % of it")
+chapter.table("circuit_graph", graph.table(), caption="The graph, before and after pruning to the "
+              "nodes that hold 80 % of all influence and the edges that hold 98 % of it")
 
 # %% tags=["remove-input"]
-save_graph(run.results / "circuits" / "case_study_graph.json", neuronpedia_graph(
-    pruned, texts, slug=f"{run.name}-case-graph", scan=f"scfm-{run.name}"))
-for name, one in (("case_study", circuit), ("case_study_graph", pruned)):
-    save_graphml(run.results / "circuits" / f"{name}.graphml", one, texts, token_genes)
-greedy = {node.id for node in circuit.nodes.values() if node.kind == "feature"} - {circuit.target}
-shared = greedy & {node.id for node in pruned.nodes}
-report.values({"active": whole.n_active, "rows": int(whole.of_kind("feature").sum()) - 1,
-               "pruned_features": int(pruned.of_kind("feature").sum()) - 1,
-               "pruned_edges": pruned.n_edges, "greedy_features": len(greedy),
-               "shared_features": len(shared)}, prefix="graph.")
-report.value("graph.memory", needed, f"{needed / 2**20:,.0f} MiB")
-report.value("graph.closure_max", whole.closure_max_relative, f"{whole.closure_max_relative:.1e}")
-report.value("graph.replacement", replacement_score(whole), f"{replacement_score(whole):.2f}")
-report.value("graph.completeness", completeness_score(whole), f"{completeness_score(whole):.2f}")
-for end, share in ends.items():
-    report.value(f"graph.ends.{end}", share, f"{100 * share:.0f} %")
+whole = graph.whole
+exports.save_both(settings.results, "case_study_graph", graph.pruned, case.texts, case.genes,
+                  slug=f"{settings.name}-case-graph", scan=scan)
+chapter.values(graph.counts(greedy=found.feature_ids()), prefix="graph.")
+chapter.value("graph.memory", graph.memory, f"{graph.memory / 2**20:,.0f} MiB")
+chapter.value("graph.closure_max", whole.closure_max_relative, f"{whole.closure_max_relative:.1e}")
+chapter.rounded("graph.replacement", graph.replacement, 2)
+chapter.rounded("graph.completeness", graph.completeness, 2)
+for end, share in graph.ends.items():
+    chapter.percent(f"graph.ends.{end}", share)
 
 # %% [markdown]
 # Of {glue:text}`graph.active` active features upstream of the target, {glue:text}`graph.rows` have a
@@ -334,30 +262,25 @@ for end, share in ends.items():
 # {glue:text}`case.gene_nodes` genes of the {glue:text}`case.n_prompt_genes` in the prompt.
 
 # %% tags=["hide-input"]
-gene_rows = nodes[nodes["gene"] != ""].groupby("gene").agg(
-    nodes=("node", "size"), influence=("influence", "sum")).reset_index()
-report.table("circuit_genes", gene_rows.sort_values("influence", ascending=False,
-                                                    ignore_index=True), rows=15,
-             caption="Genes on whose tokens the circuit's nodes stand")
+chapter.table("circuit_genes", circuit.gene_table(nodes), rows=15,
+              caption="Genes on whose tokens the circuit's nodes stand")
 
 # %%
-rule = RULES[run.enrichment_rule]
+rule = RULES[settings.enrichment_rule]
 symbols = set(corpus.symbols[corpus.occurring].tolist())
-enriched = term_table(found, library, background=rule.background_for(symbols), family=rule.family,
-                      odds=rule.odds)
+enriched, everything = (rule.terms(some, library, symbols) for some in (named, genes))
 
 # %% tags=["hide-input"]
-report.value("case.best_term", enriched["Term"].iloc[0] if len(enriched) else None)
-report.value("case.library", library.name)
-report.value("case.statement", rule.statement)
-everything = term_table(genes, library, background=rule.background_for(symbols),
-                        family=rule.family, odds=rule.odds)
-report.value("case.best_term_all", everything["Term"].iloc[0] if len(everything) else None)
-report.table("circuit_enrichment", enriched.assign(rule=rule.name, library=library.name), rows=12,
-             caption=f"Terms of {library.name} enriched among the circuit's genes. {rule.statement}")
+chapter.values({
+    "best_term": enriched["Term"].iloc[0] if len(enriched) else None, "library": library.name,
+    "best_term_all": everything["Term"].iloc[0] if len(everything) else None,
+    "statement": rule.statement}, prefix="case.")
+chapter.table("circuit_enrichment", enriched.assign(rule=rule.name, library=library.name), rows=12,
+              caption=f"Terms of {library.name} enriched among the circuit's genes. "
+              f"{rule.statement}")
 
 # %% tags=["remove-input"]
-report.warning(library.warning)
+chapter.warning(library.warning)
 
 # %% [markdown]
 # {glue:text}`case.statement` The best term is "{glue:text}`case.best_term`". The whole prompt's
@@ -373,71 +296,38 @@ report.warning(library.warning)
 # highest of all terms with FDR below 0.05.
 
 # %%
-printed = pd.read_csv(ROOT / "data" / "paper" / "circuit_genes.csv")
-prompt = pd.read_csv(ROOT / "data" / "paper" / "figure4_genes.csv")
-stated = pd.read_csv(ROOT / "data" / "paper" / "case_study.csv").set_index("item")["value"]
-nine = printed["gene"].tolist()
-server = server_case()
-heart = load_library("CellMarker_Augmented_2021", run.gene_sets)
-level = 0.05  # the paper's
-
-
-def case_row(setting, table):
-    """The paper's term in a table of all terms hit."""
-    found = table["term"].str.lower().str.replace(" ", "") == "endothelialcell:heart"
-    below, term = table[table["FDR"] < level], table[found].head(1)
-    return {"setting": setting, "rank by p": term.index[0] + 1 if len(term) else None,
-            "terms hit": len(table),
-            **term.reindex(columns=["overlap", "term_size", "p", "FDR", "score"]).sum(min_count=1),
-            "terms below 0.05": len(below), "highest score below 0.05": below["score"].max()}
-
-
-names = {"Term": "term", "n_overlap": "overlap", "P-value": "p", "Adjusted P-value": "FDR",
-         "Combined Score": "score"}
-settings = [] if heart.source == "bundled" else case_rules(heart, nine, symbols)
-rows = [case_row("nine genes, enrichr: 20,000 genes, BH over the terms hit", server)]
-# The first setting is the server's, which overlap counts alone have given.
-rows += [case_row(f"nine genes, {setting.label}", term_table(
-    nine, heart, background=setting.universe, family=setting.rule.family,
-    odds=setting.rule.odds).rename(columns=names)) for setting in settings[1:]]
-rows += [case_row(f"all genes of the prompt, {setting.label}", term_table(
-    prompt["gene"], heart, background=setting.universe, family=setting.rule.family,
-    odds=setting.rule.odds).rename(columns=names)) for setting in settings[:1]]
+heart = load_library("CellMarker_Augmented_2021", settings.gene_sets)
+printed = printed_case.paper_case(heart, symbols, chapter.paper)
 
 # %% tags=["remove-input"]
-report.warning(heart.warning and "CellMarker_Augmented_2021 is not at hand, so the paper's case is "
-               "computed from overlap counts alone, under the server's formula alone; how often "
-               "other genes get the same term cannot be computed.")
+chapter.warning(heart.warning and "CellMarker_Augmented_2021 is not at hand, so the paper's case is "
+                "computed from overlap counts alone, under the server's formula alone; how often "
+                "other genes get the same term cannot be computed.")
 
 # %% tags=["hide-input"]
-first = {"setting": "the paper, as printed", "FDR": float(stated["fdr"]),
-         "score": float(stated["enrichment_score"])}
-report.table("paper_case", pd.DataFrame([*rows, first]), caption="Endothelial cell: heart, for the "
-             "paper's genes, under each rule")
+chapter.table("paper_case", printed.table, caption="Endothelial cell: heart, for the paper's genes, "
+              "under each rule")
 
 # %% tags=["remove-input"]
-ours = rows[0]
-highest = ours["score"] >= ours["highest score below 0.05"]
-report.value("paper_case.n_prompt", len(prompt))
-report.value("paper_case.fdr", float(ours["FDR"]), f"{ours['FDR']:.4f}")
-report.value("paper_case.score", float(ours["score"]), f"{ours['score']:.2f}")
-report.value("paper_case.p", float(ours["p"]), f"{ours['p']:.2e}")
-report.value("paper_case.best_term_is_endothelial_heart", ours["rank by p"] == 1,
-             "ranks first" if ours["rank by p"] == 1 else "does not rank first")
-report.value("paper_case.score_is_highest", bool(highest), "is" if highest else "is not")
-report.value("paper_case.terms_hit", len(server))
-report.value("paper_case.terms_below", int(ours["terms below 0.05"]))
-report.value("paper_case.single_gene", int(((server["FDR"] < level)
-                                            & (server["overlap"] == 1)).sum()))
-report.value("paper_case.highest", float(ours["highest score below 0.05"]),
-             f"{ours['highest score below 0.05']:,.1f}")
-left_out = bool(settings) and all(setting.rule.name != "corpus" for setting in settings)
-report.value("paper_case.corpus_rule_left_out", left_out, "Each rule is shown with the "
-             "Benjamini-Hochberg family exchanged, too." + (" The rule corpus is left out: not all "
-             "of the nine genes occur in this run's cells." if left_out else "")
-             if settings else "Without the library, one rule alone can be shown.")
-report.value("paper_case.printed_fdr", str(stated["fdr"]))
-report.value("paper_case.printed_score", str(stated["enrichment_score"]))
+ours, stated = printed.ours, chapter.paper.case
+chapter.rounded("paper_case.fdr", float(ours["FDR"]), 4)
+chapter.rounded("paper_case.score", float(ours["score"]), 2)
+chapter.value("paper_case.p", float(ours["p"]), f"{ours['p']:.2e}")
+chapter.value("paper_case.best_term_is_endothelial_heart", bool(ours["rank by p"] == 1),
+              "ranks first" if ours["rank by p"] == 1 else "does not rank first")
+chapter.value("paper_case.score_is_highest", printed.score_is_highest,
+              "is" if printed.score_is_highest else "is not")
+chapter.rounded("paper_case.highest", float(ours["highest score below 0.05"]), 1)
+chapter.values({
+    "n_prompt": len(printed.prompt), "terms_hit": len(printed.server),
+    "terms_below": int(ours["terms below 0.05"]), "single_gene": printed.single_gene,
+    "printed_fdr": stated["fdr"], "printed_score": stated["enrichment_score"],
+}, prefix="paper_case.")
+exchanged = "Each rule is shown with the Benjamini-Hochberg family exchanged, too."
+left_out = (" The rule corpus is left out: not all of the nine genes occur in this run's cells."
+            if printed.corpus_left_out else "")
+chapter.value("paper_case.corpus_rule_left_out", printed.corpus_left_out, exchanged + left_out
+              if printed.settings else "Without the library, one rule alone can be shown.")
 
 # %% [markdown]
 # The finding is there in kind: by p-value ({glue:text}`paper_case.p`) the term
@@ -463,28 +353,39 @@ report.value("paper_case.printed_score", str(stated["enrichment_score"]))
 
 # %%
 draws = 2_000
-term = named_term(heart, stated["term"]) if settings else None
-nulls = case_nulls(settings if term else [], term or "", nine, prompt["gene"].tolist(),
-                   draws=draws, seed=run.seed, fdr=level)
+nulls = printed.nulls(draws, settings.seed)
 
 # %% tags=["remove-input"]
-nulls_file = report.table("paper_case_nulls", nulls, rows=0, caption="The same rates as numbers")
-report.value("paper_case.draws", draws)
+nulls_file = chapter.table("paper_case_nulls", nulls, rows=0, caption="The same rates as numbers")
+chapter.value("paper_case.draws", draws)
 for kind in ("anchor_random", "anchor_prompt", "prompt", "random"):
     for family in ("hit", "all"):
-        share = null_row(nulls, kind, family=family)["percent"] if len(nulls) else None
-        report.value(f"paper_case.null.{kind}.{family}", share)
-missing = ("These rates need the library CellMarker_Augmented_2021, in the version that holds the "
-           "paper's term; it is not at hand, so they are not computed here.")
-report.value("paper_case.nulls_said", len(nulls) > 0,
-             in_prose(nulls, level) if len(nulls) else missing)
+        row = printed_case.null_row(nulls, kind, family=family) if len(nulls) else {"percent": None}
+        chapter.value(f"paper_case.null.{kind}.{family}", row["percent"])
 
 # %% tags=["hide-input"]
-report.show(rates_by_rule(nulls, settings), caption="How often the term named is below FDR 0.05, with a 95 % "
-            "interval") if len(nulls) else None
+chapter.show(printed_case.rates_by_rule(nulls, printed.settings), caption="How often the term named "
+             "is below FDR 0.05, with a 95 % interval") if len(nulls) else None
 
 # %% tags=["remove-input"]
 nulls_file if len(nulls) else None
+
+# %% tags=["remove-input"]
+said = """
+The circuit's genes bring the term below FDR 0.05 under {called} of the {rules} rules shown. So do
+{anchor_random}, with no model behind them, in {anchor_random_hit} of {draws} draws under the
+server's rule, and {random} bring one term or another there in {random_hit}: the rule corrects only
+for the terms that a list happens to touch, and in a list this short a single gene can be enough.
+Corrected for all terms of the library, the two rates are {anchor_random_all} and {random_all}. Two
+genes of the term are then needed, and {anchor_prompt} still reach the level in {anchor_prompt_all}
+of draws, {prompt} in {prompt_all}, because the prompt is the sentence of an endothelial cell. What
+the circuit adds has to be read against these last two rates."""
+missing = """
+These rates need the library CellMarker_Augmented_2021, in the version that holds the paper's term;
+it is not at hand, so they are not computed here."""
+words = printed_case.words_of(nulls) if len(nulls) else {}
+chapter.value("paper_case.nulls_said", bool(words),
+              " ".join((said.format(**words) if words else missing).split()))
 
 # %% [markdown]
 # {glue:text}`paper_case.nulls_said`
@@ -495,11 +396,11 @@ nulls_file if len(nulls) else None
 # meaning, and the ledger says "not comparable at this scale".
 
 # %% tags=["hide-input"]
-present = {gene: gene in found for gene in nine}
-report.values({f"case.gene_node.{gene}": value for gene, value in present.items()})
-report.show(printed.assign(in_prompt=[gene in genes for gene in nine],
-                           in_circuit=list(present.values())),
-            caption="The paper's nine genes in this run's prompt and circuit")
+present = {gene: gene in named for gene in printed.nine}
+chapter.values(present, prefix="case.gene_node.")
+chapter.show(chapter.paper.circuit.assign(
+    in_prompt=[gene in genes for gene in printed.nine], in_circuit=list(present.values())),
+    caption="The paper's nine genes in this run's prompt and circuit")
 
 # %% [markdown]
 # ## Beyond the paper: the call itself
@@ -511,31 +412,24 @@ report.show(printed.assign(in_prompt=[gene in genes for gene in nine],
 # answer directly and which against it.
 
 # %%
-asked = case.answer_start - 1
-first_token = int(case.encoded.tokens[case.answer_start])
-call = logit_direction(frozen, first_token, asked)
-call_parts = contributions(frozen, call)
-by_gene = gene_contributions(call_parts, token_genes)
+asked, answer = case.answer_start - 1, int(case.encoded.tokens[case.answer_start])
+call = attribution.logit_direction(frozen, answer, asked)
+call_parts = attribution.contributions(frozen, call)
+by_gene = search.gene_contributions(call_parts, case.genes)
 
 # %% tags=["remove-input"]
-probability = float(frozen.logits[asked].softmax(-1)[first_token])
-report.value("call.token", texts[case.answer_start])
-report.value("call.probability", probability, f"{100 * probability:.0f} %")
+chapter.value("call.token", case.texts[case.answer_start])
+chapter.percent("call.probability", float(frozen.logits[asked].softmax(-1)[answer]))
 call_gap = abs(float(call_parts.total() - call.value)) / abs(float(call.value))
-report.value("call.closure", call_gap, f"{call_gap:.1e}")
+chapter.value("call.closure", call_gap, f"{call_gap:.1e}")
 
 # %% mystnb={"image": {"alt": "Bars of the signed contributions to the logit of the answer's first token: features, attention heads on genes and on other tokens, embedding, error, constant."}, "figure": {"caption": "The logit of the answer's first token as a sum of its direct sources, with attention split by whether the token read belongs to a gene.", "name": "fig-call"}} tags=["hide-input"]
-on_genes = float(by_gene["contribution"].sum())
-report.figure("case_call", plots.contribution_kinds({
-    "features": float(call_parts.features.sum()), "attention to genes": on_genes,
-    "attention to other tokens": float(call_parts.heads.sum()) - on_genes,
-    "token embedding": float(call_parts.embedding),
-    "transcoder error": float(call_parts.errors.sum()),
-    "constant (biases)": float(call_parts.constant)}))
+chapter.figure("case_call", plots.contribution_kinds(
+    search.sums_by_gene_or_not(call_parts, by_gene)))
 
 # %% tags=["hide-input"]
-report.table("case_call_genes", by_gene, rows=12,
-             caption="Direct attention contributions to the answer's logit, by gene")
+chapter.table("case_call_genes", by_gene, rows=12,
+              caption="Direct attention contributions to the answer's logit, by gene")
 
 # %% [markdown]
 # The model gives the token a probability of {glue:text}`call.probability`; the sum differs from the

@@ -25,57 +25,19 @@
 
 # %% tags=["parameters"]
 profile = "demo"
+overrides: dict = {}
 
 # %%
-import numpy as np
-import pandas as pd
-
-from scfm_circuits import InputError
-from scfm_circuits.cells.corpus import load_corpus
-from scfm_circuits.cells.prompts import answered_prompt
-from scfm_circuits.cells.simulated import plan_of
-from scfm_circuits.cells.tokens import token_texts
-from scfm_circuits.circuits.attribution import contributions, feature_direction, freeze
-from scfm_circuits.circuits.interventions import FeatureAt, compare_interventions
-from scfm_circuits.circuits.planted_genes import (
-    circuit_gene_table,
-    circuits_in_prose,
-    named_right,
-    recovery_summary,
-    recovery_table,
-    role_table,
-)
-from scfm_circuits.circuits.search import strongest_features, trace_feature
-from scfm_circuits.circuits.structure import (
-    circuit_features,
-    flow_table,
-    head_table,
-    inhibition,
-    overlap_test,
-    pair_table,
-    path_ends,
-    shared_features,
-    similarity,
-    supernodes,
-)
-from scfm_circuits.circuits.token_means import mean_activations, token_kinds
-from scfm_circuits.common.profile import PLANTED_CELLS, from_notebook
-from scfm_circuits.common.randomness import generator
-from scfm_circuits.enrichment.controls.planted_programs import features_in_prose, program_matches
-from scfm_circuits.features.baselines import reinitialised_statistics, untrained_statistics
-from scfm_circuits.features.contexts import token_families
-from scfm_circuits.features.statistics import get_statistics
-from scfm_circuits.models.loading import get_model
+from scfm_circuits.circuits import studies
+from scfm_circuits.circuits.planted_genes import known_truth
+from scfm_circuits.enrichment.controls.planted_programs import program_matches
+from scfm_circuits.enrichment.controls.studies import by_occurrence
+from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.plots import circuits as plots
-from scfm_circuits.report.report import Report
-from scfm_circuits.transcoders.training.run import get_transcoders
 
-run = from_notebook(globals())
-report = Report(run, "08_controls")
-corpus = load_corpus(run)
-model, _ = get_model(run, corpus, exact=True)
-transcoders, _ = get_transcoders(model, corpus, run)
-report.not_comparable(run)
+chapter = open_chapter("08_controls", profile, overrides, exact=True)
+settings, corpus = chapter.profile, chapter.corpus
+chapter.not_comparable()
 
 # %% [markdown]
 # ## Taking the circuit away
@@ -103,103 +65,29 @@ report.not_comparable(run)
 # {glue:text}`faithfulness.size_same_size` times as much.
 
 # %%
-per_type, most, draws = 3, 30, 5
-rng = generator(run.seed, "interventions")
-training = np.sort(rng.permutation(np.flatnonzero(~corpus.held_out))[:100])
-means = mean_activations(model, transcoders, corpus, training, run.forward_cells)
-held_out = np.flatnonzero(corpus.held_out)
-turn = pd.Series(corpus.labels[held_out]).groupby(corpus.labels[held_out]).cumcount().to_numpy()
-# Every type's first cell before any type's second, should there be too many types.
-turns = np.lexsort((corpus.labels[held_out], turn))
-cells = held_out[turns[turn[turns] < per_type][:most]]
-cells = cells[np.argsort(corpus.labels[cells], kind="stable")]
-last, rows, circuits, flows, heads, inner = transcoders.n_layers - 1, [], [], [], [], []
-for cell in cells:
-    case = answered_prompt(corpus, run, int(cell), str(corpus.labels[cell]))
-    frozen = freeze(model, transcoders, case.encoded.tokens)
-    strongest = strongest_features(frozen, last, case.position, 1)
-    if not strongest:
-        continue
-    target = FeatureAt(last, strongest[0], case.position)
-    circuit = trace_feature(frozen, *target, branches=run.circuit_branches,
-                            depth=run.circuit_depth, max_nodes=run.circuit_nodes)
-    chosen = [FeatureAt(node.layer, node.index, node.position) for node in circuit.nodes.values()
-              if node.kind == "feature" and node.id != circuit.target]
-    reading = feature_direction(frozen, *target)
-    kinds = token_kinds(case.encoded.gene, case.encoded.place, case.answer_start)
-    of_cell = {"cell": str(corpus.cell_ids[cell]), "cell_type": str(corpus.labels[cell]),
-               "target": target.feature}
-    rows += [{**of_cell, "pre_activation": float(reading.value), **one._asdict()} for one in
-             compare_interventions(model, frozen, chosen, target, reading, means, kinds, rng, draws=draws)]
-    parts = contributions(frozen, reading)
-    circuits.append((of_cell, circuit))
-    flows.append(flow_table(circuit, parts).assign(**of_cell))
-    heads.append(head_table(circuit, parts, case.genes).assign(**of_cell))
-    inner.append({**of_cell, **path_ends(circuit), **inhibition(circuit)._asdict()})
+study = studies.circuit_study(chapter.model, chapter.transcoders, corpus, settings)
 
 # %% mystnb={"image": {"alt": "Left: predicted against measured change of the target when circuit features or random features are taken away. Right: measured changes when they are taken away, doubled, or left alone."}, "figure": {"caption": "What changing features does to the circuit's target, as a share of its pre-activation; -1 means that the target is gone. Each point is a cell; for random features it is the mean of several circuits, with their range as a line (left). Black: medians.", "name": "fig-faithfulness"}} tags=["hide-input"]
-effects = pd.DataFrame(rows)
-if effects.empty:
-    raise InputError("No feature of the last layer is active at the target of any held-out cell; "
-                     "lower `l1_coefficient` or train on more tokens.")
-report.figure("circuit_faithfulness", plots.faithfulness(effects))
+chapter.figure("circuit_faithfulness", plots.faithfulness(study.effects))
 
 # %% tags=["hide-input"]
-in_order = effects.groupby(["intervention", "features"], sort=False)
-columns = ["n_features", "size", "predicted", "measured"]
-summary = in_order[columns].median().reset_index()
-report.show(summary, caption="Medians over cells: changes as shares of the target's pre-activation, "
-            "and what the features write relative to the circuit's")
+found = studies.faithfulness(study)
+chapter.show(found.medians, caption="Medians over cells: changes as shares of the target's "
+             "pre-activation, and what the features write relative to the circuit's")
 
 # %% tags=["hide-input"]
-taken = effects[effects["intervention"] == "ablation"].set_index(["cell_type", "cell"])
-by_type = taken[taken["features"] == "circuit"].groupby("cell_type").agg(
-    cells=("measured", "size"), predicted=("predicted", "median"), measured=("measured", "median"),
-    smallest=("measured", "max"), largest=("measured", "min"))
-for kind in ("same token", "same size"):
-    by_type[kind] = taken[taken["features"] == kind].groupby("cell_type")["measured"].median()
-report.show(by_type.reset_index(), caption="Taken away, by cell type: medians over cells, the smallest "
-            "and the largest change, and the medians of random circuits")
+chapter.show(found.by_type, caption="Taken away, by cell type: medians over cells, the smallest and "
+             "the largest change, and the medians of random circuits")
 
 # %% tags=["hide-input"]
-report.table("circuit_faithfulness", effects, rows=10, caption="The same for every cell: for random "
-             "features the mean of several circuits, with the lowest and highest measured change")
+chapter.table("circuit_faithfulness", study.effects, rows=10, caption="The same for every cell: for "
+              "random features the mean of several circuits, with the lowest and highest measured "
+              "change")
 
 # %% tags=["remove-input"]
-median = summary.set_index(["intervention", "features"])
-per_cell = effects.set_index(["intervention", "features"]).sort_index()
-own = per_cell.loc[("ablation", "circuit")]
-report.values({"cells": len(own), "targets": int(own["target"].nunique()), "per_type": per_type,
-               "mean_cells": len(training), "draws": draws,
-               "types": int(own["cell_type"].nunique()),
-               "n_features": float(median.loc[("ablation", "circuit"), "n_features"]),
-               "circuit": float(median.loc[("ablation", "circuit"), "measured"]),
-               "random": float(median.loc[("ablation", "same token"), "measured"]),
-               "random_size": float(median.loc[("ablation", "same size"), "measured"])},
-              prefix="faithfulness.")
-for kind in ("same token", "same size"):
-    size = float(median.loc[("ablation", kind), "size"])
-    report.value(f"faithfulness.size_{kind.replace(' ', '_')}", size, f"{size:.2f}")
-for name, intervention in (("", "ablation"), ("doubling_", "doubling"), ("alone_", "alone"),
-                           ("own_kind_", "alone, own kind")):
-    pair = per_cell.loc[(intervention, "circuit"), ["predicted", "measured"]]
-    for method in ("spearman", "pearson"):
-        value = float(pair["predicted"].corr(pair["measured"], method=method))
-        key = "correlation" if method == "spearman" else "pearson"
-        report.value(f"faithfulness.{name}{key}", value, f"{value:.2f}")
-for key, kind in (("circuit", "circuit"), ("random", "same token"), ("random_size", "same size")):
-    report.value(f"faithfulness.doubling_{key}", float(median.loc[("doubling", kind), "measured"]))
-for kind in ("circuit", "none", "same token", "same size"):
-    kept = 1 + float(median.loc[("alone", kind), "measured"])
-    report.value(f"faithfulness.alone_{kind.replace(' ', '_')}", kept, f"{kept:.2f}")
-for kind in ("circuit", "none"):
-    kept = 1 + float(median.loc[("alone, own kind", kind), "measured"])
-    report.value(f"faithfulness.own_kind_{kind}", kept, f"{kept:.2f}")
-beyond = 0
-for kind in ("same token", "same size"):
-    lowest = per_cell.loc[("ablation", kind)].set_index("cell")["lowest"]
-    beyond = beyond + (own.set_index("cell")["measured"] < lowest).astype(int)
-report.value("faithfulness.cells_beyond_random", int((beyond == 2).sum()))
+chapter.values(found.numbers, prefix="faithfulness.")
+for name, ratio in found.ratios.items():
+    chapter.rounded(f"faithfulness.{name}", ratio, 2)
 
 # %% [markdown]
 # Over {glue:text}`faithfulness.cells` cells of {glue:text}`faithfulness.types` types, taking away the
@@ -241,29 +129,16 @@ report.value("faithfulness.cells_beyond_random", int((beyond == 2).sum()))
 # cancels.
 
 # %% mystnb={"image": {"alt": "Stacked bars by layer: shares of the target's contributions from attention, features and errors, directly and through the circuit, with token embedding and biases beside them."}, "figure": {"caption": "What drives the targets, mean over cells. Left: what each layer writes straight to the target's token adds up to 100 %. Right: how much passes through the circuit's nodes of each layer on its way; a path passes several layers.", "name": "fig-flow"}} tags=["hide-input"]
-keys = ["cell", "cell_type", "target"]
-flow = pd.concat(flows, ignore_index=True)
-flow = flow[[*keys, *(column for column in flow if column not in keys)]]
-report.figure("circuit_flow", plots.circuit_flow(flow))
+chapter.figure("circuit_flow", plots.circuit_flow(study.flow))
 
 # %% tags=["hide-input"]
-report.table("circuit_flow", flow, rows=0)
-inside = pd.DataFrame(inner)
-ends = inside[[*path_ends(circuits[0][1])]].mean().rename_axis("path ends at").rename("share")
-report.show(ends.reset_index(), caption="Where the target's contributions end when the circuit is "
-            "followed upstream (mean over cells)")
+chapter.table("circuit_flow", study.flow, rows=0)
+chapter.show(studies.end_table(study), caption="Where the target's contributions end when the "
+             "circuit is followed upstream (mean over cells)")
 
 # %% tags=["remove-input"]
-direct = flow.groupby(["cell", "kind"])["share"].sum().groupby("kind").mean()
-for kind in ("attention", "features", "errors", "embedding", "biases"):
-    report.value(f"structure.direct_{kind}", float(direct[kind]), f"{100 * direct[kind]:.0f} %")
-for end in ("errors", "not kept"):
-    report.value(f"structure.ends_{end.replace(' ', '_')}", float(ends[end]),
-                 f"{100 * ends[end]:.0f} %")
-negative = float((inside["negative"] / inside["edges"]).mean())
-report.value("structure.negative_edges", negative, f"{100 * negative:.0f} %")
-carried = float(inside["carried"].mean())
-report.value("structure.negative_carried", carried, f"{100 * carried:.0f} %")
+for name, share in studies.flow_shares(study).items():
+    chapter.percent(f"structure.{name}", share)
 
 # %% [markdown]
 # **What flows where.** Of what is written straight to the target, {glue:text}`structure.direct_features`
@@ -278,25 +153,14 @@ report.value("structure.negative_carried", carried, f"{100 * carried:.0f} %")
 # them out.
 
 # %% tags=["hide-input"]
-read = pd.concat(heads, ignore_index=True)
-read = read[[*keys, *(column for column in read if column not in keys)]]
-listed = read[read["gene"] != ""].groupby("cell", sort=False).head(20)
-report.table("circuit_heads", listed, rows=10, caption="Which head brings which gene to the target's "
-             "token: for every cell the 20 strongest pairs by direct share")
+heads = studies.head_summary(study)
+chapter.table("circuit_heads", heads.listed, rows=10, caption="Which head brings which gene to the "
+              "target's token: for every cell the 20 strongest pairs by direct share")
 
 # %% tags=["remove-input"]
-on_gene = read[read["gene"] != ""]
-gene_share = float(on_gene["share"].sum() / max(read["share"].sum(), 1e-30))
-report.value("structure.attention_to_genes", gene_share, f"{100 * gene_share:.0f} %")
-by_head = on_gene.groupby(["layer", "head"])["share"].sum()
-best = by_head.idxmax()
-report.value("structure.top_head", f"{best[0]}.{best[1]}")
-of_genes = float(by_head.max() / max(by_head.sum(), 1e-30))
-report.value("structure.top_head_share", of_genes, f"{100 * of_genes:.0f} %")
-firsts = on_gene.groupby(["cell", "layer", "head"])["share"].sum().reset_index()
-firsts = firsts.sort_values("share", ascending=False, kind="stable").drop_duplicates("cell")
-report.value("structure.top_head_cells",
-             int(((firsts["layer"] == best[0]) & (firsts["head"] == best[1])).sum()))
+chapter.percent("structure.attention_to_genes", heads.to_genes)
+chapter.percent("structure.top_head_share", heads.top_share)
+chapter.values({"top_head": heads.top, "top_head_cells": heads.top_cells}, prefix="structure.")
 
 # %% [markdown]
 # **Which head carries the genes.** Of what attention brings straight to the target's token,
@@ -307,27 +171,16 @@ report.value("structure.top_head_cells",
 # columns add what arrives through features on the way.
 
 # %%
-statistics = get_statistics(model, transcoders, corpus, run)
-sets = [set(circuit_features(circuit)) for _, circuit in circuits]
-families = token_families(statistics, sorted(set().union(*sets)))
-groups = pd.concat([supernodes(circuit, families).assign(**of_cell)
-                    for of_cell, circuit in circuits], ignore_index=True)
+groups = studies.supernode_table(study, chapter.statistics, corpus)
 
 # %% tags=["hide-input"]
-groups["tokens"] = ["  ".join(token_texts(corpus.tokenizer, tokens[:6])) for tokens in
-                    groups["tokens"]]
-groups = groups[[*keys, *(column for column in groups if column not in keys)]]
-report.table("circuit_supernodes", groups, rows=0)
-shown = groups["cell"] == groups["cell"][max(int((groups["cell_type"] == run.case_type).argmax()), 0)]
-report.show(groups[shown].drop(columns=keys), rows=6, caption="Supernodes of one circuit: features "
-            "joined if the tokens that hold half of their activations overlap by half or more")
+chapter.table("circuit_supernodes", groups.table, rows=0)
+chapter.show(groups.of_one(settings.case_type), rows=6, caption="Supernodes of one circuit: features "
+             "joined if the tokens that hold half of their activations overlap by half or more")
 
 # %% tags=["remove-input"]
-per_circuit = groups.groupby("cell", sort=False)
-report.value("structure.features", float(np.median([len(one) for one in sets])))
-report.value("structure.supernodes", float(per_circuit.size().median()))
-largest = float((per_circuit["n_features"].max() / per_circuit["n_features"].sum()).mean())
-report.value("structure.largest_supernode", largest, f"{100 * largest:.0f} %")
+chapter.values({"features": groups.features, "supernodes": groups.supernodes}, prefix="structure.")
+chapter.percent("structure.largest_supernode", groups.largest)
 
 # %% [markdown]
 # **Features that say the same.** Grouped by the tokens that they fire on most, the median of
@@ -336,31 +189,21 @@ report.value("structure.largest_supernode", largest, f"{100 * largest:.0f} %")
 # {glue:text}`structure.largest_supernode` of a circuit's features.
 
 # %% mystnb={"image": {"alt": "Heat map of the overlap of every pair of circuits, cells sorted by type, with the pairs of one type boxed."}, "figure": {"caption": "Features that two cells' circuits share, of all features of either (Jaccard index); boxes hold the pairs of one type.", "name": "fig-overlap"}} tags=["hide-input"]
-names, types, targets = ([of_cell[key] for of_cell, _ in circuits] for key in keys)
-overlap = similarity(sets)
-report.figure("circuit_overlap", plots.circuit_overlap(overlap, types))
+common = studies.overlap_study(study, settings.seed)
+chapter.figure("circuit_overlap", plots.circuit_overlap(common.overlap, study.types))
 
 # %% tags=["hide-input"]
-tests = {"all pairs": overlap_test(overlap, types, seed=run.seed),
-         "pairs with the same target": overlap_test(overlap, types, strata=targets,
-                                                    seed=run.seed)}
-report.table("circuit_overlap", pair_table(overlap, names, types, targets), rows=0)
-report.table("circuit_shared_features", shared_features(sets, types), rows=0)
-report.show(pd.DataFrame([{"pairs": name, **test._asdict()} for name, test in tests.items()]),
-            caption="Mean overlap of pairs of one type and of two, and how often types dealt out at "
-            "random differ as much")
+chapter.table("circuit_overlap", common.pairs, rows=0)
+chapter.table("circuit_shared_features", common.shared, rows=0)
+chapter.show(common.tests(), caption="Mean overlap of pairs of one type and of two, and how often "
+             "types dealt out at random differ as much")
 
 # %% tags=["remove-input"]
-for name, test in zip(("", "_same_target"), tests.values(), strict=True):
-    for part in ("within", "between"):
-        value = getattr(test, part)
-        report.value(f"structure.{part}{name}", value, None if value is None else f"{value:.2f}")
-    report.value(f"structure.overlap_p{name}", test.p, None if test.p is None else f"{test.p:.2g}")
-shared = shared_features(sets, types)
-report.value("structure.all_features", len(shared))
-report.value("structure.in_every_circuit", int((shared["n_circuits"] == len(circuits)).sum()))
-report.value("structure.one_type_only", int(((shared["n_types"] == 1)
-                                             & (shared["n_circuits"] > 1)).sum()))
+for name, test in (("", common.of_all), ("_same_target", common.same_target)):
+    chapter.rounded(f"structure.within{name}", test.within, 2)
+    chapter.rounded(f"structure.between{name}", test.between, 2)
+    chapter.p_value(f"structure.overlap_p{name}", test.p)
+chapter.values(common.counts(), prefix="structure.")
 
 # %% [markdown]
 # **What a type's circuits share.** Two circuits of one type share {glue:text}`structure.within` of
@@ -379,78 +222,87 @@ report.value("structure.one_type_only", int(((shared["n_types"] == 1)
 # {glue:text}`truth.known`
 
 # %% tags=["remove-input"]
-simulated = run.cells == PLANTED_CELLS
-report.value("truth.known", simulated, "In this profile the right answer is known. Cells of each "
-             "type express a program of genes that was planted for it, besides programs shared with "
-             "another type, states that any type can be in, and a background that all express alike "
-             "(data/planted/programs.yml). Does the method find what was planted?" if simulated else
-             "What should be found is known for simulated cells only. The profile planted makes such "
-             "cells (make book PROFILE=planted), and in its book this section says how much of what "
-             "was planted circuits and features find.")
+plan = chapter.plan  # None unless the cells are simulated
+known = """
+In this profile the right answer is known. Cells of each type express a program of genes that was
+planted for it, besides programs shared with another type, states that any type can be in, and a
+background that all express alike (data/planted/programs.yml). Does the method find what was
+planted?"""
+unknown = """
+What should be found is known for simulated cells only. The profile planted makes such cells (make
+book PROFILE=planted), and in its book this section says how much of what was planted circuits and
+features find."""
+chapter.value("truth.known", bool(plan), " ".join((known if plan else unknown).split()))
 
 # %%
-if simulated:
-    plan = plan_of(run)
-    named = named_right(model, corpus, n=5)
-    planted_genes = circuit_gene_table(model, transcoders, corpus, named, plan, run)
-    recovery = recovery_table(planted_genes)
-    recovered = recovery_summary(recovery, run.seed)
-    roles = role_table(planted_genes)
+truth = known_truth(chapter.model, chapter.transcoders, corpus, plan, settings) if plan else None
 
 # %% mystnb={"image": {"alt": "Two panels, circuits of the feature and of the call: for each cell type, the percentage of planted genes among the circuit's most influential genes, the prompt's most expressed genes, and random genes of the prompt."}, "figure": {"caption": "Among as many genes as are planted in the prompt for the cell's type: how many are planted, if the circuit's most influential genes are taken, the prompt's most expressed, or random ones.", "name": "fig-planted"}} tags=["hide-input"]
-report.figure("planted_recovery", plots.planted_recovery(recovered)) if simulated else None
+chapter.figure("planted_recovery", plots.planted_recovery(truth.summary)) if truth else None
 
 # %% tags=["hide-input"]
-report.table("planted_recovery", recovered, digits=3, caption="Planted genes among the circuits' "
-             "genes, by target and cell type") if simulated else None
+chapter.table("planted_recovery", truth.summary, digits=3, caption="Planted genes among the "
+              "circuits' genes, by target and cell type") if truth else None
 
 # %% tags=["hide-input"]
-report.table("planted_roles", roles, digits=3, caption="What the genes of prompts and circuits are "
-             "to the cell's type") if simulated else None
+chapter.table("planted_roles", truth.roles, digits=3, caption="What the genes of prompts and "
+              "circuits are to the cell's type") if truth else None
 
 # %% tags=["remove-input"]
-if simulated:
-    report.table("planted_circuit_genes", planted_genes, rows=0)
-    every = recovered[recovered["cell_type"] == "all types"].set_index("target")
-    for target, row in every.iterrows():
-        report.values({name: float(row[name]) for name in (
-            "precision", "recall", "random_precision", "random_recall", "p", "top_share", "top_p",
-            "precision_most_expressed", "top_share_most_expressed")}, prefix=f"truth.{target}.")
-report.value("truth.circuits", simulated,
-             circuits_in_prose(recovered, roles) if simulated else "")
-report.table("planted_circuits", recovery, rows=6, digits=3,
-             caption="The same for every circuit") if simulated else None
+said = """
+Circuits of {traced} ({circuits} cells): of their genes {precision} were planted for the cell's
+type, where random genes of the same prompts give {random_precision} (p = {p}) and the most
+expressed ones {precision_most_expressed}. They hold {recall} of the planted genes of the prompts,
+and would hold {random_recall} by chance. Of as many of their most influential genes as are planted,
+{top_share} are planted (by chance {top_share_random}, p = {top_p}; most expressed
+{top_share_most_expressed}). Of the influence that stands on genes, {own} is on genes planted for
+the type, {shared} on those that it shares with another, and {background} on genes that all types
+express alike."""
+traced = {"feature": "the last layer's strongest feature", "call": "the call itself"}
+words = truth.words() if truth else {}
+chapter.value("truth.circuits", bool(plan), " ".join(" ".join(
+    said.format(traced=traced[target], **row) for target, row in words.items()).split()))
+for target, row in (truth.over_all_types() if truth else {}).items():
+    chapter.values({name: row[name] for name in (
+        "precision", "recall", "random_precision", "random_recall", "p", "top_share", "top_p",
+        "precision_most_expressed", "top_share_most_expressed")}, prefix=f"truth.{target}.")
+if truth:
+    chapter.table("planted_circuit_genes", truth.genes, rows=0)
+chapter.table("planted_circuits", truth.circuits, rows=6, digits=3,
+              caption="The same for every circuit") if truth else None
 
 # %% [markdown]
 # {glue:text}`truth.circuits`
 
 # %%
-if simulated:
-    by_gene = run.model_copy(update={"gene_rule": "occurrence"})
-    statistics = get_statistics(model, transcoders, corpus, run)
-    baselines = {"untrained encoder": untrained_statistics(
-        model, statistics, corpus, run, n_features=transcoders.n_features)}
-    if run.reinitialised_control:
-        baselines["re-initialised model"] = reinitialised_statistics(model, corpus, run)
-    matches = program_matches(statistics, baselines, corpus, by_gene, plan)
+matches = program_matches(chapter.statistics, chapter.baselines, corpus, by_occurrence(settings),
+                          plan) if plan else None
 
 # %% tags=["hide-input"]
-report.table("planted_lists", matches.lists, digits=3, caption="Gene lists that match a planted "
-             "program at the profile's FDR, and how many programs they match") if simulated else None
+chapter.table("planted_lists", matches.lists, digits=3, caption="Gene lists that match a planted "
+              "program at the profile's FDR, and how many programs they match") if matches else None
 
 # %% tags=["hide-input"]
-report.table("planted_programs", matches.programs, digits=3, caption="Planted programs, the features "
-             "that match them, and null lists (mean over draws)") if simulated else None
+chapter.table("planted_programs", matches.programs, digits=3, caption="Planted programs, the "
+              "features that match them, and null lists (mean over draws)") if matches else None
 
 # %% tags=["remove-input"]
-if simulated:
-    report.table("planted_matches", matches.features, rows=0)
+said = """
+Of {live} live features {matching} match a program. {ahead} match one and are ahead of every control
+at the same level, one by one; after correction over all features {beyond} are. Of the {types}
+programs that are planted for one cell type {own_programs} have a feature that matches. For lists
+that no trained feature made, the share that matches and the number of these programs matched are:
+{others}. The best feature of such a program lists a median of {recall} of its genes (with
+{precision} of the list in the program), the best list of the control that does best
+{control_recall}."""
+chapter.value("truth.features", bool(plan), " ".join(
+    said.format(types=len(plan.cell_types), **matches.words()).split()) if plan else "")
+if matches:
+    chapter.table("planted_matches", matches.features, rows=0)
     for row in matches.lists.itertuples(index=False):
         name = str(row.lists).replace(" ", "-")
-        report.values({"percentage": float(row.percentage), "programs": float(row.programs),
-                       "own_programs": float(row.own_programs)}, prefix=f"truth.lists.{name}.")
-report.value("truth.features", simulated,
-             features_in_prose(matches, len(plan.cell_types)) if simulated else "")
+        chapter.values({"percentage": float(row.percentage), "programs": float(row.programs),
+                        "own_programs": float(row.own_programs)}, prefix=f"truth.lists.{name}.")
 
 # %% [markdown]
 # {glue:text}`truth.features`

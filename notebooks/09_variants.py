@@ -35,34 +35,19 @@
 
 # %% tags=["parameters"]
 profile = "demo"
+overrides: dict = {}
 
 # %%
-from functools import partial
-
 import numpy as np
 
-from scfm_circuits.cells.corpus import load_corpus
-from scfm_circuits.common.profile import from_notebook
-from scfm_circuits.enrichment.controls.layer_counts import testers
-from scfm_circuits.enrichment.controls.other_dictionaries import (
-    by_layer,
-    cells_counted,
-    feature_measures,
-    summary,
-)
-from scfm_circuits.enrichment.gene_sets import load_library
-from scfm_circuits.features.statistics import get_statistics
-from scfm_circuits.models.loading import get_model
-from scfm_circuits.report.plots import variants as variant_figures
-from scfm_circuits.report.report import Report
-from scfm_circuits.transcoders.validation import held_out_measures
+from scfm_circuits.enrichment.controls.other_dictionaries import compare_dictionaries
+from scfm_circuits.report.chapter import open_chapter
+from scfm_circuits.report.plots import variants as plots
 from scfm_circuits.transcoders.variants import get_variants
 
-run = from_notebook(globals())
-report = Report(run, "09_variants")
-corpus = load_corpus(run)
-model, _ = get_model(run, corpus)
-report.not_comparable(run)
+chapter = open_chapter("09_variants", profile, overrides)
+model, corpus, rule = chapter.model, chapter.corpus, chapter.profile.enrichment_rule
+chapter.not_comparable()
 
 # %% [markdown]
 # ## At the same L0
@@ -81,75 +66,60 @@ report.not_comparable(run)
 # with those. Their features are counted in {glue:text}`variants.counted` cells.
 
 # %%
-trained = get_variants(model, corpus, run)
-held_out = np.flatnonzero(corpus.held_out)[:32]
-scores = held_out_measures(model, {one.setting.name: partial(one.load, model.device)
-                                   for one in trained}, corpus, held_out, run.forward_cells)
+trained = get_variants(model, corpus, chapter.profile)
 
 # %%
-loaded = [load_library(name, run.gene_sets) for name in run.libraries]
-# Without the real libraries one bundled library stands in for all of them.
-libraries = list({library.content_sha256: library for library in loaded}.values())
-counted = cells_counted(corpus, run)
-rules = testers(libraries, counted, run)
-features = {one.setting.name: feature_measures(
-    get_statistics(model, one.load(model.device), counted, one.profile, one.control), counted, run,
-    rules) for one in trained}
-layers = by_layer(trained, scores, features)
-table = summary(trained, layers, scores)
+compared = compare_dictionaries(trained, model, corpus, chapter.libraries, chapter.profile)
+table, layers = compared.table, compared.layers
 
 # %% tags=["remove-input"]
-report.warning(*(one.warning for one in loaded))
+chapter.library_warnings()
 
 # %% mystnb={"image": {"alt": "Above: fraction of variance unexplained against active features per token, for eight kinds of dictionary. Below, a row per kind: loss added by replacing one layer, live features, and share of them called interpretable beside that of null lists."}, "figure": {"caption": "Eight kinds of dictionary at the same mean L0. Above: large symbols are means over layers, small ones single layers; lower is better. Below: grey bars are lists made from random tokens.", "name": "fig-variants"}} tags=["hide-input"]
-report.figure("variants", variant_figures.variants(table, layers, run.enrichment_rule))
+chapter.figure("variants", plots.variants(table, layers, rule))
 
 # %% tags=["hide-input"]
-report.table("variants", table, rows=0)
+chapter.table("variants", table, rows=0)
 shown = {"label": "kind", "k": "k", "l1_coefficient": "penalty", "l0": "L0", "fvu": "FVU",
          "loss_increase": "loss +, one layer", "loss_increase_all": "loss +, all layers",
          "live": "live (Fig. 3)", "live_table4": "live (Table 4)", "dead": "dead share",
          "seconds_ratio": "time of a step"}
-report.show(table[list(shown)].rename(columns=shown), digits=3, caption=f"Means over layers on "
-            f"{len(held_out)} held-out cells; live features of all layers; time relative to the "
+chapter.show(table[list(shown)].rename(columns=shown), digits=3, caption=f"Means over layers on "
+            f"{compared.cells} held-out cells; live features of all layers; time relative to the "
             "reference's")
 
 # %% tags=["hide-input"]
 shares = {"label": "kind"}
-for rule in [tester.rule for tester in rules]:
-    shares |= {f"percentage_{rule}": f"{rule}: %", f"null_{rule}": f"{rule}: null lists, %"}
-report.show(table[list(shares)].rename(columns=shares), digits=3, caption="Live features called "
+for name in compared.rules:
+    shares |= {f"percentage_{name}": f"{name}: %", f"null_{name}": f"{name}: null lists, %"}
+chapter.show(table[list(shares)].rename(columns=shares), digits=3, caption="Live features called "
             "interpretable as in Table 4, and null lists of as many random tokens, one for each feature")
 
 # %% tags=["hide-input"]
-report.table("variants_by_layer", layers, rows=len(layers) // len(table), caption="The same per layer "
+chapter.table("variants_by_layer", layers, rows=len(layers) // len(table), caption="The same per layer "
              "(here the reference; the file has all kinds)")
 
 # %% tags=["remove-input"]
-other = table.iloc[1:]
-losses = scores.set_index(["variant", "layer"])["loss"]
-report.values({"steps": trained[0].history[-1]["step"], "batch": trained[0].profile.batch_tokens,
-               "k": next(one.profile.active_features for one in trained
-                         if one.setting.matched == "k"),
-               "cells": len(held_out), "counted": len(counted)}, prefix="variants.")
-for key, value in (("l0_ratio_min", other["l0_ratio"].min()),
-                   ("l0_ratio_max", other["l0_ratio"].max())):
-    report.value(f"variants.{key}", float(value), f"{value:.2f}")
-report.value("variants.original_loss", float(losses["original", -1]))
-single = [losses["no MLP", layer] - losses["original", -1] for layer in range(
-    model.config.num_hidden_layers)]
-report.value("variants.no_mlp_increase", float(np.mean(single)))
-for row in table.itertuples():
-    report.values({"l0": row.l0, "fvu": row.fvu, "loss_increase": row.loss_increase,
-                   "live": row.live, "live_table4": row.live_table4}, prefix=f"variants.{row.variant}.")
-    for key in ("percentage", "null"):
-        value = float(getattr(row, f"{key}_{run.enrichment_rule}"))
-        report.value(f"variants.{row.variant}.{key}", value, f"{value:.1f}")
-own_rule = table[f"percentage_{run.enrichment_rule}"]
-above = own_rule - table[f"null_{run.enrichment_rule}"]
-for key, value in (("percentage_min", own_rule.min()), ("percentage_max", own_rule.max()),
-                   ("above_null_min", above.min()), ("above_null_max", above.max())):
-    report.value(f"variants.{key}", float(value), f"{value:.1f}")
+chapter.values({"steps": trained[0].history[-1]["step"], "batch": trained[0].profile.batch_tokens,
+                "k": table["k"].dropna().astype(int).iloc[0], "cells": compared.cells,
+                "counted": compared.counted},
+               prefix="variants.")
+chapter.rounded("variants.l0_ratio_min", table["l0_ratio"][1:].min(), 2)
+chapter.rounded("variants.l0_ratio_max", table["l0_ratio"][1:].max(), 2)
+losses = compared.scores.set_index(["variant", "layer"])["loss"]
+original, without = losses["original", -1], losses["no MLP"].drop(-1).to_numpy()
+chapter.values({"original_loss": original, "no_mlp_increase": np.mean(without - original)},
+               prefix="variants.")
+for row in table.to_dict("records"):
+    prefix = f"variants.{row['variant']}."
+    chapter.values({key: row[key] for key in ("l0", "fvu", "loss_increase", "live",
+                                              "live_table4")}, prefix)
+    chapter.rounded(f"{prefix}percentage", row[f"percentage_{rule}"], 1)
+    chapter.rounded(f"{prefix}null", row[f"null_{rule}"], 1)
+own = table[f"percentage_{rule}"]
+for key, values in (("percentage", own), ("above_null", own - table[f"null_{rule}"])):
+    chapter.rounded(f"variants.{key}_min", values.min(), 1)
+    chapter.rounded(f"variants.{key}_max", values.max(), 1)
 
 # %% [markdown]
 # ## What may be concluded

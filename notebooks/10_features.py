@@ -29,36 +29,28 @@
 
 # %% tags=["parameters"]
 profile = "demo"
+overrides: dict = {}
 
 # %%
 import numpy as np
 import pandas as pd
 
-from scfm_circuits.cells.corpus import load_corpus
-from scfm_circuits.common.profile import from_notebook
-from scfm_circuits.features.statistics import get_statistics
-from scfm_circuits.models.loading import get_model
 from scfm_circuits.report.boxes.feature_files import FOLDER
 from scfm_circuits.report.boxes.features import make_pages
-from scfm_circuits.report.report import Report
-from scfm_circuits.transcoders.training.run import get_transcoders
+from scfm_circuits.report.chapter import open_chapter
 
-run = from_notebook(globals())
-report = Report(run, "10_features")
-corpus = load_corpus(run)
-model, _ = get_model(run, corpus)
-transcoders, _ = get_transcoders(model, corpus, run)
-statistics = get_statistics(model, transcoders, corpus, run)
-report.not_comparable(run)
+chapter = open_chapter("10_features", profile, overrides)
+chapter.not_comparable()
 
 # %%
-index, panels = make_pages(model, transcoders, statistics, corpus, run)
+index, panels = make_pages(chapter.model, chapter.transcoders, chapter.statistics, chapter.corpus,
+                           chapter.profile)
 
 # %% tags=["remove-input"]
-sizes = [path.stat().st_size for path in (run.results / FOLDER).glob("*.js")]
-report.value("feature_pages.features", len(index))
-report.value("feature_pages.megabytes", sum(sizes) / 1e6, f"{sum(sizes) / 1e6:.1f}")
-report.value("feature_pages.in_circuits", int((index["circuits"] > 0).sum()))
+sizes = [path.stat().st_size for path in (chapter.profile.results / FOLDER).glob("*.js")]
+chapter.rounded("feature_pages.megabytes", sum(sizes) / 1e6, 1)
+chapter.values({"features": len(index), "in_circuits": (index["circuits"] > 0).sum()},
+               prefix="feature_pages.")
 
 # %% [markdown]
 # The index has {glue:text}`feature_pages.features` features, of which
@@ -69,7 +61,7 @@ report.value("feature_pages.in_circuits", int((index["circuits"] > 0).sum()))
 nearest = np.array([panel["nearest"][0] for panel in panels])
 layers = index["layer"].to_numpy()
 distance = pd.Series(np.abs(nearest[:, 0] - layers))
-report.show(pd.DataFrame([{
+chapter.show(pd.DataFrame([{
     "layer": layer, "features": int(own.sum()),
     "median cosine of the nearest": float(np.median(nearest[own, 2])),
     "% with the nearest in the same layer": float(100 * (distance[own] == 0).mean()),

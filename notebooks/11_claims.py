@@ -25,21 +25,22 @@
 
 # %% tags=["parameters"]
 profile = "demo"
+overrides: dict = {}
 
 # %%
 import pandas as pd
 
-from scfm_circuits.common.profile import from_notebook
 from scfm_circuits.paper.claims import VERDICTS, write_claims
-from scfm_circuits.report.report import Report, short_number
+from scfm_circuits.report.chapter import open_chapter
+from scfm_circuits.report.report import short_number
 
-run = from_notebook(globals())
-report = Report(run, "11_claims")
-claims = pd.read_csv(write_claims(run.name, run.results), dtype=str, keep_default_na=False)
+chapter = open_chapter("11_claims", profile, overrides)
+path = write_claims(chapter.profile.name, chapter.profile.results)
+claims = pd.read_csv(path, dtype=str, keep_default_na=False)
 for column in ("ours", "difference"):
     claims[column] = [short_number(text) for text in claims[column]]
 claims["claim"] += [f" ({note})" if note else "" for note in claims["note"]]
-report.not_comparable(run)
+chapter.not_comparable()
 
 # %% tags=["hide-input"]
 own = claims[claims["kind"] != "internal"]
@@ -47,7 +48,7 @@ internal = claims[claims["kind"] == "internal"]
 counts = pd.DataFrame({"verdict": list(VERDICTS)})
 counts["claims about the model"] = [int((own["verdict"] == v).sum()) for v in VERDICTS]
 counts["the paper's own arithmetic"] = [int((internal["verdict"] == v).sum()) for v in VERDICTS]
-report.show(counts, caption="Verdicts of this run")
+chapter.show(counts, caption="Verdicts of this run")
 
 # %% [markdown]
 # ## Judged in this run
@@ -55,7 +56,7 @@ report.show(counts, caption="Verdicts of this run")
 # %% tags=["hide-input"]
 columns = ["exhibit", "verdict", "claim", "paper", "ours", "difference", "unit", "rule"]
 judged = own[~own["verdict"].isin(["not comparable at this scale", "not measured"])]
-report.show(judged[columns], caption="Claims that this profile can judge")
+chapter.show(judged[columns], caption="Claims that this profile can judge")
 
 # %% [markdown]
 # ## The paper's own arithmetic
@@ -64,10 +65,10 @@ report.show(judged[columns], caption="Claims that this profile can judge")
 
 # %% tags=["hide-input"]
 odd = internal[internal["verdict"] != "match"]
-report.show(odd[columns], caption="Internal checks that do not come out as printed")
+chapter.show(odd[columns], caption="Internal checks that do not come out as printed")
 
 # %% tags=["hide-input"]
-report.show(internal[internal["verdict"] == "match"][["exhibit", "claim", "paper", "ours"]],
+chapter.show(internal[internal["verdict"] == "match"][["exhibit", "claim", "paper", "ours"]],
             caption="Internal checks that do")
 
 # %% [markdown]
@@ -75,5 +76,5 @@ report.show(internal[internal["verdict"] == "match"][["exhibit", "claim", "paper
 
 # %% tags=["hide-input"]
 rest = own[own["verdict"].isin(["not comparable at this scale", "not measured"])]
-report.show(rest[["exhibit", "verdict", "claim", "paper", "ours"]],
+chapter.show(rest[["exhibit", "verdict", "claim", "paper", "ours"]],
             caption="Claims about the paper's own model and cells")

@@ -25,7 +25,7 @@ from scfm_circuits.paper import claims
 from scfm_circuits.report import tables as report_tables
 
 ROOT = Path(__file__).resolve().parents[2]
-PARAMETERS = '# %% tags=["parameters"]\nprofile = "tiny"\n'
+PARAMETERS = '# %% tags=["parameters"]\nprofile = "tiny"\noverrides = {}\n'
 HOSTILE = "<script>alert('cells')</script> & \"co\""
 # Each execution leaves a line, so tests count executions and not seconds.
 COUNT = "# %%\nwith open('count.txt', 'a') as log:\n    log.write('{name} ')\n"
@@ -184,11 +184,15 @@ def test_wrong_notebooks_end_before_anything_runs(project: Project) -> None:
 
 
 def test_overrides_reach_the_notebook_and_have_results_of_their_own(project: Project) -> None:
-    project.notebook("01_first", "# %%\nprint('seed is', seed, 'rate', learning_rate)\n")
-    words = ["-p", "seed=7", "-p", "learning_rate=1e-4"]
+    project.notebook("01_first", (
+        "# %%\nfrom scfm_circuits.report.chapter import open_chapter\n"
+        "own = open_chapter('01_first', profile, overrides).profile\n"
+        "print('seed is', own.seed, 'rate', own.learning_rate, 'sets', own.gene_sets, own.name)\n"))
+    words = ["-p", "seed=7", "-p", "learning_rate=1e-4", "-p", "gene_sets=null"]
     assert project.command("execute", *words)[0] == 0
     (path,) = (project.root / "results").glob("tiny+*/notebooks/01_first.ipynb")
-    assert "seed is 7 rate 0.0001" in path.read_text()
+    own = path.parents[1].name  # which the notebook finds as the command has
+    assert f"seed is 7 rate 0.0001 sets None {own}" in path.read_text()
     assert not project.output("01_first").exists()
     assert project.command("check", *words)[0] == 0
 
@@ -573,9 +577,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             "format: jb-book\nroot: intro\nchapters:\n- file: 01_first\n")
         project.notebook("01_first", (
             "# %%\nimport base64, os\nfrom IPython.display import Image\n"
-            "from scfm_circuits.common.profile import from_notebook\n"
-            "from scfm_circuits.report.report import Report\n"
-            "report = Report(from_notebook({'profile': profile}), '01_first')\n"
+            "from scfm_circuits.report.chapter import open_chapter\n"
+            "report = open_chapter('01_first', profile, overrides)\n"
             "report.value('t.loss', 0.25)\n"
             f"{CIRCUIT}"
             "\n# %%\n"

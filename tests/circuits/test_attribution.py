@@ -15,6 +15,7 @@ from scfm_circuits.circuits.attribution import (
     Frozen,
     Reading,
     closure,
+    compare_equation_5,
     contributions,
     equation_5,
     feature_direction,
@@ -129,6 +130,18 @@ def test_equation_5_ignores_the_layer_norm(frozen):
 
 KINDS = (Variant("topk", 5), Variant("batchtopk", 5), Variant("jumprelu"),
          Variant("topk", 5, skip=True))
+
+
+def test_equation_5_beside_the_exact_sum_is_numpys_correlation(frozen):
+    parts = contributions(frozen, feature_direction(frozen, 2, 5, 8))
+    found = compare_equation_5(frozen, parts, 2, 5, 8)
+    raw, exact = equation_5(frozen, 2, 5, 8).numpy(), parts.features.numpy()
+    assert found.ratio == pytest.approx(raw.sum() / exact.sum())
+    active = frozen.activations[:2, 8].numpy() > 0
+    assert found.correlation == pytest.approx(np.corrcoef(raw[active], exact[active])[0, 1])
+    # In the first layer no feature is upstream.
+    first = contributions(frozen, feature_direction(frozen, 0, 5, 8))
+    assert np.isnan(compare_equation_5(frozen, first, 0, 5, 8)).all()
 
 
 @pytest.mark.parametrize("variant", KINDS, ids=str)

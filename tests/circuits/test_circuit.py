@@ -25,13 +25,17 @@ from scfm_circuits.circuits.circuit import (
     circuit_genes,
     edge_table,
     expansion_table,
+    gene_table,
     node_table,
+    share_kept,
 )
 from scfm_circuits.circuits.exports import collapsed_edges, neuronpedia_graph, save_graph
 from scfm_circuits.circuits.search import (
     gene_contributions,
     strongest_at_end,
     strongest_features,
+    sums_by_gene_or_not,
+    sums_by_source,
     trace,
     trace_feature,
 )
@@ -380,3 +384,34 @@ def test_a_circuit_of_a_real_sentence_in_float32():
     genes = [str(corpus.symbols[g]) if g >= 0 else None for g in corpus.gene[0][: last + 1]]
     table = node_table(circuit, corpus.pieces(0)[: last + 1], genes)
     assert set(circuit_genes(table)) <= set(corpus.genes_of(0))
+
+
+def test_the_target_keeps_what_its_expansion_keeps(circuit):
+    first = circuit.expansions[circuit.target]
+    kept = [edge.weight for edge in circuit.edges if edge.target == circuit.target]
+    assert share_kept(circuit) == pytest.approx(np.abs(kept).sum() / first.absolute)
+    assert 0 < share_kept(circuit) <= 1
+    ids = circuit.feature_ids()
+    assert circuit.target not in ids and all(name.startswith("L") for name in ids)
+
+
+def test_the_gene_table_orders_genes_as_the_circuit_does(circuit):
+    genes = ["A", "B", None, "A", "C", None, "B", "D", None]
+    nodes = node_table(circuit, TEXTS, genes)
+    table = gene_table(nodes)
+    assert table["gene"].tolist() == circuit_genes(nodes)
+    assert table["nodes"].sum() == (nodes["gene"] != "").sum()
+    assert table["influence"].is_monotonic_decreasing
+
+
+def test_sums_by_source_add_up_with_attention_split_or_not(frozen):
+    reading = logit_direction(frozen, 7, 8)
+    parts = contributions(frozen, reading)
+    genes = ["A", "A", None, "B", "C", None, None, "A", None]
+    split = sums_by_gene_or_not(parts, gene_contributions(parts, genes))
+    for sums in (sums_by_source(parts), split):
+        assert sum(sums.values()) == pytest.approx(float(reading.value))
+    on_genes = parts.heads[:, :, [gene is not None for gene in genes]].sum()
+    assert split["attention to genes"] == pytest.approx(float(on_genes))
+    assert list(split) == ["features", "attention to genes", "attention to other tokens",
+                           "token embedding", "transcoder error", "constant (biases)"]

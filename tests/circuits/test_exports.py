@@ -16,7 +16,12 @@ from hypothesis import strategies as st
 from scfm_circuits import InputError
 from scfm_circuits.circuits.attribution import Frozen, freeze
 from scfm_circuits.circuits.circuit import Circuit
-from scfm_circuits.circuits.exports import neuronpedia_graph, save_graph, save_graphml
+from scfm_circuits.circuits.exports import (
+    neuronpedia_graph,
+    save_both,
+    save_graph,
+    save_graphml,
+)
 from scfm_circuits.circuits.graph import AttributionGraph, attribution_graph, feature_target
 from scfm_circuits.circuits.graph_scores import influence, prune
 from scfm_circuits.circuits.search import trace_feature
@@ -250,3 +255,13 @@ def test_texts_of_another_prompt_are_refused(circuit, tmp_path):
         with pytest.raises(InputError, match="same prompt"):
             save_graphml(tmp_path / "x.graphml", circuit, texts, genes)
     assert not list(tmp_path.iterdir())
+
+
+def test_both_files_are_written(tmp_path):
+    frozen = freeze(model := tiny_model(), tiny_transcoders(model), tokens(8))
+    circuit = trace_feature(frozen, 2, 5, 7, branches=6, depth=2, max_nodes=20)
+    save_both(tmp_path, "one", circuit, TEXTS, GENES, slug="s", scan="x")
+    written = json.loads((tmp_path / "circuits" / "one.json").read_text())
+    assert written == json.loads(json.dumps(neuronpedia_graph(circuit, TEXTS, slug="s", scan="x")))
+    graph = nx.read_graphml(tmp_path / "circuits" / "one.graphml")
+    assert set(graph.nodes) == set(circuit.nodes)

@@ -21,6 +21,7 @@ from scfm_circuits.circuits.graph_scores import (
     completeness_score,
     cumulative_influence,
     effect_ends,
+    graph_study,
     influence,
     prune,
     replacement_score,
@@ -424,3 +425,22 @@ def test_a_target_may_be_any_reading(frozen):
     target = Target(one.node._replace(id="mean", kind="logit"), both, 1.0)
     graph = attribution_graph(frozen, [target], **WHOLE)
     assert graph.closure_max_relative < 1e-10
+
+
+def test_the_study_is_the_graph_pruned_and_counted():
+    frozen, _ = run("gpt_neox")
+    layer, position = N_LAYERS - 1, N_POS - 1
+    study = graph_study(frozen, layer, 3, position, max_features=20)
+    start = [feature_target(frozen, layer, 3, position)]
+    whole = attribution_graph(frozen, start, max_features=20)
+    assert study.whole.nodes == whole.nodes and study.ends == effect_ends(whole)
+    assert study.memory == memory_needed(frozen, start, max_features=20)
+    table = study.table()
+    assert table["edges"].tolist() == [whole.n_edges, prune(whole).n_edges]
+    assert table["replacement_score"][0] == study.replacement == replacement_score(whole)
+    assert table["completeness_score"][0] == study.completeness == completeness_score(whole)
+    assert table.filter(like="ends_in_").sum(axis=1).to_numpy() == pytest.approx(1)
+    kept = [node.id for node in study.pruned.nodes if node.kind == "feature"]
+    counts = study.counts(greedy={kept[0], "elsewhere"})
+    assert (counts["greedy_features"], counts["shared_features"]) == (2, 1)
+    assert counts["pruned_features"] == len(kept) - 1 <= counts["rows"] <= 20

@@ -19,9 +19,9 @@ from scfm_circuits.circuits import planted_genes
 from scfm_circuits.circuits.attribution import freeze
 from scfm_circuits.circuits.circuit import node_table
 from scfm_circuits.circuits.planted_genes import (
-    circuit_figures,
+    KnownTruth,
     circuit_gene_table,
-    circuits_in_prose,
+    known_truth,
     named_right,
     recovery_summary,
     recovery_table,
@@ -30,7 +30,6 @@ from scfm_circuits.circuits.planted_genes import (
 from scfm_circuits.circuits.search import strongest_features, trace_feature
 from scfm_circuits.common.profile import load_profile
 from scfm_circuits.enrichment.controls.planted_programs import (
-    features_in_prose,
     program_matches,
     programs_library,
 )
@@ -174,6 +173,11 @@ def test_circuits_of_a_tiny_model(monkeypatch, tmp_path) -> None:
     assert (table.groupby("target")["nodes"].sum() > 0).all()
     with pytest.raises(InputError, match="train for more steps"):
         circuit_gene_table(model, transcoders, corpus, [], plan, profile)
+    monkeypatch.setattr(planted_genes, "named_right", lambda model, corpus, n: cells)
+    truth = known_truth(model, transcoders, corpus, plan, profile)
+    pd.testing.assert_frame_equal(truth.genes, table)
+    assert len(truth.circuits) == 2 * len(cells) and set(truth.roles["target"]) == {
+        "feature", "call"}
 
 
 def test_only_cells_that_are_named_right_are_taken(monkeypatch) -> None:
@@ -266,8 +270,12 @@ def test_features_on_programs_are_found_and_others_are_not(monkeypatch, tmp_path
     assert lists.loc["learnt nothing", "tested"] == 60
     assert result.programs["learnt_nothing_recall"].max() < 0.5
     assert lists.loc["features", "own_programs"] >= 1
-    said = features_in_prose(result, 2)
-    assert "62 live features" in said and "learnt nothing" in said
+    words = result.words()
+    beyond = result.features["beyond_all_controls"].sum()
+    assert (words["live"], words["beyond"]) == ("62", f"{beyond}")
+    assert words["others"].startswith("uniform ") and "; learnt nothing " in words["others"]
+    # Of the programs of one type, one is found whole and one not at all.
+    assert (words["own_programs"], words["recall"]) == ("1", "50 %")
 
 
 def test_a_lists_program_is_the_one_it_shares_most_with(monkeypatch, tmp_path) -> None:
@@ -305,15 +313,15 @@ def test_the_page_has_numbers_of_both_targets() -> None:
     rows = pd.concat([many(rng, 4, perfect=True), many(rng, 4, perfect=False).assign(
         target="feature")], ignore_index=True)
     summary = recovery_summary(recovery_table(rows), 0)
-    said = circuits_in_prose(summary, role_table(rows))
-    assert "the call itself (4 cells): of their genes 100 % were planted" in said
-    assert "random genes of the same prompts give 25 %" in said and "nan" not in said
-    roles = role_table(rows)
-    figures = circuit_figures(summary, roles)
-    assert (figures["call.circuits"], figures["call.precision"]) == (4, 1)
-    assert figures["call.random_precision"] == pytest.approx(0.25)
-    assert sum(figures[f"feature.influence_{role}"] for role in roles["role"].unique()
-               ) == pytest.approx(100)
+    truth = KnownTruth(rows, recovery_table(rows), summary, role_table(rows))
+    numbers, words = truth.over_all_types(), truth.words()
+    assert list(words) == list(numbers) == ["call", "feature"]
+    assert (words["call"]["circuits"], words["call"]["precision"]) == ("4", "100 %")
+    assert words["call"]["random_precision"] == words["feature"]["random_precision"] == "25 %"
+    # All influence of the perfect circuits is on planted genes; no gene is shared.
+    assert (words["call"]["own"], words["call"]["shared"]) == ("100 %", "0 %")
+    assert numbers["feature"]["own"] + numbers["feature"]["background"] == pytest.approx(1)
+    assert float(words["call"]["p"]) < 1e-3 < float(words["feature"]["p"])
     figure = plots.planted_recovery(summary)
     assert [axis.get_title() for axis in figure.axes] == ["circuits of the call",
                                                           "circuits of the feature"]

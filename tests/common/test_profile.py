@@ -9,13 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scfm_circuits import InputError
-from scfm_circuits.common import profile as profile_module
 from scfm_circuits.common.profile import (
     BUNDLED_CELLS,
     PROFILES,
     Profile,
     cells_path,
-    from_notebook,
     load_profile,
     profile_files,
 )
@@ -153,17 +151,6 @@ def test_overrides_have_a_name_of_their_own(seed: int, fdr: float) -> None:
 def test_a_wrong_override_is_refused(overrides: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         load_profile("demo", overrides)
-
-
-def test_a_notebook_refuses_unknown_parameters_on_its_first_call(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(profile_module, "_strict", True)
-    with pytest.raises(InputError, match="sed"):
-        from_notebook({"profile": "demo", "sed": 1, "__name__": "__main__"})
-    assert from_notebook({"profile": "demo", "seed": 5}).seed == 5
-    # Run again by hand, the notebook's own variables are passed over.
-    assert from_notebook({"profile": "demo", "seed": 5, "rows": 3}).seed == 5
 
 
 def test_shipped_files_hold_no_unread_keys() -> None:

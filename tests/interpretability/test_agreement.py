@@ -13,6 +13,7 @@ from scfm_circuits.interpretability.agreement import (
     agreement_table,
     cards_to_separate,
     rate_table,
+    rating_study,
     separation_table,
 )
 
@@ -109,3 +110,23 @@ def test_rates_that_cannot_be_separated():
     for pair in ((0.35, 0.35), (0.2, 1.2), (math.nan, 0.5)):
         with pytest.raises(InputError, match="separates"):
             cards_to_separate(*pair)
+
+
+def test_a_studys_ratings_stand_below_the_papers_own():
+    table3 = pd.DataFrame({"gene_level_interpretable": ["Yes"] * 7 + ["No"] * 13})
+    nobody = rating_study(ratings({}), table3)
+    assert nobody.rates["rate"].tolist() == [0.35] and (nobody.yes, nobody.n) == (0, 0)
+    assert nobody.decoys == {} and nobody.agreement.empty
+    assert nobody.needed["against"].tolist() == ["one half", "one fifth"]
+    answers = pd.concat([ratings({"ann": "yyn", "bob": "yny"}),
+                         ratings({"ann": "yn"}, "random tokens").assign(
+                             card=lambda frame: "d" + frame["card"])])
+    rated = rating_study(answers, table3)
+    assert (rated.yes, rated.n) == (1, 3) and rated.decoys == {"random tokens": 0.5}
+    assert rated.rates["source"].tolist() == ["the paper's features", *["feature"] * 3,
+                                              *["random tokens"] * 2]
+    assert rated.paper == pytest.approx(proportion_confint(7, 20, method="wilson"))
+    assert rated.needed.set_index("against")["other_rate"].to_dict() == {
+        "one half": 0.5, "one fifth": 0.2, "this study's feature": pytest.approx(1 / 3),
+        "this study's random tokens": 0.5}
+    assert rated.agreement["statistic"].tolist() == ["Cohen", "Fleiss"]

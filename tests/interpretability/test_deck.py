@@ -15,6 +15,7 @@ from scfm_circuits.interpretability.cards import (
     Subject,
     activations,
     draw_deck,
+    draw_study,
     nearest,
     quantile_places,
 )
@@ -168,3 +169,16 @@ def test_a_broken_deck_is_refused(tmp_path, text):
         read_deck(tmp_path / "deck.json")
     with pytest.raises(InputError, match=r"none\.json"):
         read_deck(tmp_path / "none.json")
+
+
+def test_a_study_has_a_sheet_for_the_decks_features(world):
+    run, corpus, model, transcoders, statistics = world
+    study = draw_study(model, transcoders, statistics, corpus, run)
+    assert study.deck == drawn_deck(world)
+    assert study.sheet["feature"].tolist() == study.drawn.tolist()
+    assert (study.sheet["study"] == study.deck.study).all()
+    key = study.key.set_index("card").loc[study.sheet["card"]]
+    assert key["feature"].tolist() == study.drawn.tolist() and (key["source"] == FEATURE).all()
+    assert len(study.contexts) == len(study.drawn)
+    with pytest.raises(InputError, match="no feature with"):
+        draw_study(model, transcoders, statistics, corpus, run.model_copy(update={"live_cut": 0.0}))

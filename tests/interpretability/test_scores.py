@@ -22,8 +22,12 @@ from scfm_circuits.interpretability.mentions import (
     split_pairs,
 )
 from scfm_circuits.interpretability.score_checks import (
+    READING,
+    Checks,
+    check_scores,
     known_feature_table,
     made_features,
+    program_shares,
     read_reading,
     table3_check,
     table3_summary,
@@ -38,6 +42,8 @@ from scfm_circuits.interpretability.scores import (
     Kinds,
     draw_tokens,
     gene_kinds,
+    level_shares,
+    margin_table,
     random_token_counts,
     score_counts,
     verdict_shares,
@@ -198,6 +204,21 @@ def test_everything_runs_on_a_small_run(tmp_path, monkeypatch):
     blocks = feature_scores.score_features(statistics, counted, kinds, some, progress=False)
     whole = scores.features[scores.features["layer"] > 0].reset_index(drop=True)
     pd.testing.assert_frame_equal(blocks, whole[blocks.columns])
+    margins = margin_table(scores).set_index(["source", "margin"])
+    assert list(margins.index.levels[1]) == [0.05, 0.1, 0.2] and len(margins) == 9
+    overall = shares[shares["layer"] == "all"].set_index("source")
+    for source in overall.index:
+        pd.testing.assert_series_equal(margins.loc[(source, 0.1)], overall.loc[source, [
+            *margins]], check_names=False, check_dtype=False)
+    levels = level_shares(shares)
+    assert len(levels) == 12
+    assert sum(levels[f"features.{part}"] for part in (
+        "gene_level", "sub_word", "either", "none")) == pytest.approx(1)
+    assert levels["random.gene_level"] == pytest.approx(
+        overall.loc["random tokens", [GENE, FAMILY]].sum())
+    rare = shares.assign(scored=shares["scored"].where(shares["source"] != "random tokens", 0))
+    assert level_shares(rare)["random.none"] is None
+    assert level_shares(rare)["features.none"] == levels["features.none"]
     assert len(score_figures.explained_per_layer(shares).axes) == 3
     assert len(score_figures.prediction_by_kind(*scores).axes) == 3
 
@@ -223,6 +244,37 @@ def test_features_made_to_be_known_are_told():
     assert set(made.index.get_level_values(0)) == {"gene", "family", "token"}
 
 
+def test_what_the_checks_say_in_the_prose(tmp_path, monkeypatch):
+    run, corpus = tiny_profile(monkeypatch, tmp_path), tiny_corpus(24)
+    model = model_for(corpus).float()
+    statistics = get_statistics(model, tiny_transcoders(model), corpus, run)
+    checks = check_scores(statistics, corpus, run, None, table3()[0])
+    assert checks.table3["feature"].tolist() == table3()[0]["feature"].tolist()
+    made = pd.DataFrame({"fires_on": ["gene", "gene", "family"], "purity": [1.0, 0.7, 1.0],
+                         "gene_or_family": [0.9, 0.6, 0.1], "either": [0.05, 0.2, 0.8]})
+    judged = pd.DataFrame({"paper": ["Yes", "No"], GENE: [3, 1], FAMILY: [2, 0], NONE: [1, 4]})
+    checks = Checks(made, checks.table3, judged)
+    assert checks.made_shares() == {
+        "gene_1": 0.9, "gene_1_either": 0.05, "gene_07": 0.6, "gene_07_either": 0.2,
+        "token_1": None, "token_1_either": None, "token_07": None, "token_07_either": None}
+    assert checks.called("Yes") == (5, 6) and checks.called("No") == (1, 5)
+
+
+def test_shares_that_programs_predict():
+    share = "program_beyond_sub_words"
+    planted = pd.DataFrame(
+        [("feature", "known", 10, 0.9), ("feature", "none matches", 5, 0.2),
+         ("untrained encoder", "known", 1, 0.5), ("untrained encoder", "none matches", 3, 0.1),
+         ("random tokens", "there is none", 4, 0.0)],
+        columns=["source", "program", "features", share])
+    made = pd.DataFrame({"fires_on": ["program", "program", "gene"], "purity": [1.0, 0.7, 1.0],
+                         share: [0.8, 0.3, 0.1]})
+    assert program_shares(planted, made) == {
+        "feature": 0.9, "untrained encoder": 0.5, "decoys": pytest.approx(0.8 / 8), "made": 0.8}
+    few = planted[planted["program"] != "known"]
+    assert list(program_shares(few, made)) == ["decoys", "made"]
+
+
 @pytest.mark.parametrize("purity", [1.0, 0.7, 0.3])
 def test_made_features_are_as_pure_as_asked(purity):
     kinds = many_families()
@@ -237,7 +289,7 @@ def test_made_features_are_as_pure_as_asked(purity):
 
 def table3() -> tuple[pd.DataFrame, pd.DataFrame]:
     return (pd.read_csv(ROOT / "data" / "paper" / "table3.csv"),
-            read_reading(ROOT / "data" / "paper" / "table3_reading.csv"))
+            read_reading(READING))
 
 
 def test_the_reading_of_table_3_names_its_rows_and_words():

@@ -1,12 +1,13 @@
 """How often other genes get the case's term: exact chances on small libraries, the real library."""
 
 import os
+from dataclasses import replace
 from math import comb
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, fisher_exact
 
 from scfm_circuits import InputError
 from scfm_circuits.enrichment.gene_sets import GeneSets, gene_sets_from_dict, load_library
@@ -14,13 +15,14 @@ from scfm_circuits.enrichment.terms import term_table
 from scfm_circuits.paper.case import (
     case_nulls,
     case_rules,
-    in_prose,
     in_words,
     named_term,
     null_row,
+    paper_case,
     rates_by_rule,
+    words_of,
 )
-from scfm_circuits.paper.exhibits import PAPER
+from scfm_circuits.paper.exhibits import PAPER, read_paper
 
 GENES = [f"G{i}" for i in range(60)]
 CIRCUIT = ["G0", "G1", "G20"]
@@ -110,11 +112,11 @@ def test_what_the_page_says() -> None:
     assert shown["called"].tolist() == ["T"] * 4 + ["any term"]
     assert shown.shape[1] == 2 + len(settings)
     assert shown["gseapy: 60 genes, BH over all terms"].iloc[0] == "no"
-    text = in_prose(table, 0.05)
-    row = null_row(table, "anchor_prompt", family="all")
-    assert in_words(row) in text and "FDR 0.05" in text
+    words = words_of(table)
+    assert words["anchor_prompt_all"] == in_words(null_row(table, "anchor_prompt", family="all"))
+    assert words["random"] == "3 random genes" and words["draws"] == "400"
     called = int(table.loc[table["kind"] == "circuit", "n_called"].sum())
-    assert f"under {called} of the 6 rules" in text
+    assert (words["called"], words["rules"]) == (str(called), "6")
     empty = case_nulls([], "", CIRCUIT, PROMPT, draws=10, seed=0)
     assert empty.empty and empty.columns.tolist() == table.columns.tolist()
 
@@ -160,3 +162,41 @@ def test_the_paper_s_case_with_the_real_library() -> None:
         row = null_row(table, kind, family=family)
         assert binomtest(int(row["n_called"]), 500, share).pvalue > 1e-4, (kind, family)
     assert 80 < null_row(table, "anchor_random")["percent"] < 95
+
+
+def test_the_whole_case_without_the_library() -> None:
+    stand_in = replace(small(), source="bundled")
+    found = paper_case(stand_in, GENES, read_paper())
+    assert found.settings == [] and found.term is None and found.nulls(10, 0).empty
+    assert found.table["setting"].tolist() == [
+        "nine genes, enrichr: 20,000 genes, BH over the terms hit", "the paper, as printed"]
+    assert found.nine[0] == "VWF" and len(found.prompt) == 64
+    server = found.server
+    low = server["FDR"] < 0.05
+    assert found.ours["terms below 0.05"] == low.sum()
+    assert found.single_gene == (low & (server["overlap"] == 1)).sum() > 0
+    assert found.score_is_highest == (found.ours["score"] >= server.loc[low, "score"].max())
+    # Two of the nine are in the term: scipy's own test of the 2 x 2 table.
+    size = int(found.ours["term_size"])
+    test = fisher_exact([[2, 7], [size - 2, 20_000 - size - 7]], alternative="greater")
+    assert found.ours["overlap"] == 2 and found.ours["p"] == pytest.approx(test.pvalue)
+
+
+def test_the_whole_case_under_every_rule() -> None:
+    paper = read_paper()
+    nine = paper.circuit["gene"].tolist()
+    genes = [*nine, *(f"X{i}" for i in range(60))]
+    library = gene_sets_from_dict("l", {"Endothelial cell:Heart": [*nine[:2], "X1"],
+                                        "other": [*genes[20:50], nine[4]]})
+    found = paper_case(library, genes, paper)
+    assert found.term == "Endothelial cell:Heart" and not found.corpus_left_out
+    labels = [one.label for one in found.settings]
+    # The server's rule is given by overlap counts; the prompt's genes are tested under it alone.
+    assert found.table["setting"].tolist()[1:-1] == [
+        *(f"nine genes, {label}" for label in labels[1:]),
+        f"all genes of the prompt, {labels[0]}"]
+    assert (found.table["overlap"].iloc[1:-2] == 2).all()
+    assert found.table["FDR"].iloc[-1] == 0.0013
+    assert found.nulls(20, 0)["kind"].nunique() == 5
+    without = paper_case(library, genes[1:], paper)
+    assert without.corpus_left_out and len(without.settings) == len(found.settings) - 2

@@ -146,6 +146,6 @@ def test_names_that_are_no_names(report: Report, name: str) -> None:
 
 
 def test_only_small_profiles_are_not_comparable() -> None:
-    note = Report.not_comparable(load_profile("smoke"))
+    note = Report(load_profile("smoke"), "c").not_comparable()
     assert note is not None and "2 layers" in note.bundle["text/plain"]
-    assert Report.not_comparable(load_profile("paper")) is None
+    assert Report(load_profile("paper"), "c").not_comparable() is None

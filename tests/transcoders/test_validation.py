@@ -28,7 +28,11 @@ from scfm_circuits.transcoders.validation import (
     _log_probabilities,
     compare_configurations,
     configurations,
+    each_layer,
     fraction_of_variance_unexplained,
+    recovered,
+    table1,
+    table2,
 )
 
 CELLS = np.array([5, 1, 8, 2, 11])
@@ -233,3 +237,33 @@ def test_fvu_of_a_layer_does_not_see_the_others(model, transcoders, corpus):
     other.W_dec[0].mul_(50)
     after = fraction_of_variance_unexplained(model, other, corpus, CELLS, 2)
     assert after[1] == before[1] and after[0] > 10 * before[0]
+
+
+def test_the_papers_tables_have_its_rows_beside_ours(table: pd.DataFrame) -> None:
+    printed = {"Transcoder": 2.0, "Original": 1.0, "No MLP": 5.0}
+    whole = table[table["layer"] == -1].set_index("configuration")
+    loss = table1(table, printed)
+    assert loss["configuration"].tolist() == ["Original", "Transcoder", "No MLP"]
+    assert loss["paper"].tolist() == [1, 2, 5]
+    assert loss["validation_loss"].tolist() == whole.loc[
+        ["original", "transcoder", "no_mlp"], "loss"].tolist()
+    assert loss["standard_error"].tolist() == whole.loc[
+        ["original", "transcoder", "no_mlp"], "loss_se"].tolist()
+    # The paper's Table 2 has no row for the untouched model.
+    kl = table2(table, {name: printed[name] for name in ("Transcoder", "No MLP")})
+    assert list(kl) == ["configuration", "mean_kl", "standard_error", "paper"]
+    assert kl["mean_kl"].tolist() == whole.loc[["transcoder", "no_mlp"], "kl"].tolist()
+    assert kl["standard_error"].tolist() == whole.loc[["transcoder", "no_mlp"], "kl_se"].tolist()
+    assert recovered(printed) == 0.75
+    assert recovered({**printed, "Transcoder": 1.0}) == 1
+
+
+def test_each_layer_has_its_own_row(table: pd.DataFrame) -> None:
+    found = each_layer(table, np.array([0.25, 0.5]))
+    assert list(found) == ["layer", "fvu", "loss_replaced", "loss_removed", "kl_replaced",
+                           "kl_removed"]
+    for row in found.to_dict("records"):
+        for done, name in (("replaced", "transcoder"), ("removed", "no_mlp")):
+            one = table[(table["layer"] == row["layer"]) & (table["configuration"] == name)]
+            assert [row[f"loss_{done}"], row[f"kl_{done}"]] == one[["loss", "kl"]].iloc[0].tolist()
+    assert found["fvu"].tolist() == [0.25, 0.5]

@@ -39,13 +39,12 @@ def check(run: Run, just_executed: Sequence[str] = ()) -> None:
             "The executed chapters are not up to date; run `make notebooks` first:\n  "
             + "\n  ".join(problems)
         )
-    known = {"profile", *run.overrides}
     records: dict[str, dict[str, Any]] = {}
     glued: dict[str, str] = {}
     for notebook in run.notebooks:
         path = run.output(notebook.name)
         executed = json.loads(path.read_text(encoding="utf-8"))
-        found = gate.problems(executed, known)
+        found = gate.problems(executed, known_parameters=("profile", "overrides"))
         found += gate.missing_products(run.profile.results, notebook.produces)
         problems += [f"{notebook.name}: {problem}" for problem in found]
         for key in gate.glued_keys(executed):

@@ -229,7 +229,7 @@ def _parameters(run: Run) -> dict[str, Any]:
     path = profile_path(name)
     # A profile given by a path relative to the caller's folder must be found from the kernel's.
     return {"profile": name if path.parent.name == "profiles" and path.stem == name
-            else str(path.resolve()), **run.overrides}
+            else str(path.resolve()), "overrides": dict(run.overrides)}
 
 
 def _tidy(executed: Any, notebook: Notebook, final: Path) -> None:

@@ -299,3 +299,24 @@ def closure(frozen: Frozen, reading: Reading) -> float:
     largest = max(float(part.abs().max()) for part in parts if part.numel())
     scale = max(abs(float(reading.value)), largest, 1e-30)
     return abs(float(parts.total() - reading.value)) / scale
+
+
+class Equation5(NamedTuple):
+    """The paper's Equation 5 beside the exact contributions, over the features active at a token.
+
+    correlation: NaN for fewer than three of them. ratio: of the sums over all features; NaN if the
+    exact one is 0.
+    """
+
+    correlation: float
+    ratio: float
+
+
+def compare_equation_5(frozen: Frozen, parts: Contributions, layer: int, feature: int,
+                       position: int) -> Equation5:
+    """Equation 5 as printed against `parts`, the exact contributions to the same feature."""
+    raw = equation_5(frozen, layer, feature, position).flatten().cpu().numpy()
+    exact = parts.features.flatten().cpu().numpy()
+    active = frozen.activations[:layer, position].flatten().cpu().numpy() > 0
+    agreement = np.corrcoef(raw[active], exact[active])[0, 1] if active.sum() > 2 else np.nan
+    return Equation5(float(agreement), float(raw.sum() / exact.sum()) if exact.sum() else np.nan)

@@ -13,6 +13,7 @@ import pandas as pd
 from scfm_circuits import InputError
 from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt, answered_sentence
 from scfm_circuits.cells.tokens import encode_prompt
+from scfm_circuits.circuits.search import strongest_at_end
 from scfm_circuits.common.profile import ROOT
 from scfm_circuits.models.answers import answer_prompt, predict_answers
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from scfm_circuits.cells.corpus import Corpus
     from scfm_circuits.common.profile import Profile
+    from scfm_circuits.transcoders.transcoder import Transcoders
+
 
 class CaseStudy(NamedTuple):
     """A prompt and the model's own answer to it.
@@ -90,3 +93,25 @@ def read_sentence(name: str, root: Path = ROOT) -> list[str]:
         raise InputError(f"The sentence {path} holds {wrong}; each row is one gene without a "
                          "space, and no gene comes twice.")
     return genes
+
+
+class TargetElsewhere(NamedTuple):
+    """How often a feature is the strongest of its layer at the same place in other cells.
+
+    share: of the cells; types: among the cells; same_types: among those where it is.
+    """
+
+    share: float
+    types: int
+    same_types: int
+
+
+def target_elsewhere(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
+                     profile: "Profile", layer: int, feature: int, most: int = 200
+                     ) -> TargetElsewhere:
+    """Read the first `most` held-out cells where the profile reads its case."""
+    cells = np.flatnonzero(corpus.held_out)[:most]
+    same = strongest_at_end(model, transcoders, corpus, cells, layer, profile.case_position,
+                            profile.forward_cells) == feature
+    return TargetElsewhere(float(same.mean()), len(np.unique(corpus.labels[cells])),
+                           len(np.unique(corpus.labels[cells[same]])))

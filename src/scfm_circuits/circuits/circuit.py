@@ -120,6 +120,10 @@ class Circuit:
                 result[edge.source] += share * result[node.id]
         return result
 
+    def feature_ids(self) -> set[str]:
+        """Ids of the features' nodes, without the target."""
+        return {node.id for node in self.nodes.values() if node.kind == "feature"} - {self.target}
+
     def share(self, edge: Edge) -> float:
         """|weight| over all absolute contributions to the edge's target."""
         return abs(edge.weight) / max(self.expansions[edge.target].absolute, 1e-30)
@@ -180,3 +184,16 @@ def circuit_genes(nodes: pd.DataFrame) -> list[str]:
     with_gene = nodes[nodes["gene"] != ""]
     total = with_gene.groupby("gene", sort=True)["influence"].sum()
     return total.sort_values(ascending=False, kind="stable").index.tolist()
+
+
+def gene_table(nodes: pd.DataFrame) -> pd.DataFrame:
+    """`node_table` by the gene on whose tokens nodes stand: gene, nodes, influence (summed)."""
+    rows = nodes[nodes["gene"] != ""].groupby("gene").agg(
+        nodes=("node", "size"), influence=("influence", "sum")).reset_index()
+    return rows.sort_values("influence", ascending=False, ignore_index=True)
+
+
+def share_kept(circuit: Circuit) -> float:
+    """Share of the target's absolute contributions that its direct edges hold."""
+    edges = edge_table(circuit).query("target == @circuit.target")
+    return float(abs(edges["weight"]).sum() / circuit.expansions[circuit.target].absolute)

@@ -175,3 +175,14 @@ def save_graphml(path: Path, circuit: Circuit | AttributionGraph, texts: Sequenc
     with atomic_path(path) as temporary:
         nx.write_graphml_xml(graph, temporary)
     return Path(path)
+
+
+# --- both ----------------------------------------------------------------------------------------
+
+
+def save_both(results: Path, name: str, circuit: Circuit | AttributionGraph, texts: Sequence[str],
+              genes: Sequence[str | None], *, slug: str, scan: str) -> None:
+    """Write `circuits/<name>.json` for Neuronpedia and `circuits/<name>.graphml` under results."""
+    folder = Path(results) / "circuits"
+    save_graph(folder / f"{name}.json", neuronpedia_graph(circuit, texts, slug=slug, scan=scan))
+    save_graphml(folder / f"{name}.graphml", circuit, texts, genes)

@@ -7,12 +7,22 @@ influence = weights (A_hat + A_hat^2 + ...). Its scores see kept edges only and 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_array
 
 from scfm_circuits import InputError
-from scfm_circuits.circuits.graph import AttributionGraph
+from scfm_circuits.circuits.attribution import Frozen
+from scfm_circuits.circuits.graph import (
+    AttributionGraph,
+    attribution_graph,
+    feature_target,
+    memory_needed,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def _shares(matrix: csr_array, total: np.ndarray | None = None) -> csr_array:
@@ -147,3 +157,59 @@ def _restricted(graph: AttributionGraph, keep: np.ndarray, kept: np.ndarray) -> 
         matrix=matrix, weights=graph.weights[keep], value=graph.value[keep],
         constant=graph.constant[keep], dropped=dropped[keep],
         dropped_absolute=dropped_absolute[keep])
+
+
+# --- of a feature --------------------------------------------------------------------------------
+
+
+class GraphStudy(NamedTuple):
+    """The graph of one feature at one token, whole and pruned."""
+
+    whole: AttributionGraph
+    pruned: AttributionGraph
+    ends: dict[str, float]
+    """`effect_ends` of the whole graph."""
+    memory: int
+    """Bytes that it could take at most, known before it was computed."""
+
+    @property
+    def replacement(self) -> float:
+        """`replacement_score` of the whole graph."""
+        return replacement_score(self.whole)
+
+    @property
+    def completeness(self) -> float:
+        """`completeness_score` of the whole graph."""
+        return completeness_score(self.whole)
+
+    def table(self) -> "pd.DataFrame":
+        """Before and after pruning: nodes by kind, edges, scores, and where effects end."""
+        import pandas as pd
+
+        graphs = (self.whole, self.pruned)
+        return pd.DataFrame({
+            "graph": ["before pruning", "after pruning"],
+            **{kind: [int(one.of_kind(kind).sum()) for one in graphs]
+               for kind in ("feature", "error", "embedding")},
+            "edges": [one.n_edges for one in graphs],
+            "replacement_score": [replacement_score(one) for one in graphs],
+            "completeness_score": [completeness_score(one) for one in graphs],
+            **{f"ends_in_{end}": [effect_ends(one)[end] for one in graphs] for end in self.ends}})
+
+    def counts(self, greedy: set[str]) -> dict[str, int]:
+        """Active features, features with a row, those left by pruning, and what the ids `greedy` of
+        another circuit's features share with them; the target does not count."""
+        shared = greedy & {node.id for node in self.pruned.nodes}
+        return {"active": self.whole.n_active, "rows": int(self.whole.of_kind("feature").sum()) - 1,
+                "pruned_features": int(self.pruned.of_kind("feature").sum()) - 1,
+                "pruned_edges": self.pruned.n_edges, "greedy_features": len(greedy),
+                "shared_features": len(shared)}
+
+
+def graph_study(frozen: Frozen, layer: int, feature: int, position: int, *, max_features: int
+                ) -> GraphStudy:
+    """Everything upstream of a feature, as `graph.attribution_graph` has it, and pruned."""
+    start = [feature_target(frozen, layer, feature, position)]
+    whole = attribution_graph(frozen, start, max_features=max_features)
+    return GraphStudy(whole, prune(whole), effect_ends(whole),
+                      memory_needed(frozen, start, max_features=max_features))

@@ -6,7 +6,7 @@ there without any circuit.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -184,39 +184,47 @@ def role_table(genes: pd.DataFrame) -> pd.DataFrame:
                                        "influence_percent"])
 
 
-def circuit_figures(summary: pd.DataFrame, roles: pd.DataFrame) -> dict[str, float]:
-    """What `recovery_summary` (over all types) and `role_table` say, for a page.
+# --- all of it -----------------------------------------------------------------------------------
 
-    Keys: `<target>.circuits`, `<target>.precision` and so on, as the columns of the summary, and
-    `<target>.influence_<role>`: percent of the influence on genes.
+
+class KnownTruth(NamedTuple):
+    """What circuits find of what was planted."""
+
+    genes: pd.DataFrame
+    """`circuit_gene_table` of up to five cells of each type that the model names right."""
+    circuits: pd.DataFrame
+    """`recovery_table`: a row per circuit."""
+    summary: pd.DataFrame
+    """`recovery_summary`: by target and cell type, and over all types."""
+    roles: pd.DataFrame
+    """`role_table`."""
+
+    def over_all_types(self) -> dict[str, dict[str, float]]:
+        """By target the row of `summary` over all types, and own, shared, background: shares of the
+        influence on genes of these roles."""
+        every = self.summary[self.summary["cell_type"] == "all types"].set_index("target")
+        influence = self.roles.pivot(index="target", columns="role", values="influence_percent")
+        shares = influence[["own", "shared", "background"]] / 100
+        rows = every.drop(columns="cell_type").join(shares)
+        return {str(target): {str(name): float(value) for name, value in row.items()}
+                for target, row in rows.iterrows()}
+
+    def words(self) -> dict[str, dict[str, str]]:
+        """`over_all_types` for a page: shares in percent, p-values with two digits."""
+        return {target: {
+            name: f"{value:.2g}" if name in ("p", "top_p") else f"{value:.0f}"
+            if name == "circuits" else percent(value) for name, value in row.items()}
+            for target, row in self.over_all_types().items()}
+
+
+def known_truth(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus, plan: Plan,
+                profile: Profile) -> KnownTruth:
+    """Trace cells of every type, and set their circuits' genes against what was planted.
+
+    Raises:
+        InputError: the model names no held-out cell right.
     """
-    every = summary[summary["cell_type"] == "all types"].drop(columns="cell_type")
-    figures = {f"{target}.{name}": float(value)
-               for target, row in every.set_index("target").iterrows()
-               for name, value in row.items()}
-    return figures | {
-        f"{target}.influence_{role}": float(share) for target, role, share in zip(
-            roles["target"], roles["role"], roles["influence_percent"], strict=True)}
-
-
-def circuits_in_prose(summary: pd.DataFrame, roles: pd.DataFrame) -> str:
-    """What `recovery_summary` and `role_table` say, for a page."""
-    every = summary[summary["cell_type"] == "all types"].set_index("target")
-    names = {"feature": "the last layer's strongest feature", "call": "the call itself"}
-    said = []
-    for target, row in every.iterrows():
-        influence = roles[roles["target"] == target].set_index("role")["influence_percent"]
-        said.append(
-            f"Circuits of {names[str(target)]} ({row['circuits']} cells): of their genes "
-            f"{percent(row['precision'])} were planted for the cell's type, where random genes of "
-            f"the same prompts give {percent(row['random_precision'])} (p = {row['p']:.2g}) and "
-            f"the most expressed ones {percent(row['precision_most_expressed'])}. They hold "
-            f"{percent(row['recall'])} of the planted genes of the prompts, and would hold "
-            f"{percent(row['random_recall'])} by chance. Of as many of their most influential "
-            f"genes as are planted, {percent(row['top_share'])} are planted (by chance "
-            f"{percent(row['top_share_random'])}, p = {row['top_p']:.2g}; most expressed "
-            f"{percent(row['top_share_most_expressed'])}). Of the influence that stands on genes, "
-            f"{influence['own']:.0f} % is on genes planted for the type, {influence['shared']:.0f} "
-            f"% on those that it shares with another, and {influence['background']:.0f} % on genes "
-            "that all types express alike.")
-    return " ".join(said)
+    genes = circuit_gene_table(model, transcoders, corpus, named_right(model, corpus, n=5), plan,
+                               profile)
+    circuits = recovery_table(genes)
+    return KnownTruth(genes, circuits, recovery_summary(circuits, profile.seed), role_table(genes))

@@ -21,7 +21,7 @@ from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
 from scfm_circuits.transcoders.transcoder import Transcoders
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXForCausalLM
+    from transformers import PreTrainedModel
 
     from scfm_circuits.cells.corpus import Corpus
 
@@ -132,7 +132,7 @@ def strongest_features(frozen: Frozen, layer: int, position: int, n: int) -> lis
 
 
 @torch.no_grad()
-def strongest_at_end(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: "Corpus",
+def strongest_at_end(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
                      cells: np.ndarray, layer: int, place: str, forward_cells: int) -> np.ndarray:
     """(n_cells,) the most active feature of a layer where each cell's case would be read; -1 if
     none is active. place: `answer` or `query`, as the profile's `case_position`."""
@@ -162,3 +162,23 @@ def gene_contributions(parts: Contributions, genes: list[str | None]) -> pd.Data
         rows.append((gene, float(own.sum()), float(np.abs(own).sum()), f"{layer}.{head}"))
     frame = pd.DataFrame(rows, columns=["gene", "contribution", "absolute", "strongest_head"])
     return frame.sort_values(["contribution", "gene"], ascending=[False, True], ignore_index=True)
+
+
+def sums_by_source(parts: Contributions) -> dict[str, float]:
+    """A reading's contributions summed by what they come from; they add up to its value."""
+    return {
+        "features of earlier layers": float(parts.features.sum()),
+        "attention heads": float(parts.heads.sum()), "token embedding": float(parts.embedding),
+        "transcoder error": float(parts.errors.sum()), "constant (biases)": float(parts.constant)}
+
+
+def sums_by_gene_or_not(parts: Contributions, by_gene: pd.DataFrame) -> dict[str, float]:
+    """`sums_by_source` with attention split by whether the token read belongs to a gene.
+
+    by_gene: `gene_contributions` of the same parts.
+    """
+    on_genes, whole = float(by_gene["contribution"].sum()), sums_by_source(parts)
+    features, heads, *others = whole.values()
+    _, _, *names = whole
+    return {"features": features, "attention to genes": on_genes,
+            "attention to other tokens": heads - on_genes, **dict(zip(names, others, strict=True))}

@@ -1,8 +1,8 @@
 """One run of the book as one typed, validated configuration.
 
 A profile is a YAML file in `notebooks/profiles/` (or anywhere, by path). It may name another in
-`extends` and then holds only what differs. Papermill hands a notebook the profile's name and any
-field to override; `from_notebook` turns both into a `Profile`.
+`extends` and then holds only what differs. A notebook is handed the profile's name and the fields
+to override; `load_profile` turns both into a `Profile`.
 """
 
 import hashlib
@@ -396,29 +396,3 @@ def load_profile(profile: str, overrides: Mapping[str, Any] | None = None) -> Pr
         return checked.model_copy(update={"name": f"{path.stem}+{digest}"})
     except ValidationError as error:
         raise InputError(_explain(error, path, overrides)) from None
-
-
-_NOT_PARAMETERS = {"profile", "In", "Out", "exit", "quit", "open", "get_ipython"}
-_strict = True
-
-
-def from_notebook(namespace: Mapping[str, Any]) -> Profile:
-    """The profile of a notebook: `profile` and any field that papermill injected.
-
-    namespace: the notebook's `globals()`. On the first call nothing else has been assigned yet,
-    so a name that is no field is an unknown papermill parameter and an InputError; when the cell
-    is run again interactively, the notebook's own variables are passed over.
-    """
-    global _strict
-    plain = (str, int, float, bool, list, dict, type(None))
-    given = {
-        key: value for key, value in namespace.items()
-        # Capitals are imported constants; a parameter has none.
-        if not key.startswith("_") and not key.isupper() and key not in _NOT_PARAMETERS
-        and isinstance(value, plain)
-    }
-    if not _strict:
-        given = {key: value for key, value in given.items() if key in Profile.model_fields}
-    loaded = load_profile(namespace["profile"], given)
-    _strict = False
-    return loaded

@@ -16,14 +16,24 @@ bottom of the ranking is a tie of silent genes. Negative rows are returned and n
 
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from scfm_circuits import InputError
+from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.gene_sets import GeneSets
+from scfm_circuits.features.contexts import draw_features
+from scfm_circuits.features.gene_lists import gene_scores
+from scfm_circuits.features.statistics import FeatureStatistics
 
+if TYPE_CHECKING:
+    from scfm_circuits.common.profile import Profile
+
+SMALLEST = 15
+"""Genes that a term must have in the ranking, unless asked otherwise."""
 COLUMNS = ("ranking", "library", "Term", "n_genes", "ES", "NES", "P-value", "FDR", "Leading edge")
 
 Scores = Mapping[str, float] | pd.Series
@@ -34,7 +44,7 @@ def prerank_table(
     libraries: Sequence[GeneSets],
     *,
     seed: int,
-    min_size: int = 15,
+    min_size: int = SMALLEST,
     max_size: int = 500,
     permutations: int = 1000,
     threads: int = 1,
@@ -162,3 +172,54 @@ def _prerank(genes: Sequence[str], sets: dict[str, list[str]], min_size: int, ma
     position = {term: i for i, term in enumerate(sets)}
     in_library_order = table.iloc[np.argsort([position[term] for term in table["Term"]])]
     return in_library_order.sort_values("NES", ascending=False, kind="stable", ignore_index=True)
+
+
+# --- for a chapter -----------------------------------------------------------------------------
+
+
+class PrerankStudy(NamedTuple):
+    """gseapy's `prerank` for a few features, and for the same rankings with shuffled names."""
+
+    terms: pd.DataFrame
+    """`prerank_table`: every term tested."""
+    best: pd.DataFrame
+    """One row per ranking: terms tested, the best positive term, and whether any is called."""
+    n: int
+    """Features ranked."""
+    called: int
+    """Features with a term below the FDR."""
+    shuffled: int
+    """Shuffled rankings with one."""
+
+
+def prerank_study(statistics: FeatureStatistics, corpus: Corpus, profile: "Profile",
+                  libraries: Sequence[GeneSets]) -> PrerankStudy:
+    """Rank all genes by the activations of the first features of the human evaluation."""
+    used, layer = corpus.occurring, profile.human_layer
+    symbols = corpus.symbols[used].tolist()
+    scores = gene_scores(statistics, layer, len(corpus.symbols), profile.gene_rule)
+    sampled = draw_features(statistics, layer, profile.human_features, profile.live_cut,
+                            profile.seed)
+    # A feature that fires on words of the prompt alone ranks no gene.
+    chosen = [feature for feature in sampled
+              if len(symbols) > SMALLEST and scores[feature].nnz][: profile.prerank_features]
+    rng = generator(profile.seed, "prerank, names shuffled")
+    rankings: dict[Hashable, pd.Series] = {}
+    for feature in chosen:
+        activations = scores[feature].toarray().ravel()[used]
+        rankings[f"{feature}"] = pd.Series(activations, index=symbols)
+        rankings[f"{feature}, names shuffled"] = pd.Series(rng.permutation(activations),
+                                                           index=symbols)
+    ranked = prerank_table(rankings, libraries, seed=profile.seed)
+    positive = ranked[ranked["NES"] > 0].sort_values(["FDR", "NES"], ascending=[True, False],
+                                                     kind="stable")
+    found = positive.drop_duplicates("ranking").set_index("ranking").reindex(list(rankings))
+    by_ranking = prerank_called(ranked, list(rankings), profile.fdr)
+    own = int(sum(by_ranking[f"{feature}"] for feature in chosen))
+    best = pd.DataFrame({
+        "feature": list(rankings), "terms tested": ranked.groupby("ranking").size().reindex(
+            list(rankings), fill_value=0).tolist(),
+        "best term": found["Term"].tolist(), "NES": found["NES"].tolist(),
+        "FDR": found["FDR"].tolist(),
+        f"a term at FDR < {profile.fdr:g}": by_ranking.tolist()})
+    return PrerankStudy(ranked, best, len(chosen), own, int(by_ranking.sum()) - own)

@@ -4,9 +4,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import pandas as pd
+
 from scfm_circuits import InputError
 from scfm_circuits.enrichment.background import Family
-from scfm_circuits.enrichment.terms import Odds
+from scfm_circuits.enrichment.gene_sets import GeneSets
+from scfm_circuits.enrichment.terms import Odds, term_table
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,12 @@ class Rule:
                 f"The rule {self.name!r} needs the genes of the corpus as background; pass them."
             )
         return corpus_genes
+
+    def terms(self, genes: Collection[str], library: GeneSets, corpus_genes: Collection[str]
+              ) -> pd.DataFrame:
+        """`terms.term_table` of one list under this rule."""
+        return term_table(genes, library, background=self.background_for(corpus_genes),
+                          family=self.family, odds=self.odds)
 
 
 RULES: Mapping[str, Rule] = {

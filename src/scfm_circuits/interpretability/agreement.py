@@ -2,6 +2,7 @@
 
 import math
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,10 +13,48 @@ from statsmodels.stats.proportion import proportion_effectsize
 
 from scfm_circuits import InputError
 from scfm_circuits.enrichment.significance import wilson_interval
-from scfm_circuits.interpretability.deck import SOURCES
+from scfm_circuits.interpretability.deck import FEATURE, SOURCES
 from scfm_circuits.interpretability.ratings import ANSWERS, card_verdicts
 
 POOLED = "all raters"
+
+
+class Rated(NamedTuple):
+    """What a study's ratings say.
+
+    rates: `rate_table` below the paper's own rate. agreement: `agreement_table`. needed:
+    `separation_table` of the paper's rate against a half, a fifth and this study's rates.
+    yes, n: features called interpretable, of those rated. paper: the interval of the paper's rate.
+    decoys: the rate of either kind of decoy, of those that were rated.
+    """
+
+    rates: pd.DataFrame
+    agreement: pd.DataFrame
+    needed: pd.DataFrame
+    yes: int
+    n: int
+    paper: tuple[float, float]
+    decoys: dict[str, float]
+
+
+def rating_study(ratings: pd.DataFrame, table3: pd.DataFrame) -> Rated:
+    """Rates with intervals, agreement, and how many cards would tell rates apart.
+
+    ratings: from `read_ratings`. table3: the paper's, as printed.
+    """
+    rates = rate_table(ratings)
+    pooled = rates[rates["rater"] == POOLED].set_index("source")
+    theirs, cards = int((table3["gene_level_interpretable"] == "Yes").sum()), len(table3)
+    interval = wilson_interval(theirs, cards)
+    printed = pd.DataFrame([("the paper's features", "the paper", theirs, cards, theirs / cards,
+                             *interval)], columns=rates.columns)
+    needed = separation_table(theirs / cards, {"one half": 0.5, "one fifth": 0.2, **{
+        f"this study's {source}": float(rate) for source, rate in pooled["rate"].items()}})
+    own = pooled[["yes", "cards"]].astype(int).to_dict("index").get(FEATURE, {"yes": 0, "cards": 0})
+    return Rated(pd.concat([printed, rates]) if len(rates) else printed, agreement_table(ratings),
+                 needed, own["yes"], own["cards"], interval,
+                 {str(source): float(rate) for source, rate in pooled["rate"].items()
+                  if source != FEATURE})
 
 
 def rate_table(ratings: pd.DataFrame) -> pd.DataFrame:

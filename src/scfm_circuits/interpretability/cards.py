@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 import torch
 
@@ -17,7 +18,14 @@ from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.tokens import token_texts
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.features.baselines import untrained_encoder, untrained_statistics
-from scfm_circuits.features.contexts import draw_features, fired_tokens, pieces_around
+from scfm_circuits.features.contexts import (
+    Context,
+    draw_features,
+    feature_contexts,
+    fired_tokens,
+    pieces_around,
+)
+from scfm_circuits.features.gene_lists import check_live
 from scfm_circuits.features.statistics import FeatureStatistics, corpus_pairs
 from scfm_circuits.interpretability.deck import (
     FEATURE,
@@ -31,7 +39,9 @@ from scfm_circuits.interpretability.deck import (
     CardToken,
     Deck,
     Piece,
+    deck_key,
 )
+from scfm_circuits.interpretability.ratings import rating_sheet
 from scfm_circuits.interpretability.scores import draw_tokens
 from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
 from scfm_circuits.transcoders.transcoder import Transcoders
@@ -67,6 +77,37 @@ class Subject(NamedTuple):
     counts: np.ndarray
     fires: Fires
     strongest: tuple[tuple[int, int], ...]
+
+
+class Study(NamedTuple):
+    """What is handed to raters.
+
+    drawn: the features, contexts: the strongest of each. key, sheet: as `deck_key` and
+    `rating_sheet` make them.
+    """
+
+    drawn: np.ndarray
+    contexts: list[list[Context]]
+    deck: Deck
+    key: pd.DataFrame
+    sheet: pd.DataFrame
+
+
+def draw_study(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
+               statistics: FeatureStatistics, corpus: Corpus, profile: "Profile") -> Study:
+    """Draw live features of the rated layer, their cards with decoys, and the sheet of Table 3.
+
+    Raises InputError if the layer has no live feature.
+    """
+    layer = profile.human_layer
+    check_live(statistics, layer, profile.live_cut)
+    drawn = draw_features(statistics, layer, profile.human_features, profile.live_cut, profile.seed)
+    contexts = feature_contexts(statistics, corpus, layer, drawn, profile.contexts_per_feature)
+    deck = draw_deck(model, transcoders, statistics, corpus, profile)
+    key = deck_key(deck)
+    sheet = rating_sheet(deck.study, layer, drawn, statistics, contexts, corpus, profile.gene_rule,
+                         key)
+    return Study(drawn, contexts, deck, key, sheet)
 
 
 def draw_deck(model: "GPTNeoXForCausalLM", transcoders: Transcoders,

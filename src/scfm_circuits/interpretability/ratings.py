@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from scfm_circuits import InputError
+from scfm_circuits.common.profile import ROOT
 from scfm_circuits.features.contexts import Context, token_table
 from scfm_circuits.features.gene_lists import ranked_genes
 from scfm_circuits.features.statistics import FeatureStatistics
@@ -24,6 +25,8 @@ from scfm_circuits.interpretability.deck import FEATURE
 if TYPE_CHECKING:
     from scfm_circuits.cells.corpus import Corpus
 
+SHEETS = ROOT / "data" / "human_eval"
+"""Where raters' answers are put to be counted."""
 ANSWERS = ("Yes", "No", "Unsure")
 COLUMNS = ("study", "card", "rater", "interpretable", "label", "note")
 """Columns of an export. A sheet may name a feature and its layer instead of a card."""

@@ -13,7 +13,7 @@
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,8 @@ import scipy.sparse as sp
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.simulated import Plan
+from scfm_circuits.cells.tokens import token_texts
+from scfm_circuits.common.profile import ROOT
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.controls.layer_counts import testers
 from scfm_circuits.enrichment.controls.planted_programs import programs_library
@@ -41,6 +43,7 @@ from scfm_circuits.interpretability.scores import (
     SUB_WORD,
     FeatureScores,
     Kinds,
+    corpus_kinds,
     score_counts,
 )
 
@@ -49,6 +52,48 @@ if TYPE_CHECKING:
 
 PURITIES = (1.0, 0.7)
 """Shares of a made feature's activations that are where it is said to fire."""
+READING = ROOT / "data" / "paper" / "table3_reading.csv"
+
+
+class Checks(NamedTuple):
+    """The score on features of which it is known what they are.
+
+    made: `known_feature_table`. table3: `table3_check`. judged: `table3_summary`.
+    """
+
+    made: pd.DataFrame
+    table3: pd.DataFrame
+    judged: pd.DataFrame
+
+    def made_shares(self) -> dict[str, float | None]:
+        """Shares of made features' verdicts; None where none could be made.
+
+        Keys: what they fire on and their purity without its point, as in `gene_07` (called gene-
+        or family-level) and `gene_07_either`.
+        """
+        found: dict[str, float | None] = {}
+        for kind in ("gene", "token"):
+            for purity in PURITIES:
+                of = self.made[(self.made["fires_on"] == kind) & (self.made["purity"] == purity)]
+                name = f"{kind}_{purity:g}".replace("0.", "0")
+                for suffix, column in (("", "gene_or_family"), ("_either", "either")):
+                    found[name + suffix] = float(of[column].iloc[0]) if len(of) else None
+        return found
+
+    def called(self, judgement: str) -> tuple[int, int]:
+        """Of the paper's rows so judged (Yes or No), how many are scored gene- or family-level, and
+        how many could be made."""
+        row = self.judged[self.judged["paper"] == judgement].drop(columns="paper")
+        return int(row[[GENE, FAMILY]].to_numpy().sum()), int(row.to_numpy().sum())
+
+
+def check_scores(statistics: FeatureStatistics, corpus: Corpus, profile: "Profile",
+                 plan: Plan | None, table3: pd.DataFrame) -> Checks:
+    """Score features made to be known, and features that fire as the paper's Table 3 describes."""
+    kinds = corpus_kinds(statistics, corpus, profile, program_sets(plan))
+    texts = token_texts(corpus.tokenizer, np.unique(kinds.pairs.token))
+    check = table3_check(table3, read_reading(READING), kinds, texts, corpus.symbols)
+    return Checks(known_feature_table(kinds, profile.seed), check, table3_summary(check))
 
 
 # --- features made to be known -------------------------------------------------------------------
@@ -197,9 +242,25 @@ def table3_summary(check: pd.DataFrame) -> pd.DataFrame:
 # --- planted programs ----------------------------------------------------------------------------
 
 
-def program_sets(plan: Plan) -> dict[str, dict[str, Sequence[str]]]:
-    """The planted programs as one more kind of explanation, for `scores.corpus_kinds`."""
-    return {"program": {one.name: one.genes for one in plan.programs}}
+def program_sets(plan: Plan | None) -> dict[str, dict[str, Sequence[str]]] | None:
+    """Planted programs, if there are any, as one more kind of explanation (`corpus_kinds`)."""
+    return {"program": {one.name: one.genes for one in plan.programs}} if plan else None
+
+
+def program_shares(planted: pd.DataFrame, made: pd.DataFrame) -> dict[str, float]:
+    """Shares of features that naming programs predicts better than naming sub-words.
+
+    planted: from `planted_score_table`. made: from `known_feature_table`. Keys: sources (those of
+    their features whose program is known), `decoys` of either kind whatever their lists match,
+    `made` to fire on programs alone.
+    """
+    share = "program_beyond_sub_words"
+    known = planted[planted["program"] == "known"]
+    decoys = planted[planted["source"] != FEATURE]
+    ideal = made[(made["fires_on"] == "program") & (made["purity"] == 1)]
+    return {**dict(zip(known["source"], known[share], strict=True)),
+            "decoys": float((decoys[share] * decoys["features"]).sum() / decoys["features"].sum()),
+            "made": float(ideal[share].mean())}
 
 
 def planted_score_table(scores: FeatureScores, statistics: Mapping[str, FeatureStatistics],

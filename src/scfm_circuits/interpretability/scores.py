@@ -313,6 +313,33 @@ def untrained_control(other: FeatureStatistics, profile: "Profile") -> Control:
                                  "counted": fired})
 
 
+def margin_table(scores: FeatureScores) -> pd.DataFrame:
+    """`verdict_shares` over all layers under half the margin, the margin, and twice the margin."""
+    parts = [verdict_shares(scores, margin).assign(margin=margin)
+             for margin in (MARGIN / 2, MARGIN, 2 * MARGIN)]
+    table = pd.concat(parts)
+    table = table[table["layer"] == "all"].drop(columns="layer")
+    table.insert(1, "margin", table.pop("margin"))
+    return table
+
+
+def level_shares(shares: pd.DataFrame) -> dict[str, float | None]:
+    """Shares of the verdicts over all layers as flat values; None where none has a verdict.
+
+    shares: from `verdict_shares`. Keys: `<features, untrained or random>.<gene_level, sub_word,
+    either or none>`; gene_level is what the paper calls so, `gene` and `family` together.
+    """
+    overall = {row["source"]: row for row in shares[shares["layer"] == "all"].to_dict("records")}
+    parts = {"gene_level": [GENE, FAMILY], "sub_word": [SUB_WORD], "either": [EITHER],
+             "none": [NONE]}
+    found: dict[str, float | None] = {}
+    for source, name in ((FEATURE, "features"), (UNTRAINED, "untrained"), (RANDOM, "random")):
+        row = overall.get(source, {"scored": 0})
+        for part, named in parts.items():
+            found[f"{name}.{part}"] = sum(row[one] for one in named) if row["scored"] else None
+    return found
+
+
 def verdict_shares(scores: FeatureScores, margin: float = MARGIN) -> pd.DataFrame:
     """By source and layer, and over all layers: the shares of the verdicts other than `too rare`.
 

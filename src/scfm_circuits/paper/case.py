@@ -29,8 +29,8 @@ from scfm_circuits.enrichment.null_lists import Ragged, uniform_null
 from scfm_circuits.enrichment.over_representation import over_representation
 from scfm_circuits.enrichment.rules import RULES, Rule
 from scfm_circuits.enrichment.significance import wilson_interval
-from scfm_circuits.enrichment.terms import term_fdr
-from scfm_circuits.paper.exhibits import PAPER
+from scfm_circuits.enrichment.terms import term_fdr, term_table
+from scfm_circuits.paper.exhibits import PAPER, PaperTables
 
 ANY_TERM = "any term"
 
@@ -210,41 +210,20 @@ def rates_by_rule(table: pd.DataFrame, settings: Sequence[CaseRule]) -> pd.DataF
     return shown
 
 
-def null_figures(table: pd.DataFrame) -> dict[str, Any]:
-    """What `case_nulls` found under the Enrichr rule and its exchange, for a page.
+def words_of(table: pd.DataFrame) -> dict[str, str]:
+    """What the page says of `case_nulls`, in words.
 
-    Keys: rules (shown), called (under how many of them the circuit's genes bring the term below the
-    level), draws; for each kind of list `<kind>.list` in words, and `<kind>.hit`, `<kind>.all`: how
-    often it is called under either BH family, in words.
+    called, rules: under how many of the rules the circuit's genes bring the term; draws; for each
+    other kind <kind> (the list) and <kind>_hit and <kind>_all (its rate under the Enrichr rule and
+    its exchange).
     """
     circuit = table[table["kind"] == "circuit"]
-    figures: dict[str, Any] = {"rules": len(circuit), "called": int(circuit["n_called"].sum()),
-                               "draws": int(null_row(table, "anchor_random")["draws"])}
-    for kind in table["kind"].unique():
-        figures[f"{kind}.list"] = null_row(table, kind)["list"]
-        for family in ("hit", "all"):
-            figures[f"{kind}.{family}"] = in_words(null_row(table, kind, family=family))
-    return figures
-
-
-def in_prose(table: pd.DataFrame, fdr: float) -> str:
-    """What the rates of `case_nulls` under the Enrichr rule and its exchange mean, for a page."""
-    said = null_figures(table)
-    return (
-        f"The circuit's genes bring the term below FDR {fdr:g} under {said['called']} "
-        f"of the {said['rules']} rules shown. So do {said['anchor_random.list']}, with no model "
-        f"behind them, in {said['anchor_random.hit']} of {said['draws']:,} draws under the "
-        f"server's rule, and {said['random.list']} bring one term or another there in "
-        f"{said['random.hit']}: the rule corrects only for the terms that a list happens to "
-        "touch, and in a list this short a single gene can be enough. Corrected for all terms of "
-        f"the library, the two rates are {said['anchor_random.all']} and "
-        f"{said['random.all']}. Two genes of the term are then needed, and "
-        f"{said['anchor_prompt.list']} still reach the level in "
-        f"{said['anchor_prompt.all']} of draws, {said['prompt.list']} in "
-        f"{said['prompt.all']}, because the prompt is the sentence of an endothelial cell. What "
-        "the circuit adds has to be read against these last two rates."
-    )
-
+    words = {"called": f"{circuit['n_called'].sum()}", "rules": f"{len(circuit)}"}
+    for kind in (name for name in table["kind"].unique() if name != "circuit"):
+        rows = {family: null_row(table, kind, family=family) for family in ("hit", "all")}
+        words |= {kind: rows["hit"]["list"], "draws": f"{rows['hit']['draws']:,}",
+                  **{f"{kind}_{family}": in_words(row) for family, row in rows.items()}}
+    return words
 
 def combined_score(overlap: int, term: int, query: int, population: int) -> tuple[float, float]:
     """The Enrichr server's Combined Score, -ln(p) x odds ratio, and its one-sided Fisher p."""
@@ -272,3 +251,87 @@ def server_case(folder: str | Path | None = None, population: int = 20_000) -> p
     table["score"], table["p"] = [score for score, _ in scored], [p for _, p in scored]
     table["FDR"] = stats.false_discovery_control(table["p"])
     return table.sort_values("p", kind="stable", ignore_index=True)
+
+
+# --- the case as a whole -------------------------------------------------------------------------
+
+LEVEL = 0.05
+"""The paper's FDR."""
+LIBRARY = "CellMarker_Augmented_2021"
+_OURS = {"Term": "term", "n_overlap": "overlap", "P-value": "p", "Adjusted P-value": "FDR",
+         "Combined Score": "score"}
+
+
+class PaperCase(NamedTuple):
+    """The paper's own case, from the genes that it prints."""
+
+    table: pd.DataFrame
+    """The paper's term under each rule, a row each, and as printed in the last."""
+    server: pd.DataFrame
+    """`server_case`: all terms that hold one of the nine genes."""
+    settings: list[CaseRule]
+    """The rules that the library at hand allows; none without the real one."""
+    term: str | None
+    """The library's name of the paper's term."""
+    nine: list[str]
+    prompt: list[str]
+
+    @property
+    def ours(self) -> pd.Series:
+        """The row of the server's rule."""
+        return self.table.iloc[0]
+
+    @property
+    def score_is_highest(self) -> bool:
+        """Whether no term below the level has a higher score."""
+        return bool(self.ours["score"] >= self.ours["highest score below 0.05"])
+
+    @property
+    def single_gene(self) -> int:
+        """Terms below the level that hold one of the nine genes only."""
+        return int(((self.server["FDR"] < LEVEL) & (self.server["overlap"] == 1)).sum())
+
+    @property
+    def corpus_left_out(self) -> bool:
+        """Whether the rule `corpus` could not be applied, though the library is at hand."""
+        return bool(self.settings) and all(one.rule.name != "corpus" for one in self.settings)
+
+    def nulls(self, draws: int, seed: int) -> pd.DataFrame:
+        """`case_nulls` under every rule; no rows without the library or the term in it."""
+        return case_nulls(self.settings if self.term else [], self.term or "", self.nine,
+                          self.prompt, draws=draws, seed=seed, fdr=LEVEL)
+
+
+def paper_case(library: GeneSets, corpus_genes: Collection[str], paper: PaperTables) -> PaperCase:
+    """The paper's term for its nine genes, and for all genes of its prompt, under each rule.
+
+    library: `LIBRARY`; where another stands in for it, the server's rule alone is computed, from
+    overlap counts. corpus_genes: symbols of the genes that occur in this run's cells.
+    """
+    nine, prompt = paper.circuit["gene"].tolist(), list(paper.prompt_genes)
+    server = server_case()
+    settings = [] if library.source == "bundled" else case_rules(library, nine, corpus_genes)
+
+    def terms(genes: Collection[str], setting: CaseRule) -> pd.DataFrame:
+        return term_table(genes, library, background=setting.universe, family=setting.rule.family,
+                          odds=setting.rule.odds).rename(columns=_OURS)
+
+    rows = [_case_row("nine genes, enrichr: 20,000 genes, BH over the terms hit", server)]
+    # The first setting is the server's, which overlap counts alone have given.
+    rows += [_case_row(f"nine genes, {one.label}", terms(nine, one)) for one in settings[1:]]
+    rows += [_case_row(f"all genes of the prompt, {one.label}", terms(prompt, one))
+             for one in settings[:1]]
+    printed = {"setting": "the paper, as printed", "FDR": float(paper.case["fdr"]),
+               "score": float(paper.case["enrichment_score"])}
+    return PaperCase(pd.DataFrame([*rows, printed]), server, settings,
+                     named_term(library, paper.case["term"]) if settings else None, nine, prompt)
+
+
+def _case_row(setting: str, table: pd.DataFrame) -> dict[str, Any]:
+    """The paper's term in a table of all terms hit."""
+    found = table["term"].str.lower().str.replace(" ", "") == "endothelialcell:heart"
+    below, term = table[table["FDR"] < LEVEL], table[found].head(1)
+    return {"setting": setting, "rank by p": term.index[0] + 1 if len(term) else None,
+            "terms hit": len(table),
+            **term.reindex(columns=["overlap", "term_size", "p", "FDR", "score"]).sum(min_count=1),
+            "terms below 0.05": len(below), "highest score below 0.05": below["score"].max()}

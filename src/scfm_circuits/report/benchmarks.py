@@ -1,14 +1,18 @@
-"""The training benchmark's figures as a table beside the chapter that trains."""
+"""What training costs, as tables beside the chapter that trains: the run's and a benchmark's."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from scfm_circuits.common.files import read_json
+from scfm_circuits.common.files import read_json, time_in_words
+from scfm_circuits.common.profile import ROOT
+from scfm_circuits.transcoders.training.cost import Cost
 
 if TYPE_CHECKING:
     from scfm_circuits.report.report import Report, Shown
+
+BENCHMARK = ROOT / "results" / "bench" / "training.json"
 
 _ROWS = (
     ("fraction_of_matmul_peak", "share of the matrix-product limit"),
@@ -24,6 +28,15 @@ _ROWS = (
     ("memory_ratio_vs_sparsify", "sparsify's memory over ours"),
 )
 
+
+def cost_table(run: Cost, paper: Cost) -> pd.DataFrame:
+    """A run's cost beside the paper's, which is projected at the run's operations per second."""
+    rows = [("tokens", f"{run.tokens:,}", f"{paper.tokens:,}"),
+            ("floating-point operations", f"{run.operations:.3g}", f"{paper.operations:.3g}"),
+            ("time", time_in_words(run.seconds), f"{time_in_words(paper.seconds)}, projected"),
+            ("tokens per second", f"{run.tokens / run.seconds:,.0f}", "not named"),
+            ("operations per second", f"{run.operations / run.seconds:.3g}", "as this run")]
+    return pd.DataFrame(rows, columns=["measure", "this run", "the paper's size"])
 
 
 def benchmark_table(path: Path) -> tuple[pd.DataFrame, str] | None:
@@ -49,8 +62,7 @@ def benchmark_table(path: Path) -> tuple[pd.DataFrame, str] | None:
     return pd.DataFrame(rows, columns=["measure", "value"]), where
 
 
-
-def shown_benchmark(report: "Report", path: Path) -> "Shown | None":
+def shown_benchmark(report: "Report", path: Path = BENCHMARK) -> "Shown | None":
     """The benchmark's figures as a table with its machine, or how to get them."""
     found = benchmark_table(path)
     if found is None:

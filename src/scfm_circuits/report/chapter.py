@@ -14,29 +14,51 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scfm_circuits.common.profile import load_profile
+from scfm_circuits.common.profile import PLANTED_CELLS, load_profile
 from scfm_circuits.report.report import Report, Shown
 
 if TYPE_CHECKING:
     from scfm_circuits.cells.corpus import Corpus
+    from scfm_circuits.cells.simulated import Plan
     from scfm_circuits.enrichment.gene_sets import GeneSets
     from scfm_circuits.features.statistics import FeatureStatistics
     from scfm_circuits.models.small_models import TrainingCurve
+    from scfm_circuits.paper.exhibits import PaperTables
     from scfm_circuits.transcoders.transcoder import Transcoders
 
 History = list[dict[str, Any]]
 
 
-def open_chapter(name: str, profile: str, overrides: Mapping[str, Any] | None = None) -> "Chapter":
+def open_chapter(name: str, profile: str, overrides: Mapping[str, Any] | None = None, *,
+                 exact: bool = False) -> "Chapter":
     """The chapter `name` (such as `06_enrichment`) of a profile with some fields overridden.
 
+    exact: have the model in float32 whatever the profile says, as circuits need.
     Raises InputError naming the field, if profile or overrides cannot be used.
     """
-    return Chapter(load_profile(profile, overrides), name)
+    chapter = Chapter(load_profile(profile, overrides), name)
+    chapter.exact = exact
+    return chapter
 
 
 class Chapter(Report):
     """A chapter's parts, each made when first asked for, and all that `Report` does."""
+
+    exact = False
+
+    @cached_property
+    def paper(self) -> "PaperTables":
+        """The paper's exhibits as printed."""
+        from scfm_circuits.paper.exhibits import read_paper
+
+        return read_paper()
+
+    @cached_property
+    def plan(self) -> "Plan | None":
+        """The gene programs planted in simulated cells; None for cells that were measured."""
+        from scfm_circuits.cells.simulated import plan_of
+
+        return plan_of(self.profile) if self.profile.cells == PLANTED_CELLS else None
 
     @cached_property
     def corpus(self) -> "Corpus":
@@ -54,7 +76,7 @@ class Chapter(Report):
     def _model(self) -> tuple[Any, "TrainingCurve"]:
         from scfm_circuits.models.loading import get_model
 
-        return get_model(self.profile, self.corpus)
+        return get_model(self.profile, self.corpus, exact=self.exact)
 
     @property
     def model(self) -> Any:
@@ -106,20 +128,23 @@ class Chapter(Report):
         return self.warning(*(one.warning for one in self.libraries_asked_for))
 
     @cached_property
+    def untrained(self) -> "FeatureStatistics":
+        """Features of an untrained encoder, as many as the transcoders'."""
+        from scfm_circuits.features.baselines import untrained_statistics
+
+        return untrained_statistics(self.model, self.statistics, self.corpus, self.profile,
+                                    n_features=self.transcoders.n_features)
+
+    @cached_property
     def baselines(self) -> dict[str, "FeatureStatistics"]:
         """Features that learnt nothing, by name.
 
         An untrained encoder's; and, if the profile says `reinitialised_control`, those of
         transcoders trained on a model with random weights.
         """
-        from scfm_circuits.features.baselines import (
-            reinitialised_statistics,
-            untrained_statistics,
-        )
+        from scfm_circuits.features.baselines import reinitialised_statistics
 
-        found = {"untrained encoder": untrained_statistics(
-            self.model, self.statistics, self.corpus, self.profile,
-            n_features=self.transcoders.n_features)}
+        found = {"untrained encoder": self.untrained}
         if self.profile.reinitialised_control:
             found["re-initialised model"] = reinitialised_statistics(
                 self.model, self.corpus, self.profile)
@@ -127,10 +152,16 @@ class Chapter(Report):
 
     # --- numbers in the prose ---
 
-    def percent(self, key: str, share: float | None, digits: int = 0) -> None:
-        """`value` of a share between 0 and 1, which reads as a percentage."""
-        text = "n/a" if share is None or np.isnan(share) else f"{100 * share:.{digits}f} %"
+    def percent(self, key: str, share: float | None, digits: int = 0,
+                missing: str = "n/a") -> None:
+        """`value` of a share between 0 and 1, which reads as a percentage, or as `missing`."""
+        text = missing if share is None or np.isnan(share) else f"{100 * share:.{digits}f} %"
         self.value(key, share, text)
+
+    def rounded(self, key: str, number: float | None, digits: int = 0) -> None:
+        """`value` of a number that reads with so many decimals and commas between thousands."""
+        text = "n/a" if number is None or np.isnan(number) else f"{number:,.{digits}f}"
+        self.value(key, number, text)
 
     def p_value(self, key: str, p: float | None) -> None:
         """`value` of a p-value, which reads with two significant digits."""

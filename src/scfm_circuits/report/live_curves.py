@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from scfm_circuits.common.profile import Profile
 
 UNWATCHED = "SCFM_UNWATCHED"
-
 """Environment variable that is set where notebooks are executed without anybody looking on."""
-
 
 
 def watched() -> bool:
@@ -24,7 +22,6 @@ def watched() -> bool:
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return type(shell).__name__ == "ZMQInteractiveShell"
-
 
 
 def watcher(profile: "Profile") -> Logged | None:
@@ -46,7 +43,6 @@ def watcher(profile: "Profile") -> Logged | None:
             one(history)
 
     return logged
-
 
 
 class LiveCurves:
@@ -75,7 +71,6 @@ class LiveCurves:
             self._handle.update(image)
         now = time.monotonic()
         self._next = now + max(self.seconds, 19 * (now - began))
-
 
 
 def _png(history: History) -> bytes:

@@ -163,17 +163,16 @@ class Report:
             "text/plain": "\n".join(said),
         })
 
-    @staticmethod
-    def not_comparable(profile: Profile) -> Shown | None:
+    def not_comparable(self) -> Shown | None:
         """A note for profiles that train their own small model; None for any other."""
+        profile = self.profile
         if profile.model != "train":
             return None
-        text = (
+        return self.warning(
             f"Not comparable at this scale: the profile {profile.name} uses a model of "
             f"{profile.model_layers} layers and width {profile.model_width}, trained on the spot. "
             "Numbers that depend on scale stand beside the paper's without a verdict."
         )
-        return Report.warning(text)
 
 
 def readable(value: Any) -> str:

@@ -128,9 +128,7 @@ def browsable(
     first = [column._replace(values=column.values[:rows], texts=column.texts[:rows])
              for column in columns]
     body = _boxed(_table_html(first, addresses, clamped=True), caption, _counted(part, frame), path)
-    # The version makes a browser load a new run's file instead of the one it remembers.
-    version = hashlib.sha256(script.encode()).hexdigest()[:12]
-    source = f"downloads/tables/{path.stem}.js?v={version}"
+    source = f"downloads/tables/{path.stem}.js?v={version_of(script)}"
     box = (f'<div class="browse" data-table="{path.stem}" data-source="{source}" '
            f'data-rows="{rows}">')
     return {
@@ -158,8 +156,7 @@ def data_script(
             "choose": _can_be_chosen(column, values, rows),
             "link": list(addresses[index]) if index in addresses else None,
         })
-    table = script_json({"rows": rows, "columns": content})
-    return f"companionTable({script_json(name)}, {table});\n"
+    return script_call("companionTable", name, {"rows": rows, "columns": content})
 
 
 def script_json(value: Any) -> str:
@@ -168,6 +165,17 @@ def script_json(value: Any) -> str:
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
+
+
+def script_call(function: str, *values: Any) -> str:
+    """A script with one call, which is how data reach a page that was opened from disk."""
+    return f"{function}({', '.join(map(script_json, values))});\n"
+
+
+def version_of(script: str | bytes) -> str:
+    """What is put behind a script's address, so that a browser does not take the one it remembers
+    for a new run's."""
+    return hashlib.sha256(script.encode() if isinstance(script, str) else script).hexdigest()[:12]
 
 
 def _coded(column: Column) -> tuple[list[str], list[int]]:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.models.architectures import decoder, decoder_layers
 from scfm_circuits.models.mlp_sites import (
     Replacement,
@@ -32,11 +31,13 @@ from scfm_circuits.models.mlp_sites import (
 from scfm_circuits.transcoders.transcoder import Transcoders
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from torch import nn
     from transformers import GPTNeoXForCausalLM
 
     from scfm_circuits.cells.corpus import Corpus
+
+NAMES = {"original": "Original", "transcoder": "Transcoder", "no_mlp": "No MLP"}
+"""What the paper's tables call the configurations of the whole model."""
+
 
 class Configuration(NamedTuple):
     """A way to run the model: `name`, the replacement (None: untouched) and in which layers."""
@@ -64,15 +65,13 @@ def configurations(transcoders: Transcoders) -> list[Configuration]:
 
 @torch.no_grad()
 def compare_configurations(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: "Corpus",
-                           cells: np.ndarray, forward_cells: int) -> "pd.DataFrame":
+                           cells: np.ndarray, forward_cells: int) -> pd.DataFrame:
     """Loss and KL of every configuration on the given cells.
 
     Returns one row per configuration: configuration, layer (-1: all layers), loss, kl (nats per
     token), loss_se and kl_se (standard errors over cells), n_tokens (predictions). Cost and memory
     are those of `scores_by_cell`.
     """
-    import pandas as pd
-
     chosen = configurations(transcoders)
     per_cell, predictions = scores_by_cell(model, chosen, corpus, cells, forward_cells)
     totals = per_cell.sum(axis=2) / predictions.sum()
@@ -85,6 +84,45 @@ def compare_configurations(model: "GPTNeoXForCausalLM", transcoders: Transcoders
         "loss_se": errors[:, 0], "kl_se": errors[:, 1],
         "n_tokens": int(predictions.sum()),
     })
+
+
+def table1(scores: pd.DataFrame, paper: Mapping[str, float]) -> pd.DataFrame:
+    """Table 1: configuration, validation_loss, standard_error (over cells), paper (as printed)."""
+    return _as_printed(scores, "loss", "validation_loss", paper)
+
+
+def table2(scores: pd.DataFrame, paper: Mapping[str, float]) -> pd.DataFrame:
+    """Table 2: configuration, mean_kl, standard_error (over cells), paper (as printed)."""
+    return _as_printed(scores, "kl", "mean_kl", paper)
+
+
+def _as_printed(scores: pd.DataFrame, measure: str, name: str, paper: Mapping[str, float]
+                ) -> pd.DataFrame:
+    """The whole model's rows of `compare_configurations` beside those that the paper prints."""
+    whole = scores[scores["layer"] == -1].set_index("configuration")
+    keys = [key for key, printed in NAMES.items() if printed in paper]
+    return pd.DataFrame({
+        "configuration": [NAMES[key] for key in keys], name: whole.loc[keys, measure].to_list(),
+        "standard_error": whole.loc[keys, f"{measure}_se"].to_list(),
+        "paper": [paper[NAMES[key]] for key in keys]})
+
+
+def each_layer(scores: pd.DataFrame, fvu: np.ndarray) -> pd.DataFrame:
+    """Each layer alone: layer, fvu, and loss and KL with its MLP replaced and removed."""
+    single = scores[scores["layer"] >= 0].pivot(index="layer", columns="configuration",
+                                                values=["loss", "kl"])
+    return pd.DataFrame({"layer": single.index, "fvu": fvu, **{
+        f"{measure}_{done}": single[measure, name] for measure in ("loss", "kl")
+        for done, name in (("replaced", "transcoder"), ("removed", "no_mlp"))}})
+
+
+def recovered(loss: Mapping[str, float]) -> float:
+    """Share of the loss that removing the MLPs costs which the transcoders win back.
+
+    loss: by the names that the paper's tables use.
+    """
+    original, replaced, removed = (loss[name] for name in NAMES.values())
+    return float((removed - replaced) / (removed - original))
 
 
 @torch.no_grad()
@@ -209,14 +247,13 @@ def fraction_of_variance_unexplained(model: "GPTNeoXForCausalLM", transcoders: T
                 error[layer] += float(missed.double().square().sum())
     return error / variance.value()
 
-Load = Callable[[], Transcoders]
 
+Load = Callable[[], Transcoders]
 """Reads some dictionaries."""
 
 
-
 @torch.no_grad()
-def replacement_of(model: "nn.Module", transcoders: Transcoders) -> Replacement:
+def replacement_of(model: nn.Module, transcoders: Transcoders) -> Replacement:
     """What takes an MLP's place: an autoencoder reads the MLP's own output."""
     if transcoders.variant.site == "transcoder":
         return transcoders.replacement
@@ -225,7 +262,7 @@ def replacement_of(model: "nn.Module", transcoders: Transcoders) -> Replacement:
     return lambda layer, x: transcoders.replacement(layer, modules[layer].forward(x))
 
 
-def held_out_measures(model: "nn.Module", variants: Mapping[str, Load], corpus: Corpus,
+def held_out_measures(model: nn.Module, variants: Mapping[str, Load], corpus: "Corpus",
                       cells: np.ndarray, forward_cells: int) -> pd.DataFrame:
     """L0, FVU and loss on the cells: a row per variant and layer.
 
@@ -255,8 +292,7 @@ def held_out_measures(model: "nn.Module", variants: Mapping[str, Load], corpus: 
     return pd.DataFrame(rows, columns=["variant", "layer", "l0", "fvu", "loss"])
 
 
-
-def _sparsity_and_error(one: Transcoders, model: "nn.Module", corpus: Corpus, cells: np.ndarray,
+def _sparsity_and_error(one: Transcoders, model: nn.Module, corpus: "Corpus", cells: np.ndarray,
                         forward_cells: int) -> tuple[np.ndarray, np.ndarray]:
     """(n_layers,) active features and squared errors, summed over the cells' tokens."""
     active, error = np.zeros(one.n_layers), np.zeros(one.n_layers)
@@ -270,8 +306,7 @@ def _sparsity_and_error(one: Transcoders, model: "nn.Module", corpus: Corpus, ce
     return active, error
 
 
-
-def _losses(replacement: Replacement, model: "nn.Module", corpus: Corpus, cells: np.ndarray,
+def _losses(replacement: Replacement, model: nn.Module, corpus: "Corpus", cells: np.ndarray,
             forward_cells: int) -> np.ndarray:
     """(2 + n_layers,) losses: of the untouched model, with all MLPs replaced, with each alone."""
     chosen = [Configuration("", None, None), Configuration("", replacement, None),

@@ -12,11 +12,12 @@ from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.profile import Profile
-from scfm_circuits.enrichment.controls import layer_counts
+from scfm_circuits.enrichment.controls import layer_counts, other_dictionaries
 from scfm_circuits.enrichment.controls.layer_counts import layer_controls
 from scfm_circuits.enrichment.controls.other_dictionaries import (
     by_layer,
     cells_counted,
+    compare_dictionaries,
     feature_measures,
     summary,
 )
@@ -186,7 +187,8 @@ def test_a_layer_without_live_features_is_a_row_of_zeros(
 
 
 def test_the_table_has_every_kind(model: Any, corpus: Corpus, statistics: FeatureStatistics,
-                                  profile: Profile, library: GeneSets) -> None:
+                                  profile: Profile, library: GeneSets,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
     trained = [Trained(one, variant_profile(profile, one.changes, active_features=7),
                        Control(one.name, {}), [], 0.5, 1 + seed)
                for seed, one in enumerate(settings(profile))]
@@ -214,3 +216,19 @@ def test_the_table_has_every_kind(model: Any, corpus: Corpus, statistics: Featur
     figure = picture(table, layers, rule)
     assert len(figure.axes) == 4
     assert [text.get_text() for text in figure.axes[1].get_yticklabels()] == table["label"].tolist()
+    # All of it in one call, as the chapter has it.
+    kinds = [one.setting.name for one in trained]
+    monkeypatch.setattr(Trained, "load", lambda self, device: tiny_transcoders(
+        model, seed=kinds.index(self.setting.name)))
+    monkeypatch.setattr(other_dictionaries, "get_statistics", lambda *given: statistics)
+    monkeypatch.setattr(other_dictionaries, "HELD_OUT", 2)
+    found = compare_dictionaries(trained, model, corpus, [library], profile)
+    assert found.cells == 2 and found.rules == tuple(tester.rule for tester in ready)
+    cells = np.flatnonzero(corpus.held_out)[:2]
+    again = held_out_measures(
+        model, {"topk": lambda: tiny_transcoders(model, seed=kinds.index("topk"))}, corpus, cells,
+        profile.forward_cells)
+    own = found.scores[found.scores["variant"] == "topk"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(own, again[again["variant"] == "topk"].reset_index(drop=True))
+    assert found.table["live"].tolist() == table["live"].tolist()
+    assert found.layers["variant"].tolist() == layers["variant"].tolist()

@@ -9,8 +9,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scfm_circuits.common.files import time_in_words
 from scfm_circuits.models.mlp_sites import mlp_sites
-from scfm_circuits.report.benchmarks import benchmark_table
-from scfm_circuits.transcoders.training.cost import layer_weights, training_operations
+from scfm_circuits.report.benchmarks import benchmark_table, cost_table
+from scfm_circuits.transcoders.training.cost import (
+    Cost,
+    layer_weights,
+    paper_cost,
+    run_cost,
+    training_operations,
+)
 from scfm_circuits.transcoders.training.optimizer import Stepper
 from tests.helpers import tiny_model, tiny_transcoders
 
@@ -43,6 +49,25 @@ def test_a_buffer_that_keeps_all_runs_the_model_once() -> None:
 def test_weights_of_a_layer() -> None:
     model = tiny_model(layers=2, width=16)  # its MLP is 2 times as wide as the model
     assert layer_weights(model) == (4 + 2 * 2) * 16**2
+
+
+def test_a_run_and_the_papers_size_at_its_rate(model, corpus, profile) -> None:
+    (profile.results / "transcoders").mkdir(parents=True)
+    (profile.results / "transcoders" / "training.json").write_text('{"seconds": 4.0}')
+    passing = int(corpus.lengths[~corpus.held_out].sum())
+    assert passing > profile.buffer_tokens
+    run = run_cost(model, corpus, profile)
+    assert run == Cost(448, training_operations(2, 16, 32, 448, layer_weights(model)), 4.0)
+    kept = run_cost(model, corpus, profile.model_copy(update={"buffer_tokens": passing}))
+    assert kept.operations - run.operations == 2 * 2 * (passing - 448) * layer_weights(model)
+    settings = {"n_layers": 24.0, "width": 8192.0, "expansion": 8.0, "training_tokens": 6e7}
+    paper = paper_cost(settings, run)
+    assert paper.operations == training_operations(24, 1024, 8192, 60_000_000)
+    assert paper.operations / paper.seconds == pytest.approx(run.operations / run.seconds)
+    shown = cost_table(run, paper).set_index("measure")
+    assert shown.loc["tokens"].tolist() == ["448", "60,000,000"]
+    assert shown.loc["tokens per second", "this run"] == "112"
+    assert shown.loc["time", "the paper's size"].endswith(", projected")
 
 
 @pytest.mark.parametrize(("seconds", "words"), [

@@ -5,24 +5,65 @@ All are measured on the same held-out cells, by the dictionaries as they are sto
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from scfm_circuits.cells.corpus import Corpus, of_cells
 from scfm_circuits.common.randomness import generator
-from scfm_circuits.enrichment.controls.layer_counts import Tester, null_source
+from scfm_circuits.enrichment.controls.layer_counts import Tester, null_source, testers
+from scfm_circuits.enrichment.gene_sets import GeneSets
 from scfm_circuits.enrichment.null_lists import ragged
 from scfm_circuits.features.gene_lists import gene_list_ids
-from scfm_circuits.features.statistics import FeatureStatistics
+from scfm_circuits.features.statistics import FeatureStatistics, get_statistics
+from scfm_circuits.transcoders.validation import held_out_measures
 from scfm_circuits.transcoders.variants import Trained
 
 if TYPE_CHECKING:
+    from transformers import GPTNeoXForCausalLM
+
     from scfm_circuits.common.profile import Profile
 
 NULL = "token-preserving"
 """The null lists: random tokens of the kinds, and as many, as the feature fires on."""
+HELD_OUT = 32
+"""Held-out cells on which losses and fits are measured."""
+
+
+class Comparison(NamedTuple):
+    """Kinds of dictionary side by side: `summary`, `by_layer`, and `held_out_measures` by row."""
+
+    table: pd.DataFrame
+    layers: pd.DataFrame
+    scores: pd.DataFrame
+    rules: tuple[str, ...]
+    """Names of the enrichment rules that called features."""
+    cells: int
+    """Held-out cells measured on."""
+    counted: int
+    """Cells in which features are counted."""
+
+
+def compare_dictionaries(trained: Sequence[Trained], model: "GPTNeoXForCausalLM", corpus: Corpus,
+                         libraries: Sequence[GeneSets], profile: "Profile") -> Comparison:
+    """Measure all kinds on the same held-out cells, and test their features with all rules.
+
+    trained: from `get_variants`, the reference first. One dictionary is in memory at a time.
+    """
+    held_out = np.flatnonzero(corpus.held_out)[:HELD_OUT]
+    counted = cells_counted(corpus, profile)
+    ready = testers(libraries, counted, profile)
+    scores = held_out_measures(model, {one.setting.name: partial(one.load, model.device)
+                                       for one in trained}, corpus, held_out,
+                               profile.forward_cells)
+    features = {one.setting.name: feature_measures(
+        get_statistics(model, one.load(model.device), counted, one.profile, one.control), counted,
+        profile, ready) for one in trained}
+    layers = by_layer(trained, scores, features)
+    return Comparison(summary(trained, layers, scores), layers, scores,
+                      tuple(one.rule for one in ready), len(held_out), len(counted))
 
 
 def cells_counted(corpus: Corpus, profile: "Profile") -> Corpus:

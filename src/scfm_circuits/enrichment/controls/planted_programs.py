@@ -45,6 +45,31 @@ class ProgramMatches(NamedTuple):
     lists: pd.DataFrame
     """One row per kind of lists: share matching a program, programs matched."""
 
+    def words(self) -> dict[str, str]:
+        """What a page says of them.
+
+        live, matching, ahead, beyond: features, and those that match a program, that are ahead of
+        every control at the same level, and beyond all after correction. own_programs: programs of
+        one cell type with a match. others: the same of lists that no feature made. recall,
+        precision: of the median best feature of such a program; control_recall: of the best list of
+        the control that does best.
+        """
+        lists = self.lists.set_index("lists")
+        features, others = lists.loc[FEATURES], lists.drop(index=FEATURES)
+        own = self.programs[self.programs["kind"] == "own"]
+        ahead = int(self.programs["ahead_of_controls"].sum()) / len(self.features)
+        recalls = own[[f"{column_name(str(name))}_recall" for name in others.index]]
+        return {
+            "live": f"{len(self.features):,}", "matching": f"{features['percentage']:.1f} %",
+            "ahead": f"{100 * ahead:.1f} %",
+            "beyond": f"{int(self.features['beyond_all_controls'].sum()):,}",
+            "own_programs": f"{features['own_programs']:.0f}",
+            "others": "; ".join(f"{name} {row['percentage']:.1f} % and {row['own_programs']:.1f}"
+                                for name, row in others.iterrows()),
+            "recall": percent(own["best_recall"].fillna(0).median()),
+            "precision": percent(own["best_precision"].median()),
+            "control_recall": percent(recalls.median().max())}
+
 
 def program_matches(statistics: FeatureStatistics, baselines: Mapping[str, FeatureStatistics],
                     corpus: Corpus, profile: Profile, plan: Plan, draws: int = 20
@@ -168,44 +193,3 @@ def _list_table(tables: Mapping[str, pd.DataFrame], plan: Plan, draws: int) -> p
                      planted))
     return pd.DataFrame(rows, columns=["lists", "tested", "matched", "percentage", "programs",
                                        "own_programs"])
-
-
-def feature_figures(matches: ProgramMatches) -> dict[str, float]:
-    """What `program_matches` says, for a page.
-
-    Keys: features, matched (percent), ahead (percent, of every control, one by one), beyond
-    (number, after correction), own_programs (matched by a feature), best_recall, best_precision
-    (medians over the programs of one type of the best feature's list), best_recall_control (of the
-    control that does best).
-    """
-    lists = matches.lists.set_index("lists")
-    matched, own_programs = map(float, lists.loc[FEATURES, ["percentage", "own_programs"]])
-    own = matches.programs[matches.programs["kind"] == "own"]
-    recalls = own[[f"{column_name(str(name))}_recall" for name in lists.index.drop(FEATURES)]]
-    n = len(matches.features)
-    return {
-        "features": n, "matched": matched,
-        "ahead": 100 * int(matches.programs["ahead_of_controls"].sum()) / n,
-        "beyond": int(matches.features["beyond_all_controls"].sum()),
-        "own_programs": own_programs,
-        "best_recall": float(own["best_recall"].fillna(0).median()),
-        "best_precision": float(own["best_precision"].median()),
-        "best_recall_control": float(recalls.median().max())}
-
-
-def features_in_prose(matches: ProgramMatches, types: int) -> str:
-    """What `program_matches` says, for a page. types: how many cell types there are."""
-    said = feature_figures(matches)
-    others = "; ".join(f"{row.lists} {row.percentage:.1f} % and {row.own_programs:.1f}"
-                       for row in matches.lists.itertuples() if row.lists != FEATURES)
-    return (
-        f"Of {said['features']:,} live features {said['matched']:.1f} % "
-        f"match a program. {said['ahead']:.1f} % match one and are ahead of every control at the "
-        f"same level, one by one; after correction over all features {said['beyond']:,} are. Of "
-        f"the {types} programs that are planted for one cell type "
-        f"{said['own_programs']:.0f} have a feature that matches. For lists that no "
-        "trained feature made, the share that matches and the number of these programs matched "
-        f"are: {others}. The best feature of such a program lists a median of "
-        f"{percent(said['best_recall'])} of its genes (with "
-        f"{percent(said['best_precision'])} of the list in the program), the best list of "
-        f"the control that does best {percent(said['best_recall_control'])}.")

@@ -6,7 +6,6 @@ rows of the searchable table, `panels_*.js` what opens behind a row. Texts come 
 sets, labels): the scripts are ASCII JSON, and the page sets them as text.
 """
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from scfm_circuits import InputError
 from scfm_circuits.common.files import atomic_folder, write_atomic
-from scfm_circuits.report.tables import plain, script_json
+from scfm_circuits.report.tables import plain, script_call, script_json, version_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +57,7 @@ def write_pages(folder: Path, columns: Sequence[IndexColumn], index: "pd.DataFra
         if sum(rows for _, rows in manifest["panels"]) != len(index):
             raise InputError("The index and the panels of the features differ in number.")
         write_atomic(temporary / "manifest.js",
-                     f'companionFeatures("manifest", 0, {script_json(manifest)});\n')
+                     script_call("companionFeatures", "manifest", 0, manifest))
     return manifest
 
 
@@ -72,9 +71,7 @@ def _write_parts(folder: Path, kind: str, rows: Iterable[Any], most: int) -> lis
         body = f'companionFeatures("{kind}", {len(parts)}, [{",".join(waiting)}]);\n'
         name = f"{kind}_{len(parts):03}.js"
         write_atomic(folder / name, body)
-        # The version makes a browser load a new run's file instead of the one it remembers.
-        version = hashlib.sha256(body.encode()).hexdigest()[:12]
-        parts.append([f"{name}?v={version}", len(waiting)])
+        parts.append([f"{name}?v={version_of(body)}", len(waiting)])
         waiting.clear()
 
     for row in rows:
@@ -94,10 +91,10 @@ def index_box(folder: Path) -> str:
     manifest = folder / "manifest.js"
     if not manifest.is_file():
         return "This run has no feature pages."
-    version = hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]
+    version = version_of(manifest.read_bytes())
     return (f'<div id="feature-index" class="features mathjax_ignore" '
             f'data-source="downloads/{FOLDER}/" data-version="{version}"><p>The index needs '
-            "scripts; the same features are in <a href=\"downloads/tables/features.csv\">"
+            'scripts; the same features are in <a href="downloads/tables/features.csv">'
             "features.csv</a>.</p></div>")
 
 

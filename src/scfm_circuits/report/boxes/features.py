@@ -39,7 +39,7 @@ class RunTables(NamedTuple):
     """What chapters 05 to 08 left, empty where a run has none.
 
     features: one row per live feature (`features.csv`). terms: `feature_terms.csv`. scores:
-    `scores.csv`. circuits: for each (layer, feature) pairs of page and text.
+    `feature_scores.csv`. circuits: for each (layer, feature) pairs of page and text.
     """
 
     features: pd.DataFrame

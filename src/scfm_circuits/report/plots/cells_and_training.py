@@ -28,14 +28,12 @@ def cells_per_type(labels: np.ndarray, held_out: np.ndarray) -> Figure:
     return figure
 
 
-
 def training_curve(step: Sequence[int], loss: Sequence[float]) -> Figure:
     """Loss of the small language model against its steps."""
     figure, (axis,) = panels(1, width=6)
     axis.plot(step, loss, color=BLUE, linewidth=1)
     axis.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
     return figure
-
 
 
 def transcoder_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
@@ -60,23 +58,23 @@ def transcoder_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def loss_comparison(table: pd.DataFrame) -> Figure:
+    """Validation loss of the three configurations, ours and the paper's, side by side.
 
-def loss_comparison(scores: pd.DataFrame, paper: Mapping[str, float]) -> Figure:
-    """Validation loss of the three configurations, ours and the paper's, side by side."""
-    names = {"original": "original", "transcoder": "transcoders", "no_mlp": "no MLP"}
-    whole = scores[scores["layer"] == -1].set_index("configuration")
+    table: from `validation.table1`.
+    """
     figure, axes = panels(2, width=4.2)
-    ours = whole["loss"].loc[list(names)].astype(float).tolist()
-    errors = whole["loss_se"].loc[list(names)].astype(float).tolist()
+    ours, errors, paper = (table[name].astype(float).tolist()
+                           for name in ("validation_loss", "standard_error", "paper"))
     for axis, values, title, error in ((axes[0], ours, "this run", errors),
-                                       (axes[1], [paper[key] for key in names], "the paper", None)):
-        bars = axis.bar(list(names.values()), values, yerr=error, color=[BLUE, GREEN, ORANGE])
+                                       (axes[1], paper, "the paper", None)):
+        bars = axis.bar(["original", "transcoders", "no MLP"], values, yerr=error,
+                        color=[BLUE, GREEN, ORANGE])
         axis.bar_label(bars, fmt="%.2f", padding=3)
         axis.set(title=title, ylim=(0, max(values) * 1.15))
         axis.grid(axis="x", visible=False)
     axes[0].set_ylabel("validation loss (nats per token)")
     return figure
-
 
 
 def layer_alone(scores: pd.DataFrame, fvu: np.ndarray) -> Figure:

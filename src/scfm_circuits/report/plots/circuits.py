@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from scfm_circuits.common.randomness import generator
@@ -24,9 +23,6 @@ from scfm_circuits.report.plots.style import (
 
 if TYPE_CHECKING:
     from scfm_circuits.circuits.circuit import Circuit, Node
-
-sns.set_theme(context="notebook", style="whitegrid", palette="colorblind",
-              rc={"figure.dpi": 100, "axes.titlesize": "medium", "axes.titleweight": "bold"})
 
 
 def contribution_kinds(shares: Mapping[str, float]) -> Figure:

@@ -26,7 +26,6 @@ _CONTROL_COLOURS = {"uniform": GREY, "frequency-matched": GREEN, "token-preservi
                     "untrained encoder": PURPLE, "re-initialised model": BROWN}
 
 
-
 def share_with_controls(frame: pd.DataFrame, paper: np.ndarray | None = None) -> Figure:
     """Share called interpretable per layer, features beside their controls, one panel a rule.
 
@@ -65,7 +64,6 @@ def share_with_controls(frame: pd.DataFrame, paper: np.ndarray | None = None) ->
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
-
 
 
 def beyond_controls(layers: Sequence[int], called: Mapping[str, Sequence[float]]) -> Figure:

@@ -65,7 +65,6 @@ def prediction_by_kind(features: pd.DataFrame, decoys: pd.DataFrame) -> Figure:
     return figure
 
 
-
 def l0_per_layer(mean: np.ndarray, quantiles: np.ndarray) -> Figure:
     """Figure 2: mean active features per token, with the 10 and 90 % quantiles over tokens."""
     figure, (axis,) = panels(1, width=6.5)
@@ -77,7 +76,6 @@ def l0_per_layer(mean: np.ndarray, quantiles: np.ndarray) -> Figure:
              xticks=ticks(len(mean)))
     axis.legend()
     return figure
-
 
 
 def frequency_distribution(log10_frequency: np.ndarray, cut: float, layer: int) -> Figure:

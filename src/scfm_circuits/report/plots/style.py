@@ -1,4 +1,4 @@
-"""Colours and panels that all figures share."""
+"""The theme, colours and panels that all figures share: every file of figures imports it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +9,9 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+sns.set_theme(context="notebook", style="whitegrid", palette="colorblind",
+              rc={"figure.dpi": 100, "axes.titlesize": "medium", "axes.titleweight": "bold"})
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, _, _ = sns.color_palette("colorblind")
-
 
 
 def panels(n: int, *, width: float = 4.4, height: float = 3.4) -> tuple[Figure, Sequence[Axes]]:
@@ -18,10 +19,8 @@ def panels(n: int, *, width: float = 4.4, height: float = 3.4) -> tuple[Figure, 
     return figure, np.atleast_1d(axes).tolist()
 
 
-
 def layer_colours(n: int) -> list[Any]:
     return sns.color_palette("viridis", n)
-
 
 
 def ticks(n: int) -> list[int]:

@@ -1,9 +1,49 @@
-"""What training costs in floating-point operations, and what a benchmark measured of it."""
+"""What training costs in floating-point operations, and in time at the rate of a run."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from scfm_circuits.common.files import read_json
+from scfm_circuits.transcoders.training.settings import training_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from scfm_circuits.cells.corpus import Corpus
+    from scfm_circuits.common.profile import Profile
+
+
+class Cost(NamedTuple):
+    """A training's tokens, floating-point operations and seconds."""
+
+    tokens: int
+    operations: float
+    seconds: float
+
+
+def run_cost(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile") -> Cost:
+    """What the profile's transcoders cost, once they are trained."""
+    tokens = training_steps(profile) * profile.batch_tokens
+    in_training = int(corpus.lengths[~corpus.held_out].sum())
+    width = model.config.hidden_size
+    operations = training_operations(
+        model.config.num_hidden_layers, width, profile.expansion * width, tokens,
+        layer_weights(model),
+        in_training if in_training <= profile.buffer_tokens else tokens)  # kept: it runs once
+    record = read_json(profile.results / "transcoders" / "training.json")
+    return Cost(tokens, operations, max(float(record["seconds"]), 1e-9))
+
+
+def paper_cost(settings: Mapping[str, float], run: Cost) -> Cost:
+    """What the paper's training would cost at a run's operations per second.
+
+    settings: as printed, by name (`PaperTables.settings`).
+    """
+    width, tokens = int(settings["width"]), int(settings["training_tokens"])
+    operations = training_operations(int(settings["n_layers"]), width // int(settings["expansion"]),
+                                     width, tokens)
+    return Cost(tokens, operations, operations / run.operations * run.seconds)
+
 
 def training_operations(n_layers: int, d_model: int, n_features: int, tokens: int,
                         layer_weights: int | None = None, forward_tokens: int | None = None

@@ -47,7 +47,7 @@ class Stepper:
     precision: type of the products (the weights and Adam stay as they are). layers_at_once: layers
     that share each product; None: one on a CPU, all on a GPU. fused: whether the kernels of
     `gpu_gradients` are used, where the variant and the weights' type allow it; None: on a GPU.
-    beside: programs of its Adam that run beside the next layers' products. compiled: whether the two
+    beside: programs of its Adam that run beside the next products. compiled: whether the two
     functions are compiled; None: on a GPU. A compiler that cannot is said once, and done without.
     sparse: whether a CPU may go over active entries only, where these are few (`sparse_gradients`).
     """

@@ -1,0 +1,124 @@
+"""What a chapter opens: each part made once, when first asked for, and numbers as they read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
+
+from scfm_circuits import InputError
+from scfm_circuits.cells import corpus as corpora
+from scfm_circuits.common.profile import BUNDLED_CELLS, PLANTED_CELLS
+from scfm_circuits.features import baselines
+from scfm_circuits.features import statistics as counts
+from scfm_circuits.models import loading
+from scfm_circuits.models.small_models import TrainingCurve
+from scfm_circuits.report import report as reports
+from scfm_circuits.report.chapter import Chapter, open_chapter
+from scfm_circuits.transcoders.training import run as training
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The parts that are made, in order, in place of those that take long."""
+    corpus = tiny_corpus(14)
+    model = model_for(corpus)
+    parts: dict[Any, tuple[str, Any]] = {
+        corpora: ("load_corpus", corpus),
+        loading: ("get_model", (model, TrainingCurve([1], [2.0]))),
+        training: ("get_transcoders", (tiny_transcoders(model), [{"step": 1}])),
+        counts: ("get_statistics", "counted"),
+        baselines: ("untrained_statistics", "untrained")}
+    calls: list[str] = []
+
+    def instead(name: str, result: Any) -> Any:
+        return lambda *given, **options: calls.append(name) or result
+
+    for module, (name, result) in parts.items():
+        monkeypatch.setattr(module, name, instead(name, result))
+    monkeypatch.setattr(baselines, "reinitialised_statistics",
+                        instead("reinitialised_statistics", "re-initialised"))
+    return calls
+
+
+def chapter(monkeypatch: pytest.MonkeyPatch, folder: Path, **overrides: Any) -> Chapter:
+    return Chapter(tiny_profile(monkeypatch, folder, **overrides), "04_sparsity")
+
+
+def test_parts_are_made_once_and_in_order_when_first_asked_for(
+    made: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opened = chapter(monkeypatch, tmp_path)
+    assert opened.not_comparable() is not None and made == []
+    assert opened.statistics is opened.statistics is not None
+    assert sorted(made) == sorted({"load_corpus", "get_model", "get_transcoders",
+                                   "get_statistics"}) and made[-1] == "get_statistics"
+    assert opened.history == [{"step": 1}] and opened.model_curve.loss == [2.0]
+    assert opened.held_out.tolist() == np.flatnonzero(opened.corpus.held_out).tolist()
+    assert len(made) == 4
+
+
+@pytest.mark.parametrize("also", [False, True])
+def test_the_second_baseline_is_the_profiles_choice(
+    made: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, also: bool
+) -> None:
+    opened = chapter(monkeypatch, tmp_path, reinitialised_control=also)
+    assert opened.untrained == "untrained" and "reinitialised_statistics" not in made
+    assert opened.baselines == {"untrained encoder": "untrained", **(
+        {"re-initialised model": "re-initialised"} if also else {})}
+    assert made.count("untrained_statistics") == 1
+
+
+def test_a_library_that_stands_in_for_two_counts_once_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SCFM_GENE_SETS", str(tmp_path))
+    for name in ("One_2020", "Two_2020"):
+        (tmp_path / f"{name}.gmt").write_text("T cells\t\tCD3D\tCD8A\n")
+    (tmp_path / "Three_2020.gmt").write_text("B cells\t\tMS4A1\tCD8A\n")
+    opened = chapter(monkeypatch, tmp_path, libraries=["One_2020", "Three_2020", "Two_2020"])
+    assert len(opened.libraries_asked_for) == 3 and len(opened.libraries) == 2
+    assert [one.content_sha256 for one in opened.libraries] == [
+        opened.libraries_asked_for[i].content_sha256 for i in (2, 1)]
+    assert opened.library_warnings() is None
+
+
+def test_programs_are_known_of_simulated_cells_alone(monkeypatch: pytest.MonkeyPatch,
+                                                     tmp_path: Path) -> None:
+    assert chapter(monkeypatch, tmp_path, cells=BUNDLED_CELLS).plan is None
+    planted = open_chapter("05_human_evaluation", "planted").plan
+    assert planted is not None and len(planted.programs) > 3
+    assert open_chapter("05_human_evaluation", "planted").profile.cells == PLANTED_CELLS
+
+
+def test_an_unknown_override_is_refused_in_one_sentence() -> None:
+    assert open_chapter("04_sparsity", "demo", {"seed": 5}).profile.seed == 5
+    with pytest.raises(InputError, match="Unknown profile field `sed` in an override"):
+        open_chapter("04_sparsity", "demo", {"sed": 1})
+
+
+def test_numbers_read_as_asked_and_are_kept_in_full(monkeypatch: pytest.MonkeyPatch,
+                                                    tmp_path: Path) -> None:
+    said: dict[str, str] = {}
+    monkeypatch.setattr(reports, "_glue", said.__setitem__)
+    opened = chapter(monkeypatch, tmp_path)
+    opened.percent("share", 1 / 3)
+    opened.percent("share.fine", 1 / 3, 1)
+    opened.percent("share.none", None, missing="nobody")
+    opened.percent("share.nan", np.float64("nan"))
+    opened.rounded("many", 12345.678)
+    opened.rounded("few", np.float64(0.256), 2)
+    opened.rounded("unknown", float("nan"), 1)
+    opened.p_value("p", 0.012345)
+    opened.p_value("p.none", None)
+    opened.values({"a": np.int64(4646), "b": True}, prefix="of.")
+    assert said == {
+        "share": "33 %", "share.fine": "33.3 %", "share.none": "nobody", "share.nan": "n/a",
+        "many": "12,346", "few": "0.26", "unknown": "n/a", "p": "0.012", "p.none": "n/a",
+        "of.a": "4,646", "of.b": "yes"}
+    kept = json.loads((opened.profile.results / "values" / "04_sparsity.json").read_text())
+    assert kept == {"share": 1 / 3, "share.fine": 1 / 3, "share.none": None, "share.nan": None,
+                    "many": 12345.678, "few": 0.256, "unknown": None, "p": 0.012345,
+                    "p.none": None, "of.a": 4646, "of.b": True}

@@ -23,7 +23,8 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4000000000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: book notebooks plan data check profile test lint types unit smoke bench lab clean help
+.PHONY: book notebooks plan data check profile test lint types unit smoke bench gpu-check lab clean \
+  help
 
 book: $(READY) ## Execute what is stale, check it, build the pages [PROFILE=demo PARAMS="seed=1"]
 	@$(RUN) book $(OPTIONS)
@@ -59,9 +60,10 @@ types: $(READY_DEV) ## mypy over the package
 	@echo "Types"
 	@$(PY) -m mypy src
 
-unit: $(READY_DEV) ## Unit tests
+unit: $(READY_DEV) ## Unit tests; they run on the processor, and those of a GPU where there is one
 	@echo "Unit tests"
 	@$(PY) -m pytest -n 2 tests
+	@if nvidia-smi -L >/dev/null 2>&1; then $(PY) -m pytest -m gpu tests; fi
 
 smoke: $(READY) ## The whole book on PROFILE=smoke, into book/_build/smoke
 	@echo "The book on PROFILE=smoke"
@@ -72,6 +74,9 @@ bench: $(READY_DEV) ## Benchmarks; figures go to results/bench/*.json [BENCH=enr
 	  { echo "There is no benchmark tests/benchmarks/bench_$(or $(BENCH),*).py." >&2; exit 1; }
 	@for script in tests/benchmarks/bench_$(or $(BENCH),*).py; do \
 	  echo "$$script"; $(PY) "$$script" || exit 1; done
+
+gpu-check: $(READY_DEV) ## All that a GPU is to show, in minutes, into results/bench/gpu_check.json
+	@$(PY) tests/benchmarks/gpu_check.py
 
 lab: $(READY_LAB) ## JupyterLab, in which the .py notebooks open as notebooks
 	@$(PY) -m jupyterlab --ServerApp.root_dir=.

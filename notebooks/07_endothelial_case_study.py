@@ -46,7 +46,7 @@ from scfm_circuits.circuits.exports import neuronpedia_graph, save_graph, save_g
 from scfm_circuits.circuits.graph import attribution_graph, feature_target, memory_needed
 from scfm_circuits.circuits.graph_scores import (
     completeness_score,
-    endings,
+    effect_ends,
     prune,
     replacement_score,
 )
@@ -65,12 +65,12 @@ from scfm_circuits.features.statistics import get_statistics
 from scfm_circuits.models.loading import get_model
 from scfm_circuits.paper.case import (
     case_nulls,
-    case_settings,
+    case_rules,
     in_prose,
     named_term,
-    rate,
+    null_row,
+    rates_by_rule,
     server_case,
-    wide,
 )
 from scfm_circuits.report.plots import circuits as plots
 from scfm_circuits.report.report import Report
@@ -275,7 +275,7 @@ start = [feature_target(frozen, last, target, position)]
 needed = memory_needed(frozen, start, max_features=run.graph_features)
 whole = attribution_graph(frozen, start, max_features=run.graph_features)
 pruned = prune(whole)
-ends = endings(whole)
+ends = effect_ends(whole)
 
 # %% tags=["hide-input"]
 report.table("circuit_graph", pd.DataFrame({
@@ -285,7 +285,7 @@ report.table("circuit_graph", pd.DataFrame({
     "edges": [one.n_edges for one in (whole, pruned)],
     "replacement_score": [replacement_score(one) for one in (whole, pruned)],
     "completeness_score": [completeness_score(one) for one in (whole, pruned)],
-    **{f"ends_in_{end}": [endings(one)[end] for one in (whole, pruned)] for end in ends},
+    **{f"ends_in_{end}": [effect_ends(one)[end] for one in (whole, pruned)] for end in ends},
 }), caption="The graph, before and after pruning to the nodes that hold 80 % of all influence and "
             "the edges that hold 98 % of it")
 
@@ -394,7 +394,7 @@ def case_row(setting, table):
 
 names = {"Term": "term", "n_overlap": "overlap", "P-value": "p", "Adjusted P-value": "FDR",
          "Combined Score": "score"}
-settings = [] if heart.source == "bundled" else case_settings(heart, nine, symbols)
+settings = [] if heart.source == "bundled" else case_rules(heart, nine, symbols)
 rows = [case_row("nine genes, enrichr: 20,000 genes, BH over the terms hit", server)]
 # The first setting is the server's, which overlap counts alone have given.
 rows += [case_row(f"nine genes, {setting.label}", term_table(
@@ -472,7 +472,7 @@ nulls_file = report.table("paper_case_nulls", nulls, rows=0, caption="The same r
 report.value("paper_case.draws", draws)
 for kind in ("anchor_random", "anchor_prompt", "prompt", "random"):
     for family in ("hit", "all"):
-        share = rate(nulls, kind, family=family)["percent"] if len(nulls) else None
+        share = null_row(nulls, kind, family=family)["percent"] if len(nulls) else None
         report.value(f"paper_case.null.{kind}.{family}", share)
 missing = ("These rates need the library CellMarker_Augmented_2021, in the version that holds the "
            "paper's term; it is not at hand, so they are not computed here.")
@@ -480,7 +480,7 @@ report.value("paper_case.nulls_said", len(nulls) > 0,
              in_prose(nulls, level) if len(nulls) else missing)
 
 # %% tags=["hide-input"]
-report.show(wide(nulls, settings), caption="How often the term named is below FDR 0.05, with a 95 % "
+report.show(rates_by_rule(nulls, settings), caption="How often the term named is below FDR 0.05, with a 95 % "
             "interval") if len(nulls) else None
 
 # %% tags=["remove-input"]

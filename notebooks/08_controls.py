@@ -36,7 +36,7 @@ from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.cells.simulated import plan_of
 from scfm_circuits.cells.tokens import token_texts
 from scfm_circuits.circuits.attribution import contributions, feature_direction, freeze
-from scfm_circuits.circuits.interventions import FeatureAt, compare
+from scfm_circuits.circuits.interventions import FeatureAt, compare_interventions
 from scfm_circuits.circuits.planted_genes import (
     circuit_gene_table,
     circuits_in_prose,
@@ -129,7 +129,7 @@ for cell in cells:
     of_cell = {"cell": str(corpus.cell_ids[cell]), "cell_type": str(corpus.labels[cell]),
                "target": target.feature}
     rows += [{**of_cell, "pre_activation": float(reading.value), **one._asdict()} for one in
-             compare(model, frozen, chosen, target, reading, means, kinds, rng, draws=draws)]
+             compare_interventions(model, frozen, chosen, target, reading, means, kinds, rng, draws=draws)]
     parts = contributions(frozen, reading)
     circuits.append((of_cell, circuit))
     flows.append(flow_table(circuit, parts).assign(**of_cell))

@@ -63,7 +63,7 @@ chapter.not_comparable()
 #
 # All of these are trained for {glue:text}`variants.steps` steps of {glue:text}`variants.batch` tokens,
 # fewer than the transcoders of the other chapters, so the numbers here compare with each other and not
-# with those.
+# with those. Their features are counted in {glue:text}`variants.counted` cells.
 
 # %%
 trained = get_variants(model, corpus, chapter.profile)
@@ -101,8 +101,8 @@ chapter.table("variants_by_layer", layers, rows=len(layers) // len(table), capti
 
 # %% tags=["remove-input"]
 chapter.values({"steps": trained[0].history[-1]["step"], "batch": trained[0].profile.batch_tokens,
-                "k": table["k"].dropna().astype(int).iloc[0], "cells": compared.cells},
-               prefix="variants.")
+                "k": table["k"].dropna().astype(int).iloc[0], "cells": compared.cells,
+                "counted": compared.counted}, prefix="variants.")
 chapter.rounded("variants.l0_ratio_min", table["l0_ratio"][1:].min(), 2)
 chapter.rounded("variants.l0_ratio_max", table["l0_ratio"][1:].max(), 2)
 losses = compared.scores.set_index(["variant", "layer"])["loss"]

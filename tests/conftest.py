@@ -1,5 +1,10 @@
-"""Settings of all tests, and what those of training share unless they have their own."""
+"""Settings of all tests, and what those of training share unless they have their own.
 
+The tests hold identities in float64 and byte for byte, and several start processes; they run on the
+processor wherever they run. Those that need a GPU are marked `gpu` and run by `pytest -m gpu`.
+"""
+
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +18,12 @@ if TYPE_CHECKING:
 # A first call imports libraries, and the machine may be busy: time says nothing about an example.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from the tests and the processes that they start, unless they are wanted."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="module")

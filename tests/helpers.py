@@ -1,6 +1,7 @@
 """Tiny random models, cells and corpora for identities."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scfm_circuits.cells.corpus import Corpus, build_corpus
 from scfm_circuits.cells.ranking import top_genes
-from scfm_circuits.cells.reading import Cells, RankedCells
+from scfm_circuits.cells.reading import About, RankedCells, read_chunks
+from scfm_circuits.circuits.attribution import Frozen, logit_direction
+from scfm_circuits.circuits.circuit import Node
+from scfm_circuits.circuits.graph import Target
 from scfm_circuits.common.profile import Profile, load_profile
 from scfm_circuits.transcoders.training.run import TrainingRun
 from scfm_circuits.transcoders.transcoder import Transcoders, Variant
@@ -59,6 +63,22 @@ def tiny_transcoders(model: GPTNeoXForCausalLM, features: int = 24, seed: int = 
     return transcoders
 
 
+def logit_targets(frozen: Frozen, position: int, *, share: float = 0.95, most: int = 10
+                  ) -> list[Target]:
+    """The likeliest next tokens, weighted by probability: those that reach `share`, at most `most`
+    (circuit-tracer's `desired_logit_prob` and `max_n_logits`). Each is read less the mean logit."""
+    probability = frozen.logits[position].double().softmax(-1)
+    top = torch.topk(probability, min(most, len(probability)))
+    enough = int((top.values.cumsum(0) < share).sum()) + 1
+    targets = []
+    for weight, token in zip(top.values[:enough].tolist(), top.indices[:enough].tolist(),
+                             strict=True):
+        reading = logit_direction(frozen, token, position)
+        node = Node.of_logit(token, position, len(frozen.weights), reading.value)
+        targets.append(Target(node, reading, weight))
+    return targets
+
+
 def tokens(n: int, vocabulary: int = 40, seed: int = 2) -> np.ndarray:
     """n random token ids."""
     return np.random.default_rng(seed).integers(0, vocabulary, n)
@@ -70,6 +90,20 @@ def tiny_profile(monkeypatch: pytest.MonkeyPatch, results: Path, **overrides: An
     return load_profile("smoke", {"genes_per_cell": 6, "max_cells": None, **overrides})
 
 
+@dataclass(frozen=True)
+class Cells(About):
+    """Expression of checked cells, (n_cells, n_genes) sparse rows."""
+
+    expression: sp.csr_matrix
+
+
+def read_cells(profile: Profile) -> Cells:
+    """The profile's cells with all of their expression."""
+    parts: list[sp.csr_matrix] = []
+    about = read_chunks(profile, lambda _, part: parts.append(part))
+    return Cells(**vars(about), expression=sp.csr_matrix(sp.vstack(parts, format="csr")))
+
+
 def tiny_cells(n: int = 12, genes: Sequence[str] = GENES, labels: Sequence[str] = LABELS,
                seed: int = 3) -> Cells:
     """n random cells of small counts with many ties; a cell expresses 2 to all genes."""
@@ -78,8 +112,8 @@ def tiny_cells(n: int = 12, genes: Sequence[str] = GENES, labels: Sequence[str] 
     for row in values:
         chosen = rng.permutation(len(genes))[: rng.integers(2, len(genes) + 1)]
         row[chosen] = rng.integers(1, 4, len(chosen))
-    return Cells(sp.csr_matrix(values), tuple(genes), np.array([labels[i % len(labels)] for i in
-                 range(n)]), np.array([f"cell{i}" for i in range(n)]), ("simulated",))
+    return Cells(tuple(genes), np.array([labels[i % len(labels)] for i in range(n)]),
+                 np.array([f"cell{i}" for i in range(n)]), ("simulated",), sp.csr_matrix(values))
 
 
 def tiny_corpus(n: int = 12, seed: int = 3, **overrides: Any) -> Corpus:
@@ -93,7 +127,7 @@ def tiny_corpus(n: int = 12, seed: int = 3, **overrides: Any) -> Corpus:
 def ranked(cells: Cells, k: int, seed: int = 0) -> RankedCells:
     """The cells as the genes of their sentences."""
     ranking = top_genes(cells.expression, np.arange(len(cells)), k, seed)
-    return RankedCells(ranking, cells.symbols, cells.labels, cells.cell_ids, cells.decisions)
+    return RankedCells(cells.symbols, cells.labels, cells.cell_ids, cells.decisions, ranking)
 
 
 def model_for(corpus: Corpus, **options: Any) -> GPTNeoXForCausalLM:

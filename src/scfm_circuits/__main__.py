@@ -13,7 +13,8 @@ from typing import Any
 from scfm_circuits import InputError
 from scfm_circuits.book.chapters import load_run
 from scfm_circuits.book.execution import ExecutionFailed
-from scfm_circuits.common.profile import ROOT, load_profile, parse_overrides
+from scfm_circuits.common.profile import ROOT, load_profile
+from scfm_circuits.common.profile_files import parse_overrides
 
 # What a command needs beyond these is imported when it is asked for: an up-to-date book answers at
 # once, and training runs where there is no scanpy.

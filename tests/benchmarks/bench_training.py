@@ -11,7 +11,12 @@ half, as at the start of a training, or 50 of 8,192 (`_50_active`), as late in o
 `fraction_of_matmul_peak` is the time of the step's five bare matrix products, in the step's shapes
 and types, over the time of the step; where few features are active, a CPU leaves out what is
 multiplied by 0 and can come out above 1. On a GPU it is that of whole training, with the model's
-forward pass, the buffer and the optimizer, and `_of_the_step` that of the step alone.
+forward pass, the buffer and the optimizer, and `_of_the_step` that of the step alone. There each
+part is timed too (`milliseconds_part_...`: products, passes, Adam, and what they stand in for), the
+model's pass with the buffer by cells at once, and the ways to take a step (`milliseconds_way_...`).
+
+`--quick` takes fewer rounds, and no memory of the peers: under two minutes on a GPU. Figures are
+written as they come, so a run that is cut short leaves those that it had.
 
 Peers: `autograd`, the step as this package had it before its gradient was written out, and sparsify
 (TopK) where it can be imported, which is left without its data loading, masks and logging:
@@ -45,6 +50,7 @@ from training_steps import (
     activate,
     autograd,
     ours,
+    parts,
     products,
     sparsify_step,
     sparsify_version,
@@ -160,45 +166,83 @@ def repeated(step: Step, device: str) -> tuple[Step, int]:
 
 
 def step_figures(size: Size, rounds: int) -> dict[str, Any]:
-    """Everything about single steps."""
+    """Everything about single steps of this package, beside the products."""
     on_gpu, n = size.device == "cuda", size.layers
     at_once = n if on_gpu else 1
-    kind = precision_of(PAPER, torch.device(size.device))
-    dense, topk = Variant(), Variant("topk", K)
+    kind, dense = precision_of(PAPER, torch.device(size.device)), Variant()
     steps: dict[str, Step] = {
         "products": products(size, n, kind, at_once),
         "step": ours(size, n, dense, precision=kind),
         "step_50_active": ours(size, n, dense, ACTIVE, precision=kind),
-        "autograd": autograd(size, n),
     }
-    if on_gpu:
-        steps["step_eager"] = ours(size, n, dense, precision=kind, compiled=False)
-        steps["step_one_layer_at_a_time"] = ours(size, n, dense, precision=kind, layers_at_once=1)
-    else:
+    if not on_gpu:
         steps["products_bfloat16"] = products(size, n, torch.bfloat16, at_once)
         steps["step_bfloat16"] = ours(size, n, dense, precision=torch.bfloat16)
-    if sparsify_version():
-        steps["topk"] = ours(size, size.sparsify_layers, topk, precision=kind)
-        steps["sparsify"] = sparsify_step(size, size.sparsify_layers)
     t = Times(steps, rounds, size.device)
     figures: dict[str, Any] = {f"seconds_{name}": t[name] for name in steps}
     of_step = "_of_the_step" if on_gpu else ""
     figures |= {
         f"fraction_of_matmul_peak{of_step}": t.ratio("products", "step"),
         f"fraction_of_matmul_peak{of_step}_50_active": t.ratio("products", "step_50_active"),
-        "ratio_vs_autograd": t.ratio("autograd", "step"),
-        "ratio_vs_autograd_50_active": t.ratio("autograd", "step_50_active"),
-        "ratio_vs_sparsify": t.ratio("sparsify", "topk"),
-        "sparsify_n_layers": size.sparsify_layers,
         "matmul_gflops": 10e-9 * n * size.tokens * size.features * size.width / t["products"],
     }
-    if on_gpu:
-        figures["ratio_compiled_vs_eager"] = t.ratio("step_eager", "step")
-        figures["ratio_all_layers_vs_one_at_a_time"] = t.ratio("step_one_layer_at_a_time", "step")
-    else:
+    if not on_gpu:
         figures["fraction_of_matmul_peak_bfloat16"] = t.ratio("products_bfloat16",
                                                               "step_bfloat16")
         figures["ratio_bfloat16_vs_float32"] = t.ratio("step", "step_bfloat16")
+    return figures
+
+
+def peer_figures(size: Size, rounds: int) -> dict[str, Any]:
+    """Steps of others over ours."""
+    kind = precision_of(PAPER, torch.device(size.device))
+    pairs = {"autograd": {
+        "step": ours(size, size.layers, Variant(), precision=kind),
+        "step_50_active": ours(size, size.layers, Variant(), ACTIVE, precision=kind),
+        "autograd": autograd(size, size.layers)}}
+    t = Times(pairs.pop("autograd"), rounds, size.device)
+    figures: dict[str, Any] = {
+        "seconds_autograd": t["autograd"],
+        "ratio_vs_autograd": t.ratio("autograd", "step"),
+        "ratio_vs_autograd_50_active": t.ratio("autograd", "step_50_active"),
+        "sparsify_n_layers": size.sparsify_layers, "ratio_vs_sparsify": None}
+    if sparsify_version():
+        t = Times({"topk": ours(size, size.sparsify_layers, Variant("topk", K), precision=kind),
+                   "sparsify": sparsify_step(size, size.sparsify_layers)}, rounds, size.device)
+        figures |= {"seconds_topk": t["topk"], "seconds_sparsify": t["sparsify"],
+                    "ratio_vs_sparsify": t.ratio("sparsify", "topk")}
+    return figures
+
+
+def part_figures(size: Size, rounds: int) -> dict[str, Any]:
+    """Milliseconds of each part of a step on a GPU."""
+    steps = parts(size, precision_of(PAPER, torch.device(size.device)))
+    t = Times(steps, rounds, size.device)
+    return {f"milliseconds_part_{name}": 1e3 * t[name] for name in steps}
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "kernels": {}, "eager": {"fused": False, "compiled": False},
+    **{f"kernels_{n}_layers": {"layers_at_once": n} for n in (4, 6, 8, 12)},
+    **{f"kernels_{n}_layers_beside_{programs}": {"layers_at_once": n, "beside": programs}
+       for n in (4, 6, 8) for programs in (128, 256, 512)},
+    "kernels_6_layers_beside_4096": {"layers_at_once": 6, "beside": 4096},
+}
+"""Ways to take a step on a GPU: options of `ours`."""
+
+
+def way_figures(size: Size, rounds: int, ways: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Milliseconds of a step taken in each way, of which one at a time is in memory."""
+    kind = precision_of(PAPER, torch.device(size.device))
+    figures: dict[str, Any] = {}
+    for name, options in ways.items():
+        step = ours(size, size.layers, Variant(), **{"precision": kind, **options})
+        t = Times({name: step}, rounds, size.device)
+        figures[f"milliseconds_way_{name}"] = 1e3 * t[name]
+        print(f"milliseconds_way_{name}: {1e3 * t[name]:.4g}", flush=True)
+        del step, t
+        if size.device == "cuda":
+            torch.cuda.empty_cache()
     return figures
 
 
@@ -225,6 +269,24 @@ def training_figures(size: Size, active: int | None, rounds: int) -> dict[str, A
     if active is None:
         figures["peak_memory_mib"] = (torch.cuda.max_memory_allocated() / MIB if on_gpu
                                       else peak_mib())
+        figures |= forward_figures(training, size, rounds)
+    return figures
+
+
+def forward_figures(training: Training, size: Size, rounds: int) -> dict[str, Any]:
+    """Milliseconds of the model's pass and of writing the buffer, per step, by cells at once."""
+    buffer = training.run.buffer
+
+    def fill() -> None:
+        buffer._held = None
+        buffer.sites(0)
+
+    figures, usual = {}, buffer.cells_per_pass
+    for cells in sorted({32, usual, 2 * usual} if size.device == "cuda" else {usual}):
+        buffer.cells_per_pass = cells
+        seconds = Times({"fill": fill}, rounds, size.device, warmups=1)["fill"]
+        figures[f"milliseconds_part_forward_and_buffer_{cells}_cells"] = (
+            1e3 * seconds / buffer.n_batches(0))
     return figures
 
 
@@ -248,31 +310,51 @@ def memory_figure(name: str, size: Size) -> dict[str, float | None]:
     return {f"memory_mib_{name}": found}
 
 
+def guarded(function: Callable[..., dict[str, Any]], arguments: tuple) -> dict[str, Any] | str:
+    """What a function returns, or what went wrong: not every exception can leave a process."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:300]}"
+
+
 def apart(threads: int, function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What a function returns in a process of its own; None for its figures if memory runs out."""
+    """What a function returns in a process of its own; without its figures if it fails there."""
+    began = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (threads,)) as pool:
-        try:
-            found = pool.apply(function, arguments)
-        except torch.OutOfMemoryError as error:
-            print(f"{function.__name__}{arguments}: {str(error).splitlines()[0]}")
-            return {}
+        found = pool.apply(guarded, (function, arguments))
+    if isinstance(found, str):
+        print(f"{function.__name__}{arguments[1:]} failed: {found}", flush=True)
+        return {f"failed_{function.__name__}": found}
     for key, value in found.items():
         print(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}", flush=True)
+    print(f"({function.__name__} took {time.perf_counter() - began:.0f} seconds)", flush=True)
     return found
 
 
-def measure(size: Size, rounds: int, threads: int) -> dict[str, Any]:
+def measure(size: Size, rounds: int, threads: int, quick: bool,
+            write: Callable[[dict[str, Any]], None]) -> None:
     """All figures, each part in its own process, so that none holds memory of another."""
-    figures = apart(threads, step_figures, size, rounds)
-    for active in (None, ACTIVE):
-        figures |= apart(threads, training_figures, size, active, max(2, rounds // 3))
+    few, on_gpu = max(2, rounds // 3), size.device == "cuda"
+    tasks: list[tuple] = [(step_figures, size, rounds), (training_figures, size, None, few)]
+    if on_gpu:
+        tasks += [(part_figures, size, few), (way_figures, size, few, WAYS)]
+    tasks += [(training_figures, size, ACTIVE, few), (peer_figures, size, few if quick else rounds)]
+    if on_gpu:  # last: compiling them takes long
+        slow: dict[str, dict[str, Any]] = {"compiled": {"fused": False}}
+        slow |= {} if quick else {"compiled_1_layer": {"fused": False, "layers_at_once": 1}}
+        tasks.append((way_figures, size, few, slow))
+    for function, *arguments in tasks:
+        write(apart(threads, function, *arguments))
+    if quick:
+        return
     memory: dict[str, Any] = {}
     for name in ("step", "autograd", *(("topk", "sparsify") if sparsify_version() else ())):
         memory |= apart(threads, memory_figure, name, size)
     for peer, own in (("autograd", "step"), ("sparsify", "topk")):
         pair = memory.get(f"memory_mib_{peer}"), memory.get(f"memory_mib_{own}")
-        figures[f"memory_ratio_vs_{peer}"] = pair[0] / pair[1] if all(pair) else None
-    return {**figures, **memory}
+        memory[f"memory_ratio_vs_{peer}"] = pair[0] / pair[1] if all(pair) else None
+    write(memory)
 
 
 def main() -> None:
@@ -283,7 +365,8 @@ def main() -> None:
     parser.add_argument("--sparsify-layers", type=int, default=24 if on_gpu else 2)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=PAPER.batch_tokens, help="tokens in a step")
-    parser.add_argument("--rounds", type=int, default=20 if on_gpu else 7)
+    parser.add_argument("--rounds", type=int, help="default: 20 on a GPU, 7 on a CPU")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, no memory of peers")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--output", default="results/bench/training.json")
     options = parser.parse_args()
@@ -294,18 +377,24 @@ def main() -> None:
               "command measures all 24 layers where there is a GPU.", flush=True)
     if not sparsify_version():
         print("sparsify is not installed, its figures are left out; see the head of this file.")
-    load = os.getloadavg()[0]
-    write_json(options.output, {
-        **measure(size, options.rounds, options.threads),
+    rounds = options.rounds or (6 if options.quick else 20 if on_gpu else 7)
+    figures: dict[str, Any] = {}
+    about = {
         "layers": size.layers, "width": size.width, "features": size.features,
-        "tokens_per_step": size.tokens, "rounds": options.rounds,
+        "tokens_per_step": size.tokens, "rounds": rounds,
         "peer": f"sparsify {sparsify_version()} SparseCoder, TopK k={K}, float32 weights, fused "
                 "Adam" if sparsify_version() else None,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "cpu": cpu_model(), "cpu_has_avx512_bf16": cpu_has("avx512_bf16"),
-        "cores": os.cpu_count(), "threads": options.threads, "load_at_start": load,
+        "cores": os.cpu_count(), "threads": options.threads, "load_at_start": os.getloadavg()[0],
         "python": platform.python_version(), "torch": torch.__version__,
-    })
+    }
+
+    def write(found: dict[str, Any]) -> None:
+        figures.update(found)
+        write_json(options.output, {**figures, **about})
+
+    measure(size, rounds, options.threads, options.quick, write)
 
 
 if __name__ == "__main__":

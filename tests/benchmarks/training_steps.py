@@ -6,6 +6,7 @@ where it was set; the work is the same.
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -40,9 +41,10 @@ class Size(NamedTuple):
 
 def batch(size: Size, n_layers: int) -> tuple[Tensor, Tensor]:
     """Random inputs and outputs (n_layers, n_tokens, width), as of MLPs behind a LayerNorm."""
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, n_layers, size.tokens, size.width, generator=generator)
-    return x.to(size.device), 0.1 * y.to(size.device)
+    generator = torch.Generator(size.device).manual_seed(0)
+    x, y = torch.randn(2, n_layers, size.tokens, size.width, generator=generator,
+                       device=size.device)
+    return x, 0.1 * y
 
 
 @torch.no_grad()
@@ -78,11 +80,10 @@ def ours(size: Size, n_layers: int, variant: Variant, active: int | None = None,
 def products(size: Size, n_layers: int, dtype: torch.dtype, at_once: int) -> Step:
     """The step's five products on tensors that are there already."""
     x, outer = (part.to(dtype) for part in batch(size, n_layers))
-    generator = torch.Generator().manual_seed(1)
-    shape = (at_once, size.features, size.width)
-    encoder, decoder = torch.randn(2, *shape, generator=generator).to(size.device, dtype)
-    z = torch.randn(at_once, size.tokens, size.features, generator=generator)
-    z = z.relu_().to(size.device, dtype)
+    generator = torch.Generator(size.device).manual_seed(1)
+    shape, given = (at_once, size.features, size.width), {"device": size.device, "dtype": dtype}
+    encoder, decoder = torch.randn(2, *shape, generator=generator, **given)
+    z = torch.randn(at_once, size.tokens, size.features, generator=generator, **given).relu_()
 
     def run() -> None:
         for first in range(0, n_layers, at_once):
@@ -94,6 +95,62 @@ def products(size: Size, n_layers: int, dtype: torch.dtype, at_once: int) -> Ste
             torch.bmm(z.mT, inputs)
 
     return run
+
+
+@torch.no_grad()
+def parts(size: Size, dtype: torch.dtype) -> dict[str, Step]:
+    """What a step on a GPU is made of, part by part, and what some parts stand in for (`_plain`).
+
+    Each runs on tensors that are there already. `adam_<n>`: with n programs only, as beside the
+    products. `copy_of_z`: reads and writes as much as activations take, for the memory's rate.
+    """
+    from scfm_circuits.transcoders.training import gpu_gradients
+
+    x, y = (part.to(dtype) for part in batch(size, size.layers))
+    t = Transcoders(size.layers, size.width, size.features).to(size.device).initialise(0)
+    stepper = Stepper(t, PAPER.loss, dtype, compiled=False, fused=True)
+    fused = stepper._fused
+    assert fused is not None
+    with fused.copied():
+        encoder, decoder = fused.copies["W_enc"], fused.copies["W_dec"]
+    bias, z = t.b_enc.to(dtype), gpu_gradients.encoded(x, encoder, t.b_enc.to(dtype), Variant())
+    outer = torch.bmm(z, decoder)
+    inner, other = torch.bmm(outer, decoder.mT), torch.empty_like(z)
+    gradient = torch.bmm(z.mT, outer)
+    chosen = torch.randperm(4 * size.tokens, device=size.device)[: size.tokens]
+    fill = torch.randn(size.layers, 4 * size.tokens, size.width, device=size.device, dtype=dtype)
+
+    def adam(programs: int | None = None) -> None:
+        for name in ("W_enc", "W_dec"):
+            gpu_gradients.adam(gradient, stepper.trained[name], stepper.mean[name],
+                          stepper.square[name], fused.copies[name], (RATE, 1.0),
+                          name == "W_dec", programs)
+
+    def cut_plain() -> None:
+        found = torch.ops.aten.threshold_backward(inner, z, 0)
+        found.sum(dim=1, dtype=torch.float32)
+        z.sum(dim=1, dtype=torch.float32)
+
+    return {
+        "gather": lambda: (fill[:, chosen], fill[:, chosen]),
+        "centre": lambda: x - t.b_in.to(dtype)[:, None],
+        "encode": lambda: gpu_gradients.encoded(x, encoder, bias, Variant()),
+        "encode_plain": lambda: torch.baddbmm(bias[:, None], x, encoder.mT).relu_(),
+        "encode_product": lambda: torch.bmm(x, encoder.mT),
+        "estimate": lambda: torch.baddbmm(t.b_dec.to(dtype)[:, None], z, decoder),
+        "error": lambda: gpu_gradients.error(outer, y, True),
+        "decoder_gradient": lambda: torch.bmm(z.mT, outer),
+        "inner": lambda: torch.bmm(outer, decoder.mT),
+        "cut": lambda: gpu_gradients.cut(inner, z, 0.0),
+        "cut_plain": cut_plain,
+        "encoder_gradient": lambda: torch.bmm(inner.mT, x),
+        "adam": adam,
+        **{f"adam_{programs}": partial(adam, programs) for programs in (128, 256, 512, 1024)},
+        "adam_plain": lambda: stepper._update(
+            slice(None), {"W_enc": gradient, "W_dec": gradient}, RATE, 1),
+        "casts": lambda: (t.W_enc.to(dtype), t.W_dec.to(dtype)),
+        "copy_of_z": lambda: other.copy_(z),
+    }
 
 
 def autograd(size: Size, n_layers: int, active: int | None = None) -> Step:

@@ -20,7 +20,7 @@ from scfm_circuits.book import chapters as freshness
 from scfm_circuits.book import cli as book
 from scfm_circuits.book import execution, gate, pages
 from scfm_circuits.book.chapters import load_run, plan
-from scfm_circuits.common import files, kept, profile
+from scfm_circuits.common import files, kept, manifest, profile
 from scfm_circuits.paper import claims
 from scfm_circuits.report import tables as report_tables
 
@@ -275,7 +275,7 @@ def test_a_changed_cells_file_is_noticed_wherever_it_is(
 def test_cached_gene_sets_make_only_the_chapters_that_ask_for_them_stale(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = profile.gene_set_cache()
+    cache = manifest.gene_set_cache()
     # As a download in the course of the chapter.
     fetch = (f"# %%\nfrom pathlib import Path\nPath({str(cache)!r}).mkdir(parents=True)\n"
              f"Path({str(cache / 'KEGG_2021_Human.gmt')!r}).write_text('a')\n")

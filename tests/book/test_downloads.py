@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_fetch import CONTENT, SHA, Answer, Host, serving
+from hosts import CONTENT, SHA, Answer, Host, serving
 
 from scfm_circuits import InputError
 from scfm_circuits.__main__ import main

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import yaml
+from helpers import Cells, read_cells
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,7 +28,7 @@ from scfm_circuits.book.first_profile import (
 )
 from scfm_circuits.cells import h5ad
 from scfm_circuits.cells.corpus import split_cells
-from scfm_circuits.cells.reading import Cells, draw_cells, read_cells
+from scfm_circuits.cells.reading import draw_cells
 from scfm_circuits.common.profile import ROOT, Profile, load_profile
 
 SYMBOLS = ["CD3D", "MS4A1", "LYZ", "NKG7"]

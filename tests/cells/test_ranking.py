@@ -5,11 +5,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from helpers import read_cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scfm_circuits.cells.ranking import _mixed, top_genes
-from scfm_circuits.cells.reading import read_cells
 from scfm_circuits.common.profile import load_profile
 from tests.helpers import tiny_cells
 

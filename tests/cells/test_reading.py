@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from helpers import Cells, read_cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scfm_circuits import InputError
 from scfm_circuits.cells import h5ad
-from scfm_circuits.cells.reading import Cells, draw_cells, read_cells
+from scfm_circuits.cells.reading import draw_cells
 from scfm_circuits.common.profile import load_profile
 
 SYMBOLS = ["CD3D", "MS4A1", "hla-dqa1", "LYZ"]
@@ -87,15 +88,17 @@ def test_no_raw_no_such_layer(tmp_path: Path) -> None:
     data = some_data()
     data.layers["counts"] = data.X.copy()
     path = written(tmp_path, data)
-    assert "X or counts" in refusal(path, matrix="raw")
-    assert "one of X, raw, counts" in refusal(path, matrix="scvi")
+    assert "to X or counts." in refusal(path, matrix="raw")
+    assert "to X or counts." in refusal(path, matrix="scvi")
     assert len(read(path, matrix="counts")) == 6
 
 
 def test_no_x(tmp_path: Path) -> None:
     data = anndata.AnnData(obs=some_data().obs, var=some_data().var,
                            layers={"counts": some_data().X})
-    assert "set `matrix` in the profile to raw or counts" in refusal(written(tmp_path, data))
+    assert "set `matrix` in the profile to counts." in refusal(written(tmp_path, data))
+    del data.layers["counts"]
+    assert "no X; there is no other expression" in refusal(written(tmp_path, data))
 
 
 def test_raw_brings_its_own_genes(tmp_path: Path) -> None:

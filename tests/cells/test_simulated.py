@@ -9,13 +9,13 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import yaml
+from helpers import read_cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scfm_circuits import InputError
 from scfm_circuits.cells import simulated
 from scfm_circuits.cells.corpus import load_corpus
-from scfm_circuits.cells.reading import read_cells
 from scfm_circuits.cells.simulated import Plan, Program, read_plan
 from scfm_circuits.common.profile import ROOT, load_profile
 

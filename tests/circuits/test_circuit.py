@@ -12,7 +12,6 @@ from helpers import model_for, tiny_corpus, tiny_model, tiny_transcoders, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scfm_circuits import InputError
 from scfm_circuits.circuits.attribution import (
     Frozen,
     contributions,
@@ -26,7 +25,6 @@ from scfm_circuits.circuits.circuit import (
     circuit_genes,
     edge_table,
     expansion_table,
-    feature_id,
     node_table,
 )
 from scfm_circuits.circuits.exports import collapsed_edges, neuronpedia_graph, save_graph
@@ -78,15 +76,14 @@ def order(node: Node, parallel: bool) -> tuple[float, int]:
 
 @settings(deadline=None, max_examples=25)
 @given(layers=st.integers(1, 4), heads=st.sampled_from([1, 2, 4]), n=st.integers(1, 10),
-       parallel=st.booleans(), seed=st.integers(0, 10_000), branches=st.integers(1, 40),
-       sign=st.sampled_from(["both", "positive"]))
-def test_every_extended_node_adds_up(layers, heads, n, parallel, seed, branches, sign):
+       parallel=st.booleans(), seed=st.integers(0, 10_000), branches=st.integers(1, 40))
+def test_every_extended_node_adds_up(layers, heads, n, parallel, seed, branches):
     model = tiny_model(layers=layers, heads=heads, parallel=parallel, seed=seed)
     run = freeze(model, tiny_transcoders(model, seed=seed), tokens(n, seed=seed))
     rng = np.random.default_rng(seed)
     layer, feature, position = (int(rng.integers(size)) for size in (layers, 24, n))
     circuit = trace_feature(run, layer, feature, position, branches=branches, depth=4,
-                            max_nodes=30, sign=sign)
+                            max_nodes=30)
     assert circuit.closure_max_relative < 1e-10
     edges = defaultdict(float)
     for edge in circuit.edges:
@@ -130,12 +127,6 @@ def test_edges_of_the_target_are_its_strongest_contributions(frozen, circuit):
                  "embedding": lambda n: parts.embedding}[node.kind](node)
         assert edge.weight == pytest.approx(float(exact))
     assert any(edge.weight < 0 for edge in circuit.edges)
-
-
-def test_positive_circuits_hold_no_negative_edge(frozen):
-    circuit = trace_feature(frozen, 2, 5, 8, sign="positive", **OPTIONS)
-    assert len(circuit.edges) > 8 and all(edge.weight > 0 for edge in circuit.edges)
-    assert circuit.closure_max_relative < 1e-10
 
 
 # --- shape ---------------------------------------------------------------------------------------
@@ -254,8 +245,7 @@ def test_a_head_that_was_not_extended_is_dropped(frozen):
 
 def logit_circuit(frozen: Frozen) -> Circuit:
     reading = logit_direction(frozen, 7, 8)
-    node = Node("logit_7_P8", "logit", 3, 8, 8, 7, float(reading.value))
-    return trace(frozen, node, reading, **OPTIONS)
+    return trace(frozen, Node.of_logit(7, 8, 3, reading.value), reading, **OPTIONS)
 
 
 def test_the_graph_has_the_schema_of_neuronpedia(frozen, circuit, whole, tmp_path):
@@ -328,8 +318,7 @@ def test_tables_hold_all_nodes_edges_and_expansions(whole):
 
 
 def test_a_gene_counts_for_the_token_a_head_read():
-    nodes = [Node(feature_id(2, 5, 3), "feature", 2, 3, 3, 5, 1.0),
-             Node("A1.0_P3_from_P1_for_x", "head", 1, 3, 1, 0, 0.5)]
+    nodes = [Node.of_feature(2, 5, 3, 1.0), Node.of_head(1, 0, 3, 1, "x", 0.5)]
     circuit = Circuit(nodes[0].id, {node.id: node for node in nodes})
     table = node_table(circuit, list("abcd"), [None, "VWF", None, "ENG"]).set_index("node")
     assert table.loc[nodes[1].id, ["token", "gene"]].tolist() == ["b", "VWF"]
@@ -369,14 +358,6 @@ def test_strongest_at_end_is_that_of_each_cells_own_run(place):
         end = corpus.answer_end[cell] if place == "answer" else corpus.answer_start[cell] - 1
         run = freeze(model, transcoders, corpus.tokens[cell][: end + 1])
         assert [found[cell]] == strongest_features(run, 1, int(end), 1)
-
-
-def test_an_unknown_sign_is_refused():
-    model = tiny_model()
-    run = freeze(model, tiny_transcoders(model), tokens(4))
-    with pytest.raises(InputError, match="positive"):
-        trace_feature(run, 2, 0, 3, branches=3, depth=2, max_nodes=9, sign="negative")
-
 
 
 def test_strongest_features_are_active_and_in_order(frozen):

@@ -9,7 +9,7 @@ import jsonschema
 import networkx as nx
 import numpy as np
 import pytest
-from helpers import tiny_model, tiny_transcoders, tokens
+from helpers import logit_targets, tiny_model, tiny_transcoders, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,12 +17,7 @@ from scfm_circuits import InputError
 from scfm_circuits.circuits.attribution import Frozen, freeze
 from scfm_circuits.circuits.circuit import Circuit
 from scfm_circuits.circuits.exports import neuronpedia_graph, save_graph, save_graphml
-from scfm_circuits.circuits.graph import (
-    AttributionGraph,
-    attribution_graph,
-    feature_target,
-    logit_targets,
-)
+from scfm_circuits.circuits.graph import AttributionGraph, attribution_graph, feature_target
 from scfm_circuits.circuits.graph_scores import influence, prune
 from scfm_circuits.circuits.search import trace_feature
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import model_for, tiny_corpus, tiny_model, tiny_transcoders, tokens
+from helpers import logit_targets, model_for, tiny_corpus, tiny_model, tiny_transcoders, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_architectures import FAMILIES, LinearModel, tiny
@@ -15,13 +15,12 @@ from scfm_circuits.circuits.graph import (
     Target,
     attribution_graph,
     feature_target,
-    logit_targets,
     memory_needed,
 )
 from scfm_circuits.circuits.graph_scores import (
     completeness_score,
     cumulative_influence,
-    endings,
+    effect_ends,
     influence,
     prune,
     replacement_score,
@@ -243,17 +242,13 @@ def test_the_most_influential_features_get_a_row_first(frozen):
         assert found == {names[row], *(names[i] for i in chosen)}
 
 
-def test_memory_is_stated_and_refused_beforehand(frozen, monkeypatch):
+def test_memory_is_stated_beforehand(frozen):
     targets = logit_targets(frozen, N_POS - 1)
     small = memory_needed(frozen, targets, max_features=1, edges_per_row=5, batch=1)
     large = memory_needed(frozen, targets, **WHOLE)
     assert 0 < small < large
-    graph = attribution_graph(frozen, targets, **WHOLE, memory_limit=large)
-    stored = graph.matrix.data.nbytes + graph.matrix.indices.nbytes
-    assert stored < large
-    monkeypatch.setattr("scfm_circuits.circuits.graph.direct_effects", None)
-    with pytest.raises(InputError, match="lower `max_features`"):
-        attribution_graph(frozen, targets, **WHOLE, memory_limit=large - 1)
+    graph = attribution_graph(frozen, targets, **WHOLE)
+    assert graph.matrix.data.nbytes + graph.matrix.indices.nbytes < large
 
 
 @pytest.mark.parametrize("name, value", [("max_features", -1), ("edges_per_row", 0), ("batch", 0)])
@@ -319,10 +314,10 @@ def test_scores_are_those_of_the_dense_matrix(graph):
 
 
 def test_endings_leave_nothing_out(graph, whole):
-    shares = endings(graph)
+    shares = effect_ends(graph)
     assert set(shares) == {"tokens", "errors", "constant", "dropped"}
     assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0
-    assert endings(whole)["dropped"] == 0 and endings(whole)["constant"] > 0
+    assert effect_ends(whole)["dropped"] == 0 and effect_ends(whole)["constant"] > 0
     # By absorbing states: a walk from the targets, upwards by absolute share, ends somewhere.
     size = np.abs(graph.matrix.toarray())
     total = size.sum(axis=1) + graph.dropped_absolute + np.abs(graph.constant)
@@ -401,7 +396,7 @@ def test_pruning_nothing_keeps_all_that_leads_to_a_target(graph):
     weights = edges_of(pruned)
     lost = set(edges_of(graph)) - set(weights)
     assert len(lost) <= 0.02 * graph.n_edges  # rounding ends the cumulative sum early
-    assert endings(pruned)["dropped"] == pytest.approx(endings(graph)["dropped"], abs=1e-6)
+    assert effect_ends(pruned)["dropped"] == pytest.approx(effect_ends(graph)["dropped"], abs=1e-6)
 
 
 def test_pruning_a_graph_without_edges_keeps_targets_and_tokens(frozen):

@@ -18,13 +18,12 @@ from scfm_circuits.circuits.attribution import (
 )
 from scfm_circuits.circuits.interventions import (
     FeatureAt,
-    ablate,
-    baseline,
     circuit_alone,
-    compare,
+    compare_interventions,
     frozen_change,
+    held_at_means,
     matched_features,
-    scale,
+    scale_features,
     written_by,
     written_sizes,
 )
@@ -50,7 +49,7 @@ def held(frozen):
     generator = torch.Generator().manual_seed(0)
     t = frozen.transcoders
     means = torch.rand(t.n_layers, 4, t.n_features, generator=generator, dtype=torch.float64)
-    return baseline(frozen, Means(means, torch.ones(4)), np.arange(9) % 4)
+    return held_at_means(frozen, Means(means, torch.ones(4)), np.arange(9) % 4)
 
 
 def active(frozen: Frozen, layer: int, position: int, n: int) -> list[FeatureAt]:
@@ -69,7 +68,7 @@ def test_other_activations_are_scaled_and_run_as_they_are(model, variant):
     chain = active(run, 0, 8, 24) + active(run, 1, 3, 24)
     # As many as are active, not as have a pre-activation above zero.
     assert len(chain) == int((t.encode(run.mlp_in)[[0, 1], [8, 3]] > 0).sum())
-    effect = scale(model, run, chain, 3.0, TARGET, reading)
+    effect = scale_features(model, run, chain, 3.0, TARGET, reading)
     modules, seen = mlps(model), []
 
     def edited(layer, x):
@@ -86,14 +85,14 @@ def test_other_activations_are_scaled_and_run_as_they_are(model, variant):
     assert effect.measured_change == pytest.approx(float(after) - effect.before, abs=1e-10)
     every = [FeatureAt(layer, f, p) for layer, p, f in torch.nonzero(run.activations[:2]).tolist()]
     means = Means(torch.zeros(t.n_layers, 1, t.n_features, dtype=torch.float64), torch.ones(1))
-    held = baseline(run, means, np.zeros(9, int))
+    held = held_at_means(run, means, np.zeros(9, int))
     alone = circuit_alone(model, run, every, TARGET, reading, held)
     assert alone.predicted_change == pytest.approx(0, abs=1e-10)
     assert alone.measured_change == pytest.approx(0, abs=1e-10)
 
 
 def test_nothing_ablated_changes_nothing(model, frozen):
-    effect = ablate(model, frozen, [], TARGET, feature_direction(frozen, *TARGET))
+    effect = scale_features(model, frozen, [], 0.0, TARGET, feature_direction(frozen, *TARGET))
     assert effect.before == pytest.approx(float(frozen.pre[2, 8, 5]), abs=1e-12)
     assert effect.predicted_change == 0
     assert effect.measured_change == pytest.approx(0, abs=1e-12)
@@ -103,12 +102,12 @@ def test_nothing_ablated_changes_nothing(model, frozen):
 def test_factor_1_changes_nothing_and_others_do(model, frozen, factor):
     chain = active(frozen, 0, 8, 6) + active(frozen, 1, 3, 6)
     reading = feature_direction(frozen, *TARGET)
-    same = scale(model, frozen, chain, 1.0, TARGET, reading)
+    same = scale_features(model, frozen, chain, 1.0, TARGET, reading)
     assert same.predicted_change == 0
     assert same.measured_change == pytest.approx(0, abs=1e-12)
-    other = scale(model, frozen, chain, factor, TARGET, reading)
+    other = scale_features(model, frozen, chain, factor, TARGET, reading)
     assert abs(other.measured_change) > 1e-3
-    one = scale(model, frozen, chain, 2.0, TARGET, reading)
+    one = scale_features(model, frozen, chain, 2.0, TARGET, reading)
     assert other.predicted_change == pytest.approx((factor - 1) * one.predicted_change, abs=1e-12)
 
 
@@ -117,7 +116,8 @@ def test_a_feature_is_scaled_as_it_is_by_then(model, frozen, factor):
     # Layer 1's features read layer 0's. With all of layer 0's changed first, those of layer 1 have
     # other activations, and it is these that are scaled; by hand, in a plain forward pass.
     chain = active(frozen, 0, 8, 24) + active(frozen, 1, 8, 24)
-    effect = scale(model, frozen, chain, factor, TARGET, feature_direction(frozen, *TARGET))
+    effect = scale_features(model, frozen, chain, factor, TARGET,
+                            feature_direction(frozen, *TARGET))
     t, body = frozen.transcoders, model.gpt_neox
     moved: list[float] = []
 
@@ -163,11 +163,11 @@ def test_doubling_moves_the_frozen_model_by_the_edge_over_all_paths(family):
                 for inner in range(4) if layer == 2 else ():
                     second = head_direction(run, via, 1, inner, one.position)
                     edge += float(contributions(run, second).features[0, one.feature])
-    effect = scale(model, run, [one], 2.0, TARGET, reading)
+    effect = scale_features(model, run, [one], 2.0, TARGET, reading)
     assert effect.predicted_change == pytest.approx(edge, abs=1e-10)
     assert abs(edge) > 1e-4
     # Nothing but the factor changes what the model computes, in any family.
-    assert scale(model, run, [one], 1.0, TARGET, reading).measured_change == pytest.approx(
+    assert scale_features(model, run, [one], 1.0, TARGET, reading).measured_change == pytest.approx(
         0, abs=1e-10)
     assert effect.measured_change != pytest.approx(0, abs=1e-6)
 
@@ -199,7 +199,7 @@ def test_the_prediction_counts_attention_paths(frozen):
 def test_hooks_are_removed(model, frozen, held):
     before = model(input_ids=frozen.tokens[None]).logits
     reading = feature_direction(frozen, *TARGET)
-    scale(model, frozen, active(frozen, 0, 3, 2), 2.0, TARGET, reading)
+    scale_features(model, frozen, active(frozen, 0, 3, 2), 2.0, TARGET, reading)
     circuit_alone(model, frozen, [], TARGET, reading, held)
     assert torch.equal(before, model(input_ids=frozen.tokens[None]).logits)
 
@@ -218,7 +218,7 @@ def test_with_all_features_the_circuit_alone_is_the_whole_model(family):
     model = tiny(family)
     run = freeze(model, tiny_transcoders(model), tokens(9))
     means = Means(torch.ones(3, 1, 24, dtype=torch.float64), torch.ones(1))
-    held = baseline(run, means, np.zeros(9, int))
+    held = held_at_means(run, means, np.zeros(9, int))
     reading = feature_direction(run, *TARGET)
     effect = circuit_alone(model, run, every_feature(run), TARGET, reading, held)
     assert effect.predicted_change == pytest.approx(0, abs=1e-10)
@@ -266,7 +266,7 @@ def test_a_word_that_no_averaged_cell_has_is_refused(frozen):
     means = Means(torch.zeros(3, 3, 24, dtype=torch.float64), torch.tensor([2, 0, 5]))
     for kinds in (np.full(9, 1), np.full(9, 3)):
         with pytest.raises(InputError, match="same `prompt`"):
-            baseline(frozen, means, kinds)
+            held_at_means(frozen, means, kinds)
 
 
 # --- matched features ----------------------------------------------------------------------------
@@ -339,25 +339,26 @@ def test_compare_gives_shares_means_and_ranges(model, frozen):
     circuit = active(frozen, 0, 8, 4) + active(frozen, 1, 8, 4)
     reading = feature_direction(frozen, *TARGET)
     rows = {(row.features, row.intervention): row
-            for row in compare(model, frozen, circuit, TARGET, reading, means, kinds,
+            for row in compare_interventions(model, frozen, circuit, TARGET, reading, means, kinds,
                                np.random.default_rng(3), draws=4)}
     assert len(rows) == 12
     before = float(reading.value)
     own = rows["circuit", "ablation"]
-    direct = ablate(model, frozen, circuit, TARGET, reading)
+    direct = scale_features(model, frozen, circuit, 0.0, TARGET, reading)
     assert own.measured == own.lowest == own.highest == direct.measured_change / before
     assert (own.circuits, own.n_features, own.size) == (1, 8, pytest.approx(1))
     rng = np.random.default_rng(3)
-    expected = [ablate(model, frozen, matched_features(frozen, circuit, TARGET, rng), TARGET,
-                       reading).measured_change / before for _ in range(4)]
+    expected = [scale_features(model, frozen, matched_features(frozen, circuit, TARGET, rng), 0.0,
+                               TARGET, reading).measured_change / before for _ in range(4)]
     random = rows["same token", "ablation"]
     assert (random.lowest, random.highest) == (min(expected), max(expected))
     assert random.measured == pytest.approx(np.mean(expected))
     assert random.lowest < random.highest
-    of_kind = circuit_alone(model, frozen, [], TARGET, reading, baseline(frozen, means, kinds))
+    of_kind = circuit_alone(model, frozen, [], TARGET, reading, held_at_means(frozen, means, kinds))
     assert rows["none", "alone, own kind"].measured == of_kind.measured_change / before
     overall = torch.einsum("k,lkf->lf", means.counts.double() / 10, means.activations)
-    everywhere = baseline(frozen, Means(overall[:, None].expand(3, 4, 24), means.counts), kinds)
+    everywhere = held_at_means(frozen, Means(overall[:, None].expand(3, 4, 24), means.counts),
+                               kinds)
     nothing = circuit_alone(model, frozen, [], TARGET, reading, everywhere)
     assert rows["none", "alone"].measured == pytest.approx(nothing.measured_change / before)
     assert rows["none", "alone"].measured != rows["none", "alone, own kind"].measured

@@ -19,6 +19,7 @@ from scfm_circuits.circuits import planted_genes
 from scfm_circuits.circuits.attribution import freeze
 from scfm_circuits.circuits.circuit import node_table
 from scfm_circuits.circuits.planted_genes import (
+    circuit_figures,
     circuit_gene_table,
     circuits_in_prose,
     named_right,
@@ -306,6 +307,12 @@ def test_the_page_has_numbers_of_both_targets() -> None:
     said = circuits_in_prose(summary, role_table(rows))
     assert "the call itself (4 cells): of their genes 100 % were planted" in said
     assert "random genes of the same prompts give 25 %" in said and "nan" not in said
+    roles = role_table(rows)
+    figures = circuit_figures(summary, roles)
+    assert (figures["call.circuits"], figures["call.precision"]) == (4, 1)
+    assert figures["call.random_precision"] == pytest.approx(0.25)
+    assert sum(figures[f"feature.influence_{role}"] for role in roles["role"].unique()
+               ) == pytest.approx(100)
     figure = plots.planted_recovery(summary)
     assert [axis.get_title() for axis in figure.axes] == ["circuits of the call",
                                                           "circuits of the feature"]

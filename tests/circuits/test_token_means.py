@@ -7,7 +7,7 @@ from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
 
 from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.circuits.attribution import freeze
-from scfm_circuits.circuits.interventions import baseline
+from scfm_circuits.circuits.interventions import held_at_means
 from scfm_circuits.circuits.token_means import mean_activations, token_kinds
 from scfm_circuits.transcoders.transcoder import Variant
 
@@ -56,5 +56,5 @@ def test_means_are_over_tokens_of_a_kind(monkeypatch, tmp_path, variant):
     case = answered_prompt(corpus, profile, 1, str(corpus.labels[1]))
     kinds = token_kinds(case.encoded.gene, case.encoded.place, case.answer_start)
     run = freeze(model, transcoders, case.encoded.tokens)
-    assert baseline(run, means, kinds).mlp_out.shape == run.mlp_out.shape
+    assert held_at_means(run, means, kinds).mlp_out.shape == run.mlp_out.shape
     assert kinds[case.position] == 3

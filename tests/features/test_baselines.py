@@ -200,7 +200,7 @@ def test_the_record_says_which_control_and_its_scale(model, corpus, profile):
     folder = profile.results / "reinitialised" / "transcoders"
     record = json.loads((folder / "training.json").read_text())
     assert record["stamp"]["control"]["name"] == "reinitialised"
-    assert "baselines" in record["stamp"]["control"]["sources"]
+    assert "features/baselines" in record["stamp"]["control"]["sources"]
     scale = output_scale(model, reinitialised_model(model, profile.seed), corpus, profile)
     assert record["output_scale"] == pytest.approx(scale.tolist())
     assert "reinitialised" in (folder / "config.yaml").read_text()

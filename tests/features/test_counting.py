@@ -44,6 +44,9 @@ class GivenActivations:
     def layer_activations(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         return x
 
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
 
 class Made(SimpleNamespace):
     """Activations z (n_layers, n_cells, length, n_features), zero on padding; mask; pairs."""
@@ -165,10 +168,11 @@ def test_active_features_are_those_above_zero(made, n_threads):
 # --- sparse counts -------------------------------------------------------------------------------
 
 
-def test_counts_stay_below_their_bound_and_are_exact():
+@pytest.mark.parametrize("threads", [1, 3])
+def test_counts_stay_below_their_bound_and_are_exact(threads):
     rng = np.random.default_rng(0)
     shape, n_layers, n_keys = (40, 3000), 2, 4000
-    counts = PairCounts(n_layers, *shape, 10**6, buffer_keys=8192)
+    counts = PairCounts(n_layers, *shape, 10**6, buffer_keys=8192, threads=threads)
     expected = np.zeros((n_layers, *shape), int)
     for _ in range(400):
         # Most keys come again and again, some never do: the matrices keep growing.

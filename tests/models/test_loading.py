@@ -23,7 +23,9 @@ from scfm_circuits.models import answers
 from scfm_circuits.models.answers import answer_prompt, held_out_answers, predict_answers
 from scfm_circuits.models.loading import check_vocabulary, get_model, load_model
 from scfm_circuits.models.mlp_sites import (
+    Sites,
     batches,
+    counting_precision,
     mlp_sites,
     mlps,
     next_token_loss,
@@ -253,6 +255,15 @@ def test_next_token_loss_is_torchs_on_single_texts():
         expected += [-float(logs[i, one[i + 1]]) for i in range(len(one) - 1)]
     assert together.shape == (int(mask.sum()) - 5,)
     np.testing.assert_allclose(together.numpy(), expected, rtol=1e-5)
+
+
+def test_products_are_coarser_on_a_gpu_within_the_block_alone():
+    with counting_precision(CPU):
+        assert torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(KeyError), counting_precision(torch.device("cuda")):
+        assert torch.get_float32_matmul_precision() == "high"
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_batches_hold_every_cell_once_in_the_given_order():
@@ -531,3 +542,18 @@ def test_answers_are_counted_by_true_type(monkeypatch: pytest.MonkeyPatch) -> No
         one["answer"].mode()[0] for _, one in grouped]
     few = held_out_answers(None, corpus, seed=0, most=4)  # type: ignore[arg-type]
     assert few.by_type["cells"].sum() == 4 < len(held_out)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32], ids=str)
+def test_sites_are_written_where_they_are_wanted(kind):
+    """Into the middle of a larger tensor, in its type; nothing else of it is touched."""
+    model = tiny_model()
+    ids = torch.from_numpy(tokens(12).reshape(2, 6))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, 4:] = False
+    expected = mlp_sites(model, ids, mask)
+    room = torch.full((2, 3, 14, 16), 7, dtype=kind)
+    found = mlp_sites(model, ids, mask, Sites(*room[:, :, 2:12]))
+    for part, whole, its in zip(found, room, expected, strict=True):
+        assert torch.equal(part, its.to(kind)) and part.data_ptr() == whole[:, 2:].data_ptr()
+        assert (whole[:, :2] == 7).all() and (whole[:, 12:] == 7).all()

@@ -13,12 +13,12 @@ from scfm_circuits.enrichment.gene_sets import GeneSets, gene_sets_from_dict, lo
 from scfm_circuits.enrichment.terms import term_table
 from scfm_circuits.paper.case import (
     case_nulls,
-    case_settings,
+    case_rules,
     in_prose,
     in_words,
     named_term,
-    rate,
-    wide,
+    null_row,
+    rates_by_rule,
 )
 from scfm_circuits.paper.exhibits import PAPER
 
@@ -34,18 +34,18 @@ def small() -> GeneSets:
 
 
 def run(library: GeneSets, corpus: list[str], draws: int = 400, seed: int = 0) -> pd.DataFrame:
-    return case_nulls(case_settings(library, CIRCUIT, corpus), "T", CIRCUIT, PROMPT, draws=draws,
+    return case_nulls(case_rules(library, CIRCUIT, corpus), "T", CIRCUIT, PROMPT, draws=draws,
                       seed=seed)
 
 
 def test_rules_that_can_be_applied_with_both_families() -> None:
-    with_corpus = case_settings(small(), CIRCUIT, [gene.lower() for gene in GENES])
+    with_corpus = case_rules(small(), CIRCUIT, [gene.lower() for gene in GENES])
     assert [(rule.name, rule.family) for rule, _ in with_corpus] == [
         ("enrichr", "hit"), ("enrichr", "all"), ("corpus", "all"), ("corpus", "hit"),
         ("gseapy", "hit"), ("gseapy", "all")]
     assert [setting.universe.total for setting in with_corpus] == [20000, 20000, 60, 60, 60, 60]
     assert with_corpus[0].label == "enrichr: 20,000 genes, BH over the terms hit"
-    without = case_settings(small(), CIRCUIT, GENES[1:])
+    without = case_rules(small(), CIRCUIT, GENES[1:])
     assert {rule.name for rule, _ in without} == {"enrichr", "gseapy"}
 
 
@@ -56,8 +56,8 @@ def test_rates_are_the_exact_chances() -> None:
     three genes pass 0.05 (p = 0.000292). Over the terms hit, two of three pass (0.0169 * 2).
     """
     table = run(small(), GENES, draws=3000)
-    assert rate(table, "circuit", "gseapy", "hit")["n_called"] == 1
-    assert rate(table, "circuit", "gseapy", "all")["n_called"] == 0
+    assert null_row(table, "circuit", "gseapy", "hit")["n_called"] == 1
+    assert null_row(table, "circuit", "gseapy", "all")["n_called"] == 0
     prompt = len(PROMPT)
     chances = {
         # The anchor is in the term: one or two of the other 59 (or 7) drawn must be, too.
@@ -72,17 +72,17 @@ def test_rates_are_the_exact_chances() -> None:
         ("random", "all"): 12 * comb(5, 3) / comb(60, 3),
     }
     for (kind, family), chance in chances.items():
-        row = rate(table, kind, "gseapy", family)
+        row = null_row(table, kind, "gseapy", family)
         assert row["draws"] == 3000
         assert binomtest(int(row["n_called"]), 3000, chance).pvalue > 1e-4, (kind, family)
         assert row["low"] <= row["percent"] <= row["high"]
-    assert np.isnan(rate(table, "circuit")["low"])
+    assert np.isnan(null_row(table, "circuit")["low"])
 
 
 def test_random_genes_of_a_number_are_mostly_nameless() -> None:
     table = run(small(), [], draws=2000)
     # 60 of the 20,000 have a name: nine in a thousand lists of three hold one of them at all.
-    row = rate(table, "random", "enrichr", "hit")
+    row = null_row(table, "random", "enrichr", "hit")
     assert row["background_genes"] == 20_000
     named = 1 - comb(20_000 - 60, 3) / comb(20_000, 3)
     assert binomtest(int(row["n_called"]), 2000, named).pvalue > 1e-4
@@ -96,14 +96,14 @@ def test_same_seed_same_table_and_same_lists_for_both_families() -> None:
     pd.testing.assert_frame_equal(first, again)
     assert not first["n_called"].equals(other["n_called"])
     for kind in ("anchor_random", "anchor_prompt", "prompt", "random"):
-        counts = [rate(first, kind, "gseapy", family)["n_called"] for family in ("hit", "all")]
+        counts = [null_row(first, kind, "gseapy", family)["n_called"] for family in ("hit", "all")]
         assert counts[0] >= counts[1]
 
 
 def test_what_the_page_says() -> None:
-    settings = case_settings(small(), CIRCUIT, GENES)
+    settings = case_rules(small(), CIRCUIT, GENES)
     table = run(small(), GENES)
-    shown = wide(table, settings)
+    shown = rates_by_rule(table, settings)
     assert shown["list"].tolist() == [
         "the 3 genes of the circuit", "G0 and 2 random genes", "G0 and 2 other genes of the prompt",
         "any 3 genes of the prompt", "3 random genes"]
@@ -111,7 +111,7 @@ def test_what_the_page_says() -> None:
     assert shown.shape[1] == 2 + len(settings)
     assert shown["gseapy: 60 genes, BH over all terms"].iloc[0] == "no"
     text = in_prose(table, 0.05)
-    row = rate(table, "anchor_prompt", family="all")
+    row = null_row(table, "anchor_prompt", family="all")
     assert in_words(row) in text and "FDR 0.05" in text
     called = int(table.loc[table["kind"] == "circuit", "n_called"].sum())
     assert f"under {called} of the 6 rules" in text
@@ -126,7 +126,7 @@ def test_a_term_is_found_whatever_its_capitals_and_spaces() -> None:
 
 
 def test_wrong_requests_are_errors() -> None:
-    settings = case_settings(small(), CIRCUIT, GENES)
+    settings = case_rules(small(), CIRCUIT, GENES)
     with pytest.raises(InputError, match="number of draws is 0"):
         case_nulls(settings, "T", CIRCUIT, PROMPT, draws=0, seed=0)
     with pytest.raises(InputError, match="no term 'V'"):
@@ -134,7 +134,7 @@ def test_wrong_requests_are_errors() -> None:
     with pytest.raises(InputError, match="distinct genes from 1"):
         case_nulls(settings, "T", CIRCUIT, ["G0", "G1"], draws=5, seed=0)
     with pytest.raises(InputError, match="no list 'nine'"):
-        rate(run(small(), GENES), "nine")
+        null_row(run(small(), GENES), "nine")
 
 
 def test_the_paper_s_case_with_the_real_library() -> None:
@@ -146,17 +146,17 @@ def test_the_paper_s_case_with_the_real_library() -> None:
     prompt = pd.read_csv(PAPER / "figure4_genes.csv")["gene"].tolist()
     term = named_term(library, "Endothelial cell: heart")
     assert term == "Endothelial cell:Heart"
-    settings = case_settings(library, nine, [])
+    settings = case_rules(library, nine, [])
     table = case_nulls(settings, term, nine, prompt, draws=500, seed=1)
     for setting in settings:
         full = term_table(nine, library, background=setting.universe, family=setting.rule.family)
         q = full.loc[full["Term"] == term, "Adjusted P-value"].iloc[0]
-        row = rate(table, "circuit", setting.rule.name, setting.rule.family)
+        row = null_row(table, "circuit", setting.rule.name, setting.rule.family)
         assert row["n_called"] == (q < 0.05)
     # Rates of an independent computation with 5,000 draws (its random genes: another atlas's).
     expected = {("anchor_prompt", "hit"): 0.860, ("anchor_prompt", "all"): 0.242,
                 ("prompt", "hit"): 0.245, ("prompt", "all"): 0.053}
     for (kind, family), share in expected.items():
-        row = rate(table, kind, family=family)
+        row = null_row(table, kind, family=family)
         assert binomtest(int(row["n_called"]), 500, share).pvalue > 1e-4, (kind, family)
-    assert 80 < rate(table, "anchor_random")["percent"] < 95
+    assert 80 < null_row(table, "anchor_random")["percent"] < 95

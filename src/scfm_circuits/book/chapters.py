@@ -23,14 +23,12 @@ import yaml
 
 from scfm_circuits import InputError
 from scfm_circuits.book import reach
-from scfm_circuits.common import kept
+from scfm_circuits.common import kept, manifest
 from scfm_circuits.common.files import digest, sha256_of_file
 from scfm_circuits.common.profile import (
     ROOT,
     Profile,
     cells_path,
-    gene_set_cache,
-    gene_set_folders,
     load_profile,
     profile_files,
 )
@@ -160,9 +158,9 @@ def cache_inputs(run: Run, notebook: Notebook) -> dict[str, str]:
 
     Only its own: a library that a later chapter downloads must not make earlier ones stale.
     """
-    folders = gene_set_folders(run.profile.gene_sets)
+    folders = manifest.gene_set_folders(run.profile.gene_sets)
     names = [f"{name}.gmt" for name in libraries_asked_for(notebook, run.profile)]
-    cached = [gene_set_cache() / name for name in names
+    cached = [manifest.gene_set_cache() / name for name in names
               if not any((folder / name).is_file() for folder in folders)]
     return {"gene-set cache": _stamp_files(cached)}
 
@@ -177,7 +175,7 @@ def shared_inputs(
         "data": _hash_files(path for pattern in DATA for path in ROOT.glob(pattern)),
         "lock": _hash_files([ROOT / "requirements.lock"]),
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-        "gene sets": _stamp_files(path for folder in gene_set_folders(profile.gene_sets)
+        "gene sets": _stamp_files(path for folder in manifest.gene_set_folders(profile.gene_sets)
                                   if folder.is_dir() for path in sorted(folder.iterdir())),
     }
     cells = cells_path(profile, ROOT)

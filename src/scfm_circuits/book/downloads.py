@@ -12,7 +12,7 @@ from scfm_circuits import InputError
 from scfm_circuits.common import manifest
 from scfm_circuits.common.fetch import Remote, fetch, missing_bytes
 from scfm_circuits.common.files import first_line
-from scfm_circuits.common.profile import ROOT, Profile, cells_path, gene_set_cache
+from scfm_circuits.common.profile import ROOT, Profile, cells_path
 from scfm_circuits.enrichment.gene_sets import downloads_are_off, load_library, local_copy
 
 MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "tokenizer.model"]
@@ -46,7 +46,7 @@ def missing(profile: Profile, parameters: int) -> list[Download]:
     for name in () if downloads_are_off() else missing_libraries(profile):
         library = manifest.entry("gene_sets", name)
         size = int(library["bytes"]) if library else 2**20
-        found.append(Download(name, size, gene_set_cache(), exact=library is not None))
+        found.append(Download(name, size, manifest.gene_set_cache(), exact=library is not None))
     return found
 
 

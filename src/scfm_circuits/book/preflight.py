@@ -218,9 +218,9 @@ def _cells(profile: Profile) -> tuple[int, int, float]:
     if listed is not None and path is not None and not (
             path.is_file() and path.stat().st_size == listed["bytes"]):
         return int(listed["cells"]), int(listed["genes"]), length
-    from scfm_circuits.cells.reading import describe
+    from scfm_circuits.cells.reading import describe_cells
 
-    found = describe(profile)
+    found = describe_cells(profile)
     held_out = split_cells(len(found.labels), profile.validation_share, profile.seed)
     check_case(found.labels, held_out, profile)
     return found.n_cells, len(found.symbols), length

@@ -6,6 +6,7 @@ Every token knows the gene it is part of and its place in it; words of the promp
 answer belong to no gene.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -108,6 +109,13 @@ def sentence_texts(ranking: np.ndarray, symbols: Sequence[str] | np.ndarray) -> 
         sizes = (part >= 0).sum(axis=1).tolist()
         for genes, size in zip(names[part].tolist(), sizes, strict=True):
             yield " ".join(genes[:size])
+
+
+def of_cells(corpus: Corpus, rows: np.ndarray) -> Corpus:
+    """The corpus of some of its cells, with all its genes."""
+    return dataclasses.replace(corpus, **{name: getattr(corpus, name)[rows] for name in (
+        "tokens", "mask", "gene", "place", "answer_start", "answer_end", "labels", "cell_ids",
+        "held_out")})
 
 
 def split_cells(n_cells: int, share: float, seed: int) -> np.ndarray:

@@ -22,7 +22,6 @@ class AnsweredPrompt(NamedTuple):
     position: int
 
 
-
 def answered_sentence(tokenizer: "PreTrainedTokenizerFast", profile: Profile, genes: Sequence[str],
                       gene_ids: Sequence[int] | np.ndarray, answer: str) -> AnsweredPrompt:
     """A sentence's prompt followed by the given answer, as the case study traces it.
@@ -36,7 +35,6 @@ def answered_sentence(tokenizer: "PreTrainedTokenizerFast", profile: Profile, ge
     names = dict(zip(gene_ids, genes, strict=True))
     return AnsweredPrompt(encoded, token_texts(tokenizer, encoded.tokens),
                           [names.get(gene) for gene in encoded.gene], start, position)
-
 
 
 def answered_prompt(corpus: Corpus, profile: Profile, cell: int, answer: str) -> AnsweredPrompt:

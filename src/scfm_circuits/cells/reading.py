@@ -30,81 +30,55 @@ if TYPE_CHECKING:
     import pandas as pd
 
 @dataclass(frozen=True)
-class Cells:
-    """Expression of checked cells.
+class About:
+    """What is known of cells beside their expression.
 
-    expression: (n_cells, n_genes) sparse rows, float32, nonnegative, explicit zeros removed.
-    symbols: n_genes upper-case gene symbols, unique.
-    labels, cell_ids: (n_cells,) cell types and identifiers.
-    decisions: one sentence for each choice made while reading, for the page.
+    symbols: n_genes upper-case gene symbols, unique. labels, cell_ids: (n_cells,) cell types and
+    identifiers. decisions: one sentence for each choice made while reading, for the page.
     """
 
-    expression: sp.csr_matrix
     symbols: tuple[str, ...]
     labels: np.ndarray
     cell_ids: np.ndarray
     decisions: tuple[str, ...]
 
     def __len__(self) -> int:
-        return int(self.expression.shape[0])
+        return len(self.labels)
 
 
 @dataclass(frozen=True)
-class RankedCells:
+class RankedCells(About):
     """Checked cells, each as its most expressed genes.
 
     ranking: (n_cells, k) int32 gene ids, most expressed first, -1 after the last.
-    symbols, labels, cell_ids, decisions: as in `Cells`.
     """
 
     ranking: np.ndarray
-    symbols: tuple[str, ...]
-    labels: np.ndarray
-    cell_ids: np.ndarray
-    decisions: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.ranking)
-
-
-class _About(NamedTuple):
-    """What is known of cells beside their expression; as in `Cells`."""
-
-    symbols: tuple[str, ...]
-    labels: np.ndarray
-    cell_ids: np.ndarray
-    decisions: tuple[str, ...]
 
 
 Take = Callable[[np.ndarray, sp.csr_matrix], None]
-"""Gets some cells' rows in the file and their checked expression."""
-
-
-def read_cells(profile: Profile) -> Cells:
-    """Choose, read and check the profile's cells.
-
-    Cells are chosen from obs alone, and only chunks of the file that hold a chosen one are read:
-    what is held is the chosen cells' expression, and only these cells' values are checked.
-    Raises InputError for a file that is missing, truncated or holds no usable expression,
-    symbols or labels; see the helpers below for the single checks.
-    """
-    parts: list[sp.csr_matrix] = []
-    about = _read(profile, lambda _, part: parts.append(part))
-    return Cells(sp.csr_matrix(sp.vstack(parts, format="csr")), *about)
+"""Gets some cells' rows in the file and their expression: sparse, float32, above zero."""
 
 
 def read_ranked(profile: Profile) -> RankedCells:
-    """As `read_cells`, but each chunk's cells are ranked (`ranking.top_genes`) and let go.
+    """Choose, read and check the profile's cells, and rank each one's genes.
 
-    What is held is the genes of the sentences, however many cells there are.
+    Each chunk's cells are ranked (`ranking.top_genes`) and let go: what is held is the genes of the
+    sentences, however many cells there are. Raises InputError as `read_chunks`.
     """
     parts: list[np.ndarray] = []
-    about = _read(profile, lambda rows, part: parts.append(
+    about = read_chunks(profile, lambda rows, part: parts.append(
         top_genes(part, rows, profile.genes_per_cell, profile.seed)))
-    return RankedCells(np.concatenate(parts), *about)
+    return RankedCells(**vars(about), ranking=np.concatenate(parts))
 
 
-def _read(profile: Profile, take: Take) -> _About:
+def read_chunks(profile: Profile, take: Take) -> About:
+    """Hand the profile's cells to `take`, chunk by chunk, and say what else is known of them.
+
+    Cells are chosen from obs alone, and only chunks of the file that hold a chosen one are read,
+    and only these cells' values checked. Raises InputError for a file that is missing, truncated or
+    holds no usable expression, symbols or labels; see the helpers below for the single checks.
+    """
     data = _open(profile)
     try:
         return _read_opened(data, profile, take)
@@ -148,8 +122,8 @@ class Description(NamedTuple):
     labels: np.ndarray
 
 
-def describe(profile: Profile) -> Description:
-    """Look at the profile's cells, checked as `read_cells` does, but for their expression."""
+def describe_cells(profile: Profile) -> Description:
+    """Look at the profile's cells, checked as `read_chunks` does, but for their expression."""
     data = _open(profile)
     try:
         parts = _parts(data, profile)
@@ -166,7 +140,7 @@ def _drawn(labels: np.ndarray, profile: Profile) -> np.ndarray:
     return draw_cells(labels, profile.max_cells, profile.sampling, profile.seed)
 
 
-def _read_opened(data: Opened, profile: Profile, take: Take) -> _About:
+def _read_opened(data: Opened, profile: Profile, take: Take) -> About:
     where = profile.cells
     matrix, symbols, join, labels, decisions = _parts(data, profile)
     cell_ids = data.obs.index.to_numpy().astype(str)
@@ -181,7 +155,7 @@ def _read_opened(data: Opened, profile: Profile, take: Take) -> _About:
                       "The values are not whole numbers, so normalised already. ")
                      + "Genes are ranked within each cell, which no library-size scaling or log "
                      "changes; the values are used as they are.")
-    return _About(tuple(symbols), labels[chosen], cell_ids[chosen], tuple(decisions))
+    return About(tuple(symbols), labels[chosen], cell_ids[chosen], tuple(decisions))
 
 
 def draw_cells(labels: np.ndarray, n: int, sampling: str, seed: int) -> np.ndarray:
@@ -249,16 +223,10 @@ def _open(profile: Profile) -> Opened:
 def _matrix(data: Opened, name: str, where: str) -> tuple[Any, "pd.DataFrame"]:
     if name in data.matrices:
         return data.matrices[name]
-    layers = [key for key in data.matrices if key not in ("X", "raw")]
-    if name == "raw":
-        raise InputError(f"{where} has no `raw` matrix; set `matrix` in the profile to "
-                         + " or ".join(["X", *layers]) + ".")
-    if name == "X":
-        raise InputError(f"{where} has no X; set `matrix` in the profile to "
-                         + " or ".join(["raw", *layers]) + ".")
-    known = ", ".join(["X", "raw", *layers])
-    raise InputError(f"{where} has no layer {name!r}; set `matrix` in the profile to one of "
-                     f"{known}.")
+    missing = {"raw": "`raw` matrix", "X": "X"}.get(name, f"layer {name!r}")
+    mend = (f"set `matrix` in the profile to {' or '.join(data.matrices)}" if data.matrices
+            else "there is no other expression in it, so choose another file")
+    raise InputError(f"{where} has no {missing}; {mend}.")
 
 
 def _symbols(variables: "pd.DataFrame", column: str | None, where: str

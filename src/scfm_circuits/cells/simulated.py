@@ -211,7 +211,6 @@ def _expected_shares(plan: Plan, activity: np.ndarray, rng: np.random.Generator)
     return (1 - ambient) * shares + ambient * shares.mean(axis=0)
 
 
-
 def plan_of(profile: Profile) -> Plan:
     """What is planted in the profile's cells.
 

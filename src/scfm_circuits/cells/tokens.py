@@ -17,12 +17,13 @@ from scfm_circuits.common.files import first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+END_OF_TEXT = "<|endoftext|>"
 _CELLS = 4096
 _LOOKED_AT = 256
 
 
 class Prompts(NamedTuple):
-    """Tokenized prompts, right-padded: the arrays of `sentences.Corpus` of the same names."""
+    """Tokenized prompts, right-padded: the arrays of `corpus.Corpus` of the same names."""
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -124,6 +125,12 @@ def _agree(tokenizer: "PreTrainedTokenizerFast", prompt: str, symbols: np.ndarra
 
 def _joined(end: int, ranking: np.ndarray, pieces: _Pieces, chosen: np.ndarray, made: Made,
             quiet: bool = False) -> Prompts:
+    """Each cell's pieces side by side, then the end of text, which is the padding too.
+
+        chosen   before+G1      " G2"   ...   " Gk"+after    answer   (-1)
+        tokens   t t t t t      t t     ...   t t t t        t t t    end   end ...
+        gene     - - - 1 1      2 2     ...   k k - -        - - -    -     -
+    """
     sizes = np.append(np.diff(pieces.start), 0)  # the last one for "no piece"
     question = np.empty(len(chosen), np.int64)
     lengths = np.empty(len(chosen), np.int64)
@@ -131,30 +138,28 @@ def _joined(end: int, ranking: np.ndarray, pieces: _Pieces, chosen: np.ndarray, 
     for block in blocks:
         each = sizes[chosen[block]]
         lengths[block] = each.sum(axis=1) + 1
-        size = (ranking[block] >= 0).sum(axis=1)
-        question[block] = lengths[block] - 1 - each[np.arange(len(each)), size]
+        answer = (ranking[block] >= 0).sum(axis=1)  # its column: after the genes
+        question[block] = lengths[block] - 1 - each[np.arange(len(each)), answer]
     prompts = _empty(lengths, question, made)
+    at = np.arange(prompts.tokens.shape[1])
     for block in tqdm(blocks, desc="tokens", unit="chunk", disable=quiet or len(blocks) < 2):
-        own = chosen[block]
-        row, column = np.nonzero(own >= 0)
-        piece = own[row, column]
+        # All the block's tokens in one row, cell after cell; `source` is where each stands among
+        # the pieces: start, start + 1, ... of each piece in turn.
+        inside = at < lengths[block, None] - 1
+        row, column = np.nonzero(chosen[block] >= 0)
+        piece = chosen[block][row, column]
         length = sizes[piece]
-        stop = np.cumsum(length)
-        within = np.arange(stop[-1]) - np.repeat(stop - length, length)
-        source = np.repeat(pieces.start[piece], length) + within
-        cell = np.repeat(row, length)
-        total = lengths[block] - 1
-        at = np.arange(len(cell)) - np.repeat(np.cumsum(total) - total, total)
+        skipped = pieces.start[piece] - (np.cumsum(length) - length)
+        source = np.repeat(skipped, length) + np.arange(length.sum())
         place = pieces.place[source]
-        whose = np.append(ranking[block], np.full((len(own), 1), -1, ranking.dtype), axis=1)
+        whose = np.append(ranking[block], np.full((len(inside), 1), -1, ranking.dtype), axis=1)
         gene = np.where(place >= 0, np.repeat(whose[row, column], length), -1)
-        shape = len(own), prompts.tokens.shape[1]
         for into, values, rest in ((prompts.tokens, pieces.token[source], end),
                                    (prompts.gene, gene, -1), (prompts.place, place, -1)):
-            part = np.full(shape, rest, into.dtype)
-            part[cell, at] = values
+            part = np.full(inside.shape, rest, into.dtype)
+            part[inside] = values
             into[block] = part
-        prompts.mask[block] = np.arange(shape[1]) < lengths[block, None]
+        prompts.mask[block] = at < lengths[block, None]
     return prompts
 
 
@@ -171,7 +176,6 @@ def _empty(lengths: np.ndarray, question: np.ndarray, made: Made) -> Prompts:
 def _one_by_one(tokenizer: "PreTrainedTokenizerFast", prompt: str, symbols: np.ndarray,
                 ranking: np.ndarray, answers: Sequence[str], made: Made, quiet: bool = False
                 ) -> Prompts:
-    
     found = []
     for ids, answer in tqdm(zip(ranking, answers, strict=True), desc="tokens", unit="cell",
                             total=len(ranking), disable=quiet or len(ranking) < _CELLS):
@@ -187,10 +191,6 @@ def _one_by_one(tokenizer: "PreTrainedTokenizerFast", prompt: str, symbols: np.n
         prompts.place[row, : lengths[row]] = one.place
     return prompts
 
-END_OF_TEXT = "<|endoftext|>"
-
-
-
 class Encoded(NamedTuple):
     """One text as tokens: `tokens`, `gene` (id or -1) and `place` in the gene, each (length,)."""
 
@@ -199,12 +199,10 @@ class Encoded(NamedTuple):
     place: np.ndarray
 
 
-
 def token_texts(tokenizer: "PreTrainedTokenizerFast", ids: Sequence[int] | np.ndarray) -> list[str]:
     """Tokens as readable text: a leading space is shown as `_`, as in the paper's Table 3."""
     texts = [str(tokenizer.decode([int(i)], clean_up_tokenization_spaces=False)) for i in ids]
     return [text.replace(" ", "_").replace("\n", "\\n") for text in texts]
-
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> "PreTrainedTokenizerFast":
@@ -224,7 +222,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> "PreTrainedTo
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
         unk_token=END_OF_TEXT, clean_up_tokenization_spaces=False,
     )
-
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokenizerFast":
@@ -253,7 +250,6 @@ def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokeniz
         raise InputError(f"The tokenizer {name!r} has no token for the end of a text; set "
                          "`eos_token` in its tokenizer_config.json.")
     return tokenizer
-
 
 
 def encode_prompt(
@@ -285,7 +281,6 @@ def encode_prompt(
         tokens = np.append(tokens, tokenizer.eos_token_id)
         gene = np.append(gene, -1)
     return Encoded(tokens, gene.astype(np.int32), _places(gene)), answer_start
-
 
 
 def _places(gene: np.ndarray) -> np.ndarray:

@@ -18,7 +18,6 @@ features see attention of earlier layers only; in a sequential one (Llama) they 
 layer's too. Which models there are, and where their parts stand, is in `architectures`.
 The sums are exact in the model's precision. transformers' RMSNorm rounds to float32, so in a
 float64 model with RMSNorm they are as good as float32.
-Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from scfm_circuits.models.architectures import (
     final_norm,
     layer_weights,
 )
-from scfm_circuits.models.mlp_sites import device_of
+from scfm_circuits.models.mlp_sites import device_of, hooked
 from scfm_circuits.transcoders.transcoder import Transcoders
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ class Frozen:
         return x - x.mean(dim=-1, keepdim=True) if self.centred else x
 
 
-class Direction(NamedTuple):
+class Reading(NamedTuple):
     """A linear reading `vector . residual + constant` of the stream at one position.
 
     It sees the embedding, MLPs of layers below `mlp_limit` and attention below `attention_limit`.
@@ -180,18 +179,15 @@ def _recorded(model: "PreTrainedModel", ids: Tensor) -> tuple[Any, dict[str, lis
             layer.mlp.register_forward_hook(
                 lambda module, args, output: seen["out"].append(output[0])),
         ]
-    try:
+    with hooked(handles):
         return model(input_ids=ids, use_cache=False, output_attentions=True), seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # --- readings ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def feature_direction(frozen: Frozen, layer: int, feature: int, position: int) -> Direction:
+def feature_direction(frozen: Frozen, layer: int, feature: int, position: int) -> Reading:
     """The pre-activation of a feature at a position, as a reading of the residual stream."""
     t, weights = frozen.transcoders, frozen.weights[layer]
     f = t.W_enc[layer, feature]
@@ -199,25 +195,23 @@ def feature_direction(frozen: Frozen, layer: int, feature: int, position: int) -
     constant = f @ (weights.ln2_bias - t.b_in[layer]) + t.b_enc[layer, feature]
     # In a sequential block the MLP also sees its own layer's attention.
     attention_limit = layer if frozen.parallel else layer + 1
-    return Direction(u, position, layer, attention_limit, constant,
+    return Reading(u, position, layer, attention_limit, constant,
                      frozen.pre[layer, position, feature])
 
 
 @torch.no_grad()
-def logit_direction(frozen: Frozen, token: int, position: int, minus: int | None = None
-                    ) -> Direction:
-    """A token's logit less the mean logit (or less another token's), as a reading."""
+def logit_direction(frozen: Frozen, token: int, position: int) -> Reading:
+    """A token's logit less the mean logit, as a reading."""
     unembed, logits = frozen.unembedding, frozen.logits[position]
-    other = unembed.mean(dim=0) if minus is None else unembed[minus]
-    f = unembed[token] - other
+    f = unembed[token] - unembed.mean(dim=0)
     u = frozen.centre(frozen.final_gain * f) / frozen.sigma_final[position]
     n_layers = len(frozen.weights)
-    value = logits[token] - (logits.mean() if minus is None else logits[minus])
-    return Direction(u, position, n_layers, n_layers, f @ frozen.final_bias, value)
+    return Reading(u, position, n_layers, n_layers, f @ frozen.final_bias,
+                   logits[token] - logits.mean())
 
 
 @torch.no_grad()
-def head_direction(frozen: Frozen, of: Direction, layer: int, head: int, source: int) -> Direction:
+def head_direction(frozen: Frozen, of: Reading, layer: int, head: int, source: int) -> Reading:
     """What a head carried from `source` into the reading `of`, as a reading at the source.
 
     Its value is the head's contribution to `of` from that token; its biases were already counted
@@ -226,7 +220,7 @@ def head_direction(frozen: Frozen, of: Direction, layer: int, head: int, source:
     v = _value_direction(frozen, of.vector, layer)[head]
     scale = frozen.patterns[layer, head, of.position, source] / frozen.sigma1[layer, source]
     u = scale * v
-    return Direction(u, source, layer, layer, torch.zeros_like(of.constant),
+    return Reading(u, source, layer, layer, torch.zeros_like(of.constant),
                      u @ frozen.residual[layer, source])
 
 
@@ -243,7 +237,7 @@ def _pulled_to_norm(frozen: Frozen, u: Tensor, layer: int) -> Tensor:
 
 
 @torch.no_grad()
-def carried(frozen: Frozen, layer: int, change: Tensor) -> Tensor:
+def through_attention(frozen: Frozen, layer: int, change: Tensor) -> Tensor:
     """What a layer's attention makes of a change of the residual it reads, patterns and scales
     frozen; both (n_pos, d_model). Linear: no bias comes in. The adjoint of `head_direction`,
     summed over heads and sources."""
@@ -258,7 +252,7 @@ def carried(frozen: Frozen, layer: int, change: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def contributions(frozen: Frozen, reading: Direction) -> Contributions:
+def contributions(frozen: Frozen, reading: Reading) -> Contributions:
     """Every node's contribution to a reading; they sum to its value exactly."""
     u, position, t = reading.vector, reading.position, frozen.transcoders
     n_mlp, n_attention = reading.mlp_limit, reading.attention_limit
@@ -295,7 +289,7 @@ def equation_5(frozen: Frozen, layer: int, feature: int, position: int) -> Tenso
         "lfd,d->lf", t.W_dec[:layer], t.W_enc[layer, feature])
 
 
-def closure(frozen: Frozen, reading: Direction) -> float:
+def closure(frozen: Frozen, reading: Reading) -> float:
     """|sum of contributions - value| over their scale.
 
     Relative to the larger of |value| and the largest single contribution, because a value near

@@ -1,28 +1,60 @@
 """A circuit: its nodes, edges and expansions, and its tables."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple, SupportsFloat, SupportsInt
 
 import pandas as pd
 
+Kind = Literal["feature", "head", "embedding", "error", "logit"]
+
 
 class Node(NamedTuple):
-    """A node of a circuit.
+    """A node of a circuit, made by `of_feature`, `of_head` and so on, which also name it.
 
-    kind: feature, head, embedding, error or logit. layer: -1 for embeddings. position: the token
-    at which it writes; source: the token it read (a head's source, else the position itself).
+    layer: -1 for embeddings. position: the token at which it writes; source: the token it read (a
+    head's source, else the position itself).
     index: feature or head number, token of an embedding or a logit, else -1. value: a feature's
     activation (the target's pre-activation), a head's contribution to its reader, or the norm of
     an error or an embedding.
     """
 
     id: str
-    kind: str
+    kind: Kind
     layer: int
     position: int
     source: int
     index: int  # type: ignore[assignment]  # a tuple has a method of this name, not used here
     value: float
+
+    @classmethod
+    def of_feature(cls, layer: int, feature: int, position: int, value: SupportsFloat) -> "Node":
+        """A feature at a token. value: its activation, or a target's pre-activation."""
+        return cls(f"L{layer}_F{feature}_P{position}", "feature", layer, position, position,
+                   feature, float(value))
+
+    @classmethod
+    def of_head(cls, layer: int, head: int, position: int, source: int, reader: str, value: float
+                ) -> "Node":
+        """What a head carries from `source`. That depends on who reads it, so the reader's id is
+        part of its name. value: its contribution to the reader."""
+        return cls(f"A{layer}.{head}_P{position}_from_P{source}_for_{reader}", "head", layer,
+                   position, source, head, value)
+
+    @classmethod
+    def of_error(cls, layer: int, position: int, norm: SupportsFloat) -> "Node":
+        """What a transcoder does not explain at a token."""
+        return cls(f"err_L{layer}_P{position}", "error", layer, position, position, -1, float(norm))
+
+    @classmethod
+    def of_embedding(cls, token: SupportsInt, position: int, norm: SupportsFloat) -> "Node":
+        """The embedding of the token (its id) at a position."""
+        return cls(f"E_P{position}", "embedding", -1, position, position, int(token), float(norm))
+
+    @classmethod
+    def of_logit(cls, token: int, position: int, n_layers: int, value: SupportsFloat) -> "Node":
+        """The logit of a token (its id) at a position, above the model's last layer."""
+        return cls(f"logit_{token}_P{position}", "logit", n_layers, position, position, token,
+                   float(value))
 
 
 class Edge(NamedTuple):
@@ -68,11 +100,12 @@ class Circuit:
         return max((abs(one.residual) / max(one.absolute, 1e-30)
                     for one in self.expansions.values()), default=0.0)
 
-    def influence(self) -> dict[str, float]:
+    def influence(self, *, signed: bool = False) -> dict[str, float]:
         """Share of the target's absolute contributions that passes through each node.
 
         An edge passes on |weight| / (sum of all absolute contributions, kept or not, and of the
         constant) of its target's influence; the target has 1. What a constant takes ends there.
+        signed: weight in place of |weight|, so that the signs along each path are multiplied.
         """
         incoming: dict[str, list[Edge]] = {}
         for edge in self.edges:
@@ -81,9 +114,23 @@ class Circuit:
         result[self.target] = 1.0
         for node in sorted(self.nodes.values(), key=_height, reverse=True):
             for edge in incoming.get(node.id, []):
-                share = abs(edge.weight) / max(self.expansions[node.id].absolute, 1e-30)
+                share = self.share(edge)
+                if signed and edge.weight < 0:
+                    share = -share
                 result[edge.source] += share * result[node.id]
         return result
+
+    def share(self, edge: Edge) -> float:
+        """|weight| over all absolute contributions to the edge's target."""
+        return abs(edge.weight) / max(self.expansions[edge.target].absolute, 1e-30)
+
+    def carried(self) -> list[float]:
+        """What each edge carries: its share times its target's influence.
+
+        Edges into different nodes have different units; this puts them into shares of the target.
+        """
+        influence = self.influence()
+        return [self.share(edge) * influence[edge.target] for edge in self.edges]
 
 
 def _height(node: Node) -> float:
@@ -91,11 +138,6 @@ def _height(node: Node) -> float:
     step = {"embedding": -1.0, "head": 2.0 * node.layer, "error": 2.0 * node.layer + 1,
             "feature": 2.0 * node.layer + 1, "logit": float("inf")}
     return step[node.kind]
-
-
-def feature_id(layer: int, feature: int, position: int) -> str:
-    """Identifier of a feature node."""
-    return f"L{layer}_F{feature}_P{position}"
 
 
 def node_table(circuit: Circuit, texts: list[str], genes: list[str | None]) -> pd.DataFrame:
@@ -122,8 +164,7 @@ def node_table(circuit: Circuit, texts: list[str], genes: list[str | None]) -> p
 def edge_table(circuit: Circuit) -> pd.DataFrame:
     """One row per edge: source, target, weight, share of the target's absolute contributions."""
     frame = pd.DataFrame(circuit.edges, columns=["source", "target", "weight"])
-    frame["share"] = [abs(edge.weight) / circuit.expansions[edge.target].absolute
-                      for edge in circuit.edges]
+    frame["share"] = [circuit.share(edge) for edge in circuit.edges]
     return frame
 
 

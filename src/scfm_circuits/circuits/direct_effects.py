@@ -6,7 +6,6 @@ each layer, and its product with what an MLP's features, its error and the embed
 are their effects. This is the gradient of the frozen linear model in closed form.
 
 The constant is what the biases give along the way, never the rest.
-Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scfm_circuits.circuits.attribution import Direction, Frozen
+from scfm_circuits.circuits.attribution import Frozen, Reading
 
 # --- sources -------------------------------------------------------------------------------------
 
@@ -59,13 +58,13 @@ class Sources:
         return self.embeddings + self.n_pos
 
 
-def extent(readings: Sequence[Direction]) -> tuple[int, int]:
+def extent(readings: Sequence[Reading]) -> tuple[int, int]:
     """Layers and positions that can reach any of the readings."""
     return (max(one.mlp_limit for one in readings), max(one.position for one in readings) + 1)
 
 
 @torch.no_grad()
-def sources_of(frozen: Frozen, readings: Sequence[Direction]) -> Sources:
+def sources_of(frozen: Frozen, readings: Sequence[Reading]) -> Sources:
     """Everything upstream of the readings."""
     n_layers, n_pos = extent(readings)
     z = frozen.activations[:n_layers, :n_pos]
@@ -80,7 +79,7 @@ def sources_of(frozen: Frozen, readings: Sequence[Direction]) -> Sources:
 
 
 @torch.no_grad()
-def direct_effects(frozen: Frozen, sources: Sources, readings: Sequence[Direction]
+def direct_effects(frozen: Frozen, sources: Sources, readings: Sequence[Reading]
                    ) -> tuple[Tensor, Tensor]:
     """(n_readings, sources.count) effects of all sources on each reading through all attention
     paths, and (n_readings,) what the biases give. Exact: the gradient of the frozen linear model,

@@ -11,7 +11,6 @@ written into the residual stream anywhere upstream, whatever attention paths car
 3. Of each row the strongest edges are kept; what is not kept is summed up as `dropped`.
 
 Pruning and scores are in `graph_scores`.
-Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 from collections.abc import Sequence
@@ -23,8 +22,8 @@ import torch
 from scipy.sparse import csr_array
 
 from scfm_circuits import InputError
-from scfm_circuits.circuits.attribution import Direction, Frozen, feature_direction, logit_direction
-from scfm_circuits.circuits.circuit import Node, feature_id
+from scfm_circuits.circuits.attribution import Frozen, Reading, feature_direction
+from scfm_circuits.circuits.circuit import Kind, Node
 from scfm_circuits.circuits.direct_effects import Sources, direct_effects, extent, sources_of
 
 
@@ -32,7 +31,7 @@ class Target(NamedTuple):
     """Where a graph starts: a node, its reading, and its share of the influence."""
 
     node: Node
-    reading: Direction
+    reading: Reading
     weight: float
 
 
@@ -75,7 +74,7 @@ class AttributionGraph:
         missing = np.abs(kept + self.dropped + self.constant - self.value)
         return float((missing / np.maximum(self.absolute, 1e-30)).max(initial=0.0))
 
-    def of_kind(self, *kinds: str) -> np.ndarray:
+    def of_kind(self, *kinds: Kind) -> np.ndarray:
         """(n_nodes,) whether a node is of one of these kinds."""
         return np.isin([node.kind for node in self.nodes], kinds)
 
@@ -87,26 +86,7 @@ def feature_target(frozen: Frozen, layer: int, feature: int, position: int, weig
                    ) -> Target:
     """One feature's pre-activation at one position."""
     reading = feature_direction(frozen, layer, feature, position)
-    node = Node(feature_id(layer, feature, position), "feature", layer, position, position, feature,
-                float(reading.value))
-    return Target(node, reading, weight)
-
-
-def logit_targets(frozen: Frozen, position: int, *, share: float = 0.95, most: int = 10
-                  ) -> list[Target]:
-    """The likeliest next tokens, weighted by probability: those that reach `share`, at most `most`
-    (circuit-tracer's `desired_logit_prob` and `max_n_logits`). Each is read less the mean logit."""
-    probability = frozen.logits[position].double().softmax(-1)
-    top = torch.topk(probability, min(most, len(probability)))
-    enough = int((top.values.cumsum(0) < share).sum()) + 1
-    targets = []
-    for weight, token in zip(top.values[:enough].tolist(), top.indices[:enough].tolist(),
-                             strict=True):
-        reading = logit_direction(frozen, token, position)
-        node = Node(f"logit_{token}_P{position}", "logit", len(frozen.weights), position, position,
-                    token, float(reading.value))
-        targets.append(Target(node, reading, weight))
-    return targets
+    return Target(Node.of_feature(layer, feature, position, reading.value), reading, weight)
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -128,7 +108,7 @@ class _Rows:
         self.dropped: list[float] = []
         self.dropped_absolute: list[float] = []
 
-    def add(self, frozen: Frozen, own: Sequence[int], readings: Sequence[Direction]) -> None:
+    def add(self, frozen: Frozen, own: Sequence[int], readings: Sequence[Reading]) -> None:
         """Compute and keep the rows of some readings."""
         effects, constant = direct_effects(frozen, self.sources, readings)
         size = effects.abs()
@@ -193,23 +173,17 @@ def memory_needed(frozen: Frozen, targets: Sequence[Target], *, max_features: in
 
 
 def attribution_graph(frozen: Frozen, targets: Sequence[Target], *, max_features: int = 1_000,
-                      edges_per_row: int = 2_000, batch: int = 32,
-                      memory_limit: int | None = None) -> AttributionGraph:
+                      edges_per_row: int = 2_000, batch: int = 32) -> AttributionGraph:
     """The direct-effect graph upstream of the targets.
 
     max_features: features that get a row, the most influential first; edges to others are dropped,
     as are those beyond the `edges_per_row` strongest of a row, and both are accounted for.
     batch: rows computed at once; influence is taken anew after as many, or after an eighth more
-    than there are. memory_limit: bytes; if `memory_needed` is more, nothing is computed.
+    than there are. `memory_needed` says beforehand what it takes.
 
-    Raises InputError for impossible limits or targets, and above the memory limit.
+    Raises InputError for impossible limits or targets.
     """
-    limits = {"max_features": max_features, "edges_per_row": edges_per_row, "batch": batch}
-    needed = memory_needed(frozen, targets, **limits)
-    if memory_limit is not None and needed > memory_limit:
-        raise InputError(f"The graph needs up to {needed / 2**20:,.0f} MiB, more than the limit of "
-                         f"{memory_limit / 2**20:,.0f} MiB; lower `max_features` ({max_features}), "
-                         f"`edges_per_row` ({edges_per_row}) or `batch` ({batch}).")
+    _check(targets, max_features=max_features, edges_per_row=edges_per_row, batch=batch)
     readings = [one.reading for one in targets]
     sources = sources_of(frozen, readings)
     rows = _Rows(sources, edges_per_row)
@@ -304,12 +278,9 @@ def _node(frozen: Frozen, sources: Sources, column: int) -> Node:
     if column < sources.errors:
         layer, position, feature = (int(part[column]) for part in (
             sources.layer, sources.position, sources.feature))
-        return Node(feature_id(layer, feature, position), "feature", layer, position, position,
-                    feature, float(sources.activation[column]))
+        return Node.of_feature(layer, feature, position, sources.activation[column])
     if column < sources.embeddings:
         layer, position = divmod(column - sources.errors, sources.n_pos)
-        return Node(f"err_L{layer}_P{position}", "error", layer, position, position, -1,
-                    float(frozen.error[layer, position].norm()))
+        return Node.of_error(layer, position, frozen.error[layer, position].norm())
     position = column - sources.embeddings
-    return Node(f"E_P{position}", "embedding", -1, position, position,
-                int(frozen.tokens[position]), float(frozen.residual[0, position].norm()))
+    return Node.of_embedding(frozen.tokens[position], position, frozen.residual[0, position].norm())

@@ -2,8 +2,7 @@
 
 Definitions are circuit-tracer's (`graph.py`): with A_hat the row-normalised absolute matrix,
 influence = weights (A_hat + A_hat^2 + ...). Its scores see kept edges only and know no biases;
-`endings` counts everything.
-Imports neither scanpy nor gseapy.
+`effect_ends` counts everything.
 """
 
 from collections.abc import Sequence
@@ -58,7 +57,7 @@ def completeness_score(graph: AttributionGraph) -> float:
     return float(explained @ output / output.sum())
 
 
-def endings(graph: AttributionGraph) -> dict[str, float]:
+def effect_ends(graph: AttributionGraph) -> dict[str, float]:
     """Where the targets' absolute effects end, with nothing left out: shares that sum to 1.
 
     tokens; errors; constant: biases; dropped: edges too weak to keep, or to features without a row.

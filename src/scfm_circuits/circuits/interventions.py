@@ -1,19 +1,18 @@
 """Is a circuit what the model uses? Change its features in the model and see what the target does.
 
-- `scale` multiplies what features write by a factor, in the real model: attention, LayerNorm and
-  the MLPs' other features then respond as they will. 0 takes a feature away (`ablate`), 2 doubles
-  it. The activation scaled is the one the feature has by then, not the one it had before: a feature
-  that has already fallen silent because others were taken away has nothing left to lose.
+- `scale_features` multiplies what features write by a factor, in the real model: attention,
+  LayerNorm and the MLPs' other features then respond as they will. 0 takes a feature away, 2
+  doubles it. The activation scaled is the one the feature has by then, not the one it had before: a
+  feature that has already fallen silent because others were taken away has nothing left to lose.
 - `circuit_alone` is the converse: every feature outside the circuit is held at its mean, and the
   circuit's features run. MLPs are replaced by their transcoders plus the error that these made in
   the clean run, which is kept as it was.
 
 The prediction is the change in the frozen linear model, where only attention carries the difference
-on. `matched_features` draws circuits to compare with. Imports neither pandas nor scanpy.
+on. `matched_features` draws circuits to compare with.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from scfm_circuits import InputError
-from scfm_circuits.circuits.attribution import Direction, Frozen, carried
+from scfm_circuits.circuits.attribution import Frozen, Reading, through_attention
 from scfm_circuits.circuits.token_means import Means
-from scfm_circuits.models.mlp_sites import mlps
+from scfm_circuits.models.mlp_sites import hooked, mlps
 from scfm_circuits.transcoders.transcoder import Transcoders
 
 Edit = Callable[[Tensor, Tensor], Tensor]
@@ -66,12 +65,12 @@ def written_sizes(frozen: Frozen, layer: int) -> Tensor:
 
 
 @torch.no_grad()
-def frozen_change(frozen: Frozen, change: Tensor, reading: Direction) -> float:
+def frozen_change(frozen: Frozen, change: Tensor, reading: Reading) -> float:
     """What a change of the MLPs' outputs (n_layers, n_pos, d_model) does to a reading, in the
     linear model with attention patterns and the norms' scales frozen."""
     stream = torch.zeros_like(frozen.residual[0])
     for layer in range(max(reading.mlp_limit, reading.attention_limit)):
-        from_attention = carried(frozen, layer, stream)
+        from_attention = through_attention(frozen, layer, stream)
         if layer < reading.attention_limit:
             stream = stream + from_attention
         if layer < reading.mlp_limit:
@@ -82,34 +81,22 @@ def frozen_change(frozen: Frozen, change: Tensor, reading: Direction) -> float:
 # --- the real model ------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _edited(modules: Sequence[nn.Module], edits: Mapping[int, Edit]) -> Iterator[None]:
-    def hook(edit: Edit):  # type: ignore[no-untyped-def]
-        return lambda module, args, output: edit(args[0][0], output[0])[None]
-
-    handles = [modules[layer].register_forward_hook(hook(edit)) for layer, edit in edits.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def _read_with(model: nn.Module, frozen: Frozen, edits: Mapping[int, Edit], target: FeatureAt
                ) -> float:
     """The target's pre-activation in the real model with MLP outputs edited on the way."""
     seen: list[Tensor] = []
-    modules = mlps(model)  # type: ignore[arg-type]
-    handle = modules[target.layer].register_forward_pre_hook(
-        lambda module, args: seen.append(args[0][0, target.position]))
-    try:
-        with _edited(modules, edits):
-            # Without the unembedding, which nothing here reads.
-            model.base_model(  # type: ignore[operator]
-                input_ids=frozen.tokens[None], use_cache=False)
-    finally:
-        handle.remove()
+    modules = mlps(model)
+
+    def hook(edit: Edit):  # type: ignore[no-untyped-def]
+        return lambda module, args, output: edit(args[0][0], output[0])[None]
+
+    with hooked([modules[target.layer].register_forward_pre_hook(
+            lambda module, args: seen.append(args[0][0, target.position])),
+            *(modules[layer].register_forward_hook(hook(edit)) for layer, edit in edits.items())]):
+        # Without the unembedding, which nothing here reads.
+        model.base_model(  # type: ignore[operator]
+            input_ids=frozen.tokens[None], use_cache=False)
     return float(frozen.transcoders.layer_pre_activations(target.layer, seen[0])[target.feature])
 
 
@@ -141,8 +128,8 @@ def _live(t: Transcoders, layer: int, rows: _Rows, x: Tensor) -> Tensor:
             + t.b_enc[layer, rows.indices]).relu()
 
 
-def scale(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt], factor: float,
-          target: FeatureAt, reading: Direction) -> Effect:
+def scale_features(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt], factor: float,
+                   target: FeatureAt, reading: Reading) -> Effect:
     """Multiply what the features write by `factor` and read the target's pre-activation.
 
     reading: the target's direction. The prediction is that of the frozen linear model with the
@@ -163,15 +150,9 @@ def scale(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt], facto
     return Effect(before, predicted, _read_with(model, frozen, edits, target) - before)
 
 
-def ablate(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt], target: FeatureAt,
-           reading: Direction) -> Effect:
-    """`scale` with the factor 0: the features write nothing."""
-    return scale(model, frozen, features, 0.0, target, reading)
-
-
 # --- the circuit alone ---------------------------------------------------------------------------
 
-class Baseline(NamedTuple):
+class HeldAtMeans(NamedTuple):
     """One text with all features at their means.
 
     means: (n_layers, n_kinds, n_features); kinds: (n_pos,). mlp_out: (n_layers, n_pos, d_model)
@@ -184,7 +165,7 @@ class Baseline(NamedTuple):
 
 
 @torch.no_grad()
-def baseline(frozen: Frozen, means: Means, kinds: np.ndarray) -> Baseline:
+def held_at_means(frozen: Frozen, means: Means, kinds: np.ndarray) -> HeldAtMeans:
     """All features at the means of their tokens' kinds.
 
     Raises InputError if the text has a kind of token that was not averaged over.
@@ -197,11 +178,11 @@ def baseline(frozen: Frozen, means: Means, kinds: np.ndarray) -> Baseline:
     t = frozen.transcoders
     written = torch.stack([means.activations[layer][places] @ t.W_dec[layer] + t.b_dec[layer]
                            for layer in range(t.n_layers)])
-    return Baseline(means.activations, places, written + frozen.error)
+    return HeldAtMeans(means.activations, places, written + frozen.error)
 
 
 def circuit_alone(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt],
-                  target: FeatureAt, reading: Direction, held: Baseline) -> Effect:
+                  target: FeatureAt, reading: Reading, held: HeldAtMeans) -> Effect:
     """Run the circuit's features, hold all others at their means, and read the target.
 
     A change of 0 says that the circuit gives the target all of its pre-activation. Errors are
@@ -300,24 +281,25 @@ class Comparison(NamedTuple):
     highest: float
 
 
-def compare(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt], target: FeatureAt,
-            reading: Direction, means: Means, kinds: np.ndarray, rng: np.random.Generator, *,
-            draws: int = 5) -> list[Comparison]:
+def compare_interventions(
+    model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt], target: FeatureAt,
+    reading: Reading, means: Means, kinds: np.ndarray, rng: np.random.Generator, *, draws: int = 5,
+) -> list[Comparison]:
     """Ablate, double and run alone a circuit, and `draws` random circuits of either sort.
 
     kinds: the text's `token_means.token_kinds`. `same token` and `same size` are
     `matched_features` within the token and the layer; `none` is the model with all features at
     their means. `alone, own kind` is for the circuit and `none` only.
     """
-    held = dict(zip(_ALONE, (baseline(frozen, means.over_all_tokens(), np.zeros_like(kinds)),
-                             baseline(frozen, means, kinds)), strict=True))
+    held = dict(zip(_ALONE, (held_at_means(frozen, means.over_all_tokens(), np.zeros_like(kinds)),
+                             held_at_means(frozen, means, kinds)), strict=True))
     whole = max(_total_size(frozen, features), 1e-30)
 
     def effect(name: str, chosen: Sequence[FeatureAt]) -> Effect:
         if name in held:
             return circuit_alone(model, frozen, chosen, target, reading, held[name])
         factor = {"ablation": 0.0, "doubling": 2.0}[name]
-        return scale(model, frozen, chosen, factor, target, reading)
+        return scale_features(model, frozen, chosen, factor, target, reading)
 
     def row(kind: str, name: str, sets: Sequence[Sequence[FeatureAt]]) -> Comparison:
         effects = [effect(name, one) for one in sets]

@@ -16,13 +16,13 @@ from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt
 from scfm_circuits.cells.simulated import Plan
 from scfm_circuits.circuits.attribution import (
-    Direction,
     Frozen,
+    Reading,
     feature_direction,
     freeze,
     logit_direction,
 )
-from scfm_circuits.circuits.circuit import Node, feature_id, node_table
+from scfm_circuits.circuits.circuit import Node, node_table
 from scfm_circuits.circuits.search import strongest_features, trace
 from scfm_circuits.common.profile import Profile
 from scfm_circuits.enrichment.significance import percent, ratio
@@ -31,11 +31,6 @@ from scfm_circuits.transcoders.transcoder import Transcoders
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXForCausalLM
-
-TARGETS = ("feature", "call")
-"""What is traced: the last layer's strongest feature where the case study reads its own, and the
-logit of the answer's first token where the answer is decided."""
-
 
 # --- circuits ------------------------------------------------------------------------------------
 
@@ -55,9 +50,11 @@ def circuit_gene_table(model: "GPTNeoXForCausalLM", transcoders: Transcoders, co
                        cells: Sequence[int], plan: Plan, profile: Profile) -> pd.DataFrame:
     """Every gene of the cells' prompts, and what the circuits of both targets make of it.
 
-    Columns: cell, cell_type, target (see `TARGETS`), gene, rank (in the prompt, from 1), role (what
-    the gene is to the type, `Plan.role`), nodes (on its tokens), influence (their sum; 0 without a
-    node). A cell in which no feature of the last layer is active has no circuit of that target.
+    Columns: cell, cell_type, target (`feature`: the last layer's strongest where the case study
+    reads its own; `call`: the logit of the answer's first token where the answer is decided), gene,
+    rank (in the prompt, from 1), role (what the gene is to the type, `Plan.role`), nodes (on its
+    tokens), influence (their sum; 0 without a node). A cell in which no feature of the last layer
+    is active has no circuit of that target.
 
     Raises:
         InputError: no cells.
@@ -84,19 +81,16 @@ def circuit_gene_table(model: "GPTNeoXForCausalLM", transcoders: Transcoders, co
     return pd.concat(frames, ignore_index=True)
 
 
-def _starts(frozen: Frozen, case: AnsweredPrompt) -> dict[str, tuple[Node, Direction]]:
+def _starts(frozen: Frozen, case: AnsweredPrompt) -> dict[str, tuple[Node, Reading]]:
     """By target the node at which a circuit ends, and its reading."""
     last, position, asked = len(frozen.weights) - 1, case.position, case.answer_start - 1
     token = int(case.encoded.tokens[case.answer_start])
     starts = {}
     for feature in strongest_features(frozen, last, position, 1):
         reading = feature_direction(frozen, last, feature, position)
-        node = Node(feature_id(last, feature, position), "feature", last, position, position,
-                    feature, float(reading.value))
-        starts["feature"] = (node, reading)
+        starts["feature"] = (Node.of_feature(last, feature, position, reading.value), reading)
     reading = logit_direction(frozen, token, asked)
-    starts["call"] = (Node(f"logit_{token}_P{asked}", "logit", last + 1, asked, asked, token,
-                           float(reading.value)), reading)
+    starts["call"] = (Node.of_logit(token, asked, last + 1, reading.value), reading)
     return starts
 
 
@@ -187,6 +181,21 @@ def role_table(genes: pd.DataFrame) -> pd.DataFrame:
                          100 * ratio(own["influence"].sum(), inside["influence"].sum())))
     return pd.DataFrame(rows, columns=["target", "role", "prompt_percent", "circuit_percent",
                                        "influence_percent"])
+
+
+def circuit_figures(summary: pd.DataFrame, roles: pd.DataFrame) -> dict[str, float]:
+    """What `recovery_summary` (over all types) and `role_table` say, for a page.
+
+    Keys: `<target>.circuits`, `<target>.precision` and so on, as the columns of the summary, and
+    `<target>.influence_<role>`: percent of the influence on genes.
+    """
+    every = summary[summary["cell_type"] == "all types"].drop(columns="cell_type")
+    figures = {f"{target}.{name}": float(value)
+               for target, row in every.set_index("target").iterrows()
+               for name, value in row.items()}
+    return figures | {
+        f"{target}.influence_{role}": float(share) for target, role, share in zip(
+            roles["target"], roles["role"], roles["influence_percent"], strict=True)}
 
 
 def circuits_in_prose(summary: pd.DataFrame, roles: pd.DataFrame) -> str:

@@ -7,12 +7,11 @@ errors, the embedding and the biases are counted in one unit and none cancels an
 - through the circuit: every extended node hands its share on to its own contributors, in
   proportion to their absolute contributions (`Circuit.influence`).
 
-The signed share of a node is the same with the signs of the edges multiplied along each path: a
-node that takes away from one that takes away adds.
+The signed share of a node (`influence(signed=True)`) multiplies the signs of the edges along each
+path: a node that takes away from one that takes away adds.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from graphlib import TopologicalSorter
 from typing import NamedTuple
 
 import numpy as np
@@ -28,27 +27,6 @@ _KIND_NAMES = {"head": "attention", "feature": "features", "error": "errors",
 
 
 # --- what flows where ----------------------------------------------------------------------------
-
-
-def signed_influence(circuit: Circuit) -> dict[str, float]:
-    """Each node's share of the target's contributions, with its sign; at most `influence` in size.
-
-    The target has 1; an edge hands on weight / (sum of all absolute contributions of its target).
-    """
-    result = dict.fromkeys(circuit.nodes, 0.0)
-    result[circuit.target] = 1.0
-    incoming: dict[str, list[tuple[str, float]]] = {}
-    for source, target, weight in circuit.edges:
-        incoming.setdefault(target, []).append((source, weight))
-    # Readers before what they read: a node's share is complete when it hands it on.
-    readers: dict[str, set[str]] = {name: set() for name in circuit.nodes}
-    for edge in circuit.edges:
-        readers[edge.source].add(edge.target)
-    for name in TopologicalSorter(readers).static_order():
-        for source, weight in incoming.get(name, []):
-            share = weight / max(circuit.expansions[name].absolute, 1e-30)
-            result[source] += share * result[name]
-    return result
 
 
 def flow_table(circuit: Circuit, parts: Contributions) -> pd.DataFrame:
@@ -126,7 +104,7 @@ def head_table(circuit: Circuit, parts: Contributions, genes: Sequence[str | Non
     named = np.array([gene or "" for gene in genes])
     heads = parts.heads.cpu().numpy()
     whole = max(sum(float(part.abs().sum()) for part in parts), 1e-30)
-    position, signed = circuit.nodes[circuit.target].position, signed_influence(circuit)
+    position, signed = circuit.nodes[circuit.target].position, circuit.influence(signed=True)
     through: dict[tuple[str, int, int], float] = {}
     for node in circuit.nodes.values():
         if node.kind == "head" and node.position == position:
@@ -154,7 +132,7 @@ class Inhibition(NamedTuple):
     """How much of a circuit takes away.
 
     edges, negative: kept edges, and those with a negative weight. carried: the share of negative
-    edges in what all edges carry (see `inhibitors`).
+    edges in what all edges carry (`Circuit.carried`).
     """
 
     edges: int
@@ -164,30 +142,9 @@ class Inhibition(NamedTuple):
 
 def inhibition(circuit: Circuit) -> Inhibition:
     """Negative edges of a circuit by number and by what they carry."""
-    carried = _carried(circuit)
+    carried = circuit.carried()
     negative = [one for edge, one in zip(circuit.edges, carried, strict=True) if edge.weight < 0]
     return Inhibition(len(carried), len(negative), sum(negative) / max(sum(carried), 1e-30))
-
-
-def _carried(circuit: Circuit) -> list[float]:
-    """What each edge carries: |weight| over its target's absolute sum, times that one's influence.
-
-    Edges into different nodes have different units; this puts them into shares of the target.
-    """
-    influence = circuit.influence()
-    return [abs(edge.weight) / max(circuit.expansions[edge.target].absolute, 1e-30)
-            * influence[edge.target] for edge in circuit.edges]
-
-
-def inhibitors(circuit: Circuit, n: int) -> pd.DataFrame:
-    """The n negative edges that carry most: source, target, weight, carried (share of the target's
-    absolute contributions that passes along the edge)."""
-    rows = [(edge.source, edge.target, edge.weight, carried)
-            for edge, carried in zip(circuit.edges, _carried(circuit), strict=True)
-            if edge.weight < 0]
-    frame = pd.DataFrame(rows, columns=["source", "target", "weight", "carried"])
-    return frame.sort_values(["carried", "source"], ascending=[False, True],
-                             ignore_index=True).head(n)
 
 
 # --- supernodes ----------------------------------------------------------------------------------
@@ -219,7 +176,7 @@ def supernodes(circuit: Circuit, families: Mapping[FeatureOf, tuple[int, ...]], 
             if families[one] and jaccard(families[one], families[other]) >= overlap:
                 old, new = max(group[one], group[other]), min(group[one], group[other])
                 group = {key: new if value == old else value for key, value in group.items()}
-    influence, signed = circuit.influence(), signed_influence(circuit)
+    influence, signed = circuit.influence(), circuit.influence(signed=True)
     rows = []
     for place in sorted(set(group.values())):
         own = [one for one in order if group[one] == place]

@@ -2,7 +2,6 @@
 
 A feature of the full stop has another mean on genes than on the full stop. Averaged over the tokens
 of one kind, means keep what the text's form brings and lose what is a single cell's own.
-Imports neither pandas nor scanpy.
 """
 
 from typing import TYPE_CHECKING, NamedTuple

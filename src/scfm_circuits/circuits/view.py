@@ -17,7 +17,7 @@ from scfm_circuits import InputError
 
 if TYPE_CHECKING:
     from scfm_circuits.cells.corpus import Corpus
-    from scfm_circuits.circuits.circuit import Circuit, Edge, Node
+    from scfm_circuits.circuits.circuit import Circuit, Node
     from scfm_circuits.common.profile import Profile
     from scfm_circuits.enrichment.gene_sets import GeneSets
     from scfm_circuits.features.statistics import FeatureStatistics
@@ -66,10 +66,7 @@ def circuit_view(
     """
     details = details or {}
     _check(circuit, texts, genes, details, max_edges)
-    influence = circuit.influence()
-    share = [abs(e.weight) / max(circuit.expansions[e.target].absolute, 1e-30)
-             for e in circuit.edges]
-    carried = [part * influence[e.target] for part, e in zip(share, circuit.edges, strict=True)]
+    influence, carried = circuit.influence(), circuit.carried()
     # Equal edges stay in the circuit's order, so that a view is the same on every run.
     order = sorted(range(len(carried)), key=lambda i: -carried[i])[:max_edges]
     kept = {circuit.target, *(name for i in order for name in
@@ -88,7 +85,7 @@ def circuit_view(
             "row": heights.index(_row(node)), "column": positions.index(node.source),
             "influence": _short(influence[node.id]),
         } for node in nodes],
-        "edges": [_edge(i, circuit.edges[i], share[i], carried[i]) for i in order],
+        "edges": [_edge(i, circuit, carried[i]) for i in order],
         "total_nodes": len(circuit.nodes), "total_edges": len(circuit.edges),
     }
 
@@ -191,9 +188,11 @@ def _label(node: "Node") -> str:
             return "Logit"
 
 
-def _edge(number: int, edge: "Edge", share: float, carried: float) -> dict[str, Any]:
+def _edge(number: int, circuit: "Circuit", carried: float) -> dict[str, Any]:
+    edge = circuit.edges[number]
     return {"id": f"e{number}", "source": edge.source, "target": edge.target,
-            "weight": _short(edge.weight), "share": _short(share), "carried": _short(carried)}
+            "weight": _short(edge.weight), "share": _short(circuit.share(edge)),
+            "carried": _short(carried)}
 
 
 def _detail(detail: Detail) -> dict[str, Any]:

@@ -14,7 +14,6 @@ _pools: dict[int, ThreadPoolExecutor] = {}
 os.register_at_fork(after_in_child=_pools.clear)  # threads do not outlive a fork
 
 
-
 def share_out(n: int, n_threads: int, work: Callable[[int, int], None]) -> None:
     """Call work(first, last) on shares of 0 to n - 1, one share per thread."""
     if n_threads == 1 or n < 2 * n_threads:
@@ -24,7 +23,6 @@ def share_out(n: int, n_threads: int, work: Callable[[int, int], None]) -> None:
         _pools[n_threads] = ThreadPoolExecutor(n_threads)
     cuts = np.linspace(0, n, n_threads + 1).astype(int)
     list(_pools[n_threads].map(lambda share: work(*share), pairwise(cuts)))
-
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Any:

@@ -116,7 +116,6 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-
 def time_in_words(seconds: float) -> str:
     """A duration in the unit that suits it: `40 seconds`, `3.2 hours`, `36 days`."""
     units = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))

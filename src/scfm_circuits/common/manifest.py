@@ -1,5 +1,6 @@
-"""data/manifest.yml: what profiles use from elsewhere, and what it must be."""
+"""What profiles use from elsewhere, and what it must be: data/manifest.yml; where gene sets are."""
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,3 +43,19 @@ def check_model(name: str, config: Any, tokenizer_entries: int) -> None:
         raise InputError(f"The model {name!r} is not the one in data/manifest.yml: "
                          f"{'; '.join(wrong)}. Check `model_revision` and `tokenizer` in the "
                          "profile, or remove the model from the Hugging Face cache.")
+
+
+def gene_set_folders(named: str | Path | None) -> dict[Path, str]:
+    """The folders where gene sets are looked for before the cache, each with who names it.
+
+    named: the folder in the profile. A relative folder starts at the root, where notebooks run.
+    """
+    origins = {"the profile": named, "SCFM_GENE_SETS": os.environ.get("SCFM_GENE_SETS")}
+    return {_ROOT / os.path.expanduser(folder): origin for origin, folder in origins.items()
+            if folder}
+
+
+def gene_set_cache() -> Path:
+    """Where downloaded gene sets are kept."""
+    root = os.environ.get("SCFM_CACHE") or "~/.cache/scfm-circuits"
+    return _ROOT / os.path.expanduser(root) / "gene-sets"

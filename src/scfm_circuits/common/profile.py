@@ -8,18 +8,17 @@ to override; `load_profile` turns both into a `Profile`.
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
 from scfm_circuits.common.kept import COMMON, PACKAGE, room_hash
+from scfm_circuits.common.profile_files import read_fields
 
 ROOT = Path(os.environ.get("SCFM_ROOT", PACKAGE.parents[1]))
 PROFILES = ROOT / "notebooks" / "profiles"
@@ -156,6 +155,8 @@ class Profile(BaseModel):
     variant_tokens: Positive | None = None
     """Tokens that each kind of dictionary is trained on where kinds are compared; null: a twelfth
     of `training_tokens`."""
+    variant_cells: Positive | None = None
+    """Cells, drawn at random, in which the features of these kinds are counted; null: all."""
 
     # --- features ----------------------------------------------------------------------------
     live_cut: Annotated[float, Field(le=0)] = -4.0
@@ -307,60 +308,6 @@ def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
                          "known; give the whole path.") from None
 
 
-def gene_set_folders(named: str | Path | None) -> dict[Path, str]:
-    """The folders where gene sets are looked for before the cache, each with who names it.
-
-    named: the folder in the profile. A relative folder starts at the root, where notebooks run.
-    """
-    origins = {"the profile": named, "SCFM_GENE_SETS": os.environ.get("SCFM_GENE_SETS")}
-    return {ROOT / os.path.expanduser(folder): origin for origin, folder in origins.items()
-            if folder}
-
-
-def gene_set_cache() -> Path:
-    """Where downloaded gene sets are kept."""
-    root = os.environ.get("SCFM_CACHE") or "~/.cache/scfm-circuits"
-    return ROOT / os.path.expanduser(root) / "gene-sets"
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 and everybody expects."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """`key=value` pairs, the values read as in a profile file."""
-    overrides = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key.strip():
-            raise InputError(f"The parameter {pair!r} must have the form key=value.")
-        try:
-            overrides[key.strip()] = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
-            raise InputError(f"The value in {pair!r} cannot be read as YAML.") from None
-    return overrides
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The profile {path} cannot be read ({error}).") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise InputError(f"The profile {path} is not valid YAML{line}; check its syntax.") from None
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise InputError(f"The profile {path} must be a list of `field: value` lines.")
-    return content
-
-
 def profile_path(profile: str) -> Path:
     """The file of a profile given by name or by path; InputError if there is none."""
     is_path = profile.endswith((".yml", ".yaml")) or os.sep in profile
@@ -381,7 +328,7 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
     path = path.resolve()
     if path in seen:
         raise InputError(f"The profile {path} extends itself; remove `extends` from one of them.")
-    content = _read_yaml(path)
+    content = read_fields(path)
     base = content.pop("extends", None)
     if base is None:
         return content, [path]

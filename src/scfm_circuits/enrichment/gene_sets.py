@@ -28,7 +28,7 @@ from scfm_circuits import InputError
 from scfm_circuits.common import manifest
 from scfm_circuits.common.fetch import Remote, Unreachable, fetch
 from scfm_circuits.common.files import write_atomic
-from scfm_circuits.common.profile import ROOT, gene_set_cache, gene_set_folders
+from scfm_circuits.common.profile import ROOT
 
 IntArray = NDArray[np.integer[Any]]
 
@@ -233,11 +233,12 @@ def local_copy(name: str, folder: str | Path | None = None) -> Path | None:
 
     Raises InputError for a named folder that does not exist.
     """
-    for place, origin in gene_set_folders(folder).items():
+    folders = manifest.gene_set_folders(folder)
+    for place, origin in folders.items():
         if not place.is_dir():
             raise InputError(f"The gene-set folder {place} named by {origin} does not exist; "
                              "correct the path or remove the setting.")
-    paths = [place / f"{name}.gmt" for place in (*gene_set_folders(folder), gene_set_cache())]
+    paths = [place / f"{name}.gmt" for place in (*folders, manifest.gene_set_cache())]
     return next((path for path in paths if path.is_file()), None)
 
 
@@ -284,7 +285,7 @@ def _download(name: str) -> GeneSets:
     earlier = _failed_downloads.get("") or _failed_downloads.get(name)
     if earlier:
         raise InputError(earlier)
-    target = gene_set_cache() / f"{name}.gmt"
+    target = manifest.gene_set_cache() / f"{name}.gmt"
     print(f"Downloading {name} from {ENRICHR_URL} (once; kept in {target})", file=sys.stderr)
     remote = Remote(f"{ENRICHR_URL}?mode=text&libraryName={quote(name)}")
     try:

@@ -10,6 +10,7 @@ over the activations, on a GPU by a few operations for all layers, with one sync
 The pass can be stopped at any time and goes on from its checkpoint to the same result.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ from scfm_circuits.features.count_kernels import (
     tally,
 )
 from scfm_circuits.features.pair_counts import PairCounts, pack_matrices, unpack_matrices
-from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
+from scfm_circuits.models.mlp_sites import batches, counting_precision, device_of, mlp_sites
 from scfm_circuits.transcoders.active_entries import find_active
 from scfm_circuits.transcoders.transcoder import Transcoders
 
@@ -88,7 +89,8 @@ class FeatureTotals:
             "best": torch.zeros(n_layers, n_features, n_contexts, **whole),
             "best_cell": torch.full((n_layers, n_features, n_contexts), -1, **whole),
         }
-        self.counts = PairCounts(n_layers, n_features, n_pairs, n_tokens)
+        threads = 1 if device.type == "cpu" else os.cpu_count() or 1
+        self.counts = PairCounts(n_layers, n_features, n_pairs, n_tokens, threads=threads)
         self.done = 0
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -173,8 +175,7 @@ def add_on_gpu(totals: FeatureTotals, transcoders: Transcoders, x: Tensor, batch
         fit = int(np.searchsorted(ends, start + CHUNK_BYTES // per_token, side="right"))
         last = max(first + 1, fit)
         part = slice(start, int(ends[last - 1]))
-        z = torch.stack([transcoders.layer_activations(layer, x[layer, part])
-                         for layer in range(transcoders.n_layers)])
+        z = transcoders.encode(x[:, part])
         _add_cells(totals, z, batch.pair[part], batch.cell[part] - first, batch.position[part],
                    totals.done + first, last - first)
         first = last
@@ -239,17 +240,18 @@ def count_activations(model: "GPTNeoXForCausalLM", transcoders: Transcoders, cor
     saver = _Saver(checkpoint)
     bar = tqdm(total=n_tokens, initial=int(corpus.mask[: totals.done].sum()), desc="features",
                unit="token", unit_scale=True, disable=not progress)
-    for rows, x, mask in _inputs(model, transcoders, corpus, totals.done, forward_cells, device):
-        batch = describe_batch(pairs[rows, : mask.shape[1]], mask)
-        if device.type == "cpu":
-            for layer in range(transcoders.n_layers):
-                add_on_cpu(totals, transcoders, layer, x[layer], batch)
-        else:
-            add_on_gpu(totals, transcoders, x, batch)
-        totals.done += len(rows)
-        bar.update(int(batch.lengths.sum()))
-        saver.after_batch(totals)
-    bar.close()
+    with bar, counting_precision(device):
+        for rows, x, mask in _inputs(model, transcoders, corpus, totals.done, forward_cells,
+                                     device):
+            batch = describe_batch(pairs[rows, : mask.shape[1]], mask)
+            if device.type == "cpu":
+                for layer in range(transcoders.n_layers):
+                    add_on_cpu(totals, transcoders, layer, x[layer], batch)
+            else:
+                add_on_gpu(totals, transcoders, x, batch)
+            totals.done += len(rows)
+            bar.update(int(batch.lengths.sum()))
+            saver.after_batch(totals)
     return totals
 
 

@@ -1,6 +1,7 @@
 """Exact counts of (layer, feature, pair) in memory that grows with the distinct ones only."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -21,12 +22,14 @@ class PairCounts:
     Keys are collected until a buffer is full, then sorted and counted into one sparse matrix per
     layer. Matrices are added up as in a binary counter: a new one is merged with the last while
     that is less than twice as large. So each holds at least twice the next one's entries, and all
-    together less than twice the distinct ones; an entry takes part in few mergers.
+    together less than twice the distinct ones; an entry takes part in few mergers. `threads` layers
+    are merged at a time: a GPU would wait longer for this than it works.
     """
 
     def __init__(self, n_layers: int, n_features: int, n_pairs: int, n_tokens: int,
-                 buffer_keys: int = BUFFER_KEYS) -> None:
+                 buffer_keys: int = BUFFER_KEYS, threads: int = 1) -> None:
         self.n_layers, self.shape = n_layers, (n_features, n_pairs)
+        self._threads = min(threads, n_layers)
         self._buffer_keys = buffer_keys
         # No count is larger than the number of tokens.
         self._type = np.int32 if n_tokens < 2**31 else np.int64
@@ -54,12 +57,18 @@ class PairCounts:
             keys, counts = _count_distinct(waiting.numpy())
         per_layer = self.shape[0] * self.shape[1]
         ends = np.searchsorted(keys, per_layer * np.arange(self.n_layers + 1))
-        for layer, (a, b) in enumerate(pairwise(ends)):
-            if b > a:
-                self._push(layer, keys[a:b] - layer * per_layer, counts[a:b])
+        jobs = [(layer, keys[a:b], counts[a:b]) for layer, (a, b) in enumerate(pairwise(ends))
+                if b > a]
+        if self._threads == 1:
+            for job in jobs:
+                self._push(*job)
+            return
+        with ThreadPoolExecutor(self._threads) as pool:
+            list(pool.map(lambda job: self._push(*job), jobs))
 
     def _push(self, layer: int, keys: np.ndarray, counts: np.ndarray) -> None:
         n_features, n_pairs = self.shape
+        keys = keys - layer * n_features * n_pairs
         starts = np.searchsorted(keys, n_pairs * np.arange(n_features + 1))
         new = sp.csr_matrix((counts.astype(self._type), (keys % n_pairs).astype(np.int32), starts),
                             shape=self.shape)
@@ -100,11 +109,11 @@ class PairCounts:
     def bound(self, distinct: Sequence[int]) -> int:
         """Bytes that are held at most once a layer has so many distinct (feature, pair).
 
-        All matrices hold less than twice the distinct entries; one layer's are merged at a time,
-        which takes as much again. Rows add an index each per matrix.
+        All matrices hold less than twice the distinct entries; `threads` layers' are merged at a
+        time, which takes as much again. Rows add an index each per matrix.
         """
         per_entry = _BYTES_PER_ENTRY * (1 if self._type == np.int32 else 2)
-        entries = 2 * sum(distinct) + 2 * max(distinct)
+        entries = 2 * sum(distinct) + 2 * sum(sorted(distinct)[-self._threads :])
         n_runs = sum(1 + int(np.log2(max(one, 1))) for one in distinct)
         return per_entry * entries + 8 * (self.shape[0] + 1) * n_runs + self.buffer_bytes
 

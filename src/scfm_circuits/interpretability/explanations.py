@@ -152,13 +152,15 @@ def explain(train: Mentions, held_out: Mentions, items: Items, at_most: int = AT
     firing rate in training on the genes that the first item that holds it has brought, and on the
     rest for all others; ties count half.
     """
-    n = len(train.indptr) - 1
-    chosen = np.full((n, at_most), -1, np.int64)
-    # Last column: the mentions that no item covers.
-    rate, hit, seen = (np.zeros((n, at_most + 1)) for _ in range(3))
-    item = np.repeat(np.arange(len(items.names)), np.diff(items.item_indptr))
-    size = np.bincount(item, train.present[items.item_genes], minlength=len(items.names))
-    _choose(*train, *held_out, *items[1:], size, chosen, rate, hit, seen)
+    n, n_genes, n_items = len(train.indptr) - 1, len(train.present), len(items.names)
+    choice = _Choice(np.full((n, at_most), -1, np.int64),
+                     *(np.zeros((n, at_most + 1)) for _ in range(3)))
+    item = np.repeat(np.arange(n_items), np.diff(items.item_indptr))
+    size = np.bincount(item, train.present[items.item_genes], n_items).astype(np.float64)
+    _choose(train, held_out, _Index(*items[1:]), _Scratch(
+        np.zeros(n_genes), np.zeros(n_genes), np.zeros(n_genes, np.bool_),
+        np.empty(n_genes, np.int64), np.zeros(n_items), size, np.empty(n_items, np.int64)), choice)
+    chosen, rate, hit, seen = choice
     missed = seen - hit
     positive, predicted = hit.sum(axis=1), seen[:, :-1].sum(axis=1)
     right = hit[:, :-1].sum(axis=1)
@@ -179,76 +181,137 @@ def description_bits(n_chosen: np.ndarray, n_items: int) -> np.ndarray:
     return np.asarray(ways / np.log(2))
 
 
+# --- choosing, compiled --------------------------------------------------------------------------
+
+
+class _Index(NamedTuple):
+    """The items without their names; as in `Items`."""
+
+    item_indptr: NDArray[np.int64]
+    item_genes: NDArray[np.int64]
+    gene_indptr: NDArray[np.int64]
+    gene_items: NDArray[np.int64]
+
+
+class _Scratch(NamedTuple):
+    """What is known of the feature at hand; between features as at the start.
+
+    fired, held_fired: (n_genes,) mentions on which it fires, in training and held out. covered:
+    (n_genes,) whether an item chosen holds the gene; order: those genes, to undo it. gain, left:
+    (n_items,) mentions of the genes of an item that are not covered, in training: on which the
+    feature fires, and all. touched: the items on whose genes it fires, ascending.
+    """
+
+    fired: NDArray[np.float64]
+    held_fired: NDArray[np.float64]
+    covered: NDArray[np.bool_]
+    order: NDArray[np.int64]
+    gain: NDArray[np.float64]
+    left: NDArray[np.float64]
+    touched: NDArray[np.int64]
+
+
+class _Choice(NamedTuple):
+    """items: (n, AT_MOST). By item, and last for the mentions that no item covers, (n, AT_MOST + 1)
+    each: rate (of firing in training), hit (held-out firing) and seen (held-out mentions)."""
+
+    items: NDArray[np.int64]
+    rate: NDArray[np.float64]
+    hit: NDArray[np.float64]
+    seen: NDArray[np.float64]
+
+
 @compiled
-def _choose(indptr, gene, fired, present, held_indptr, held_gene, held_fired, held_present,  # type: ignore[no-untyped-def]
-            item_indptr, item_genes, gene_indptr, gene_items, size, chosen, rate, hit, seen):
-    """Fills chosen, rate (in training), hit (held-out firing) and seen (held-out mentions)."""
-    n_genes, at_most = len(present), chosen.shape[1]
-    k, held_k = np.zeros(n_genes), np.zeros(n_genes)
-    covered = np.zeros(n_genes, np.bool_)
-    order = np.empty(n_genes, np.int64)  # covered genes, to undo
-    gain, left = np.zeros(len(size)), size.copy()
-    touched = np.empty(len(size), np.int64)
-    everything, held_everything = present.sum(), held_present.sum()
-    for f in range(len(indptr) - 1):
-        n_touched = n_covered = 0
-        total = 0.0
-        for a in range(indptr[f], indptr[f + 1]):
-            g = gene[a]
-            k[g] = fired[a]
-            total += fired[a]
-            for b in range(gene_indptr[g], gene_indptr[g + 1]):
-                i = gene_items[b]
-                if gain[i] == 0:
-                    touched[n_touched] = i
-                    n_touched += 1
-                gain[i] += fired[a]
-        held_total = 0.0
-        for a in range(held_indptr[f], held_indptr[f + 1]):
-            held_k[held_gene[a]] = held_fired[a]
-            held_total += held_fired[a]
+def _choose(train, held_out, index, scratch, choice):  # type: ignore[no-untyped-def]
+    """Fills `choice`, feature by feature."""
+    last = choice.items.shape[1]
+    everything, held_everything = train.present.sum(), held_out.present.sum()
+    for f in range(len(train.indptr) - 1):
+        total, held_total, n_touched = _take_up(f, train, held_out, index, scratch)
         right = predicted = best = held_right = held_predicted = 0.0
-        touched[:n_touched].sort()
-        for step in range(at_most):
-            found = -1
-            for c in range(n_touched):
-                i = touched[c]
-                if gain[i] <= 0:
-                    continue
-                f1 = 2 * (right + gain[i]) / (predicted + left[i] + total)
-                if f1 > best * (1 + 1e-12):
-                    best, found = f1, i
-            if found < 0:
+        n_covered = 0
+        for step in range(last):
+            item, best = _best_item(scratch, n_touched, right, predicted, total, best)
+            if item < 0:
                 break
-            chosen[f, step] = found
-            rate[f, step] = gain[found] / left[found]
-            right += gain[found]
-            predicted += left[found]
-            for a in range(item_indptr[found], item_indptr[found + 1]):
-                g = item_genes[a]
-                if covered[g]:
-                    continue
-                covered[g] = True
-                order[n_covered] = g
-                n_covered += 1
-                hit[f, step] += held_k[g]
-                seen[f, step] += held_present[g]
-                for b in range(gene_indptr[g], gene_indptr[g + 1]):
-                    left[gene_items[b]] -= present[g]
-                    gain[gene_items[b]] -= k[g]
-            held_right += hit[f, step]
-            held_predicted += seen[f, step]
+            choice.items[f, step] = item
+            choice.rate[f, step] = scratch.gain[item] / scratch.left[item]
+            right += scratch.gain[item]
+            predicted += scratch.left[item]
+            n_covered, choice.hit[f, step], choice.seen[f, step] = _cover(
+                item, n_covered, train.present, held_out.present, index, scratch)
+            held_right += choice.hit[f, step]
+            held_predicted += choice.seen[f, step]
         if everything > predicted:
-            rate[f, at_most] = (total - right) / (everything - predicted)
-        hit[f, at_most] = held_total - held_right
-        seen[f, at_most] = held_everything - held_predicted
-        for a in range(n_covered):
-            covered[order[a]] = False
-            for b in range(gene_indptr[order[a]], gene_indptr[order[a] + 1]):
-                left[gene_items[b]] += present[order[a]]
-        for c in range(n_touched):
-            gain[touched[c]] = 0.0
-        for a in range(indptr[f], indptr[f + 1]):
-            k[gene[a]] = 0.0
-        for a in range(held_indptr[f], held_indptr[f + 1]):
-            held_k[held_gene[a]] = 0.0
+            choice.rate[f, last] = (total - right) / (everything - predicted)
+        choice.hit[f, last] = held_total - held_right
+        choice.seen[f, last] = held_everything - held_predicted
+        _let_go(f, train, held_out, index, scratch, n_touched, n_covered)
+
+
+@compiled
+def _take_up(f, train, held_out, index, scratch):  # type: ignore[no-untyped-def]
+    """Enter a feature's firing; returns how often it fires, in training and held out, and the
+    number of items touched."""
+    total = held_total = 0.0
+    n_touched = 0
+    for a in range(train.indptr[f], train.indptr[f + 1]):
+        gene, fired = train.gene[a], train.fired[a]
+        scratch.fired[gene] = fired
+        total += fired
+        for b in range(index.gene_indptr[gene], index.gene_indptr[gene + 1]):
+            item = index.gene_items[b]
+            if scratch.gain[item] == 0:
+                scratch.touched[n_touched] = item
+                n_touched += 1
+            scratch.gain[item] += fired
+    for a in range(held_out.indptr[f], held_out.indptr[f + 1]):
+        scratch.held_fired[held_out.gene[a]] = held_out.fired[a]
+        held_total += held_out.fired[a]
+    scratch.touched[:n_touched].sort()
+    return total, held_total, n_touched
+
+
+@compiled
+def _best_item(scratch, n_touched, right, predicted, total, best):  # type: ignore[no-untyped-def]
+    """The item that raises F1 above `best` most, or -1, and the F1 with it."""
+    found = -1
+    for item in scratch.touched[:n_touched]:
+        if scratch.gain[item] <= 0:
+            continue
+        f1 = 2 * (right + scratch.gain[item]) / (predicted + scratch.left[item] + total)
+        if f1 > best * (1 + 1e-12):
+            best, found = f1, item
+    return found, best
+
+
+@compiled
+def _cover(item, n_covered, present, held_present, index, scratch):  # type: ignore[no-untyped-def]
+    """Cover an item's genes; returns the number of genes covered so far and, of the held-out
+    mentions newly covered, those on which the feature fires, and all."""
+    hit = seen = 0.0
+    for a in range(index.item_indptr[item], index.item_indptr[item + 1]):
+        gene = index.item_genes[a]
+        if scratch.covered[gene]:
+            continue
+        scratch.covered[gene] = True
+        scratch.order[n_covered] = gene
+        n_covered += 1
+        hit += scratch.held_fired[gene]
+        seen += held_present[gene]
+        for b in range(index.gene_indptr[gene], index.gene_indptr[gene + 1]):
+            scratch.left[index.gene_items[b]] -= present[gene]
+            scratch.gain[index.gene_items[b]] -= scratch.fired[gene]
+    return n_covered, hit, seen
+
+
+@compiled
+def _let_go(f, train, held_out, index, scratch, n_touched, n_covered):  # type: ignore[no-untyped-def]
+    """Undo what `_take_up` and `_cover` did."""
+    for gene in scratch.order[:n_covered]:
+        scratch.covered[gene] = False
+        for b in range(index.gene_indptr[gene], index.gene_indptr[gene + 1]):
+            scratch.left[index.gene_items[b]] += train.present[gene]
+    scratch.gain[scratch.touched[:n_touched]] = 0.0
+    scratch.fired[train.gene[train.indptr[f] : train.indptr[f + 1]]] = 0.0
+    scratch.held_fired[held_out.gene[held_out.indptr[f] : held_out.indptr[f + 1]]] = 0.0

@@ -5,7 +5,6 @@ others, one more pass over the held-out cells is enough: the training cells' cou
 difference.
 """
 
-import dataclasses
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.cells.corpus import Corpus, of_cells
 from scfm_circuits.common.kept import kept_arrays
 from scfm_circuits.features.counting import Checkpoint, count_activations
 from scfm_circuits.features.pair_counts import pack_matrices, unpack_matrices
@@ -37,7 +36,6 @@ class Mentions(NamedTuple):
     gene: NDArray[np.int64]
     fired: NDArray[np.float64]
     present: NDArray[np.float64]
-
 
 
 def as_arrays(matrix: Any) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
@@ -77,11 +75,8 @@ def count_held_out(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus
                    ) -> tuple[sp.csr_matrix, ...]:
     """The pass itself; index: (n_cells, length) the pair of each token, from `corpus_pairs`."""
     rows = np.flatnonzero(corpus.held_out)
-    cells = {name: getattr(corpus, name)[rows] for name in (
-        "tokens", "mask", "gene", "place", "answer_start", "answer_end", "labels", "cell_ids",
-        "held_out")}
-    totals = count_activations(model, transcoders, dataclasses.replace(corpus, **cells),
-                               index[rows], n_pairs, forward_cells, 1, checkpoint, progress)
+    totals = count_activations(model, transcoders, of_cells(corpus, rows), index[rows], n_pairs,
+                               forward_cells, 1, checkpoint, progress)
     return totals.counts.matrices()
 
 

@@ -56,7 +56,6 @@ def predict_answers(model: nn.Module, corpus: "Corpus",
     return answers
 
 
-
 @torch.no_grad()
 def answer_prompt(model: nn.Module, tokenizer, prompt: np.ndarray,  # type: ignore[no-untyped-def]
                   new_tokens: int = 24) -> str:

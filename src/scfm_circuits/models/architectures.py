@@ -10,8 +10,6 @@ by head. Llama, Mistral and Qwen2 have RMSNorm, are sequential, and several head
 value head (grouped-query attention). In all of them norm2 is called `post_attention_layernorm`,
 and nothing but a rotation of q and k depends on the position. A family that normalises what
 attention or the MLP writes (Gemma 2) or scales by 1 + gain (Gemma) does not fit: it is refused.
-
-Imports torch only, so it runs on a bare GPU machine.
 """
 
 from collections.abc import Callable

@@ -25,14 +25,12 @@ _FIELDS = ("seed", "model", "model_layers", "model_width", "model_heads", "model
            "model_batch_cells", "model_learning_rate", "model_revision")
 
 
-
 def _without_widgets() -> None:
     """Switch off the bars of transformers: in a notebook they are widgets, which would pull scripts
     from other hosts into the page."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
 
 
 def load_config(name: str | Path, revision: str | None = None, **options: Any
@@ -56,7 +54,6 @@ def load_config(name: str | Path, revision: str | None = None, **options: Any
     return config
 
 
-
 def check_layers(profile: "Profile", found: int) -> None:
     """InputError if the profile asks for layers that a loaded model of `found` does not have."""
     if profile.model_layers not in (None, found):
@@ -66,7 +63,6 @@ def check_layers(profile: "Profile", found: int) -> None:
     if profile.human_layer >= found:
         raise InputError(f"`human_layer` is {profile.human_layer}, but the model "
                          f"{profile.model!r} has layers 0 to {found - 1}; lower it.")
-
 
 
 def load_model(name: str | Path, revision: str | None = None,
@@ -95,18 +91,15 @@ def load_model(name: str | Path, revision: str | None = None,
     return model.eval()
 
 
-
 def _cannot_load(name: str | Path, error: Exception) -> InputError:
     reason = first_line(error)
     return InputError(f"The model {str(name)!r} cannot be loaded ({reason}); check `model` in the "
                       "profile, or download it once with a network.")
 
 
-
 def model_dtype(profile: "Profile") -> torch.dtype:
     """Type of the model's weights, but for circuits."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[profile.model_precision]
-
 
 
 def get_model(profile: "Profile", corpus: "Corpus", *, exact: bool = False
@@ -142,7 +135,6 @@ def get_model(profile: "Profile", corpus: "Corpus", *, exact: bool = False
     return model, curve
 
 
-
 def corpus_digest(corpus: "Corpus") -> str:
     """A short hash of the corpus's tokens and split; what was trained on them depends on it."""
     import hashlib
@@ -152,7 +144,6 @@ def corpus_digest(corpus: "Corpus") -> str:
         digest.update(np.ascontiguousarray(corpus.tokens[start : start + 4096]).tobytes())
     digest.update(np.ascontiguousarray(corpus.held_out).tobytes())
     return digest.hexdigest()[:16]
-
 
 
 def check_vocabulary(model: nn.Module, corpus: "Corpus") -> None:

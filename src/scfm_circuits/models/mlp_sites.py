@@ -4,12 +4,13 @@ Batches of prompts, activations at every MLP, and MLPs replaced by transcoders o
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from scfm_circuits.models.architectures import decoder, decoder_layers
 
@@ -77,8 +78,19 @@ def batches(corpus: "Corpus", cells: Sequence[int] | np.ndarray, size: int, devi
 
 
 @contextlib.contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Within the block these hooks are in place; however it ends, they are gone after it."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def replaced_mlps(model: nn.Module, replacement: Replacement,
-                  layers: Sequence[int] | None = None) -> Iterator[None]:
+                  layers: Sequence[int] | None = None
+                  ) -> contextlib.AbstractContextManager[None]:
     """Within the block, the MLPs of `layers` (default: all) give `replacement(layer, input)`."""
     modules = dict(enumerate(mlps(model)))
     if layers is not None:
@@ -87,12 +99,7 @@ def replaced_mlps(model: nn.Module, replacement: Replacement,
     def hook(layer: int) -> Callable:
         return lambda module, args, output: replacement(layer, args[0])
 
-    handles = [module.register_forward_hook(hook(layer)) for layer, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(module.register_forward_hook(hook(layer)) for layer, module in modules.items())
 
 
 def zero_ablation(layer: int, inputs: Tensor) -> Tensor:
@@ -100,23 +107,51 @@ def zero_ablation(layer: int, inputs: Tensor) -> Tensor:
     return torch.zeros_like(inputs)
 
 
+@contextlib.contextmanager
+def counting_precision(device: torch.device) -> Iterator[None]:
+    """Within the block, a GPU's float32 products are TF32's: several times faster.
+
+    For passes over all cells that count or average. Factors are rounded to 11 significant bits,
+    bfloat16's to 8, in which transcoders are trained there. Circuits are not traced so: their sums
+    would not close. On a CPU nothing changes.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @torch.no_grad()
-def mlp_sites(model: nn.Module, tokens: Tensor, mask: Tensor) -> Sites:
+def mlp_sites(model: nn.Module, tokens: Tensor, mask: Tensor, into: Sites | None = None) -> Sites:
     """Inputs and outputs of all MLPs on the tokens that are not padding, from one forward pass.
 
-    tokens, mask: (n, length). No logits are computed.
+    tokens, mask: (n, length). into: where they are written as the pass goes, in its type; None: to
+    memory of their own. No logits are computed.
     """
+    modules = mlps(model)
     seen: list[tuple[Tensor, Tensor]] = []
     where = mask.flatten().nonzero()[:, 0]  # once: a GPU is waited for each time
-    handles = [
-        module.register_forward_hook(lambda module, args, output: seen.append(
-            (args[0].flatten(0, 1)[where], output.flatten(0, 1)[where])))
-        for module in mlps(model)
-    ]
-    try:
+
+    def hook(layer: int) -> Callable:
+        def kept(module: nn.Module, args: tuple, output: Tensor) -> None:
+            parts = args[0].flatten(0, 1), output.flatten(0, 1)
+            if into is None:
+                seen.append((parts[0][where], parts[1][where]))
+                return
+            for part, to in zip(parts, into, strict=True):
+                if part.dtype == to.dtype:
+                    torch.index_select(part, 0, where, out=to[layer])
+                else:
+                    to[layer] = part[where]
+
+        return kept
+
+    with hooked(module.register_forward_hook(hook(layer)) for layer, module in enumerate(modules)):
         decoder(model)(input_ids=tokens, attention_mask=mask, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    if into is not None:
+        return into
     inputs, outputs = zip(*seen, strict=True)
     return Sites(torch.stack(inputs), torch.stack(outputs))

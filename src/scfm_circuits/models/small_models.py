@@ -29,7 +29,6 @@ def small_config(profile: "Profile", vocabulary: int, length: int) -> "GPTNeoXCo
     return GPTNeoXConfig(**settings)
 
 
-
 def build_small_model(profile: "Profile", vocabulary: int, length: int) -> "GPTNeoXForCausalLM":
     """An untrained GPT-NeoX of `small_config`, seeded."""
     from transformers import GPTNeoXForCausalLM
@@ -39,13 +38,11 @@ def build_small_model(profile: "Profile", vocabulary: int, length: int) -> "GPTN
     return GPTNeoXForCausalLM(config).float()
 
 
-
 class TrainingCurve(NamedTuple):
     """Loss of each training step of the small model, in nats per token."""
 
     step: list[int]
     loss: list[float]
-
 
 
 def train_small_model(corpus: "Corpus", profile: "Profile", *, progress: bool = True

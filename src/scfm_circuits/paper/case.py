@@ -4,7 +4,7 @@ The case study reports "Endothelial cell: heart" for the nine genes of its circu
 carry it. Here the same test runs on lists that share less and less with the circuit: its anchor
 gene with random genes, its anchor with other genes of the prompt, any genes of the prompt (either
 can hold more of the circuit's genes), and random genes alone. Each is tested under every rule in
-`enrichment.RULES` and with the Benjamini-Hochberg (BH) family exchanged, because that choice
+`rules.RULES` and with the Benjamini-Hochberg (BH) family exchanged, because that choice
 decides the outcome.
 
 A random gene is drawn from what the rule's background says could have been drawn: where that is a
@@ -15,7 +15,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,7 +34,7 @@ from scfm_circuits.paper.exhibits import PAPER
 ANY_TERM = "any term"
 
 
-class CaseSetting(NamedTuple):
+class CaseRule(NamedTuple):
     """A rule that can be applied to the case, with its background."""
 
     rule: Rule
@@ -47,9 +47,9 @@ class CaseSetting(NamedTuple):
         return f"{self.rule.name}: {self.universe.total:,} genes, BH over {tests}"
 
 
-def case_settings(
+def case_rules(
     library: GeneSets, genes: Collection[str], corpus_genes: Collection[str]
-) -> list[CaseSetting]:
+) -> list[CaseRule]:
     """Every rule that can be applied to `genes`, as it is and with the BH family exchanged.
 
     A rule whose background is the corpus is left out unless the corpus holds all the genes: the
@@ -65,7 +65,7 @@ def case_settings(
             continue
         universe = prepare_background(library, rule.background_for(corpus_genes))
         exchanged = replace(rule, family="all" if rule.family == "hit" else "hit")
-        settings += [CaseSetting(rule, universe), CaseSetting(exchanged, universe)]
+        settings += [CaseRule(rule, universe), CaseRule(exchanged, universe)]
     return settings
 
 
@@ -79,7 +79,7 @@ def named_term(library: GeneSets, printed: str) -> str | None:
 
 
 def case_nulls(
-    settings: Sequence[CaseSetting],
+    settings: Sequence[CaseRule],
     term: str,
     genes: Sequence[str],
     prompt: Sequence[str],
@@ -91,7 +91,7 @@ def case_nulls(
     """How often the term, or any term, has an adjusted p below `fdr` for lists other than `genes`.
 
     Args:
-        settings: from `case_settings`.
+        settings: from `case_rules`.
         term: the library's name of the paper's term.
         genes: the circuit's genes; the first is the anchor that two of the nulls keep.
         prompt: the genes of the prompt.
@@ -130,7 +130,7 @@ def case_nulls(
 
 
 def _case_lists(
-    setting: CaseSetting, genes: Sequence[str], prompt: Sequence[str], term: str, draws: int,
+    setting: CaseRule, genes: Sequence[str], prompt: Sequence[str], term: str, draws: int,
     seed: int,
 ) -> Mapping[str, tuple[str, str, Encoded]]:
     """By kind: the list in words, which term is asked of it, and its draws."""
@@ -179,8 +179,9 @@ def _encoded(
     return encode_ids(lists, pool, universe.library, universe)
 
 
-def rate(table: pd.DataFrame, kind: str, rule: str = "enrichr", family: str = "hit") -> pd.Series:
-    """The row of `case` of one kind of list, under one rule and BH family.
+def null_row(table: pd.DataFrame, kind: str, rule: str = "enrichr", family: str = "hit"
+             ) -> pd.Series:
+    """The row of `case_nulls` of one kind of list, under one rule and BH family.
 
     Raises:
         InputError: the table has no such row.
@@ -199,36 +200,49 @@ def in_words(row: pd.Series) -> str:
     return f"{row['percent']:.1f} % ({row['low']:.1f} to {row['high']:.1f})"
 
 
-def wide(table: pd.DataFrame, settings: Sequence[CaseSetting]) -> pd.DataFrame:
-    """`case` for reading: a row per list, a column per setting, rates in words."""
+def rates_by_rule(table: pd.DataFrame, settings: Sequence[CaseRule]) -> pd.DataFrame:
+    """`case_nulls` for reading: a row per list, a column per setting, rates in words."""
     shown = table[["list", "called"]].drop_duplicates(ignore_index=True)
     for rule, universe in settings:
         rows = table[(table["rule"] == rule.name) & (table["bh_family"] == rule.family)]
-        shown[CaseSetting(rule, universe).label] = [in_words(row) for _, row in rows.iterrows()]
+        shown[CaseRule(rule, universe).label] = [in_words(row) for _, row in rows.iterrows()]
     return shown
 
 
-def in_prose(table: pd.DataFrame, fdr: float) -> str:
-    """What the rates of `case` under the Enrichr rule and its exchange mean, for a page."""
-    said = {(kind, family): in_words(rate(table, kind, family=family))
-            for kind in table["kind"].unique() for family in ("hit", "all")}
+def null_figures(table: pd.DataFrame) -> dict[str, Any]:
+    """What `case_nulls` found under the Enrichr rule and its exchange, for a page.
+
+    Keys: rules (shown), called (under how many of them the circuit's genes bring the term below the
+    level), draws; for each kind of list `<kind>.list` in words, and `<kind>.hit`, `<kind>.all`: how
+    often it is called under either BH family, in words.
+    """
     circuit = table[table["kind"] == "circuit"]
-    first = rate(table, "anchor_random")
+    figures: dict[str, Any] = {"rules": len(circuit), "called": int(circuit["n_called"].sum()),
+                               "draws": int(null_row(table, "anchor_random")["draws"])}
+    for kind in table["kind"].unique():
+        figures[f"{kind}.list"] = null_row(table, kind)["list"]
+        for family in ("hit", "all"):
+            figures[f"{kind}.{family}"] = in_words(null_row(table, kind, family=family))
+    return figures
+
+
+def in_prose(table: pd.DataFrame, fdr: float) -> str:
+    """What the rates of `case_nulls` under the Enrichr rule and its exchange mean, for a page."""
+    said = null_figures(table)
     return (
-        f"The circuit's genes bring the term below FDR {fdr:g} under {circuit['n_called'].sum()} "
-        f"of the {len(circuit)} rules shown. So do {first['list']}, with no model behind them, in "
-        f"{said['anchor_random', 'hit']} of {first['draws']:,} draws under the server's rule, and "
-        f"{rate(table, 'random')['list']} bring one term or another there in "
-        f"{said['random', 'hit']}: the rule corrects only for the terms that a list happens to "
+        f"The circuit's genes bring the term below FDR {fdr:g} under {said['called']} "
+        f"of the {said['rules']} rules shown. So do {said['anchor_random.list']}, with no model "
+        f"behind them, in {said['anchor_random.hit']} of {said['draws']:,} draws under the "
+        f"server's rule, and {said['random.list']} bring one term or another there in "
+        f"{said['random.hit']}: the rule corrects only for the terms that a list happens to "
         "touch, and in a list this short a single gene can be enough. Corrected for all terms of "
-        f"the library, the two rates are {said['anchor_random', 'all']} and "
-        f"{said['random', 'all']}. Two genes of the term are then needed, and "
-        f"{rate(table, 'anchor_prompt')['list']} still reach the level in "
-        f"{said['anchor_prompt', 'all']} of draws, {rate(table, 'prompt')['list']} in "
-        f"{said['prompt', 'all']}, because the prompt is the sentence of an endothelial cell. What "
+        f"the library, the two rates are {said['anchor_random.all']} and "
+        f"{said['random.all']}. Two genes of the term are then needed, and "
+        f"{said['anchor_prompt.list']} still reach the level in "
+        f"{said['anchor_prompt.all']} of draws, {said['prompt.list']} in "
+        f"{said['prompt.all']}, because the prompt is the sentence of an endothelial cell. What "
         "the circuit adds has to be read against these last two rates."
     )
-
 
 
 def combined_score(overlap: int, term: int, query: int, population: int) -> tuple[float, float]:
@@ -237,7 +251,6 @@ def combined_score(overlap: int, term: int, query: int, population: int) -> tupl
     outside = population - term - query + overlap
     odds = overlap * outside / max((query - overlap) * (term - overlap), 1)
     return -math.log(p) * odds, p
-
 
 
 def server_case(folder: str | Path | None = None, population: int = 20_000) -> pd.DataFrame:

@@ -30,7 +30,6 @@ COLUMNS = {
 }
 
 
-
 class PaperTables(NamedTuple):
     """The paper's exhibits as printed (arXiv:2509.14723)."""
 
@@ -52,7 +51,6 @@ class PaperTables(NamedTuple):
     """The case study's other statements, as text."""
 
 
-
 def _read(folder: Path, name: str) -> pd.DataFrame:
     path = folder / f"{name}.csv"
     if not path.is_file():
@@ -67,7 +65,6 @@ def _read(folder: Path, name: str) -> pd.DataFrame:
             f"it must have {', '.join(COLUMNS[name])}."
         )
     return frame
-
 
 
 def read_paper(folder: str | Path | None = None) -> PaperTables:

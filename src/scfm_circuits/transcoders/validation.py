@@ -20,7 +20,9 @@ from scfm_circuits.models.architectures import decoder, decoder_layers
 from scfm_circuits.models.mlp_sites import (
     Replacement,
     batches,
+    counting_precision,
     device_of,
+    hooked,
     mlp_sites,
     mlps,
     replaced_mlps,
@@ -138,25 +140,33 @@ def scores_by_cell(model: "GPTNeoXForCausalLM", chosen: Sequence[Configuration],
     done = 0
     bar = tqdm(total=len(cells), desc="validation", unit="cell")
     for rows, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
-        wanted = mask[:, 1:]
-        targets = tokens[:, 1:][wanted]
         where = slice(done, done + len(rows))
-        cell = torch.nonzero(wanted)[:, 0].cpu().numpy()
         done += len(rows)
-        predictions[where] = np.bincount(cell, minlength=len(rows))
-        residuals: list[Tensor] = []
-        original: Tensor | None = None
-        for index, configuration in enumerate(chosen):
-            logs = _log_probabilities(model, configuration, tokens, mask, residuals)
-            original = logs if original is None else original
-            loss = -logs.gather(-1, targets[:, None])[:, 0]
-            kl = torch.linalg.vecdot(original.exp(), original - logs)
-            for kind, values in enumerate((loss, kl)):
-                per_cell[index, kind, where] = np.bincount(
-                    cell, weights=values.double().cpu().numpy(), minlength=len(rows))
+        with counting_precision(tokens.device):
+            per_cell[:, :, where], predictions[where] = _scores(model, chosen, tokens, mask)
         bar.update(len(rows))
     bar.close()
     return per_cell, predictions
+
+
+def _scores(model: "GPTNeoXForCausalLM", chosen: Sequence[Configuration], tokens: Tensor,
+            mask: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """`scores_by_cell` of some cells that pass together."""
+    wanted = mask[:, 1:]
+    targets = tokens[:, 1:][wanted]
+    cell = torch.nonzero(wanted)[:, 0].cpu().numpy()
+    per_cell = np.empty((len(chosen), 2, len(tokens)))
+    residuals: list[Tensor] = []
+    original: Tensor | None = None
+    for index, configuration in enumerate(chosen):
+        logs = _log_probabilities(model, configuration, tokens, mask, residuals)
+        original = logs if original is None else original
+        loss = -logs.gather(-1, targets[:, None])[:, 0]
+        kl = torch.linalg.vecdot(original.exp(), original - logs)
+        for kind, values in enumerate((loss, kl)):
+            per_cell[index, kind] = np.bincount(
+                cell, weights=values.double().cpu().numpy(), minlength=len(tokens))
+    return per_cell, np.bincount(cell, minlength=len(tokens))
 
 
 def _log_probabilities(model: "GPTNeoXForCausalLM", configuration: Configuration, tokens: Tensor,
@@ -170,7 +180,9 @@ def _log_probabilities(model: "GPTNeoXForCausalLM", configuration: Configuration
     with contextlib.ExitStack() as stack:
         given = {"input_ids": tokens}
         if configuration.replacement is None:
-            stack.enter_context(_recorded(model, residuals))
+            stack.enter_context(hooked(
+                layer.register_forward_pre_hook(lambda module, args: residuals.append(args[0]))
+                for layer in decoder_layers(model)))
         else:
             stack.enter_context(replaced_mlps(model, configuration.replacement,
                                               configuration.layers))
@@ -182,18 +194,6 @@ def _log_probabilities(model: "GPTNeoXForCausalLM", configuration: Configuration
     # Only predictions that count go through the unembedding, the model's largest product.
     logits = model.get_output_embeddings()(last[:, :-1][mask[:, 1:]])
     return logits.float().log_softmax(dim=-1)
-
-
-@contextlib.contextmanager
-def _recorded(model: nn.Module, residuals: list[Tensor]) -> Iterator[None]:
-    """Within the block, what each layer is handed is appended to `residuals`."""
-    handles = [layer.register_forward_pre_hook(lambda module, args: residuals.append(args[0]))
-               for layer in decoder_layers(model)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
@@ -239,11 +239,12 @@ def fraction_of_variance_unexplained(model: "GPTNeoXForCausalLM", transcoders: T
     error = np.zeros(transcoders.n_layers)
     variance = OutputVariance(transcoders.n_layers, transcoders.d_model)
     for _, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
-        x, y = mlp_sites(model, tokens, mask)
-        variance.add(y)
-        for layer in range(transcoders.n_layers):  # the activations of one layer at a time
-            missed = transcoders.layer_estimate(layer, x[layer]) - y[layer]
-            error[layer] += float(missed.double().square().sum())
+        with counting_precision(tokens.device):
+            x, y = mlp_sites(model, tokens, mask)
+            variance.add(y)
+            for layer in range(transcoders.n_layers):  # the activations of one layer at a time
+                missed = transcoders.layer_estimate(layer, x[layer]) - y[layer]
+                error[layer] += float(missed.double().square().sum())
     return error / variance.value()
 
 

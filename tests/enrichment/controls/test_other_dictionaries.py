@@ -16,6 +16,7 @@ from scfm_circuits.enrichment.controls import layer_counts, other_dictionaries
 from scfm_circuits.enrichment.controls.layer_counts import layer_controls
 from scfm_circuits.enrichment.controls.other_dictionaries import (
     by_layer,
+    cells_counted,
     compare_dictionaries,
     feature_measures,
     summary,
@@ -159,6 +160,21 @@ def test_called_features_are_those_of_table_4(
     assert found["dead"].to_numpy() == pytest.approx((statistics.fired == 0).mean(axis=1))
 
 
+def test_features_are_counted_in_as_many_cells_as_the_profile_says(
+        model: Any, corpus: Corpus, profile: Profile) -> None:
+    assert cells_counted(corpus, profile) is corpus
+    assert cells_counted(corpus, profile.model_copy(update={"variant_cells": 20})) is corpus
+    some = cells_counted(corpus, profile.model_copy(update={"variant_cells": 8}))
+    assert len(some) == 8 and len(set(some.cell_ids)) == 8
+    rows = np.flatnonzero(np.isin(corpus.cell_ids, some.cell_ids))
+    assert some.cell_ids.tolist() == corpus.cell_ids[rows].tolist()
+    found = count_features(model, tiny_transcoders(model), some, 3, progress=False)
+    assert found.n_tokens == corpus.lengths[rows].sum()
+    table = feature_measures(found, some, profile, layer_counts.testers(
+        [gene_sets_from_dict("own", {"a term": corpus.symbols[:6].tolist()})], some, profile))
+    assert len(table) == len(found.fired) and (table["live"] > 0).all()
+
+
 def test_a_layer_without_live_features_is_a_row_of_zeros(
         statistics: FeatureStatistics, corpus: Corpus, profile: Profile, library: GeneSets) -> None:
     none = profile.model_copy(update={"live_cut_table4": 0.1})
@@ -207,7 +223,8 @@ def test_the_table_has_every_kind(model: Any, corpus: Corpus, statistics: Featur
     monkeypatch.setattr(other_dictionaries, "get_statistics", lambda *given: statistics)
     monkeypatch.setattr(other_dictionaries, "HELD_OUT", 2)
     found = compare_dictionaries(trained, model, corpus, [library], profile)
-    assert found.cells == 2 and found.rules == tuple(tester.rule for tester in ready)
+    assert (found.cells, found.counted) == (2, len(corpus))
+    assert found.rules == tuple(tester.rule for tester in ready)
     cells = np.flatnonzero(corpus.held_out)[:2]
     again = held_out_measures(
         model, {"topk": lambda: tiny_transcoders(model, seed=kinds.index("topk"))}, corpus, cells,

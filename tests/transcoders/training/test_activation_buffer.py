@@ -29,10 +29,11 @@ def numbered(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> Corpus:
     n = corpus.tokens.size
     marked = replace(corpus, tokens=np.arange(n).reshape(corpus.tokens.shape))
 
-    def fake_sites(model: Any, ids: Tensor, mask: Tensor) -> Sites:
+    def fake_sites(model: Any, ids: Tensor, mask: Tensor, into: Sites) -> Sites:
         number = ids[mask].float()[None, :, None].expand(2, -1, 16)
         layer = torch.arange(2)[:, None, None] * 10_000
-        return Sites(number + layer, -number - layer)
+        into.inputs[:], into.outputs[:] = number + layer, -number - layer
+        return into
 
     monkeypatch.setattr(activation_buffer, "mlp_sites", fake_sites)
     return marked
@@ -111,9 +112,9 @@ def test_batches_from_any_step_are_those_of_the_whole_run(first):
 def test_a_corpus_that_fits_is_harvested_once(model, corpus, profile, monkeypatch):
     calls: list[int] = []
 
-    def counted(model: Any, ids: Tensor, mask: Tensor) -> Sites:
+    def counted(model: Any, ids: Tensor, mask: Tensor, into: Sites) -> Sites:
         calls.append(len(ids))
-        return mlp_sites(model, ids, mask)
+        return mlp_sites(model, ids, mask, into)
 
     monkeypatch.setattr(activation_buffer, "mlp_sites", counted)
     buffer = ActivationBuffer(model, corpus, profile.model_copy(update={"buffer_tokens": 100_000}))
@@ -182,9 +183,9 @@ def forwards(ranks: Ranks, model: Any, corpus: Corpus, profile: Profile) -> int:
     calls: list[int] = []
     real = mlp_sites
 
-    def counted(model: Any, ids: Tensor, mask: Tensor) -> Sites:
+    def counted(model: Any, ids: Tensor, mask: Tensor, into: Sites | None) -> Sites:
         calls.append(len(ids))
-        return real(model, ids, mask)
+        return real(model, ids, mask, into)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(activation_buffer, "mlp_sites", counted)

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 from plain_layer import LOSSES, VARIANTS, PlainLayer, given_sites, pairs, stack
 
 from scfm_circuits import InputError
-from scfm_circuits.transcoders.training import gradients, sparse_gradients
-from scfm_circuits.transcoders.training.gradients import adam_rows, transcoder_losses
+from scfm_circuits.transcoders.training import sparse_gradients
+from scfm_circuits.transcoders.training.gradients import BANDWIDTH, gradients, transcoder_losses
 from scfm_circuits.transcoders.training.optimizer import Stepper, resample
 from scfm_circuits.transcoders.transcoder import INITIAL_THRESHOLD, Transcoders, Variant
 
@@ -66,62 +67,109 @@ def test_the_jumprelu_window_is_met_and_moves_the_thresholds():
     t = stack(Variant("jumprelu"), 1, 6, 40)
     x, y = pairs(1, 50, 6, 2)
     pre, theta = t.pre_activations(x)[0], t.log_threshold[0].exp()
-    near = (pre - theta).abs() < gradients.BANDWIDTH / 2
+    near = (pre - theta).abs() < BANDWIDTH / 2
     before = t.log_threshold.clone()
     Stepper(t, "equation4").step(given_sites(x, y), 0.01, 0.5, 1)
     assert 0 < int(near.any(dim=0).sum()) < 40
     assert torch.equal((t.log_threshold != before)[0], near.any(dim=0))
 
 
-def compiled_and_not(layers_at_once: int) -> list[Stepper]:
-    return [Stepper(stack(layers=2, d=4), "normalized", layers_at_once=layers_at_once,
-                    compiled=compiled, sparse=False) for compiled in (False, True)]
+def take_and_compare(variant: Variant, loss: str, layers_at_once: int, dtype: torch.dtype,
+                     atol: float, only: Callable | None = None) -> None:
+    """Logged and unlogged steps, compiled and not; `only`: the one function that is compiled."""
+    steppers = [Stepper(stack(variant, layers=2, d=4, dtype=dtype), loss,
+                        layers_at_once=layers_at_once, compiled=compiled, sparse=False)
+                for compiled in (False, True)]
+    compiled = steppers[1]._compiled
+    for function in [one for one in compiled if only not in (None, one)]:
+        del compiled[function]
+    expected = set(compiled)
+    x, y = (part.to(dtype) for part in pairs(2, 8, 4, 3))
+    for step, measured in ((1, True), (2, False), (3, True)):
+        one, other = (stepper.step(given_sites(x, y), 0.05, 0.1, step, measured)
+                      for stepper in steppers)
+        for name in ("l0", "fvu", "smallest", "residual"):
+            assert torch.allclose(getattr(one, name), getattr(other, name), atol=atol)
+        assert bool(one.l0.any()) == measured and torch.equal(one.fired, other.fired)
+        for part, its in zip(one.losses, other.losses, strict=True):
+            assert torch.allclose(part, its, atol=atol)
+    assert set(compiled) == expected, "it could not be compiled"
+    parts, others = (stepper.transcoders.state_dict() for stepper in steppers)
+    for name, part in parts.items():
+        assert torch.allclose(part, others[name], atol=atol)
 
 
-def take_and_compare(steppers: list[Stepper]) -> None:
-    x, y = pairs(2, 8, 4, 3)
-    for step in (1, 2, 3):
-        found = [stepper.step(given_sites(x, y), 0.05, 0.1, step) for stepper in steppers]
-        assert torch.allclose(found[0].l0, found[1].l0)
-    assert steppers[1]._compiled, "it could not be compiled"
-    one, other = (dict(stepper.transcoders.named_parameters()) for stepper in steppers)
-    for name, part in one.items():
-        assert torch.allclose(part, other[name], atol=1e-10)
-
-
-@pytest.mark.parametrize("layers_at_once", [1, 2])
-def test_what_is_traced_gives_the_same(layers_at_once, monkeypatch):
+@pytest.mark.parametrize(("loss", "layers_at_once"), zip(LOSSES, (1, 2), strict=True))
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_what_is_traced_gives_the_same(variant, loss, layers_at_once, monkeypatch):
     """As `compiled=True`, without the time that a C++ compiler takes."""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda one, **rest: real(one, backend="aot_eager"))
-    take_and_compare(compiled_and_not(layers_at_once))
+    torch._dynamo.reset()  # a function is not compiled for any number of shapes
+    take_and_compare(variant, loss, layers_at_once, torch.float64, 1e-10)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None,
                     reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_gradients_give_the_same():
-    steppers = compiled_and_not(2)
-    del steppers[1]._compiled[adam_rows]  # each of its four shapes takes as long again
-    take_and_compare(steppers)
+@pytest.mark.parametrize(("variant", "loss"), zip(VARIANTS[:4], 2 * LOSSES, strict=True), ids=str)
+def test_compiled_gradients_give_the_same(variant, loss):
+    torch._dynamo.reset()
+    # Of Adam, each of the shapes takes as long again; `test_what_is_traced` has it.
+    take_and_compare(variant, loss, 2, torch.float32, 1e-5, only=gradients)
 
 
-def test_a_compiler_that_cannot_is_done_without(capsys):
-    def fails(*arguments: Any) -> None:
-        raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nlong trace")
+FAILURES = [torch._dynamo.exc.TorchDynamoException("no C++ compiler\nlong trace"),
+            AssertionError("side_effects.codegen_save_tempvars"), AssertionError(),
+            RuntimeError("a later shape")]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=repr)
+@pytest.mark.parametrize("first", [1, 2], ids=["at once", "later"])
+def test_a_compiler_that_cannot_is_done_without(failure, first, capsys):
+    """Whatever it raises, at the first call or at a later one."""
+    def fails(function: Callable) -> Callable:
+        calls: list[int] = []
+
+        def compiled(*arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) >= first:
+                raise failure
+            return function(*arguments)
+
+        return compiled
 
     x, y = pairs(2, 8, 4, 3)
     one, other = stack(layers=2, d=4), stack(layers=2, d=4)
     stepper = Stepper(one, "normalized", compiled=True)
-    stepper._compiled = dict.fromkeys(stepper._compiled, fails)
-    for step in (1, 2):
-        stepper.step(given_sites(x, y), 0.05, 0.1, step)
+    stepper._compiled = {function: fails(function) for function in stepper._compiled}
     plain = Stepper(other, "normalized", compiled=False)
-    for step in (1, 2):
-        plain.step(given_sites(x, y), 0.05, 0.1, step)
-    assert torch.equal(one.W_enc, other.W_enc)
-    said = capsys.readouterr().out
-    assert said.count("gradients could not be compiled and is done without (no C++ compiler)") == 1
-    assert len(said.splitlines()) == 2
+    for step in (1, 2, 3):
+        for each in (stepper, plain):
+            each.step(given_sites(x, y), 0.05, 0.1, step)
+    assert torch.allclose(one.W_enc, other.W_enc, atol=1e-12)
+    said = capsys.readouterr().out.splitlines()
+    reason = (str(failure) or "AssertionError").splitlines()[0]
+    assert sorted(said) == [f"{name} could not be compiled and is done without ({reason})."
+                            for name in ("adam_rows", "gradients")]
+
+
+def test_what_is_wrong_without_the_compiler_too_is_not_hidden():
+    stepper = Stepper(stack(layers=2, d=4), "normalized", compiled=True)
+    stepper._compiled = {gradients: torch.compile(gradients, backend="eager")}
+    x, y = pairs(2, 8, 5, 3)  # five wide, not four
+    with pytest.raises(RuntimeError, match=r"size|shape"):
+        stepper.step(given_sites(x, y), 0.05, 0.1, 1)
+
+
+def test_memory_that_ran_out_is_no_failure_of_the_compiler(capsys):
+    def fails(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("no memory is left")
+
+    stepper = Stepper(stack(layers=2, d=4), "normalized", compiled=True)
+    stepper._compiled = dict.fromkeys(stepper._compiled, fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        stepper.step(given_sites(*pairs(2, 8, 4, 3)), 0.05, 0.1, 1)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

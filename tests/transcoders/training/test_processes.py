@@ -24,7 +24,7 @@ from scfm_circuits.common.files import read_json
 from scfm_circuits.common.profile import ROOT, Profile
 from scfm_circuits.transcoders.training import checkpoints
 from scfm_circuits.transcoders.training.interrupts import Terminated
-from scfm_circuits.transcoders.training.processes import FailedElsewhere, Ranks, started
+from scfm_circuits.transcoders.training.processes import FailedElsewhere, Ranks, _take_gpu, started
 from scfm_circuits.transcoders.training.run import TrainingRun, get_transcoders
 
 
@@ -268,6 +268,69 @@ def test_processes_say_once_what_a_person_can_mend(tmp_path, monkeypatch, field,
     assert [process.exitcode for process in processes] == [1, 1]
     assert said in errors[0].read_text() and len(errors[0].read_text().splitlines()) == 1
     assert errors[1].read_text() == ""
+
+
+# --- fewer GPUs than processes --------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(monkeypatch) -> Any:
+    """Lets the package see a number of GPUs; returns the list of those that were made current."""
+    taken: list[int] = []
+
+    def given(number: int) -> list[int]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+        monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+        return taken
+
+    return given
+
+
+@pytest.mark.parametrize("number, said", [(1, "has 1 GPU; start at most 1 "),
+                                          (2, "has 2 GPUs; start at most 2 ")])
+def test_one_process_says_that_there_are_too_few_gpus(monkeypatch, gpus, number, said):
+    taken = gpus(number)
+    for name, value in (("WORLD_SIZE", "6"), ("LOCAL_WORLD_SIZE", "3")):
+        monkeypatch.setenv(name, value)
+    for local in range(3):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        with pytest.raises(InputError) as found, started():
+            pass
+        assert isinstance(found.value, FailedElsewhere) == bool(local)
+        assert local or f"3 processes were started, but this machine {said}" in str(found.value)
+    assert taken == []
+
+
+def test_the_program_says_once_that_there_are_too_few_gpus(tmp_path, gpus):
+    gpus(1)
+    port, errors = free_port(), [tmp_path / "0", tmp_path / "1"]
+    processes = [child(program, rank, port, errors[rank], ["--profile", "smoke"])
+                 for rank in range(2)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [2, 2]
+    assert errors[0].read_text().startswith("2 processes were started") and not errors[
+        1].read_text()
+
+
+def test_processes_that_may_share_a_gpu_exchange_through_the_host(monkeypatch, gpus):
+    gpus(1)
+    monkeypatch.setenv("SCFM_SHARE_GPUS", "1")
+    answers = in_ranks(2, lambda ranks: [ranks.through_host, *exchanged(ranks)])
+    monkeypatch.undo()
+    assert [one[0] for one in answers] == [True, True]
+    assert [one[1:] for one in answers] == in_ranks(2, exchanged)
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch, gpus):
+    taken = gpus(2)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for local in range(2):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        assert _take_gpu() is True
+    assert taken == [0, 1]
 
 
 # --- torchrun ------------------------------------------------------------------------------------

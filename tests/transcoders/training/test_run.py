@@ -196,9 +196,9 @@ def test_no_more_cells_are_harvested_than_steps_need(model, corpus, profile, mon
     buffer = ActivationBuffer(model, corpus, profile)
     steps = buffer.n_batches(0) + buffer.n_batches(1)
     fills: list[int] = []
-    real = ActivationBuffer._harvested
-    monkeypatch.setattr(ActivationBuffer, "_harvested",
-                        lambda self, cells: (fills.append(1), real(self, cells))[1])
+    real = ActivationBuffer._harvest
+    monkeypatch.setattr(ActivationBuffer, "_harvest",
+                        lambda self, *given: (fills.append(1), real(self, *given))[1])
     TrainingRun(model, corpus, profile).run(until=steps, progress=False)
     assert len(fills) == 2
 

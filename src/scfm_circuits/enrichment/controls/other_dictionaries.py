@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 
-from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.cells.corpus import Corpus, of_cells
 from scfm_circuits.enrichment.controls.layer_counts import Tester, null_source, testers
 from scfm_circuits.enrichment.gene_sets import GeneSets
 from scfm_circuits.enrichment.null_lists import ragged
@@ -41,6 +41,8 @@ class Comparison(NamedTuple):
     """Names of the enrichment rules that called features."""
     cells: int
     """Held-out cells measured on."""
+    counted: int
+    """Cells in which features were counted."""
 
 
 def compare_dictionaries(trained: Sequence[Trained], model: "GPTNeoXForCausalLM", corpus: Corpus,
@@ -50,16 +52,28 @@ def compare_dictionaries(trained: Sequence[Trained], model: "GPTNeoXForCausalLM"
     trained: from `get_variants`, the reference first. One dictionary is in memory at a time.
     """
     held_out = np.flatnonzero(corpus.held_out)[:HELD_OUT]
-    ready = testers(libraries, corpus, profile)
+    counted = cells_counted(corpus, profile)
+    ready = testers(libraries, counted, profile)
     scores = held_out_measures(model, {one.setting.name: partial(one.load, model.device)
                                        for one in trained}, corpus, held_out,
                                profile.forward_cells)
     features = {one.setting.name: feature_measures(
-        get_statistics(model, one.load(model.device), corpus, one.profile, one.control), corpus,
+        get_statistics(model, one.load(model.device), counted, one.profile, one.control), counted,
         profile, ready) for one in trained}
     layers = by_layer(trained, scores, features)
     return Comparison(summary(trained, layers, scores), layers, scores,
-                      tuple(one.rule for one in ready), len(held_out))
+                      tuple(one.rule for one in ready), len(held_out), len(counted))
+
+
+def cells_counted(corpus: Corpus, profile: "Profile") -> Corpus:
+    """The cells in which the features of all kinds are counted: all, or `variant_cells` of them.
+
+    A pass over the paper's 67 million tokens costs more than training a kind does.
+    """
+    if profile.variant_cells is None or profile.variant_cells >= len(corpus):
+        return corpus
+    drawn = np.random.default_rng([profile.seed, 35]).permutation(len(corpus))
+    return of_cells(corpus, np.sort(drawn[: profile.variant_cells]))
 
 
 def feature_measures(statistics: FeatureStatistics, corpus: Corpus, profile: "Profile",

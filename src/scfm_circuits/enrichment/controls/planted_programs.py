@@ -33,31 +33,6 @@ def programs_library(plan: Plan) -> GeneSets:
     return gene_sets_from_dict("planted programs", {one.name: one.genes for one in plan.programs})
 
 
-
-def features_in_prose(matches: "ProgramMatches", types: int) -> str:
-    """What `program_matches` says, for a page. types: how many cell types there are."""
-    lists = matches.lists.set_index("lists")
-    own = matches.programs[matches.programs["kind"] == "own"]
-    beyond = int(matches.features["beyond_all_controls"].sum())
-    ahead = int(matches.programs["ahead_of_controls"].sum()) / len(matches.features)
-    others = "; ".join(f"{name} {row['percentage']:.1f} % and {row['own_programs']:.1f}"
-                       for name, row in lists.drop(index=FEATURES).iterrows())
-    features = lists.loc[FEATURES]
-    recalls = own[[f"{column_name(str(name))}_recall" for name in lists.index.drop(FEATURES)]]
-    return (
-        f"Of {len(matches.features):,} live features {features['percentage']:.1f} % "
-        f"match a program. {100 * ahead:.1f} % match one and are ahead of every control at the "
-        f"same level, one by one; after correction over all features {beyond:,} are. Of the "
-        f"{types} programs that are planted for one cell type "
-        f"{features['own_programs']:.0f} have a feature that matches. For lists that no "
-        "trained feature made, the share that matches and the number of these programs matched "
-        f"are: {others}. The best feature of such a program lists a median of "
-        f"{percent(own['best_recall'].fillna(0).median())} of its genes (with "
-        f"{percent(own['best_precision'].median())} of the list in the program), the best list of "
-        f"the control that does best {percent(recalls.median().max())}.")
-
-
-
 class ProgramMatches(NamedTuple):
     """Features' gene lists against the programs, see `program_matches`."""
 
@@ -68,7 +43,6 @@ class ProgramMatches(NamedTuple):
     """One row per program: who matches it, the best list, and what null lists have."""
     lists: pd.DataFrame
     """One row per kind of lists: share matching a program, programs matched."""
-
 
 
 def program_matches(statistics: FeatureStatistics, baselines: Mapping[str, FeatureStatistics],
@@ -121,12 +95,10 @@ def program_matches(statistics: FeatureStatistics, baselines: Mapping[str, Featu
                           _list_table(tables, plan, draws))
 
 
-
 def _program_of(corpus: Corpus, plan: Plan) -> np.ndarray:
     """(n_genes,) index of the program of each of the corpus's genes, -1 for none."""
     place = {gene.upper(): i for i, one in enumerate(plan.programs) for gene in one.genes}
     return np.array([place.get(str(symbol).upper(), -1) for symbol in corpus.symbols])
-
 
 
 def _matched(lists: Ragged, tester: Tester, program_of: np.ndarray) -> pd.DataFrame:
@@ -142,13 +114,11 @@ def _matched(lists: Ragged, tester: Tester, program_of: np.ndarray) -> pd.DataFr
                          "matched": result.n_significant > 0})
 
 
-
 def _named(features: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     names = np.array([*(one.name for one in plan.programs), ""])
     kinds = np.array([*(one.kind for one in plan.programs), ""])
     best = features["best"].to_numpy()
     return features.drop(columns="best").assign(program=names[best], kind=kinds[best])
-
 
 
 def _program_table(features: pd.DataFrame, tables: Mapping[str, pd.DataFrame], corpus: Corpus,
@@ -181,10 +151,8 @@ def _program_table(features: pd.DataFrame, tables: Mapping[str, pd.DataFrame], c
     return table.astype(dict.fromkeys(whole, "Int64"))
 
 
-
 def _best(best: pd.DataFrame, of: str) -> float:
     return ratio(best["overlap"].iloc[0], best[of].iloc[0]) if len(best) else np.nan
-
 
 
 def _list_table(tables: Mapping[str, pd.DataFrame], plan: Plan, draws: int) -> pd.DataFrame:
@@ -199,3 +167,44 @@ def _list_table(tables: Mapping[str, pd.DataFrame], plan: Plan, draws: int) -> p
                      planted))
     return pd.DataFrame(rows, columns=["lists", "tested", "matched", "percentage", "programs",
                                        "own_programs"])
+
+
+def feature_figures(matches: ProgramMatches) -> dict[str, float]:
+    """What `program_matches` says, for a page.
+
+    Keys: features, matched (percent), ahead (percent, of every control, one by one), beyond
+    (number, after correction), own_programs (matched by a feature), best_recall, best_precision
+    (medians over the programs of one type of the best feature's list), best_recall_control (of the
+    control that does best).
+    """
+    lists = matches.lists.set_index("lists")
+    matched, own_programs = map(float, lists.loc[FEATURES, ["percentage", "own_programs"]])
+    own = matches.programs[matches.programs["kind"] == "own"]
+    recalls = own[[f"{column_name(str(name))}_recall" for name in lists.index.drop(FEATURES)]]
+    n = len(matches.features)
+    return {
+        "features": n, "matched": matched,
+        "ahead": 100 * int(matches.programs["ahead_of_controls"].sum()) / n,
+        "beyond": int(matches.features["beyond_all_controls"].sum()),
+        "own_programs": own_programs,
+        "best_recall": float(own["best_recall"].fillna(0).median()),
+        "best_precision": float(own["best_precision"].median()),
+        "best_recall_control": float(recalls.median().max())}
+
+
+def features_in_prose(matches: ProgramMatches, types: int) -> str:
+    """What `program_matches` says, for a page. types: how many cell types there are."""
+    said = feature_figures(matches)
+    others = "; ".join(f"{row.lists} {row.percentage:.1f} % and {row.own_programs:.1f}"
+                       for row in matches.lists.itertuples() if row.lists != FEATURES)
+    return (
+        f"Of {said['features']:,} live features {said['matched']:.1f} % "
+        f"match a program. {said['ahead']:.1f} % match one and are ahead of every control at the "
+        f"same level, one by one; after correction over all features {said['beyond']:,} are. Of "
+        f"the {types} programs that are planted for one cell type "
+        f"{said['own_programs']:.0f} have a feature that matches. For lists that no "
+        "trained feature made, the share that matches and the number of these programs matched "
+        f"are: {others}. The best feature of such a program lists a median of "
+        f"{percent(said['best_recall'])} of its genes (with "
+        f"{percent(said['best_precision'])} of the list in the program), the best list of "
+        f"the control that does best {percent(said['best_recall_control'])}.")

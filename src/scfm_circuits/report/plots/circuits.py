@@ -46,8 +46,7 @@ def circuit_picture(circuit: "Circuit", texts: Sequence[str], genes: Sequence[st
     only tokens that carry such a node have a place. A head stands at the token it read.
     """
     influence = circuit.influence()
-    carried = {edge: abs(edge.weight) / circuit.expansions[edge.target].absolute
-               * influence[edge.target] for edge in circuit.edges}
+    carried = dict(zip(circuit.edges, circuit.carried(), strict=True))
     strongest = sorted(circuit.edges, key=lambda edge: -carried[edge])[:max_edges]
     shown = {circuit.target, *(e.source for e in strongest), *(e.target for e in strongest)}
     nodes = [node for node in circuit.nodes.values() if node.id in shown]
@@ -109,7 +108,7 @@ _INTERVENTION_NAMES = {"ablation": "taken away", "doubling": "doubled", "alone":
 def faithfulness(frame: pd.DataFrame) -> Figure:
     """What changing features does to a circuit's target, circuits beside random circuits.
 
-    frame: a row per cell, `features` and `intervention` (`interventions.compare`); predicted,
+    frame: a row per cell, `features` and `intervention` (`compare_interventions`); predicted,
     measured, lowest, highest as shares of the target.
     Left: predicted against measured, features taken away. Right: measured, every intervention.
     """

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from scfm_circuits.cells.corpus import Corpus
     from scfm_circuits.common.profile import Profile
 
+PASS_TOKENS = 32_768
+"""Tokens in one pass of the model on a GPU, if `forward_cells` is not more."""
+
+
 class Batch(NamedTuple):
     """Some tokens of a fill: the fill's activations, and (n_tokens,) which of them."""
 
@@ -57,6 +61,9 @@ class ActivationBuffer:
         mean_length = corpus.lengths[self._train].mean()
         wanted = math.ceil(profile.buffer_tokens / mean_length)
         self.cells_per_fill = min(len(self._train), wanted)
+        # A GPU is given so much at once that it, not the host, sets the pace.
+        at_least = int(PASS_TOKENS / mean_length) if device_of(model).type == "cuda" else 0
+        self.cells_per_pass = max(profile.forward_cells, at_least)
         self._held: tuple[int, Sites] | None = None
         self._storage: Sites | None = None
 
@@ -92,39 +99,39 @@ class ActivationBuffer:
         # Cells of like length together: less padding. The tokens are permuted anyway.
         cells = cells[np.argsort(corpus.lengths[cells], kind="stable")]
         inputs, outputs = self._room(int(corpus.lengths[cells].sum()))
-        end = 0
         with faster_attention(self._model):
-            for part in self._harvested(cells):
-                start, end = end, end + part[0].shape[1]
-                inputs[:, start:end], outputs[:, start:end] = part
+            self._harvest(cells, Sites(inputs, outputs))
         if self._output_scale is not None:
             scale = self._output_scale.to(outputs)[self.layers.start : self.layers.stop]
             outputs *= scale[:, None, None]
         self._held = fill, Sites(inputs, outputs)
         return self._held[1]
 
-    def _harvested(self, cells: np.ndarray) -> Iterator[Sites | Tensor]:
-        """Inputs and outputs of this process's layers, some cells at a time, in their order."""
-        size, ranks = self._profile.forward_cells, self._ranks
+    def _harvest(self, cells: np.ndarray, room: Sites) -> None:
+        """Write what this process's layers read and wrote on the cells, in their order."""
+        size, ranks, end = self.cells_per_pass, self._ranks, 0
         turns = [cells[start : start + size] for start in range(0, len(cells), size)]
         for first in range(0, len(turns), ranks.size):
             together = turns[first : first + ranks.size]
-            own = self._forward(together[ranks.rank] if ranks.rank < len(together) else cells[:0])
-            if ranks.size == 1:
-                yield own
-                continue
             counts = [int(self._corpus.lengths[turn].sum()) for turn in together]
             counts += [0] * (ranks.size - len(together))
-            yield from ranks.exchange(
-                [torch.stack([part[list(ranks.layers(len(part), rank))] for part in own])
-                 for rank in range(ranks.size)],
-                [(2, len(self.layers), n, own.inputs.shape[-1]) for n in counts])
+            if ranks.size == 1:
+                start, end = end, end + counts[0]
+                self._forward(together[0], Sites(*(part[:, start:end] for part in room)))
+                continue
+            own = self._forward(together[ranks.rank] if ranks.rank < len(together) else cells[:0])
+            for inputs, outputs in ranks.exchange(
+                    [torch.stack([part[list(ranks.layers(len(part), rank))] for part in own])
+                     for rank in range(ranks.size)],
+                    [(2, len(self.layers), n, own.inputs.shape[-1]) for n in counts]):
+                start, end = end, end + inputs.shape[1]
+                room.inputs[:, start:end], room.outputs[:, start:end] = inputs, outputs
 
-    def _forward(self, cells: np.ndarray) -> Sites:
-        """Activations of all layers on some cells, from one pass of the model."""
+    def _forward(self, cells: np.ndarray, into: Sites | None = None) -> Sites:
+        """Activations of all layers on some cells, from one pass of the model (see `mlp_sites`)."""
         for _, tokens, mask in batches(self._corpus, cells, max(1, len(cells)),
                                        device_of(self._model)):
-            return mlp_sites(self._model, tokens, mask)
+            return mlp_sites(self._model, tokens, mask, into)
         none = torch.empty((len(mlps(self._model)), 0, self._model.config.hidden_size),
                            device=device_of(self._model),
                            dtype=next(self._model.parameters()).dtype)

@@ -90,7 +90,7 @@ def transcoder_losses(name: str, l1_coefficient: float, y: Tensor, estimate: Ten
 # --- forward and backward ------------------------------------------------------------------------
 
 
-def _activate(pre: Tensor, variant: Variant, log_threshold: Tensor | None) -> Tensor:
+def activate(pre: Tensor, variant: Variant, log_threshold: Tensor | None) -> Tensor:
     """z of pre-activations (n_layers, n_tokens, n_features), which a ReLU overwrites."""
     if variant.activation == "relu":
         return pre.relu_()
@@ -120,7 +120,7 @@ def forward(weights: dict[str, Tensor], variant: Variant, x: Tensor) -> Forward:
     kind = x.dtype
     centred = x - weights["b_in"].to(kind)[:, None]
     pre = torch.baddbmm(weights["b_enc"].to(kind)[:, None], centred, weights["W_enc"].to(kind).mT)
-    return Forward(centred, pre, _activate(pre, variant, weights.get("log_threshold")))
+    return Forward(centred, pre, activate(pre, variant, weights.get("log_threshold")))
 
 
 def gradients(weights: dict[str, Tensor], variant: Variant, objective: Objective, x: Tensor,
@@ -167,54 +167,55 @@ def backward(weights: dict[str, Tensor], variant: Variant, objective: Objective,
     inner = torch.ops.aten.threshold_backward(inner, z, 0)
     found["W_enc"] = torch.bmm(inner.mT, centred)
     found["b_enc"] = inner.sum(dim=1, dtype=full)
-    return found, _measure(z, residual, y, scale, variant, weight, measured)
+    return found, measure(z, residual, y, scale, variant, weight, measured)
 
 
-def _measure(z: Tensor, residual: Tensor, y: Tensor, scale: Tensor | float, variant: Variant,
-             weight: Tensor, measured: bool) -> Measures:
+def measure(z: Tensor, residual: Tensor, y: Tensor, scale: Tensor | float, variant: Variant,
+            weight: Tensor, measured: bool) -> Measures:
     """Which features fired, and the other measures if they are wanted."""
     n, totals = z.shape[1], z.sum(dim=1, dtype=weight.dtype)
     smallest = totals.new_zeros(len(totals))
     if variant.activation == "batchtopk":
         smallest = torch.where(z > 0, z, torch.inf).amin(dim=(1, 2)).to(weight.dtype)
-    found = _unmeasured(totals > 0, smallest, residual)
+    found = unmeasured(totals > 0, smallest, residual)
     if not measured:
         return found
     l0 = (z > 0).sum(dim=(1, 2)).to(weight.dtype) / n
-    return _with_losses(found, y, scale, variant, weight, l0, totals.sum(dim=1) / n)
+    return with_losses(found, y, scale, variant, weight, l0, totals.sum(dim=1) / n)
 
 
 def sparse_measures(active: "Active", residual: Tensor, y: Tensor, scale: Tensor,
                     variant: Variant, weight: Tensor, n_features: int, measured: bool) -> Measures:
-    """`_measure` of one layer from its active entries."""
+    """`measure` of one layer from its active entries."""
     n, value = y.shape[1], torch.from_numpy(active.value)
     fired = torch.zeros(1, n_features, dtype=torch.bool)
     fired[0, torch.from_numpy(active.feature).long()] = True
     smallest = value.new_zeros(1)
     if variant.activation == "batchtopk" and len(value):
         smallest = value.min()[None]
-    found = _unmeasured(fired, smallest, residual)
+    found = unmeasured(fired, smallest, residual)
     if not measured:
         return found
     l0 = value.new_full((1,), len(value) / n)
-    return _with_losses(found, y, scale, variant, weight, l0, value.sum()[None] / n)
+    return with_losses(found, y, scale, variant, weight, l0, value.sum()[None] / n)
 
 
-def _unmeasured(fired: Tensor, smallest: Tensor, residual: Tensor) -> Measures:
+def unmeasured(fired: Tensor, smallest: Tensor, residual: Tensor) -> Measures:
     """Measures of a step whose losses, L0 and FVU are not wanted: they are 0."""
     none = torch.zeros_like(smallest)
     return Measures(Losses(none, none), fired, none, none, smallest, residual)
 
 
-def _with_losses(found: Measures, y: Tensor, scale: Tensor | float, variant: Variant,
-                 weight: Tensor, l0: Tensor, l1: Tensor) -> Measures:
+def with_losses(found: Measures, y: Tensor, scale: Tensor | float, variant: Variant,
+                weight: Tensor, l0: Tensor, l1: Tensor) -> Measures:
     """Measures with their losses, L0 and FVU; l0, l1: (n_layers,) means over tokens."""
     squared = found.residual.square().sum(dim=-1, keepdim=True)
     penalty = {"relu": l1, "jumprelu": l0}.get(variant.activation, torch.zeros_like(l0))
     variance = (y - y.mean(dim=1, keepdim=True)).square().sum(dim=(1, 2))
     fvu = squared.sum(dim=(1, 2)) / variance.clamp_min(1e-12)
     losses = Losses((squared * scale).mean(dim=(1, 2)), weight * penalty)
-    return found._replace(losses=losses, l0=l0, fvu=fvu)
+    # Made anew: compilers of torch before 2.13 fail on a `_replace`.
+    return Measures(losses, found.fired, l0, fvu, found.smallest, found.residual)
 
 
 def follow_threshold(log_threshold: Tensor, smallest: Tensor, rate: float = 0.05) -> None:

@@ -2,15 +2,16 @@
 
 On a CPU a step goes through the layers one at a time: the gradients of one layer are used up before
 the next one's are made, so memory does not grow with depth; and where few features are active, it
-goes over these alone (`sparse_gradients`). On a GPU all layers pass together and the two functions
-of `gradients` are compiled, so that what is not a product is fused: there are then a few dozen
-launches in a step whatever the number of layers, and the host never waits.
+goes over these alone (`sparse_gradients`). On a GPU all layers pass together, so that the host is
+never waited for, and what is not a product is done by kernels of its own (`gpu_gradients`); where
+these cannot be had or do not fit the variant, the two functions of `gradients` are compiled.
 Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -37,22 +38,29 @@ from scfm_circuits.transcoders.training.gradients import (
 )
 from scfm_circuits.transcoders.transcoder import INITIAL_THRESHOLD, Transcoders, unit_rows
 
+if TYPE_CHECKING:
+    from scfm_circuits.transcoders.training.gpu_gradients import GpuStep
 
 class Stepper:
     """Takes optimizer steps on transcoders; holds Adam's state and nothing of the data.
 
     precision: type of the products (the weights and Adam stay as they are). layers_at_once: layers
-    that share each product; None: one on a CPU, all on a GPU. compiled: whether the two functions
-    are compiled; None: on a GPU. A compiler that cannot is said once, and done without. sparse:
-    whether a CPU may go over active entries only, where these are few (`sparse_gradients`).
+    that share each product; None: one on a CPU, all on a GPU. fused: whether the kernels of
+    `gpu_gradients` are used, where the variant and the weights' type allow it; None: on a GPU.
+    beside: programs of its Adam that run beside the next layers' products. compiled: whether the two
+    functions are compiled; None: on a GPU. A compiler that cannot is said once, and done without.
+    sparse: whether a CPU may go over active entries only, where these are few (`sparse_gradients`).
     """
 
     def __init__(self, transcoders: Transcoders, loss: str,
                  precision: torch.dtype | None = None, layers_at_once: int | None = None,
-                 compiled: bool | None = None, sparse: bool = True) -> None:
+                 compiled: bool | None = None, sparse: bool = True,
+                 fused: bool | None = None, beside: int = 0) -> None:
         check_loss(loss)
         self.transcoders, self.loss = transcoders, loss
-        self.trained = {name: parameter.data for name, parameter in transcoders.named_parameters()}
+        # Detached, not `.data`: what changes a weight elsewhere is counted here too.
+        self.trained = {name: parameter.detach()
+                        for name, parameter in transcoders.named_parameters()}
         self.mean = {name: torch.zeros_like(tensor) for name, tensor in self.trained.items()}
         self.square = {name: torch.zeros_like(tensor) for name, tensor in self.trained.items()}
         on_gpu = transcoders.W_enc.is_cuda
@@ -62,6 +70,7 @@ class Stepper:
         if on_gpu if compiled is None else compiled:
             self._compiled = {function: torch.compile(function, dynamic=False)
                               for function in (gradients, adam_rows)}
+        self._fused = self._kernels(beside) if (on_gpu if fused is None else fused) else None
         self._sparse = None
         if sparse and not on_gpu and self.precision == transcoders.W_enc.dtype and (
                 self.layers_at_once == 1 and transcoders.variant.activation != "jumprelu"):
@@ -69,6 +78,23 @@ class Stepper:
                 from scfm_circuits.transcoders.training import sparse_gradients
 
                 self._sparse = sparse_gradients
+
+    def _kernels(self, beside: int) -> "GpuStep | None":
+        """The kernels for a GPU; None, and a sentence, if they cannot be had."""
+        t = self.transcoders
+        if t.W_enc.dtype != torch.float32:
+            return None
+        try:
+            from scfm_circuits.transcoders.training.gpu_gradients import ACTIVATIONS, GpuStep
+
+            if t.variant.activation not in ACTIVATIONS:
+                return None
+            return GpuStep(self.trained, self.mean, self.square, self.precision, beside)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # see `_call`
+            print(f"The kernels for a GPU are done without ({_reason(error)}).")
+            return None
 
     def slices(self) -> Iterator[slice]:
         """The layers that pass together."""
@@ -84,8 +110,9 @@ class Stepper:
         layers. rate: learning rate. number: which step this is, from 1. measured: whether losses,
         L0 and FVU are wanted (see `gradients`).
         """
-        found = [self._step(layers, *sites(layers), rate, l1_coefficient, number, measured)
-                 for layers in self.slices()]
+        with self._fused.copied() if self._fused is not None else contextlib.nullcontext():
+            found = [self._step(layers, *sites(layers), rate, l1_coefficient, number, measured)
+                     for layers in self.slices()]
         if len(found) == 1:
             return found[0]
         return Measures(
@@ -98,6 +125,10 @@ class Stepper:
         t = self.transcoders
         weights = {name: tensor[layers] for name, tensor in
                    (*self.trained.items(), *t.named_buffers())}
+        if self._fused is not None:
+            return self._fused.step(layers, weights, t.variant,
+                                    Objective(self.loss, l1_coefficient), x.to(self.precision), y,
+                                    (rate, number), measured)
         weight = torch.full((), l1_coefficient, dtype=t.b_enc.dtype, device=x.device)
         objective, x = Objective(self.loss, weight), x.to(self.precision)
         given = (weights, t.variant, objective, x, y, measured)
@@ -175,11 +206,18 @@ class Stepper:
             return None
         try:
             return self._compiled[function](*arguments)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0][:200]
-            print(f"{function.__name__} could not be compiled and is done without ({reason}).")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler fails in many ways; what is really wrong comes back
+            print(f"{function.__name__} could not be compiled and is done without "
+                  f"({_reason(error)}).")
             del self._compiled[function]
             return None
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an exception says, or else its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 @torch.no_grad()

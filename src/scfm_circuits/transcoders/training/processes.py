@@ -22,16 +22,24 @@ from scfm_circuits import InputError
 
 T = TypeVar("T")
 
+SHARE_GPUS = "SCFM_SHARE_GPUS"
+"""Environment variable: 1 lets more processes than there are GPUs share them."""
+
 
 class FailedElsewhere(InputError):
     """Another process has failed and said why."""
 
 
 class Ranks(NamedTuple):
-    """This process among those that work together: its number, and how many there are."""
+    """This process among those that work together: its number, and how many there are.
+
+    through_host: whether what is exchanged passes through the host's memory, because NCCL does not
+    join processes that share a GPU.
+    """
 
     rank: int = 0
     size: int = 1
+    through_host: bool = False
 
     @property
     def first(self) -> bool:
@@ -62,11 +70,13 @@ class Ranks(NamedTuple):
         parts, shapes: one per process, what it is to have, and the shape of what comes from it.
         """
         sent = torch.cat([part.reshape(-1) for part in parts])
+        device = sent.device
+        sent = sent.cpu() if self.through_host else sent
         sizes = [math.prod(shape) for shape in shapes]
         received = sent.new_empty(sum(sizes))
         dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts])
         return [one.view(*shape) for one, shape in
-                zip(received.split(sizes), shapes, strict=True)]
+                zip(received.to(device).split(sizes), shapes, strict=True)]
 
     def after_first(self, function: Callable[[], T]) -> T:
         """A function's value, which the others compute when the first process has.
@@ -92,19 +102,44 @@ ALONE = Ranks()
 """A process that works with no other."""
 
 
+def _take_gpu() -> bool:
+    """Make this process's GPU the current one, if there are GPUs; whether it has one alone.
+
+    Raises InputError, in the machine's first process, where there are more processes than GPUs and
+    they may not share; FailedElsewhere in the others.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local = int(os.environ["LOCAL_RANK"])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    if not gpus:
+        return False
+    if here > gpus and os.environ.get(SHARE_GPUS) != "1":
+        if local:
+            raise FailedElsewhere("The first process has said what is wrong.")
+        raise InputError(
+            f"{here} processes were started, but this machine has {gpus} GPU"
+            f"{'s' if gpus > 1 else ''}; start at most {gpus} (`--nproc-per-node {gpus}`), let "
+            f"them share with {SHARE_GPUS}=1, or use the processor: CUDA_VISIBLE_DEVICES=.")
+    torch.cuda.set_device(local % gpus)
+    return here <= gpus
+
+
 @contextlib.contextmanager
 def started() -> Iterator[Ranks]:
-    """Join the processes that `torchrun` started; alone if it did not start this one."""
+    """Join the processes that `torchrun` started; alone if it did not start this one.
+
+    Raises InputError where there are GPUs, but fewer than processes (see `SHARE_GPUS`).
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    own_gpu = _take_gpu()
     # gloo beside nccl: what is exchanged as Python objects need not pass the GPU. A process that
     # ends is noticed at once; the time limit is for one that works, and that may take long.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo",
                             timeout=timedelta(days=7))
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield Ranks(dist.get_rank(), dist.get_world_size(),
+                    torch.cuda.is_available() and not own_gpu)
     finally:
         dist.destroy_process_group()

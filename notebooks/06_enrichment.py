@@ -37,6 +37,7 @@ import pandas as pd
 
 from scfm_circuits.cells.corpus import load_corpus
 from scfm_circuits.common.profile import ROOT, from_notebook
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.background import prepare_background
 from scfm_circuits.enrichment.controls.layer_counts import (
     BAND_DRAWS,
@@ -253,7 +254,7 @@ report.value("controls.libraries", ", ".join(f"{one.name} ({one.source})" for on
 # {glue:text}`enrichment.fdr`, a correct rule calls about that share of them or fewer.
 
 # %%
-rng = np.random.default_rng([run.seed, 12])
+rng = generator(run.seed, "lists at the nominal level")
 ready, checked = testers(libraries, corpus, run), []
 for length in (n for n in (10, 30, 100, 300) if n < len(used) / 2):
     drawn = uniform_null([length] * 2000, len(used), rng)
@@ -503,7 +504,7 @@ enough = len(symbols) > 15  # genes of the smallest term that prerank tests
 sampled = draw_features(statistics, run.human_layer, run.human_features, run.live_cut, run.seed)
 # A feature that fires on words of the prompt alone ranks no gene.
 chosen = [feature for feature in sampled if enough and scores[feature].nnz][: run.prerank_features]
-rng = np.random.default_rng([run.seed, 14])
+rng = generator(run.seed, "prerank, names shuffled")
 rankings = {}
 for feature in chosen:
     activations = scores[feature].toarray().ravel()[used]

@@ -60,6 +60,7 @@ from scfm_circuits.circuits.structure import (
 )
 from scfm_circuits.circuits.token_means import mean_activations, token_kinds
 from scfm_circuits.common.profile import PLANTED_CELLS, from_notebook
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.controls.planted_programs import features_in_prose, program_matches
 from scfm_circuits.features.baselines import reinitialised_statistics, untrained_statistics
 from scfm_circuits.features.contexts import token_families
@@ -103,7 +104,7 @@ report.not_comparable(run)
 
 # %%
 per_type, most, draws = 3, 30, 5
-rng = np.random.default_rng([run.seed, 8])
+rng = generator(run.seed, "interventions")
 training = np.sort(rng.permutation(np.flatnonzero(~corpus.held_out))[:100])
 means = mean_activations(model, transcoders, corpus, training, run.forward_cells)
 held_out = np.flatnonzero(corpus.held_out)

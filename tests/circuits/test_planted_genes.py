@@ -155,7 +155,8 @@ def test_circuits_of_a_tiny_model(monkeypatch, tmp_path) -> None:
         for _, part in rows.groupby("target"):
             assert part["gene"].tolist() == corpus.genes_of(cell)
             assert part["rank"].tolist() == list(range(1, len(part) + 1))
-        own = plan.own_genes(str(corpus.labels[cell]))
+        own = [gene for one in plan.programs for gene in one.genes
+               if one.cell_types == (str(corpus.labels[cell]),)]
         assert (rows["role"] == "own").tolist() == [gene in own for gene in rows["gene"]]
     # The feature's circuit is the case study's own.
     for cell in cells:

@@ -14,7 +14,6 @@ from scfm_circuits.enrichment.null_lists import (
     TokenFamilies,
     frequency_matched_null,
     ragged,
-    symbols_of,
     token_families,
     token_preserving_null,
     uniform_null,
@@ -176,11 +175,6 @@ def test_token_null_refuses() -> None:
         token_preserving_null(one_feature([0, 0], [1, 1]), families, [2], rng, n_genes=3)
     with pytest.raises(InputError, match=r"outside 0\.\.1"):
         token_preserving_null(one_feature([2], [1]), families, [2], rng, n_genes=3)
-
-
-def test_symbols_of() -> None:
-    assert symbols_of(ragged([[1], [], [0, 1]]), ["A", "B"]) == [["B"], [], ["A", "B"]]
-    assert symbols_of(ragged([]), ["A"]) == []
 
 
 def test_benjamini_hochberg_is_scipys() -> None:

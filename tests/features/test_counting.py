@@ -1,14 +1,11 @@
-"""The counting pass against dense arrays in numpy: both ways of counting, whole and interrupted."""
+"""The counting pass against dense arrays in numpy: both ways of counting."""
 
 from collections.abc import Iterator
-from dataclasses import fields
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import scipy.sparse as sp
 import torch
 from helpers import model_for, tiny_corpus, tiny_transcoders
 from hypothesis import given
@@ -17,7 +14,6 @@ from hypothesis import strategies as st
 from scfm_circuits.features import counting
 from scfm_circuits.features.count_kernels import N_BINS
 from scfm_circuits.features.counting import (
-    Checkpoint,
     FeatureTotals,
     activation_edges,
     add_on_cpu,
@@ -27,7 +23,7 @@ from scfm_circuits.features.counting import (
     unpack_best,
 )
 from scfm_circuits.features.pair_counts import PairCounts
-from scfm_circuits.features.statistics import FeatureStatistics, count_features
+from scfm_circuits.features.statistics import count_features
 from scfm_circuits.models.mlp_sites import mlp_sites
 from scfm_circuits.transcoders.active_entries import find_active
 from scfm_circuits.transcoders.transcoder import Variant
@@ -168,6 +164,13 @@ def test_active_features_are_those_above_zero(made, n_threads):
 # --- sparse counts -------------------------------------------------------------------------------
 
 
+def held_bytes(counts: PairCounts) -> int:
+    """In the matrices and in the buffer."""
+    return 8 * counts._n_waiting + sum(
+        run.data.nbytes + run.indices.nbytes + run.indptr.nbytes
+        for runs in counts._runs for run in runs)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_counts_stay_below_their_bound_and_are_exact(threads):
     rng = np.random.default_rng(0)
@@ -179,7 +182,7 @@ def test_counts_stay_below_their_bound_and_are_exact(threads):
         keys = (expected.size * rng.random(n_keys) ** 3).astype(np.int64)
         np.add.at(expected.reshape(-1), keys, 1)
         counts.add(torch.from_numpy(keys))
-        held = counts.nbytes
+        held = held_bytes(counts)
         assert held <= counts.bound([int((one > 0).sum()) for one in expected])
     for matrix, dense in zip(counts.matrices(), expected, strict=True):
         np.testing.assert_array_equal(matrix.toarray(), dense)
@@ -194,9 +197,9 @@ def test_counts_are_wide_enough_for_the_corpus():
         counts.add(torch.tensor([5, 5, 0]))
     assert few.matrices()[0].dtype == np.int32 and many.matrices()[0].dtype == np.int64
     assert many.bound([100]) > few.bound([100])
-    many.restore([sp.csr_matrix(np.array([[2**31 - 1, 0, 0], [0, 0, 0]]))])
+    many._push(0, np.array([0]), np.array([2**31 - 1]))
     many.add(torch.tensor([0, 0]))
-    assert many.matrices()[0].toarray().tolist() == [[2**31 + 1, 0, 0], [0, 0, 0]]
+    assert many.matrices()[0].toarray().tolist() == [[2**31 + 2, 0, 0], [0, 0, 2]]
 
 
 def test_memory_at_the_papers_size_is_stated():
@@ -215,65 +218,6 @@ def parts() -> tuple[Any, Any, Any]:
     corpus = tiny_corpus(14)
     model = model_for(corpus, dtype=torch.float32)
     return model, tiny_transcoders(model), corpus
-
-
-def same(a: FeatureStatistics, b: FeatureStatistics) -> bool:
-    plain = [one.name for one in fields(FeatureStatistics) if one.name != "counts"]
-    return (all(np.array_equal(getattr(a, key), getattr(b, key)) for key in plain)
-            and all((x != y).nnz == 0 for x, y in zip(a.counts, b.counts, strict=True)))
-
-
-def interrupted(parts: tuple[Any, Any, Any], checkpoint: Checkpoint, batches: int,
-                monkeypatch: pytest.MonkeyPatch) -> None:
-    """Count until so many batches have been counted, and half of another."""
-    seen = []
-
-    def failing(*args: Any) -> None:
-        seen.append(1)
-        if len(seen) > 2 * batches + 1:  # two layers
-            raise KeyboardInterrupt
-        add_on_cpu(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(counting, "add_on_cpu", failing)
-        count_features(*parts, 3, checkpoint=checkpoint, progress=False)
-
-
-@pytest.mark.parametrize("batches", [0, 1, 3])
-def test_a_resumed_pass_equals_an_uninterrupted_one(parts, batches, monkeypatch, tmp_path, capsys):
-    whole = count_features(*parts, 3, progress=False)
-    checkpoint = Checkpoint(tmp_path / "counts.npz", "mine", 0)
-    interrupted(parts, checkpoint, batches, monkeypatch)
-    assert checkpoint.path.exists() == (batches > 0)
-    calls: list[int] = []
-    monkeypatch.setattr(counting, "add_on_cpu",
-                        lambda *args: (calls.append(1), add_on_cpu(*args)))
-    resumed = count_features(*parts, 3, checkpoint=checkpoint, progress=False)
-    assert same(resumed, whole) and whole.fired.sum() > 0
-    # The first save may come after the first batch; the next waits 19 times as long as it took.
-    assert len(calls) <= 2 * 5 - (2 if batches else 0)
-    assert ("Resuming" in capsys.readouterr().out) == (batches > 0)
-
-
-def test_another_passs_or_a_broken_checkpoint_is_passed_over(parts, monkeypatch, tmp_path):
-    whole = count_features(*parts, 3, progress=False)
-    checkpoint = Checkpoint(tmp_path / "counts.npz", "other", 0)
-    interrupted(parts, checkpoint, 2, monkeypatch)
-    mine = checkpoint._replace(stamp="mine", seconds=1e9)
-    assert same(count_features(*parts, 3, checkpoint=mine, progress=False), whole)
-    content = checkpoint.path.read_bytes()
-    for share in (0, 0.5, 0.95):
-        checkpoint.path.write_bytes(content[: int(share * len(content))])
-        again = checkpoint._replace(seconds=1e9)
-        assert same(count_features(*parts, 3, checkpoint=again, progress=False), whole)
-
-
-def test_a_folder_that_cannot_be_written_costs_only_the_checkpoint(parts, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    checkpoint = Checkpoint(Path(tmp_path / "file" / "counts.npz"), "mine", 0)
-    found = count_features(*parts, 3, checkpoint=checkpoint, progress=False)
-    assert same(found, count_features(*parts, 3, progress=False))
-    assert "cannot be written" in capsys.readouterr().out
 
 
 def test_both_ways_give_the_same_statistics_of_a_model(parts, monkeypatch):

@@ -260,6 +260,7 @@ def test_token_table_equals_loops(statistics, corpus, z):
     table = token_table(statistics, 1, feature, corpus)
     assert dict(zip(table["token_id"], table["count"], strict=True)) == count
     assert table["count"].is_monotonic_decreasing
+    assert token_table(statistics, 1, feature, corpus, 2).equals(table.head(2))
     assert table["share"].sum() == pytest.approx(1)
     occurrences = Counter(corpus.tokens[corpus.mask].tolist())
     for line in table.itertuples():

@@ -27,6 +27,7 @@ from scfm_circuits.cells.tokens import (
 )
 from scfm_circuits.common.files import atomic_folder, read_json, write_json
 from scfm_circuits.common.profile import ROOT, Profile, cells_path
+from scfm_circuits.common.randomness import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -125,7 +126,7 @@ def split_cells(n_cells: int, share: float, seed: int) -> np.ndarray:
         raise InputError(f"{n_cells} cells cannot be split with validation_share {share}: nothing "
                          "would be left to train on; use more cells.")
     held_out = np.zeros(n_cells, bool)
-    held_out[np.random.default_rng([seed, 3]).permutation(n_cells)[:n_held_out]] = True
+    held_out[generator(seed, "held-out cells").permutation(n_cells)[:n_held_out]] = True
     return held_out
 
 

@@ -25,6 +25,7 @@ from scfm_circuits.cells.h5ad import (
 )
 from scfm_circuits.cells.ranking import top_genes
 from scfm_circuits.common.profile import BUNDLED_CELLS, PLANTED_CELLS, ROOT, Profile, cells_path
+from scfm_circuits.common.randomness import generator
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -163,7 +164,7 @@ def draw_cells(labels: np.ndarray, n: int, sampling: str, seed: int) -> np.ndarr
 
     sampling: `uniform`, or `stratified`: as many of each label, as far as there are any.
     """
-    order = np.random.default_rng([seed, 1]).permutation(len(labels))
+    order = generator(seed, "drawn cells").permutation(len(labels))
     if sampling == "stratified":
         turn = np.empty(len(labels), np.int64)
         for label in np.unique(labels):

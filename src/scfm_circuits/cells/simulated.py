@@ -25,6 +25,7 @@ import yaml
 from scfm_circuits import InputError
 from scfm_circuits.common.files import first_line
 from scfm_circuits.common.profile import PLANTED_CELLS, PLANTED_PROGRAMS, ROOT, Profile, cells_path
+from scfm_circuits.common.randomness import generator
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -86,11 +87,6 @@ class Plan:
         """All genes, the programs' first."""
         planted = [gene for program in self.programs for gene in program.genes]
         return (*planted, *(gene for _, genes in self.background.values() for gene in genes))
-
-    def own_genes(self, cell_type: str) -> frozenset[str]:
-        """The genes planted for this type and no other."""
-        return frozenset(gene for program in self.programs for gene in program.genes
-                         if program.cell_types == (cell_type,))
 
     def role(self, gene: str, cell_type: str) -> str:
         """What a gene is to a cell type: `own`, `shared` (with another), `other` (planted for other
@@ -163,7 +159,7 @@ def planted_cells(seed: int, n_cells: int = N_CELLS, plan: Plan | None = None) -
     from anndata import AnnData
 
     plan = plan or read_plan()
-    rng = np.random.default_rng([seed, 20])
+    rng = generator(seed, "simulated cells")
     names = list(plan.cell_types)
     types = rng.choice(len(names), n_cells, p=list(plan.cell_types.values()))
     activity = _activities(plan, types, rng)

@@ -25,6 +25,7 @@ from scfm_circuits.circuits.attribution import (
 from scfm_circuits.circuits.circuit import Node, node_table
 from scfm_circuits.circuits.search import strongest_features, trace
 from scfm_circuits.common.profile import Profile
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.significance import percent, ratio
 from scfm_circuits.models.answers import predict_answers
 from scfm_circuits.transcoders.transcoder import Transcoders
@@ -136,7 +137,7 @@ def recovery_summary(table: pd.DataFrame, seed: int, draws: int = 10_000) -> pd.
     least as many planted genes in all. They treat circuits as given one by one: that circuits of
     one model are alike is no part of the null.
     """
-    rng = np.random.default_rng([seed, 21])
+    rng = generator(seed, "random genes of a prompt")
     rows = []
     for target, circuits in table.groupby("target", sort=False):
         for label in [*circuits["cell_type"].unique(), "all types"]:

@@ -20,6 +20,7 @@ import pandas as pd
 from scfm_circuits import InputError
 from scfm_circuits.circuits.attribution import Contributions
 from scfm_circuits.circuits.circuit import Circuit, Node
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.features.contexts import FeatureOf
 
 _KIND_NAMES = {"head": "attention", "feature": "features", "error": "errors",
@@ -260,7 +261,7 @@ def overlap_test(overlap: np.ndarray, labels: Sequence[Hashable], *,
         return (np.where(alike, values, 0).sum(axis=1) / n_same,
                 np.where(alike, 0, values).sum(axis=1) / (len(values) - n_same))
 
-    rng = np.random.default_rng(seed)
+    rng = generator(seed, "permuted circuits")
     permuted = np.tile(code, (permutations, 1))
     for one in np.unique(group):
         members = np.flatnonzero(group == one)

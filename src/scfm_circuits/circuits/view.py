@@ -118,7 +118,7 @@ def feature_details(
         best = top_terms(lists, library, background=universe, family=rule.family, odds=rule.odds,
                          k=1).set_index("list")
         for place, (feature, genes) in enumerate(zip(features.tolist(), lists, strict=True)):
-            tokens = token_table(statistics, layer, feature, corpus)["token"].head(MAX_TOKENS)
+            tokens = token_table(statistics, layer, feature, corpus, MAX_TOKENS)["token"]
             detail: Detail = {"tokens": tokens.tolist(), "genes": genes}
             if place in best.index:
                 row = best.loc[place].to_dict()

@@ -1,5 +1,5 @@
 """Gene sets, over-representation, null lists.
 
 Reading order: `gene_sets`, `background`, `rules`, `over_representation` (with `kernels`), `terms`,
-`null_lists` (with `null_kernels`), `significance`, `prerank`; `controls` sets Table 4 beside them.
+`null_lists`, `significance`, `prerank`; `controls` sets Table 4 beside them.
 """

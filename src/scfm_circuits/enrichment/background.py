@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scfm_circuits import InputError
-from scfm_circuits.enrichment import kernels as enrichment_kernels
+from scfm_circuits.enrichment import kernels
 from scfm_circuits.enrichment.gene_sets import GeneSets
 from scfm_circuits.enrichment.null_lists import Ragged
+from scfm_circuits.enrichment.significance import IntArray
 
-IntArray = NDArray[np.integer[Any]]
 Family = Literal["hit", "all"]
 
 MAX_BACKGROUND = 1_000_000
@@ -36,13 +36,11 @@ class Background:
     known: NDArray[np.bool_]
     """Which of the library's genes are in the background, (n_genes,)."""
     sizes: IntArray
-    """Genes of each term within the background, 0 for a term left out, (n_terms,)."""
+    """Genes of each term within the background, 0 for a term without one, (n_terms,)."""
     gene_indptr: IntArray
     """Where each gene's terms start in `gene_terms`, (n_genes + 1,)."""
     gene_terms: IntArray
     """Terms of each gene, (sizes.sum(),)."""
-    limits: tuple[int, int | None] = field(default=(1, None))
-    """Smallest and largest term size tested, counted within the background."""
 
     @property
     def n_terms(self) -> int:
@@ -52,46 +50,19 @@ class Background:
     @cached_property
     def log_factorials(self) -> tuple[NDArray[np.int64], float]:
         """Table and unit, see `kernels.log_factorial_table`."""
-        return enrichment_kernels.log_factorial_table(self.total)
+        return kernels.log_factorial_table(self.total)
 
     @cached_property
-    def term_index(self) -> enrichment_kernels.TermIndex:
+    def term_index(self) -> kernels.TermIndex:
         """The same terms in the form the compiled engine walks."""
         distinct, size_class = np.unique(self.sizes, return_inverse=True)
-        overlaps = np.arange(int(distinct[-1]) + 1)
-        # A row of cells per overlap x: one for each distinct size that is at least x.
-        first_class = np.searchsorted(distinct, overlaps)
-        widths = distinct.size - first_class
-        row_start = np.cumsum(widths) - widths
-        cell_overlap = np.repeat(overlaps, widths)
-        cell_class = np.arange(widths.sum()) - row_start[cell_overlap] + first_class[cell_overlap]
-        return enrichment_kernels.TermIndex(
-            self.gene_indptr, self.gene_terms, size_class.astype(np.int32),
-            (row_start - first_class).astype(np.int32), cell_class.astype(np.int32),
-            cell_overlap.astype(np.int32), distinct,
-            np.searchsorted(np.sort(size_class), np.arange(distinct.size + 1)),
-            np.argsort(size_class, kind="stable").astype(np.int32),
-        )  # fmt: skip
+        return kernels.TermIndex(self.gene_indptr, self.gene_terms,
+                                            size_class.astype(np.int32), distinct)
 
-    def setting(self, family: Family, alpha: float) -> enrichment_kernels.Setting:
+    def setting(self, family: Family, alpha: float) -> kernels.Setting:
         """What the compiled engine has to know beside the terms."""
         n_tests = self.n_terms if family == "all" else 0
-        return enrichment_kernels.Setting(self.total, *self.log_factorials, n_tests, alpha)
-
-    def statement(self, family: Family) -> str:
-        """One sentence stating background, BH family and size limits of a result."""
-        if self.symbols is None:
-            drawn = f"{self.total:,} genes (a number; unknown symbols count as drawn)"
-        else:
-            drawn = f"{self.total:,} given genes (lists and terms restricted to them)"
-        tests = "the terms hit by the list" if family == "hit" else f"all {self.n_terms:,} terms"
-        low, high = self.limits
-        upper = f" to {high}" if high is not None else " or more"
-        limits = "of every size" if self.limits == (1, None) else f"with {low}{upper} genes"
-        return (
-            f"{self.library.name}: background of {drawn}, "
-            f"Benjamini-Hochberg over {tests}, terms {limits}."
-        )
+        return kernels.Setting(self.total, *self.log_factorials, n_tests, alpha)
 
 
 class Encoded(NamedTuple):
@@ -106,10 +77,7 @@ class Encoded(NamedTuple):
 
 
 def prepare_background(
-    library: GeneSets,
-    background: int | Collection[str] | Background | None,
-    min_size: int = 1,
-    max_size: int | None = None,
+    library: GeneSets, background: int | Collection[str] | Background | None
 ) -> Background:
     """Fix what lists are drawn from; pass the result as `background` to reuse it for many calls.
 
@@ -118,7 +86,6 @@ def prepare_background(
         background: a number N (nothing is filtered, unknown symbols count, as at Enrichr and
             gseapy with a number), the symbols drawn from (lists and terms are restricted to them),
             or None for the union of the library (gseapy's default).
-        min_size, max_size: term sizes tested, counted within the background.
 
     Raises:
         InputError: a background that is a string, empty, smaller than a term, or shares no gene
@@ -138,13 +105,10 @@ def prepare_background(
         known = np.fromiter((gene in symbols for gene in library.genes), bool, len(library.genes))
     kept = known[library.term_genes]
     sizes = np.bincount(owners[kept], minlength=len(library))
-    outside = (sizes < min_size) | (sizes > (max_size or len(library.genes)))
-    sizes[outside] = 0
-    kept &= ~outside[owners]
     if not sizes.any():
         raise InputError(
             f"No term of {library.name} can be tested: none shares a gene with the {total:,} "
-            "background genes within the size limits; check that both use gene symbols."
+            "background genes; check that both use gene symbols."
         )
     _check_fits(library, total, sizes)
     genes = library.term_genes[kept]
@@ -152,7 +116,7 @@ def prepare_background(
     counts = np.bincount(genes, minlength=len(library.genes))
     return Background(
         library, total, symbols, known, sizes, np.concatenate([[0], np.cumsum(counts)]),
-        owners[kept][order].astype(np.int32), (min_size, max_size),
+        owners[kept][order].astype(np.int32),
     )  # fmt: skip
 
 
@@ -289,5 +253,5 @@ def _compact(indptr: IntArray, symbols: IntArray, counts: NDArray[np.bool_], gen
     """Drop repeats and what the background excludes; translate to the library's gene ids."""
     ids = np.empty(symbols.size, dtype=np.int32)
     n_query = np.zeros(indptr.size - 1, dtype=np.int64)
-    starts = enrichment_kernels.compact_lists(indptr, symbols, counts, gene, ids, n_query)
+    starts = kernels.compact_lists(indptr, symbols, counts, gene, ids, n_query)
     return Encoded(starts, ids[: starts[-1]], n_query)

@@ -5,11 +5,11 @@ How p-values are computed: the one-sided hypergeometric tail P(X >= x) depends o
 table of log-factorials kept as integers (fixed point), so the large terms log N!, log (N-K)!, ...
 cancel exactly; the other summands follow by their ratio. The smaller of the two tails is summed.
 
-How many lists are tested at once (`score_lists`), phases per list:
-1. count overlaps by walking each gene's terms, remembering the terms touched;
-2. group the touched terms into cells, one per (term size, overlap): all terms of a cell share a p;
-3. look up or compute each cell's p (kept while the list length stays the same);
-4. Benjamini-Hochberg over the sorted cells instead of over all terms.
+How many lists are tested at once (`score_lists`, and `count_lists` for nulls), phases per list:
+1. count overlaps by walking each gene's terms, remembering the terms hit;
+2. put each hit term into its cell, one per (overlap, term size): all terms of a cell share a p,
+   which is computed once and kept while the list length stays the same;
+3. Benjamini-Hochberg over the sorted cells instead of over all terms, or (nulls) by counting alone.
 
 The kernels release the GIL; `over_representation` runs them on several threads, each with its
 own share of the lists, so results do not depend on the number of threads.
@@ -24,16 +24,10 @@ from numpy.typing import NDArray
 from scfm_circuits.common.compiled import compiled
 
 _FRACTION_BITS = 62
-SORT_BINS = 1024
-_BINS_PER_E_FOLD = 64.0
 
 
 class TermIndex(NamedTuple):
-    """The terms of each gene, and the cells of equal p that terms fall into.
-
-    Cells are ordered by overlap, then term size: most terms have overlaps of 1 to 3, so the cells
-    in use lie side by side.
-    """
+    """The terms of each gene, and the size of each term."""
 
     gene_indptr: NDArray[np.integer[Any]]
     """Where each gene's terms start in `gene_terms`, (n_genes + 1,)."""
@@ -41,56 +35,42 @@ class TermIndex(NamedTuple):
     """Term ids, gene by gene."""
     size_class: NDArray[np.integer[Any]]
     """Rank of each term's size among the distinct sizes, (n_terms,)."""
-    first_cell: NDArray[np.integer[Any]]
-    """A term with overlap x is in cell `first_cell[x] + size_class`, (largest size + 1,)."""
-    cell_class: NDArray[np.integer[Any]]
-    """Size class of each cell, (n_cells,)."""
-    cell_overlap: NDArray[np.integer[Any]]
-    """Overlap x of each cell, (n_cells,)."""
     class_size: NDArray[np.integer[Any]]
-    """Term size K of each class, (n_classes,)."""
-    class_indptr: NDArray[np.integer[Any]]
-    """Where each class's terms start in `class_terms`, (n_classes + 1,)."""
-    class_terms: NDArray[np.integer[Any]]
-    """Term ids class by class, ascending within a class, (n_terms,)."""
+    """The distinct sizes K, ascending, (n_classes,)."""
 
 
 class Scratch(NamedTuple):
-    """Working arrays of one thread; term and cell counts are back at zero between lists."""
+    """Working arrays of one thread; overlaps and members are back at zero between lists."""
 
-    touched: NDArray[np.int32]
+    hit: NDArray[np.int32]
     """Terms hit by the list; one place more than there are terms."""
     overlap: NDArray[np.int32]
     """Overlap of each term with the list, (n_terms,)."""
-    cells: NDArray[np.int32]
-    """Cells in use; one place more than there are cells."""
-    ordered: NDArray[np.int32]
-    """The same cells sorted by p."""
+    cell: NDArray[np.int32]
+    """Cell of each term in `hit`, overlap * n_classes + size class, (n_terms,)."""
+    p: NDArray[np.float64]
+    """P-value of each cell, (n_cells,). Most terms have overlaps of 1 to 3, so the cells in use lie
+    side by side."""
+    length: NDArray[np.int32]
+    """List length that `p` was computed for, 0 for none, (n_cells,)."""
+    distinct: NDArray[np.int32]
+    """Cells in use, each once; one place more than there are terms."""
     members: NDArray[np.int32]
     """Terms of the list in each cell, (n_cells,)."""
-    cell_length: NDArray[np.int32]
-    """List length that `cell_p` and `cell_bin` were computed for, (n_cells,)."""
-    cell_p: NDArray[np.float64]
-    """P-value of each cell, (n_cells,)."""
-    cell_bin: NDArray[np.int32]
-    """Sorting bin of each cell, ascending with p, (n_cells,)."""
-    bin_end: NDArray[np.int32]
-    """Where the cells of each bin end, (SORT_BINS,)."""
 
 
 def scratch(terms: TermIndex) -> Scratch:
-    """Working arrays for one call of `score_lists`."""
-    n_terms, n_cells = terms.size_class.size, terms.cell_class.size
+    """Working arrays for one call of `score_lists` or `count_lists`."""
+    n_terms, n_classes = terms.size_class.size, terms.class_size.size
+    n_cells = (int(terms.class_size[-1]) + 1) * n_classes
     return Scratch(
-        touched=np.empty(n_terms + 1, np.int32),
+        hit=np.empty(n_terms + 1, np.int32),
         overlap=np.zeros(n_terms, np.int32),
-        cells=np.empty(n_cells + 1, np.int32),
-        ordered=np.empty(n_cells, np.int32),
+        cell=np.empty(n_terms, np.int32),
+        p=np.empty(n_cells, np.float64),
+        length=np.zeros(n_cells, np.int32),
+        distinct=np.empty(n_terms + 1, np.int32),
         members=np.zeros(n_cells, np.int32),
-        cell_length=np.full(n_cells, -1, np.int32),
-        cell_p=np.empty(n_cells, np.float64),
-        cell_bin=np.empty(n_cells, np.int32),
-        bin_end=np.empty(SORT_BINS, np.int32),
     )
 
 
@@ -177,100 +157,68 @@ def log_upper_tails(overlaps, sizes, n, total, table, unit):  # type: ignore[no-
 
 @compiled
 def _count_overlaps(genes, terms, work):  # type: ignore[no-untyped-def]
-    """Phase 1: add each gene to its terms' overlaps; returns how many terms were touched."""
+    """Phase 1: add each gene to its terms' overlaps; returns how many terms were hit."""
     hits = 0
     for gene in genes:
         for term in terms.gene_terms[terms.gene_indptr[gene] : terms.gene_indptr[gene + 1]]:
-            # No branch: written always, kept (by moving on) only if the term is new.
-            work.touched[hits] = term
+            # Each term is written to the next free place, but only a new one takes that place: a
+            # known one is written over. An `if` would be faster to read and slower to run, as the
+            # processor cannot guess it. Behind the last term there is a place for such a one.
+            work.hit[hits] = term
             hits += work.overlap[term] == 0
             work.overlap[term] += 1
     return hits
 
 
 @compiled
-def _group_terms(hits, terms, work):  # type: ignore[no-untyped-def]
-    """Phase 2: count the touched terms of each cell; returns how many cells there are."""
-    n_cells = 0
-    for term in work.touched[:hits]:
-        cell = terms.first_cell[work.overlap[term]] + terms.size_class[term]
-        work.cells[n_cells] = cell
-        n_cells += work.members[cell] == 0
+def _find_cells(genes, n, terms, setting, work):  # type: ignore[no-untyped-def]
+    """Phases 1 and 2 of a list of length n: the hit terms and their cells; returns their number."""
+    hits = _count_overlaps(genes, terms, work)
+    n_classes = terms.class_size.size
+    for i in range(hits):
+        term = work.hit[i]
+        x, size_class = work.overlap[term], terms.size_class[term]
+        cell = x * n_classes + size_class
+        work.overlap[term] = 0
+        work.cell[i] = cell
+        if work.length[cell] != n:
+            log_p = log_upper_tail(x, terms.class_size[size_class], n, setting.total,
+                                   setting.table, setting.unit)
+            work.p[cell] = math.exp(log_p)
+            work.length[cell] = n
+    return hits
+
+
+@compiled
+def _distinct_cells(hits, work):  # type: ignore[no-untyped-def]
+    """The cells in use, by p, and how many terms each has; `_count_overlaps` tells of the trick."""
+    n = 0
+    for cell in work.cell[:hits]:
+        work.distinct[n] = cell
+        n += work.members[cell] == 0
         work.members[cell] += 1
-    return n_cells
+    cells = work.distinct[:n][np.argsort(work.p[work.distinct[:n]])]
+    members = work.members[cells]
+    work.members[cells] = 0
+    return cells, members
 
 
 @compiled
-def _look_up_tails(n_cells, n, terms, setting, work):  # type: ignore[no-untyped-def]
-    """Phase 3: p and sorting bin of the cells in use; returns whether all are possible."""
-    possible = True
-    for cell in work.cells[:n_cells]:
-        if work.cell_length[cell] != n:
-            x, size = terms.cell_overlap[cell], terms.class_size[terms.cell_class[cell]]
-            log_p = log_upper_tail(x, size, n, setting.total, setting.table, setting.unit)
-            step = SORT_BINS - 1.0 if math.isnan(log_p) else -log_p * _BINS_PER_E_FOLD
-            work.cell_bin[cell] = SORT_BINS - 1 - int(min(step, SORT_BINS - 1.0))
-            work.cell_p[cell] = math.exp(log_p)
-            work.cell_length[cell] = n
-        possible = possible and not math.isnan(work.cell_p[cell])
-    return possible
-
-
-@compiled
-def _sort_cells(n_cells, work):  # type: ignore[no-untyped-def]
-    """Sort the cells in use by p: into bins first, then by insertion within and between bins."""
-    cells, ordered, bin_end = work.cells[:n_cells], work.ordered, work.bin_end
-    bin_end[:] = 0
-    for cell in cells:
-        bin_end[work.cell_bin[cell]] += 1
-    running = 0
-    for b in range(SORT_BINS):
-        running += bin_end[b]
-        bin_end[b] = running
-    for cell in cells:
-        b = work.cell_bin[cell]
-        bin_end[b] -= 1
-        ordered[bin_end[b]] = cell
-    for j in range(1, n_cells):
-        cell = ordered[j]
-        p = work.cell_p[cell]
-        while j > 0 and work.cell_p[ordered[j - 1]] > p:
-            ordered[j] = ordered[j - 1]
-            j -= 1
-        ordered[j] = cell
-
-
-@compiled
-def _adjusted(n_cells, n_tests, alpha, work):  # type: ignore[no-untyped-def]
-    """Phase 4, Benjamini-Hochberg: smallest q, and number of terms with q < alpha.
+def _adjusted(p, members, n_tests, alpha):  # type: ignore[no-untyped-def]
+    """Phase 3, Benjamini-Hochberg: smallest q, and number of terms with q < alpha.
 
     All terms of a cell share its p, hence the last rank of their tie.
     """
     smallest = 1.0
     significant = 0
     rank = 0
-    for cell in work.ordered[:n_cells]:
-        rank += work.members[cell]
-        q = work.cell_p[cell] * n_tests / rank
+    for i in range(p.size):
+        rank += members[i]
+        q = p[i] * n_tests / rank
         smallest = min(smallest, q)
         if q < alpha:
             significant = rank
     return smallest, significant
-
-
-@compiled
-def _first_best(n_cells, terms, work):  # type: ignore[no-untyped-def]
-    """First term (in the library's order) of the lowest p: a walk through its size class."""
-    best = work.overlap.size
-    for cell in work.ordered[:n_cells]:
-        if work.cell_p[cell] > work.cell_p[work.ordered[0]]:
-            break
-        c = terms.cell_class[cell]
-        for term in terms.class_terms[terms.class_indptr[c] : terms.class_indptr[c + 1]]:
-            if work.overlap[term] == terms.cell_overlap[cell]:
-                best = min(best, term)
-                break
-    return best
 
 
 @compiled
@@ -282,22 +230,24 @@ def score_lists(order, lists, terms, setting, work, result):  # type: ignore[no-
     """
     for i in order:
         genes = lists.ids[lists.indptr[i] : lists.indptr[i + 1]]
-        hits = _count_overlaps(genes, terms, work)
+        hits = _find_cells(genes, lists.n_query[i], terms, setting, work)
         result.n_hit[i] = hits
-        n_cells = _group_terms(hits, terms, work)
-        if not _look_up_tails(n_cells, lists.n_query[i], terms, setting, work):
+        if hits == 0:
+            continue
+        cells, members = _distinct_cells(hits, work)
+        p = work.p[cells]
+        result.min_p[i] = p[0]
+        if np.isnan(p).any():
             result.min_p[i] = math.nan
-        elif hits > 0:
-            _sort_cells(n_cells, work)
-            n_tests = setting.n_tests or hits
-            smallest, significant = _adjusted(n_cells, n_tests, setting.alpha, work)
-            result.min_p[i] = work.cell_p[work.ordered[0]]
-            result.best_term[i] = _first_best(n_cells, terms, work)
-            result.min_q[i], result.n_significant[i] = smallest, significant
-        for term in work.touched[:hits]:
-            work.overlap[term] = 0
-        for cell in work.cells[:n_cells]:
-            work.members[cell] = 0
+            continue
+        # The first in the library's order of those that tie.
+        best = work.overlap.size
+        for k in range(hits):
+            if work.p[work.cell[k]] == p[0]:
+                best = min(best, work.hit[k])
+        result.best_term[i] = best
+        n_tests = setting.n_tests or hits
+        result.min_q[i], result.n_significant[i] = _adjusted(p, members, n_tests, setting.alpha)
 
 
 @compiled
@@ -322,24 +272,17 @@ def _count_significant(candidates, n_tests, alpha):  # type: ignore[no-untyped-d
 def count_lists(order, lists, terms, setting, work, min_p, n_significant):  # type: ignore[no-untyped-def]
     """`score_lists` for nulls: only each list's smallest p and number of significant terms.
 
-    One pass over the terms touched is enough, without cells: a term can only be significant if it
-    is below the line of all terms touched, and few are.
+    Nothing is sorted: a term can only be significant if it is below the line of all terms hit, and
+    few are.
     """
-    candidates = np.empty(work.overlap.size + 1)
+    candidates = np.empty(work.hit.size)
     for i in order:
-        n = lists.n_query[i]
-        hits = _count_overlaps(lists.ids[lists.indptr[i] : lists.indptr[i + 1]], terms, work)
+        genes = lists.ids[lists.indptr[i] : lists.indptr[i + 1]]
+        hits = _find_cells(genes, lists.n_query[i], terms, setting, work)
         n_tests = setting.n_tests or hits
         smallest, kept, possible = 1.0, 0, True
-        for term in work.touched[:hits]:
-            cell = terms.first_cell[work.overlap[term]] + terms.size_class[term]
-            work.overlap[term] = 0
-            if work.cell_length[cell] != n:
-                x, size = terms.cell_overlap[cell], terms.class_size[terms.cell_class[cell]]
-                log_p = log_upper_tail(x, size, n, setting.total, setting.table, setting.unit)
-                work.cell_p[cell] = math.exp(log_p)
-                work.cell_length[cell] = n
-            p = work.cell_p[cell]
+        for cell in work.cell[:hits]:
+            p = work.p[cell]
             possible = possible and not math.isnan(p)
             smallest = min(smallest, p)
             candidates[kept] = p

@@ -11,15 +11,14 @@ Lists are `Ragged`: integer ids into whatever the caller counts as genes (or tok
 drawn from the generator handed in, so a seed fixes the result.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from scfm_circuits import InputError
-from scfm_circuits.enrichment import null_kernels as kernels
+from scfm_circuits.common.compiled import compiled
 from scfm_circuits.enrichment.significance import FloatArray, IntArray
 
 
@@ -184,8 +183,8 @@ def token_preserving_null(
     wanted = np.tile(np.asarray(lengths, dtype=np.int64), draws)
     genes = np.empty(int(wanted.sum()), dtype=np.int64)
     counts = np.tile(np.asarray(features.counts, dtype=np.float64), draws)
-    indptr = kernels.lists_of_tokens(tokens.indptr, tokens.ids, counts, families, n_genes,
-                                     by_token, wanted, genes)
+    indptr = _lists_of_tokens(TokenCounts(tokens.indptr, tokens.ids, counts), families, n_genes,
+                              by_token, wanted, genes)
     return Ragged(indptr, genes[: indptr[-1]])
 
 
@@ -219,24 +218,108 @@ def _quantile_bins(values: FloatArray, n_bins: int) -> IntArray:
 
 
 def _resample(lists: Ragged, item_bin: IntArray, rng: np.random.Generator) -> Ragged:
-    """Exchange each id for a random item of the same bin; items of bin -1 are never drawn."""
-    items = np.argsort(item_bin, kind="stable")[np.count_nonzero(item_bin < 0) :]
-    bin_start = _indptr(np.bincount(item_bin[items], minlength=1))
-    drawn = np.empty(lists.ids.size, dtype=np.int64)
-    kernels.sample_within_bins(
-        np.asarray(lists.indptr, dtype=np.int64),
-        np.asarray(lists.ids, dtype=np.int64),
-        item_bin,
-        bin_start,
-        items,
-        rng.random(lists.ids.size),
-        drawn,
-    )
+    """Exchange each id for a random item of the same bin."""
+    items = np.argsort(item_bin, kind="stable")
+    bin_start = _indptr(np.bincount(item_bin, minlength=1))
+    indptr, ids = (np.asarray(part, dtype=np.int64) for part in lists)
+    drawn = np.empty(ids.size, dtype=np.int64)
+    _sample_within_bins(Ragged(indptr, ids), item_bin, bin_start, items, rng.random(ids.size),
+                        drawn)
     return Ragged(lists.indptr, drawn)
 
 
-def symbols_of(lists: Ragged, genes: Sequence[str]) -> list[list[str]]:
-    """The lists as gene symbols, for reading or for `term_table`."""
-    names = np.asarray(genes, dtype=object)[lists.ids]
-    starts = lists.indptr.tolist()
-    return [names[a:b].tolist() for a, b in pairwise(starts)]
+# --- compiled loops ------------------------------------------------------------------------------
+
+
+@compiled
+def _sample_within_bins(lists, item_bin, bin_start, items, uniforms, out):  # type: ignore[no-untyped-def]
+    """Replace each id by a random item of its own bin, without repeats within a list.
+
+    `items` lists all items bin by bin, `bin_start` (n_bins + 1,) where each bin starts; `uniforms`
+    (ids' size) are draws from [0, 1). A partial Fisher-Yates shuffle of the bin: `items` may start
+    in any order, so it is left shuffled for the next list. Fills `out`.
+    """
+    taken = np.zeros(bin_start.size, np.int64)
+    for i in range(lists.indptr.size - 1):
+        own = range(lists.indptr[i], lists.indptr[i + 1])
+        for position in own:
+            b = item_bin[lists.ids[position]]
+            first = bin_start[b] + taken[b]
+            chosen = first + np.int64(uniforms[position] * (bin_start[b + 1] - first))
+            items[first], items[chosen] = items[chosen], items[first]
+            out[position] = items[first]
+            taken[b] += 1
+        for position in own:
+            taken[item_bin[lists.ids[position]]] = 0
+
+
+@compiled
+def _score_genes(tokens, counts, families, by_token, touched, score, inside):  # type: ignore[no-untyped-def]
+    """Add each token's count to the genes of its family; returns how many genes were touched.
+
+    `inside` gets the share of the count that falls to each gene, as the token's occurrences do;
+    `score` the whole count (rule `token`) or the same share (rule `occurrence`).
+    """
+    n_touched = 0
+    for k in range(tokens.size):
+        for j in range(families.indptr[tokens[k]], families.indptr[tokens[k] + 1]):
+            gene = families.genes[j]
+            if inside[gene] == 0.0:
+                touched[n_touched] = gene
+                n_touched += 1
+            part = counts[k] * families.shares[j]
+            inside[gene] += part
+            score[gene] += counts[k] if by_token else part
+    return n_touched
+
+
+@compiled
+def _select(genes, keys, wanted, out):  # type: ignore[no-untyped-def]
+    """Write the `wanted` genes of highest key to `out` (all if there are fewer); their number."""
+    n = genes.size
+    if wanted >= n:
+        out[:n] = genes
+        return n
+    # No sorting: whatever is above the wanted place, and as many of those that tie with it.
+    bound = np.partition(keys, n - wanted)[n - wanted]
+    written = 0
+    for k in range(n):
+        if keys[k] > bound:
+            out[written] = genes[k]
+            written += 1
+    for k in range(n):
+        if written == wanted:
+            break
+        if keys[k] == bound:
+            out[written] = genes[k]
+            written += 1
+    return wanted
+
+
+@compiled
+def _lists_of_tokens(features, families, n_genes, by_token, lengths, out):  # type: ignore[no-untyped-def]
+    """The first `lengths` genes that each feature's tokens and counts rank, as `gene_lists` ranks.
+
+    Ties in the score are broken by what falls inside the gene. Fills `out`; returns the indptr.
+    """
+    starts = np.zeros(features.indptr.size, np.int64)
+    touched = np.empty(n_genes, np.int64)
+    score, inside = np.zeros(n_genes), np.zeros(n_genes)
+    for i in range(features.indptr.size - 1):
+        own = slice(features.indptr[i], features.indptr[i + 1])
+        n = _score_genes(features.tokens[own], features.counts[own], families, by_token, touched,
+                         score, inside)
+        genes = touched[:n]
+        keys = score[genes]
+        if by_token and n:
+            # Counts are whole numbers: less than one half added keeps their order.
+            second = inside[genes]
+            keys = keys + second * (0.4999 / second.max())
+        written = 0
+        if lengths[i]:
+            written = _select(genes, keys, lengths[i], out[starts[i] :])
+        starts[i + 1] = starts[i] + written
+        for gene in genes:
+            score[gene] = 0.0
+            inside[gene] = 0.0
+    return starts

@@ -5,27 +5,27 @@ computes is over-representation: is the overlap x of a list of n genes with a te
 than a random list's, drawn from N background genes? p = P(X >= x), hypergeometric, one-sided, then
 Benjamini-Hochberg (BH) per list and library.
 
-Two choices decide the outcome and are stated with every result: the background, and the BH family
-("hit": only terms that share a gene with the list, as Enrichr and gseapy do; "all": every term).
+Two choices decide the outcome, and a `Rule` states them: the background, and the BH family ("hit":
+only terms that share a gene with the list, as Enrichr and gseapy do; "all": every term).
 
-Phases: `prepare_background` fixes library, background and size limits; `encode_lists` turns symbols
-into ids; `over_representation` tests all lists; `term_table` gives one list's terms in full,
-`top_terms` the best terms of every list.
+Phases: `prepare_background` fixes library and background; `encode_lists` turns symbols into ids;
+`over_representation` tests all lists; `term_table` gives one list's terms in full, `top_terms` the
+best terms of every list.
 """
 
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
 
 from scfm_circuits import InputError
-from scfm_circuits.enrichment import kernels as enrichment_kernels
+from scfm_circuits.enrichment import kernels
 from scfm_circuits.enrichment.background import Background, Encoded, Family
 from scfm_circuits.enrichment.gene_sets import GeneSets
-from scfm_circuits.enrichment.significance import FloatArray, IntArray, benjamini_hochberg
-from scfm_circuits.enrichment.terms import checked_lists, impossible_list, overlaps
+from scfm_circuits.enrichment.significance import FloatArray, IntArray
+from scfm_circuits.enrichment.terms import checked_lists, impossible_list
 
 
 class OverRepresentation(NamedTuple):
@@ -33,8 +33,6 @@ class OverRepresentation(NamedTuple):
 
     n_genes: IntArray
     """Distinct genes of the list that count as drawn (within the background, if it is a set)."""
-    n_matched: IntArray
-    """Of these, genes known to the library; `n_genes - n_matched` symbols matched nothing."""
     n_hit: IntArray
     """Terms that share at least one gene with the list."""
     n_significant: IntArray
@@ -54,7 +52,6 @@ def over_representation(
     background: int | Collection[str] | Background | None,
     family: Family = "hit",
     alpha: float = 0.05,
-    engine: Literal["fused", "plain"] = "fused",
     threads: int | None = None,
 ) -> OverRepresentation:
     """Test every list against every term: one-sided hypergeometric, BH per list.
@@ -68,8 +65,7 @@ def over_representation(
         background: see `prepare_background`.
         family: BH over terms "hit" by the list, or over "all" terms that have a background gene.
         alpha: level below which q counts as significant.
-        engine: "fused" (compiled), or "plain" (numpy and scipy, slow, the same numbers).
-        threads: threads of the fused engine; by default all cores, or NUMBA_NUM_THREADS.
+        threads: by default as many as there are cores, or NUMBA_NUM_THREADS.
 
     Raises:
         InputError: a background that cannot hold a list, or as `prepare_background` and
@@ -77,11 +73,20 @@ def over_representation(
     """
     if not 0 < alpha < 1:
         raise InputError(f"alpha is {alpha}; use a level between 0 and 1, such as 0.05.")
-    if engine not in ("fused", "plain"):
-        raise InputError(f"The engine is {engine!r}; use 'fused' or 'plain'.")
     encoded, universe = checked_lists(lists, library, background, family)
-    run = {"fused": _fused, "plain": _plain}[engine]
-    result = run(encoded, universe, universe.setting(family, alpha), threads)
+    result = _empty_result(encoded)
+    setting, terms = universe.setting(family, alpha), universe.term_index
+    available = threads or numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    n_threads = max(1, min(available, encoded.n_query.size // 64))
+    # Dealt out by length, so that each thread has its share of the long ones.
+    by_length = np.argsort(encoded.n_query, kind="stable")
+
+    def work(share: int) -> None:
+        kernels.score_lists(by_length[share::n_threads].copy(), encoded, terms, setting,
+                            kernels.scratch(terms), result)
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(work, range(n_threads)))
     if np.isnan(result.min_p).any():
         raise impossible_list(int(np.isnan(result.min_p).argmax()), universe)
     return result
@@ -89,58 +94,5 @@ def over_representation(
 
 def _empty_result(encoded: Encoded) -> OverRepresentation:
     n = encoded.n_query.size
-    matched = np.diff(encoded.indptr)
-    return OverRepresentation(
-        encoded.n_query, matched, np.zeros(n, np.int64), np.zeros(n, np.int64),
-        np.ones(n), np.ones(n), np.full(n, -1, np.int64),
-    )  # fmt: skip
-
-
-def _fused(
-    encoded: Encoded, universe: Background, setting: enrichment_kernels.Setting,
-    threads: int | None,
-) -> OverRepresentation:
-    """The compiled engine, lists dealt out over threads by length so that each has its share."""
-    result = _empty_result(encoded)
-    available = threads or numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    n_threads = max(1, min(available, encoded.n_query.size // 64))
-    by_length = np.argsort(encoded.n_query, kind="stable")
-    terms = universe.term_index
-
-    def work(share: int) -> None:
-        enrichment_kernels.score_lists(
-            by_length[share::n_threads].copy(), encoded, terms, setting,
-            enrichment_kernels.scratch(terms), result,
-        )  # fmt: skip
-
-    with ThreadPoolExecutor(n_threads) as pool:
-        list(pool.map(work, range(n_threads)))
-    return result
-
-
-def _plain(
-    encoded: Encoded, universe: Background, setting: enrichment_kernels.Setting,
-    threads: int | None,
-) -> OverRepresentation:
-    """The same numbers by numpy and scipy, one list at a time."""
-    result = _empty_result(encoded)
-    for i, n in enumerate(encoded.n_query):
-        genes = encoded.ids[encoded.indptr[i] : encoded.indptr[i + 1]]
-        hit, overlap = overlaps(genes, universe)
-        if not hit.size:
-            continue
-        p = _scipy_tails(overlap, universe.sizes[hit], int(n), universe.total)
-        padding = np.ones(max(setting.n_tests - hit.size, 0))
-        q = benjamini_hochberg(np.concatenate([p, padding])) if not np.isnan(p).any() else p
-        result.n_hit[i] = hit.size
-        result.n_significant[i] = np.count_nonzero(q < setting.alpha)
-        result.min_p[i], result.min_q[i] = p.min(), q.min()
-        result.best_term[i] = hit[p.argmin()]
-    return result
-
-
-def _scipy_tails(overlaps: IntArray, sizes: IntArray, n: int, total: int) -> FloatArray:
-    from scipy.stats import hypergeom
-
-    p = hypergeom.sf(overlaps - 1, total, sizes, n)
-    return np.where(overlaps < n + sizes - total, np.nan, p)
+    return OverRepresentation(encoded.n_query, np.zeros(n, np.int64), np.zeros(n, np.int64),
+                              np.ones(n), np.ones(n), np.full(n, -1, np.int64))

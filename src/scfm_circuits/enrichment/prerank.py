@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from scfm_circuits import InputError
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.gene_sets import GeneSets
 
 COLUMNS = ("ranking", "library", "Term", "n_genes", "ES", "NES", "P-value", "FDR", "Leading edge")
@@ -118,7 +119,7 @@ def _ordered(label: Hashable, scores: Scores, min_size: int, seed: int) -> list[
     if values.min() == values.max():
         raise InputError(f"Ranking {label!r:.60} gives all of its {len(genes):,} genes the score "
                          f"{values[0]:g}, so nothing is ranked; leave it out.")
-    shuffled = np.random.default_rng([seed, 13]).permutation(genes.size)
+    shuffled = generator(seed, "prerank ties").permutation(genes.size)
     return genes[shuffled[np.argsort(-values[shuffled], kind="stable")]].tolist()
 
 

@@ -12,14 +12,12 @@ IntArray = NDArray[np.integer[Any]]
 FloatArray = NDArray[np.floating[Any]]
 
 
-
 def benjamini_hochberg(p_values: ArrayLike) -> FloatArray:
     """Benjamini-Hochberg adjusted p-values, in the order given (empty in, empty out)."""
     from scipy.stats import false_discovery_control
 
     p = np.asarray(p_values, dtype=np.float64)
     return false_discovery_control(p) if p.size else p
-
 
 
 def empirical_p(observed: ArrayLike, null: ArrayLike) -> FloatArray:
@@ -39,7 +37,6 @@ def empirical_p(observed: ArrayLike, null: ArrayLike) -> FloatArray:
     return (1 + below.sum(axis=-1)) / (1 + draws.shape[-1])
 
 
-
 def wilson_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of the share k / n; (0, 1) when nothing was counted.
 
@@ -56,10 +53,8 @@ def wilson_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, fl
     return float(low), float(high)
 
 
-
 def ratio(part: float, whole: float) -> float:
     return float(part) / whole if whole else np.nan
-
 
 
 def percent(share: float) -> str:

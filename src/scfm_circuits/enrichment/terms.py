@@ -5,14 +5,13 @@ read the same result of a list (`_scored`), so they cannot disagree.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from scfm_circuits import InputError
-from scfm_circuits.enrichment import kernels as enrichment_kernels
+from scfm_circuits.enrichment import kernels
 from scfm_circuits.enrichment.background import (
     Background,
     Encoded,
@@ -21,9 +20,8 @@ from scfm_circuits.enrichment.background import (
     prepare_background,
 )
 from scfm_circuits.enrichment.gene_sets import GeneSets
+from scfm_circuits.enrichment.significance import FloatArray, IntArray
 
-IntArray = NDArray[np.integer[Any]]
-FloatArray = NDArray[np.floating[Any]]
 Odds = Literal["gseapy", "enrichr"]
 
 
@@ -53,8 +51,7 @@ def term_table(
 
     Columns: Term, Overlap ("2/96"), n_overlap, term_size (within the background), P-value, Adjusted
     P-value, Odds Ratio, Combined Score (-ln p times odds ratio), Genes (";"-joined, in the order of
-    the query). `attrs["statement"]` states background and BH family, `attrs["unmatched"]` the
-    symbols the library does not know.
+    the query).
 
     Args:
         genes: symbols of the list, in the order wanted in the Genes column.
@@ -67,14 +64,8 @@ def term_table(
     Raises:
         InputError: as `over_representation`.
     """
-    _check_odds(odds)
-    encoded, universe = checked_lists([genes], library, background, family)
-    hits, text = _best(encoded, 0, universe, family, None)
-    table = _columns([hits], [text], universe, odds)
-    known = library.index
-    table.attrs["statement"] = universe.statement(family)
-    table.attrs["unmatched"] = [symbol for symbol in genes if symbol.strip().upper() not in known]
-    return table
+    table = top_terms([genes], library, background=background, family=family, odds=odds, k=None)
+    return table.drop(columns=["list", "rank"])
 
 
 def top_terms(
@@ -84,7 +75,7 @@ def top_terms(
     background: int | Collection[str] | Background | None,
     family: Family,
     odds: Odds,
-    k: int = 5,
+    k: int | None = 5,
 ) -> pd.DataFrame:
     """The k terms of smallest p of every list: `term_table(...).head(k)` of each, but fast.
 
@@ -94,13 +85,14 @@ def top_terms(
     Args:
         lists: gene symbols per list, or lists encoded with the same background.
         library, background, family, odds: see `term_table`.
-        k: rows per list at most.
+        k: rows per list at most; None for every term hit.
 
     Raises:
         InputError: k below 1, or as `over_representation`.
     """
-    _check_odds(odds)
-    if k < 1:
+    if odds not in ("gseapy", "enrichr"):
+        raise InputError(f"The odds ratio is {odds!r}; use 'gseapy' or 'enrichr'.")
+    if k is not None and k < 1:
         raise InputError(f"The number of terms per list is {k}; use at least 1.")
     encoded, universe = checked_lists(lists, library, background, family)
     found = [_best(encoded, i, universe, family, k) for i in range(encoded.n_query.size)]
@@ -108,7 +100,6 @@ def top_terms(
     rows = np.array([hits.terms.size for hits, _ in found], dtype=np.int64)
     table.insert(0, "list", np.repeat(np.arange(rows.size), rows))
     table.insert(1, "rank", np.arange(len(table)) - np.repeat(np.cumsum(rows) - rows, rows) + 1)
-    table.attrs["statement"] = universe.statement(family)
     return table
 
 
@@ -182,17 +173,6 @@ def impossible_list(i: int, universe: Background) -> InputError:
     )
 
 
-def overlaps(genes: IntArray, universe: Background) -> tuple[IntArray, IntArray]:
-    """Terms hit by one list of gene ids, and the overlap with each."""
-    return _counted(_terms_of(genes, universe), universe)
-
-
-def _counted(terms: IntArray, universe: Background) -> tuple[IntArray, IntArray]:
-    counts = np.bincount(terms, minlength=universe.sizes.size)
-    hit = np.flatnonzero(counts)
-    return hit, counts[hit]
-
-
 def _terms_of(genes: IntArray, universe: Background) -> IntArray:
     """The terms of each gene, gene after gene."""
     starts, stops = universe.gene_indptr[genes], universe.gene_indptr[genes + 1]
@@ -209,11 +189,11 @@ def _scored(
 ) -> tuple[_Hits, IntArray]:
     """The k best of the terms hit by list `i` (all if None), and the terms of each of its genes."""
     of_genes = _terms_of(_genes(encoded, i), universe)
-    terms, overlap = _counted(of_genes, universe)
+    counts = np.bincount(of_genes, minlength=universe.sizes.size)
+    terms = np.flatnonzero(counts)
+    overlap = counts[terms]
     size, n = universe.sizes[terms], int(encoded.n_query[i])
-    log_p = enrichment_kernels.log_upper_tails(
-        overlap, size, n, universe.total, *universe.log_factorials
-    )
+    log_p = kernels.log_upper_tails(overlap, size, n, universe.total, *universe.log_factorials)
     if np.isnan(log_p).any():
         raise impossible_list(i, universe)
     p = np.exp(log_p)
@@ -269,11 +249,6 @@ def _columns(
         "Combined Score": -log_p * ratio,
         "Genes": [text for texts in genes for text in texts],
     })
-
-
-def _check_odds(odds: Odds) -> None:
-    if odds not in ("gseapy", "enrichr"):
-        raise InputError(f"The odds ratio is {odds!r}; use 'gseapy' or 'enrichr'.")
 
 
 def _odds_ratio(x: IntArray, size: IntArray, n: IntArray, total: int, odds: Odds) -> FloatArray:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.files import digest
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.features.statistics import FeatureStatistics, get_statistics, stored_statistics
 from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer
@@ -42,7 +43,7 @@ def reinitialised_model(model: "GPTNeoXForCausalLM", seed: int) -> "GPTNeoXForCa
     """
     drawn = copy.deepcopy(model)
     # numpy's numbers are the same on every device, and none of those that the model began with.
-    rng = np.random.default_rng([seed, 11])
+    rng = generator(seed, "re-initialised model")
     for parameter in drawn.parameters():
         std, mean = torch.std_mean(parameter.float(), correction=0)
         noise = torch.from_numpy(rng.standard_normal(tuple(parameter.shape), np.float32))
@@ -124,7 +125,7 @@ def untrained_encoder(model: "GPTNeoXForCausalLM", statistics: FeatureStatistics
     d_model, n_layers = model.config.hidden_size, len(statistics.fired)
     untrained = Transcoders(n_layers, d_model, n_features).to(device_of(model))
     untrained.initialise(profile.seed + 1)
-    rng = np.random.default_rng([profile.seed, 10])
+    rng = generator(profile.seed, "untrained encoder")
     some = np.flatnonzero(~corpus.held_out)[: profile.forward_cells]
     _, tokens, mask = next(iter(batches(corpus, some, len(some), device_of(model))))
     inputs = mlp_sites(model, tokens, mask).inputs

@@ -7,13 +7,10 @@ feature: its strongest contexts, the sum and the histogram of its activations.
 
 Each batch of cells is reduced where the model is: on the CPU by compiled loops (`count_kernels`)
 over the activations, on a GPU by a few operations for all layers, with one synchronisation.
-The pass can be stopped at any time and goes on from its checkpoint to the same result.
+The pass takes minutes at that size; one that was interrupted starts again.
 """
 
 import os
-import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,17 +18,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scfm_circuits.common.files import atomic_path
-from scfm_circuits.common.kept import read_arrays
 from scfm_circuits.features.count_kernels import (
     LOWEST_BIN,
     N_BINS,
     POSITION,
     SQRT_2,
+    LayerTotals,
+    Tokens,
     keep_strongest,
     tally,
 )
-from scfm_circuits.features.pair_counts import PairCounts, pack_matrices, unpack_matrices
+from scfm_circuits.features.pair_counts import PairCounts
 from scfm_circuits.models.mlp_sites import batches, counting_precision, device_of, mlp_sites
 from scfm_circuits.transcoders.active_entries import find_active
 from scfm_circuits.transcoders.transcoder import Transcoders
@@ -46,14 +43,6 @@ CHUNK_ACTIVATIONS = 2**22
 CHUNK_BYTES = 2**31
 """Activations of all layers that a GPU holds at a time."""
 ANNOUNCE_BYTES = 2**30
-
-
-class Checkpoint(NamedTuple):
-    """Where a pass is kept while it runs, what it must belong to, and how often it is written."""
-
-    path: Path
-    stamp: str
-    seconds: float
 
 
 class Batch(NamedTuple):
@@ -93,25 +82,6 @@ class FeatureTotals:
         self.counts = PairCounts(n_layers, n_features, n_pairs, n_tokens, threads=threads)
         self.done = 0
 
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Write all of it in one step; what was written before stays until then."""
-        arrays = {key: tensor.cpu().numpy() for key, tensor in self.tensors.items()}
-        with atomic_path(checkpoint.path) as temporary:
-            np.savez(temporary, allow_pickle=False, stamp=np.array(checkpoint.stamp),
-                     done=np.array(self.done), **arrays,
-                     **pack_matrices(self.counts.matrices()))
-
-    def resume(self, checkpoint: Checkpoint) -> bool:
-        """Take up a checkpoint if it can be read and belongs to this very pass."""
-        stored = read_arrays(checkpoint.path, checkpoint.stamp)
-        if stored is None:
-            return False
-        for key, tensor in self.tensors.items():
-            tensor.copy_(torch.from_numpy(stored[key]))
-        self.counts.restore(unpack_matrices(stored, self.counts.shape))
-        self.done = int(stored["done"])
-        return True
-
 
 def fixed_bytes(n_features: int, n_contexts: int) -> int:
     """Bytes of what is kept of features but for their counts by pair; n_features: of all layers."""
@@ -140,22 +110,21 @@ def describe_batch(pairs: np.ndarray, mask: Tensor) -> Batch:
 def add_on_cpu(totals: FeatureTotals, transcoders: Transcoders, layer: int, x: Tensor,
                batch: Batch) -> None:
     """Count one layer's activations on a batch; x: (n_tokens, d_model), its transcoder's input."""
-    shape = len(batch.lengths), transcoders.n_features
-    strongest = np.zeros(shape, np.int64)
     tensors = {key: tensor[layer].numpy() for key, tensor in totals.tensors.items()}
-    base = layer * transcoders.n_features * totals.counts.shape[1]
-    pair, cell, position = (one.numpy() for one in batch[:3])
+    strongest = np.zeros((len(batch.lengths), transcoders.n_features), np.int64)
+    sums = LayerTotals(tensors["l0"], tensors["histogram"], tensors["total"], strongest)
+    n_pairs = totals.counts.shape[1]
+    first_key = layer * transcoders.n_features * n_pairs
     n_tokens = max(1, CHUNK_ACTIVATIONS // transcoders.n_features)
     for start in range(0, len(x), n_tokens):
         part = slice(start, start + n_tokens)
         z = transcoders.layer_activations(layer, x[part]).numpy()
         found = find_active(z, torch.get_num_threads())
         assert found is not None  # which it is only under a limit
+        found = found._replace(value=found.value.astype(np.float32, copy=False))
         keys = np.empty(len(found.feature), np.int64)
-        value = found.value.astype(np.float32, copy=False)
-        tally(found.start, found.feature, value, pair[part], cell[part], position[part],
-              base, totals.counts.shape[1], keys, tensors["l0"], tensors["histogram"],
-              tensors["total"], strongest)
+        tally(found, Tokens(*(one[part].numpy() for one in batch[:3])), sums, first_key, n_pairs,
+              keys)
         totals.counts.add(torch.from_numpy(keys))
     keep_strongest(strongest, totals.done, tensors["best"], tensors["best_cell"])
 
@@ -192,8 +161,8 @@ def _add_cells(totals: FeatureTotals, z: Tensor, pair: Tensor, cell: Tensor, pos
     layer, token, feature = active.nonzero(as_tuple=True)  # the one place that waits
     bits = z[layer, token, feature].float().view(torch.int32).long()
     unit = layer * n_features + feature
-    octave = 2 * ((bits >> 23) - 127) + ((bits & 0x7FFFFF) >= SQRT_2)
-    where = unit * N_BINS + (octave - LOWEST_BIN).clamp(0, N_BINS - 1)
+    half_octave = 2 * ((bits >> 23) - 127) + ((bits & 0x7FFFFF) >= SQRT_2)
+    where = unit * N_BINS + (half_octave - LOWEST_BIN).clamp(0, N_BINS - 1)
     tensors["histogram"].view(-1).scatter_add_(0, where, torch.ones_like(where))
     totals.counts.add(unit * totals.counts.shape[1] + pair[token])
     strongest = torch.zeros(n_layers * n_features * n_cells, dtype=torch.int64, device=z.device)
@@ -226,8 +195,8 @@ def activation_edges() -> np.ndarray:
 @torch.no_grad()
 def count_activations(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: "Corpus",
                       pairs: np.ndarray, n_pairs: int, forward_cells: int, n_contexts: int,
-                      checkpoint: Checkpoint | None, progress: bool) -> FeatureTotals:
-    """All cells in their order, from the checkpoint on if there is one.
+                      progress: bool) -> FeatureTotals:
+    """All cells in their order.
 
     pairs: (n_cells, length) pair of each token of the corpus, as from `corpus_pairs`.
     """
@@ -235,14 +204,11 @@ def count_activations(model: "GPTNeoXForCausalLM", transcoders: Transcoders, cor
     size = transcoders.n_layers, transcoders.n_features
     totals = FeatureTotals(*size, n_pairs, n_tokens, n_contexts, device)
     _announce(size, n_tokens, n_contexts, totals.counts)
-    if checkpoint is not None and totals.resume(checkpoint):
-        print(f"Resuming the count of features at cell {totals.done:,} of {len(corpus):,}.")
-    saver = _Saver(checkpoint)
-    bar = tqdm(total=n_tokens, initial=int(corpus.mask[: totals.done].sum()), desc="features",
-               unit="token", unit_scale=True, disable=not progress)
+    bar = tqdm(total=n_tokens, desc="features", unit="token", unit_scale=True,
+               disable=not progress)
     with bar, counting_precision(device):
-        for rows, x, mask in _inputs(model, transcoders, corpus, totals.done, forward_cells,
-                                     device):
+        for rows, tokens, mask in batches(corpus, np.arange(len(corpus)), forward_cells, device):
+            x = transcoders.variant.read(*mlp_sites(model, tokens, mask))
             batch = describe_batch(pairs[rows, : mask.shape[1]], mask)
             if device.type == "cpu":
                 for layer in range(transcoders.n_layers):
@@ -251,36 +217,7 @@ def count_activations(model: "GPTNeoXForCausalLM", transcoders: Transcoders, cor
                 add_on_gpu(totals, transcoders, x, batch)
             totals.done += len(rows)
             bar.update(int(batch.lengths.sum()))
-            saver.after_batch(totals)
     return totals
-
-
-class _Saver:
-    """Writes checkpoints by time, and no more often than lets 95 % of it be spent on counting."""
-
-    def __init__(self, checkpoint: Checkpoint | None) -> None:
-        self._checkpoint = checkpoint
-        self._due = time.monotonic() + (checkpoint.seconds if checkpoint is not None else 0)
-
-    def after_batch(self, totals: FeatureTotals) -> None:
-        """Write a checkpoint if it is time; a full disk costs the checkpoint, not the pass."""
-        began = time.monotonic()
-        if self._checkpoint is None or began < self._due:
-            return
-        try:
-            totals.save(self._checkpoint)
-        except OSError as error:
-            tqdm.write(f"The counts' checkpoint cannot be written ({error}); going on without.")
-        now = time.monotonic()
-        self._due = now + max(self._checkpoint.seconds, 19 * (now - began))
-
-
-def _inputs(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: "Corpus", first: int,
-            forward_cells: int, device: torch.device
-            ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
-    """(rows, (n_layers, n_tokens, d_model) what the transcoders read, mask) of batches of cells."""
-    for rows, tokens, mask in batches(corpus, np.arange(first, len(corpus)), forward_cells, device):
-        yield rows, transcoders.variant.read(*mlp_sites(model, tokens, mask)), mask
 
 
 def _announce(size: tuple[int, int], n_tokens: int, n_contexts: int, counts: PairCounts) -> None:

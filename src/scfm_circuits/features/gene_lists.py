@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 _FEATURES = 1024
 
 
-
 def gene_scores(statistics: FeatureStatistics, layer: int, n_genes: int, rule: str,
                 features: np.ndarray | None = None) -> sp.csr_matrix:
     """(n_features, n_genes) activation counts of genes, of all features or of those given.
@@ -36,7 +35,6 @@ def gene_scores(statistics: FeatureStatistics, layer: int, n_genes: int, rule: s
     # A gene may hold a token twice; it still contains it once.
     contains = sp.csr_matrix((ones, (token, genes)), (len(unique), n_genes)).sign()
     return sp.csr_matrix((counts @ by_token) @ contains)
-
 
 
 def ranked_genes(statistics: FeatureStatistics, layer: int, features: np.ndarray, n_genes: int,
@@ -66,7 +64,6 @@ def ranked_genes(statistics: FeatureStatistics, layer: int, features: np.ndarray
     return ranked
 
 
-
 def select_genes(genes: np.ndarray, scores: np.ndarray, list_rule: str, size: int, share: float
                  ) -> np.ndarray:
     """The head of a ranking that is tested: all, the first `size`, or `share` of the scores."""
@@ -80,7 +77,6 @@ def select_genes(genes: np.ndarray, scores: np.ndarray, list_rule: str, size: in
     return genes[: int(np.searchsorted(cumulative, share * cumulative[-1])) + 1]
 
 
-
 def gene_list_ids(statistics: FeatureStatistics, layer: int, features: np.ndarray, corpus: Corpus,
                   profile: "Profile") -> list[np.ndarray]:
     """Each feature's gene list under the profile's gene rule and list rule, as gene ids."""
@@ -90,13 +86,11 @@ def gene_list_ids(statistics: FeatureStatistics, layer: int, features: np.ndarra
             for genes, scores in ranked]
 
 
-
 def gene_lists(statistics: FeatureStatistics, layer: int, features: np.ndarray, corpus: Corpus,
                profile: "Profile") -> list[list[str]]:
     """`gene_list_ids` as symbols."""
     return [corpus.symbols[ids].tolist()
             for ids in gene_list_ids(statistics, layer, features, corpus, profile)]
-
 
 
 def check_live(statistics: FeatureStatistics, layer: int, cut: float) -> None:

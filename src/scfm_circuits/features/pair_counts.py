@@ -89,18 +89,6 @@ class PairCounts:
         return tuple(runs[0] if runs else sp.csr_matrix(empty, shape=self.shape)
                      for runs in self._runs)
 
-    def restore(self, matrices: Sequence[sp.csr_matrix]) -> None:
-        """Go on from the matrices of an earlier pass."""
-        self._waiting, self._n_waiting = [], 0
-        self._runs = [[matrix] for matrix in matrices]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held in matrices and in the buffer."""
-        return 8 * self._n_waiting + sum(
-            run.data.nbytes + run.indices.nbytes + run.indptr.nbytes
-            for runs in self._runs for run in runs)
-
     @property
     def buffer_bytes(self) -> int:
         """The buffer while it is sorted: the keys, a sorted copy, the distinct ones' counts."""

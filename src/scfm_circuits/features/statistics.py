@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.files import digest
 from scfm_circuits.common.kept import if_current, kept_arrays
-from scfm_circuits.features.counting import Checkpoint, count_activations, unpack_best
+from scfm_circuits.features.counting import count_activations, unpack_best
 from scfm_circuits.features.pair_counts import pack_matrices, unpack_matrices
 from scfm_circuits.transcoders.training.settings import Control, stage_folder, training_stamp
 from scfm_circuits.transcoders.transcoder import Transcoders
@@ -121,16 +121,15 @@ def corpus_pairs(corpus: Corpus) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
 
 
 def count_features(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus,
-                   forward_cells: int, n_contexts: int = 5, *,
-                   checkpoint: Checkpoint | None = None, progress: bool = True
+                   forward_cells: int, n_contexts: int = 5, *, progress: bool = True
                    ) -> FeatureStatistics:
-    """One pass over all cells, which goes on from `checkpoint` if it was interrupted.
+    """One pass over all cells.
 
     Memory: see `counting.memory_needed`; the pass says so if it is much.
     """
     tokens_of, genes_of, counts_of, index = corpus_pairs(corpus)
     totals = count_activations(model, transcoders, corpus, index, len(tokens_of), forward_cells,
-                               n_contexts, checkpoint, progress)
+                               n_contexts, progress)
     arrays = {key: tensor.cpu().numpy() for key, tensor in totals.tensors.items()}
     activation, position = unpack_best(arrays["best"])
     return FeatureStatistics(
@@ -169,13 +168,9 @@ def get_statistics(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus
     With `control`, those of that control's transcoders, stored in its own folder.
     """
     path, stamp = stage_folder(profile, control) / "features.npz", _stamp(corpus, profile, control)
-    checkpoint = Checkpoint(path.with_name("features_checkpoint.npz"), stamp,
-                            profile.checkpoint_seconds)
-    found = kept_arrays(path, stamp, lambda: count_features(
-        model, transcoders, corpus, profile.forward_cells, profile.contexts_per_feature,
-        checkpoint=checkpoint), _arrays, _statistics)
-    checkpoint.path.unlink(missing_ok=True)
-    return found
+    return kept_arrays(path, stamp, lambda: count_features(
+        model, transcoders, corpus, profile.forward_cells, profile.contexts_per_feature),
+        _arrays, _statistics)
 
 
 def _arrays(statistics: FeatureStatistics) -> dict[str, Any]:

@@ -6,17 +6,25 @@ from the model on the cells of the strongest ones and on a random sample of cell
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import torch
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.tokens import token_texts
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.features.baselines import untrained_encoder, untrained_statistics
-from scfm_circuits.features.contexts import Context, draw_features, feature_contexts
+from scfm_circuits.features.contexts import (
+    Context,
+    draw_features,
+    feature_contexts,
+    fired_tokens,
+    pieces_around,
+)
 from scfm_circuits.features.gene_lists import check_live
 from scfm_circuits.features.statistics import FeatureStatistics, corpus_pairs
 from scfm_circuits.interpretability.deck import (
@@ -109,7 +117,7 @@ def draw_deck(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
     Fewer features if the layer has fewer live ones, and fewer decoys of the untrained encoder if it
     has fewer live features. The study's name depends on all that was drawn and counted.
     """
-    layer, rng = profile.human_layer, np.random.default_rng([profile.seed, 33])
+    layer, rng = profile.human_layer, generator(profile.seed, "cards")
     drawn = draw_features(statistics, layer, profile.human_features, profile.live_cut, profile.seed)
     n_random = profile.human_decoys // 2
     matched = np.resize(rng.permutation(drawn), profile.human_decoys)
@@ -129,9 +137,7 @@ def draw_deck(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
                                        statistics.context_activation[layer, feature, :1], corpus,
                                        statistics, profile.contexts_per_feature, rng))
     order = rng.permutation(len(subjects))
-    texts = dict(zip((ids := np.unique(statistics.pair_token)).tolist(),
-                     token_texts(corpus.tokenizer, ids), strict=True))
-    cards = tuple(_card(f"c{place + 1:02d}", subjects[i], layer, statistics, texts, corpus,
+    cards = tuple(_card(f"c{place + 1:02d}", subjects[i], layer, statistics, corpus,
                         profile.contexts_per_feature, rng) for place, i in enumerate(order))
     return Deck(_study_name(profile, cards), cards)
 
@@ -216,19 +222,19 @@ def _random_tokens(wanted: int, pool: np.ndarray, corpus: Corpus, statistics: Fe
 # --- a card --------------------------------------------------------------------------------------
 
 
-def _card(name: str, subject: Subject, layer: int, statistics: FeatureStatistics,
-          texts: Mapping[int, str], corpus: Corpus, n_contexts: int, rng: np.random.Generator
-          ) -> Card:
+def _card(name: str, subject: Subject, layer: int, statistics: FeatureStatistics, corpus: Corpus,
+          n_contexts: int, rng: np.random.Generator) -> Card:
     total = max(int(subject.counts.sum()), 1)
-    tokens, place = np.unique(statistics.pair_token, return_inverse=True)
-    fired = np.bincount(place, subject.counts)
-    present = np.bincount(place, statistics.pair_count)
-    top = [i for i in np.argsort(-fired, kind="stable")[:TOKENS_SHOWN] if fired[i]]
-    shown = tuple(CardToken(texts[int(tokens[i])], float(fired[i] / total), int(fired[i]),
-                            int(present[i])) for i in top)
-    genes = [gene for i in top[:TOKENS_WITH_GENES] for gene in _genes(
-        np.flatnonzero((place == i) & (statistics.pair_gene >= 0)), subject.counts,
-        texts[int(tokens[i])], statistics, corpus)]
+    ids, fired = (one[:TOKENS_SHOWN] for one in
+                  fired_tokens(statistics, sp.csr_matrix(subject.counts)))
+    present = np.bincount(statistics.pair_token, statistics.pair_count)[ids]
+    texts = token_texts(corpus.tokenizer, ids)
+    shown = tuple(CardToken(text, float(n / total), int(n), int(m))
+                  for text, n, m in zip(texts, fired, present, strict=True))
+    genes = [gene for i, text in zip(ids[:TOKENS_WITH_GENES], texts, strict=False)
+             for gene in _genes(np.flatnonzero((statistics.pair_token == i)
+                                               & (statistics.pair_gene >= 0)),
+                                subject.counts, text, statistics, corpus)]
     places = [(TOP, *one) for one in subject.strongest]
     places += [(QUANTILE, *one) for one in quantile_places(subject, n_contexts, rng)]
     return Card(name, subject.source, layer, subject.feature,
@@ -262,12 +268,11 @@ def quantile_places(subject: Subject, n: int, rng: np.random.Generator) -> list[
 
 
 def _context(kind: str, cell: int, position: int, fires: Fires, corpus: Corpus) -> CardContext:
-    pieces = corpus.pieces(cell)
+    start, pieces = pieces_around(corpus, cell, position, WINDOW)
     here = fires.cell == cell
     strength = dict(zip(fires.position[here].tolist(), fires.activation[here].tolist(),
                         strict=True))
-    window = range(max(0, position - WINDOW), min(len(pieces), position + WINDOW + 1))
     return CardContext(kind, cell, tuple(
-        Piece(pieces[i], round(float(strength.get(i, 0.0)), 4),
+        Piece(text, round(float(strength.get(i, 0.0)), 4),
               str(corpus.symbols[corpus.gene[cell, i]]) if corpus.gene[cell, i] >= 0 else None)
-        for i in window))
+        for i, text in enumerate(pieces, start)))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from scfm_circuits.cells.corpus import Corpus, of_cells
 from scfm_circuits.common.kept import kept_arrays
-from scfm_circuits.features.counting import Checkpoint, count_activations
+from scfm_circuits.features.counting import count_activations
 from scfm_circuits.features.pair_counts import pack_matrices, unpack_matrices
 from scfm_circuits.features.statistics import FeatureStatistics, corpus_pairs, gene_digest
 from scfm_circuits.transcoders.training.settings import Control, stage_folder, training_stamp
@@ -51,32 +51,26 @@ def get_held_out_counts(model: "GPTNeoXForCausalLM", transcoders: Transcoders, c
                         ) -> tuple[sp.csr_matrix, ...]:
     """Per layer (n_features, n_pairs) how often a feature is active on a pair in held-out cells.
 
-    Pairs are those of `FeatureStatistics`. Kept in `held_out_counts.npz` beside its file; an
-    interrupted pass goes on from its checkpoint.
+    Pairs are those of `FeatureStatistics`. Kept in `held_out_counts.npz` beside its file.
     """
     path = stage_folder(profile, control) / "held_out_counts.npz"
     stamp = json.dumps([training_stamp(profile, corpus, control),
                         profile.fingerprint(("forward_cells",), _ROOMS), gene_digest(corpus)],
                        sort_keys=True)
     tokens, _, _, index = corpus_pairs(corpus)
-    checkpoint = Checkpoint(path.with_name("held_out_checkpoint.npz"), stamp,
-                            profile.checkpoint_seconds)
-    counts = kept_arrays(path, stamp, lambda: count_held_out(
-        model, transcoders, corpus, profile.forward_cells, index, len(tokens), checkpoint),
-        pack_matrices, lambda arrays: unpack_matrices(arrays, (transcoders.n_features,
-                                                               len(tokens))))
-    checkpoint.path.unlink(missing_ok=True)
-    return counts
+    shape = transcoders.n_features, len(tokens)
+    return kept_arrays(path, stamp, lambda: count_held_out(
+        model, transcoders, corpus, profile.forward_cells, index, len(tokens)),
+        pack_matrices, lambda arrays: unpack_matrices(arrays, shape))
 
 
 def count_held_out(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus,
-                   forward_cells: int, index: np.ndarray, n_pairs: int,
-                   checkpoint: Checkpoint | None = None, *, progress: bool = True
+                   forward_cells: int, index: np.ndarray, n_pairs: int, *, progress: bool = True
                    ) -> tuple[sp.csr_matrix, ...]:
     """The pass itself; index: (n_cells, length) the pair of each token, from `corpus_pairs`."""
     rows = np.flatnonzero(corpus.held_out)
     totals = count_activations(model, transcoders, of_cells(corpus, rows), index[rows], n_pairs,
-                               forward_cells, 1, checkpoint, progress)
+                               forward_cells, 1, progress)
     return totals.counts.matrices()
 
 

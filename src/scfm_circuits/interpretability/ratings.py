@@ -47,7 +47,7 @@ def rating_sheet(study: str, layer: int, features: np.ndarray, statistics: Featu
     card = key[key["source"] == FEATURE].set_index("feature")["card"]
     rows = []
     for feature, (ranked, _), shown in zip(features, genes, contexts, strict=True):
-        tokens = token_table(statistics, layer, int(feature), corpus).head(5)
+        tokens = token_table(statistics, layer, int(feature), corpus, 5)
         rows.append({
             "study": study, "card": card[int(feature)], "feature": int(feature), "layer": layer,
             "log10_E_f": statistics.log10_frequency[layer, feature],

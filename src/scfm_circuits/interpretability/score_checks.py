@@ -23,6 +23,7 @@ from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.simulated import Plan
 from scfm_circuits.cells.tokens import token_texts
 from scfm_circuits.common.profile import ROOT
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.controls.layer_counts import testers
 from scfm_circuits.enrichment.controls.planted_programs import programs_library
 from scfm_circuits.enrichment.null_lists import ragged
@@ -156,7 +157,8 @@ def known_feature_table(kinds: Kinds, seed: int, n: int = 100) -> pd.DataFrame:
     rows = []
     for place, kind in enumerate(kinds.items):
         for purity in PURITIES:
-            made = made_features(kind, kinds, n, purity, np.random.default_rng([seed, 34, place]))
+            rng = generator(seed, "features with known items", place)
+            made = made_features(kind, kinds, n, purity, rng)
             if made[0].shape[0]:
                 scores = score_counts(*made, kinds)
                 told = scores[scores["verdict"] != RARE]

@@ -26,6 +26,7 @@ from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.tokens import token_texts
 from scfm_circuits.common.files import digest
 from scfm_circuits.common.profile import ROOT
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.features.baselines import untrained_encoder, untrained_statistics
 from scfm_circuits.features.statistics import FeatureStatistics
 from scfm_circuits.interpretability.deck import FEATURE, RANDOM, UNTRAINED
@@ -253,7 +254,7 @@ def score_random_tokens(statistics: FeatureStatistics, kinds: Kinds, live: np.nd
     """
     parts = []
     for layer, row in enumerate(live):
-        rng = np.random.default_rng([seed, 31, layer])
+        rng = generator(seed, "scores of random tokens", layer)
         chosen = np.sort(rng.permutation(np.flatnonzero(row))[:per_layer])
         inside = statistics.counts[layer][chosen][:, kinds.pairs.pair]
         train, held_out = random_token_counts(kinds.pairs, np.asarray(inside.sum(axis=1)).ravel(),
@@ -297,7 +298,7 @@ def feature_scores(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
     counted = get_held_out_counts(model, encoder, corpus, profile, control)
     some = np.zeros_like(live)
     for layer, row in enumerate(other.live(profile.live_cut)):
-        rng = np.random.default_rng([profile.seed, 32, layer])
+        rng = generator(profile.seed, "scored features of the untrained encoder", layer)
         some[layer, rng.permutation(np.flatnonzero(row))[:256]] = True
     return FeatureScores(features, pd.concat([
         score_features(other, counted, kinds, some).assign(source=UNTRAINED),

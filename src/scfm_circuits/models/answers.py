@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.mlp_sites import device_of
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Answered(NamedTuple):
 def held_out_answers(model: nn.Module, corpus: "Corpus", seed: int, most: int = 500) -> Answered:
     """Ask the model for the types of the held-out cells, or of `most` of them drawn at random."""
     held_out = np.flatnonzero(corpus.held_out)
-    cells = np.sort(np.random.default_rng(seed).permutation(held_out)[:most])
+    cells = np.sort(generator(seed, "cells asked for their type").permutation(held_out)[:most])
     answers, truth = np.array(predict_answers(model, corpus, cells)), corpus.labels[cells]
     right, types = answers == truth, np.unique(truth)
     return Answered(float(right.mean()),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.mlp_sites import best_device, device_of, moved_to, next_token_loss
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def train_small_model(corpus: "Corpus", profile: "Profile", *, progress: bool = 
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=profile.model_learning_rate, total_steps=steps, pct_start=0.1,
         cycle_momentum=False)
-    rng = np.random.default_rng([profile.seed, 4])
+    rng = generator(profile.seed, "batches of the small model")
     train = np.flatnonzero(~corpus.held_out)
     size = min(profile.model_batch_cells, len(train))
     queue = np.array([], np.int64)

@@ -22,6 +22,7 @@ import pandas as pd
 from scipy import stats
 
 from scfm_circuits import InputError
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.background import Background, Encoded, encode_ids, prepare_background
 from scfm_circuits.enrichment.gene_sets import GeneSets
 from scfm_circuits.enrichment.null_lists import Ragged, uniform_null
@@ -146,7 +147,7 @@ def _case_lists(
     }
     return {
         kind: (words, called, _encoded(setting.universe, pool, kept, n, count,
-                                       np.random.default_rng([seed, 11, i])))
+                                       generator(seed, "null lists of the case", i)))
         for i, (kind, (words, called, pool, kept, count)) in enumerate(kinds.items())
     }
 

@@ -15,7 +15,6 @@ BLOCK = 64
 """Features that `_gather` looks at as a whole first, as nearly all are silent."""
 
 
-
 class Active(NamedTuple):
     """Active features, token by token.
 
@@ -25,7 +24,6 @@ class Active(NamedTuple):
     start: np.ndarray
     feature: np.ndarray
     value: np.ndarray
-
 
 
 def find_active(z: np.ndarray, n_threads: int, at_most: int | None = None) -> Active | None:
@@ -43,7 +41,6 @@ def find_active(z: np.ndarray, n_threads: int, at_most: int | None = None) -> Ac
     return Active(start, feature, value)
 
 
-
 @compiled
 def _count(z, first, last, start):  # type: ignore[no-untyped-def]
     """start[i + 1]: active features of token i."""
@@ -52,7 +49,6 @@ def _count(z, first, last, start):  # type: ignore[no-untyped-def]
         for j in range(z.shape[1]):
             n += np.int32(z[i, j] > 0)
         start[i + 1] = n
-
 
 
 @compiled

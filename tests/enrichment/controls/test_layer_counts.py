@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
+from plain_enrichment import plain_over_representation
 
 from scfm_circuits import InputError
 from scfm_circuits.enrichment.background import gene_ids, prepare_background
@@ -17,8 +18,7 @@ from scfm_circuits.enrichment.controls.layer_counts import (
     rules_shown,
 )
 from scfm_circuits.enrichment.gene_sets import gene_sets_from_dict
-from scfm_circuits.enrichment.null_lists import ragged, symbols_of
-from scfm_circuits.enrichment.over_representation import over_representation
+from scfm_circuits.enrichment.null_lists import ragged
 from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.features.gene_lists import gene_list_ids
 from scfm_circuits.features.statistics import count_features
@@ -102,11 +102,12 @@ def test_the_quick_count_agrees_with_the_full_test(parts, profile):
     lists = ragged([rng.permutation(len(corpus.symbols))[: rng.integers(0, 9)] for _ in range(80)])
     for tester in layer_counts.testers(libraries, corpus, profile):
         called, smallest = tester.counted(lists)
-        full = [over_representation(
-            symbols_of(lists, corpus.symbols.tolist()), library,
+        symbols = [corpus.symbols[ids].tolist() for ids in np.split(lists.ids, lists.indptr[1:-1])]
+        full = [plain_over_representation(
+            symbols, library,
             background=RULES[tester.rule].background_for(
                 corpus.symbols[np.unique(corpus.gene[corpus.gene >= 0])].tolist()),
-            family=RULES[tester.rule].family, alpha=profile.fdr, engine="plain")
+            family=RULES[tester.rule].family, alpha=profile.fdr)
             for library in libraries]
         assert called.tolist() == np.any([one.n_significant > 0 for one in full], axis=0).tolist()
         assert smallest == pytest.approx(np.min([one.min_p for one in full], axis=0), rel=1e-12)

@@ -263,7 +263,7 @@ def test_dead_features_start_anew_where_much_is_missing(variant):
     dead[0, [1, 4, 7]] = True
     dead[2] = True  # a layer of which nothing lives has no norm to go by
     before = {name: part.clone() for name, part in stepper.trained.items()}
-    resample(stepper, dead, x, residual, [3, 7])
+    resample(stepper, dead, x, residual, 3, 7)
     for name, part in stepper.trained.items():
         if name in ("W_enc", "W_dec", "b_enc", "log_threshold"):
             dead_too = torch.zeros(3, 10, dtype=torch.bool)
@@ -292,14 +292,14 @@ def test_a_layer_draws_the_same_tokens_alone():
     x, y = pairs(3, 30, 6, 5)
     dead = torch.arange(10) % 2 == 0
     whole, alone = stack(layers=3, d=6, f=10), stack(layers=3, d=6, f=10)
-    resample(Stepper(whole, "equation4"), dead.expand(3, 10), x, y, [3, 7])
+    resample(Stepper(whole, "equation4"), dead.expand(3, 10), x, y, 3, 7)
     single = Transcoders(1, 6, 10).double().requires_grad_(False)
     single.load_state_dict({name: part[[2]] for name, part in alone.state_dict().items()})
-    resample(Stepper(single, "equation4"), dead[None], x[[2]], y[[2]], [3, 7], first_layer=2)
+    resample(Stepper(single, "equation4"), dead[None], x[[2]], y[[2]], 3, 7, first_layer=2)
     assert torch.equal(single.W_enc[0], whole.W_enc[2])
     assert torch.equal(single.W_dec[0], whole.W_dec[2])
     other = stack(layers=3, d=6, f=10)
-    resample(Stepper(other, "equation4"), dead.expand(3, 10), x, y, [3, 8])
+    resample(Stepper(other, "equation4"), dead.expand(3, 10), x, y, 3, 8)
     assert not torch.equal(other.W_dec[2], whole.W_dec[2]), "each step draws tokens of its own"
 
 
@@ -308,7 +308,8 @@ def test_nothing_is_drawn_where_nothing_is_missing_or_all_diverges(value):
     t = stack(layers=1, d=6, f=10)
     before = t.W_enc.clone()
     x, y = pairs(1, 30, 6, 5)
-    resample(Stepper(t, "equation4"), torch.arange(10)[None] < 3, x, torch.full_like(y, value), [1])
+    dead = torch.arange(10)[None] < 3
+    resample(Stepper(t, "equation4"), dead, x, torch.full_like(y, value), 1, 0)
     assert torch.equal(t.W_enc, before)
 
 
@@ -319,5 +320,5 @@ def test_resampling_brings_a_dead_feature_back():
     x, y = pairs(1, 200, 6, 5)
     found = stepper.step(given_sites(x, y), 0.01, 0.01, 1)
     assert not found.fired[0, :5].any()
-    resample(stepper, ~found.fired, x, found.residual, [1])
+    resample(stepper, ~found.fired, x, found.residual, 1, 0)
     assert stepper.step(given_sites(x, y), 0.01, 0.01, 2).fired[0, :5].all()

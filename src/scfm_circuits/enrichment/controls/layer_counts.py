@@ -30,7 +30,8 @@ from tqdm import tqdm
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.kept import kept_arrays
-from scfm_circuits.enrichment import kernels as enrichment_kernels
+from scfm_circuits.common.randomness import generator
+from scfm_circuits.enrichment import kernels
 from scfm_circuits.enrichment.background import (
     Background,
     GeneIds,
@@ -126,8 +127,8 @@ class Tester:
             setting = universe.setting(RULES[self.rule].family, self.alpha)
             # Lists of one length share their tails.
             order = np.argsort(encoded.n_query, kind="stable")
-            enrichment_kernels.count_lists(order, encoded, terms, setting,
-                                           enrichment_kernels.scratch(terms), min_p, significant)
+            kernels.count_lists(order, encoded, terms, setting, kernels.scratch(terms), min_p,
+                                significant)
             called |= significant > 0
             np.minimum(smallest, min_p, out=smallest)
         if np.isnan(smallest).any():
@@ -216,8 +217,8 @@ def layer_controls(statistics: FeatureStatistics, baselines: Mapping[str, Featur
     min_p = np.array([np.min([one.min_p for one in results], axis=0) for results in tested])
     corpus_rule = [tester.rule for tester in ready].index("corpus")
     source = null_source(statistics, layer, features, own, corpus, profile)
-    called, null_p = _nulls(source, ready, min_p[corpus_rule], corpus_rule,
-                            (profile.seed, 9, layer), bar)
+    called, null_p = _nulls(source, ready, min_p[corpus_rule], corpus_rule, layer,
+                            bar)
     others = []
     for other in baselines.values():
         chosen = np.flatnonzero(other.live(profile.live_cut_table4)[layer])
@@ -269,7 +270,7 @@ class Race:
 
 
 def _nulls(source: NullSource, ready: Sequence[Tester], own_p: np.ndarray, corpus_rule: int,
-           seed: tuple[int, ...], bar: "tqdm[Any] | None") -> tuple[np.ndarray, np.ndarray]:
+           layer: int, bar: "tqdm[Any] | None") -> tuple[np.ndarray, np.ndarray]:
     """(null_called, null_p) of a layer; the work is shared out in chunks of draws to threads."""
     n, draws = own_p.size, source.profile.null_draws
     band = min(BAND_DRAWS, draws)
@@ -280,7 +281,8 @@ def _nulls(source: NullSource, ready: Sequence[Tester], own_p: np.ndarray, corpu
 
     def work(kind: int, start: int, size: int, features: np.ndarray, part: NullSource
              ) -> np.ndarray:
-        lists = part.draw(NULLS[kind], np.random.default_rng([*seed, kind, start]), size)
+        rng = generator(source.profile.seed, "null lists", layer, kind, start)
+        lists = part.draw(NULLS[kind], rng, size)
         smallest = np.ones(0)
         for r, tester in enumerate(ready):
             if r == corpus_rule or start < band:

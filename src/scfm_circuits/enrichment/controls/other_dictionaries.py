@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from scfm_circuits.cells.corpus import Corpus, of_cells
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.controls.layer_counts import Tester, null_source, testers
 from scfm_circuits.enrichment.gene_sets import GeneSets
 from scfm_circuits.enrichment.null_lists import ragged
@@ -72,7 +73,7 @@ def cells_counted(corpus: Corpus, profile: "Profile") -> Corpus:
     """
     if profile.variant_cells is None or profile.variant_cells >= len(corpus):
         return corpus
-    drawn = np.random.default_rng([profile.seed, 35]).permutation(len(corpus))
+    drawn = generator(profile.seed, "cells that kinds are counted in").permutation(len(corpus))
     return of_cells(corpus, np.sort(drawn[: profile.variant_cells]))
 
 
@@ -93,7 +94,8 @@ def feature_measures(statistics: FeatureStatistics, corpus: Corpus, profile: "Pr
         null = None
         if len(features):
             source = null_source(statistics, layer, features, own, corpus, profile)
-            null = source.draw(NULL, np.random.default_rng([profile.seed, 12, layer]), 1)
+            rng = generator(profile.seed, "null lists of other dictionaries", layer)
+            null = source.draw(NULL, rng, 1)
         for tester in ready:
             row[f"called_{tester.rule}"] = int(tester.counted(own)[0].sum()) if null else 0
             row[f"null_{tester.rule}"] = int(tester.counted(null)[0].sum()) if null else 0

@@ -15,6 +15,7 @@ import scipy.sparse as sp
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.gene_sets import GeneSets
 from scfm_circuits.features.statistics import FeatureStatistics
 
@@ -42,7 +43,7 @@ def planted_statistics(statistics: FeatureStatistics, corpus: Corpus,
     occurring = corpus.occurring
     found = _terms_within(libraries, {corpus.symbols[gene].upper(): int(gene)
                                       for gene in occurring})
-    rng = np.random.default_rng([profile.seed, 13])
+    rng = generator(profile.seed, "planted features")
     sets, rows, kept = list(found), [], []
     for genes in [sets[i] for i in np.sort(rng.permutation(len(sets))[:n])]:
         others = np.setdiff1d(occurring, genes)

@@ -13,6 +13,7 @@ import pandas as pd
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.simulated import Plan
 from scfm_circuits.common.profile import Profile
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.controls.layer_counts import (
     NULLS,
     Tester,
@@ -83,7 +84,7 @@ def program_matches(statistics: FeatureStatistics, baselines: Mapping[str, Featu
                 continue
             source = null_source(statistics, layer, chosen, own, corpus, profile)
             for i, kind in enumerate(NULLS):
-                rng = np.random.default_rng([profile.seed, 22, layer, i])
+                rng = generator(profile.seed, "null lists of programs", layer, i)
                 matched = _matched(source.draw(kind, rng, draws), tester, program_of)
                 found[kind].append(matched.assign(draw=np.repeat(np.arange(draws), len(chosen))))
     tables = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items() if parts}

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 import torch
 from torch import Tensor
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.tokens import token_texts
+from scfm_circuits.features.contexts import Context, feature_contexts, token_table
 from scfm_circuits.features.counting import activation_edges
 from scfm_circuits.features.gene_lists import ranked_genes
 from scfm_circuits.features.statistics import FeatureStatistics
@@ -176,12 +176,13 @@ def feature_panels(model: "PreTrainedModel", transcoders: Transcoders,
     for row in tables.terms.to_dict("records"):
         terms[row["layer"], row["feature"]].append(row)
     scores = {(row["layer"], row["feature"]): row for row in tables.scores.to_dict("records")}
-    occurrences = np.bincount(statistics.pair_token, statistics.pair_count, vocabulary)
+    n_contexts = statistics.context_cell.shape[2]
     place = 0
     for layer in np.unique(layers).tolist():
         own = features[layers == layer]
         genes = ranked_genes(statistics, layer, own, len(corpus.symbols), "occurrence")
-        for feature, (ranked, counts) in zip(own, genes, strict=True):
+        contexts = feature_contexts(statistics, corpus, layer, own, n_contexts, WINDOW)
+        for feature, (ranked, counts), strongest in zip(own, genes, contexts, strict=True):
             key, half = (int(layer), int(feature)), ids.shape[1] // 2
             effect = [[texts[i], short(x)] for i, x in zip(ids[place], effects[place],
                                                             strict=True)]
@@ -189,9 +190,8 @@ def feature_panels(model: "PreTrainedModel", transcoders: Transcoders,
             yield {
                 "fired": int(statistics.fired[key]), "mean": short(statistics.mean_activation[key]),
                 "histogram": statistics.activation_histogram[key].tolist(),
-                "contexts": _contexts(statistics, corpus, key, texts),
-                "tokens": _tokens(statistics.counts[layer], feature, statistics, corpus, texts,
-                                  occurrences),
+                "contexts": _contexts(strongest, corpus),
+                "tokens": _tokens(token_table(statistics, *key, corpus, TOKENS)),
                 "genes": [[str(corpus.symbols[gene]), int(n), short(n / fired)] for gene, n in
                           zip(ranked[:GENES], counts[:GENES], strict=True)],
                 "terms": _terms(terms.get(key, [])),
@@ -204,36 +204,17 @@ def feature_panels(model: "PreTrainedModel", transcoders: Transcoders,
             place += 1
 
 
-def _contexts(statistics: FeatureStatistics, corpus: Corpus, key: Key, texts: np.ndarray
-              ) -> list[list[Any]]:
-    shown = []
-    for cell, at, activation in zip(
-            statistics.context_cell[key], statistics.context_position[key],
-            statistics.context_activation[key], strict=True):
-        if cell < 0:
-            break
-        pieces = texts[corpus.tokens[cell][corpus.mask[cell]]]
-        shown.append([short(activation), str(corpus.cell_ids[cell]), cut(corpus.labels[cell]),
-                      "".join(pieces[max(0, at - WINDOW) : at]), pieces[at],
-                      "".join(pieces[at + 1 : at + 1 + WINDOW])])
-    return shown
+def _contexts(found: Iterable[Context], corpus: Corpus) -> list[list[Any]]:
+    return [[short(one.activation), str(corpus.cell_ids[one.cell]), cut(corpus.labels[one.cell]),
+             one.before, one.token, one.after] for one in found]
 
 
-def _tokens(counts: sp.csr_matrix, feature: int, statistics: FeatureStatistics, corpus: Corpus,
-            texts: np.ndarray, occurrences: np.ndarray) -> list[list[Any]]:
-    own = slice(counts.indptr[feature], counts.indptr[feature + 1])
-    pairs, values = counts.indices[own], counts.data[own]
-    tokens, genes = statistics.pair_token[pairs], statistics.pair_gene[pairs]
-    unique, inverse = np.unique(tokens, return_inverse=True)
-    total = np.bincount(inverse, values, len(unique))
+def _tokens(table: pd.DataFrame) -> list[list[Any]]:
     shown = []
-    for i in np.lexsort((unique, -total))[:TOKENS]:
-        inside = np.flatnonzero((inverse == i) & (genes >= 0))
-        inside = inside[np.lexsort((genes[inside], -values[inside]))]
-        names = " ".join(corpus.symbols[genes[inside[:GENES_PER_TOKEN]]])
-        more = f" … ({len(inside)} in all)" if len(inside) > GENES_PER_TOKEN else ""
-        shown.append([texts[unique[i]], int(total[i]), short(total[i] / total.sum()),
-                      short(total[i] / occurrences[unique[i]]), cut(names + more)])
+    for token, _, count, share, rate, genes in table.itertuples(index=False):
+        more = f" … ({len(genes)} in all)" if len(genes) > GENES_PER_TOKEN else ""
+        shown.append([token, count, short(share), short(rate),
+                      cut(" ".join(genes[:GENES_PER_TOKEN]) + more)])
     return shown
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.report.plots.style import (
     BLUE,
     BROWN,
@@ -129,7 +130,7 @@ def faithfulness(frame: pd.DataFrame) -> Figure:
     axes[0].set(xlabel="predicted change / target", ylabel="measured change / target",
                 title="taken away")
     # Own jitter: seaborn's comes from the global generator and would differ from run to run.
-    jitter = np.random.default_rng(0)
+    jitter = generator(0, "jitter of points")
     for place, name in enumerate(_INTERVENTION_NAMES):
         for offset, kind in enumerate(kinds):
             values = frame.loc[(frame["features"] == kind) & (frame["intervention"] == name),

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.mlp_sites import Sites, batches, device_of, mlp_sites, mlps
 from scfm_circuits.transcoders.training.processes import ALONE, Ranks
 
@@ -73,10 +74,9 @@ class ActivationBuffer:
         if size == n:
             return self._train
         first, last = fill * size, (fill + 1) * size - 1
-        sequence = np.concatenate([
-            np.random.default_rng([self._profile.seed, 5, epoch]).permutation(self._train)
-            for epoch in range(first // n, last // n + 1)
-        ])
+        epochs = (generator(self._profile.seed, "cells of a buffer's fill", epoch)
+                  for epoch in range(first // n, last // n + 1))
+        sequence = np.concatenate([epoch.permutation(self._train) for epoch in epochs])
         start = first - first // n * n
         return sequence[start : start + size]
 
@@ -157,7 +157,7 @@ class ActivationBuffer:
         size = self._profile.batch_tokens
         while True:
             held = self.sites(fill)
-            order = np.random.default_rng([self._profile.seed, 6, fill])
+            order = generator(self._profile.seed, "batches of a buffer", fill)
             permutation = torch.from_numpy(order.permutation(held.inputs.shape[1]))
             permutation = permutation.to(held.inputs.device)
             for batch in range(skip, self.n_batches(fill)):

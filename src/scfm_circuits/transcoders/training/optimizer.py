@@ -13,11 +13,11 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from scfm_circuits.common.randomness import torch_seed
 from scfm_circuits.transcoders.training.gradients import (
     BETAS,
     EPSILON,
@@ -221,7 +221,7 @@ def _reason(error: Exception) -> str:
 
 
 @torch.no_grad()
-def resample(stepper: Stepper, dead: Tensor, x: Tensor, residual: Tensor, seed: list[int],
+def resample(stepper: Stepper, dead: Tensor, x: Tensor, residual: Tensor, seed: int, step: int,
              first_layer: int = 0) -> None:
     """Give dead features a new start at tokens that are explained badly.
 
@@ -237,8 +237,7 @@ def resample(stepper: Stepper, dead: Tensor, x: Tensor, residual: Tensor, seed: 
         which = dead[layer].nonzero()[:, 0]
         if len(which) in (0, dead.shape[1]):
             continue
-        own = np.random.SeedSequence([*seed, first_layer + layer]).generate_state(1)
-        generator.manual_seed(int(own[0]))
+        generator.manual_seed(torch_seed(seed, "resampled features", step, first_layer + layer))
         chance = residual[layer].square().sum(dim=-1).square().double().cpu()
         if not 0 < float(chance.sum()) < float("inf"):  # nothing is missing, or it diverges
             continue

@@ -197,7 +197,7 @@ class TrainingRun:
         if every and self.step % every == 0 and self.step <= self.steps // 2:
             dead = self.tokens_since_fired > self.profile.dead_after_tokens
             resample(self.stepper, dead, self._sites(batch.sites()).inputs, found.residual,
-                     [self.profile.seed, self.step], self.layers.start)
+                     self.profile.seed, self.step, self.layers.start)
             self.tokens_since_fired.masked_fill_(dead, 0)
         return self._row(found) if log else None
 

@@ -102,8 +102,7 @@ chapter.table("variants_by_layer", layers, rows=len(layers) // len(table), capti
 # %% tags=["remove-input"]
 chapter.values({"steps": trained[0].history[-1]["step"], "batch": trained[0].profile.batch_tokens,
                 "k": table["k"].dropna().astype(int).iloc[0], "cells": compared.cells,
-                "counted": compared.counted},
-               prefix="variants.")
+                "counted": compared.counted}, prefix="variants.")
 chapter.rounded("variants.l0_ratio_min", table["l0_ratio"][1:].min(), 2)
 chapter.rounded("variants.l0_ratio_max", table["l0_ratio"][1:].max(), 2)
 losses = compared.scores.set_index(["variant", "layer"])["loss"]

@@ -223,7 +223,8 @@ def test_the_table_has_every_kind(model: Any, corpus: Corpus, statistics: Featur
     monkeypatch.setattr(other_dictionaries, "get_statistics", lambda *given: statistics)
     monkeypatch.setattr(other_dictionaries, "HELD_OUT", 2)
     found = compare_dictionaries(trained, model, corpus, [library], profile)
-    assert found.cells == 2 and found.rules == tuple(tester.rule for tester in ready)
+    assert (found.cells, found.counted) == (2, len(corpus))
+    assert found.rules == tuple(tester.rule for tester in ready)
     cells = np.flatnonzero(corpus.held_out)[:2]
     again = held_out_measures(
         model, {"topk": lambda: tiny_transcoders(model, seed=kinds.index("topk"))}, corpus, cells,

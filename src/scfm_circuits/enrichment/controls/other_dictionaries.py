@@ -43,7 +43,7 @@ class Comparison(NamedTuple):
     cells: int
     """Held-out cells measured on."""
     counted: int
-    """Cells in which features are counted."""
+    """Cells in which features were counted."""
 
 
 def compare_dictionaries(trained: Sequence[Trained], model: "GPTNeoXForCausalLM", corpus: Corpus,

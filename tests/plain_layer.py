@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scfm_circuits.transcoders.training.gradients import BANDWIDTH
+from scfm_circuits.transcoders.activations import BANDWIDTH
 from scfm_circuits.transcoders.transcoder import Transcoders, Variant
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from scfm_circuits import InputError
 from scfm_circuits.common.files import read_json, write_json
+from scfm_circuits.transcoders.activations import keep_largest
 from scfm_circuits.transcoders.transcoder import (
     Transcoders,
     Variant,
-    keep_largest,
     load_transcoders,
     save_layers,
     save_transcoders,

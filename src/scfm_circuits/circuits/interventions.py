@@ -120,7 +120,7 @@ def _by_layer(frozen: Frozen, features: Sequence[FeatureAt]) -> dict[int, _Rows]
 
 def _live(t: Transcoders, layer: int, rows: _Rows, x: Tensor) -> Tensor:
     """(n,) activations of the rows' features on an MLP's input (n_pos, d_model)."""
-    if t.variant.activation != "relu":  # whether one is active may depend on all of a token's
+    if not t.activation.only_cuts:  # whether one is active may depend on all of a token's
         z = t.layer_activations(layer, x[rows.positions])
         return z.gather(1, rows.indices[:, None])[:, 0]
     centred = x[rows.positions] - t.b_in[layer]

@@ -11,7 +11,6 @@ import numpy as np
 from scfm_circuits.common.compiled import compiled, share_out
 
 BLOCK = 64
-
 """Features that `_gather` looks at as a whole first, as nearly all are silent."""
 
 

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from scfm_circuits import InputError
 from scfm_circuits.common.files import read_json, write_atomic, write_json
-
-Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
+from scfm_circuits.transcoders.activations import ACTIVATIONS, Name
 
 INITIAL_THRESHOLD = 1e-3
 """Where the thresholds of `jumprelu` and `batchtopk` start, in units of pre-activations."""
@@ -42,7 +41,7 @@ class Variant(NamedTuple):
     site: `transcoder` reads the MLP's input; `sae` reads the output that it estimates.
     """
 
-    activation: Activation = "relu"
+    activation: Name = "relu"
     k: int = 32
     skip: bool = False
     site: Literal["transcoder", "sae"] = "transcoder"
@@ -74,9 +73,10 @@ class Transcoders(nn.Module):
         self.register_buffer("b_in", torch.zeros(n_layers, d_model))
         if variant.skip:
             self.W_skip = nn.Parameter(torch.zeros(n_layers, d_model, d_model))
-        if variant.activation in ("jumprelu", "batchtopk"):
+        self.activation = ACTIVATIONS[variant.activation]
+        if self.activation.threshold:
             start = torch.full((n_layers, n_features), INITIAL_THRESHOLD).log()
-            if variant.activation == "jumprelu":
+            if self.activation.threshold == "trained":
                 self.log_threshold = nn.Parameter(start)
             else:  # follows the batches, not a gradient
                 self.register_buffer("log_threshold", start)
@@ -130,12 +130,11 @@ class Transcoders(nn.Module):
 
         layers: which layers of the stack these are; an int takes (..., n_features).
         """
-        if self.variant.activation == "topk":
-            return keep_largest(pre.relu(), self.variant.k)
-        if self.variant.activation == "relu":
-            return pre.relu()
-        threshold = self.log_threshold[layers].exp()
-        return pre * (pre > (threshold if isinstance(layers, int) else threshold[:, None]))
+        threshold = None
+        if self.activation.threshold:
+            threshold = self.log_threshold[layers]
+            threshold = threshold if isinstance(layers, int) else threshold[:, None]
+        return self.activation.after_training(pre, self.variant.k, threshold)
 
     def encode(self, x: Tensor) -> Tensor:
         """Activations z of all layers' features (Equation 1)."""
@@ -185,14 +184,6 @@ class Transcoders(nn.Module):
 def unit_rows(weight: Tensor) -> Tensor:
     """Each row divided by its norm, in place."""
     return weight.div_(weight.norm(dim=-1, keepdim=True).clamp_min(1e-8))
-
-
-def keep_largest(z: Tensor, k: int) -> Tensor:
-    """z with all but the k largest entries of each row set to 0; ties fall to one of them."""
-    if k >= z.shape[-1]:
-        return z
-    values, where = z.topk(k, dim=-1, sorted=False)
-    return torch.zeros_like(z).scatter_(-1, where, values)
 
 
 def layer_tensors(transcoders: Transcoders) -> list[dict[str, Tensor]]:

@@ -23,6 +23,7 @@ import torch
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.files import atomic_folder, read_json
+from scfm_circuits.transcoders.activations import ACTIVATIONS
 from scfm_circuits.transcoders.training import checkpoints
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer, Batch
 from scfm_circuits.transcoders.training.history import known_mean
@@ -156,7 +157,7 @@ class MatchedRun(TrainingRun):
     @property
     def by_thresholds(self) -> bool:
         """Whether thresholds, not the penalty's weight, are what is steered."""
-        return self.profile.activation == "jumprelu"
+        return ACTIVATIONS[self.profile.activation].threshold == "trained"
 
     def start(self) -> None:
         """As any run, but for the thresholds."""
@@ -251,8 +252,8 @@ class Trainer:
             (history[-1]["step"], time.monotonic())))
         # The median, as something else may run beside.
         each = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(times)]
-        weight = run.l1_coefficient(run.steps) if run.profile.activation in ("relu", "jumprelu") \
-            else 0.0
+        penalised = ACTIVATIONS[run.profile.activation].penalised
+        weight = run.l1_coefficient(run.steps) if penalised else 0.0
         return {"stamp": run.stamp, "history": run.history, "l1_coefficient": weight,
                 "seconds_per_step": float(np.median(each)),
                 "steps": run.steps, "tokens": run.steps * run.profile.batch_tokens}

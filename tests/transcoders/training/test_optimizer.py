@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from plain_layer import LOSSES, VARIANTS, PlainLayer, given_sites, pairs, stack
 
 from scfm_circuits import InputError
+from scfm_circuits.transcoders.activations import BANDWIDTH
 from scfm_circuits.transcoders.training import sparse_gradients
-from scfm_circuits.transcoders.training.gradients import BANDWIDTH, gradients, transcoder_losses
+from scfm_circuits.transcoders.training.gradients import gradients, transcoder_losses
 from scfm_circuits.transcoders.training.optimizer import Stepper, resample
 from scfm_circuits.transcoders.transcoder import INITIAL_THRESHOLD, Transcoders, Variant
 

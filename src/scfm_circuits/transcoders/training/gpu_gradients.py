@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scfm_circuits.transcoders.activations import keep_largest
 from scfm_circuits.transcoders.training.gradients import (
     BETAS,
     EPSILON,
@@ -33,7 +34,7 @@ from scfm_circuits.transcoders.training.gradients import (
     token_weights,
     unmeasured,
 )
-from scfm_circuits.transcoders.transcoder import Variant, keep_largest
+from scfm_circuits.transcoders.transcoder import Variant
 
 ACTIVATIONS = ("relu", "topk")
 """Those whose steps can be taken so; the gradient reaches the others' thresholds too."""

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from scfm_circuits import InputError
-from scfm_circuits.transcoders.transcoder import Variant, keep_largest
+from scfm_circuits.transcoders.activations import ACTIVATIONS
+from scfm_circuits.transcoders.transcoder import Variant
 
 if TYPE_CHECKING:
     from scfm_circuits.transcoders.active_entries import Active
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
-BANDWIDTH = 0.05
 """Width of the window around a JumpReLU threshold in which its gradient is estimated."""
 
 
@@ -90,19 +90,6 @@ def transcoder_losses(name: str, l1_coefficient: float, y: Tensor, estimate: Ten
 # --- forward and backward ------------------------------------------------------------------------
 
 
-def activate(pre: Tensor, variant: Variant, log_threshold: Tensor | None) -> Tensor:
-    """z of pre-activations (n_layers, n_tokens, n_features), which a ReLU overwrites."""
-    if variant.activation == "relu":
-        return pre.relu_()
-    if variant.activation == "topk":
-        return keep_largest(pre.relu_(), variant.k)
-    if variant.activation == "batchtopk":
-        flat = pre.relu_().flatten(1)
-        return keep_largest(flat, variant.k * pre.shape[1]).view_as(pre)
-    assert log_threshold is not None
-    return pre * (pre > log_threshold.exp().to(pre.dtype)[:, None])
-
-
 class Forward(NamedTuple):
     """What a batch is encoded to: centred inputs, pre-activations, and activations z.
 
@@ -120,7 +107,8 @@ def forward(weights: dict[str, Tensor], variant: Variant, x: Tensor) -> Forward:
     kind = x.dtype
     centred = x - weights["b_in"].to(kind)[:, None]
     pre = torch.baddbmm(weights["b_enc"].to(kind)[:, None], centred, weights["W_enc"].to(kind).mT)
-    return Forward(centred, pre, activate(pre, variant, weights.get("log_threshold")))
+    return Forward(centred, pre, ACTIVATIONS[variant.activation].in_training(
+        pre, variant.k, weights.get("log_threshold")))
 
 
 def gradients(weights: dict[str, Tensor], variant: Variant, objective: Objective, x: Tensor,
@@ -142,6 +130,7 @@ def backward(weights: dict[str, Tensor], variant: Variant, objective: Objective,
     """`gradients` from what `forward` gave."""
     centred, pre, z = encoded
     kind, full, n = z.dtype, weights["b_enc"].dtype, z.shape[1]
+    activation = ACTIVATIONS[variant.activation]
     decoder = weights["W_dec"].to(kind)
     estimate = torch.baddbmm(weights["b_dec"].to(kind)[:, None], z, decoder)
     if variant.skip:
@@ -156,13 +145,11 @@ def backward(weights: dict[str, Tensor], variant: Variant, objective: Objective,
         found["W_skip"] = torch.bmm(outer.mT, centred)
     inner = torch.bmm(outer, decoder.mT)
     weight = torch.as_tensor(objective.l1_coefficient, device=z.device, dtype=full)
-    if variant.activation == "relu":
+    if activation.penalised == "l1":
         inner = inner.add_((weight / n).to(kind))
-    if variant.activation == "jumprelu":
-        threshold = weights["log_threshold"].exp().to(kind)
-        near = (pre - threshold[:, None]).abs() < BANDWIDTH / 2
-        pull = (inner * threshold[:, None] + (weight / n).to(kind)) * near
-        found["log_threshold"] = -pull.sum(dim=1, dtype=full) / BANDWIDTH * threshold.to(full)
+    if activation.threshold == "trained":
+        found["log_threshold"] = activation.threshold_gradient(
+            inner, pre, weights["log_threshold"], weight / n)
     # ReLU's derivative, which is also that of the other activations: z is 0 where they cut.
     inner = torch.ops.aten.threshold_backward(inner, z, 0)
     found["W_enc"] = torch.bmm(inner.mT, centred)
@@ -175,7 +162,7 @@ def measure(z: Tensor, residual: Tensor, y: Tensor, scale: Tensor | float, varia
     """Which features fired, and the other measures if they are wanted."""
     n, totals = z.shape[1], z.sum(dim=1, dtype=weight.dtype)
     smallest = totals.new_zeros(len(totals))
-    if variant.activation == "batchtopk":
+    if ACTIVATIONS[variant.activation].threshold == "followed":
         smallest = torch.where(z > 0, z, torch.inf).amin(dim=(1, 2)).to(weight.dtype)
     found = unmeasured(totals > 0, smallest, residual)
     if not measured:
@@ -191,7 +178,7 @@ def sparse_measures(active: "Active", residual: Tensor, y: Tensor, scale: Tensor
     fired = torch.zeros(1, n_features, dtype=torch.bool)
     fired[0, torch.from_numpy(active.feature).long()] = True
     smallest = value.new_zeros(1)
-    if variant.activation == "batchtopk" and len(value):
+    if ACTIVATIONS[variant.activation].threshold == "followed" and len(value):
         smallest = value.min()[None]
     found = unmeasured(fired, smallest, residual)
     if not measured:
@@ -210,7 +197,7 @@ def with_losses(found: Measures, y: Tensor, scale: Tensor | float, variant: Vari
                 weight: Tensor, l0: Tensor, l1: Tensor) -> Measures:
     """Measures with their losses, L0 and FVU; l0, l1: (n_layers,) means over tokens."""
     squared = found.residual.square().sum(dim=-1, keepdim=True)
-    penalty = {"relu": l1, "jumprelu": l0}.get(variant.activation, torch.zeros_like(l0))
+    penalty = ACTIVATIONS[variant.activation].penalty(l0, l1)
     variance = (y - y.mean(dim=1, keepdim=True)).square().sum(dim=(1, 2))
     fvu = squared.sum(dim=(1, 2)) / variance.clamp_min(1e-12)
     losses = Losses((squared * scale).mean(dim=(1, 2)), weight * penalty)

@@ -73,7 +73,7 @@ class Stepper:
         self._fused = self._kernels(beside) if (on_gpu if fused is None else fused) else None
         self._sparse = None
         if sparse and not on_gpu and self.precision == transcoders.W_enc.dtype and (
-                self.layers_at_once == 1 and transcoders.variant.activation != "jumprelu"):
+                self.layers_at_once == 1 and transcoders.activation.threshold != "trained"):
             with contextlib.suppress(ImportError):  # a machine without numba does without
                 from scfm_circuits.transcoders.training import sparse_gradients
 
@@ -140,7 +140,7 @@ class Stepper:
             if result is None:
                 result = backward(weights, t.variant, objective, encoded, y, measured)
         found, measures = result
-        if t.variant.activation == "batchtopk":
+        if t.activation.threshold == "followed":
             follow_threshold(weights["log_threshold"], measures.smallest)
         self._update(layers, found, rate, number)
         return measures
@@ -164,7 +164,7 @@ class Stepper:
         y = y.to(base.dtype)
         scale = torch.as_tensor(token_weights(objective.loss, y), dtype=y.dtype).expand(1, n, 1)
         weight = torch.as_tensor(objective.l1_coefficient, dtype=y.dtype)
-        penalty = float(weight) / n if variant.activation == "relu" else 0.0
+        penalty = float(weight) / n if self.transcoders.activation.penalised == "l1" else 0.0
         residual, outer, inner = self._sparse.backward(
             active, weights["W_dec"][0], base[0].contiguous(), y[0].contiguous(),
             (scale[0, :, 0] * (2 / n)).to(y.dtype).contiguous(), penalty)

@@ -24,6 +24,27 @@ DENSITY = 0.1
 """Share of active entries up to which this is faster than the dense products."""
 
 
+class Entries(NamedTuple):
+    """Active entries, feature by feature; tokens ascend within each.
+
+    start: (n_features + 1,) where each feature's begin; token, value, inner: (n_active,) each one's
+    token, activation, and the loss's gradient in it.
+    """
+
+    start: np.ndarray
+    token: np.ndarray
+    value: np.ndarray
+    inner: np.ndarray
+
+
+class Moments(NamedTuple):
+    """A layer's tensor and Adam's two moments of it, which a step overwrites."""
+
+    weight: np.ndarray
+    mean: np.ndarray
+    square: np.ndarray
+
+
 class Rates(NamedTuple):
     """Adam's numbers for one step: see `gradients.corrected` and `adam_rows`."""
 
@@ -56,8 +77,7 @@ def backward(active: Active, decoder: Tensor, base: Tensor, y: Tensor, scale: Te
     inner = np.empty_like(active.value)
     arrays = [part.numpy() for part in (decoder, y, scale, residual, outer)]
     share_out(len(y), get_num_threads(), lambda first, last: _tokens(
-        first, last, active.start, active.feature, active.value, *arrays,
-        arrays[0].dtype.type(penalty), inner))
+        first, last, active, *arrays, arrays[0].dtype.type(penalty), inner))
     return residual, outer, inner
 
 
@@ -69,20 +89,20 @@ def update(active: Active, inner: np.ndarray, outer: Tensor, centred: Tensor,
     encoder, decoder, bias: the tensor and Adam's two moments of it, which are overwritten.
     """
     n_features = len(bias[0])
-    start, token, entry = _by_feature(active.start, active.feature, n_features)
-    kind = active.value.dtype.type
-    numbers = tuple(kind(number) for number in rates)
-    arrays = [part.numpy() for part in (outer, centred, *encoder, *decoder, *bias)]
+    entries = _by_feature(active, inner, n_features)
+    numbers = Rates(*(active.value.dtype.type(number) for number in rates))
+    tensors = [Moments(*(part.numpy() for part in one)) for one in (encoder, decoder, bias)]
+    around = outer.numpy(), centred.numpy()
     share_out(n_features, get_num_threads(), lambda first, last: _features(
-        first, last, start, token, entry, active.value, inner, *arrays, *numbers))
+        first, last, entries, *around, *tensors, numbers))
 
 
 # --- kernels -------------------------------------------------------------------------------------
 
 
 @_fast
-def _tokens(first, last, start, feature, value, decoder, y, scale, residual, outer, penalty,  # type: ignore[no-untyped-def]
-            inner):
+def _tokens(first, last, active, decoder, y, scale, residual, outer, penalty, inner):  # type: ignore[no-untyped-def]
+    start, feature, value = active.start, active.feature, active.value
     d = y.shape[1]
     for t in range(first, last):
         for e in range(start[t], start[t + 1]):
@@ -101,34 +121,39 @@ def _tokens(first, last, start, feature, value, decoder, y, scale, residual, out
 
 
 @_fast
-def _by_feature(start, feature, n_features):  # type: ignore[no-untyped-def]
-    """Where each feature's entries begin, and each one's token and place: tokens ascend."""
+def _by_feature(active, inner, n_features):  # type: ignore[no-untyped-def]
+    """The active entries, feature by feature."""
+    start, feature = active.start, active.feature
     begin = np.zeros(n_features + 1, np.int64)
     for e in range(len(feature)):
         begin[feature[e] + 1] += 1
     for f in range(n_features):
         begin[f + 1] += begin[f]
     at = begin[:-1].copy()
-    token, entry = np.empty(len(feature), np.int32), np.empty(len(feature), np.int64)
+    token = np.empty(len(feature), np.int32)
+    value, gradient = np.empty_like(active.value), np.empty_like(inner)
     for t in range(len(start) - 1):
         for e in range(start[t], start[t + 1]):
             f = feature[e]
-            token[at[f]], entry[at[f]] = t, e
+            token[at[f]], value[at[f]], gradient[at[f]] = t, active.value[e], inner[e]
             at[f] += 1
-    return begin, token, entry
+    return Entries(begin, token, value, gradient)
 
 
 @_fast
-def _features(first, last, start, token, entry, value, inner, outer, centred, enc, enc_mean,  # type: ignore[no-untyped-def]
-              enc_square, dec, dec_mean, dec_square, bias, bias_mean, bias_square, rate, spread,
-              beta1, beta2, epsilon):
+def _features(first, last, entries, outer, centred, encoder, decoder, biases, rates):  # type: ignore[no-untyped-def]
+    start, token, value, inner = entries
+    enc, enc_mean, enc_square = encoder
+    dec, dec_mean, dec_square = decoder
+    bias, bias_mean, bias_square = biases
+    rate, spread, beta1, beta2, epsilon = rates
     d = enc.shape[1]
     for_enc, for_dec = np.empty(d, enc.dtype), np.empty(d, enc.dtype)
     zero, one = enc.dtype.type(0), enc.dtype.type(1)
     for f in range(first, last):
         for_enc[:], for_dec[:], for_bias = zero, zero, zero
         for i in range(start[f], start[f + 1]):
-            t, v, g = token[i], value[entry[i]], inner[entry[i]]
+            t, v, g = token[i], value[i], inner[i]
             for_bias += g
             for j in range(d):
                 for_dec[j] += v * outer[t, j]

@@ -240,7 +240,7 @@ def count_activations(model: "GPTNeoXForCausalLM", transcoders: Transcoders, cor
     saver = _Saver(checkpoint)
     bar = tqdm(total=n_tokens, initial=int(corpus.mask[: totals.done].sum()), desc="features",
                unit="token", unit_scale=True, disable=not progress)
-    with bar, counting_precision(device):
+    with bar, counting_precision(model):
         for rows, x, mask in _inputs(model, transcoders, corpus, totals.done, forward_cells,
                                      device):
             batch = describe_batch(pairs[rows, : mask.shape[1]], mask)

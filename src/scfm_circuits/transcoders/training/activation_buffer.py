@@ -76,8 +76,9 @@ class ActivationBuffer:
         wanted = math.ceil(profile.buffer_tokens / mean_length)
         self.cells_per_fill = min(len(self._train), wanted)
         # A GPU is given so much at once that it, not the host, sets the pace.
-        at_least = int(PASS_TOKENS / mean_length) if device_of(model).type == "cuda" else 0
-        self.cells_per_pass = max(profile.forward_cells, at_least)
+        at_once = PASS_TOKENS / mean_length if device_of(model).type == "cuda" else 1
+        passes = max(1, round(self.cells_per_fill / at_once))  # of equal size
+        self.cells_per_pass = max(profile.forward_cells, math.ceil(self.cells_per_fill / passes))
         self._held: tuple[int, Sites] | None = None
         self._storage: Sites | None = None
 

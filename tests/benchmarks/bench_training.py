@@ -13,10 +13,12 @@ and types, over the time of the step; where few features are active, a CPU leave
 multiplied by 0 and can come out above 1. On a GPU it is that of whole training, with the model's
 forward pass, the buffer and the optimizer, and `_of_the_step` that of the step alone. There each
 part is timed too (`milliseconds_part_...`: products, passes, Adam, and what they stand in for), the
-model's pass with the buffer by cells at once, and the ways to take a step (`milliseconds_way_...`).
+model's pass with the buffer by cells at once, on cells of several lengths (`_padded`) and with its
+attention compiled (`_compiled`), and the ways to take a step (`milliseconds_way_...`).
 
-`--quick` takes fewer rounds, and no memory of the peers: under two minutes on a GPU. Figures are
-written as they come, so a run that is cut short leaves those that it had.
+`--quick` takes fewer rounds, and no memory of the peers: under two minutes on a GPU. `--seconds` is
+a limit for everything: what matters most comes first. Figures are written as they come, so a run
+that is cut short leaves those that it had.
 
 Peers: `autograd`, the step as this package had it before its gradient was written out, and sparsify
 (TopK) where it can be imported, which is left without its data loading, masks and logging:
@@ -35,6 +37,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -59,11 +62,16 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.files import write_json
+from scfm_circuits.models.architectures import decoder_layers
+from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer
 from scfm_circuits.transcoders.training.run import TrainingRun
 from scfm_circuits.transcoders.training.settings import precision_of
 from scfm_circuits.transcoders.transcoder import Variant
 
 ACTIVE = 50
+IMPORTED = ["transformers.models.gpt_neox.modeling_gpt_neox",
+            "scfm_circuits.transcoders.training.run"]
+"""What takes long to import."""
 CELL_TOKENS = 211
 """Tokens of the paper's Figure 4 prompt with its answer."""
 
@@ -193,25 +201,23 @@ def step_figures(size: Size, rounds: int) -> dict[str, Any]:
     return figures
 
 
-def peer_figures(size: Size, rounds: int) -> dict[str, Any]:
-    """Steps of others over ours."""
+def autograd_figures(size: Size, rounds: int) -> dict[str, Any]:
+    """The autograd step over ours."""
     kind = precision_of(PAPER, torch.device(size.device))
-    pairs = {"autograd": {
-        "step": ours(size, size.layers, Variant(), precision=kind),
-        "step_50_active": ours(size, size.layers, Variant(), ACTIVE, precision=kind),
-        "autograd": autograd(size, size.layers)}}
-    t = Times(pairs.pop("autograd"), rounds, size.device)
-    figures: dict[str, Any] = {
-        "seconds_autograd": t["autograd"],
-        "ratio_vs_autograd": t.ratio("autograd", "step"),
-        "ratio_vs_autograd_50_active": t.ratio("autograd", "step_50_active"),
-        "sparsify_n_layers": size.sparsify_layers, "ratio_vs_sparsify": None}
-    if sparsify_version():
-        t = Times({"topk": ours(size, size.sparsify_layers, Variant("topk", K), precision=kind),
-                   "sparsify": sparsify_step(size, size.sparsify_layers)}, rounds, size.device)
-        figures |= {"seconds_topk": t["topk"], "seconds_sparsify": t["sparsify"],
-                    "ratio_vs_sparsify": t.ratio("sparsify", "topk")}
-    return figures
+    t = Times({"step": ours(size, size.layers, Variant(), precision=kind),
+               "step_50_active": ours(size, size.layers, Variant(), ACTIVE, precision=kind),
+               "autograd": autograd(size, size.layers)}, rounds, size.device)
+    return {"seconds_autograd": t["autograd"], "ratio_vs_autograd": t.ratio("autograd", "step"),
+            "ratio_vs_autograd_50_active": t.ratio("autograd", "step_50_active")}
+
+
+def sparsify_figures(size: Size, rounds: int) -> dict[str, Any]:
+    """The step of sparsify over ours; its kernels fail to load where Triton finds no GPU."""
+    kind = precision_of(PAPER, torch.device(size.device))
+    t = Times({"topk": ours(size, size.sparsify_layers, Variant("topk", K), precision=kind),
+               "sparsify": sparsify_step(size, size.sparsify_layers)}, rounds, size.device)
+    return {"seconds_topk": t["topk"], "seconds_sparsify": t["sparsify"],
+            "ratio_vs_sparsify": t.ratio("sparsify", "topk")}
 
 
 def part_figures(size: Size, rounds: int) -> dict[str, Any]:
@@ -221,13 +227,7 @@ def part_figures(size: Size, rounds: int) -> dict[str, Any]:
     return {f"milliseconds_part_{name}": 1e3 * t[name] for name in steps}
 
 
-WAYS: dict[str, dict[str, Any]] = {
-    "kernels": {}, "eager": {"fused": False, "compiled": False},
-    **{f"kernels_{n}_layers": {"layers_at_once": n} for n in (4, 6, 8, 12)},
-    **{f"kernels_{n}_layers_beside_{programs}": {"layers_at_once": n, "beside": programs}
-       for n in (4, 6, 8) for programs in (128, 256, 512)},
-    "kernels_6_layers_beside_4096": {"layers_at_once": 6, "beside": 4096},
-}
+WAYS: dict[str, dict[str, Any]] = {"kernels": {}, "eager": {"fused": False, "compiled": False}}
 """Ways to take a step on a GPU: options of `ours`."""
 
 
@@ -273,21 +273,46 @@ def training_figures(size: Size, active: int | None, rounds: int) -> dict[str, A
     return figures
 
 
-def forward_figures(training: Training, size: Size, rounds: int) -> dict[str, Any]:
-    """Milliseconds of the model's pass and of writing the buffer, per step, by cells at once."""
-    buffer = training.run.buffer
-
+def harvest_milliseconds(buffer: ActivationBuffer, size: Size, rounds: int) -> float:
+    """Milliseconds of the model's pass and of writing the buffer, for each step."""
     def fill() -> None:
         buffer._held = None
         buffer.sites(0)
 
+    seconds = Times({"fill": fill}, rounds, size.device, warmups=1)["fill"]
+    return 1e3 * seconds * size.tokens / buffer.sites(0).inputs.shape[1]
+
+
+def forward_figures(training: Training, size: Size, rounds: int) -> dict[str, Any]:
+    """The model's pass and the buffer by cells at once, and on cells of several lengths."""
+    buffer, part = training.run.buffer, "milliseconds_part_forward_and_buffer"
     figures, usual = {}, buffer.cells_per_pass
-    for cells in sorted({32, usual, 2 * usual} if size.device == "cuda" else {usual}):
+    for cells in sorted({usual // 2, usual, 2 * usual} if size.device == "cuda" else {usual}):
         buffer.cells_per_pass = cells
-        seconds = Times({"fill": fill}, rounds, size.device, warmups=1)["fill"]
-        figures[f"milliseconds_part_forward_and_buffer_{cells}_cells"] = (
-            1e3 * seconds / buffer.n_batches(0))
+        figures[f"{part}_{cells}_cells"] = harvest_milliseconds(buffer, size, rounds)
+    buffer.cells_per_pass = usual
+    if size.device == "cuda":
+        lengths = np.random.default_rng(1).integers(CELL_TOKENS - 21, CELL_TOKENS + 1,
+                                                    (len(buffer._corpus), 1))
+        buffer._corpus = replace(buffer._corpus, mask=np.arange(CELL_TOKENS) < lengths)
+        figures[f"{part}_padded"] = harvest_milliseconds(buffer, size, rounds)
     return figures
+
+
+def compiled_forward_figures(size: Size, rounds: int) -> dict[str, Any]:
+    """The model's pass and the buffer with each layer's attention compiled, which nothing uses."""
+    buffer = Training(size, None).run.buffer
+    before = harvest_milliseconds(buffer, size, rounds)
+    began = time.perf_counter()
+    for layer in decoder_layers(buffer._model):
+        layer.attention.compile(dynamic=True)  # type: ignore[operator, union-attr]
+    buffer._held = None
+    buffer.sites(0)
+    wait(size.device)
+    return {"seconds_to_compile_the_forward": time.perf_counter() - began,
+            "milliseconds_part_forward_and_buffer_as_it_is": before,
+            "milliseconds_part_forward_and_buffer_compiled":
+                harvest_milliseconds(buffer, size, rounds)}
 
 
 def memory_figure(name: str, size: Size) -> dict[str, float | None]:
@@ -318,13 +343,28 @@ def guarded(function: Callable[..., dict[str, Any]], arguments: tuple) -> dict[s
         return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:300]}"
 
 
-def apart(threads: int, function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What a function returns in a process of its own; without its figures if it fails there."""
+def apart(threads: int, until: float, function: Callable[..., dict[str, Any]], *arguments: Any
+          ) -> dict[str, Any]:
+    """What a function returns in a process of its own; without its figures if it fails there.
+
+    until: when it is ended, by the clock of `time.perf_counter`. Where there is a GPU, the process
+    is a copy of one that has imported everything; memory is measured in what begins empty.
+    """
     began = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (threads,)) as pool:
-        found = pool.apply(guarded, (function, arguments))
+    found: dict[str, Any] | str = "no time was left"
+    if began < until:
+        context: Any = multiprocessing.get_context("spawn")
+        if torch.cuda.is_available():
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(IMPORTED)
+        with context.Pool(1, torch.set_num_threads, (threads,)) as pool:
+            given = pool.apply_async(guarded, (function, arguments))
+            try:
+                found = given.get(min(until - began, 86400))
+            except multiprocessing.TimeoutError:
+                found = "ended at the limit"
     if isinstance(found, str):
-        print(f"{function.__name__}{arguments[1:]} failed: {found}", flush=True)
+        print(f"{function.__name__} failed: {found}", flush=True)
         return {f"failed_{function.__name__}": found}
     for key, value in found.items():
         print(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}", flush=True)
@@ -332,25 +372,30 @@ def apart(threads: int, function: Callable[..., dict[str, Any]], *arguments: Any
     return found
 
 
-def measure(size: Size, rounds: int, threads: int, quick: bool,
+def measure(size: Size, rounds: int, threads: int, quick: bool, until: float,
             write: Callable[[dict[str, Any]], None]) -> None:
     """All figures, each part in its own process, so that none holds memory of another."""
     few, on_gpu = max(2, rounds // 3), size.device == "cuda"
-    tasks: list[tuple] = [(step_figures, size, rounds), (training_figures, size, None, few)]
+    tasks: list[tuple] = [(training_figures, size, None, few), (step_figures, size, rounds)]
     if on_gpu:
         tasks += [(part_figures, size, few), (way_figures, size, few, WAYS)]
-    tasks += [(training_figures, size, ACTIVE, few), (peer_figures, size, few if quick else rounds)]
+    if sparsify_version():
+        tasks.append((sparsify_figures, size, few if quick else rounds))
+    tasks.append((autograd_figures, size, few if quick else rounds))
+    if on_gpu:
+        tasks.append((compiled_forward_figures, size, few))
+    tasks.append((training_figures, size, ACTIVE, few))
     if on_gpu:  # last: compiling them takes long
         slow: dict[str, dict[str, Any]] = {"compiled": {"fused": False}}
         slow |= {} if quick else {"compiled_1_layer": {"fused": False, "layers_at_once": 1}}
         tasks.append((way_figures, size, few, slow))
     for function, *arguments in tasks:
-        write(apart(threads, function, *arguments))
+        write(apart(threads, until, function, *arguments))
     if quick:
         return
     memory: dict[str, Any] = {}
     for name in ("step", "autograd", *(("topk", "sparsify") if sparsify_version() else ())):
-        memory |= apart(threads, memory_figure, name, size)
+        memory |= apart(threads, until, memory_figure, name, size)
     for peer, own in (("autograd", "step"), ("sparsify", "topk")):
         pair = memory.get(f"memory_mib_{peer}"), memory.get(f"memory_mib_{own}")
         memory[f"memory_ratio_vs_{peer}"] = pair[0] / pair[1] if all(pair) else None
@@ -367,9 +412,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=PAPER.batch_tokens, help="tokens in a step")
     parser.add_argument("--rounds", type=int, help="default: 20 on a GPU, 7 on a CPU")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no memory of peers")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for everything")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--output", default="results/bench/training.json")
     options = parser.parse_args()
+    until = time.perf_counter() + options.seconds
     size = Size("cuda" if on_gpu else "cpu", options.layers, options.sparsify_layers,
                 options.width, PAPER.expansion, options.tokens)
     if not on_gpu:
@@ -381,7 +428,7 @@ def main() -> None:
     figures: dict[str, Any] = {}
     about = {
         "layers": size.layers, "width": size.width, "features": size.features,
-        "tokens_per_step": size.tokens, "rounds": rounds,
+        "tokens_per_step": size.tokens, "rounds": rounds, "sparsify_n_layers": size.sparsify_layers,
         "peer": f"sparsify {sparsify_version()} SparseCoder, TopK k={K}, float32 weights, fused "
                 "Adam" if sparsify_version() else None,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
@@ -394,7 +441,7 @@ def main() -> None:
         figures.update(found)
         write_json(options.output, {**figures, **about})
 
-    measure(size, rounds, options.threads, options.quick, write)
+    measure(size, rounds, options.threads, options.quick, until, write)
 
 
 if __name__ == "__main__":

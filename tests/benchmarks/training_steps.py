@@ -6,7 +6,6 @@ where it was set; the work is the same.
 
 import importlib.util
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -101,8 +100,8 @@ def products(size: Size, n_layers: int, dtype: torch.dtype, at_once: int) -> Ste
 def parts(size: Size, dtype: torch.dtype) -> dict[str, Step]:
     """What a step on a GPU is made of, part by part, and what some parts stand in for (`_plain`).
 
-    Each runs on tensors that are there already. `adam_<n>`: with n programs only, as beside the
-    products. `copy_of_z`: reads and writes as much as activations take, for the memory's rate.
+    Each runs on tensors that are there already. `copy_of_z`: reads and writes as much as
+    activations take, for the memory's rate.
     """
     from scfm_circuits.transcoders.training import gpu_gradients
 
@@ -111,8 +110,8 @@ def parts(size: Size, dtype: torch.dtype) -> dict[str, Step]:
     stepper = Stepper(t, PAPER.loss, dtype, compiled=False, fused=True)
     fused = stepper._fused
     assert fused is not None
-    with fused.copied():
-        encoder, decoder = fused.copies["W_enc"], fused.copies["W_dec"]
+    fused.copy()
+    encoder, decoder = fused.copies["W_enc"], fused.copies["W_dec"]
     bias, z = t.b_enc.to(dtype), gpu_gradients.encoded(x, encoder, t.b_enc.to(dtype), Variant())
     outer = torch.bmm(z, decoder)
     inner, other = torch.bmm(outer, decoder.mT), torch.empty_like(z)
@@ -120,11 +119,11 @@ def parts(size: Size, dtype: torch.dtype) -> dict[str, Step]:
     chosen = torch.randperm(4 * size.tokens, device=size.device)[: size.tokens]
     fill = torch.randn(size.layers, 4 * size.tokens, size.width, device=size.device, dtype=dtype)
 
-    def adam(programs: int | None = None) -> None:
+    def adam() -> None:
         for name in ("W_enc", "W_dec"):
             gpu_gradients.adam(gradient, stepper.trained[name], stepper.mean[name],
-                          stepper.square[name], fused.copies[name], (RATE, 1.0),
-                          name == "W_dec", programs)
+                               stepper.square[name], fused.copies[name], (RATE, 1.0),
+                               name == "W_dec")
 
     def cut_plain() -> None:
         found = torch.ops.aten.threshold_backward(inner, z, 0)
@@ -132,8 +131,10 @@ def parts(size: Size, dtype: torch.dtype) -> dict[str, Step]:
         z.sum(dim=1, dtype=torch.float32)
 
     return {
-        "gather": lambda: (fill[:, chosen], fill[:, chosen]),
-        "centre": lambda: x - t.b_in.to(dtype)[:, None],
+        "gather": lambda: (fused.take(fill, chosen), fused.take(fill, chosen)),
+        "gather_plain": lambda: (fill[:, chosen], fill[:, chosen]),
+        "centre": lambda: gpu_gradients.rows(x, less=t.b_in.to(dtype)),
+        "centre_plain": lambda: x - t.b_in.to(dtype)[:, None],
         "encode": lambda: gpu_gradients.encoded(x, encoder, bias, Variant()),
         "encode_plain": lambda: torch.baddbmm(bias[:, None], x, encoder.mT).relu_(),
         "encode_product": lambda: torch.bmm(x, encoder.mT),
@@ -145,7 +146,6 @@ def parts(size: Size, dtype: torch.dtype) -> dict[str, Step]:
         "cut_plain": cut_plain,
         "encoder_gradient": lambda: torch.bmm(inner.mT, x),
         "adam": adam,
-        **{f"adam_{programs}": partial(adam, programs) for programs in (128, 256, 512, 1024)},
         "adam_plain": lambda: stepper._update(
             slice(None), {"W_enc": gradient, "W_dec": gradient}, RATE, 1),
         "casts": lambda: (t.W_enc.to(dtype), t.W_dec.to(dtype)),

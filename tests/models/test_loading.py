@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import LABELS, model_for, tiny_corpus, tiny_model, tiny_profile, tokens
+from pretended_gpu import pretended_gpu
 from safetensors.torch import load_file, save_file
 from tiny_architectures import FAMILIES, LLAMA_TYPE, tiny
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from scfm_circuits import InputError
 from scfm_circuits.common.profile import Profile
 from scfm_circuits.models import answers
+from scfm_circuits.models import mlp_sites as mlp_sites_module
 from scfm_circuits.models.answers import answer_prompt, held_out_answers, predict_answers
 from scfm_circuits.models.loading import check_vocabulary, get_model, load_model
 from scfm_circuits.models.mlp_sites import (
@@ -257,13 +259,22 @@ def test_next_token_loss_is_torchs_on_single_texts():
     np.testing.assert_allclose(together.numpy(), expected, rtol=1e-5)
 
 
-def test_products_are_coarser_on_a_gpu_within_the_block_alone():
-    with counting_precision(CPU):
-        assert torch.get_float32_matmul_precision() == "highest"
-    with pytest.raises(KeyError), counting_precision(torch.device("cuda")):
-        assert torch.get_float32_matmul_precision() == "high"
-        raise KeyError
-    assert torch.get_float32_matmul_precision() == "highest"
+def test_passes_are_coarser_and_fused_on_a_gpu_within_the_block_alone():
+    model = tiny_model()
+
+    def state() -> tuple[str, str]:
+        return torch.get_float32_matmul_precision(), model.config._attn_implementation
+
+    before = state()
+    assert before == ("highest", "eager")
+    with counting_precision(model):
+        assert state() == before
+    with pretended_gpu() as device, pytest.raises(KeyError):
+        model.to(device)
+        with counting_precision(model):
+            assert state() == ("high", "sdpa")
+            raise KeyError
+    assert state() == before
 
 
 def test_batches_hold_every_cell_once_in_the_given_order():
@@ -544,16 +555,36 @@ def test_answers_are_counted_by_true_type(monkeypatch: pytest.MonkeyPatch) -> No
     assert few.by_type["cells"].sum() == 4 < len(held_out)
 
 
+@pytest.mark.parametrize("runs", [32, 1], ids=["by runs of one length", "by rows"])
+@pytest.mark.parametrize("padding", ["none", "right", "between"])
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32], ids=str)
-def test_sites_are_written_where_they_are_wanted(kind):
+def test_sites_are_written_where_they_are_wanted(kind, padding, runs, monkeypatch):
     """Into the middle of a larger tensor, in its type; nothing else of it is touched."""
+    monkeypatch.setattr(mlp_sites_module, "RUNS", runs)
     model = tiny_model()
-    ids = torch.from_numpy(tokens(12).reshape(2, 6))
+    ids = torch.from_numpy(tokens(24).reshape(4, 6))
     mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[0, 4:] = False
+    if padding != "none":
+        mask[:2, 4:] = mask[2, 5:] = False
+    if padding == "between":
+        mask[3, 2] = False
+    n = int(mask.sum())
     expected = mlp_sites(model, ids, mask)
-    room = torch.full((2, 3, 14, 16), 7, dtype=kind)
-    found = mlp_sites(model, ids, mask, Sites(*room[:, :, 2:12]))
+    room = torch.full((2, 3, n + 4, 16), 7, dtype=kind)
+    found = mlp_sites(model, ids, mask, Sites(*room[:, :, 2 : n + 2]))
     for part, whole, its in zip(found, room, expected, strict=True):
         assert torch.equal(part, its.to(kind)) and part.data_ptr() == whole[:, 2:].data_ptr()
-        assert (whole[:, :2] == 7).all() and (whole[:, 12:] == 7).all()
+        assert (whole[:, :2] == 7).all() and (whole[:, n + 2 :] == 7).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_do_not_depend_on_padding_that_the_model_is_not_told_of(family):
+    """Right of the tokens, which no supported family lets them attend to."""
+    model = tiny(family)
+    model.set_attn_implementation("sdpa")
+    ids = torch.from_numpy(tokens(24).reshape(4, 6))
+    mask = torch.arange(6) < torch.tensor([3, 4, 4, 6])[:, None]
+    told, untold = (mlp_sites(model, ids, mask, masked=masked) for masked in (True, False))
+    other = mlp_sites(model, torch.where(mask, ids, 1), mask, masked=False)
+    for one, two, three in zip(told, untold, other, strict=True):
+        assert torch.allclose(one, two, rtol=0, atol=1e-6) and torch.equal(two, three)

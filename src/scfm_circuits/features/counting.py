@@ -206,7 +206,7 @@ def count_activations(model: "GPTNeoXForCausalLM", transcoders: Transcoders, cor
     _announce(size, n_tokens, n_contexts, totals.counts)
     bar = tqdm(total=n_tokens, desc="features", unit="token", unit_scale=True,
                disable=not progress)
-    with bar, counting_precision(device):
+    with bar, counting_precision(model):
         for rows, tokens, mask in batches(corpus, np.arange(len(corpus)), forward_cells, device):
             x = transcoders.variant.read(*mlp_sites(model, tokens, mask))
             batch = describe_batch(pairs[rows, : mask.shape[1]], mask)

@@ -5,6 +5,7 @@ Batches of prompts, activations at every MLP, and MLPs replaced by transcoders o
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,7 +16,12 @@ from torch.utils.hooks import RemovableHandle
 from scfm_circuits.models.architectures import decoder, decoder_layers
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from scfm_circuits.cells.corpus import Corpus
+
+RUNS = 32
+"""Copies of neighbouring cells up to which these are taken for those of single rows."""
 
 Replacement = Callable[[int, Tensor], Tensor]
 """From a layer and its MLP input (..., d_model) to what takes the MLP output's place."""
@@ -108,50 +114,89 @@ def zero_ablation(layer: int, inputs: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def counting_precision(device: torch.device) -> Iterator[None]:
-    """Within the block, a GPU's float32 products are TF32's: several times faster.
+def faster_attention(model: "PreTrainedModel") -> Iterator[None]:
+    """Within the block, the model's attention is PyTorch's fused one, which keeps no patterns."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def counting_precision(model: "PreTrainedModel") -> Iterator[None]:
+    """Within the block, a GPU's float32 products are TF32's, and its attention is fused: faster.
 
     For passes over all cells that count or average. Factors are rounded to 11 significant bits,
     bfloat16's to 8, in which transcoders are trained there. Circuits are not traced so: their sums
     would not close. On a CPU nothing changes.
     """
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
+    before, on_gpu = torch.get_float32_matmul_precision(), device_of(model).type == "cuda"
+    if on_gpu:
         torch.set_float32_matmul_precision("high")
     try:
-        yield
+        with faster_attention(model) if on_gpu else contextlib.nullcontext():
+            yield
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
-def mlp_sites(model: nn.Module, tokens: Tensor, mask: Tensor, into: Sites | None = None) -> Sites:
+def mlp_sites(model: nn.Module, tokens: Tensor, mask: Tensor, into: Sites | None = None, *,
+              masked: bool = True) -> Sites:
     """Inputs and outputs of all MLPs on the tokens that are not padding, from one forward pass.
 
     tokens, mask: (n, length). into: where they are written as the pass goes, in its type; None: to
-    memory of their own. No logits are computed.
+    memory of their own. masked: whether the model is told of the padding. Where that stands after
+    the tokens, as in a corpus, no token attends to it, so only the choice of attention's kernel
+    (and its last digits) depend on it. No logits are computed.
     """
     modules = mlps(model)
     seen: list[tuple[Tensor, Tensor]] = []
-    where = mask.flatten().nonzero()[:, 0]  # once: a GPU is waited for each time
+    keep = _kept_tokens(mask)
 
     def hook(layer: int) -> Callable:
         def kept(module: nn.Module, args: tuple, output: Tensor) -> None:
-            parts = args[0].flatten(0, 1), output.flatten(0, 1)
             if into is None:
-                seen.append((parts[0][where], parts[1][where]))
+                seen.append((keep(args[0]), keep(output)))
                 return
-            for part, to in zip(parts, into, strict=True):
-                if part.dtype == to.dtype:
-                    torch.index_select(part, 0, where, out=to[layer])
-                else:
-                    to[layer] = part[where]
+            for part, to in zip((args[0], output), into, strict=True):
+                keep(part, to[layer])
 
         return kept
 
     with hooked(module.register_forward_hook(hook(layer)) for layer, module in enumerate(modules)):
-        decoder(model)(input_ids=tokens, attention_mask=mask, use_cache=False)
+        decoder(model)(input_ids=tokens, attention_mask=mask if masked else None,
+                       use_cache=False)
     if into is not None:
         return into
     inputs, outputs = zip(*seen, strict=True)
     return Sites(torch.stack(inputs), torch.stack(outputs))
+
+
+def _kept_tokens(mask: Tensor) -> Callable[..., Tensor]:
+    """keep(part, out=None): the tokens of (n, length, d_model) that are not padding.
+
+    Into `out` neighbouring cells of one length, padded on the right, go in one copy: in the
+    buffer's order by length there are few such runs, and a GPU takes single rows much slower.
+    """
+    where = mask.flatten().nonzero()[:, 0]  # once: a GPU is waited for each time
+    lengths = mask.sum(dim=1).tolist()
+    right = bool(torch.equal(mask, torch.arange(mask.shape[1], device=mask.device)
+                             < mask.sum(dim=1)[:, None]))
+    runs = [(length, len(list(cells))) for length, cells in groupby(lengths)]
+
+    def keep(part: Tensor, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            return part.flatten(0, 1)[where]
+        if not right or len(runs) > RUNS:
+            return out.copy_(part.flatten(0, 1)[where])
+        cell = row = 0
+        for length, cells in runs:
+            to = out[row : row + cells * length].view(cells, length, -1)
+            to.copy_(part[cell : cell + cells, :length])
+            cell, row = cell + cells, row + cells * length
+        return out
+
+    return keep

@@ -142,7 +142,7 @@ def scores_by_cell(model: "GPTNeoXForCausalLM", chosen: Sequence[Configuration],
     for rows, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
         where = slice(done, done + len(rows))
         done += len(rows)
-        with counting_precision(tokens.device):
+        with counting_precision(model):
             per_cell[:, :, where], predictions[where] = _scores(model, chosen, tokens, mask)
         bar.update(len(rows))
     bar.close()
@@ -239,7 +239,7 @@ def fraction_of_variance_unexplained(model: "GPTNeoXForCausalLM", transcoders: T
     error = np.zeros(transcoders.n_layers)
     variance = OutputVariance(transcoders.n_layers, transcoders.d_model)
     for _, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
-        with counting_precision(tokens.device):
+        with counting_precision(model):
             x, y = mlp_sites(model, tokens, mask)
             variance.add(y)
             for layer in range(transcoders.n_layers):  # the activations of one layer at a time

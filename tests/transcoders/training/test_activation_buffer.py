@@ -29,7 +29,7 @@ def numbered(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> Corpus:
     n = corpus.tokens.size
     marked = replace(corpus, tokens=np.arange(n).reshape(corpus.tokens.shape))
 
-    def fake_sites(model: Any, ids: Tensor, mask: Tensor, into: Sites) -> Sites:
+    def fake_sites(model: Any, ids: Tensor, mask: Tensor, into: Sites, **_: Any) -> Sites:
         number = ids[mask].float()[None, :, None].expand(2, -1, 16)
         layer = torch.arange(2)[:, None, None] * 10_000
         into.inputs[:], into.outputs[:] = number + layer, -number - layer
@@ -112,9 +112,9 @@ def test_batches_from_any_step_are_those_of_the_whole_run(first):
 def test_a_corpus_that_fits_is_harvested_once(model, corpus, profile, monkeypatch):
     calls: list[int] = []
 
-    def counted(model: Any, ids: Tensor, mask: Tensor, into: Sites) -> Sites:
+    def counted(model: Any, ids: Tensor, mask: Tensor, into: Sites, **more: Any) -> Sites:
         calls.append(len(ids))
-        return mlp_sites(model, ids, mask, into)
+        return mlp_sites(model, ids, mask, into, **more)
 
     monkeypatch.setattr(activation_buffer, "mlp_sites", counted)
     buffer = ActivationBuffer(model, corpus, profile.model_copy(update={"buffer_tokens": 100_000}))
@@ -183,9 +183,9 @@ def forwards(ranks: Ranks, model: Any, corpus: Corpus, profile: Profile) -> int:
     calls: list[int] = []
     real = mlp_sites
 
-    def counted(model: Any, ids: Tensor, mask: Tensor, into: Sites | None) -> Sites:
+    def counted(model: Any, ids: Tensor, mask: Tensor, into: Sites | None, **more: Any) -> Sites:
         calls.append(len(ids))
-        return real(model, ids, mask, into)
+        return real(model, ids, mask, into, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(activation_buffer, "mlp_sites", counted)

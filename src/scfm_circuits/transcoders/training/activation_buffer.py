@@ -10,9 +10,8 @@ training can go on from any step as if it had not been interrupted.
 Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,7 +19,14 @@ import torch
 from torch import Tensor
 
 from scfm_circuits.common.randomness import generator
-from scfm_circuits.models.mlp_sites import Sites, batches, device_of, mlp_sites, mlps
+from scfm_circuits.models.mlp_sites import (
+    Sites,
+    batches,
+    device_of,
+    faster_attention,
+    mlp_sites,
+    mlps,
+)
 from scfm_circuits.transcoders.training.processes import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -29,8 +35,16 @@ if TYPE_CHECKING:
     from scfm_circuits.cells.corpus import Corpus
     from scfm_circuits.common.profile import Profile
 
-PASS_TOKENS = 32_768
+PASS_TOKENS = 65_536
 """Tokens in one pass of the model on a GPU, if `forward_cells` is not more."""
+
+
+Take = Callable[[Tensor, Tensor], Tensor]
+
+
+def taken(part: Tensor, chosen: Tensor) -> Tensor:
+    """Some tokens of what is (n_layers, n_tokens, d_model)."""
+    return part[:, chosen]
 
 
 class Batch(NamedTuple):
@@ -39,9 +53,9 @@ class Batch(NamedTuple):
     fill: Sites
     chosen: Tensor
 
-    def sites(self, layers: slice = slice(None)) -> Sites:
-        """Inputs and outputs of some layers on the batch's tokens."""
-        return Sites(self.fill.inputs[layers, self.chosen], self.fill.outputs[layers, self.chosen])
+    def sites(self, layers: slice = slice(None), take: Take = taken) -> Sites:
+        """Inputs and outputs of some layers on the batch's tokens. take: as `taken`."""
+        return Sites(*(take(part[layers], self.chosen) for part in self.fill))
 
 
 class ActivationBuffer:
@@ -63,8 +77,9 @@ class ActivationBuffer:
         wanted = math.ceil(profile.buffer_tokens / mean_length)
         self.cells_per_fill = min(len(self._train), wanted)
         # A GPU is given so much at once that it, not the host, sets the pace.
-        at_least = int(PASS_TOKENS / mean_length) if device_of(model).type == "cuda" else 0
-        self.cells_per_pass = max(profile.forward_cells, at_least)
+        at_once = PASS_TOKENS / mean_length if device_of(model).type == "cuda" else 1
+        passes = max(1, round(self.cells_per_fill / at_once))  # of equal size
+        self.cells_per_pass = max(profile.forward_cells, math.ceil(self.cells_per_fill / passes))
         self._held: tuple[int, Sites] | None = None
         self._storage: Sites | None = None
 
@@ -131,7 +146,8 @@ class ActivationBuffer:
         """Activations of all layers on some cells, from one pass of the model (see `mlp_sites`)."""
         for _, tokens, mask in batches(self._corpus, cells, max(1, len(cells)),
                                        device_of(self._model)):
-            return mlp_sites(self._model, tokens, mask, into)
+            # Told of padding, a GPU would not take its fastest attention.
+            return mlp_sites(self._model, tokens, mask, into, masked=not tokens.is_cuda)
         none = torch.empty((len(mlps(self._model)), 0, self._model.config.hidden_size),
                            device=device_of(self._model),
                            dtype=next(self._model.parameters()).dtype)
@@ -163,14 +179,3 @@ class ActivationBuffer:
             for batch in range(skip, self.n_batches(fill)):
                 yield Batch(held, permutation[batch * size : (batch + 1) * size])
             fill, skip = fill + 1, 0
-
-
-@contextlib.contextmanager
-def faster_attention(model: "PreTrainedModel") -> Iterator[None]:
-    """Within the block, the model's attention is PyTorch's fused one, which keeps no patterns."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

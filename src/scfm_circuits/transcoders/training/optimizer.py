@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from scfm_circuits.common.randomness import torch_seed
+from scfm_circuits.transcoders.training.activation_buffer import Take, taken
 from scfm_circuits.transcoders.training.gradients import (
     BETAS,
     EPSILON,
@@ -47,15 +48,15 @@ class Stepper:
     precision: type of the products (the weights and Adam stay as they are). layers_at_once: layers
     that share each product; None: one on a CPU, all on a GPU. fused: whether the kernels of
     `gpu_gradients` are used, where the variant and the weights' type allow it; None: on a GPU.
-    beside: programs of its Adam that run beside the next products. compiled: whether the two
-    functions are compiled; None: on a GPU. A compiler that cannot is said once, and done without.
+    compiled: whether the two functions are compiled; None: on a GPU. A compiler that cannot is said
+    once, and done without.
     sparse: whether a CPU may go over active entries only, where these are few (`sparse_gradients`).
     """
 
     def __init__(self, transcoders: Transcoders, loss: str,
                  precision: torch.dtype | None = None, layers_at_once: int | None = None,
                  compiled: bool | None = None, sparse: bool = True,
-                 fused: bool | None = None, beside: int = 0) -> None:
+                 fused: bool | None = None) -> None:
         check_loss(loss)
         self.transcoders, self.loss = transcoders, loss
         # Detached, not `.data`: what changes a weight elsewhere is counted here too.
@@ -70,7 +71,7 @@ class Stepper:
         if on_gpu if compiled is None else compiled:
             self._compiled = {function: torch.compile(function, dynamic=False)
                               for function in (gradients, adam_rows)}
-        self._fused = self._kernels(beside) if (on_gpu if fused is None else fused) else None
+        self._fused = self._kernels() if (on_gpu if fused is None else fused) else None
         self._sparse = None
         if sparse and not on_gpu and self.precision == transcoders.W_enc.dtype and (
                 self.layers_at_once == 1 and transcoders.activation.threshold != "trained"):
@@ -79,7 +80,7 @@ class Stepper:
 
                 self._sparse = sparse_gradients
 
-    def _kernels(self, beside: int) -> "GpuStep | None":
+    def _kernels(self) -> "GpuStep | None":
         """The kernels for a GPU; None, and a sentence, if they cannot be had."""
         t = self.transcoders
         if t.W_enc.dtype != torch.float32:
@@ -89,12 +90,17 @@ class Stepper:
 
             if t.variant.activation not in ACTIVATIONS:
                 return None
-            return GpuStep(self.trained, self.mean, self.square, self.precision, beside)
+            return GpuStep(self.trained, self.mean, self.square, self.precision)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # see `_call`
             print(f"The kernels for a GPU are done without ({_reason(error)}).")
             return None
+
+    @property
+    def take(self) -> Take:
+        """How a batch's tokens are taken out of the buffer."""
+        return taken if self._fused is None else self._fused.take
 
     def slices(self) -> Iterator[slice]:
         """The layers that pass together."""
@@ -110,9 +116,10 @@ class Stepper:
         layers. rate: learning rate. number: which step this is, from 1. measured: whether losses,
         L0 and FVU are wanted (see `gradients`).
         """
-        with self._fused.copied() if self._fused is not None else contextlib.nullcontext():
-            found = [self._step(layers, *sites(layers), rate, l1_coefficient, number, measured)
-                     for layers in self.slices()]
+        if self._fused is not None:
+            self._fused.copy()
+        found = [self._step(layers, *sites(layers), rate, l1_coefficient, number, measured)
+                 for layers in self.slices()]
         if len(found) == 1:
             return found[0]
         return Measures(

@@ -188,8 +188,9 @@ class TrainingRun:
     def train_step(self, batch: Batch, *, log: bool) -> dict[str, Any] | None:
         """One optimizer step of all layers; returns measurements if `log`."""
         found = self.stepper.step(
-            lambda layers: self._sites(batch.sites(layers)), self.learning_rate(self.step),
-            self.l1_coefficient(self.step), self.step + 1, measured=log)
+            lambda layers: self._sites(batch.sites(layers, self.stepper.take)),
+            self.learning_rate(self.step), self.l1_coefficient(self.step), self.step + 1,
+            measured=log)
         self.tokens_since_fired += len(batch.chosen)
         self.tokens_since_fired.masked_fill_(found.fired, 0)
         self.step += 1

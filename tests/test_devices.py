@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
-from helpers import TRAINING, model_for, tiny_corpus, tiny_profile, tiny_transcoders
+from helpers import TRAINING, logit_targets, model_for, tiny_corpus, tiny_profile, tiny_transcoders
 from pretended_gpu import OnGpu, pretended_gpu
 from torch import Tensor
 
@@ -29,9 +29,9 @@ from scfm_circuits.circuits.attribution import (
     freeze,
     logit_direction,
 )
-from scfm_circuits.circuits.graph import attribution_graph, feature_target, logit_targets
-from scfm_circuits.circuits.graph_scores import completeness_score, endings, prune
-from scfm_circuits.circuits.interventions import FeatureAt, compare
+from scfm_circuits.circuits.graph import attribution_graph, feature_target
+from scfm_circuits.circuits.graph_scores import completeness_score, effect_ends, prune
+from scfm_circuits.circuits.interventions import FeatureAt, compare_interventions
 from scfm_circuits.circuits.search import (
     gene_contributions,
     strongest_at_end,
@@ -234,7 +234,7 @@ def test_a_graph(gpu: torch.device) -> None:
             frozen, position, most=3)]
         whole = attribution_graph(frozen, targets, max_features=12, edges_per_row=50, batch=5)
         return [(one.weights, one.value, one.constant, one.dropped_absolute, abs(one.matrix).sum(),
-                 [node.id for node in one.nodes], completeness_score(one), endings(one))
+                 [node.id for node in one.nodes], completeness_score(one), effect_ends(one))
                 for one in (whole, prune(whole))]
     on_both(gpu, work, relative=1e-7)
 
@@ -248,7 +248,7 @@ def test_interventions(gpu: torch.device, variant: Variant) -> None:
                             int(corpus.answer_start[2]))
         chosen = [FeatureAt(node.layer, node.index, node.position) for node in
                   circuit.nodes.values() if node.kind == "feature" and node.id != circuit.target]
-        return means, [one._asdict() for one in compare(
+        return means, [one._asdict() for one in compare_interventions(
             model, frozen, chosen, FeatureAt(2, feature, position),
             feature_direction(frozen, 2, feature, position), means, kinds,
             np.random.default_rng(1), draws=2)]

@@ -309,7 +309,7 @@ def test_the_program_says_once_that_there_are_too_few_gpus(tmp_path, gpus):
                  for rank in range(2)]
     for process in processes:
         process.join(60)
-    assert [process.exitcode for process in processes] == [2, 2]
+    assert [process.exitcode for process in processes] == [1, 1]
     assert errors[0].read_text().startswith("2 processes were started") and not errors[
         1].read_text()
 

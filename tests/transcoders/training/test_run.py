@@ -667,7 +667,7 @@ def test_the_program_logs_as_the_chapter_does(program, monkeypatch):
     (["--profile", "nowhere"], "There is no profile 'nowhere'"),
 ])
 def test_what_a_person_can_mend_is_one_line(program, capsys, given, message):
-    assert program(*given) == 2
+    assert program(*given) == 1
     said = capsys.readouterr().err
     assert message in said and len(said.splitlines()) == 1
 

@@ -53,8 +53,6 @@ class Scratch(NamedTuple):
     side by side."""
     length: NDArray[np.int32]
     """List length that `p` was computed for, 0 for none, (n_cells,)."""
-    distinct: NDArray[np.int32]
-    """Cells in use, each once; one place more than there are terms."""
     members: NDArray[np.int32]
     """Terms of the list in each cell, (n_cells,)."""
 
@@ -69,7 +67,6 @@ def scratch(terms: TermIndex) -> Scratch:
         cell=np.empty(n_terms, np.int32),
         p=np.empty(n_cells, np.float64),
         length=np.zeros(n_cells, np.int32),
-        distinct=np.empty(n_terms + 1, np.int32),
         members=np.zeros(n_cells, np.int32),
     )
 
@@ -190,16 +187,17 @@ def _find_cells(genes, n, terms, setting, work):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _distinct_cells(hits, work):  # type: ignore[no-untyped-def]
-    """The cells in use, by p, and how many terms each has; `_count_overlaps` tells of the trick."""
-    n = 0
+def _sorted_cells(hits, work):  # type: ignore[no-untyped-def]
+    """The cells in use, by p, and how many terms each has."""
+    last = 0
     for cell in work.cell[:hits]:
-        work.distinct[n] = cell
-        n += work.members[cell] == 0
         work.members[cell] += 1
-    cells = work.distinct[:n][np.argsort(work.p[work.distinct[:n]])]
+        last = max(last, cell)
+    used = np.flatnonzero(work.members[: last + 1])
+    # Of one overlap p ascends with size, so these are a few sorted runs: quick work for merging.
+    cells = used[np.argsort(work.p[used], kind="mergesort")]
     members = work.members[cells]
-    work.members[cells] = 0
+    work.members[used] = 0
     return cells, members
 
 
@@ -234,7 +232,7 @@ def score_lists(order, lists, terms, setting, work, result):  # type: ignore[no-
         result.n_hit[i] = hits
         if hits == 0:
             continue
-        cells, members = _distinct_cells(hits, work)
+        cells, members = _sorted_cells(hits, work)
         p = work.p[cells]
         result.min_p[i] = p[0]
         if np.isnan(p).any():

@@ -217,7 +217,7 @@ def suite(options: Options) -> Child:
     """The unit tests on the processor."""
     words = ["-m", "pytest", "-n", str(options.workers), "-rfE", "-p", "no:cacheprovider", "tests"]
     if find_spec("jupyter_book") is None:  # one test builds pages
-        words += ["--ignore", "tests/test_own_cells.py"]
+        words += ["--ignore", "tests/book/test_own_cells.py"]
     if options.small:
         words += ["-k", "test_transcoder or test_distributed and gpu"]
     return Child(words, options.work / "suite.log")
@@ -393,6 +393,8 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 4))
     parser.add_argument("--cells", type=int, default=Size().cells, help="cells of the rehearsal")
     parser.add_argument("--tokens", type=int, default=Size().tokens, help="tokens it trains on")
+    parser.add_argument("--width", type=int, default=Size().width, help="width of its model; a "
+                        "narrow one takes less time, at the same number of layers")
     parser.add_argument("--output", type=Path, default=ROOT / "results/bench/gpu_check.json")
     parser.add_argument("--work", type=Path, help="folder for stand-ins and logs (default: a "
                         "temporary one, removed at the end)")
@@ -400,7 +402,8 @@ def main(given: Sequence[str] | None = None) -> int:
     parts = tuple(part for part in PARTS if part in chosen.parts.split(","))
     if unknown := set(chosen.parts.split(",")) - set(PARTS):
         parser.error(f"there is no part {min(unknown)!r}; parts are {', '.join(PARTS)}")
-    size = SMALL if chosen.small else Size(cells=chosen.cells, tokens=chosen.tokens)
+    size = SMALL if chosen.small else Size(cells=chosen.cells, tokens=chosen.tokens, width=chosen.width,
+                                       heads=max(1, chosen.width // 64))
     with tempfile.TemporaryDirectory() as temporary:
         work = (chosen.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)

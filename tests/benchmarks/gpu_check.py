@@ -402,8 +402,9 @@ def main(given: Sequence[str] | None = None) -> int:
     parts = tuple(part for part in PARTS if part in chosen.parts.split(","))
     if unknown := set(chosen.parts.split(",")) - set(PARTS):
         parser.error(f"there is no part {min(unknown)!r}; parts are {', '.join(PARTS)}")
-    size = SMALL if chosen.small else Size(cells=chosen.cells, tokens=chosen.tokens, width=chosen.width,
-                                       heads=max(1, chosen.width // 64))
+    size = SMALL if chosen.small else Size(
+        cells=chosen.cells, tokens=chosen.tokens, width=chosen.width,
+        heads=max(1, chosen.width // 64))
     with tempfile.TemporaryDirectory() as temporary:
         work = (chosen.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)

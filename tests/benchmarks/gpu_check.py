@@ -399,6 +399,8 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, help="folder for stand-ins and logs (default: a "
                         "temporary one, removed at the end)")
     chosen = parser.parse_args(given)
+    if chosen.cells < Size().cells:
+        parser.error(f"with fewer than {Size().cells} cells none of the traced type is held out")
     parts = tuple(part for part in PARTS if part in chosen.parts.split(","))
     if unknown := set(chosen.parts.split(",")) - set(PARTS):
         parser.error(f"there is no part {min(unknown)!r}; parts are {', '.join(PARTS)}")

@@ -216,7 +216,7 @@ const set = (text, value) => {
 };
 const press = (text) => all("button").find((one) => one.textContent === text).click();
 async function until(test) {
-  for (let wait = 0; wait < 400 && !test(); wait++) await pause(25);
+  for (let wait = 0; wait < 4000 && !test(); wait++) await pause(25);
   if (!test()) throw new Error(`never: ${test}`);
 }
 async function drive() {

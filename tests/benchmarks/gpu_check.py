@@ -219,7 +219,7 @@ def suite(options: Options) -> Child:
     if find_spec("jupyter_book") is None:  # one test builds pages
         words += ["--ignore", "tests/book/test_own_cells.py"]
     if options.small:
-        words += ["-k", "test_transcoder or test_distributed and gpu"]
+        words += ["-k", "test_transcoder or test_processes and gpu"]
     return Child(words, options.work / "suite.log")
 
 

@@ -26,9 +26,9 @@ from scfm_circuits.book.first_profile import (
     profile_text,
     write_profile,
 )
-from scfm_circuits.cells import h5ad
 from scfm_circuits.cells.corpus import split_cells
 from scfm_circuits.cells.reading import draw_cells
+from scfm_circuits.cells.symbols import SYMBOL_COLUMNS
 from scfm_circuits.common.profile import ROOT, Profile, load_profile
 
 SYMBOLS = ["CD3D", "MS4A1", "LYZ", "NKG7"]
@@ -167,7 +167,7 @@ def test_ensembl_identifiers_in_the_index(tmp_path: Path) -> None:
     assert profile.symbol_column == "Feature_Name" and cells.symbols == tuple(SYMBOLS)
 
 
-@pytest.mark.parametrize("column", h5ad.SYMBOL_COLUMNS)
+@pytest.mark.parametrize("column", SYMBOL_COLUMNS)
 def test_writer_and_reader_know_the_same_columns(tmp_path: Path, column: str) -> None:
     data = some_data(names=ENSEMBL)
     data.var["another"] = ["A", "B", "C", "D"]

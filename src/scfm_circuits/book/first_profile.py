@@ -17,7 +17,8 @@ import numpy as np
 import yaml
 
 from scfm_circuits import InputError
-from scfm_circuits.cells.h5ad import open_h5ad, possible_symbols, symbol_columns, unreadable
+from scfm_circuits.cells.h5ad import open_h5ad, unreadable
+from scfm_circuits.cells.symbols import possible_symbols, symbol_columns
 from scfm_circuits.common.files import write_atomic
 from scfm_circuits.common.profile import PROFILES, Name, Profile, load_profile
 

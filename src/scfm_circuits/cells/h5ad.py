@@ -1,12 +1,9 @@
 """Opening an `.h5ad` file without loading it: obs and var whole, expression by rows.
 
-And where in `var` gene symbols may be, for those who read the file and for a look into it.
-
 Row-ordered (csr) and dense matrices are read in chunks of rows. A column-ordered (csc) matrix has
 no rows to read one after the other: it is loaded whole up to `_CSC_VALUES` values.
 """
 
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,13 +22,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{6,}", re.IGNORECASE)
-"""The beginning of a gene's Ensembl identifier, of any species."""
-SYMBOL_COLUMNS = ("gene_name-new", "feature_name", "gene_symbol", "gene_symbols", "symbol",
-                  "symbols", "hgnc_symbol", "gene_name", "gene_names", "gene_short_name", "name",
-                  "names")
-"""Columns of `var` that are known to hold gene symbols, in any case, the surest first. The first is
-the Heart Cell Atlas's own."""
 _CHUNK_ROWS = 4096
 _CSC_VALUES = 200_000_000
 
@@ -97,30 +87,6 @@ def open_h5ad(path: Path) -> Opened:
             file.close()
             raise
     return Opened(obs, matrices, file.close)
-
-
-def symbol_columns(variables: "pd.DataFrame") -> list[str]:
-    """The columns of a var table that are known to hold gene symbols, the surest first."""
-    return [column for name in SYMBOL_COLUMNS for column in variables.columns
-            if isinstance(column, str) and column.lower() == name]
-
-
-def possible_symbols(variables: "pd.DataFrame", column: str | None) -> list[str]:
-    """A column's entries, or for None the index's, in capitals if they may be gene symbols.
-
-    Otherwise nothing: one is missing or not one word, most are identifiers, or there are too few
-    different ones.
-    """
-    entries = variables.index.to_series() if column is None else variables[column]
-    if entries.isna().any() or entries.dtype.kind in "biufcmM":
-        return []
-    words = [str(entry).strip().upper() for entry in entries]
-    if any(word in ("", "NAN", "NONE", "<NA>") or re.search(r"\s", word) for word in words):
-        return []
-    # Something like `biotype` has few values for many genes.
-    several = column is None or len(words) < 20 or len(set(words)) > len(words) / 2
-    foreign = sum(bool(ENSEMBL.match(word)) or word.isdigit() for word in words)
-    return words if several and foreign <= len(words) / 2 else []
 
 
 def _lazy(place: Any) -> Any:

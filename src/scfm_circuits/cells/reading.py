@@ -5,8 +5,7 @@ Cell sentences rank genes within a cell, so any increasing transformation of a c
 centred or scaled per gene. Negative values give that away and are refused.
 """
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,16 +13,9 @@ import numpy as np
 import scipy.sparse as sp
 
 from scfm_circuits import InputError
-from scfm_circuits.cells.h5ad import (
-    ENSEMBL,
-    Opened,
-    in_memory,
-    open_h5ad,
-    possible_symbols,
-    row_chunks,
-    symbol_columns,
-)
+from scfm_circuits.cells.h5ad import Opened, in_memory, open_h5ad, row_chunks
 from scfm_circuits.cells.ranking import top_genes
+from scfm_circuits.cells.symbols import gene_symbols, merge_duplicates
 from scfm_circuits.common.profile import BUNDLED_CELLS, PLANTED_CELLS, ROOT, Profile, cells_path
 from scfm_circuits.common.randomness import generator
 
@@ -90,7 +82,7 @@ def read_chunks(profile: Profile, take: Take) -> About:
 class _Parts(NamedTuple):
     """What of opened cells can be checked without reading their expression.
 
-    join, decisions: as from `_merge_duplicates`.
+    join, decisions: as from `merge_duplicates`.
     """
 
     matrix: Any
@@ -103,12 +95,12 @@ class _Parts(NamedTuple):
 def _parts(data: Opened, profile: Profile) -> _Parts:
     where = profile.cells
     matrix, variables = _matrix(data, profile.matrix, where)
-    symbols, decisions = _symbols(variables, profile.symbol_column, where)
+    symbols, decisions = gene_symbols(variables, profile.symbol_column, where)
     labels = _labels(data.obs, profile.label_column, where)
     if 0 in matrix.shape:
         raise InputError(f"{where} holds {matrix.shape[0]} cells and {matrix.shape[1]} genes; "
                          "there is nothing to read.")
-    symbols, join, merged = _merge_duplicates(symbols, profile.duplicate_symbols, where)
+    symbols, join, merged = merge_duplicates(symbols, profile.duplicate_symbols, where)
     return _Parts(matrix, symbols, join, labels, decisions + merged)
 
 
@@ -230,53 +222,6 @@ def _matrix(data: Opened, name: str, where: str) -> tuple[Any, "pd.DataFrame"]:
     raise InputError(f"{where} has no {missing}; {mend}.")
 
 
-def _symbols(variables: "pd.DataFrame", column: str | None, where: str
-             ) -> tuple[list[str], list[str]]:
-    """Upper-case symbols of all columns; refuses Ensembl identifiers and empty names."""
-    if column is None:
-        raw = variables.index.to_series().astype(str)
-    elif column in variables.columns:
-        raw = variables[column].astype(str)
-    else:
-        known = ", ".join(map(str, variables.columns)) or "none"
-        raise InputError(f"{where} has no var column {column!r} for gene symbols; the columns are "
-                         f"{known}; set `symbol_column` in the profile.")
-    decisions = [f"Symbols are taken from the var column {column}."] if column else []
-    if _mostly_ensembl(raw):
-        usable = [name for name in symbol_columns(variables)
-                  if not _mostly_ensembl(variables[name].astype(str))]
-        if usable:
-            # If none is whole, what the first one lacks is told below.
-            found = next((name for name in usable if possible_symbols(variables, name)), usable[0])
-            decisions = [f"{column or 'The var index'} holds Ensembl identifiers; symbols are "
-                         f"taken from the var column {found}."]
-            column = found
-            raw = variables[column].astype(str)
-    symbols = [symbol.strip().upper() for symbol in raw]
-    missing = sum(symbol in ("", "NAN", "NONE", "<NA>") for symbol in symbols)
-    if missing:
-        raise InputError(f"{where} has {missing:,} genes without a symbol in "
-                         f"{column or 'the var index'}; fill them or set `symbol_column`.")
-    if any(re.search(r"\s", symbol) for symbol in symbols):
-        bad = next(symbol for symbol in symbols if re.search(r"\s", symbol))
-        raise InputError(f"{where} has a gene symbol with a space in it ({bad!r}); a sentence "
-                         "separates genes by spaces, so rename it.")
-    if _mostly_ensembl(symbols):
-        known = ", ".join(map(str, variables.columns)) or "none"
-        raise InputError(f"{where} names its genes by Ensembl identifiers, not symbols; set "
-                         f"`symbol_column` in the profile to a var column with symbols "
-                         f"(columns: {known}).")
-    # An identifier among symbols is a gene without one; its version is not part of its name.
-    return [symbol.split(".")[0] if ENSEMBL.match(symbol) else symbol for symbol in symbols
-            ], decisions
-
-
-def _mostly_ensembl(names: Iterable[str]) -> bool:
-    """Whether more than half of the names are Ensembl identifiers."""
-    found = [bool(ENSEMBL.match(name)) for name in names]
-    return sum(found) > len(found) / 2
-
-
 def _labels(observations: "pd.DataFrame", column: str, where: str) -> np.ndarray:
     if column not in observations.columns:
         known = ", ".join(map(str, observations.columns)) or "none"
@@ -302,27 +247,3 @@ def _checked(matrix: Any, where: str) -> sp.csr_matrix:
     sparse.eliminate_zeros()
     sparse.sort_indices()
     return sparse
-
-
-def _merge_duplicates(symbols: list[str], rule: str, where: str
-                      ) -> tuple[list[str], sp.csr_matrix | None, list[str]]:
-    """Repeated symbols refused, numbered, or joined: (symbols, join, decisions).
-
-    join: None, or (n_columns, n_symbols); expression times it adds up columns of one symbol.
-    """
-    unique, inverse, counts = np.unique(symbols, return_inverse=True, return_counts=True)
-    if len(unique) == len(symbols):
-        return symbols, None, []
-    repeated = unique[counts > 1]
-    if rule == "error":
-        named = ", ".join(repeated[:3])
-        raise InputError(f"{where} has {len(repeated):,} gene symbols more than once (such as "
-                         f"{named}); set `duplicate_symbols: sum` in the profile to add them up.")
-    if rule == "unique":
-        import pandas as pd
-        from anndata.utils import make_index_unique
-
-        return (make_index_unique(pd.Index(symbols)).tolist(), None,
-                [f"{len(repeated):,} repeated symbols were numbered (A, A-1, ...)."])
-    join = sp.csr_matrix((np.ones(len(symbols), np.float32), (np.arange(len(symbols)), inverse)))
-    return unique.tolist(), join, [f"{len(repeated):,} repeated symbols were added up."]

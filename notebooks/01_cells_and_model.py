@@ -44,7 +44,9 @@ chapter.not_comparable()
 #
 # The paper uses Heart Cell Atlas v2 {cite:p}`kanemaru2023spatially` and holds out 10 % of it. This run
 # uses {glue:text}`cells.name`: {glue:text}`cells.total` cells, of which {glue:text}`cells.held_out`
-# are held out. The split is by cell, so that nothing of a held-out cell is ever trained on.
+# are held out. The split is by cell, so that nothing of a held-out cell is ever trained on. Labels
+# are read on one line: single spaces, none at the ends, no unseen characters, and letters in Unicode's
+# composed form (NFC). Where that changed a label or made two of them one, the table below says so.
 
 # %% tags=["hide-input"]
 chapter.values({"cells.name": chapter.profile.cells_name, "cells.total": len(corpus),
@@ -113,10 +115,11 @@ chapter.figure("language_model_training", training_curve(curve.step, curve.loss)
 # ### How often does it name the right type?
 #
 # The model answers the prompts of {glue:text}`model.asked` held-out cells in its own words, the
-# likeliest token at a time, and an answer counts as right if it is the cell's label to the letter (a
-# model that was taught other labels than the cells carry cannot be right in this sense). Always answering the commonest
-# type would be right for {glue:text}`model.majority_percent` % of these cells. The model is right
-# for {glue:text}`model.accuracy_percent` %.
+# likeliest token at a time, with room for the longest label. An answer counts as right if it is the
+# cell's label to the letter (a model that was taught other labels than the cells carry cannot be right
+# in this sense). Always answering the commonest type would be right for
+# {glue:text}`model.majority_percent` % of these cells. The model is right for
+# {glue:text}`model.accuracy_percent` %.
 
 # %% tags=["hide-input"]
 answers = held_out_answers(model, corpus, chapter.profile.seed)

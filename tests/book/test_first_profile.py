@@ -29,6 +29,7 @@ from scfm_circuits.book.first_profile import (
 from scfm_circuits.cells.corpus import split_cells
 from scfm_circuits.cells.reading import draw_cells
 from scfm_circuits.cells.symbols import SYMBOL_COLUMNS
+from scfm_circuits.common.labels import normal_label
 from scfm_circuits.common.profile import ROOT, Profile, load_profile
 
 SYMBOLS = ["CD3D", "MS4A1", "LYZ", "NKG7"]
@@ -239,7 +240,7 @@ def test_a_file_without_labels(tmp_path: Path) -> None:
     assert "no usable column" in refusal(tmp_path, some_data(n_genes=range(60)))
 
 
-ODD = ["<b onclick=x>T", "a: b # c", "it's \"quoted\"", "two\nlines", "1e-4", "null", "\u2028x",
+ODD = ["<b onclick=x>T", "a: b # c", "it's \"quoted\"", "two\nlines", "1e-4", "yes", "\u2028x",
        "- y", "{genes}", "back\\slash", "ü 細胞 🧬", "end\x85\x07"]
 
 
@@ -247,8 +248,35 @@ ODD = ["<b onclick=x>T", "a: b # c", "it's \"quoted\"", "two\nlines", "1e-4", "n
 def test_odd_labels_and_columns_break_no_profile(tmp_path: Path, label: str) -> None:
     data = some_data(**{"cell_type": ["a", label, label] * 20, f"{label} type": ["p", "q"] * 30})
     profile, cells = written(tmp_path, data)
-    assert profile.case_type == label and label in cells.labels
+    assert profile.case_type == normal_label(label) and profile.case_type in cells.labels
     assert len(yaml.safe_load((tmp_path / "mine.yml").read_text())) == 9
+
+
+@pytest.mark.parametrize("none", ["nan", "Unknown", "NA", " ", "n/a", "-"])
+def test_a_label_that_names_no_type_is_not_offered(tmp_path: Path, none: str) -> None:
+    data = some_data(cell_type=[none, none, none, "b", "c"] * 12)
+    profile, cells = written(tmp_path, data)
+    assert profile.case_type in ("b", "c") and normal_label(none) in cells.labels
+    text = (tmp_path / "mine.yml").read_text()
+    assert "36 cells have a label that names no type" in text
+    assert f"other types: '{'bc'.replace(profile.case_type, '')}'" in text
+
+
+def test_a_column_that_names_no_type_is_passed_over(tmp_path: Path) -> None:
+    none = ["nan", "unknown", "unknown "] * 20
+    assert "no usable column" in refusal(tmp_path, some_data(cell_type=none))
+    profile, _ = written(tmp_path, some_data(cell_type=none, annotation=["p", "q", "q"] * 20))
+    assert (profile.label_column, profile.case_type) == ("annotation", "q")
+
+
+def test_labels_that_are_written_in_two_ways_are_one_type(tmp_path: Path) -> None:
+    profile, cells = written(tmp_path, some_data(cell_type=["b ", "b", "c", "c", "c"] * 12))
+    assert set(cells.labels) == {"b", "c"}
+    assert "# 2 types" in (tmp_path / "mine.yml").read_text()
+    assert profile.case_type == "c"
+    (tmp_path / "alone").mkdir()
+    one = some_data(cell_type=["b ", "b", "b\t"] * 20)
+    assert "no usable column" in refusal(tmp_path / "alone", one)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))

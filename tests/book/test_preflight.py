@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import scanpy
 import torch
 from helpers import tiny_model, tiny_profile
 from huggingface_hub import constants
@@ -349,6 +350,19 @@ def test_what_will_fail_is_told_before_any_work(empty: Path, changes: dict[str, 
                                                 ) -> None:
     with pytest.raises(InputError, match=told):
         run_cost(load_profile("smoke", changes), EVERYTHING, 11)
+
+
+@pytest.mark.parametrize("label", ["nan", "Unknown ", ""])
+def test_a_case_that_names_no_type_is_told(empty: Path, label: str) -> None:
+    cells = scanpy.datasets.pbmc68k_reduced().raw.to_adata()
+    kinds = cells.obs["bulk_labels"].astype(str)
+    cells.obs["bulk_labels"] = kinds.where(kinds != "CD14+ Monocyte", label)
+    cells.write_h5ad(empty / "cells.h5ad")
+    given = {"cells": str(empty / "cells.h5ad"), "matrix": "X", "case_type": label}
+    told = run_cost(load_profile("smoke", given), EVERYTHING, 1)
+    assert f"`case_type` is {label.strip()!r}, which names no type" in told.text
+    assert not told.refusal
+    assert "names no type" not in run_cost(load_profile("smoke"), EVERYTHING, 1).text
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_executed(

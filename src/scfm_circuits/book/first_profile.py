@@ -20,6 +20,7 @@ from scfm_circuits import InputError
 from scfm_circuits.cells.h5ad import open_h5ad, unreadable
 from scfm_circuits.cells.symbols import possible_symbols, symbol_columns
 from scfm_circuits.common.files import write_atomic
+from scfm_circuits.common.labels import names_no_type, normal_label, normal_labels
 from scfm_circuits.common.profile import PROFILES, Name, Profile, load_profile
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ EXPECTED_HELD_OUT = 10
 SAMPLED = 200_000
 """Values of a matrix that are looked at, in three blocks."""
 
+_MOST_LABELS = 200
 # Compared without case, spaces, points and underscores.
 _TYPE_COLUMNS = ("celltype", "celltypes", "celltypelabel", "cellontologyclass", "bulklabels",
                  "majorityvoting", "annotation", "annotations", "celllabel", "label", "labels")
@@ -156,29 +158,38 @@ def choose_symbols(variables: "pd.DataFrame", where: str, table: str = "var"
 
 
 def choose_labels(observations: "pd.DataFrame", where: str) -> Choice:
-    """The column of cell types: one of 2 to 200 words, known names first and clusters last.
+    """The column of cell types: one of 2 to 200 labels, known names first and clusters last.
 
-    InputError if there is none.
+    Labels are counted as they are read, and one at least must name a type. InputError if there is
+    no such column.
     """
-    fitting: list[str] = []
+    fitting: dict[str, set[str]] = {}
     lacking: list[str] = []
     for column in observations.columns:
         values = observations[column]
         if not isinstance(column, str) or values.dtype.kind in "biufcmM":
             continue
-        if 2 <= values.nunique() <= 200:
-            (lacking if values.isna().any() else fitting).append(column)
+        if values.nunique() > 10 * _MOST_LABELS:
+            continue
+        names = {normal_label(str(value)) for value in values.dropna().unique()}
+        if not 2 <= len(names) <= _MOST_LABELS or all(map(names_no_type, names)):
+            continue
+        if values.isna().any():
+            lacking.append(column)
+        else:
+            fitting[column] = names
     ranks = {column: _rank(column) for column in fitting}
     ordered = [column for _, column in
                sorted((rank, column) for column, rank in ranks.items() if rank is not None)]
     if not ordered:
         why = (f"cells without a label in {_listed(lacking)}" if lacking else
-               f"no column of obs with 2 to 200 words (columns: "
+               f"no column of obs with 2 to {_MOST_LABELS} words (columns: "
                f"{_listed(observations.columns) or 'none'})")
         raise InputError(f"{where} has no usable column of cell types: {why}; give every cell a "
                          "type in a column such as obs['cell_type'].")
     others = f"; also possible: {_listed(ordered[1:])}" if ordered[1:] else ""
-    return Choice(ordered[0], f"{observations[ordered[0]].nunique()} types{others}")
+    types = [name for name in fitting[ordered[0]] if not names_no_type(name)]
+    return Choice(ordered[0], f"{len(types)} types{others}")
 
 
 def _rank(column: str) -> int | None:
@@ -199,15 +210,18 @@ def _rank(column: str) -> int | None:
 def choose_case(labels: np.ndarray, base: Profile) -> tuple[Choice, Choice | None]:
     """The type whose call is traced, and for many cells how many to draw.
 
-    The most frequent type with three held-out cells among those drawn, or the one with most. Unless
-    `base` says how many, of many cells as many are drawn as leave about `EXPECTED_HELD_OUT` of the
-    most frequent type held out.
+    labels: (n_cells,) as they are read; one that names no type (`nan`, `unknown`) is not taken. Of
+    the others the most frequent one with three held-out cells among those drawn, or the one with
+    most. Unless `base` says how many, of many cells as many are drawn as leave about
+    `EXPECTED_HELD_OUT` of the most frequent type held out.
     """
     from scfm_circuits.cells.corpus import split_cells
     from scfm_circuits.cells.reading import draw_cells
 
     names, counts = np.unique(labels, return_counts=True)
     order = np.argsort(-counts, kind="stable")
+    untold = np.array([names_no_type(name) for name in names])
+    order = order[~untold[order]]
     most: Choice | None = None
     n_drawn = base.max_cells
     if n_drawn is None and len(labels) > LARGE:
@@ -223,7 +237,11 @@ def choose_case(labels: np.ndarray, base: Profile) -> tuple[Choice, Choice | Non
     enough = [index for index in order if held[index] >= 3]
     chosen = enough[0] if enough else order[np.argmax(held[order])]
     others = _listed(names[index] for index in order if index != chosen)
-    return Choice(str(names[chosen]), f"{counts[chosen]:,} cells; other types: {others}"), most
+    why = f"{counts[chosen]:,} cells; other types: {others or 'none'}"
+    if untold.any():
+        why += (f"; {counts[untold].sum():,} cells have a label that names no type "
+                f"({_listed(names[untold])})")
+    return Choice(str(names[chosen]), why), most
 
 
 # --- the profile ---------------------------------------------------------------------------------
@@ -240,7 +258,7 @@ def profile_fields(path: Path, base: str = "demo") -> dict[str, Choice]:
                          "there is nothing to read.")
     column, repeated = choose_symbols(genes, where, "raw.var" if matrix.value == "raw" else "var")
     label = choose_labels(found.observations, where)
-    labels = found.observations[label.value].astype(str).to_numpy().astype(str)
+    labels, _ = normal_labels(found.observations[label.value].astype(str))
     case, most = choose_case(labels, settings)
     fields = {
         "cells": Choice(str(path.resolve()),

@@ -22,6 +22,7 @@ from scfm_circuits.circuits.attribution import NO_CIRCUITS
 from scfm_circuits.circuits.case_study import read_sentence
 from scfm_circuits.common import manifest
 from scfm_circuits.common.files import time_in_words
+from scfm_circuits.common.labels import names_no_type
 from scfm_circuits.common.profile import ROOT, Profile, cells_path
 from scfm_circuits.enrichment.gene_sets import downloads_are_off
 from scfm_circuits.features.counting import CHUNK_BYTES, fixed_bytes
@@ -133,6 +134,9 @@ def run_cost(profile: Profile, wanted: Collection[str], chapters: int) -> Cost:
              f"{sizes.tokens / sizes.cells:.0f} tokens each, {sizes.tokens / 1e6:,.2f} M tokens; "
              f"{sizes.layers} layers of width {sizes.width:,}, "
              f"{profile.expansion * sizes.width:,} features each"]
+    if names_no_type(profile.case_type):
+        lines.append(f"  case      `case_type` is {profile.case_type!r}, which names no type; name "
+                     "one in the profile unless such a cell is to be traced")
     lines += [f"  download  {'' if one.exact else 'at most '}{_size(one.bytes)}: {one.what}"
               for one in found]
     if libraries and downloads_are_off():

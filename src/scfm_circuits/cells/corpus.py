@@ -135,7 +135,8 @@ def build_corpus(cells: "RankedCells", profile: Profile, made: Made = in_memory)
 
     made: where the large arrays are to be (`tokens.encode_all`).
 
-    Raises InputError if the tokenizer cannot be had or there are too few cells to split.
+    Raises InputError if the tokenizer cannot be had, there are too few cells to split, or a label
+    or symbol holds a token that has a meaning of its own, such as the end of a text.
     """
     held_out = split_cells(len(cells), profile.validation_share, profile.seed)
     symbols = np.array(cells.symbols)
@@ -147,11 +148,22 @@ def build_corpus(cells: "RankedCells", profile: Profile, made: Made = in_memory)
         tokenizer = train_tokenizer(texts, profile.vocabulary_size)
     else:
         tokenizer = load_tokenizer(profile.tokenizer, profile.model_revision)
+    _check_special(tokenizer, cells.labels, symbols)
     prompts = encode_all(tokenizer, profile.prompt, symbols, cells.ranking, answers, made)
     return Corpus(
         **prompts._asdict(), labels=cells.labels, cell_ids=cells.cell_ids, held_out=held_out,
         symbols=symbols, decisions=np.array(cells.decisions), tokenizer=tokenizer,
     )
+
+
+def _check_special(tokenizer: "PreTrainedTokenizerFast", labels: np.ndarray, symbols: np.ndarray
+                   ) -> None:
+    for kind, texts in (("label", np.unique(labels)), ("gene symbol", symbols)):
+        everything = "\n".join(texts)
+        for token in filter(everything.__contains__, tokenizer.all_special_tokens):
+            bad = next(text for text in texts if token in text)
+            raise InputError(f"The {kind} {str(bad)[:60]!r} holds {token!r}, which the tokenizer "
+                             "takes for the end or another mark of a text; rename it in the cells.")
 
 
 def load_corpus(profile: Profile) -> Corpus:

@@ -16,6 +16,7 @@ from scfm_circuits import InputError
 from scfm_circuits.cells.h5ad import Opened, in_memory, open_h5ad, row_chunks
 from scfm_circuits.cells.ranking import top_genes
 from scfm_circuits.cells.symbols import gene_symbols, merge_duplicates
+from scfm_circuits.common.labels import normal_labels
 from scfm_circuits.common.profile import BUNDLED_CELLS, PLANTED_CELLS, ROOT, Profile, cells_path
 from scfm_circuits.common.randomness import generator
 
@@ -82,7 +83,7 @@ def read_chunks(profile: Profile, take: Take) -> About:
 class _Parts(NamedTuple):
     """What of opened cells can be checked without reading their expression.
 
-    join, decisions: as from `merge_duplicates`.
+    join: as from `merge_duplicates`. decisions: sentences for the page.
     """
 
     matrix: Any
@@ -96,12 +97,12 @@ def _parts(data: Opened, profile: Profile) -> _Parts:
     where = profile.cells
     matrix, variables = _matrix(data, profile.matrix, where)
     symbols, decisions = gene_symbols(variables, profile.symbol_column, where)
-    labels = _labels(data.obs, profile.label_column, where)
+    labels, rewritten = _labels(data.obs, profile.label_column, where)
     if 0 in matrix.shape:
         raise InputError(f"{where} holds {matrix.shape[0]} cells and {matrix.shape[1]} genes; "
                          "there is nothing to read.")
     symbols, join, merged = merge_duplicates(symbols, profile.duplicate_symbols, where)
-    return _Parts(matrix, symbols, join, labels, decisions + merged)
+    return _Parts(matrix, symbols, join, labels, decisions + merged + rewritten)
 
 
 class Description(NamedTuple):
@@ -222,7 +223,9 @@ def _matrix(data: Opened, name: str, where: str) -> tuple[Any, "pd.DataFrame"]:
     raise InputError(f"{where} has no {missing}; {mend}.")
 
 
-def _labels(observations: "pd.DataFrame", column: str, where: str) -> np.ndarray:
+def _labels(observations: "pd.DataFrame", column: str, where: str
+            ) -> tuple[np.ndarray, list[str]]:
+    """Each cell's label, as `normal_labels` writes it; refuses cells without one."""
     if column not in observations.columns:
         known = ", ".join(map(str, observations.columns)) or "none"
         raise InputError(f"{where} has no obs column {column!r} for cell types; the columns are "
@@ -230,7 +233,7 @@ def _labels(observations: "pd.DataFrame", column: str, where: str) -> np.ndarray
     if observations[column].isna().any():
         raise InputError(f"{where} has {int(observations[column].isna().sum()):,} cells without "
                          f"a label in {column!r}; drop them or label them.")
-    return observations[column].astype(str).to_numpy().astype(str)
+    return normal_labels(observations[column].astype(str))
 
 
 def _checked(matrix: Any, where: str) -> sp.csr_matrix:

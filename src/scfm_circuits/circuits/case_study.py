@@ -15,7 +15,7 @@ from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt, answere
 from scfm_circuits.cells.tokens import encode_prompt
 from scfm_circuits.circuits.search import strongest_at_end
 from scfm_circuits.common.profile import ROOT
-from scfm_circuits.models.answers import answer_prompt, predict_answers
+from scfm_circuits.models.answers import answer_prompts, predict_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +51,7 @@ def case_study(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile") -
         sentence = read_sentence(profile.case_sentence)
         ids = range(len(sentence))
         asked, _ = encode_prompt(corpus.tokenizer, profile.prompt, sentence, ids)
-        prediction = answer_prompt(model, corpus.tokenizer, asked.tokens)
+        [prediction] = answer_prompts(model, corpus, [asked.tokens])
         prompt = answered_sentence(corpus.tokenizer, profile, sentence, ids, prediction)
         return CaseStudy(prompt, sentence, prediction, profile.case_type,
                          f"that of {Path(profile.case_sentence).name}")

@@ -13,11 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
 from scfm_circuits.common.kept import COMMON, PACKAGE, room_hash
+from scfm_circuits.common.labels import normal_label
 from scfm_circuits.common.profile_files import read_fields
 
 ROOT = Path(os.environ.get("SCFM_ROOT", PACKAGE.parents[1]))
@@ -207,7 +208,7 @@ class Profile(BaseModel):
     """Features of the human evaluation that are also tested by gseapy's prerank (slow)."""
 
     # --- case study --------------------------------------------------------------------------
-    case_type: str = "CD14+ Monocyte"
+    case_type: Annotated[str, AfterValidator(normal_label)] = "CD14+ Monocyte"
     """Cell type whose call is traced; a held-out cell of this type must exist."""
     case_sentence: str | None = None
     """A CSV file whose column `gene` is the sentence to trace instead of a cell's (the paper's

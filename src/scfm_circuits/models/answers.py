@@ -1,17 +1,24 @@
 """Asking the model for a cell's type, and what it answers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from scfm_circuits.common.labels import normal_label
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.mlp_sites import device_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from scfm_circuits.cells.corpus import Corpus
+
+SHORTEST = 24
+"""Tokens that an answer may have where every label has fewer."""
 
 
 class Answered(NamedTuple):
@@ -46,24 +53,41 @@ def _commonest(texts: np.ndarray) -> str:
     return str(values[counts.argmax()])
 
 
-@torch.no_grad()
-def predict_answers(model: nn.Module, corpus: "Corpus",
-                    cells: Sequence[int] | np.ndarray, new_tokens: int = 24) -> list[str]:
-    """The model's own answer to each cell's prompt, decoded greedily, without its full stop."""
-    answers = []
-    for cell in cells:
-        prompt = corpus.tokens[cell][: corpus.answer_start[cell]]
-        answers.append(answer_prompt(model, corpus.tokenizer, prompt, new_tokens))
-    return answers
+def predict_answers(model: nn.Module, corpus: "Corpus", cells: Sequence[int] | np.ndarray,
+                    new_tokens: int = SHORTEST) -> list[str]:
+    """The model's own answer to each cell's prompt, decoded greedily: a label of the corpus where
+    the model gives back what a cell of that label is trained on, else its words.
+
+    new_tokens: as many at least are given to an answer; the longest label has room always.
+    """
+    return answer_prompts(model, corpus, [corpus.tokens[cell][: corpus.answer_start[cell]]
+                                          for cell in cells], new_tokens)
+
+
+def answer_prompts(model: nn.Module, corpus: "Corpus", prompts: Sequence[np.ndarray],
+                   new_tokens: int = SHORTEST) -> list[str]:
+    """`predict_answers` to prompts that need not be the corpus's, each (length,) tokens."""
+    _, one_of_each = np.unique(corpus.labels, return_index=True)
+    taught = {}
+    for cell in one_of_each:
+        tokens = corpus.tokens[cell][corpus.answer_start[cell] : corpus.answer_end[cell] + 1]
+        taught[_text(corpus.tokenizer, tokens.tolist())] = str(corpus.labels[cell])
+    longest = int(np.max(corpus.answer_end - corpus.answer_start)) + 2  # and the end of text
+    return [answer_prompt(model, corpus.tokenizer, prompt, max(new_tokens, longest), taught)
+            for prompt in prompts]
 
 
 @torch.no_grad()
-def answer_prompt(model: nn.Module, tokenizer, prompt: np.ndarray,  # type: ignore[no-untyped-def]
-                  new_tokens: int = 24) -> str:
-    """Greedy answer to one tokenized prompt (length,), without the full stop that ends it.
+def answer_prompt(model: nn.Module, tokenizer: "PreTrainedTokenizerFast", prompt: np.ndarray,
+                  new_tokens: int = SHORTEST, taught: Mapping[str, str] = MappingProxyType({})
+                  ) -> str:
+    """Greedy answer to one tokenized prompt (length,).
 
-    A cell type may hold a full stop of its own, so the model's end of text ends the answer; one
-    that goes on beyond `new_tokens` is cut at its first full stop.
+    taught: labels by the text that a cell of each is trained on; an answer that is one of these, or
+    goes on behind one of these beyond `new_tokens`, is that label. Any other is the model's words,
+    written as labels are, without the full stop that ends them. A cell type may hold a full stop of
+    its own, so the model's end of text ends the answer; other words that go on are cut at their
+    first full stop.
     """
     tokens = torch.from_numpy(np.asarray(prompt))[None].to(device_of(model))
     past, produced, ended = None, [], False
@@ -74,5 +98,18 @@ def answer_prompt(model: nn.Module, tokenizer, prompt: np.ndarray,  # type: igno
         if ended:
             break
         produced.append(int(tokens))
-    text = tokenizer.decode(produced, clean_up_tokenization_spaces=False).strip()
-    return (text.removesuffix(".") if ended else text.partition(".")[0]).strip()
+    text = _text(tokenizer, produced)
+    if ended:
+        return taught[text] if text in taught else normal_label(text.removesuffix("."))
+    begun = max((one for one in taught if _continues(text, one)), key=len, default=None)
+    return normal_label(text.partition(".")[0]) if begun is None else taught[begun]
+
+
+def _text(tokenizer: "PreTrainedTokenizerFast", tokens: list[int]) -> str:
+    return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False)).strip()
+
+
+def _continues(text: str, start: str) -> bool:
+    """Whether a text goes on behind `start`, which must not end within one of its words."""
+    return text.startswith(start) and not (text[len(start) :][:1].isalnum()
+                                           and start[-1:].isalnum())

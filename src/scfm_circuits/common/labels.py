@@ -1,0 +1,59 @@
+"""Labels of cells: one way of writing each, wherever it is read, and those that name no type."""
+
+import unicodedata
+from collections.abc import Iterable
+
+import numpy as np
+
+_NAMED = 5
+"""Labels that became equal which are named."""
+_NO_TYPE = frozenset((
+    "nan", "na", "n/a", "<na>", "none", "null", "unknown", "unassigned", "unannotated", "unlabeled",
+    "unlabelled", "unclassified", "undefined", "undetermined", "not available", "not applicable",
+    "not assigned", "missing"))
+
+
+def normal_label(text: str) -> str:
+    """A label on one line: Unicode's composed form (NFC), single spaces inside and none at the
+    ends, and no characters that cannot be seen (categories Cc and Cf)."""
+    words = unicodedata.normalize("NFC", text).split()
+    seen = ("".join(one for one in word if unicodedata.category(one) not in ("Cc", "Cf"))
+            for word in words)
+    # What stood around an unseen character may compose now.
+    return unicodedata.normalize("NFC", " ".join(word for word in seen if word))
+
+
+def names_no_type(label: str) -> bool:
+    """Whether a label says that the type is not known: `nan`, `unknown`, `-`, nothing at all."""
+    return label.casefold() in _NO_TYPE or not any(map(str.isalnum, label))
+
+
+def normal_labels(given: Iterable[str]) -> tuple[np.ndarray, list[str]]:
+    """Labels, each as `normal_label` has it, and a sentence for the page if any were rewritten.
+
+    Returns (n_cells,) text. The sentence names labels that became equal.
+    """
+    texts = list(given)
+    written = sorted(set(texts))
+    place = {text: i for i, text in enumerate(written)}
+    names = [normal_label(text) for text in written]
+    labels = np.array(names, dtype=np.str_)[np.array([place[text] for text in texts], np.int64)]
+    changed = sum(name != text for name, text in zip(names, written, strict=True))
+    if not changed:
+        return labels, []
+    together: dict[str, list[str]] = {}
+    for label, text in zip(names, written, strict=True):
+        together.setdefault(label, []).append(_shown(text))
+    merged = [f"{', '.join(texts[:-1])} and {texts[-1]} are one type, {_shown(label)}"
+              for label, texts in together.items() if len(texts) > 1]
+    named = "; ".join(merged[:_NAMED])
+    if len(merged) > _NAMED:
+        named += f"; and {len(merged) - _NAMED} more"
+    return labels, [
+        f"{changed:,} of {len(written):,} labels were written with other spaces, unseen characters "
+        f"or another form of their letters than the pages use{': ' * bool(named)}{named}."]
+
+
+def _shown(text: str) -> str:
+    """A label in quotes with its unseen characters spelled out, cut if it is long."""
+    return repr(text if len(text) <= 60 else f"{text[:60]}...")

@@ -206,9 +206,8 @@ def change_profile(project: Project) -> None:
         file.write("\nseed: 3\n")
 
 
-def change_data(project: Project) -> None:
-    (project.root / "data" / "paper").mkdir(parents=True)
-    (project.root / "data" / "paper" / "table1.csv").write_text("a\n1\n")
+def change_cells(project: Project) -> None:
+    (project.root / "cells.h5ad").write_text("other")
 
 
 def change_lock(project: Project) -> None:
@@ -229,9 +228,12 @@ def test_every_kind_of_change_is_noticed(project: Project) -> None:
     project.notebook("01_first", body, header="{produces: [tables/a.csv]}")
     changes = {
         change_package: "package (common) changed", change_profile: "profile changed",
-        change_data: "data changed", change_lock: "lock changed",
+        change_cells: "cells changed", change_lock: "lock changed",
         change_product: "tables/a.csv is missing", change_output: "not executed yet",
     }
+    (project.root / "cells.h5ad").write_text("cells")
+    with open(project.root / "notebooks" / "profiles" / "tiny.yml", "a") as file:
+        file.write("cells: cells.h5ad\n")
     assert project.command("execute")[0] == 0
     # What only drives the notebooks changes no number.
     (project.root / "package" / "book").mkdir()
@@ -246,8 +248,7 @@ def test_every_kind_of_change_is_noticed(project: Project) -> None:
         assert code == 1 and f"01_first: {reason}" in told
         # As if it had been executed with this input.
         node = json.loads(executed)
-        node["metadata"]["scfm"]["inputs"].update(
-            {**run.inputs, **freshness.source_inputs(run.notebooks[0])})
+        node["metadata"]["scfm"]["inputs"] = freshness.inputs_of(run, run.notebooks[0])
         project.output("01_first").write_text(json.dumps(node))
         (project.root / "results" / "tiny" / "tables" / "a.csv").touch()
         assert plan(run) == []
@@ -265,10 +266,11 @@ def test_a_changed_cells_file_is_noticed_wherever_it_is(
     for cells, place in (("~/x.h5ad", project.root / "home"), ("x.h5ad", project.root)):
         profiles = project.root / "notebooks" / "profiles"
         (profiles / "tiny.yml").write_text(f"extends: demo\ncells: {cells}\n")
-        seen = {load_run("tiny").inputs["cells"]}
+        run = load_run("tiny")
+        seen = {freshness.inputs_of(run, run.notebooks[0])["cells"]}
         for text in ("a", "bc"):
             (place / "x.h5ad").write_text(text)
-            seen.add(load_run("tiny").inputs["cells"])
+            seen.add(freshness.inputs_of(run, run.notebooks[0])["cells"])
         assert len(seen) == 3
 
 
@@ -294,10 +296,10 @@ def test_cached_gene_sets_make_only_the_chapters_that_ask_for_them_stale(
     monkeypatch.setenv("SCFM_GENE_SETS", str(project.root / "sets"))
     (project.root / "sets").mkdir()
     (project.root / "sets" / "Some_2020.gmt").write_text("a")
-    run = load_run("tiny")
-    assert run.inputs["gene sets"] != "none"
-    assert freshness.cache_inputs(run, run.notebooks[2]) == {"gene-set cache": "none"}
-    assert freshness.cache_inputs(run, run.notebooks[1]) != {"gene-set cache": "none"}
+    found = [freshness.gene_set_inputs(load_run("tiny"), one)
+             for one in load_run("tiny").notebooks]
+    assert [one["gene sets"] != "none" for one in found] == [False, False, True]
+    assert [one["gene-set cache"] != "none" for one in found] == [False, True, False]
 
 
 def test_which_libraries_the_real_chapters_ask_for() -> None:

@@ -1,12 +1,25 @@
-"""Which chapters a change in a room makes stale."""
+"""Which chapters a change in a room, in the profile or in a file makes stale."""
 
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from scfm_circuits.book import reach
-from scfm_circuits.book.chapters import NOTEBOOKS, Notebook, read_notebooks, source_inputs
+from scfm_circuits.book import chapters, reach
+from scfm_circuits.book.chapters import (
+    NOTEBOOKS,
+    Notebook,
+    Run,
+    files_read,
+    inputs_of,
+    load_run,
+    read_notebooks,
+    source_inputs,
+)
 from scfm_circuits.common import kept
+from scfm_circuits.common.profile import ROOT, Profile
 
 TRACE = """from typing import TYPE_CHECKING
 from scfm_circuits.features import statistics
@@ -96,3 +109,127 @@ def test_what_the_real_chapters_use() -> None:
         assert "circuits" not in rooms[name], name
     assert not rooms["11_claims"] & {"features", "interpretability", "transcoders"}
     assert "features" in rooms["04_sparsity"] and "enrichment" in rooms["06_enrichment"]
+
+
+# --- what a chapter does not read cannot make it stale --------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A root with the data of the repository; no gene sets but the bundled ones."""
+    shutil.copytree(ROOT / "data", tmp_path / "data",
+                    ignore=shutil.ignore_patterns("*.h5ad", "atlas"))
+    monkeypatch.setattr(chapters, "ROOT", tmp_path)
+    monkeypatch.setenv("SCFM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SCFM_GENE_SETS", "")
+    return tmp_path
+
+
+def changes(before: Run, change: Callable[[], None], after: Run | None = None
+            ) -> dict[str, set[str]]:
+    """The kinds of input that a change changes, by the number of the real chapter."""
+    old = [inputs_of(before, one) for one in before.notebooks]
+    change()
+    new = [inputs_of(after or before, one) for one in before.notebooks]
+    found = {one.name[:2]: {kind for kind in then if then[kind] != now.get(kind)}
+             for one, then, now in zip(before.notebooks, old, new, strict=True)}
+    return {number: kinds for number, kinds in found.items() if kinds}
+
+
+def test_a_folder_of_gene_sets_reaches_the_chapters_that_ask_for_them(
+        data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = data / "sets"
+    folder.mkdir()
+
+    def name_it() -> None:
+        for name in ("KEGG_2021_Human", "CellMarker_Augmented_2021", "Unasked_2020"):
+            (folder / f"{name}.gmt").write_text(f"{name}\t\tACE2\n")
+        monkeypatch.setenv("SCFM_GENE_SETS", str(folder))
+
+    run = load_run("demo")
+    assert changes(run, name_it) == {"06": {"gene sets"}, "07": {"gene sets"}, "09": {"gene sets"}}
+    # The same content elsewhere is the same library.
+    assert changes(run, lambda: monkeypatch.setenv("SCFM_GENE_SETS", str(
+        shutil.copytree(folder, data / "moved")))) == {}
+    assert changes(run, (data / "moved" / "KEGG_2021_Human.gmt").unlink) == {
+        "06": {"gene sets"}, "09": {"gene sets"}}
+
+
+@pytest.mark.parametrize(("path", "stale"), [
+    ("data/human_eval/anna.csv", {"05": {"rating sheets"}}),
+    ("data/claims.yml", {"11": {"claims"}}),
+    ("data/paper/table1.csv", {number: {"the paper's tables"} for number in
+                               ("02", "03", "05", "06", "07", "11")}),
+    ("data/gene-sets/bundled_markers.gmt", {number: {"gene sets"} for number in
+                                            ("06", "07", "09")}),
+    ("data/README.md", {}), ("data/human_eval/README.md", {}), ("data/planted/programs.yml", {}),
+])
+def test_a_file_reaches_the_chapters_that_read_it(data: Path, path: str,
+                                                  stale: dict[str, set[str]]) -> None:
+    def write() -> None:
+        with open(data / path, "a") as file:
+            file.write("more\n")
+
+    run = load_run("demo")
+    assert changes(run, write) == stale
+    if path.endswith("anna.csv"):
+        assert changes(run, (data / path).unlink) == stale
+
+
+def test_files_that_the_profile_names_reach_the_chapters_that_read_them(data: Path) -> None:
+    run = load_run("demo", {"gene_groups": "groups.csv", "case_sentence": "case.csv"})
+
+    def write() -> None:
+        (data / "groups.csv").write_text("symbol,group\nACE2,a\n")
+        (data / "case.csv").write_text("gene\nACE2\n")
+
+    assert changes(run, write) == {"05": {"gene groups"}, "07": {"case sentence"}}
+
+
+def test_a_new_entry_of_the_manifest_concerns_nobody_yet(data: Path) -> None:
+    def name_another() -> None:
+        path = data / "data" / "manifest.yml"
+        text = path.read_text()
+        path.write_text(re.sub(r"^cells:\n", "cells:\n  - {name: other, bytes: 1}\n", text,
+                               flags=re.MULTILINE))
+        assert path.read_text() != text
+
+    assert changes(load_run("demo"), name_another) == {}
+
+
+@pytest.mark.parametrize(("field", "value", "first"), [
+    ("seed", 1, "01"), ("title", "x", "01"), ("cells_name", "x", "01"), ("max_cells", 9, "01"),
+    ("l1_coefficient", 2.0, "02"), ("fdr", 0.2, "02"), ("live_cut_table4", -2.0, "02"),
+    ("human_decoys", 4, "05"), ("null_draws", 99, "05"), ("case_library", "Other_2020", "07"),
+    ("case_position", "query", "07"), ("circuit_depth", 3, "07"), ("variant_cells", 7, "09"),
+])
+def test_a_field_reaches_the_chapters_whose_sources_name_it(data: Path, field: str, value: object,
+                                                            first: str) -> None:
+    run = load_run("demo")
+    other = Run(run.profile_name, {}, run.profile.model_copy(update={field: value}), run.notebooks)
+    found = changes(run, lambda: None, other)
+    # The paper's settings, which chapter 02 shows, name `fdr` and the cuts.
+    assert min(found) == first and all("profile" in kinds for kinds in found.values())
+
+
+def test_planted_programs_are_the_cells_of_one_profile(data: Path) -> None:
+    planted = load_run("planted")
+
+    def change() -> None:
+        with open(data / "data" / "planted" / "programs.yml", "a") as file:
+            file.write("# more\n")
+
+    assert {*changes(planted, change)} == {f"{number:02d}" for number in range(1, 12)}
+
+
+def test_every_reader_of_the_data_folder_is_known() -> None:
+    readers = {path.relative_to(kept.PACKAGE).as_posix() for path in kept.PACKAGE.rglob("*.py")
+               if re.search(r'"data" */|/ "data"', path.read_text())}
+    known = set().union(*(modules for modules, _ in files_read(load_run("demo").profile).values()))
+    # The cells, the manifest's entries and the gene sets are inputs of their own.
+    own = {"common/profile.py", "common/manifest.py", "enrichment/gene_sets.py",
+           "book/chapters.py"}
+    assert readers - own <= known and own <= readers
+    assert known <= {path.relative_to(kept.PACKAGE).as_posix()
+                     for path in kept.PACKAGE.rglob("*.py")}
+    assert {*chapters.SHOWN} <= {*Profile.model_fields}

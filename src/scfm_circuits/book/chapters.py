@@ -3,8 +3,9 @@
 A notebook is stale when anything its outputs depend on has changed since it was executed:
 
 1. its own source (content, or a newer modification time, as with make);
-2. a room of the package that it uses (`reach`), the profile, the data files, the lock, the external
-   gene sets, and those gene sets in the cache that its header names (`libraries`);
+2. a room of the package that it uses (`reach`), the lock, the cells, and of all else only what it
+   reads: the profile's fields that its sources name, the files of those modules that it uses
+   (`files_read`), the gene sets that its header names (`libraries`);
 3. the execution of a notebook it follows (`after` in its header);
 4. a file it declares (`produces`) that is no longer there.
 
@@ -15,7 +16,8 @@ imported here, so an up-to-date book answers at once.
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +27,15 @@ from scfm_circuits import InputError
 from scfm_circuits.book import reach
 from scfm_circuits.common import kept, manifest
 from scfm_circuits.common.files import digest, sha256_of_file
-from scfm_circuits.common.profile import (
-    ROOT,
-    Profile,
-    cells_path,
-    load_profile,
-    profile_files,
-)
+from scfm_circuits.common.profile import ROOT, Profile, cells_path, load_profile
 
 NOTEBOOKS = ROOT / "notebooks"
-DATA = ("data/paper/*", "data/human_eval/*.csv", "data/gene-sets/*", "data/planted/*",
-        "data/*.yml")
+SHOWN = {"name", "title", "seed", "cells_are", "cells_name"}
+"""Profile fields that every page shows."""
+CACHED = "gene-set cache"
+"""The kind of input that a notebook may make itself, by a download."""
+LARGE = 2**25
+"""Bytes from which a file's size and time stand for its content."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,6 @@ class Run:
     overrides: Mapping[str, Any]
     profile: Profile
     notebooks: tuple[Notebook, ...]
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    """Hash of each kind of input that all notebooks share."""
 
     def output(self, name: str) -> Path:
         """Where the executed notebook stands."""
@@ -87,9 +85,7 @@ def load_run(profile_name: str, overrides: Mapping[str, Any] | None = None) -> R
     """Check profile, overrides and notebooks; InputError before anything is executed."""
     overrides = dict(overrides or {})
     profile = load_profile(profile_name, overrides)
-    notebooks = tuple(read_notebooks(NOTEBOOKS))
-    return Run(profile_name, overrides, profile, notebooks,
-               shared_inputs(profile, profile_name, overrides))
+    return Run(profile_name, overrides, profile, tuple(read_notebooks(NOTEBOOKS)))
 
 
 def read_notebooks(folder: Path) -> Iterator[Notebook]:
@@ -133,15 +129,15 @@ def _read_header(path: Path, before: tuple[str, ...]) -> Notebook:
 
 
 def _hash_files(paths: Iterable[Path]) -> str:
-    return digest("".join(f"{path.name}\0{sha256_of_file(path)}\n" for path in sorted(paths)
-                          if path.is_file()))
+    """Names and contents of the files that are there, `none` without any."""
+    lines = [f"{path.name}\0{_state(path, path.stat().st_size, path.stat().st_mtime_ns)}\n"
+             for path in sorted(paths, key=lambda path: path.name) if path.is_file()]
+    return digest("".join(lines)) if lines else "none"
 
 
-def _stamp_files(paths: Iterable[Path]) -> str:
-    """Names, sizes and times of files whose contents may be hundreds of MB; `none` without any."""
-    lines = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}"
-             for path in paths if path.is_file()]
-    return digest("\n".join(lines)) if lines else "none"
+@cache
+def _state(path: Path, size: int, changed: int) -> str:
+    return sha256_of_file(path) if size < LARGE else f"{size} {changed}"
 
 
 def libraries_asked_for(notebook: Notebook, profile: Profile) -> list[str]:
@@ -153,42 +149,69 @@ def libraries_asked_for(notebook: Notebook, profile: Profile) -> list[str]:
     return sorted(names)
 
 
-def cache_inputs(run: Run, notebook: Notebook) -> dict[str, str]:
-    """The cached libraries that the notebook reads: those it asks for and no folder holds.
+def gene_set_inputs(run: Run, notebook: Notebook) -> dict[str, str]:
+    """The libraries that the notebook asks for: those in folders and the bundled one, which may
+    stand in; and those in the cache that no folder hides.
 
     Only its own: a library that a later chapter downloads must not make earlier ones stale.
     """
+    names = libraries_asked_for(notebook, run.profile)
     folders = manifest.gene_set_folders(run.profile.gene_sets)
-    names = [f"{name}.gmt" for name in libraries_asked_for(notebook, run.profile)]
-    cached = [manifest.gene_set_cache() / name for name in names
-              if not any((folder / name).is_file() for folder in folders)]
-    return {"gene-set cache": _stamp_files(cached)}
+    found = {name: next((path for folder in folders if (path := folder / f"{name}.gmt").is_file()),
+                        None) for name in names}
+    bundled = ROOT.glob("data/gene-sets/*") if names else ()
+    cached = [manifest.gene_set_cache() / f"{name}.gmt" for name, path in found.items()
+              if path is None]
+    return {"gene sets": _hash_files([*filter(None, found.values()), *bundled]),
+            CACHED: _hash_files(cached)}
 
 
-def shared_inputs(
-    profile: Profile, profile_name: str, overrides: Mapping[str, Any]
-) -> dict[str, str]:
-    """Hash of each kind of input, by the word used when it has changed."""
-    inputs = {
-        "profile": f"{_hash_files(profile_files(profile_name))}/{profile.name}",
-        "overrides": digest(json.dumps(dict(overrides), sort_keys=True)),
-        "data": _hash_files(path for pattern in DATA for path in ROOT.glob(pattern)),
+def files_read(profile: Profile) -> dict[str, tuple[set[str], list[Path]]]:
+    """Files that some chapters read, by the word used when they have changed: the modules that read
+    them, and the files."""
+    named = {field: [ROOT / Path(path).expanduser()] if path is not None else []
+             for field, path in (("groups", profile.gene_groups), ("case", profile.case_sentence))}
+    return {
+        "the paper's tables": ({"paper/exhibits.py", "interpretability/score_checks.py"},
+                               [*ROOT.glob("data/paper/*")]),
+        "rating sheets": ({"interpretability/ratings.py"}, [*ROOT.glob("data/human_eval/*.csv")]),
+        "claims": ({"paper/claims.py"}, [ROOT / "data" / "claims.yml"]),
+        "gene groups": ({"interpretability/scores.py"}, named["groups"]),
+        "case sentence": ({"circuits/case_study.py"}, named["case"]),
+    }
+
+
+def inputs_of(run: Run, notebook: Notebook) -> dict[str, str]:
+    """Hash of each kind of input that the notebook's outputs depend on, by the word used when it
+    has changed; and the modification time of its own source."""
+    profile, used = run.profile, reach.sources_of(notebook.path)
+    modules = {path.relative_to(kept.PACKAGE).as_posix() for path in used}
+    read = {word: files for word, (readers, files) in files_read(profile).items()
+            if readers & modules}
+    # A field's name may also stand in a table, as in that of the paper's settings.
+    words = reach.words_of([notebook.path, *(file for files in read.values() for file in files),
+                            *used - {kept.PACKAGE / "common" / "profile.py"}])
+    fields = {field: value for field, value in profile.model_dump(mode="json").items()
+              if field in words | SHOWN}
+    asked = [("cells", profile.cells), ("models", profile.model), *(
+        ("gene_sets", name) for name in libraries_asked_for(notebook, profile))]
+    cells = cells_path(profile, ROOT)
+    return {
+        **source_inputs(notebook),
+        "profile": digest(json.dumps(fields, sort_keys=True)),
         "lock": _hash_files([ROOT / "requirements.lock"]),
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-        "gene sets": _stamp_files(path for folder in manifest.gene_set_folders(profile.gene_sets)
-                                  if folder.is_dir() for path in sorted(folder.iterdir())),
+        "data/manifest.yml": digest(json.dumps(
+            [manifest.entry(*one, ROOT) for one in asked], sort_keys=True, default=str)),
+        "cells": _hash_files([cells] if cells is not None else []),
+        **{word: _hash_files(files) for word, files in read.items()},
+        **gene_set_inputs(run, notebook),
     }
-    cells = cells_path(profile, ROOT)
-    if cells is not None:
-        inputs["cells"] = _stamp_files([cells])
-    if profile.gene_groups is not None:
-        inputs["gene groups"] = _stamp_files([ROOT / Path(profile.gene_groups).expanduser()])
-    return inputs
 
 
-def rehashed(run: Run) -> Run:
-    """The run with its shared inputs as they are now."""
-    return replace(run, inputs=shared_inputs(run.profile, run.profile_name, run.overrides))
+def read_again(run: Run) -> Run:
+    """The run with its profile as the files now say."""
+    return replace(run, profile=load_profile(run.profile_name, run.overrides))
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -214,10 +237,8 @@ def source_inputs(notebook: Notebook) -> dict[str, str]:
 
 def changed_inputs(run: Run, notebook: Notebook, record: Mapping[str, Any]) -> list[str]:
     """The kinds of input that are not what the notebook's execution record says."""
-    used = record.get("inputs", {})
-    own = source_inputs(notebook)
-    touched = own.pop("touched")
-    now = {**own, **run.inputs, **cache_inputs(run, notebook)}
+    used, now = record.get("inputs", {}), inputs_of(run, notebook)
+    touched = now.pop("touched")
     changed = [kind for kind, value in now.items() if used.get(kind) != value]
     if "notebook" not in changed and int(touched) > int(used.get("touched", 0)):
         changed.insert(0, "notebook touched")

@@ -10,7 +10,7 @@ from typing import Any
 
 from scfm_circuits import InputError
 from scfm_circuits.book import gate, provenance
-from scfm_circuits.book.chapters import Run, changed_inputs, plan, read_record, rehashed
+from scfm_circuits.book.chapters import Run, changed_inputs, plan, read_again, read_record
 from scfm_circuits.book.execution import ExecutionFailed, execute
 from scfm_circuits.common.files import write_json
 
@@ -24,7 +24,7 @@ def check(run: Run, just_executed: Sequence[str] = ()) -> None:
 
     just_executed: names of the notebooks that this command has executed before it.
     """
-    run = rehashed(run)
+    run = read_again(run)
     stale = plan(run)
     changed = {kind for notebook, _ in stale if notebook.name in just_executed
                for kind in changed_inputs(run, notebook,

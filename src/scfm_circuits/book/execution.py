@@ -20,13 +20,14 @@ from typing import IO, Any, TextIO
 from scfm_circuits import InputError
 from scfm_circuits.book import gate, provenance
 from scfm_circuits.book.chapters import (
+    CACHED,
     Notebook,
     Run,
-    cache_inputs,
+    gene_set_inputs,
+    inputs_of,
     plan,
+    read_again,
     read_record,
-    rehashed,
-    source_inputs,
 )
 from scfm_circuits.common.files import only_one, write_atomic
 from scfm_circuits.common.profile import ROOT, profile_path
@@ -74,9 +75,9 @@ def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0)
 
 
 def _as_it_is_now(run: Run) -> Run:
-    """The run with the inputs that the next notebook will read; they may change during a run."""
-    now = rehashed(run)
-    if now.inputs["profile"] != run.inputs["profile"]:
+    """The run with the profile that the next notebook will read; it may change during a run."""
+    now = read_again(run)
+    if now.profile != run.profile:
         # Only the notebook's kernel would read it again: its record would name the old settings.
         raise ExecutionFailed("Changed while running: profile; run `make book` again.")
     return now
@@ -103,12 +104,13 @@ def _prepared(run: Run, notebook: Notebook) -> Any:
     return node
 
 
-def _record(run: Run, notebook: Notebook, seconds: float, git: Mapping[str, Any]) -> dict[str, Any]:
+def _record(run: Run, notebook: Notebook, seconds: float, git: Mapping[str, Any],
+            inputs: dict[str, str]) -> dict[str, Any]:
     after = {name: (read_record(run.output(name)) or {}).get("run_id") for name in notebook.after}
     return {
         "run_id": uuid.uuid4().hex,
         "title": notebook.title,
-        "inputs": {**run.inputs},
+        "inputs": inputs,
         "after": after,
         "seconds": round(seconds, 2),
         "executed_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -133,7 +135,7 @@ def _execute_one(run: Run, notebook: Notebook, limit: int) -> float:
     partial = run.profile.results / "running" / final.name
     partial.parent.mkdir(parents=True, exist_ok=True)
     # What the notebook was before it ran: an edit during the run leaves it stale.
-    own, git = source_inputs(notebook), provenance.git_state(ROOT)
+    inputs, git = inputs_of(run, notebook), provenance.git_state(ROOT)
     node = _prepared(run, notebook)
     # From here on files of the earlier execution are overwritten; if this one fails, its record
     # must not vouch for the mixture.
@@ -154,9 +156,9 @@ def _execute_one(run: Run, notebook: Notebook, limit: int) -> float:
         executed = nbformat.read(partial, as_version=4)
         seconds = time.perf_counter() - started
         _tidy(executed, notebook, final)
-        executed.metadata["scfm"] = _record(run, notebook, seconds, git)
         # The cache as the notebook leaves it: what it downloads itself is no change.
-        executed.metadata["scfm"]["inputs"].update({**own, **cache_inputs(run, notebook)})
+        inputs[CACHED] = gene_set_inputs(run, notebook)[CACHED]
+        executed.metadata["scfm"] = _record(run, notebook, seconds, git, inputs)
         problems = gate.problems(executed, known_parameters=_parameters(run))
         problems += gate.missing_products(run.profile.results, notebook.produces)
         if problems:

@@ -54,6 +54,16 @@ def _sources(notebook: Path, _state: tuple[tuple[Path, int], ...]) -> frozenset[
     return frozenset(found)
 
 
+def words_of(files: Iterable[Path]) -> set[str]:
+    """Every word in the files that are there, in code and beside it."""
+    return set().union(*(_words(path, path.stat().st_mtime_ns) for path in files if path.is_file()))
+
+
+@cache
+def _words(path: Path, _changed: int) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", path.read_text(encoding="utf-8", errors="replace")))
+
+
 def _in_report(path: Path) -> bool:
     return kept.room_of(path) == "report"
 

@@ -29,7 +29,7 @@ from scfm_circuits.circuits.circuit import (
     node_table,
     share_kept,
 )
-from scfm_circuits.circuits.exports import collapsed_edges, neuronpedia_graph, save_graph
+from scfm_circuits.circuits.exports import Output, collapsed_edges, neuronpedia_graph, save_graph
 from scfm_circuits.circuits.search import (
     gene_contributions,
     strongest_at_end,
@@ -254,7 +254,9 @@ def logit_circuit(frozen: Frozen) -> Circuit:
 
 def test_the_graph_has_the_schema_of_neuronpedia(frozen, circuit, whole, tmp_path):
     for one in (circuit, logit_circuit(frozen), whole):
-        graph = neuronpedia_graph(one, TEXTS, slug="case", scan="model")
+        outputs = {name: Output("A", 0.5) for name, node in one.nodes.items()
+                   if node.kind == "logit"}
+        graph = neuronpedia_graph(one, TEXTS, slug="case", scan="model", outputs=outputs)
         assert set(graph) == {"metadata", "qParams", "nodes", "links"}
         assert {"slug", "scan", "prompt_tokens", "prompt"} <= set(graph["metadata"])
         assert graph["metadata"]["prompt"] == "".join(TEXTS)
@@ -269,7 +271,7 @@ def test_the_graph_has_the_schema_of_neuronpedia(frozen, circuit, whole, tmp_pat
             assert 0 <= node["influence"] <= 1 + 1e-9
             if node["feature_type"] == "cross layer transcoder":
                 expected = float(frozen.activations[int(node["layer"]), node["ctx_idx"],
-                                                    node["feature"]])
+                                                    one.nodes[node["node_id"]].index])
                 assert node["activation"] == pytest.approx(expected)
         assert graph["links"]
         for link in graph["links"]:

@@ -17,6 +17,7 @@ from scfm_circuits import InputError
 from scfm_circuits.circuits.attribution import Frozen, freeze
 from scfm_circuits.circuits.circuit import Circuit
 from scfm_circuits.circuits.exports import (
+    Output,
     neuronpedia_graph,
     save_both,
     save_graph,
@@ -41,6 +42,8 @@ NODE = {
                                   "embedding", "logit"]},
         "jsNodeId": {"type": "string"}, "clerp": {"type": "string"},
         "influence": NUMBER_OR_NULL, "activation": NUMBER_OR_NULL,
+        # Of circuit-tracer's own graphs; the schema leaves room for more.
+        "token_prob": {"type": "number"}, "is_target_logit": {"type": "boolean"},
     },
     "additionalProperties": False,
 }
@@ -104,6 +107,12 @@ def nodes_of(circuit: Circuit | AttributionGraph) -> dict[str, Any]:
     return {node.id: node for node in nodes}
 
 
+def as_graph(circuit: Circuit | AttributionGraph, texts: list[str] = TEXTS) -> dict[str, Any]:
+    outputs = {name: Output(f"word {node.index}", 0.25)
+               for name, node in nodes_of(circuit).items() if node.kind == "logit"}
+    return neuronpedia_graph(circuit, texts, slug="s", scan="m", outputs=outputs)
+
+
 def edges_of(circuit: Circuit | AttributionGraph) -> dict[tuple[str, str], float]:
     if isinstance(circuit, Circuit):
         return {(edge.source, edge.target): edge.weight for edge in circuit.edges}
@@ -116,7 +125,7 @@ def edges_of(circuit: Circuit | AttributionGraph) -> dict[tuple[str, str], float
 
 
 def test_the_json_fits_the_schema(circuit, tmp_path):
-    graph = neuronpedia_graph(circuit, TEXTS, slug="case", scan="model")
+    graph = as_graph(circuit)
     path = save_graph(tmp_path / "graph.json", graph)
     jsonschema.Draft7Validator.check_schema(SCHEMA)
     jsonschema.validate(json.loads(path.read_text()), SCHEMA)
@@ -129,7 +138,7 @@ def test_the_json_fits_the_schema(circuit, tmp_path):
 def test_the_schema_in_this_test_refuses_what_is_wrong(circuit):
     for part, change in (("nodes", {"feature_type": "head"}), ("nodes", {"feature": "5"}),
                          ("links", {"weight": None}), ("nodes", {"ctx_idx": 1.5})):
-        graph = neuronpedia_graph(circuit, TEXTS, slug="case", scan="model")
+        graph = as_graph(circuit)
         graph[part][0].update(change)
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(graph, SCHEMA)
@@ -147,15 +156,50 @@ def test_identifiers_do_not_collide(frozen):
 
 
 def test_a_graph_keeps_its_weights_in_json(logits):
-    graph = neuronpedia_graph(logits, TEXTS, slug="s", scan="m")
+    graph = as_graph(logits)
     assert {(link["source"], link["target"]): link["weight"] for link in graph["links"]
             } == pytest.approx(edges_of(logits))
     assert len(graph["qParams"]["pinnedIds"]) == (logits.weights > 0).sum()
 
 
+def test_numbers_of_features_are_unique_over_layers(circuit):
+    """One number, one feature: the viewer counts in how many tokens it occurs."""
+    numbered: dict[tuple[bool, str], set[int]] = {}
+    for node in as_graph(circuit)["nodes"]:
+        # With the layer for all but features, as the viewer has it.
+        kind = node["feature_type"]
+        place = "" if kind == "cross layer transcoder" else node["layer"]
+        numbered.setdefault((kind, place, node["feature"]), set()).add(
+            node["node_id"].rsplit("_P", 1)[0] if not place else node["ctx_idx"])
+    for (kind, _, number), found in numbered.items():
+        assert isinstance(number, int)
+        assert len(found) == 1 or (kind == "mlp reconstruction error" and number == -1)
+
+
+def probability_in_the_viewer(clerp: str) -> float:
+    """How Neuronpedia's front end takes a logit's probability from its label."""
+    return float(clerp.split("(p=")[1].split(")")[0])
+
+
+def test_logit_nodes_open_in_the_viewer(logits):
+    targets = [node for node in logits.nodes if node.kind == "logit"]
+    texts = [" the", "a (p=9) b", 'say "(p=1)"'][:len(targets)]
+    shares = [0.5, 0.25, 0.125]
+    outputs = {node.id: Output(text, share)
+               for node, text, share in zip(targets, texts, shares, strict=False)}
+    graph = neuronpedia_graph(logits, TEXTS, slug="s", scan="m", outputs=outputs)
+    found = {node["node_id"]: node for node in graph["nodes"] if node["feature_type"] == "logit"}
+    assert set(found) == set(outputs) and len(found) > 1
+    for name, node in found.items():
+        assert probability_in_the_viewer(node["clerp"]) == outputs[name].probability
+        assert node["token_prob"] == outputs[name].probability and node["is_target_logit"]
+    with pytest.raises(InputError, match="text and probability"):
+        neuronpedia_graph(logits, TEXTS, slug="s", scan="m")
+
+
 def test_influence_in_json_is_cumulative(logits):
     """The viewer shows nodes up to a threshold: those above it hold that share of influence."""
-    graph = neuronpedia_graph(logits, TEXTS, slug="s", scan="m")
+    graph = as_graph(logits)
     found = dict(zip([node.id for node in logits.nodes], influence(logits), strict=True))
     targets = set(graph["qParams"]["pinnedIds"])
     total = sum(value for name, value in found.items() if name not in targets)
@@ -250,7 +294,7 @@ def test_any_text_gives_well_formed_xml(tmp_path_factory, frozen, texts):
 
 def test_texts_of_another_prompt_are_refused(circuit, tmp_path):
     with pytest.raises(InputError, match="same prompt"):
-        neuronpedia_graph(circuit, TEXTS[:3], slug="s", scan="m")
+        as_graph(circuit, TEXTS[:3])
     for texts, genes in ((TEXTS[:3], GENES), (TEXTS, GENES[:3])):
         with pytest.raises(InputError, match="same prompt"):
             save_graphml(tmp_path / "x.graphml", circuit, texts, genes)

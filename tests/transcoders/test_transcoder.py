@@ -150,6 +150,7 @@ def test_the_saved_layout_is_circuit_tracers(transcoders, tmp_path):
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert config == {
         "model_kind": "transcoder_set", "model_name": "org/model", "scan": None,
+        "activation": "relu",
         "feature_input_hook": "mlp.hook_in", "feature_output_hook": "mlp.hook_out"}
     for layer in range(3):
         tensors = load_file(tmp_path / f"layer_{layer}.safetensors")
@@ -187,6 +188,45 @@ def test_a_variant_is_saved_and_comes_back(variant, x, tmp_path):
     expected = "mlp.hook_out" if variant.site == "sae" else "mlp.hook_in"
     assert config["feature_input_hook"] == expected
     assert config["feature_output_hook"] == "mlp.hook_out"
+
+
+def as_circuit_tracer_reads(folder: Path, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations and output of one layer by circuit-tracer's rule, from its own files alone.
+
+    Its config.yaml names the activation: `topk` keeps the k largest pre-activations whatever their
+    sign, `relu` cuts at 0; without one, thresholds in the file make it a JumpReLU, else it is ReLU.
+    The skip path reads the input as it is.
+    """
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    saved = {key: one.double() for key, one in
+             load_file(folder / f"layer_{layer}.safetensors").items()}
+    pre = x @ saved["W_enc"].T + saved["b_enc"]
+    if config.get("activation") == "topk":
+        kept = torch.zeros_like(pre).scatter_(-1, pre.topk(config["k"]).indices, 1.0)
+    elif config.get("activation") != "relu" and "activation_function.threshold" in saved:
+        kept = pre > saved["activation_function.threshold"]
+    else:
+        kept = pre > 0
+    z = pre * kept
+    y = z @ saved["W_dec"] + saved["b_dec"]
+    return z, y + x @ saved["W_skip"].T if "W_skip" in saved else y
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda one: f"{one.activation} {one.skip}")
+@pytest.mark.parametrize("low", [0.0, 3.0])
+def test_every_kind_is_read_by_circuit_tracer_as_it_is_here(variant, low, x, tmp_path):
+    """With low biases fewer than k pre-activations of a token are positive."""
+    t = of_variant(variant)
+    t.b_enc -= low
+    save_transcoders(t, tmp_path, "m", {})
+    here, written = t.encode(x), t(x)
+    for layer in range(3):
+        z, y = as_circuit_tracer_reads(tmp_path, layer, x[layer])
+        assert torch.equal((z != 0).sum(dim=-1), (here[layer] != 0).sum(dim=-1))
+        assert torch.allclose(z[:, :24], here[layer], atol=1e-5) and not z[:, 24:].any()
+        assert torch.allclose(y, written[layer], atol=1e-5)
+    if variant.activation == "topk" and low:
+        assert ((here > 0).sum(dim=-1) < variant.k).any()
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 3])

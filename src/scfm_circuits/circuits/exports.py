@@ -80,32 +80,46 @@ def collapsed_edges(circuit: Circuit) -> list[Edge]:
     return [Edge(source, target, weight) for (source, target), weight in summed.items()]
 
 
+class Output(NamedTuple):
+    """What a logit node stands for: its text, such as a token or a label, and its probability."""
+
+    text: str
+    probability: float
+
+
 _FEATURE_TYPES = {"feature": "cross layer transcoder", "error": "mlp reconstruction error",
                   "embedding": "embedding", "logit": "logit"}
 
 
 def neuronpedia_graph(circuit: Circuit | AttributionGraph, texts: Sequence[str], *, slug: str,
-                      scan: str, labels: Mapping[str, str] | None = None) -> dict[str, Any]:
+                      scan: str, labels: Mapping[str, str] | None = None,
+                      outputs: Mapping[str, Output] | None = None) -> dict[str, Any]:
     """The circuit in the graph schema of Neuronpedia and circuit-tracer.
 
-    texts: (n_pos,) token texts. labels: by node id, else a node is called by its token. A node's
+    texts: (n_pos,) token texts. labels: by node id, else a node is called by its token. outputs:
+    by node id, for every logit node; the viewer reads its probability out of its label. A node's
     `influence` is, as the viewer wants it, the share of all influence held by it and those above
     it; targets have 0, so that they are shown at every threshold. Error nodes have identifiers of
-    their own (`err_...`), which cannot collide with features of layer 0.
+    their own (`err_...`), which cannot collide with features of layer 0. `feature` is unique over
+    layers, as in circuit-tracer: Cantor's number of a feature's layer and index, an embedding's
+    position, a logit's token, -1 for an error. Raises InputError if texts or outputs are missing.
     """
-    plain, labels = _plain(circuit), labels or {}
+    plain, labels, outputs = _plain(circuit), labels or {}, outputs or {}
     shown = [node for node in plain.nodes if node.kind != "head"]
     _check_texts(shown, texts)
+    if missing := [node.id for node in shown if node.kind == "logit" and node.id not in outputs]:
+        raise InputError(f"The circuit starts at {missing[0]}; give its text and probability.")
     others = [node.id for node in shown if node.id not in plain.targets]
     above = dict(zip(others, cumulative_influence([plain.influence[one] for one in others]),
                      strict=True))
     nodes = [{
-        "node_id": node.id, "feature": node.index if node.kind == "feature" else None,
+        "node_id": node.id, "feature": _feature_number(node),
         "layer": "E" if node.kind == "embedding" else str(node.layer), "ctx_idx": node.position,
         "feature_type": _FEATURE_TYPES[node.kind], "jsNodeId": f"{node.id}-0",
         "clerp": labels.get(node.id, texts[node.position]),
         "influence": float(above.get(node.id, 0.0)),
         "activation": max(node.value, 0.0) if node.kind == "feature" else None,
+        **(_of_output(outputs[node.id], node.id in plain.targets) if node.kind == "logit" else {}),
     } for node in shown]
     edges = collapsed_edges(circuit) if isinstance(circuit, Circuit) else plain.edges
     return {
@@ -119,6 +133,20 @@ def neuronpedia_graph(circuit: Circuit | AttributionGraph, texts: Sequence[str],
         "nodes": nodes,
         "links": [{"source": e.source, "target": e.target, "weight": e.weight} for e in edges],
     }
+
+
+def _feature_number(node: Node) -> int:
+    if node.kind == "feature":
+        both = node.layer + node.index
+        return both * (both + 1) // 2 + node.index
+    return {"embedding": node.position, "logit": node.index}.get(node.kind, -1)
+
+
+def _of_output(output: Output, target: bool) -> dict[str, Any]:
+    # The viewer splits the label at "(p=" and takes the first such part.
+    text = output.text.replace("(p=", "(p =")
+    return {"clerp": f'Output "{text}" (p={output.probability:.3f})',
+            "token_prob": output.probability, "is_target_logit": target}
 
 
 def _check_texts(nodes: Sequence[Node], texts: Sequence[str | None]) -> None:

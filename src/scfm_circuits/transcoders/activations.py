@@ -27,6 +27,8 @@ class Activation:
     penalised: Literal["l1", "l0"] | None = None
     """What the penalty weighs: the sum of z, or the number of active features; None where k says
     how many are active."""
+    layout: Literal["relu", "topk"] | None = None
+    """What circuit-tracer's config.yaml calls it; None where it follows from the thresholds."""
     only_cuts = False
     """Whether z is the pre-activation cut at 0 and nothing else, whatever the other features do."""
 
@@ -61,11 +63,14 @@ class ReLU(Activation):
     """The paper's (Equation 1), with an L1 penalty."""
 
     penalised = "l1"
+    layout = "relu"
     only_cuts = True
 
 
 class TopK(Activation):
     """Each token keeps its k largest positive pre-activations."""
+
+    layout = "topk"
 
     def select(self, z: Tensor, k: int) -> Tensor:
         return keep_largest(z, k)

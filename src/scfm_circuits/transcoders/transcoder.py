@@ -186,6 +186,16 @@ def unit_rows(weight: Tensor) -> Tensor:
     return weight.div_(weight.norm(dim=-1, keepdim=True).clamp_min(1e-8))
 
 
+def _silent_features(variant: Variant) -> int:
+    """How many features of zeros the files hold after the trained ones.
+
+    circuit-tracer's TopK keeps the k largest pre-activations, negative ones among them; ours keeps
+    positive ones. With k features whose pre-activation is 0 no negative one is ever among the k, so
+    both say the same.
+    """
+    return variant.k if ACTIVATIONS[variant.activation].layout == "topk" else 0
+
+
 def layer_tensors(transcoders: Transcoders) -> list[dict[str, Tensor]]:
     """What the file of each layer holds, on the CPU in float32: see `save_transcoders`."""
     t = transcoders
@@ -197,6 +207,9 @@ def layer_tensors(transcoders: Transcoders) -> list[dict[str, Tensor]]:
                                                 zip(t.W_skip, t.b_in, strict=True)])
     if hasattr(t, "log_threshold"):
         parts["activation_function.threshold"] = t.log_threshold.exp()
+    if silent := _silent_features(t.variant):
+        parts |= {key: nn.functional.pad(parts[key], (0,) * (2 * parts[key].dim() - 3) + (silent,))
+                  for key in ("W_enc", "W_dec", "b_enc")}
     return [{key: value[layer].detach().float().cpu().contiguous()
              for key, value in parts.items()} for layer in range(t.n_layers)]
 
@@ -211,12 +224,17 @@ def save_record(folder: Path, model_name: str, record: Mapping[str, Any], varian
                 n_layers: int) -> None:
     """config.yaml and training.json beside the layers' files: see `save_transcoders`."""
     read = "mlp.hook_in" if variant.site == "transcoder" else "mlp.hook_out"
+    layout = ACTIVATIONS[variant.activation].layout
+    activation: dict[str, Any] = {"activation": layout} if layout else {}
+    if layout == "topk":
+        activation["k"] = variant.k
     write_atomic(folder / "config.yaml", yaml.safe_dump({
         "model_kind": "transcoder_set",
         "model_name": model_name,
         "feature_input_hook": read,
         "feature_output_hook": "mlp.hook_out",
         "scan": None,
+        **activation,
     }, sort_keys=True))
     write_json(folder / "training.json",
                {**record, "n_layers": n_layers, "variant": variant._asdict()})
@@ -228,7 +246,8 @@ def save_transcoders(transcoders: Transcoders, folder: Path, model_name: str,
 
     config.yaml names the hooks; layer_<i>.safetensors holds W_enc, W_dec (n_features, d_model),
     b_enc (n_features,) with b_in folded in, and b_dec (d_model,); W_skip (d_model, d_model) and
-    activation_function.threshold (n_features,) where the variant has them. training.json is
+    activation_function.threshold (n_features,) where the variant has them. TopK's files end with k
+    silent features, `_silent_features`. training.json is
     `record`, the variant, and the number of layers, by which a missing last file is noticed.
     """
     save_layers(transcoders, folder)
@@ -254,6 +273,9 @@ def load_transcoders(folder: Path) -> Transcoders:
                    for key in [*layers[0]]}
         if "activation_function.threshold" in stacked:
             stacked["log_threshold"] = stacked.pop("activation_function.threshold").log()
+        if silent := _silent_features(variant):
+            stacked |= {key: stacked[key][:, :-silent].clone()
+                        for key in ("W_enc", "W_dec", "b_enc")}
         n_layers, n_features, d_model = stacked["W_enc"].shape
         transcoders = Transcoders(n_layers, d_model, n_features, variant)
         transcoders.load_state_dict({**stacked, "b_in": torch.zeros(n_layers, d_model)},

@@ -149,8 +149,9 @@ def test_every_gene_of_a_corpus_can_be_read_back(seed):
             assert "".join(pieces).lstrip("_") == gene
 
 
-def test_the_answer_is_where_the_corpus_says():
-    corpus = tiny_corpus()
+@pytest.mark.parametrize("kind", ["train", "genes"])
+def test_the_answer_is_where_the_corpus_says(kind):
+    corpus = tiny_corpus(tokenizer=kind)
     profile = load_profile("smoke")
     for cell in range(len(corpus)):
         start, end = corpus.answer_start[cell], corpus.answer_end[cell]
@@ -172,14 +173,24 @@ def test_padding_is_masked_and_belongs_to_no_gene():
     assert (np.diff(corpus.mask.astype(int), axis=1) <= 0).all()
 
 
-def test_the_tokenizer_never_sees_held_out_cells():
-    cells = tiny_cells(12)
-    held_out = tiny_corpus(12).held_out
+@pytest.mark.parametrize("kind", ["train", "genes"])
+def test_the_tokenizer_never_sees_held_out_answers(kind):
+    cells, own = tiny_cells(12), tiny_corpus(12, tokenizer=kind)
     labels = cells.labels.copy()
-    labels[held_out] = "ZZZZZZZZ"
+    labels[own.held_out] = "ZZZZZZZZ"
     changed = build_corpus(ranked(replace(cells, labels=labels), 6), load_profile("smoke", {
-        "genes_per_cell": 6, "max_cells": None, "validation_share": 0.25}))
-    assert changed.tokenizer.get_vocab() == tiny_corpus(12).tokenizer.get_vocab()
+        "genes_per_cell": 6, "max_cells": None, "validation_share": 0.25, "tokenizer": kind}))
+    assert changed.tokenizer.get_vocab() == own.tokenizer.get_vocab()
+
+
+def test_with_a_token_a_gene_sentences_stay_and_prompts_are_shorter():
+    pieces, genes = tiny_corpus(20), tiny_corpus(20, tokenizer="genes")
+    assert [genes.genes_of(i) for i in range(20)] == [pieces.genes_of(i) for i in range(20)]
+    assert ((genes.gene >= 0) == (genes.place == 0)).all()
+    assert (genes.lengths < pieces.lengths).all()
+    token, gene = genes.tokens[genes.gene >= 0], genes.gene[genes.gene >= 0]
+    assert len(set(zip(token, gene, strict=True))) == len(set(token)) == len(set(gene))
+    assert "_CD3D" in genes.pieces(3)
 
 
 # --- the paper's own examples --------------------------------------------------------------------

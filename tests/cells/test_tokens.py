@@ -10,7 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scfm_circuits.cells import tokens
-from scfm_circuits.cells.tokens import encode_all, in_memory, load_tokenizer, train_tokenizer
+from scfm_circuits.cells.tokens import (
+    encode_all,
+    encode_prompt,
+    in_memory,
+    load_tokenizer,
+    token_texts,
+    train_gene_tokenizer,
+    train_tokenizer,
+)
 
 SYMBOLS = np.array(["CD14", "C1ORF112", "MT-CO1", "RP11-291B21.2", "HLA-DQA1", "7SK", "Y_RNA",
                     "A2M", "NKX2-5", "A", "1", "TRA@", "KIAA1217", "HLA-", "S100A8"])
@@ -23,6 +31,8 @@ def tokenizer(kind: str) -> Any:
     texts = [f" {gene} {gene}. B cell." for gene in SYMBOLS] * 3
     if kind == "trained":
         return train_tokenizer(texts, 330)
+    if kind == "genes":
+        return train_gene_tokenizer(texts, SYMBOLS.tolist(), 330)
     if kind == "across words":  # merges over spaces, so no prompt can be put together
         from tokenizers import Tokenizer, models, trainers
         from transformers import PreTrainedTokenizerFast
@@ -55,7 +65,7 @@ def same(ours: Any, theirs: Any) -> None:
         np.testing.assert_array_equal(one, other, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", ["trained", "real"])
+@pytest.mark.parametrize("kind", ["trained", "genes", "real"])
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 10_000), prompt=st.sampled_from(PROMPTS), n=st.integers(1, 12))
 def test_what_is_put_together_is_what_the_tokenizer_gives(kind, seed, prompt, n):
@@ -100,3 +110,64 @@ def test_where_it_cannot_be_each_prompt_is_encoded_by_itself(monkeypatch, kind, 
     seen = counted(monkeypatch)
     same(encode_all(tokenizer(kind), PROMPTS[0], SYMBOLS, ranking, answers), theirs)
     assert seen[-1] == 60
+
+
+# --- one token a gene ----------------------------------------------------------------------------
+
+PROMPT = "Genes: {genes}.\n\nThe T cell type of CD14+ is:"
+LABELS = ("CD14+ T cell", "B", "T", "7SK", "Genes", "β cell", "<gene>B")
+ODD = ("T", "B", "TYPE", "GENES", "GENES:", "THE", "IS", "CD14", "CD14+", "HLA-A", "HLA-", "-", ".",
+       "A", "A.", "A..", "RP11-291B21.2", "AC0.1.", "7SK", "1", "{GENES}", "{LABEL}", "<GENE>",
+       "<gene>B", "<|endoftext|>", "Β2M", "É1", "ÅŞİ", "基因", "🧬", "\u0301A", "Ġ", "ĠT", "Y_RNA")
+ANY = st.text(st.characters(exclude_categories=("Z", "C")), min_size=1, max_size=9)
+SYMBOL = st.sampled_from(ODD) | ANY.filter(lambda text: text.split() == [text])
+
+
+def by_gene(symbols: list[str]) -> Any:
+    texts = [PROMPT.replace("{genes}", "") + f" {label}." for label in LABELS]
+    return train_gene_tokenizer(texts, symbols, 330)
+
+
+@settings(deadline=None, max_examples=80)
+@given(genes=st.lists(SYMBOL, min_size=1, max_size=12, unique=True), label=st.sampled_from(LABELS),
+       prompt=st.sampled_from([PROMPT, *PROMPTS, "x{genes}x", "B {genes} B"]))
+def test_every_gene_is_one_token_whatever_it_is_called(genes, label, prompt):
+    made, ids, answer = by_gene(genes), np.arange(len(genes)) * 3 + 5, f" {label}."
+    encoded, start = encode_prompt(made, prompt, genes, ids, answer, end=True)
+    inside = encoded.gene >= 0
+    assert encoded.gene[inside].tolist() == ids.tolist()
+    assert (encoded.place[inside] == 0).all() and (encoded.place[~inside] == -1).all()
+    assert token_texts(made, encoded.tokens[inside]) == [f"_{gene}" for gene in genes]
+    # A word that looks like a gene is none, and text reads as it was written.
+    assert not set(encoded.tokens[inside]) & set(encoded.tokens[~inside])
+    whole = made.decode(encoded.tokens[:-1], clean_up_tokenization_spaces=False)
+    before, after = prompt.split("{genes}")
+    assert whole == before.removesuffix(" ") + " " + " ".join(genes) + after + answer
+    assert made.decode(encoded.tokens[start:-1], clean_up_tokenization_spaces=False) == answer
+
+
+def test_a_gene_is_the_same_token_wherever_it_stands():
+    made = by_gene(list(ODD))
+    found = [encode_prompt(made, PROMPT, genes, range(3))[0] for genes in
+             (("B", "T", "CD14"), ("T", "CD14", "B"), ("CD14", "B", "T"))]
+    b, t, cd14 = found[0].tokens[found[0].gene >= 0]
+    assert [one.tokens[one.gene >= 0].tolist() for one in found[1:]] == [[t, cd14, b], [cd14, b, t]]
+
+
+def test_a_gene_that_the_tokenizer_does_not_have_is_spelt():
+    made = by_gene(["B", "CD14"])
+    encoded, start = encode_prompt(made, PROMPT, ["B", "FOXP3", "CD14"], [4, 5, 6], " B.")
+    own = [np.flatnonzero(encoded.gene == gene) for gene in (4, 5, 6)]
+    assert [len(one) == 1 for one in own] == [True, False, True]
+    assert "".join(token_texts(made, encoded.tokens[own[1]])) == "FOXP3"
+    assert "".join(token_texts(made, encoded.tokens[start:])) == "_B."
+
+
+def test_a_stored_tokenizer_has_the_same_tokens(tmp_path):
+    made = by_gene(list(ODD))
+    made.save_pretrained(tmp_path)
+    genes = list(ODD)
+    before, after = (encode_prompt(one, PROMPT, genes, range(len(genes)), " B.")[0].tokens
+                     for one in (made, load_tokenizer(str(tmp_path))))
+    np.testing.assert_array_equal(before, after)
+    assert load_tokenizer(str(tmp_path)).decode(after) == made.decode(before)

@@ -43,7 +43,7 @@ GIB, CPU = 2**30, torch.device("cpu")
 OTHER, KEPT = 2 * GIB, 0.2
 """A chapter's memory beside the parts (libraries, tables, figures), and the share of it all that is
 freed and not given back at once."""
-PIECES = {"train": 2.0, "loaded": 3.3}
+PIECES = {"train": 2.0, "genes": 1.0, "loaded": 3.3}
 """Tokens of a gene's name until a corpus is there; 3.3 is Pythia's in the paper's Figure 4."""
 COUNT_SHARE, MOST_ACTIVE = 0.03, 100
 """Share of all (feature, pair of token and gene) that occur, and features active on a token: both
@@ -180,7 +180,7 @@ def run_sizes(profile: Profile) -> Sizes:
         cells = min(in_file, profile.max_cells or in_file)
         tokens, padded = round(cells * length), round(1.3 * length)
         trained_on = tokens - round(max(1, round(cells * profile.validation_share)) * length)
-    config = model_config(profile, corpus, padded)
+    config = model_config(profile, corpus, padded, genes)
     with torch.device("meta"):  # the number of weights, without making them
         weights = AutoModelForCausalLM.from_config(config).parameters()
     layers, width = int(config.num_hidden_layers), int(config.hidden_size)
@@ -194,10 +194,15 @@ def run_sizes(profile: Profile) -> Sizes:
                  fixed_bytes(layers * features, profile.contexts_per_feature) + 8 * occurring)
 
 
-def model_config(profile: Profile, corpus: Corpus | None, length: int) -> "PreTrainedConfig":
-    """The configuration of the profile's model: from here, the manifest, or else the network."""
+def model_config(profile: Profile, corpus: Corpus | None, length: int, genes: int = 0
+                 ) -> "PreTrainedConfig":
+    """The configuration of the profile's model: from here, the manifest, or else the network.
+
+    length: of the longest prompt, in tokens; genes: of the cells, each a token perhaps.
+    """
     if profile.model == "train":
-        rows = len(corpus.tokenizer) if corpus is not None else profile.vocabulary_size
+        own = genes if profile.tokenizer == "genes" else 0
+        rows = len(corpus.tokenizer) if corpus is not None else profile.vocabulary_size + own
         return small_config(profile, rows, length)
     listed = manifest.entry("models", profile.model)
     try:
@@ -215,7 +220,7 @@ def model_config(profile: Profile, corpus: Corpus | None, length: int) -> "PreTr
 
 def _cells(profile: Profile) -> tuple[int, int, float]:
     """(cells, genes, tokens of a cell) of the profile's cells, the last estimated."""
-    length = (profile.genes_per_cell * PIECES["train" if profile.tokenizer == "train" else "loaded"]
+    length = (profile.genes_per_cell * PIECES.get(profile.tokenizer, PIECES["loaded"])
               + len(profile.prompt + profile.response) / 4 + 4)  # and the question, an answer
     listed, path = manifest.entry("cells", profile.cells), cells_path(profile, ROOT)
     # One of another size will be set aside and fetched again.

@@ -23,6 +23,7 @@ from scfm_circuits.cells.tokens import (
     in_memory,
     load_tokenizer,
     token_texts,
+    train_gene_tokenizer,
     train_tokenizer,
 )
 from scfm_circuits.common.files import atomic_folder, read_json, write_json
@@ -146,6 +147,11 @@ def build_corpus(cells: "RankedCells", profile: Profile, made: Made = in_memory)
                  for i, sentence in enumerate(sentence_texts(cells.ranking, symbols))
                  if not held_out[i])
         tokenizer = train_tokenizer(texts, profile.vocabulary_size)
+    elif profile.tokenizer == "genes":
+        texts = (profile.prompt.replace("{genes}", "") + answer
+                 for answer, out in zip(answers, held_out, strict=True) if not out)
+        used = np.unique(cells.ranking[cells.ranking >= 0])
+        tokenizer = train_gene_tokenizer(texts, symbols[used].tolist(), profile.vocabulary_size)
     else:
         tokenizer = load_tokenizer(profile.tokenizer, profile.model_revision)
     _check_special(tokenizer, cells.labels, symbols)

@@ -2,6 +2,9 @@
 
 The tokenizer; one prompt, token by token; and many prompts at once, put together from gene names
 that were encoded once each (checked against the tokenizer, else encoded one by one).
+
+A tokenizer may have genes as tokens (`train_gene_tokenizer`). Such a gene is cut out of the text,
+which is otherwise encoded as any other.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,9 +18,12 @@ from scfm_circuits import InputError
 from scfm_circuits.common.files import first_line
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+GENE_MARK = "<gene>"
+"""In a vocabulary it precedes a symbol that is a token of its own; in text it is a space."""
 _CELLS = 4096
 _LOOKED_AT = 256
 
@@ -97,15 +103,14 @@ def _parts(tokenizer: "PreTrainedTokenizerFast", prompt: str, symbols: np.ndarra
 
 def _encoded(tokenizer: "PreTrainedTokenizerFast", texts: list[str], spans: np.ndarray) -> _Pieces:
     """The texts' tokens; spans: (n, 2) the characters of the gene in each."""
-    found = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-    token = [np.array(one.ids, np.int64) for one in found]
+    found = _encode(tokenizer, texts, [[(start, stop)] for start, stop in spans.tolist()])
     place = []
-    for one, (start, stop) in zip(found, spans.tolist(), strict=True):
-        ends = np.array([end for _, end in one.offsets], np.int64)
+    for (_, offsets), (start, stop) in zip(found, spans.tolist(), strict=True):
+        ends = offsets[:, 1]
         inside = (ends > start) & (ends <= stop)
         place.append(np.where(inside, np.cumsum(inside) - 1, -1).astype(np.int16))
-    return _Pieces(np.append(0, np.cumsum([len(one) for one in token])),
-                   np.concatenate(token), np.concatenate(place))
+    return _Pieces(np.append(0, np.cumsum([len(tokens) for tokens, _ in found])),
+                   np.concatenate([tokens for tokens, _ in found]), np.concatenate(place))
 
 
 def _agree(tokenizer: "PreTrainedTokenizerFast", prompt: str, symbols: np.ndarray,
@@ -208,7 +213,6 @@ def token_texts(tokenizer: "PreTrainedTokenizerFast", ids: Sequence[int] | np.nd
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> "PreTrainedTokenizerFast":
     """A byte-level BPE (as Pythia's, but small) trained on the given texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -218,6 +222,36 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> "PreTrainedTo
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return _fast(tokenizer)
+
+
+def train_gene_tokenizer(texts: Iterable[str], symbols: Iterable[str], vocabulary_size: int
+                         ) -> "PreTrainedTokenizerFast":
+    """A vocabulary of genes: one token a symbol, wherever in the sentence it stands.
+
+    texts: prompts and answers without genes, which are encoded by a BPE of `vocabulary_size` pieces
+    at most (`train_tokenizer`), trained on them; symbols: the genes, each once, which come on top.
+    A gene's token reads as a space and the symbol. It is never a part of another text: a label
+    CD14+ has nothing of the gene CD14, and a gene B nothing of a label B.
+    """
+    import json
+
+    from tokenizers import Regex, Tokenizer, decoders
+
+    tokenizer = train_tokenizer(texts, vocabulary_size)
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = whole["model"]["vocab"]
+    # `tokenizers` takes one model only. What no merge leads to is a word level beside the BPE.
+    vocabulary |= {GENE_MARK + symbol: len(vocabulary) + i for i, symbol in enumerate(symbols)}
+    made = Tokenizer.from_str(json.dumps(whole))
+    made.decoder = decoders.Sequence([decoders.Replace(Regex(f"^{GENE_MARK}"), " "),
+                                      decoders.ByteLevel()])
+    return _fast(made)
+
+
+def _fast(tokenizer: "Tokenizer") -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT,
         unk_token=END_OF_TEXT, clean_up_tokenization_spaces=False,
@@ -267,20 +301,59 @@ def encode_prompt(
     sentence = " ".join(genes)
     text = before + sentence + after + answer
     owner = np.full(len(text) + 1, -1, np.int32)
-    start = len(before)
+    start, spans = len(before), []
     for gene, symbol in zip(gene_ids, genes, strict=True):
-        owner[start : start + len(symbol)] = gene
+        spans.append((start, start + len(symbol)))
+        owner[slice(*spans[-1])] = gene
         # The rank in the sentence tells two mentions apart; genes are unique, so the id does too.
         start += len(symbol) + 1
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    tokens = np.array(encoding["input_ids"], np.int64)
-    offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
+    [(tokens, offsets)] = _encode(tokenizer, [text], [spans])
     gene = np.where(offsets[:, 1] > offsets[:, 0], owner[np.maximum(offsets[:, 1] - 1, 0)], -1)
     answer_start = int(np.searchsorted(offsets[:, 1], len(text) - len(answer), side="right"))
     if end:
         tokens = np.append(tokens, tokenizer.eos_token_id)
         gene = np.append(gene, -1)
     return Encoded(tokens, gene.astype(np.int32), _places(gene)), answer_start
+
+
+def _encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str],
+            spans: Sequence[Sequence[tuple[int, int]]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each text's tokens, and (n_tokens, 2) the characters that they stand for.
+
+    spans: for each text, the characters of its genes. Those that are tokens of their own are taken
+    out, with the space in front, before the rest is encoded.
+    """
+    runs = [_runs(tokenizer, text, genes) for text, genes in zip(texts, spans, strict=True)]
+    rest = [text[start:stop] for text, own in zip(texts, runs, strict=True)
+            for start, stop, token in own if token is None]
+    words = tokenizer(rest, add_special_tokens=False, return_offsets_mapping=True) if rest else {
+        "input_ids": [], "offset_mapping": []}
+    found = zip(words["input_ids"], words["offset_mapping"], strict=True)
+    encoded = []
+    for own in runs:
+        tokens: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        for start, stop, token in own:
+            ids, places = next(found) if token is None else ([token], [(0, stop - start)])
+            tokens += ids
+            offsets += [(start + a, start + b) for a, b in places]
+        encoded.append((np.array(tokens, np.int64), np.array(offsets, np.int64).reshape(-1, 2)))
+    return encoded
+
+
+def _runs(tokenizer: "PreTrainedTokenizerFast", text: str, genes: Sequence[tuple[int, int]]
+          ) -> list[tuple[int, int, int | None]]:
+    """A text in runs of characters: genes with their token, and what is left, with none."""
+    runs: list[tuple[int, int, int | None]] = []
+    done = 0
+    for start, stop in genes:
+        token = tokenizer.backend_tokenizer.token_to_id(GENE_MARK + text[start:stop])
+        if token is not None:
+            space = start - text[done:start].endswith(" ")
+            runs += [(done, space, None)] if space > done else []
+            runs.append((space, stop, token))
+            done = stop
+    return [*runs, (done, len(text), None)] if done < len(text) else runs
 
 
 def _places(gene: np.ndarray) -> np.ndarray:

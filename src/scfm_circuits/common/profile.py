@@ -79,7 +79,8 @@ class Profile(BaseModel):
     response: str = " {label}."
     """The answer the model is trained to give; `{label}` is the cell type."""
     tokenizer: str = "train"
-    """`train` (a byte-level BPE on the run's own sentences), or a Hugging Face id or folder."""
+    """`train` (a byte-level BPE on the run's own sentences), `genes` (a token for each gene, and a
+    BPE on prompts and labels), or a Hugging Face id or folder."""
     vocabulary_size: Annotated[int, Field(ge=300)] = 1024
     """Pieces of the BPE that is trained; ignored for a loaded tokenizer."""
 
@@ -250,8 +251,9 @@ class Profile(BaseModel):
                     f"model_heads: {self.model_heads} heads do not divide model_width "
                     f"{self.model_width}"
                 )
-        elif self.tokenizer == "train":
-            raise ValueError("tokenizer: a loaded model needs its own tokenizer, not `train`")
+        elif self.tokenizer in ("train", "genes"):
+            raise ValueError("tokenizer: a loaded model needs its own tokenizer, not "
+                             f"`{self.tokenizer}`")
         if self.model_layers is not None and self.human_layer >= self.model_layers:
             raise ValueError(
                 f"human_layer: layer {self.human_layer} asked of a model with "

@@ -79,7 +79,7 @@ print(chapter.profile.prompt.replace("{genes}", " ".join(corpus.genes_of(cell)))
       + chapter.profile.response.replace("{label}", str(corpus.labels[cell])))
 
 # %% [markdown]
-# The tokenizer cuts gene names into pieces. Every token remembers the gene it came from and its
+# {glue:text}`cells.pieces` Every token remembers the gene it came from and its
 # place in it; the words of the question and the answer belong to no gene. A gene of this corpus
 # takes {glue:text}`cells.tokens_per_gene` tokens on average; the paper's sentence takes 3.30 with
 # Pythia's tokenizer.
@@ -87,6 +87,9 @@ print(chapter.profile.prompt.replace("{genes}", " ".join(corpus.genes_of(cell)))
 # %% tags=["hide-input"]
 chapter.values({"tokens_per_gene": (corpus.gene >= 0).sum() / n_genes.sum(),
                 "tokens": corpus.mask.sum()}, prefix="cells.")
+chapter.value("cells.pieces", corpus.has_sub_words,
+              "The tokenizer cuts gene names into pieces." if corpus.has_sub_words else
+              "Every gene is one token; a tokenizer cuts the other words into pieces.")
 first = slice(0, 14)
 chapter.show(pd.DataFrame({
     "token": corpus.pieces(cell)[first],

@@ -160,6 +160,8 @@ chapter.percent("human.paper_high", rated.paper[1])
 # - **none**: no explanation reaches an F1 of {glue:text}`score.enough`, or none beats "fires on every
 #   gene" by the margin. A feature that fires on fewer than {glue:text}`score.min_fired` held-out
 #   mentions gets no verdict.
+#
+# {glue:text}`score.pieces`
 
 # %%
 scored = scores.feature_scores(chapter.model, chapter.transcoders, statistics, corpus, settings,
@@ -194,6 +196,10 @@ chapter.show(table.loc[study.drawn].reset_index()[[
 own = overall.set_index("source").loc[deck.FEATURE]
 chapter.values({"margin": scores.MARGIN, "enough": scores.ENOUGH_F1, "min_fired": scores.MIN_FIRED,
                 "n": int(own["scored"]), "too_rare": int(own["too_rare"])}, prefix="score.")
+chapter.value("score.pieces", corpus.has_sub_words,
+              "Gene names are cut into sub-words here, so all of these can be." if
+              corpus.has_sub_words else "Here every gene is one token. There is no sub-word to be "
+              "named, so no feature can be scored sub-word or either.")
 for key, share in scores.level_shares(shares).items():
     chapter.percent(f"score.{key}", share, 1, missing="none scored")
 

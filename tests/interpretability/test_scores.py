@@ -91,6 +91,22 @@ def test_a_feature_that_fires_as_said_is_told(tokens, genes, verdict, named):
         assert scores[["gene_precision", "gene_recall", "gene_f1", "gene_auroc"]].eq(1).all()
 
 
+@pytest.mark.parametrize(("genes", "verdict"), [
+    (["ABCA1"], GENE), (["SOLO", "QUO1"], GENE), (["ABCA1", "ZZTA3", "QUO2"], GENE),
+    (["ABCA1", "ABCA2", "ZZTA1", "ZZTA3", "QUO1", "QUO2"], FAMILY)])
+def test_where_genes_are_tokens_no_sub_word_competes(genes, verdict):
+    symbols, n = np.array(list(SPELLED)), len(SPELLED)
+    pairs = SplitPairs(np.arange(n), np.arange(n)[::-1], np.arange(n),
+                       *(np.full(n, count) for count in (40, 10, 40, 10)))
+    kinds = Kinds(gene_kinds(pairs, symbols, [f"_{one}" for one in symbols[::-1]]), pairs)
+    assert len(kinds.items["token"].names) == 0
+    fires = np.isin(symbols, genes)[None]
+    scores = score_counts(sp.csr_matrix(fires * 40), sp.csr_matrix(fires * 10), kinds).iloc[0]
+    assert scores["verdict"] == verdict and scores["token_items"] == ""
+    assert np.isnan(scores["token_f1"])
+    assert "token" not in set(known_feature_table(kinds, seed=0, n=3)["fires_on"])
+
+
 def frame(**columns) -> pd.DataFrame:
     base = {"gene_f1": 0.0, "family_f1": 0.0, "token_f1": 0.0, "held_out_fired": 50,
             "held_out_rate": 0.05}
@@ -180,9 +196,10 @@ def test_tokens_are_drawn_until_they_occur_often_enough():
     assert (len(drawn), rate) == (3, 0.2)
 
 
-def test_everything_runs_on_a_small_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("tokenizer", ["train", "genes"])
+def test_everything_runs_on_a_small_run(tmp_path, monkeypatch, tokenizer):
     run = tiny_profile(monkeypatch, tmp_path)
-    corpus = tiny_corpus(24)
+    corpus = tiny_corpus(24, tokenizer=tokenizer)
     model = model_for(corpus).float()
     transcoders = tiny_transcoders(model)
     statistics = get_statistics(model, transcoders, corpus, run)
@@ -214,6 +231,8 @@ def test_everything_runs_on_a_small_run(tmp_path, monkeypatch):
     assert len(levels) == 12
     assert sum(levels[f"features.{part}"] for part in (
         "gene_level", "sub_word", "either", "none")) == pytest.approx(1)
+    assert (levels["features.sub_word"] == levels["features.either"] == 0
+            ) or tokenizer == "train"
     assert levels["random.gene_level"] == pytest.approx(
         overall.loc["random tokens", [GENE, FAMILY]].sum())
     rare = shares.assign(scored=shares["scored"].where(shares["source"] != "random tokens", 0))

@@ -81,6 +81,11 @@ class Corpus:
         return self.mask.sum(axis=1)
 
     @property
+    def has_sub_words(self) -> bool:
+        """Whether any gene is cut into several tokens."""
+        return bool((self.place > 0).any())
+
+    @property
     def occurring(self) -> np.ndarray:
         """Ids of the genes that stand in any cell's sentence, ascending."""
         return np.unique(self.gene[self.gene >= 0])

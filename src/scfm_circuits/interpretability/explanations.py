@@ -127,7 +127,7 @@ class Explained(NamedTuple):
     """For each of n features, the items chosen on some mentions, and their score on others.
 
     items: (n, AT_MOST) chosen, in this order; -1: no more. precision, recall, f1, auroc: (n,); nan
-    where nothing was there to be right or wrong about.
+    where nothing was there to be right or wrong about, or to be named.
     """
 
     items: NDArray[np.int64]
@@ -169,7 +169,8 @@ def explain(train: Mentions, held_out: Mentions, items: Items, at_most: int = AT
     won = np.einsum("ni,nj,nij->n", hit, missed, higher + 0.5 * equal)
     with np.errstate(divide="ignore", invalid="ignore"):
         return Explained(chosen, right / predicted, right / positive,
-                         np.where(positive > 0, 2 * right / (predicted + positive), np.nan),
+                         np.where((positive > 0) & (n_items > 0),
+                                  2 * right / (predicted + positive), np.nan),
                          won / (positive * missed.sum(axis=1)))
 
 

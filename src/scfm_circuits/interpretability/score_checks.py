@@ -173,7 +173,9 @@ def _shares(told: pd.DataFrame) -> dict[str, float]:
              "either": share.get(EITHER, 0.0), "sub_word": share.get(SUB_WORD, 0.0),
              "none": share.get(NONE, 0.0)}
     if "program_f1" in told:
-        beyond = told["program_f1"].fillna(0) >= told["token_f1"].fillna(0) + MARGIN
+        # Where there are no sub-words, genes are what is named otherwise.
+        other = told["token_f1"].fillna(told["gene_f1"]).fillna(0)
+        beyond = told["program_f1"].fillna(0) >= other + MARGIN
         found["program_beyond_sub_words"] = float(beyond.mean())
     return found
 

@@ -97,12 +97,18 @@ def corpus_kinds(statistics: FeatureStatistics, corpus: Corpus, profile: "Profil
 
 def gene_kinds(pairs: SplitPairs, symbols: np.ndarray, texts: Sequence[str],
                groups: Mapping[str, Sequence[str]] | None = None) -> dict[str, Items]:
-    """The items of `KINDS`; texts: those of the distinct tokens of `pairs`, by ascending id."""
+    """The items of `KINDS`; texts: those of the distinct tokens of `pairs`, by ascending id.
+
+    Where every gene is one token and every token one gene, there are no sub-words to be named.
+    """
     n = len(symbols)
-    token = np.searchsorted(np.unique(pairs.token), pairs.token)
+    distinct = np.unique(pairs.token)
+    token = np.searchsorted(distinct, pairs.token)
+    sub_words = not len(distinct) == len(np.unique(pairs.gene)) == len(pairs.pair)
     return {"gene": items_from(symbols.tolist(), np.arange(n), np.arange(n), n),
             "family": family_items(symbols, groups),
-            "token": items_from(texts, token, pairs.gene, n)}
+            "token": items_from(texts, token, pairs.gene, n) if sub_words
+            else items_from([], token[:0], pairs.gene[:0], n)}
 
 
 def set_items(named: Mapping[str, Sequence[str]], symbols: np.ndarray) -> Items:
@@ -155,6 +161,8 @@ def verdicts(scores: pd.DataFrame, margin: float = MARGIN, enough: float = ENOUG
       the genes of one family alone.
     - `none`: no explanation reaches `enough`, or none beats "fires on every gene" by the margin.
     - `too rare`: it fires on fewer than `MIN_FIRED` held-out mentions.
+
+    Where genes are tokens (`gene_kinds`) no feature is `sub-word` or `either`.
     """
     gene, family, token = (scores[f"{kind}_f1"].fillna(0).to_numpy() for kind in KINDS)
     rate = scores["held_out_rate"].to_numpy()

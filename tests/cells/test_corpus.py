@@ -10,9 +10,13 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from helpers import GENES, ranked, tiny_cells, tiny_corpus, tiny_profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_architectures import FAMILIES, tiny
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from scfm_circuits import InputError
 from scfm_circuits.cells import corpus as sentences_module
@@ -206,7 +210,7 @@ def test_the_papers_figure_4_is_64_genes_and_211_tokens():
     assert gene_pieces(tokenizer, load_profile("paper").prompt, genes) == genes
 
 
-FAMILIES = {"PTPN": "PTPN1", "CSNK": "CSNK1A1", "FOXO": "FOXO1", "WSB": "WSB1"}
+GENE_FAMILIES = {"PTPN": "PTPN1", "CSNK": "CSNK1A1", "FOXO": "FOXO1", "WSB": "WSB1"}
 NOT_ABOUT_GENES = {4942: "Trailing 2", 2459: "Y tokens"}
 
 
@@ -220,7 +224,7 @@ def test_the_tokens_of_the_papers_table_3_are_pieces_of_the_genes_it_names():
             continue
         token, _, where = text.partition(" token in ")
         named = where.replace("(", " ").replace(")", " ").replace(",", " ").split()
-        genes = [FAMILIES.get(word, word) for word in named
+        genes = [GENE_FAMILIES.get(word, word) for word in named
                  if word not in ("gene", "genes", "family") and not word.endswith("*")]
         assert genes, text
         for gene in genes:
@@ -326,8 +330,6 @@ def test_another_end_of_text_survives_the_store(tmp_path, monkeypatch, fields):
     folder = tmp_path / "tokenizer"
     tokenizer = trained()
     text = tokenizer.backend_tokenizer.to_str().replace(END_OF_TEXT, "</s>")
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), eos_token="</s>"
                             ).save_pretrained(folder)
     profile = tiny_profile(monkeypatch, tmp_path, tokenizer=str(folder), **fields)
@@ -368,8 +370,43 @@ def test_a_broken_tokenizer_file(tmp_path, content):
         load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_folder_without_its_tokenizer(tmp_path, family):
+    tiny(family, dtype=torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"(no token for 'A', 'B', |cannot be loaded).*`tok"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_that_cannot_write_a_gene(tmp_path):
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "CD3D": 1, "</s>": 2}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="</s>"
+                            ).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no token for 'A', 'B', "):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_begin_token_that_is_left_out_is_said(tmp_path, monkeypatch, fields):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = trained()
+    mine = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    mine.add_special_tokens(["<s>"])
+    mine.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[
+        ("<s>", mine.token_to_id("<s>"))])
+    PreTrainedTokenizerFast(tokenizer_object=mine, bos_token="<s>", eos_token=END_OF_TEXT
+                            ).save_pretrained(tmp_path / "tokenizer")
+    profile = tiny_profile(monkeypatch, tmp_path, tokenizer=str(tmp_path / "tokenizer"), **fields)
+    corpus = load_corpus(profile)
+    said = [one for one in corpus.decisions if "'<s>'" in one]
+    assert len(said) == 1 and "left out" in said[0]
+    assert mine.token_to_id("<s>") not in corpus.tokens
+    trained().save_pretrained(tmp_path / "plain")
+    other = load_corpus(profile.model_copy(update={"tokenizer": str(tmp_path / "plain")}))
+    assert not any("left out" in one for one in other.decisions)
+    np.testing.assert_array_equal(other.tokens, corpus.tokens)
+
+
 def test_a_tokenizer_without_an_end(tmp_path):
-    from transformers import PreTrainedTokenizerFast
     PreTrainedTokenizerFast(tokenizer_object=trained().backend_tokenizer).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="end"):
         load_tokenizer(str(tmp_path))

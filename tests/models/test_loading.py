@@ -397,6 +397,18 @@ def test_a_broken_checkpoint(tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["gpt_neox.layers.1.mlp.dense_h_to_4h.weight",
+                                  "gpt_neox.final_layer_norm.bias"])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, name, value):
+    path = saved(tmp_path) / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"{name} holds a value.*check `model` in the profile"):
+        load_model(tmp_path)
+
+
 def test_tokens_beyond_the_models_vocabulary_or_length():
     corpus = tiny_corpus()
     with pytest.raises(InputError, match="do not belong together"):
@@ -425,6 +437,20 @@ def test_the_small_model_learns_from_training_cells_only(monkeypatch, tmp_path):
     assert abs(curve.loss[0] - math.log(len(corpus.tokenizer))) < 0.5
     longer = profile.model_copy(update={"model_steps": 40})
     assert train_small_model(corpus, longer, progress=False)[1].loss[-1] < curve.loss[0] - 1
+
+
+def test_a_small_model_that_does_not_learn_is_told_at_once(monkeypatch, tmp_path):
+    profile = tiny_profile(monkeypatch, tmp_path, **{**QUICK, "model_steps": 100})
+    losses: list[int] = []
+
+    def diverged(logits: Tensor, *_: Any) -> Tensor:
+        losses.append(1)
+        return logits.sum(dim=-1) * (math.nan if len(losses) > 2 else 1)
+
+    monkeypatch.setattr("scfm_circuits.models.small_models.next_token_loss", diverged)
+    with pytest.raises(InputError, match=r"step 3 .*lower `model_learning_rate`"):
+        get_model(profile, tiny_corpus())
+    assert not (profile.results / "language_model").exists()
 
 
 def test_the_small_model_is_trained_once_and_kept(monkeypatch, tmp_path):

@@ -26,6 +26,7 @@ GENE_MARK = "<gene>"
 """In a vocabulary it precedes a symbol that is a token of its own; in text it is a space."""
 _CELLS = 4096
 _LOOKED_AT = 256
+_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 -."
 
 
 class Prompts(NamedTuple):
@@ -259,7 +260,11 @@ def _fast(tokenizer: "Tokenizer") -> "PreTrainedTokenizerFast":
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokenizerFast":
-    """A tokenizer from a Hugging Face id, a folder, or a folder with only `tokenizer.json`."""
+    """A tokenizer from a Hugging Face id, a folder, or a folder with only `tokenizer.json`.
+
+    Raises InputError if it cannot be had, gives no character offsets, has no end of text or cannot
+    write the letters of gene symbols.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = Path(name).expanduser()
@@ -283,7 +288,31 @@ def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokeniz
     if tokenizer.eos_token_id is None:
         raise InputError(f"The tokenizer {name!r} has no token for the end of a text; set "
                          "`eos_token` in its tokenizer_config.json.")
+    unknown = _cannot_be_written(tokenizer)
+    if unknown:
+        shown = ", ".join(map(repr, unknown[:3])) + ", ..." * (len(unknown) > 3)
+        raise InputError(f"The tokenizer {name!r} has no token for {shown}, as one is that comes "
+                         "without its tokenizer.json; copy the model's own tokenizer files into "
+                         "its folder, or name another as `tokenizer` in the profile.")
     return tokenizer
+
+
+def _cannot_be_written(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+    """Letters and digits of gene symbols that come out of the tokenizer as nothing or unknown."""
+    text = _ALPHABET
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    written: set[int] = set()
+    for token, (start, end) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        if token not in tokenizer.all_special_ids:
+            written |= {*range(start, end)}
+    return [one for place, one in enumerate(text) if one != " " and place not in written]
+
+
+def begin_token(tokenizer: "PreTrainedTokenizerFast") -> str | None:
+    """The token that the tokenizer puts before a text unless it is told not to, if it does."""
+    first = tokenizer("A")["input_ids"][0]
+    alone = tokenizer("A", add_special_tokens=False)["input_ids"][0]
+    return None if first == alone else str(tokenizer.convert_ids_to_tokens(first))
 
 
 def encode_prompt(

@@ -12,7 +12,7 @@ from scfm_circuits import InputError
 from scfm_circuits.common import manifest
 from scfm_circuits.common.files import atomic_folder, first_line, read_json, write_json
 from scfm_circuits.models.architectures import check_supported
-from scfm_circuits.models.mlp_sites import best_device, moved_to
+from scfm_circuits.models.mlp_sites import best_device, moved_to, not_finite
 from scfm_circuits.models.small_models import TrainingCurve, train_small_model
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def load_model(name: str | Path, revision: str | None = None,
 
     Only safetensors weights are read and no code of the repository is run. Attention is `eager`,
     because the tracer reads its patterns. Raises InputError as `load_config` does, before weights
-    are read, or if weights are missing.
+    are read, or if weights are missing or no finite numbers.
     """
     from transformers import AutoModelForCausalLM
 
@@ -86,6 +86,9 @@ def load_model(name: str | Path, revision: str | None = None,
         # transformers fills missing weights with random numbers and only warns.
         if loading["missing_keys"]:
             raise ValueError(f"it lacks the weights {', '.join(sorted(loading['missing_keys']))}")
+        odd = not_finite(model)
+        if odd is not None:
+            raise ValueError(f"its weight {odd} holds a value that is no finite number")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _cannot_load(name, error) from None
     return model.eval()

@@ -42,6 +42,12 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def not_finite(model: nn.Module) -> str | None:
+    """The first of the model's weights that holds NaN or an infinite value, if one does."""
+    return next((name for name, weight in model.named_parameters()
+                 if not torch.isfinite(weight).all()), None)
+
+
 def moved_to(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device)
 

@@ -1,5 +1,6 @@
 """A small GPT-NeoX trained on the spot on the corpus, where no network is at hand."""
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -7,8 +8,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from scfm_circuits import InputError
 from scfm_circuits.common.randomness import generator
-from scfm_circuits.models.mlp_sites import best_device, device_of, moved_to, next_token_loss
+from scfm_circuits.models.mlp_sites import (
+    best_device,
+    device_of,
+    moved_to,
+    next_token_loss,
+    not_finite,
+)
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -51,7 +59,8 @@ def train_small_model(corpus: "Corpus", profile: "Profile", *, progress: bool = 
     """Train a small GPT-NeoX on the training cells to write sentences and name the cell's type.
 
     AdamW with a cosine schedule after a tenth of warm-up; the loss is the mean cross-entropy of
-    the next token over all tokens that are not padding.
+    the next token over all tokens that are not padding. Raises InputError at the first step that
+    leaves no finite number.
     """
     model = build_small_model(profile, len(corpus.tokenizer), corpus.tokens.shape[1])
     moved_to(model, best_device()).train()
@@ -83,5 +92,9 @@ def train_small_model(corpus: "Corpus", profile: "Profile", *, progress: bool = 
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
+        if not math.isfinite(losses[-1]) or (len(losses) == steps and not_finite(model)):
+            raise InputError(f"The language model does not learn: after step {len(losses)} its "
+                             "loss or weights are no finite numbers; lower `model_learning_rate` "
+                             f"(it is {profile.model_learning_rate:g}).")
         bar.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
     return model.eval(), TrainingCurve(list(range(1, steps + 1)), losses)

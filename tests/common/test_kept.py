@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from scfm_circuits.common import kept
+from scfm_circuits.common.files import write_json
 from scfm_circuits.common.profile import load_profile
 
 
@@ -51,26 +52,32 @@ def test_what_lies_beside_the_rooms_is_common(package: Path) -> None:
     assert kept.room_of(package / "__main__.py") == "book"  # it only calls what others do
 
 
-def test_a_fingerprint_names_what_a_result_is_made_from() -> None:
+def test_a_stamp_names_what_a_result_is_made_from(tmp_path: Path) -> None:
     profile = load_profile("smoke")
-    found = profile.fingerprint(("seed",), ("cells",))
-    assert found["fields"] == {"seed": profile.seed} and "torch" in found["versions"]
+    found = kept.stamp_of(profile, ("seed", "libraries"), ("cells",), layers=(1, 2))
+    assert found["fields"] == {"seed": profile.seed, "libraries": list(profile.libraries)}
     assert found["sources"] == {room: kept.room_hash(room) for room in ("cells", "common")}
+    assert "torch" in found["versions"] and found["layers"] == [1, 2]
+    # What was written is what it is held against, whatever its types were.
+    record = write_json(tmp_path / "record.json", {"stamp": found, "steps": 3})
+    assert kept.read_record(record, found) == {"stamp": found, "steps": 3}
+    assert kept.read_record(record, kept.stamp_of(profile, ("seed",), ("cells",))) is None
+    assert kept.read_record(tmp_path / "none.json", found) is None
 
 
 def test_arrays_are_made_once_and_again_when_they_are_not_current(tmp_path: Path) -> None:
     path, made = tmp_path / "folder" / "x.npz", []
 
-    def get(stamp: str) -> int:
+    def get(name: str) -> int:
         def make() -> int:
-            made.append(stamp)
+            made.append(name)
             return len(made)
 
-        return kept.kept_arrays(path, stamp, make, lambda one: {"x": np.array(one)},
+        return kept.kept_arrays(path, {"name": name}, make, lambda one: {"x": np.array(one)},
                                 lambda arrays: int(arrays["x"]))
 
     assert [get("a"), get("a"), get("b"), get("b")] == [1, 1, 2, 2] and made == ["a", "b"]
     path.write_bytes(path.read_bytes()[:100])
     assert get("b") == 3
-    kept.write_arrays(path, "b", {"another": np.zeros(3)})
+    kept.write_arrays(path, {"name": "b"}, {"another": np.zeros(3)})
     assert get("b") == 4 and get("b") == 4

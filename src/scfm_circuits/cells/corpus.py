@@ -7,7 +7,6 @@ answer belong to no gene.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,7 +26,8 @@ from scfm_circuits.cells.tokens import (
     train_gene_tokenizer,
     train_tokenizer,
 )
-from scfm_circuits.common.files import atomic_folder, read_json, write_json
+from scfm_circuits.common.files import atomic_folder, write_json
+from scfm_circuits.common.kept import Stamp, read_record, stamp_of
 from scfm_circuits.common.profile import ROOT, Profile, cells_path
 from scfm_circuits.common.randomness import generator
 
@@ -224,21 +224,23 @@ def stored_corpus(profile: Profile) -> Corpus | None:
     return _stored_corpus(profile.results / "corpus", _corpus_stamp(profile))
 
 
-def _corpus_stamp(profile: Profile) -> str:
-    """What the corpus depends on: profile fields, sources, and the cells' file."""
-    stamp = json.dumps(profile.fingerprint(_FIELDS, _ROOMS), sort_keys=True)
-    return stamp + _file_stamp(profile)
+def _corpus_stamp(profile: Profile) -> Stamp:
+    """What the corpus depends on; its cells' file, by size and time."""
+    path = cells_path(profile, ROOT)
+    about = None if path is None or not path.is_file() else path.stat()
+    return stamp_of(profile, _FIELDS, _ROOMS,
+                    file=about and [about.st_size, about.st_mtime_ns])
 
 
-def _stored_corpus(folder: Path, stamp: str) -> Corpus | None:
+def _stored_corpus(folder: Path, stamp: Stamp) -> Corpus | None:
     """The corpus in `folder` if it carries this stamp and can be read, else None."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+    about = read_record(folder / _STAMP, stamp)
+    if about is None:
+        return None
     try:
-        about = read_json(folder / _STAMP)
-        if about.get("stamp") != stamp:
-            return None
         names = [field.name for field in fields(Corpus) if field.name != "tokenizer"]
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
                   for name in names}
@@ -262,11 +264,3 @@ def check_case(labels: np.ndarray, held_out: np.ndarray, profile: Profile) -> No
         known = ", ".join(np.unique(labels[held_out]))
         raise InputError(f"No held-out cell has the type {profile.case_type!r} (`case_type` in the "
                          f"profile); held-out cells have the types {known}.")
-
-
-def _file_stamp(profile: Profile) -> str:
-    """Size and time of the cells' file, so that a changed file is read again."""
-    path = cells_path(profile, ROOT)
-    if path is None or not path.is_file():
-        return ""
-    return f"{path.stat().st_size}:{path.stat().st_mtime_ns}"

@@ -1,25 +1,30 @@
 """Results that are kept: read if they are current, else made and kept.
 
-A result is current if it bears the stamp of what it would now be made from
-(`Profile.fingerprint`): fields of the profile, the sources of rooms, versions of libraries, and
-whatever else its maker names. A room is a folder of the package; a file beside the folders belongs
-to `common`.
+A result is current if it bears the stamp of what it would now be made from (`stamp_of`): fields of
+the profile, the sources of rooms, versions of libraries, and whatever else its maker names. A room
+is a folder of the package; a file beside the folders belongs to `common`. What is kept is a file of
+arrays, or a folder with a record in it.
 """
 
+import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from scfm_circuits.common.files import atomic_path, digest, sha256_of_file
+from scfm_circuits.common.files import atomic_path, digest, read_json, sha256_of_file
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from scfm_circuits.common.profile import Profile
+
 PACKAGE = Path(__file__).resolve().parents[1]
 COMMON = "common"
+Stamp = dict[str, Any]
 Made = TypeVar("Made")
 
 
@@ -64,18 +69,40 @@ def room_hash(room: str) -> str:
     return sources_hash(paths)
 
 
-def read_arrays(path: Path, stamp: str) -> "dict[str, np.ndarray] | None":
+def stamp_of(profile: "Profile", fields: Iterable[str], rooms: Iterable[str] = (), **more: Any
+             ) -> Stamp:
+    """What a result depends on: fields of the profile, sources of rooms, versions of libraries.
+
+    rooms: folders of the package (`transcoders/training`) or files in them, without `.py`;
+    `common` counts always. more: what else, such as another result's stamp. All of it is as JSON
+    gives it back, so that it equals what a record holds.
+    """
+    values = {field: getattr(profile, field) for field in fields}
+    sources = {room: room_hash(room) for room in {COMMON, *rooms}}
+    # A new release of these may give other numbers from the same sources.
+    versions = {name: version(name) for name in ("numpy", "tokenizers", "torch", "transformers")}
+    found = {"fields": values, "sources": sources, "versions": versions, **more}
+    return dict(json.loads(json.dumps(found, sort_keys=True)))
+
+
+def read_record(path: Path, stamp: Stamp) -> dict[str, Any] | None:
+    """The record of a kept folder, a JSON object with its `stamp`; None if it bears another."""
+    record = read_json(path)
+    return record if record.get("stamp") == stamp else None
+
+
+def read_arrays(path: Path, stamp: Stamp) -> "dict[str, np.ndarray] | None":
     """The arrays of an .npz file; None if it is missing or broken or bears another stamp."""
     import numpy as np
 
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return dict(stored) if str(stored["stamp"]) == stamp else None
+            return dict(stored) if json.loads(str(stored["stamp"])) == stamp else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
 
 
-def write_arrays(path: Path, stamp: str, arrays: Mapping[str, Any]) -> None:
+def write_arrays(path: Path, stamp: Stamp, arrays: Mapping[str, Any]) -> None:
     """Write what `read_arrays` reads."""
     import numpy as np
 
@@ -84,10 +111,10 @@ def write_arrays(path: Path, stamp: str, arrays: Mapping[str, Any]) -> None:
     large = sum(one.nbytes for one in found.values()) > 2**28
     with atomic_path(path) as temporary:
         (np.savez if large else np.savez_compressed)(
-            temporary, stamp=np.array(stamp), allow_pickle=False, **found)
+            temporary, stamp=np.array(json.dumps(stamp)), allow_pickle=False, **found)
 
 
-def if_current(path: Path, stamp: str, made_of: "Callable[[dict[str, np.ndarray]], Made]"
+def if_current(path: Path, stamp: Stamp, made_of: "Callable[[dict[str, np.ndarray]], Made]"
                ) -> Made | None:
     """`made_of` the arrays at `path` if they bear the stamp, else None.
 
@@ -100,7 +127,7 @@ def if_current(path: Path, stamp: str, made_of: "Callable[[dict[str, np.ndarray]
         return None
 
 
-def kept_arrays(path: Path, stamp: str, make: Callable[[], Made],
+def kept_arrays(path: Path, stamp: Stamp, make: Callable[[], Made],
                 arrays_of: Callable[[Made], Mapping[str, Any]],
                 made_of: "Callable[[dict[str, np.ndarray]], Made]") -> Made:
     """`if_current`, or else what `make` gives, kept at `path` as `arrays_of` it."""

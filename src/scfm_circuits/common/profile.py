@@ -8,8 +8,7 @@ to override; `load_profile` turns both into a `Profile`.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
-from scfm_circuits.common.kept import COMMON, PACKAGE, room_hash
+from scfm_circuits.common.kept import PACKAGE
 from scfm_circuits.common.labels import normal_label
 from scfm_circuits.common.profile_files import read_fields
 
@@ -274,19 +273,6 @@ class Profile(BaseModel):
     def results(self) -> Path:
         """Folder of this run's results; a run with overrides has one of its own."""
         return Path(os.environ.get("SCFM_RESULTS", ROOT / "results")) / self.name
-
-    def fingerprint(self, fields: Iterable[str], rooms: Iterable[str] = ()) -> dict[str, Any]:
-        """What a stage's result depends on: fields, sources of rooms, versions of libraries.
-
-        rooms: folders of the package (`transcoders/training`) or files in them, without `.py`;
-        `common` counts always.
-        """
-        values = {field: getattr(self, field) for field in sorted(fields)}
-        sources = {room: room_hash(room) for room in sorted({COMMON, *rooms})}
-        # A new release of these may give other numbers from the same sources.
-        versions = {name: version(name) for name in ("numpy", "tokenizers", "torch",
-                                                     "transformers")}
-        return {"fields": values, "sources": sources, "versions": versions}
 
 
 def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:

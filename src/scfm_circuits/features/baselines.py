@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.files import digest
+from scfm_circuits.common.kept import stamp_of
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.features.statistics import FeatureStatistics, get_statistics, stored_statistics
 from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
@@ -85,7 +86,7 @@ def reinitialised_statistics(model: "GPTNeoXForCausalLM", corpus: Corpus, profil
     on the model itself, and the memory of one more model. Each layer's outputs are first brought
     to the scale of the model's own (`output_scale`; the factors are in `training.json`).
     """
-    control = Control("reinitialised", profile.fingerprint((), ("features/baselines",)))
+    control = Control("reinitialised", stamp_of(profile, (), ("features/baselines",)))
     stored = stored_statistics(corpus, profile, control)
     if stored is not None:
         return stored
@@ -108,9 +109,8 @@ def untrained_statistics(model: "GPTNeoXForCausalLM", statistics: FeatureStatist
     statistics: those of the trained features. Kept in `results/<profile>/untrained/`.
     """
     rates = digest(np.ascontiguousarray(statistics.fired).tobytes())
-    control = Control("untrained", {**profile.fingerprint(("live_cut_table4",),
-                                                           ("features/baselines",)),
-                                    "fired": rates, "n_features": n_features})
+    control = Control("untrained", stamp_of(profile, ("live_cut_table4",), ("features/baselines",),
+                                            fired=rates, n_features=n_features))
     stored = stored_statistics(corpus, profile, control)
     if stored is not None:
         return stored

@@ -5,7 +5,6 @@ token of the corpus that is not padding. E(f, t) is kept as counts per pair of t
 which both readings of the paper's gene rule follow. `counting` does the counting.
 """
 
-import json
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import scipy.sparse as sp
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.files import digest
-from scfm_circuits.common.kept import if_current, kept_arrays
+from scfm_circuits.common.kept import Stamp, if_current, kept_arrays, stamp_of
 from scfm_circuits.features.counting import count_activations, unpack_best
 from scfm_circuits.features.pair_counts import pack_matrices, unpack_matrices
 from scfm_circuits.transcoders.training.settings import Control, stage_folder, training_stamp
@@ -147,11 +146,10 @@ def gene_digest(corpus: Corpus) -> str:
     return digest(np.ascontiguousarray(corpus.gene).tobytes())
 
 
-def _stamp(corpus: Corpus, profile: "Profile", control: Control | None) -> str:
+def _stamp(corpus: Corpus, profile: "Profile", control: Control | None) -> Stamp:
     """What counts depend on: the transcoders, this module, and which gene each token stands in."""
-    return json.dumps([training_stamp(profile, corpus, control),
-                       profile.fingerprint(("contexts_per_feature", "forward_cells"), _ROOMS),
-                       gene_digest(corpus)], sort_keys=True)
+    return stamp_of(profile, ("contexts_per_feature", "forward_cells"), _ROOMS,
+                    transcoders=training_stamp(profile, corpus, control), genes=gene_digest(corpus))
 
 
 def stored_statistics(corpus: Corpus, profile: "Profile", control: Control | None = None

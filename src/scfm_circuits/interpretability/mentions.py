@@ -5,7 +5,6 @@ others, one more pass over the held-out cells is enough: the training cells' cou
 difference.
 """
 
-import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from scfm_circuits.cells.corpus import Corpus, of_cells
-from scfm_circuits.common.kept import kept_arrays
+from scfm_circuits.common.kept import kept_arrays, stamp_of
 from scfm_circuits.features.counting import count_activations
 from scfm_circuits.features.pair_counts import pack_matrices, unpack_matrices
 from scfm_circuits.features.statistics import FeatureStatistics, corpus_pairs, gene_digest
@@ -54,9 +53,8 @@ def get_held_out_counts(model: "GPTNeoXForCausalLM", transcoders: Transcoders, c
     Pairs are those of `FeatureStatistics`. Kept in `held_out_counts.npz` beside its file.
     """
     path = stage_folder(profile, control) / "held_out_counts.npz"
-    stamp = json.dumps([training_stamp(profile, corpus, control),
-                        profile.fingerprint(("forward_cells",), _ROOMS), gene_digest(corpus)],
-                       sort_keys=True)
+    stamp = stamp_of(profile, ("forward_cells",), _ROOMS, genes=gene_digest(corpus),
+                     transcoders=training_stamp(profile, corpus, control))
     tokens, _, _, index = corpus_pairs(corpus)
     shape = transcoders.n_features, len(tokens)
     return kept_arrays(path, stamp, lambda: count_held_out(

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.tokens import token_texts
 from scfm_circuits.common.files import digest
+from scfm_circuits.common.kept import stamp_of
 from scfm_circuits.common.profile import ROOT
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.features.baselines import untrained_encoder, untrained_statistics
@@ -317,8 +318,7 @@ def feature_scores(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
 def untrained_control(other: FeatureStatistics, profile: "Profile") -> Control:
     """What the untrained encoder's held-out counts depend on; other: its statistics."""
     fired = digest(np.ascontiguousarray(other.fired).tobytes())
-    return Control("untrained", {**profile.fingerprint((), ("features/baselines",)),
-                                 "counted": fired})
+    return Control("untrained", stamp_of(profile, (), ("features/baselines",), counted=fired))
 
 
 def margin_table(scores: FeatureScores) -> pd.DataFrame:

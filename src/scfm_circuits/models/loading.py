@@ -10,7 +10,8 @@ from torch import nn
 
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
-from scfm_circuits.common.files import atomic_folder, first_line, read_json, write_json
+from scfm_circuits.common.files import atomic_folder, first_line, write_json
+from scfm_circuits.common.kept import read_record, stamp_of
 from scfm_circuits.models.architectures import check_supported
 from scfm_circuits.models.mlp_sites import best_device, moved_to, not_finite
 from scfm_circuits.models.small_models import TrainingCurve, train_small_model
@@ -121,10 +122,9 @@ def get_model(profile: "Profile", corpus: "Corpus", *, exact: bool = False
         moved_to(model, best_device())
         return model, TrainingCurve([], [])
     folder = profile.results / "language_model"
-    stamp = profile.fingerprint(_FIELDS, ("cells", "models"))
-    stamp["corpus"] = corpus_digest(corpus)
-    stored = read_json(folder / "training.json")
-    if stored.get("stamp") != stamp:
+    stamp = stamp_of(profile, _FIELDS, ("cells", "models"), corpus=corpus_digest(corpus))
+    stored = read_record(folder / "training.json", stamp)
+    if stored is None:
         _without_widgets()
         model, curve = train_small_model(corpus, profile)
         with atomic_folder(folder) as fresh:

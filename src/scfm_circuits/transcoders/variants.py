@@ -9,7 +9,6 @@ falling long after. `jumprelu`'s thresholds are moved by a common factor instead
 on them by at most a learning rate's worth in a step, too slowly to be steered by.
 """
 
-import hashlib
 import json
 import math
 import time
@@ -22,7 +21,8 @@ import numpy as np
 import torch
 
 from scfm_circuits.cells.corpus import Corpus
-from scfm_circuits.common.files import atomic_folder, read_json
+from scfm_circuits.common.files import atomic_folder, digest
+from scfm_circuits.common.kept import read_record, stamp_of
 from scfm_circuits.transcoders.activations import ACTIVATIONS
 from scfm_circuits.transcoders.training import checkpoints
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer, Batch
@@ -216,17 +216,17 @@ class Trainer:
         """One variant: read from `results/<profile>/variants/<name>` if current, else trained."""
         wanted = None if reference is None else l0_path(reference.history)
         more: dict[str, int] = {}
-        stamp: dict[str, str] = {}
+        like: dict[str, str] = {}
         if wanted is not None:
             more["active_features"] = max(1, round(end_of(wanted)))
-            stamp["wanted"] = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
+            like["wanted"] = digest(json.dumps(wanted))
         profile = variant_profile(self.profile, setting.changes, **more)
         control = Control(f"variants/{setting.name}",
-                          {**self.profile.fingerprint((), ("transcoders/variants",)), **stamp})
-        whole = json.loads(json.dumps(training_stamp(profile, self.corpus, control)))
+                          stamp_of(self.profile, (), ("transcoders/variants",), **like))
+        stamp = training_stamp(profile, self.corpus, control)
         folder = stage_folder(profile, control) / "transcoders"
-        record = read_json(folder / "training.json")
-        if record.get("stamp") != whole:
+        record = read_record(folder / "training.json", stamp)
+        if record is None:
             run = MatchedRun(self.model, self.corpus, profile,
                              folder.with_name("training_checkpoint"), control)
             # The same cells in the same order for all, so what is there already serves.
@@ -235,7 +235,7 @@ class Trainer:
                 guess = first_guess(setting, reference, run.buffer)
                 run.profile = profile.model_copy(update={"l1_coefficient": guess})
                 run.wanted = wanted
-            run.stamp = whole
+            run.stamp = stamp
             record = self._train(run, setting, progress)
             with atomic_folder(folder) as fresh:
                 save_transcoders(run.transcoders, fresh, setting.label, record)

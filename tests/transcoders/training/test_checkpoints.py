@@ -255,12 +255,6 @@ def test_other_settings_are_refused_by_name_and_nothing_is_deleted(tmp_path, cha
     assert contents(tmp_path) == kept
 
 
-def test_a_stamp_that_has_no_json_form_of_its_own_is_the_same_when_read(tmp_path):
-    stamp = {**STAMP, "fields": {"layers": (1, 2)}}
-    write(tmp_path, 3, stamp=stamp)
-    assert read(tmp_path, stamp=stamp) == 3
-
-
 # --- several processes ---------------------------------------------------------------------------
 
 

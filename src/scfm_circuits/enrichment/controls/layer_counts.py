@@ -15,7 +15,6 @@ Layers are kept on disk as they are done, so an interrupted run goes on where it
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
-from scfm_circuits.common.kept import kept_arrays
+from scfm_circuits.common.kept import Stamp, kept_arrays, stamp_of
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment import kernels
 from scfm_circuits.enrichment.background import (
@@ -351,7 +350,7 @@ def get_controls(statistics: FeatureStatistics, baselines: Mapping[str, FeatureS
 
 
 def _stamp(statistics: FeatureStatistics, baselines: Mapping[str, FeatureStatistics], layer: int,
-           corpus: Corpus, profile: "Profile", libraries: Sequence[GeneSets]) -> str:
+           corpus: Corpus, profile: "Profile", libraries: Sequence[GeneSets]) -> Stamp:
     """Everything a layer's counts depend on."""
     digest = hashlib.sha256("\n".join(corpus.symbols).encode())
     digest.update(corpus.gene.tobytes())
@@ -359,8 +358,8 @@ def _stamp(statistics: FeatureStatistics, baselines: Mapping[str, FeatureStatist
         for array in (one.fired[layer], one.pair_token, one.pair_gene, one.pair_count,
                       one.counts[layer].indptr, one.counts[layer].indices, one.counts[layer].data):
             digest.update(array.tobytes())
-    return json.dumps([profile.fingerprint(_FIELDS, _ROOMS), list(baselines), digest.hexdigest(),
-                       [library.content_sha256 for library in libraries]], sort_keys=True)
+    return stamp_of(profile, _FIELDS, _ROOMS, baselines=list(baselines), counts=digest.hexdigest(),
+                    libraries=[library.content_sha256 for library in libraries])
 
 
 def _arrays(controls: LayerControls) -> dict[str, Any]:

@@ -9,7 +9,6 @@ Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 import contextlib
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -115,7 +114,7 @@ def load(folder: Path, layers: range, stamp: Mapping[str, Any], ranks: Ranks = A
         found, reason = None, ""
         try:
             state = read_json(path / _STATE)
-            differing = stamp_difference(state["stamp"], json.loads(json.dumps(stamp)))
+            differing = stamp_difference(state["stamp"], stamp)
             if not differing:
                 tensors = [load_file(path / f"layer_{layer}.safetensors") for layer in layers]
                 found = Checkpoint(int(state["step"]), list(state["history"]),

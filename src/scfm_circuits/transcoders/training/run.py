@@ -13,7 +13,6 @@ Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 
 import contextlib
 import copy
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -26,7 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scfm_circuits import InputError
-from scfm_circuits.common.files import atomic_folder, read_json
+from scfm_circuits.common.files import atomic_folder
+from scfm_circuits.common.kept import read_record
 from scfm_circuits.models.mlp_sites import Sites, device_of, mlps
 from scfm_circuits.transcoders.training import checkpoints
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer, Batch
@@ -293,9 +293,10 @@ def get_transcoders(model: "PreTrainedModel", corpus: "Corpus", profile: "Profil
     With `control`, those of that control, which are trained the same way on the model given.
     """
     folder = stage_folder(profile, control) / "transcoders"
-    stamp = json.loads(json.dumps(training_stamp(profile, corpus, control)))
-    record = read_json(folder / "training.json")
-    if not all(ranks.gather(record.get("stamp") == stamp)):
+    stamp = training_stamp(profile, corpus, control)
+    record = read_record(folder / "training.json", stamp)
+    there = ranks.gather(record is not None)
+    if record is None or not all(there):
         checkpoint = folder.with_name("training_checkpoint")
         run = TrainingRun(model, corpus, profile, checkpoint, control, ranks)
         if ranks.first:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scfm_circuits.common.kept import Stamp, stamp_of
 from scfm_circuits.models.loading import corpus_digest
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer
 from scfm_circuits.transcoders.transcoder import Variant
@@ -72,15 +73,12 @@ def memory_needed(profile: "Profile", train: int, n_layers: int, d_model: int,
 
 
 def training_stamp(profile: "Profile", corpus: "Corpus", control: Control | None = None
-                   ) -> dict[str, Any]:
+                   ) -> Stamp:
     """What the trained transcoders depend on: profile fields, sources, corpus, which control."""
-    stamp = profile.fingerprint((*FIELDS, "model_layers", "model_width", "model_heads",
-                                 "model_steps", "model_batch_cells", "model_learning_rate"),
-                                _ROOMS)
-    stamp["corpus"] = corpus_digest(corpus)
-    if control is not None:
-        stamp["control"] = {"name": control.name, **control.stamp}
-    return stamp
+    which = {} if control is None else {"control": {"name": control.name, **control.stamp}}
+    return stamp_of(profile, (*FIELDS, "model_layers", "model_width", "model_heads", "model_steps",
+                              "model_batch_cells", "model_learning_rate"), _ROOMS,
+                    corpus=corpus_digest(corpus), **which)
 
 
 def stage_folder(profile: "Profile", control: Control | None) -> Path:

@@ -1,6 +1,7 @@
 """The files that set the project up agree with each other and with what is imported."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -171,3 +172,18 @@ def test_the_neighbouring_data_folder_is_named_in_one_place() -> None:
     naming = [path.relative_to(ROOT).as_posix() for path in files
               if needle in path.read_text(encoding="utf-8", errors="ignore")]
     assert naming == [".ci/run"]
+
+
+def test_a_test_that_hangs_is_named_and_ended(tmp_path: Path) -> None:
+    (tmp_path / "test_lock.py").write_text(
+        "import threading\n\n\ndef test_lock():\n    lock = threading.Lock()\n"
+        "    lock.acquire()\n    lock.acquire()\n\n\ndef test_other():\n    pass\n")
+    answer = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "1", "-c", str(ROOT / "pyproject.toml"),
+         "-p", "conftest", "-o", "faulthandler_timeout=2", f"--rootdir={tmp_path}", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "SCFM_TESTS_NAMED_AFTER": "0.5"},
+        capture_output=True, text=True, timeout=120)
+    assert "Waiting for test_lock.py::test_lock" in answer.stderr
+    assert "test_lock.py\", line 7 in test_lock" in answer.stderr, "where it waits"
+    assert "crashed while running 'test_lock.py::test_lock'" in answer.stdout
+    assert "1 failed, 1 passed" in answer.stdout and answer.returncode == 1

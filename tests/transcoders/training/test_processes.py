@@ -14,7 +14,7 @@ import torch
 from helpers import model_for
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import child, free_port, in_ranks
+from processes import child, free_port, in_ranks, wait_for
 from torch import Tensor
 
 from scfm_circuits import InputError
@@ -246,8 +246,10 @@ def test_a_process_that_fails_does_not_leave_the_others_waiting(model, corpus, p
 # --- the program ---------------------------------------------------------------------------------
 
 
-def program(rank: int, port: int, errors: Path, given: list[str]) -> None:
-    """The program as torchrun starts it."""
+def program(rank: int, port: int, errors: Path, given: list[str], n_gpus: int = 0) -> None:
+    """The program as torchrun starts it, on a machine that seems to have some GPUs."""
+    if n_gpus:
+        seem_to_have(pytest.MonkeyPatch(), n_gpus)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.stderr = errors.open("w")
@@ -273,24 +275,19 @@ def test_processes_say_once_what_a_person_can_mend(tmp_path, monkeypatch, field,
 # --- fewer GPUs than processes --------------------------------------------------------------------
 
 
-@pytest.fixture
-def gpus(monkeypatch) -> Any:
-    """Lets the package see a number of GPUs; returns the list of those that were made current."""
+def seem_to_have(patch: pytest.MonkeyPatch, n_gpus: int) -> list[int]:
+    """Let the package see a number of GPUs; returns the list of those that are made current."""
     taken: list[int] = []
-
-    def given(number: int) -> list[int]:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
-        monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-        return taken
-
-    return given
+    patch.setattr(torch.cuda, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    patch.setattr(torch.cuda, "set_device", taken.append)
+    return taken
 
 
 @pytest.mark.parametrize("number, said", [(1, "has 1 GPU; start at most 1 "),
                                           (2, "has 2 GPUs; start at most 2 ")])
-def test_one_process_says_that_there_are_too_few_gpus(monkeypatch, gpus, number, said):
-    taken = gpus(number)
+def test_one_process_says_that_there_are_too_few_gpus(monkeypatch, number, said):
+    taken = seem_to_have(monkeypatch, number)
     for name, value in (("WORLD_SIZE", "6"), ("LOCAL_WORLD_SIZE", "3")):
         monkeypatch.setenv(name, value)
     for local in range(3):
@@ -302,10 +299,9 @@ def test_one_process_says_that_there_are_too_few_gpus(monkeypatch, gpus, number,
     assert taken == []
 
 
-def test_the_program_says_once_that_there_are_too_few_gpus(tmp_path, gpus):
-    gpus(1)
+def test_the_program_says_once_that_there_are_too_few_gpus(tmp_path):
     port, errors = free_port(), [tmp_path / "0", tmp_path / "1"]
-    processes = [child(program, rank, port, errors[rank], ["--profile", "smoke"])
+    processes = [child(program, rank, port, errors[rank], ["--profile", "smoke"], 1)
                  for rank in range(2)]
     for process in processes:
         process.join(60)
@@ -314,17 +310,23 @@ def test_the_program_says_once_that_there_are_too_few_gpus(tmp_path, gpus):
         1].read_text()
 
 
-def test_processes_that_may_share_a_gpu_exchange_through_the_host(monkeypatch, gpus):
-    gpus(1)
+def seem_to_have_one() -> None:
+    seem_to_have(pytest.MonkeyPatch(), 1)
+
+
+def exchanged_through(ranks: Ranks) -> list[Any]:
+    return [ranks.through_host, *exchanged(ranks)]
+
+
+def test_processes_that_may_share_a_gpu_exchange_through_the_host(monkeypatch):
     monkeypatch.setenv("SCFM_SHARE_GPUS", "1")
-    answers = in_ranks(2, lambda ranks: [ranks.through_host, *exchanged(ranks)])
-    monkeypatch.undo()
+    answers = in_ranks(2, exchanged_through, before=seem_to_have_one)
     assert [one[0] for one in answers] == [True, True]
     assert [one[1:] for one in answers] == in_ranks(2, exchanged)
 
 
-def test_each_process_takes_a_gpu_of_its_own(monkeypatch, gpus):
-    taken = gpus(2)
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    taken = seem_to_have(monkeypatch, 2)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for local in range(2):
@@ -366,9 +368,10 @@ def test_torchrun_trains_what_one_process_trains(tmp_path, monkeypatch):
 # --- the script for SLURM ------------------------------------------------------------------------
 
 
-TRAINERS = {  # what stands for torchrun; SIGTERM arrives after half a second
+TRAINERS = {  # what stands for torchrun; SIGTERM arrives when there is a file `ready`
     "ends well": ("exit 0", False, 0, 0), "fails": ("exit 3", False, 3, 0),
-    "asked to end": ("trap 'echo saved > checkpoint; exit 1' TERM; sleep 20 & wait", True, 0, 1),
+    "asked to end": ("trap 'echo saved > checkpoint; exit 1' TERM; touch ready; sleep 60 & wait",
+                     True, 0, 1),
 }
 
 
@@ -385,9 +388,9 @@ def test_the_slurm_script_queues_again_only_if_it_was_asked_to_end(tmp_path, tra
     job = subprocess.Popen(["bash", "job"], cwd=tmp_path, env={
         **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"})
     if asked:
-        time.sleep(0.5)
+        wait_for(tmp_path / "ready")
         job.terminate()
-    assert job.wait(10) == code
+    assert job.wait(60) == code
     queue = tmp_path / "queue"
     assert (queue.read_text() if queue.exists() else "") == "requeue 17\n" * requeued
     assert (tmp_path / "checkpoint").exists() == asked

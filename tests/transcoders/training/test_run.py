@@ -19,8 +19,9 @@ import pytest
 import torch
 from helpers import TRAINING, model_for
 from plain_layer import PlainLayer
-from processes import child
+from processes import child, wait_for
 from torch import Tensor
+from tqdm import tqdm
 
 from scfm_circuits import InputError
 from scfm_circuits.__main__ import main
@@ -369,22 +370,28 @@ def test_an_interrupt_before_the_first_step(model, corpus, profile, tmp_path, mo
 # --- killed --------------------------------------------------------------------------------------
 
 
-def slow_training(model: Any, corpus: Corpus, profile: Profile, folder: Path) -> None:
-    """Train, taking time over every step and over every part of a checkpoint."""
+def told_training(model: Any, corpus: Corpus, profile: Profile, folder: Path, told: Path,
+                  slow_from: float) -> None:
+    """Train, adding a byte to a file with every step and file; slow once it has so many bytes."""
     save_file, train_step = checkpoints.save_file, TrainingRun.train_step
 
-    def slow_save(values: Any, path: Path) -> None:
+    def tell() -> None:
+        with told.open("ab") as file:
+            file.write(b".")
+        time.sleep(0.05 if told.stat().st_size >= slow_from else 0)
+
+    def saving(values: Any, path: Path) -> None:
         save_file(values, path)
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])  # killed here, the file is half written
-        time.sleep(0.002)
+        tell()
         path.write_bytes(content)
 
-    def slow_step(self: TrainingRun, *args: Any, **named: Any) -> Any:
-        time.sleep(0.002)
+    def stepping(self: TrainingRun, *args: Any, **named: Any) -> Any:
+        tell()
         return train_step(self, *args, **named)
 
-    checkpoints.save_file, TrainingRun.train_step = slow_save, slow_step
+    checkpoints.save_file, TrainingRun.train_step = saving, stepping
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the process ends)
     run = TrainingRun(model, corpus, profile, folder)
     run.run(progress=False)
@@ -395,30 +402,58 @@ def slow_training(model: Any, corpus: Corpus, profile: Profile, folder: Path) ->
 def test_killed_again_and_again_it_ends_the_same(model, corpus, profile, tmp_path, seed):
     profile = changed(profile, training_tokens=32 * 40, checkpoint_steps=1)
     whole = trained(model, corpus, profile)
-    rng, steps, kills = np.random.default_rng(seed), [0], 0
-    for attempt in range(30):
-        process = child(slow_training, model, corpus, profile, tmp_path / "checkpoint")
-        process.join(rng.uniform(0.05, 0.25) if attempt < 8 else 30)
-        if process.exitcode is not None:
-            break
+    rng, steps = np.random.default_rng(seed), [0]
+    for attempt in range(8):
+        told, size = tmp_path / f"told_{attempt}", int(rng.integers(1, 16))
+        process = child(told_training, model, corpus, profile, tmp_path / "checkpoint", told, size)
+        wait_for(told, size)
+        time.sleep(rng.uniform(0, 0.15))
         process.kill()
         process.join()
-        kills += 1
+        assert process.exitcode == -signal.SIGKILL
         found = TrainingRun(model, corpus, profile, tmp_path / "checkpoint")
         found.resume()
         steps.append(found.step)
-    assert process.exitcode == 0 and kills >= 2
     assert steps == sorted(steps) and steps[-1] > 0, "no checkpoint is lost"
+    process = child(told_training, model, corpus, profile, tmp_path / "checkpoint",
+                    tmp_path / "told", math.inf)
+    process.join(120)
+    assert process.exitcode == 0
     last = TrainingRun(model, corpus, profile, tmp_path / "checkpoint")
     assert last.resume() and same_run(last, whole)
 
 
+def make_bar() -> None:
+    tqdm(total=1, disable=True).close()
+
+
+def hold_the_lock_of_bars(held: Path) -> None:
+    with tqdm.get_lock():
+        held.touch()
+        time.sleep(120)
+
+
+def test_a_child_that_is_killed_takes_no_lock_with_it(tmp_path):
+    make_bar()  # a lock that is shared is made with the first bar
+    process = child(hold_the_lock_of_bars, tmp_path / "held")
+    wait_for(tmp_path / "held")
+    process.kill()
+    process.join()
+    after = child(make_bar)
+    after.join(30)
+    assert after.exitcode == 0
+    for lock in tqdm.get_lock().locks:
+        assert lock.acquire(True, 30)
+        lock.release()
+
+
 def test_sigterm_ends_a_process_with_a_checkpoint(model, corpus, profile, tmp_path):
     profile = changed(profile, training_tokens=32 * 400)
-    process = child(slow_training, model, corpus, profile, tmp_path / "checkpoint")
-    time.sleep(0.6)
+    process = child(told_training, model, corpus, profile, tmp_path / "checkpoint",
+                    tmp_path / "told", 5)
+    wait_for(tmp_path / "told", 5)
     os.kill(process.pid, signal.SIGTERM)
-    process.join(20)
+    process.join(60)
     assert process.exitcode == 128 + signal.SIGTERM
     found = TrainingRun(model, corpus, profile, tmp_path / "checkpoint")
     assert found.resume() and 0 < found.step < 400

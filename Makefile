@@ -21,6 +21,14 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export MALLOC_TRIM_THRESHOLD_ ?= 4000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 4000000000
 
+# The first Python that is new enough; the one named in PYTHON is taken alone.
+FIND_PYTHON = for candidate in $(or $(PYTHON),python3 python3.12 python3.13 python3.11 python); do \
+    if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+      found="$$candidate"; break; fi; done; \
+  if [ -z "$$found" ]; then \
+    echo "Python 3.11 or newer is needed and was not found; install it or give PYTHON=path." >&2; \
+    exit 1; fi
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: book notebooks plan data check profile test lint types unit smoke bench gpu-check lab clean \
@@ -81,34 +89,19 @@ gpu-check: $(READY_DEV) ## All that a GPU is to show, in minutes, into results/b
 lab: $(READY_LAB) ## JupyterLab, in which the .py notebooks open as notebooks
 	@$(PY) -m jupyterlab --ServerApp.root_dir=.
 
-# Through the environment, where a shell takes no character of it for its own.
+# Through the environment, where a shell takes no character of it for its own. With any Python, as
+# .venv may be missing or broken.
 clean: export PROFILE := $(PROFILE)
 clean: ## Remove the built book, caches, and the results of PROFILE (demo unless given)
-	@case "$$PROFILE" in \
-	  *.yml) name="$${PROFILE##*/}"; name="$${name%.yml}" ;; \
-	  *.yaml) name="$${PROFILE##*/}"; name="$${name%.yaml}" ;; \
-	  *) name="$$PROFILE" ;; esac; \
-	case "$$name" in "" | [!A-Za-z0-9]* | *[!A-Za-z0-9._+-]*) \
-	  echo "Nothing was removed: PROFILE is '$$PROFILE'; give the name of one profile, such as" \
-	    "demo, or the path of its .yml file." >&2; exit 1 ;; esac; \
-	rm -rf book/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis && \
-	rm -rf "results/$$name" "results/$$name+"* && \
-	find src tests book -name __pycache__ -type d -prune -exec rm -rf {} + && \
-	echo "Removed book/_build and results/$$name; $(VENV) stays."
+	@$(FIND_PYTHON); PYTHONPATH=src "$$found" -B -m scfm_circuits.book.clean "$$PROFILE"
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --- the environment ----------------------------------------------------------------------------
 
-# The first Python that is new enough; the one named in PYTHON is taken alone.
 $(PY):
-	@for candidate in $(or $(PYTHON),python3 python3.12 python3.13 python3.11 python); do \
-	  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
-	    found="$$candidate"; break; fi; done; \
-	if [ -z "$$found" ]; then \
-	  echo "Python 3.11 or newer is needed and was not found; install it or give PYTHON=path." >&2; \
-	  exit 1; fi; \
+	@$(FIND_PYTHON); \
 	if ! "$$found" -c 'import ensurepip, venv' >/dev/null 2>&1; then \
 	  echo "$$found lacks the module venv; install it (Debian, Ubuntu: python3-venv)." >&2; exit 1; fi; \
 	echo "Making $(VENV) with $$("$$found" --version)"; "$$found" -m venv $(VENV)

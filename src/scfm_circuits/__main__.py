@@ -89,6 +89,11 @@ def main(given: Sequence[str] | None = None) -> int:
     except (InputError, ExecutionFailed) as error:
         print(error, file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"{error.filename or 'A file'} cannot be read or written "
+              f"({error.strerror or error}); check its permissions and the room on its disk.",
+              file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("Interrupted; what is finished is kept, run the same command again to go on.",
               file=sys.stderr)

@@ -457,6 +457,106 @@ def test_two_runs_do_not_build_into_one_folder(
     assert paged.command(*words)[0] == 0
 
 
+def make_read_only(patch: pytest.MonkeyPatch, *folders: Path) -> None:
+    """Let nothing be written into the folders; permissions would not bind root."""
+
+    def guarded(call: Callable[..., Any], writes: Callable[..., bool]) -> Callable[..., Any]:
+        def guard(path: Any, *rest: Any, **named: Any) -> Any:
+            inside = isinstance(path, str | os.PathLike) and any(
+                Path(path).is_relative_to(folder) for folder in folders)
+            if inside and writes(path, *rest):
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *rest, **named)
+        return guard
+
+    opens = guarded(io.open, lambda path, mode="r", *rest: bool({*mode} & {*"wax+"}))
+    patch.setattr("builtins.open", opens)
+    patch.setattr(io, "open", opens)
+    patch.setattr(os, "open", guarded(os.open, lambda path, flags, *rest: bool(
+        flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))))
+    patch.setattr(os, "mkdir", guarded(os.mkdir, lambda path, *rest: not Path(path).exists()))
+    for name in ("unlink", "rename", "replace", "rmdir"):
+        patch.setattr(os, name, guarded(getattr(os, name), lambda *rest: True))
+
+
+def test_what_is_finished_may_be_read_only(paged: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_run_jupyter_book", fake_builder)
+    paged.notebook("02_second")
+    (paged.root / "book" / "_toc.yml").write_text("root: 01_first\nother: {file: 02_second}\n")
+    output, results = paged.root / "out", paged.root / "results" / "tiny"
+    words = ["all", "--output", str(output)]
+    assert paged.command(*words)[0] == 0
+    paged.executed()
+    with monkeypatch.context() as patch:
+        make_read_only(patch, output, results)
+        for step, told in (("check", "2 chapters of tiny pass the gate."), ("all", "up to date"),
+                           ("build", "up to date"), ("execute", "up to date")):
+            code, said, error = paged.command(step, *words[1:])
+            assert (code, error) == (0, "") and told in said, step
+        assert paged.executed() == []
+    # Pages can be built from results that nobody can write.
+    shutil.rmtree(output)
+    with monkeypatch.context() as patch:
+        make_read_only(patch, results)
+        assert paged.command(*words)[0] == 0 and (output / "html").exists()
+    for folder, step in ((results, "all"), (results, "execute"), (output, "all")):
+        paged.touch("02_second")
+        with monkeypatch.context() as patch:
+            make_read_only(patch, folder)
+            code, _, error = paged.command(step, *words[1:])
+        assert code == 1 and error.count("\n") == 1, (folder, step)
+        assert f"Nothing can be written into {folder}" in error and "Permission denied" in error
+    assert paged.executed() == []
+    assert paged.command(*words)[0] == 0 and paged.executed() == ["02_second"]
+
+
+def test_a_disk_that_is_full_is_told_in_one_sentence(paged: Project,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_run_jupyter_book", fake_builder)
+
+    def full(path: Path, *_: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(book, "write_json", full)
+    code, _, error = paged.command("all", "--output", str(paged.root / "out"))
+    assert code == 1 and error.count("\n") == 1
+    assert error.startswith(f"{paged.root / 'results' / 'tiny' / 'provenance.json'} cannot be read "
+                            "or written (No space left on device); ")
+
+
+def test_two_profiles_of_one_name_do_not_share_results(project: Project) -> None:
+    project.notebook("01_first", (
+        "# %%\nfrom scfm_circuits.report.chapter import open_chapter\n"
+        "open_chapter('01_first', profile, overrides)\n"))
+    files = {name: project.root / name / "mine.yml" for name in ("heart", "lung")}
+    for path in files.values():
+        path.parent.mkdir()
+        path.write_text(f"extends: demo\ntitle: {path.parent.name}\n")
+
+    def run(name: str, *words: str) -> tuple[int, str]:
+        code = main(["book", "execute", "--profile", str(files[name]), *words])
+        return code, project.capture()[1]
+
+    results = project.root / "results" / "mine"
+    assert run("heart")[0] == 0 and (results / "notebooks" / "01_first.ipynb").exists()
+    assert json.loads((results / "profile.json").read_text()) == {"file": "heart/mine.yml"}
+    project.executed()
+    code, told = run("lung")
+    assert code == 1 and told.count("\n") == 1 and project.executed() == []
+    assert f"{results} holds the results of {files['heart']}, which {files['lung']} would" in told
+    for command in ("plan", "data"):
+        assert main([command, "--profile", str(files["lung"])]) == 1
+        assert "holds the results of" in project.capture()[1]
+    # A run with overrides has results of its own, which are one file's too.
+    assert run("heart", "-p", "seed=1")[0] == 0
+    assert run("lung", "-p", "seed=1")[0] == 1 and run("lung", "-p", "seed=2")[0] == 0
+    assert run("heart")[0] == 0
+    # A file that is renamed or gone owns nothing any more.
+    files["heart"].unlink()
+    assert run("lung")[0] == 0
+    assert json.loads((results / "profile.json").read_text()) == {"file": "lung/mine.yml"}
+
+
 def test_the_papers_own_arithmetic_is_counted_apart(project: Project) -> None:
     project.notebook("01_first")
     folder = project.root / "results" / "tiny"

@@ -12,7 +12,7 @@ from scfm_circuits import InputError
 from scfm_circuits.book import gate, provenance
 from scfm_circuits.book.chapters import Run, changed_inputs, plan, read_again, read_record
 from scfm_circuits.book.execution import ExecutionFailed, execute
-from scfm_circuits.common.files import write_json
+from scfm_circuits.common.files import read_json, write_json
 
 
 def check(run: Run, just_executed: Sequence[str] = ()) -> None:
@@ -55,7 +55,9 @@ def check(run: Run, just_executed: Sequence[str] = ()) -> None:
     if problems:
         raise ExecutionFailed("The gate refuses the book:\n  " + "\n  ".join(problems))
     order = [notebook.name for notebook in run.notebooks]
-    write_json(run.profile.results / "provenance.json", provenance.summary(records, order))
+    path, found_now = run.profile.results / "provenance.json", provenance.summary(records, order)
+    if read_json(path) != found_now:  # finished results may be read-only
+        write_json(path, found_now)
 
 
 def announce(run: Run) -> float:

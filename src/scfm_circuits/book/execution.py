@@ -56,6 +56,8 @@ def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0)
     """
     limit = cell_seconds or _seconds_from_environment(
         max(CELL_SECONDS, round(TIMES_EXPECTED * expected)))
+    if not plan(run) and not _leftovers(run):
+        return []  # what is finished may be read-only
     with only_one(run.profile.results, "executing notebooks into"):
         stale = plan(run)
         if stale:
@@ -67,11 +69,16 @@ def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0)
             print(f"[{number}/{len(stale)}] {notebook.name}: {reason}", flush=True)
             seconds = _execute_one(_as_it_is_now(run), notebook, limit)
             print(f"      done in {seconds:.1f} s", flush=True)
-        known = {f"{notebook.name}.ipynb" for notebook in run.notebooks}
-        for leftover in (run.profile.results / "notebooks").glob("*.ipynb"):
-            if leftover.name not in known:
-                leftover.unlink()
+        for leftover in _leftovers(run):
+            leftover.unlink()
         return [notebook.name for notebook, _ in stale]
+
+
+def _leftovers(run: Run) -> list[Path]:
+    """Executed notebooks that the book no longer has."""
+    known = {f"{notebook.name}.ipynb" for notebook in run.notebooks}
+    return [path for path in (run.profile.results / "notebooks").glob("*.ipynb")
+            if path.name not in known]
 
 
 def _as_it_is_now(run: Run) -> Run:

@@ -55,7 +55,10 @@ def build(run: Run, output: Path) -> bool:
     contents does not list the notebooks or another run is building into the folder.
     """
     output = output.resolve()
-    with only_one(output, "building pages into"):
+    if _shows(output, fingerprint(run)):
+        return False  # what is finished may be read-only
+    with (only_one(output, "building pages into"),
+          only_one(run.profile.results, "building pages from", reads=True)):
         content = fingerprint(run)
         if _shows(output, content):
             return False
@@ -68,12 +71,13 @@ def build(run: Run, output: Path) -> bool:
 
 
 def set_aside_unless_fresh(run: Run, output: Path) -> None:
-    """Move `<output>/html` to `html-old` if it does not show this run as it now is."""
+    """Move `<output>/html` to `html-old` if it does not show this run as it now is.
+
+    Raises InputError, before anything is executed, if pages could not be built into the folder.
+    """
     output = output.resolve()
-    if not (output / "html").exists():
-        return
-    with only_one(output, "building pages into"):
-        if plan(run) or not _shows(output, fingerprint(run)):
+    if plan(run) or not _shows(output, fingerprint(run)):
+        with only_one(output, "building pages into"):
             _set_aside(output)
 
 

@@ -1,4 +1,8 @@
-"""Files: written so that a reader never sees half of one, hashed, and held by one process."""
+"""Files: written so that a reader never sees half of one, hashed, held by one process; and whose
+results a folder holds.
+
+Needs nothing but Python, as `make clean` does.
+"""
 
 import contextlib
 import fcntl
@@ -88,21 +92,74 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-@contextlib.contextmanager
-def only_one(folder: Path, doing: str) -> Iterator[None]:
-    """Hold the folder for this process; InputError if another one holds it.
+LOCK = ".lock"
 
-    doing: what the other run is doing there, such as `executing notebooks into`.
+
+@contextlib.contextmanager
+def only_one(folder: Path, doing: str, *, reads: bool = False) -> Iterator[None]:
+    """Hold the folder for this process; the kernel lets go of it however the process ends.
+
+    doing: what another run is told about this one, such as `executing notebooks into`. reads: hold
+    it against those who write; several may read, and where nothing can be written there is no need.
+
+    Raises:
+        InputError: another process holds it, or nothing can be written there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as handle:
+    lock = folder / LOCK
+    while True:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"Another run is {doing} {folder}; wait for it to end."
-            ) from None
-        yield
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = open(lock, "a")  # noqa: SIM115
+        except OSError as error:
+            if not reads:
+                raise InputError(f"Nothing can be written into {folder} ({error.strerror}); make "
+                                 "it writable or name another folder.") from None
+            yield
+            return
+        with handle:
+            try:
+                fcntl.flock(handle, (fcntl.LOCK_SH if reads else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                theirs = lock.read_text(encoding="utf-8") or doing
+                raise InputError(f"Another run is {theirs} {folder}; wait for it to end.") from None
+            except OSError:
+                pass  # a file system without locks
+            if not _is_at(handle.fileno(), lock):
+                continue  # it was removed with its folder, by the one that held it
+            handle.truncate(0)
+            handle.write(doing)
+            handle.flush()
+            yield
+            return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one at the path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
+
+
+OWNER = "profile.json"
+
+
+def owner_of(results: Path, root: Path) -> Path | None:
+    """The profile's file whose results these are; None if none is known, or it is gone.
+
+    root: the folder that a relative path starts from, so that a project can be moved.
+    """
+    named = read_json(results / OWNER).get("file")
+    path = root / named if isinstance(named, str) and named else None
+    return path if path is not None and path.is_file() else None
+
+
+def own(results: Path, file: Path, root: Path) -> None:
+    """Write down whose results these are."""
+    path, root = file.resolve(), root.resolve()
+    record = {"file": str(path.relative_to(root) if path.is_relative_to(root) else path)}
+    if read_json(results / OWNER) != record:
+        write_json(results / OWNER, record)
 
 
 def digest(content: str | bytes) -> str:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
+from scfm_circuits.common.files import own, owner_of
 from scfm_circuits.common.kept import PACKAGE
 from scfm_circuits.common.labels import normal_label
 from scfm_circuits.common.profile_files import read_fields
@@ -272,7 +273,7 @@ class Profile(BaseModel):
     @property
     def results(self) -> Path:
         """Folder of this run's results; a run with overrides has one of its own."""
-        return Path(os.environ.get("SCFM_RESULTS", ROOT / "results")) / self.name
+        return ROOT / Path(os.environ.get("SCFM_RESULTS") or "results").expanduser() / self.name
 
 
 def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
@@ -370,7 +371,8 @@ def load_profile(profile: str, overrides: Mapping[str, Any] | None = None) -> Pr
     """Read and check a profile.
 
     A run with overrides gets a name of its own (`demo+1f2e3d4c`), so that it never replaces the
-    profile's results. Raises InputError naming the key, the file and what is allowed.
+    profile's results. Raises InputError naming the key, the file and what is allowed, and if the
+    results of that name are those of another file.
     """
     overrides = dict(overrides or {})
     path = profile_path(profile)
@@ -379,9 +381,19 @@ def load_profile(profile: str, overrides: Mapping[str, Any] | None = None) -> Pr
         raise InputError("`name` and `extends` cannot be overridden; write a profile file instead.")
     try:
         checked = Profile.model_validate({**_over(content, overrides), "name": path.stem})
-        if not overrides:
-            return checked
-        digest = hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]
-        return checked.model_copy(update={"name": f"{path.stem}+{digest}"})
     except ValidationError as error:
         raise InputError(_explain(error, path, overrides)) from None
+    if overrides:
+        digest = hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]
+        checked = checked.model_copy(update={"name": f"{path.stem}+{digest}"})
+    owner = owner_of(checked.results, ROOT)
+    if owner is not None and owner.resolve() != path.resolve():
+        raise InputError(f"{checked.results} holds the results of {owner}, which {path} would "
+                         "replace; give the file another name, or remove those results with "
+                         f"`make clean PROFILE={checked.name}`.")
+    return checked
+
+
+def own_results(loaded: Profile, profile: str) -> None:
+    """Before anything is written: the results are those of this profile, given by name or path."""
+    own(loaded.results, profile_path(profile), ROOT)

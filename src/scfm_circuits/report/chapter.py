@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scfm_circuits.common.profile import PLANTED_CELLS, load_profile
+from scfm_circuits.common.profile import PLANTED_CELLS, load_profile, own_results
 from scfm_circuits.report.report import Report, Shown
 
 if TYPE_CHECKING:
@@ -34,9 +34,11 @@ def open_chapter(name: str, profile: str, overrides: Mapping[str, Any] | None = 
     """The chapter `name` (such as `06_enrichment`) of a profile with some fields overridden.
 
     exact: have the model in float32 whatever the profile says, as circuits need.
-    Raises InputError naming the field, if profile or overrides cannot be used.
+    Raises InputError naming the field, if profile or overrides cannot be used; or naming the file
+    whose results stand there.
     """
     chapter = Chapter(load_profile(profile, overrides), name)
+    own_results(chapter.profile, profile)
     chapter.exact = exact
     return chapter
 

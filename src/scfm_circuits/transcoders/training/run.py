@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scfm_circuits import InputError
-from scfm_circuits.common.files import atomic_folder
+from scfm_circuits.common.files import atomic_folder, only_one
 from scfm_circuits.common.kept import read_record
 from scfm_circuits.models.mlp_sites import Sites, device_of, mlps
 from scfm_circuits.transcoders.training import checkpoints
@@ -349,15 +349,18 @@ def _announce(run: TrainingRun, corpus: "Corpus") -> None:
 def train(profile_name: str, overrides: Mapping[str, Any]) -> None:
     """Train a profile's transcoders, as one of several processes under `torchrun`.
 
-    Raises InputError; SystemExit in a process that had to end because another one failed and said
-    why.
+    Raises InputError, as where another run holds the results; SystemExit in a process that had to
+    end because another one failed and said why.
     """
     from scfm_circuits.cells.corpus import load_corpus
-    from scfm_circuits.common.profile import load_profile
+    from scfm_circuits.common.profile import load_profile, own_results
     from scfm_circuits.models.loading import get_model
 
     def prepared() -> tuple["Profile", "Corpus", "PreTrainedModel"]:
         profile = load_profile(profile_name, overrides)
+        if ranks.first:
+            held.enter_context(only_one(profile.results, "training into"))
+            own_results(profile, profile_name)
         corpus = load_corpus(profile)
         return profile, corpus, get_model(profile, corpus)[0]
 
@@ -366,7 +369,7 @@ def train(profile_name: str, overrides: Mapping[str, Any]) -> None:
         return TensorBoard(profile.results / "tensorboard") if profile.tensorboard else None
 
     try:
-        with started() as ranks:
+        with started() as ranks, contextlib.ExitStack() as held:
             logged = ranks.after_first(lambda: logs() if ranks.first else None)
             # The first process builds what the others then read.
             profile, corpus, model = ranks.after_first(prepared)

@@ -31,6 +31,8 @@ overrides: dict = {}
 import numpy as np
 import pandas as pd
 
+from scfm_circuits.cells.packaged import caveats
+from scfm_circuits.common.profile import PACKAGED_CELLS
 from scfm_circuits.models.answers import held_out_answers
 from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.plots.cells_and_training import cells_per_type, training_curve
@@ -59,6 +61,9 @@ chapter.table("cell_types", types.sort_values("cells", ascending=False, ignore_i
 
 # %% mystnb={"image": {"alt": "Bars of the number of cells of each type, training and held-out cells stacked."}, "figure": {"caption": "Cells of each type, and how many of them are held out.", "name": "fig-cells"}} tags=["hide-input"]
 chapter.figure("cells_per_type", cells_per_type(corpus.labels, corpus.held_out))
+
+# %% tags=["remove-input"]
+chapter.warning(caveats(corpus) if chapter.profile.cells == PACKAGED_CELLS else None)
 
 # %% tags=["hide-input"]
 chapter.show(pd.DataFrame({"what was decided while reading the cells": corpus.decisions}))

@@ -61,6 +61,13 @@ class Waiting:
             self._none_ended = True
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the tests' own, in which the demo's cells are read from their package once."""
+    os.environ["SCFM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return Path(os.environ["SCFM_CACHE"])
+
+
 @pytest.fixture(scope="module")
 def corpus() -> "Corpus":
     from helpers import tiny_corpus

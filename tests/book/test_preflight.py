@@ -34,6 +34,7 @@ from scfm_circuits.book.preflight import (
     works,
 )
 from scfm_circuits.cells.corpus import load_corpus
+from scfm_circuits.cells.packaged import open_packaged
 from scfm_circuits.common.profile import Profile, load_profile
 from scfm_circuits.models.loading import get_model
 from scfm_circuits.models.small_models import build_small_model
@@ -46,8 +47,13 @@ EVERYTHING = {file for one in read_notebooks(NOTEBOOKS) for file in one.produces
 
 
 @pytest.fixture
-def empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A machine on which nothing has been fetched or made, without a network."""
+def empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> Path:
+    """A machine on which nothing has been fetched or made, without a network.
+
+    But for the demo's cells, which are read from their package once for all tests."""
+    open_packaged().close()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "cells").symlink_to(cache / "cells")
     for name in ("RESULTS", "DATA", "CACHE", "GENE_SETS"):
         monkeypatch.setenv(f"SCFM_{name}", str(tmp_path / name.lower()))
     monkeypatch.delenv(preflight.ANYWAY, raising=False)
@@ -86,7 +92,7 @@ def test_what_is_told_of_the_small_profiles_is_what_they_are(
         empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = tiny_profile(monkeypatch, empty / "results", max_cells=60)
     before = run_sizes(profile)
-    assert (before.cells, before.cells_in_file) == (60, 700)
+    assert (before.cells, before.cells_in_file) == (60, 1937)
     corpus = load_corpus(profile)
     found = run_sizes(profile)
     assert found.measured and found.tokens == int(corpus.mask.sum())
@@ -330,11 +336,12 @@ def test_make_plan_says_everything_and_does_nothing(empty: Path, capsys: pytest.
                                                     ) -> None:
     assert main(["plan", "--profile", "smoke"]) == 0
     told = capsys.readouterr().out
-    for word in ("smoke: 120 of 700 cells, about ", "disk  ", "memory  ", "time  ",
+    for word in ("smoke: 120 of 1,937 cells, about ", "disk  ", "memory  ", "time  ",
                  "download  1.4 MB: GO_Biological_Process_2025", " for 11 chapters",
                  "11_claims: not executed yet"):
         assert word in told, word
-    assert not (empty / "results").exists() and not (empty / "cache").exists()
+    assert not (empty / "results").exists()
+    assert [path.name for path in (empty / "cache").iterdir()] == ["cells"]
 
 
 @pytest.mark.parametrize(("changes", "told"), [
@@ -358,7 +365,8 @@ def test_a_case_that_names_no_type_is_told(empty: Path, label: str) -> None:
     kinds = cells.obs["bulk_labels"].astype(str)
     cells.obs["bulk_labels"] = kinds.where(kinds != "CD14+ Monocyte", label)
     cells.write_h5ad(empty / "cells.h5ad")
-    given = {"cells": str(empty / "cells.h5ad"), "matrix": "X", "case_type": label}
+    given = {"cells": str(empty / "cells.h5ad"), "matrix": "X", "label_column": "bulk_labels",
+             "case_type": label}
     told = run_cost(load_profile("smoke", given), EVERYTHING, 1)
     assert f"`case_type` is {label.strip()!r}, which names no type" in told.text
     assert not told.refusal

@@ -55,7 +55,7 @@ def test_each_level_of_expression_holds_the_genes_it_does_in_cell2sentence(rows,
 
 @pytest.mark.parametrize("k", [1, 16, 64, 1000])
 def test_the_pbmcs_are_ordered_as_by_cell2sentence(k):
-    cells = read_cells(load_profile("demo"))
+    cells = read_cells(load_profile("pbmc"))
     x = cells.expression
     found = top_genes(x, np.arange(len(cells)), k, 0)
     for row in range(0, len(cells), 1 if k == 64 else 20):

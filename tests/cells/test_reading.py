@@ -62,7 +62,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 def test_another_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "cells.csv").write_text("a,b\n1,2\n")
-    assert ("give `pbmc68k_reduced`, `planted` or the path of an .h5ad file"
+    assert ("give `pbmc68k_reduced`, `baron_pancreas`, `planted` or the path of an .h5ad file"
             in refusal(tmp_path / "cells.csv"))
 
 
@@ -230,7 +230,7 @@ def test_a_draw_of_cells_is_seeded_nested_and_in_order(tmp_path: Path) -> None:
 
 
 def test_the_bundled_pbmcs_are_read() -> None:
-    cells = read_cells(load_profile("demo"))
+    cells = read_cells(load_profile("pbmc"))
     assert cells.expression.shape == (700, 765) and len(set(cells.symbols)) == 765
     assert len(set(cells.labels)) == 10 and "CD14+ Monocyte" in cells.labels
     # Raw: nonnegative and sparse, not the scaled X of the same file.

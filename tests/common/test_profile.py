@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from scfm_circuits import InputError
 from scfm_circuits.common.profile import (
     BUNDLED_CELLS,
+    CELLS_NAMES,
+    PACKAGED_CELLS,
     PROFILES,
     Profile,
     cells_path,
@@ -108,8 +110,8 @@ NAMED = "human_layer: 3\ncells: x.h5ad\ncells_name: hearts\ntitle: T\n"
     ("extends: demo\n", {"cells": "x.h5ad", "cells_name": "hearts"}, "hearts", ""),
     (NAMED, {"cells": "y.h5ad"}, "cells of y.h5ad", ""),
     (NAMED, {"cells": "x.h5ad"}, "hearts", "T"),
-    (NAMED, {"cells": BUNDLED_CELLS},
-     Profile.model_fields["cells_name"].default, ""),
+    (NAMED, {"cells": BUNDLED_CELLS}, CELLS_NAMES[BUNDLED_CELLS], ""),
+    ("extends: pbmc\n", {"cells": PACKAGED_CELLS}, CELLS_NAMES[PACKAGED_CELLS], ""),
     ("extends: demo\ntitle: T\n", {"model": "org/name", "tokenizer": "org/name"},
      load_profile("demo").cells_name, ""),
 ])
@@ -118,6 +120,9 @@ def test_other_cells_do_not_keep_the_names_of_the_base(
 ) -> None:
     profile = load_profile(write(tmp_path, text), overrides)
     assert (profile.cells_name, profile.title) == (name, title)
+    # Whether a file went through R is known of that file alone.
+    assert (profile.symbol_rule == "r_names") == (profile.cells_name == load_profile(
+        "demo").cells_name)
 
 
 def test_a_profile_that_extends_twice_keeps_the_nearest_names(tmp_path: Path) -> None:
@@ -132,7 +137,7 @@ def test_where_the_cells_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def path(cells: str) -> Path | None:
         return cells_path(load_profile("demo", {"cells": cells}), tmp_path)
 
-    assert path(BUNDLED_CELLS) is None
+    assert path(BUNDLED_CELLS) is None and path(PACKAGED_CELLS) is None
     assert path("a/x.h5ad") == tmp_path / "a" / "x.h5ad"
     assert path("~/x.h5ad") == tmp_path / "home" / "x.h5ad"
     assert path("/data/x.h5ad") == Path("/data/x.h5ad")

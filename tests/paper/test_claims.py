@@ -28,7 +28,7 @@ from scfm_circuits.paper.exhibits import PAPER, read_paper
 from scfm_circuits.paper.internal_checks import internal_values
 from scfm_circuits.paper.run_values import derived_values, gather
 
-PROFILES = {"smoke", "demo", "planted", "paper", "all"}
+PROFILES = {"smoke", "demo", "pbmc", "planted", "paper", "all"}
 
 
 def make(value: Any, rule: dict[str, Any], **changes: Any) -> Claim:
@@ -63,7 +63,7 @@ def test_claims_name_only_the_project_s_profiles(claims: dict[str, Claim]) -> No
             assert claim.profiles == ["all"], claim.id
         # A percentage of Table 4 says nothing at a small scale: lists of random genes reach it too.
         if claim.source in ("derived.loss_order", "derived.kl_order", "derived.loss_recovered"):
-            assert claim.profiles == ["demo", "planted", "paper"], claim.id
+            assert claim.profiles == ["demo", "pbmc", "planted", "paper"], claim.id
         elif claim.kind == "order":
             assert claim.profiles == ["paper"], claim.id
 

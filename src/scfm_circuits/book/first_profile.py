@@ -274,7 +274,7 @@ def profile_fields(path: Path, base: str = "demo") -> dict[str, Choice]:
 def profile_text(fields: dict[str, Choice], base: str = "demo") -> str:
     """The profile as YAML: a comment, then its field, in quotes if it is text."""
     lines = ["# Written from a look into the file; change what is wrong. Everything else is as in",
-             f"# the profile `{base}`; all fields are explained in src/scfm_circuits/profile.py.",
+             f"# `{base}`; all fields are explained in src/scfm_circuits/common/profile.py.",
              f"extends: {base}"]
     for field, choice in fields.items():
         # In double quotes no text is taken for a number, a date or null, or spans two lines.

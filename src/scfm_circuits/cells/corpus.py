@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from scfm_circuits.cells.reading import RankedCells
 
 _FIELDS = (
-    "seed", "cells", "matrix", "symbol_column", "duplicate_symbols", "label_column", "max_cells",
-    "sampling", "validation_share", "genes_per_cell", "prompt", "response", "tokenizer",
-    "vocabulary_size", "model_revision",
+    "seed", "cells", "matrix", "symbol_column", "symbol_rule", "duplicate_symbols", "label_column",
+    "max_cells", "sampling", "validation_share", "genes_per_cell", "prompt", "response",
+    "tokenizer", "vocabulary_size", "model_revision",
 )
 _ROOMS = ("cells",)
 _STAMP, _TOKENIZER = "corpus.json", "tokenizer.json"

@@ -1,4 +1,4 @@
-"""Cells in: the bundled PBMCs, simulated ones or an `.h5ad` file, checked before any computing.
+"""Cells in: those that packages carry, simulated ones or an `.h5ad` file, checked before use.
 
 Cell sentences rank genes within a cell, so any increasing transformation of a cell's values
 (library-size scaling, log1p) leaves them as they are; what matters is that the values are not
@@ -15,9 +15,16 @@ import scipy.sparse as sp
 from scfm_circuits import InputError
 from scfm_circuits.cells.h5ad import Opened, in_memory, open_h5ad, row_chunks
 from scfm_circuits.cells.ranking import top_genes
-from scfm_circuits.cells.symbols import gene_symbols, merge_duplicates
+from scfm_circuits.cells.symbols import gene_symbols, hyphens_restored, merge_duplicates
 from scfm_circuits.common.labels import normal_labels
-from scfm_circuits.common.profile import BUNDLED_CELLS, PLANTED_CELLS, ROOT, Profile, cells_path
+from scfm_circuits.common.profile import (
+    CELLS_NAMES,
+    PACKAGED_CELLS,
+    PLANTED_CELLS,
+    ROOT,
+    Profile,
+    cells_path,
+)
 from scfm_circuits.common.randomness import generator
 
 if TYPE_CHECKING:
@@ -97,6 +104,9 @@ def _parts(data: Opened, profile: Profile) -> _Parts:
     where = profile.cells
     matrix, variables = _matrix(data, profile.matrix, where)
     symbols, decisions = gene_symbols(variables, profile.symbol_column, where)
+    if profile.symbol_rule == "r_names":
+        symbols, restored = hyphens_restored(symbols)
+        decisions += restored
     labels, rewritten = _labels(data.obs, profile.label_column, where)
     if 0 in matrix.shape:
         raise InputError(f"{where} holds {matrix.shape[0]} cells and {matrix.shape[1]} genes; "
@@ -193,6 +203,10 @@ def _expression(matrix: Any, chosen: np.ndarray, join: sp.csr_matrix | None, whe
 def _open(profile: Profile) -> Opened:
     """The profile's cells, not read yet if they are a file; InputError if it cannot be read."""
     path = cells_path(profile, ROOT)
+    if profile.cells == PACKAGED_CELLS:
+        from scfm_circuits.cells.packaged import open_packaged
+
+        return open_packaged()
     if path is None:
         import warnings
 
@@ -207,8 +221,9 @@ def _open(profile: Profile) -> Opened:
 
         return in_memory(planted_cells(profile.seed, plan=read_plan(path)))
     if path.suffix != ".h5ad":
-        raise InputError(f"Profile field `cells` is {profile.cells!r}; give `{BUNDLED_CELLS}`, "
-                         f"`{PLANTED_CELLS}` or the path of an .h5ad file.")
+        raise InputError(f"Profile field `cells` is {profile.cells!r}; give "
+                         f"{', '.join(f'`{one}`' for one in CELLS_NAMES)} or the path of an .h5ad "
+                         "file.")
     if not path.is_file():
         raise InputError(f"The cells {path} do not exist; check `cells` in the profile.")
     return open_h5ad(path)

@@ -20,6 +20,9 @@ SYMBOL_COLUMNS = ("gene_name-new", "feature_name", "gene_symbol", "gene_symbols"
 """Columns of `var` that are known to hold gene symbols, in any case, the surest first. The first is
 the Heart Cell Atlas's own."""
 
+_VERSIONED = re.compile(r"([A-Z]{1,3}\d{5,9}|[A-Z0-9]+\.[A-Z]?\d+[A-Z]\d+)$")
+"""What a version follows: an accession (AC012345) or the address of a clone (RP11.291B21)."""
+
 
 def symbol_columns(variables: "pd.DataFrame") -> list[str]:
     """The columns of a var table that are known to hold gene symbols, the surest first."""
@@ -90,6 +93,27 @@ def _mostly_ensembl(names: Iterable[str]) -> bool:
     """Whether more than half of the names are Ensembl identifiers."""
     found = [bool(ENSEMBL.match(name)) for name in names]
     return sum(found) > len(found) / 2
+
+
+def hyphens_restored(symbols: list[str]) -> tuple[list[str], list[str]]:
+    """Symbols that R wrote with points for hyphens, with hyphens again: (symbols, decisions).
+
+    Each point becomes a hyphen but for one before the version of a clone or accession, and one
+    before a number with which R made a symbol unique: the rest has no point and is a symbol too.
+    symbols: in capitals. Source: R's `make.names` and `make.unique`.
+    """
+    known = set(symbols)
+    found = []
+    for symbol in symbols:
+        head, _, tail = symbol.rpartition(".")
+        numbered = "." not in head and head in known
+        kept = tail.isdigit() and (numbered or _VERSIONED.match(head))
+        found.append(f"{head.replace('.', '-')}.{tail}" if kept else symbol.replace(".", "-"))
+    n_changed = sum(a != b for a, b in zip(symbols, found, strict=True))
+    example = next((f", such as {a} to {b}" for a, b in zip(symbols, found, strict=True)
+                    if a != b), "")
+    return found, [f"In {n_changed:,} symbols a point that R had put for a hyphen was put back"
+                   f"{example}."]
 
 
 def merge_duplicates(symbols: list[str], rule: str, where: str

@@ -55,7 +55,11 @@ def gene_set_folders(named: str | Path | None) -> dict[Path, str]:
             if folder}
 
 
+def cache_folder() -> Path:
+    """Where is kept what all profiles share: SCFM_CACHE or `~/.cache/scfm-circuits`."""
+    return _ROOT / os.path.expanduser(os.environ.get("SCFM_CACHE") or "~/.cache/scfm-circuits")
+
+
 def gene_set_cache() -> Path:
     """Where downloaded gene sets are kept."""
-    root = os.environ.get("SCFM_CACHE") or "~/.cache/scfm-circuits"
-    return _ROOT / os.path.expanduser(root) / "gene-sets"
+    return cache_folder() / "gene-sets"

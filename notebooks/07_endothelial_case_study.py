@@ -300,9 +300,10 @@ heart = load_library("CellMarker_Augmented_2021", settings.gene_sets)
 printed = printed_case.paper_case(heart, symbols, chapter.paper)
 
 # %% tags=["remove-input"]
-chapter.warning(heart.warning and "CellMarker_Augmented_2021 is not at hand, so the paper's case is "
-                "computed from overlap counts alone, under the server's formula alone; how often "
-                "other genes get the same term cannot be computed.")
+chapter.warning(heart.warning if printed.settings else
+                "CellMarker_Augmented_2021 is not at hand, so the paper's case is computed from overlap "
+                "counts alone, under the server's formula alone; how often other genes get the same "
+                "term cannot be computed.")
 
 # %% tags=["hide-input"]
 chapter.table("paper_case", printed.table, caption="Endothelial cell: heart, for the paper's genes, "

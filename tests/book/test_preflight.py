@@ -13,6 +13,7 @@ from helpers import tiny_model, tiny_profile
 from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from scfm_circuits import InputError
 from scfm_circuits.__main__ import main
@@ -352,11 +353,50 @@ def test_make_plan_says_everything_and_does_nothing(empty: Path, capsys: pytest.
     ({"model": "some/model", "tokenizer": "some/model"}, "check `model`"),
     ({"cells": "/none.h5ad"}, "do not exist"),
     ({"label_column": "none"}, "set `label_column`"),
+    ({"gene_groups": "nowhere.tsv"}, "nowhere.tsv cannot be read"),
+    ({"gene_groups": "~nobody-here/groups.tsv"}, "home folder"),
 ])
 def test_what_will_fail_is_told_before_any_work(empty: Path, changes: dict[str, Any], told: str
                                                 ) -> None:
     with pytest.raises(InputError, match=told):
         run_cost(load_profile("smoke", changes), EVERYTHING, 11)
+
+
+@pytest.mark.parametrize(("name", "content", "told"), [
+    ("KEGG_2021_Human", b"<html>\n", "KEGG_2021_Human.gmt is not a GMT file"),
+    ("CellMarker_Augmented_2021", b"T\td\tVWF\nT\td\tKDR\n", "names the term 'T' twice"),
+    ("KEGG_2021_Human", b"T\td\tNOGENE1\tNOGENE2\n", "shares a gene with the cells"),
+    ("KEGG_2021_Human", b"T\td\t" + b"\t".join(b"G%d" % i for i in range(20_001)) + b"\tLYZ",
+     "smaller than the term 'T'"),
+])
+@pytest.mark.parametrize("stored", [False, True], ids=["no corpus", "a corpus"])
+def test_a_library_that_cannot_be_used_is_told_before_any_work(
+        empty: Path, name: str, content: bytes, told: str, stored: bool) -> None:
+    profile = load_profile("smoke", {"libraries": ["KEGG_2021_Human"]})
+    if stored:
+        load_corpus(profile)
+    (empty / "gene_sets" / f"{name}.gmt").write_bytes(content)
+    with pytest.raises(InputError, match=told):
+        run_cost(profile, EVERYTHING, 1)
+
+
+def test_what_is_read_otherwise_than_it_stands_is_told(empty: Path) -> None:
+    (empty / "gene_sets" / "Mine.gmt").write_bytes(b"T\tLYZ\tCD3D\nU\tCD3D\tLYZ\n")
+    folder = empty / "tokenizer"
+    tokenizer = load_corpus(load_profile("smoke")).tokenizer
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.save_pretrained(folder)
+    tiny_model(vocabulary=len(tokenizer), dtype=torch.float32).save_pretrained(folder)
+    given = {"libraries": ["Mine"], "model": str(folder), "tokenizer": str(folder),
+             "model_layers": None, "human_layer": 0}
+    told = run_cost(load_profile("smoke", given), EVERYTHING, 1).text
+    assert "Mine: The file has no column of descriptions" in told
+    assert "'<|endoftext|>' before each text" in told
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(InputError, match="no token for 'A'"):
+        run_cost(load_profile("smoke", given), EVERYTHING, 1)
 
 
 @pytest.mark.parametrize("label", ["nan", "Unknown ", ""])

@@ -7,11 +7,18 @@ from typing import Any
 import pytest
 import requests
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from scfm_circuits import InputError
 from scfm_circuits.common import fetch
 from scfm_circuits.enrichment import gene_sets
-from scfm_circuits.enrichment.gene_sets import gene_sets_from_dict, load_library, read_gmt
+from scfm_circuits.enrichment.gene_sets import (
+    gene_sets_from_dict,
+    load_library,
+    parse_gmt,
+    read_gmt,
+)
 
 KEGG = "KEGG_2021_Human"
 GMT = b"Term one\tnote\tVWF\tKDR\nTerm two\t\tTIE1\n"
@@ -76,12 +83,96 @@ def test_reads_terms_genes_and_members(tmp_path: Path) -> None:
         b"T\td\tvwf\tKDR\tVWF\t Kdr \n",
         b"\xef\xbb\xbfT\td\tVWF\tKDR",
         b"\n\nT\t\t\tVWF\tKDR\n\n",
+        b"T\td\tVWF\tKDR\r\r",
+        b'"T"\t"d"\t"VWF"\t"KDR"\n',
+        b"T\td\tVWF,1e-3\tKDR,-2\n",
+        b"T\td\tVWF\tKDR\nT\td\tKDR\tVWF\n",
     ],
-    ids=["trailing tab", "tabs and CRLF", "weights", "case and repeats", "BOM", "empty places"],
+    ids=["trailing tab", "tabs and CRLF", "weights", "case and repeats", "BOM", "empty places",
+         "CR", "quotes", "other weights", "a term twice, the same"],
 )
 def test_harmless_oddities_give_the_same_sets(tmp_path: Path, line: bytes) -> None:
     library = read_gmt(write(tmp_path / "a.gmt", line))
     assert library.terms == ("T",) and library.term_members(0) == ("KDR", "VWF")
+
+
+def test_line_ends_of_an_old_mac_part_terms(tmp_path: Path) -> None:
+    library = read_gmt(write(tmp_path / "a.gmt", b"T\td\tVWF\rU\t\tKDR\r"))
+    assert library.terms == ("T", "U") and library.term_members(1) == ("KDR",)
+    # A character that only looks like a line end is part of a name.
+    odd = "T\u2028x\td\tVWF\n".encode()
+    assert read_gmt(write(tmp_path / "b.gmt", odd)).terms == ("T\u2028x",)
+
+
+def test_quotes_within_a_name_are_its_own(tmp_path: Path) -> None:
+    library = read_gmt(write(tmp_path / "a.gmt", b'"A ""B"" cell"\t\tVWF\n\'De Novo\' x\t\tKDR\n'))
+    assert library.terms == ('A "B" cell', "'De Novo' x")
+
+
+@pytest.mark.parametrize("content", [
+    b"T cell\tCD3D\tCD3E\tCD2\nB cell\tMS4A1\tCD79A\tCD19\n",
+    b"T cell\tcd3d\tCD3E\tCD2\nB cell\tMs4a1\tCD79A\nMine\tX1\tX2\nYours\tX2\tX1\n",
+    b"T cell\tCD3D\tCD3E\n",
+])
+def test_a_file_without_descriptions_keeps_its_first_genes(tmp_path: Path, content: bytes) -> None:
+    library = read_gmt(write(tmp_path / "a.gmt", content))
+    assert library.term_members(0)[:2] == ("CD2", "CD3D") or library.term_members(0) == (
+        "CD3D", "CD3E")
+    assert library.warning is not None and "no column of descriptions" in library.warning
+
+
+@pytest.mark.parametrize("content", [
+    b"FOXO1\tFOXO1\tCD3D\tVWF\nVWF targets\tVWF\tFOXO1\tKDR\n",  # named like the term
+    b"T\tWikiPathways\tCD3D\nB\tWikiPathways\tMS4A1\n",
+    b"T\thttps://x.org/T\tCD3D\nB\tNA\tMS4A1\nC\tM12345\tCD4\n",
+])
+def test_descriptions_are_no_genes(tmp_path: Path, content: bytes) -> None:
+    library = read_gmt(write(tmp_path / "a.gmt", content))
+    assert library.warning is None and max(library.sizes) <= 2
+
+
+def test_some_descriptions_that_are_genes_are_told(tmp_path: Path) -> None:
+    lines = [f"T{i}\tnote {i}\tCD3D\tCD3E" for i in range(4)]
+    lines += ["U\tCD3D\tVWF"]
+    library = read_gmt(write(tmp_path / "a.gmt", "\n".join(lines).encode()))
+    assert library.term_members(4) == ("VWF",)
+    assert library.warning is not None and "1 description(s)" in library.warning
+    assert "'CD3D'" in library.warning
+
+
+@pytest.mark.parametrize("cell", [b"VWF,KDR", b"VWF, KDR", b"VWF;KDR", b"VWF KDR", b"VWF|KDR"])
+def test_several_genes_in_one_place_are_parted(tmp_path: Path, cell: bytes) -> None:
+    library = read_gmt(write(tmp_path / "a.gmt", b"T\td\t" + cell + b"\nU\td\tTIE1\n"))
+    assert library.term_members(0) == ("KDR", "VWF")
+    assert library.warning is not None and "1 place(s) held several genes" in library.warning
+
+
+@pytest.mark.parametrize("genes", [b"ENSG00000110799\tENSG00000128052.3\tVWF", b"7450\t3791"])
+def test_identifiers_instead_of_symbols_are_told(tmp_path: Path, genes: bytes) -> None:
+    library = read_gmt(write(tmp_path / "a.gmt", b"T\td\t" + genes + b"\n"))
+    assert library.warning is not None and "identifiers" in library.warning
+
+
+CELL = st.text(st.sampled_from(" abcXYZ0-.:/()'\u00fc"), max_size=6).map(str.strip)
+
+
+@given(st.dictionaries(CELL.filter(bool), st.lists(st.sampled_from(["VWF", "KDR", "TIE1", "G-1"]),
+                                                   min_size=1, unique=True), min_size=1),
+       st.sampled_from(["\n", "\r\n", "\r"]), st.booleans(), st.booleans(), st.booleans())
+@settings(max_examples=60)
+def test_any_way_of_writing_gives_the_same_sets(
+    terms: dict[str, list[str]], end: str, quoted: bool, mark: bool, lower: bool
+) -> None:
+    def cell(text: str) -> str:
+        return f'"{text}"' if quoted else text
+
+    lines = ["\t".join(map(cell, (name, "", *(gene.lower() if lower else gene for gene in genes))))
+             + "\t" * lower for name, genes in terms.items()]
+    content = ("\ufeff" * mark + end.join(lines) + end).encode()
+    library = parse_gmt(content, "mine", "file", "The file")
+    assert library.terms == tuple(terms) and library.warning is None
+    assert [set(library.term_members(i)) for i in range(len(terms))] == [
+        set(genes) for genes in terms.values()]
 
 
 def test_term_without_genes_is_dropped_and_counted(tmp_path: Path) -> None:

@@ -200,3 +200,38 @@ def test_the_whole_case_under_every_rule() -> None:
     assert found.nulls(20, 0)["kind"].nunique() == 5
     without = paper_case(library, genes[1:], paper)
     assert without.corpus_left_out and len(without.settings) == len(found.settings) - 2
+
+
+@pytest.mark.parametrize("mapping", [
+    {"Mine": [f"X{i}" for i in range(40)]},
+    {"Endothelial cell:Heart": [f"X{i}" for i in range(40)], "Other": ["X1"]},
+    {"Endothelial cell:Heart": ["VWF", "X1"]},
+    {"Endothelial cell:Heart": ["VWF"], "B": ["PTPRB"]},
+    {"Mine": ["X1"]},
+], ids=["neither genes nor term", "no gene", "tiny", "two genes", "one gene"])
+def test_the_whole_case_with_a_library_of_somebodys_own(mapping: dict[str, list[str]]) -> None:
+    library = gene_sets_from_dict("CellMarker_Augmented_2021", mapping)
+    found = paper_case(library, [f"X{i}" for i in range(80)], read_paper())
+    known = set(library.genes)
+    hit = sum(bool(set(found.nine) & set(genes)) for genes in mapping.values())
+    own = found.table.iloc[1:-2]
+    assert (own["terms hit"] == hit).all()
+    if not hit:
+        assert own[["rank by p", "overlap", "p", "FDR"]].isna().all(axis=None)
+    assert found.single_gene > 0 and found.ours["overlap"] == 2  # from the counts of the real one
+    nulls = found.nulls(20, 0)
+    assert (nulls["background_genes"] >= 9).all()
+    assert nulls.empty == (found.term is None)
+    assert {one.rule.name for one in found.settings} == {"enrichr"} | (
+        {"gseapy"} if len(known) >= 9 else set())
+    if len(nulls):
+        assert rates_by_rule(nulls, found.settings).shape[1] == 2 + len(found.settings)
+        assert words_of(nulls)["called"] == str(
+            nulls.loc[nulls["kind"] == "circuit", "n_called"].sum())
+
+
+def test_the_whole_case_with_a_library_of_more_genes_than_the_server_s_background() -> None:
+    library = gene_sets_from_dict("l", {"Endothelial cell:Heart": ["VWF", "PTPRB"],
+                                        "big": [f"X{i}" for i in range(19_999)]})
+    found = paper_case(library, [], read_paper())
+    assert found.settings == [] and found.nulls(10, 0).empty

@@ -5,15 +5,28 @@ up what was cut and checks it by itself.
 """
 
 import contextlib
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from scfm_circuits import InputError
+from scfm_circuits.cells.tokens import begin_token_note, load_tokenizer
 from scfm_circuits.common import manifest
 from scfm_circuits.common.fetch import Remote, fetch, missing_bytes
 from scfm_circuits.common.files import first_line
+from scfm_circuits.common.labels import names_no_type
 from scfm_circuits.common.profile import ROOT, Profile, cells_path
-from scfm_circuits.enrichment.gene_sets import downloads_are_off, load_library, local_copy
+from scfm_circuits.enrichment.background import prepare_background
+from scfm_circuits.enrichment.gene_sets import (
+    GeneSets,
+    downloads_are_off,
+    load_library,
+    local_copy,
+)
+from scfm_circuits.enrichment.rules import RULES
+from scfm_circuits.interpretability.explanations import read_gene_groups
+from scfm_circuits.paper.case import LIBRARY as PAPERS_LIBRARY
 
 MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "tokenizer.model"]
 
@@ -54,6 +67,48 @@ def missing_libraries(profile: Profile) -> list[str]:
     """Gene-set libraries that are not here; InputError if a folder named for them is not."""
     return [name for name in dict.fromkeys((*profile.libraries, profile.case_library))
             if local_copy(name, profile.gene_sets) is None]
+
+
+def _libraries_here(profile: Profile, names: Iterable[str]) -> dict[str, GeneSets]:
+    """Those of the libraries that need no download; InputError for one that cannot be used."""
+    return {name: load_library(name, profile.gene_sets) for name in names
+            if local_copy(name, profile.gene_sets) is not None}
+
+
+def notes(profile: Profile) -> list[str]:
+    """What to know of the traced type and of the files that a run reads late (gene sets, gene
+    groups, the tokenizer), as far as they are here. InputError for one that cannot be used."""
+    said = []
+    if names_no_type(profile.case_type):
+        said.append(f"`case_type` is {profile.case_type!r}, which names no type; name one in the "
+                    "profile unless such a cell is to be traced.")
+    names = dict.fromkeys((*profile.libraries, profile.case_library, PAPERS_LIBRARY))
+    for name, library in _libraries_here(profile, names).items():
+        for rule in RULES.values():
+            if rule.background != "corpus":
+                prepare_background(library, rule.background_for())
+        if library.warning:
+            said.append(f"{name}: {library.warning}")
+    if profile.gene_groups is not None:
+        read_gene_groups(profile.gene_groups)
+    folder = os.path.expanduser(profile.tokenizer)
+    if os.path.isdir(folder):
+        note = begin_token_note(load_tokenizer(folder, profile.model_revision))
+        said += [note] if note else []
+    return said
+
+
+def check_shared_genes(profile: Profile, symbols: Iterable[str]) -> None:
+    """InputError if one of the profile's `libraries` that are here has none of the cells' genes.
+
+    symbols: upper case.
+    """
+    known = frozenset(symbols)
+    for name, library in _libraries_here(profile, profile.libraries).items():
+        if known.isdisjoint(library.genes):
+            raise InputError(f"No term of {name} shares a gene with the cells (its first gene is "
+                             f"{library.genes[0]!r}); give a library with symbols of their species "
+                             "in `libraries`.")
 
 
 def _is_here(name: str, revision: str | None, weights: bool) -> bool:

@@ -16,13 +16,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from scfm_circuits import InputError
-from scfm_circuits.book.downloads import Download, missing, missing_libraries
+from scfm_circuits.book.downloads import (
+    Download,
+    check_shared_genes,
+    missing,
+    missing_libraries,
+    notes,
+)
 from scfm_circuits.cells.corpus import Corpus, check_case, split_cells, stored_corpus
 from scfm_circuits.circuits.attribution import NO_CIRCUITS
 from scfm_circuits.circuits.case_study import read_sentence
 from scfm_circuits.common import manifest
 from scfm_circuits.common.files import time_in_words
-from scfm_circuits.common.labels import names_no_type
 from scfm_circuits.common.profile import ROOT, Profile, cells_path
 from scfm_circuits.enrichment.gene_sets import downloads_are_off
 from scfm_circuits.features.counting import CHUNK_BYTES, fixed_bytes
@@ -134,9 +139,7 @@ def run_cost(profile: Profile, wanted: Collection[str], chapters: int) -> Cost:
              f"{sizes.tokens / sizes.cells:.0f} tokens each, {sizes.tokens / 1e6:,.2f} M tokens; "
              f"{sizes.layers} layers of width {sizes.width:,}, "
              f"{profile.expansion * sizes.width:,} features each"]
-    if names_no_type(profile.case_type):
-        lines.append(f"  case      `case_type` is {profile.case_type!r}, which names no type; name "
-                     "one in the profile unless such a cell is to be traced")
+    lines += [f"  note      {note}" for note in notes(profile)]
     lines += [f"  download  {'' if one.exact else 'at most '}{_size(one.bytes)}: {one.what}"
               for one in found]
     if libraries and downloads_are_off():
@@ -175,6 +178,7 @@ def run_sizes(profile: Profile) -> Sizes:
         cells, in_file, genes = len(corpus), len(corpus), len(corpus.symbols)
         tokens, padded = int(lengths.sum()), int(lengths.max())
         trained_on = int(lengths[~corpus.held_out].sum())
+        check_shared_genes(profile, corpus.symbols.tolist())
     else:
         in_file, genes, length = _cells(profile)
         cells = min(in_file, profile.max_cells or in_file)
@@ -232,6 +236,7 @@ def _cells(profile: Profile) -> tuple[int, int, float]:
     found = describe_cells(profile)
     held_out = split_cells(len(found.labels), profile.validation_share, profile.seed)
     check_case(found.labels, held_out, profile)
+    check_shared_genes(profile, found.symbols)
     return found.n_cells, len(found.symbols), length
 
 

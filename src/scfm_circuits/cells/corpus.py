@@ -18,7 +18,7 @@ from scfm_circuits import InputError
 from scfm_circuits.cells.tokens import (
     Made,
     Prompts,
-    begin_token,
+    begin_token_note,
     encode_all,
     in_memory,
     load_tokenizer,
@@ -161,10 +161,8 @@ def build_corpus(cells: "RankedCells", profile: Profile, made: Made = in_memory)
     else:
         tokenizer = load_tokenizer(profile.tokenizer, profile.model_revision)
     _check_special(tokenizer, cells.labels, symbols)
-    decisions, begin = list(cells.decisions), begin_token(tokenizer)
-    if begin is not None:
-        decisions.append(f"The tokenizer puts {begin!r} before each text by itself; it is left "
-                         "out, so a model that was trained with it sees texts without their begin.")
+    note = begin_token_note(tokenizer)
+    decisions = [*cells.decisions, *([note] if note else [])]
     prompts = encode_all(tokenizer, profile.prompt, symbols, cells.ranking, answers, made)
     return Corpus(
         **prompts._asdict(), labels=cells.labels, cell_ids=cells.cell_ids, held_out=held_out,

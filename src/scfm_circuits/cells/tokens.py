@@ -308,11 +308,14 @@ def _cannot_be_written(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
     return [one for place, one in enumerate(text) if one != " " and place not in written]
 
 
-def begin_token(tokenizer: "PreTrainedTokenizerFast") -> str | None:
-    """The token that the tokenizer puts before a text unless it is told not to, if it does."""
+def begin_token_note(tokenizer: "PreTrainedTokenizerFast") -> str | None:
+    """A sentence on the token that the tokenizer puts before a text of itself, if it does."""
     first = tokenizer("A")["input_ids"][0]
-    alone = tokenizer("A", add_special_tokens=False)["input_ids"][0]
-    return None if first == alone else str(tokenizer.convert_ids_to_tokens(first))
+    if first == tokenizer("A", add_special_tokens=False)["input_ids"][0]:
+        return None
+    return (f"The tokenizer puts {tokenizer.convert_ids_to_tokens(first)!r} before each text by "
+            "itself; it is left out, so a model that was trained with it sees texts without their "
+            "begin.")
 
 
 def encode_prompt(

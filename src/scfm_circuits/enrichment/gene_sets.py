@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -29,6 +29,7 @@ from scfm_circuits.common import manifest
 from scfm_circuits.common.fetch import Remote, Unreachable, fetch
 from scfm_circuits.common.files import write_atomic
 from scfm_circuits.common.profile import ROOT
+from scfm_circuits.enrichment import gmt
 
 IntArray = NDArray[np.integer[Any]]
 
@@ -136,15 +137,18 @@ def _dropped(n_empty: int) -> str | None:
 def read_gmt(path: str | Path, name: str | None = None) -> GeneSets:
     """Read a GMT file: one term a line, as `term <tab> description <tab> gene <tab> gene ...`.
 
-    Tabs at the end of a line are harmless, a weight behind a comma (`GENE,1.0`) is dropped, so are
-    repeated genes, and terms without any gene (counted in the warning).
+    Quotes, a byte-order mark, any line ends and tabs at the end of a line are harmless; a weight
+    behind a comma (`GENE,1.0`) is dropped, so are repeated genes and lines. The warning counts
+    terms without any gene, which are dropped, and says what else was not read as it stands
+    (`gmt.members`: no column of descriptions, several genes in one place, identifiers).
 
     Args:
         path: the file.
         name: the library's name; the file's stem by default.
 
     Raises:
-        InputError: no such file, not UTF-8 text, not GMT, a term name twice, or no term left.
+        InputError: no such file, not UTF-8 text, not GMT, one term with two sets of genes, or no
+            term left.
     """
     path = Path(path)
     try:
@@ -164,35 +168,19 @@ def parse_gmt(content: bytes, name: str, source: str, where: str) -> GeneSets:
     Raises:
         InputError: as `read_gmt`.
     """
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{where} is not UTF-8 text (byte {error.start}); give a plain, unpacked GMT file."
-        ) from error
-    members: dict[str, set[str]] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        term, *rest = line.rstrip("\r").split("\t")
-        term = term.strip()
-        if not rest or not term or "\0" in line:
-            raise InputError(
-                f"{where} is not a GMT file: line {number} is not "
-                "'term <tab> description <tab> genes'; replace the file."
-            )
-        if term in members:
-            raise InputError(
-                f"{where} names the term {term[:80]!r} twice (again in line {number}); "
-                "rename or merge the two."
-            )
-        symbols = (cell.partition(",")[0].strip().upper() for cell in rest[1:])
-        members[term] = {symbol for symbol in symbols if symbol}
+    members, said = gmt.members(gmt.read_lines(content, where), _bundled_genes, where)
     kept = {term: symbols for term, symbols in members.items() if symbols}
     if not kept:
         raise InputError(f"{where} holds no term with a gene; replace the file.")
-    warning = _dropped(len(members) - len(kept))
+    warning = " ".join(filter(None, (_dropped(len(members) - len(kept)), *said))) or None
     return _build(name, kept, source, hashlib.sha256(content).hexdigest(), warning)
+
+
+@cache
+def _bundled_genes() -> frozenset[str]:
+    """Genes of the bundled library, which tell a column of genes from one of descriptions."""
+    lines = gmt.read_lines(_bundled_path().read_bytes(), "The bundled library")
+    return frozenset(cell for line in lines for cell in line.cells[1:])
 
 
 def load_library(name: str, folder: str | Path | None = None, *, offline: bool = False) -> GeneSets:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from scfm_circuits import InputError
 from scfm_circuits.common.compiled import compiled
+from scfm_circuits.common.files import first_line
+from scfm_circuits.common.profile import ROOT
 from scfm_circuits.interpretability.mentions import Mentions
 
 AT_MOST = 3
@@ -77,21 +79,28 @@ def family_stem(symbol: str) -> str:
 def read_gene_groups(path: str | Path) -> dict[str, tuple[str, ...]]:
     """Groups of genes (HGNC's, say) from a table with the columns symbol and group: group, symbols.
 
-    Comma- or tab-separated, by suffix .csv or not; a gene may be in several groups, a row each.
+    path: the profile's `gene_groups`, from the project's folder if relative. Comma- or
+    tab-separated, by suffix .csv or not; a gene may be in several groups, a row each.
 
     Raises:
         InputError: no such file, not such a table, or no group in it.
     """
-    separator = "," if Path(path).suffix.lower() == ".csv" else "\t"
+    try:
+        path = ROOT / Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(f"Profile field `gene_groups` is {str(path)!r}, but that home folder is "
+                         "not known; give the whole path.") from None
+    separator = "," if path.suffix.lower() == ".csv" else "\t"
     try:
         frame = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"The gene groups {path} cannot be read ({error}); `gene_groups` takes a "
-                         ".csv or .tsv with the columns symbol and group.") from None
+        raise InputError(f"The gene groups {path} cannot be read ({first_line(error)}); "
+                         "`gene_groups` takes a .csv or .tsv with the columns symbol and group."
+                         ) from None
     frame.columns = [str(name).strip().lower() for name in frame.columns]
-    if not {"symbol", "group"} <= set(frame.columns):
+    if any((frame.columns == name).sum() != 1 for name in ("symbol", "group")):
         raise InputError(f"The gene groups {path} have the columns {', '.join(frame.columns)}; "
-                         "needed are symbol and group.")
+                         "needed are symbol and group, each once.")
     given = frame[["symbol", "group"]].apply(lambda column: column.str.strip())
     given = given[(given != "").all(axis=1)]
     if given.empty:

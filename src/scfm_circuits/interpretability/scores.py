@@ -14,7 +14,6 @@ The same is done for features of an untrained encoder and for random tokens that
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -26,7 +25,6 @@ from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.tokens import token_texts
 from scfm_circuits.common.files import digest
 from scfm_circuits.common.kept import stamp_of
-from scfm_circuits.common.profile import ROOT
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.features.baselines import untrained_encoder, untrained_statistics
 from scfm_circuits.features.statistics import FeatureStatistics
@@ -86,8 +84,7 @@ def corpus_kinds(statistics: FeatureStatistics, corpus: Corpus, profile: "Profil
     Raises:
         InputError: `gene_groups` is not such a table.
     """
-    groups = (read_gene_groups(ROOT / Path(profile.gene_groups).expanduser())
-              if profile.gene_groups else None)
+    groups = read_gene_groups(profile.gene_groups) if profile.gene_groups is not None else None
     pairs = split_pairs(statistics, corpus)
     tokens = np.unique(pairs.token)
     items = gene_kinds(pairs, corpus.symbols, token_texts(corpus.tokenizer, tokens), groups)

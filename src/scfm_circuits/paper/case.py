@@ -305,12 +305,18 @@ class PaperCase(NamedTuple):
 def paper_case(library: GeneSets, corpus_genes: Collection[str], paper: PaperTables) -> PaperCase:
     """The paper's term for its nine genes, and for all genes of its prompt, under each rule.
 
-    library: `LIBRARY`; where another stands in for it, the server's rule alone is computed, from
-    overlap counts. corpus_genes: symbols of the genes that occur in this run's cells.
+    library: `LIBRARY`; where another stands in for it, or it has more genes than the server's
+    background, the server's rule alone is computed, from overlap counts. A rule whose background
+    has fewer genes than the list is left out. corpus_genes: symbols of the genes that occur in this
+    run's cells.
     """
     nine, prompt = paper.circuit["gene"].tolist(), list(paper.prompt_genes)
     server = server_case()
-    settings = [] if library.source == "bundled" else case_rules(library, nine, corpus_genes)
+    settings = [] if library.source == "bundled" else [
+        one for one in case_rules(library, nine, corpus_genes)
+        if len(nine) <= one.universe.total >= len(one.universe.symbols or library.genes)]
+    if settings and settings[0].rule.name != "enrichr":
+        settings = []
 
     def terms(genes: Collection[str], setting: CaseRule) -> pd.DataFrame:
         return term_table(genes, library, background=setting.universe, family=setting.rule.family,
@@ -329,7 +335,9 @@ def paper_case(library: GeneSets, corpus_genes: Collection[str], paper: PaperTab
 
 def _case_row(setting: str, table: pd.DataFrame) -> dict[str, Any]:
     """The paper's term in a table of all terms hit."""
-    found = table["term"].str.lower().str.replace(" ", "") == "endothelialcell:heart"
+    # A table without a row has no text in its columns.
+    named = table["term"].astype(str).str.lower().str.replace(" ", "")
+    found = named == "endothelialcell:heart"
     below, term = table[table["FDR"] < LEVEL], table[found].head(1)
     return {"setting": setting, "rank by p": term.index[0] + 1 if len(term) else None,
             "terms hit": len(table),

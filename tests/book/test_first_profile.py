@@ -346,7 +346,7 @@ def test_broken_files(tmp_path: Path, content: bytes | None) -> None:
     path.write_bytes(path.read_bytes()[:3000] if content is None else content)
     with pytest.raises(InputError, match=r"cannot be read as \.h5ad"):
         write_profile(path, tmp_path / "mine.yml")
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(InputError, match="do not exist"):
         write_profile(tmp_path / "none.h5ad", tmp_path / "mine.yml")
 
 

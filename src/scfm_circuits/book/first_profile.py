@@ -9,7 +9,7 @@ Python literals, so none can end a line.
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,12 +56,13 @@ class Peek(NamedTuple):
     """What a look into the file tells.
 
     kinds: by place (`X`, `raw`, a layer) `counts`, `normalised` or `unusable`. observations: the
-    table of cells. variables: by place the table of its genes.
+    table of cells. variables: by place the table of its genes. aside: as in `h5ad.Opened`.
     """
 
     kinds: dict[str, str]
     observations: "pd.DataFrame"
     variables: "dict[str, pd.DataFrame]"
+    aside: Mapping[str, str]
 
 
 # --- the file ------------------------------------------------------------------------------------
@@ -69,17 +70,14 @@ class Peek(NamedTuple):
 
 def peek(path: Path) -> Peek:
     """Look into an `.h5ad`; InputError if it cannot be read as one."""
-    if path.suffix != ".h5ad":
-        raise InputError(f"H5AD is {str(path)!r}; give the path of an .h5ad file.")
-    if not path.is_file():
-        raise InputError(f"The file {path} does not exist; check the path given as H5AD.")
-    data = open_h5ad(path)
+    data = open_h5ad(path, "give the path of an .h5ad file as H5AD")
     try:
         with unreadable(path):
             kinds = {name: _kind(matrix) for name, (matrix, _) in data.matrices.items()}
     finally:
         data.close()
-    return Peek(kinds, data.obs, {name: genes for name, (_, genes) in data.matrices.items()})
+    genes = {name: variables for name, (_, variables) in data.matrices.items()}
+    return Peek(kinds, data.obs, genes, data.aside)
 
 
 def _kind(matrix: Any) -> str:
@@ -111,6 +109,12 @@ def _listed(names: Iterable[Any], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def _unread(aside: Mapping[str, str], *parts: str) -> list[str]:
+    """What of these parts of a file cannot be read, and why."""
+    return [f"{part} cannot be read: {why}" for part, why in aside.items()
+            if part.split("[")[0] in parts]
+
+
 def choose_matrix(found: Peek, where: str) -> Choice:
     """Counts if there are any, else log-normalised values; InputError if all are scaled.
 
@@ -122,10 +126,11 @@ def choose_matrix(found: Peek, where: str) -> Choice:
     order += [(name, kind) for kind in ("counts", "normalised") for name in found.kinds]
     chosen = next((name for name, kind in order if found.kinds.get(name) == kind), None)
     if chosen is None:
-        held = ", ".join(found.kinds) or "neither X, raw nor a layer"
-        raise InputError(f"{where} has no values to rank genes by ({held}: negative or not finite "
-                         "values, so scaled or centred); put counts or log-normalised values into "
-                         "X, raw or a layer.")
+        held = [f"{name}: negative or not finite values, so scaled or centred"
+                for name in found.kinds] + _unread(found.aside, "X", "raw", "layers")
+        raise InputError(f"{where} has no values to rank genes by "
+                         f"({'; '.join(held) or 'neither X, raw nor a layer'}); put counts or "
+                         "log-normalised values into X, raw or a layer.")
     seen = "; ".join(f"{name!r}: {kind}" for name, kind in found.kinds.items())
     return Choice(chosen, f"seen in samples: {seen}")
 
@@ -157,11 +162,12 @@ def choose_symbols(variables: "pd.DataFrame", where: str, table: str = "var"
     return column, rule
 
 
-def choose_labels(observations: "pd.DataFrame", where: str) -> Choice:
+def choose_labels(observations: "pd.DataFrame", where: str, unread: list[str] | None = None
+                  ) -> Choice:
     """The column of cell types: one of 2 to 200 labels, known names first and clusters last.
 
     Labels are counted as they are read, and one at least must name a type. InputError if there is
-    no such column.
+    no such column. unread: columns that cannot be read, and why.
     """
     fitting: dict[str, set[str]] = {}
     lacking: list[str] = []
@@ -185,8 +191,9 @@ def choose_labels(observations: "pd.DataFrame", where: str) -> Choice:
         why = (f"cells without a label in {_listed(lacking)}" if lacking else
                f"no column of obs with 2 to {_MOST_LABELS} words (columns: "
                f"{_listed(observations.columns) or 'none'})")
-        raise InputError(f"{where} has no usable column of cell types: {why}; give every cell a "
-                         "type in a column such as obs['cell_type'].")
+        raise InputError(f"{where} has no usable column of cell types: "
+                         f"{'; '.join([why, *(unread or [])])}; give every cell a type in a "
+                         "column such as obs['cell_type'].")
     others = f"; also possible: {_listed(ordered[1:])}" if ordered[1:] else ""
     types = [name for name in fitting[ordered[0]] if not names_no_type(name)]
     return Choice(ordered[0], f"{len(types)} types{others}")
@@ -257,7 +264,7 @@ def profile_fields(path: Path, base: str = "demo") -> dict[str, Choice]:
         raise InputError(f"{where} holds {len(found.observations)} cells and {len(genes)} genes; "
                          "there is nothing to read.")
     column, repeated = choose_symbols(genes, where, "raw.var" if matrix.value == "raw" else "var")
-    label = choose_labels(found.observations, where)
+    label = choose_labels(found.observations, where, _unread(found.aside, "obs"))
     labels, _ = normal_labels(found.observations[label.value].astype(str))
     case, most = choose_case(labels, settings)
     fields = {

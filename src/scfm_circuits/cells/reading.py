@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scfm_circuits import InputError
-from scfm_circuits.cells.h5ad import Opened, in_memory, open_h5ad, row_chunks
+from scfm_circuits.cells.h5ad import Opened, in_memory, open_h5ad, part_of, row_chunks
 from scfm_circuits.cells.ranking import top_genes
 from scfm_circuits.cells.symbols import gene_symbols, hyphens_restored, merge_duplicates
 from scfm_circuits.common.labels import normal_labels
@@ -102,6 +102,10 @@ class _Parts(NamedTuple):
 
 def _parts(data: Opened, profile: Profile) -> _Parts:
     where = profile.cells
+    _readable(data, part_of(profile.matrix), "matrix", where)
+    _readable(data, f"obs[{profile.label_column!r}]", "label_column", where)
+    table = "raw.var" if profile.matrix == "raw" else "var"
+    _readable(data, f"{table}[{profile.symbol_column!r}]", "symbol_column", where)
     matrix, variables = _matrix(data, profile.matrix, where)
     symbols, decisions = gene_symbols(variables, profile.symbol_column, where)
     if profile.symbol_rule == "r_names":
@@ -112,7 +116,16 @@ def _parts(data: Opened, profile: Profile) -> _Parts:
         raise InputError(f"{where} holds {matrix.shape[0]} cells and {matrix.shape[1]} genes; "
                          "there is nothing to read.")
     symbols, join, merged = merge_duplicates(symbols, profile.duplicate_symbols, where)
+    if data.aside:
+        unread = "; ".join(f"{part} ({why})" for part, why in data.aside.items())
+        merged.append(f"Left aside, as it cannot be read: {unread}.")
     return _Parts(matrix, symbols, join, labels, decisions + merged + rewritten)
+
+
+def _readable(data: Opened, part: str, field: str, where: str) -> None:
+    if part in data.aside:
+        raise InputError(f"In {where} {part} cannot be read ({data.aside[part]}); mend the file, "
+                         f"or set `{field}` in the profile to something else.")
 
 
 class Description(NamedTuple):
@@ -220,13 +233,8 @@ def _open(profile: Profile) -> Opened:
         from scfm_circuits.cells.simulated import planted_cells, read_plan
 
         return in_memory(planted_cells(profile.seed, plan=read_plan(path)))
-    if path.suffix != ".h5ad":
-        raise InputError(f"Profile field `cells` is {profile.cells!r}; give "
-                         f"{', '.join(f'`{one}`' for one in CELLS_NAMES)} or the path of an .h5ad "
-                         "file.")
-    if not path.is_file():
-        raise InputError(f"The cells {path} do not exist; check `cells` in the profile.")
-    return open_h5ad(path)
+    return open_h5ad(path, "check `cells` in the profile: give "
+                     f"{', '.join(f'`{one}`' for one in CELLS_NAMES)} or the path of an .h5ad file")
 
 
 def _matrix(data: Opened, name: str, where: str) -> tuple[Any, "pd.DataFrame"]:

@@ -8,7 +8,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from scfm_circuits.report.plots.style import BLUE, GREEN, ORANGE, layer_colours, panels, ticks
+from scfm_circuits.report.plots.style import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    layer_colours,
+    literal,
+    panels,
+    ticks,
+)
 
 
 def cells_per_type(labels: np.ndarray, held_out: np.ndarray) -> Figure:
@@ -17,11 +25,12 @@ def cells_per_type(labels: np.ndarray, held_out: np.ndarray) -> Figure:
     counts = frame.value_counts(["type", "set"]).unstack(fill_value=0)
     counts = counts.loc[counts.sum(axis=1).sort_values().index]
     figure, (axis,) = panels(1, width=7.5, height=0.5 + 0.36 * len(counts))
-    left = np.zeros(len(counts))
+    places, left = np.arange(len(counts)), np.zeros(len(counts))
     for name, colour in (("training", BLUE), ("held out", ORANGE)):
         values = counts.get(name, pd.Series(0, counts.index)).to_numpy()
-        axis.barh(counts.index.astype(str), values, left=left, color=colour, label=name)
+        axis.barh(places, values, left=left, color=colour, label=name)
         left += values
+    axis.set_yticks(places, [literal(name) for name in counts.index])
     axis.set(xlabel="cells")
     axis.grid(axis="y", visible=False)
     axis.legend()

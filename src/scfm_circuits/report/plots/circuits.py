@@ -17,6 +17,7 @@ from scfm_circuits.report.plots.style import (
     ORANGE,
     PURPLE,
     RED,
+    literal,
     panels,
     ticks,
 )
@@ -30,7 +31,8 @@ def contribution_kinds(shares: Mapping[str, float]) -> Figure:
     figure, (axis,) = panels(1, width=6.5, height=0.6 + 0.42 * len(shares))
     names, values = list(shares), list(shares.values())
     colours = [BLUE if value >= 0 else ORANGE for value in values]
-    bars = axis.barh(names[::-1], values[::-1], color=colours[::-1])
+    bars = axis.barh(range(len(names)), values[::-1], color=colours[::-1])
+    axis.set_yticks(range(len(names)), [literal(name) for name in names[::-1]])
     axis.bar_label(bars, fmt="%.3f", padding=4)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.margins(x=0.18)
@@ -72,8 +74,8 @@ def circuit_picture(circuit: "Circuit", texts: Sequence[str], genes: Sequence[st
     for sign, colour in (("adds", BLUE), ("takes away", ORANGE)):
         axis.plot([], [], color=colour, linewidth=3, label=sign)
     labels = [f"{texts[p]} ({genes[p]})" if genes[p] else texts[p] for p in positions]
-    axis.set_xticks(range(len(positions)), [label.replace("$", r"\$") for label in labels],
-                    rotation=90, fontsize=8)
+    axis.set_xticks(range(len(positions)), [literal(label) for label in labels], rotation=90,
+                    fontsize=8)
     axis.set_yticks([-1, *range(n_layers)], ["embedding", *(f"layer {i}" for i in range(n_layers))])
     axis.grid(axis="x", visible=False)
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
@@ -205,7 +207,7 @@ def circuit_overlap(overlap: np.ndarray, labels: Sequence[str]) -> Figure:
         axis.add_patch(plt.Rectangle((start - 0.5, start - 0.5), end - start, end - start,
                                      fill=False, edgecolor=ORANGE, linewidth=2, clip_on=False))
     middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
-    names = [str(labels[start]).replace("$", r"\$") for start in starts]
+    names = [literal(labels[start]) for start in starts]
     axis.set_xticks(middles, names, rotation=90, fontsize=9)
     axis.set_yticks(middles, names, fontsize=9)
     axis.grid(visible=False)
@@ -227,9 +229,9 @@ def planted_recovery(summary: pd.DataFrame) -> Figure:
         for column, (label, mark, colour) in marks.items():
             ax.scatter(100 * rows[column], places, marker=mark, color=colour, label=label, zorder=3,
                        s=110 if mark == "|" else 55 if mark == "s" else 22)
-        ax.set_yticks(places, rows["cell_type"])
+        ax.set_yticks(places, [literal(name) for name in rows["cell_type"]])
         ax.grid(axis="y", color="0.9")
-        ax.set(xlim=(0, 100), title=f"circuits of the {target}",
+        ax.set(xlim=(0, 100), title=f"circuits of the {literal(target)}",
                xlabel="planted for the cell's type, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure

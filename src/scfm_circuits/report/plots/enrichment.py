@@ -15,6 +15,7 @@ from scfm_circuits.report.plots.style import (
     ORANGE,
     PURPLE,
     RED,
+    literal,
     panels,
     ticks,
 )
@@ -46,11 +47,11 @@ def share_with_controls(frame: pd.DataFrame, paper: np.ndarray | None = None) ->
             colour = _CONTROL_COLOURS.get(kind, RED)
             if kind in ("uniform", "frequency-matched", "token-preserving"):
                 axis.fill_between(layer, low, high, color=colour, alpha=0.35, linewidth=0)
-                axis.plot(layer, middle, color=colour, linewidth=1.5, label=kind)
+                axis.plot(layer, middle, color=colour, linewidth=1.5, label=literal(kind))
             else:
                 # Points of different baselines stand side by side.
                 axis.errorbar(layer + 0.12 * (place - 3.5), middle, color=colour, capsize=2,
-                              yerr=np.abs([middle - low, high - middle]), label=kind,
+                              yerr=np.abs([middle - low, high - middle]), label=literal(kind),
                               fmt="^" if kind == "untrained encoder" else "v", markersize=5)
         own = part[part["lists"] == "features"].sort_values("layer")
         axis.plot(own["layer"], own["percentage"], "o-", color=BLUE, linewidth=2.5, zorder=5,
@@ -58,7 +59,7 @@ def share_with_controls(frame: pd.DataFrame, paper: np.ndarray | None = None) ->
         if paper is not None and rule == "enrichr":
             axis.plot(np.linspace(0, n_layers - 1, len(paper)), paper, ":", color="black",
                       linewidth=1.2, label="the paper (24 layers, relative depth)")
-        axis.set(title=_RULE_TITLES.get(rule, rule), xlabel="layer", ylim=(-3, 105),
+        axis.set(title=_RULE_TITLES.get(rule, literal(rule)), xlabel="layer", ylim=(-3, 105),
                  xticks=ticks(n_layers))
     axes[0].set_ylabel("lists called interpretable (%)")
     handles, labels = axes[0].get_legend_handles_labels()
@@ -76,7 +77,7 @@ def beyond_controls(layers: Sequence[int], called: Mapping[str, Sequence[float]]
     width = 0.8 / len(called)
     for place, ((label, values), colour) in enumerate(zip(called.items(), colours, strict=True)):
         bars = axis.bar(np.asarray(layers) + (place - (len(called) - 1) / 2) * width, values, width,
-                        color=colour, label=label)
+                        color=colour, label=literal(label))
         if len(layers) <= 8:
             axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
     axis.set(xlabel="layer", ylabel="% of live features", ylim=(0, 110), xticks=list(layers))

@@ -13,6 +13,9 @@ sns.set_theme(context="notebook", style="whitegrid", palette="colorblind",
               rc={"figure.dpi": 100, "axes.titlesize": "medium", "axes.titleweight": "bold"})
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, _, _ = sns.color_palette("colorblind")
 
+LONGEST = 60
+"""Characters of a text from outside that a figure draws."""
+
 
 def panels(n: int, *, width: float = 4.4, height: float = 3.4) -> tuple[Figure, Sequence[Axes]]:
     figure, axes = plt.subplots(1, n, figsize=(width * n, height), constrained_layout=True)
@@ -25,3 +28,13 @@ def layer_colours(n: int) -> list[Any]:
 
 def ticks(n: int) -> list[int]:
     return list(range(0, n, 1 if n <= 12 else 2))
+
+
+def literal(text: str) -> str:
+    """Text from outside (labels, genes, tokens) for a figure, which draws it as it is.
+
+    A dollar is no mathematics then. What is longer than `LONGEST` characters is cut.
+    """
+    text = str(text)
+    shown = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return shown.replace("$", r"\$")

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from scfm_circuits.report.plots.style import BLUE, BROWN, GREEN, GREY, ORANGE, PURPLE
+from scfm_circuits.report.plots.style import BLUE, BROWN, GREEN, GREY, ORANGE, PURPLE, literal
 
 _STYLES = {"relu": (BLUE, "o"), "jumprelu": (GREEN, "D"), "topk": (ORANGE, "s"),
            "batchtopk": (PURPLE, "^"), "relu_skip": (BLUE, "P"), "topk_skip": (ORANGE, "X"),
@@ -39,7 +39,7 @@ def variants(table: pd.DataFrame, layers: pd.DataFrame, rule: str) -> Figure:
     for place, row in enumerate(table.to_dict("records")):
         own, style = layers[layers["variant"] == row["variant"]], _style(row["variant"], not place)
         scatter.plot(own["l0"], own["fvu"], markersize=4, alpha=0.4, **style)
-        scatter.plot([row["l0"]], [row["fvu"]], markersize=11, label=row["label"], **style)
+        scatter.plot([row["l0"]], [row["fvu"]], markersize=11, label=literal(row["label"]), **style)
     scatter.set(xscale="log", yscale="log", xlabel="active features per token (L0), held-out cells",
                 ylabel="FVU, held-out cells")
     for scale in (scatter.xaxis, scatter.yaxis):
@@ -57,7 +57,7 @@ def variants(table: pd.DataFrame, layers: pd.DataFrame, rule: str) -> Figure:
                    label="null lists" if place == 0 else None, linestyle="none", zorder=1)
     third.set_xlim(0, 105)
     third.legend(loc="lower left")
-    first.set(yticks=range(len(table)), yticklabels=table["label"].tolist())
+    first.set(yticks=range(len(table)), yticklabels=[literal(label) for label in table["label"]])
     first.invert_yaxis()
     for axis in (second, third):
         axis.tick_params(labelleft=False)

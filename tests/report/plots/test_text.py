@@ -1,0 +1,198 @@
+"""Text from files (labels, genes, tokens) is drawn as it is, whatever matplotlib makes of signs."""
+
+import importlib
+import inspect
+import io
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import tiny_model, tiny_transcoders, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from scfm_circuits.circuits.attribution import freeze
+from scfm_circuits.circuits.search import strongest_features, trace_feature
+from scfm_circuits.interpretability.scores import EITHER, FAMILY, GENE, NONE, SUB_WORD
+from scfm_circuits.report import plots
+from scfm_circuits.report.plots import cells_and_training, circuits, enrichment, features
+from scfm_circuits.report.plots.style import literal
+from scfm_circuits.report.plots.variants import variants
+
+LONG = "hematopoietic multipotent progenitor cell of the bone marrow and of many another place"
+ODD = ["CD4$+$ T", "a_b^c", r"\frac{a}{b}", "$", "$$", r"\$x$ and $\alpha$", r"ends in \ ",
+       "_hidden", "%d {x}", "1e3", "2024-01-02", "<b>&amp;", "Müller", LONG, LONG + " too", ""]
+OWN_MATHEMATICS = {r"$\log_{10} E(f)$"}
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Any:
+    yield
+    plt.close("all")
+
+
+def drawn(figure: Figure) -> list[str]:
+    """All text of a figure as it is drawn; mathematics as it is written, between dollars."""
+    figure.savefig(io.BytesIO(), format="png", dpi=40)
+    found = []
+    for one in figure.findobj(Text):
+        text, is_mathematics = one._preprocess_math(one.get_text())
+        found.append(f"mathematics: {text}" if is_mathematics is True else text)
+    return found
+
+
+def shown(text: str) -> str:
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+# --- every figure, with odd text where it takes any ----------------------------------------------
+
+
+def cells_per_type() -> tuple[Figure, list[str]]:
+    labels = np.repeat(ODD, 3)
+    return cells_and_training.cells_per_type(labels, np.arange(len(labels)) % 3 == 0), ODD
+
+
+def circuit_picture() -> tuple[Figure, list[str]]:
+    model = tiny_model()
+    n = len(ODD)
+    run = freeze(model, tiny_transcoders(model), tokens(n))
+    target = strongest_features(run, 2, n - 1, 1)[0]
+    circuit = trace_feature(run, 2, target, n - 1, branches=40, depth=3, max_nodes=300)
+    places = {place for node in circuit.nodes.values() for place in (node.position, node.source)}
+    figure = circuits.circuit_picture(circuit, ODD, [None, *ODD[:-1]], 3, max_edges=10_000)
+    texts = [ODD[i] + (f" ({ODD[i - 1]})" if i and ODD[i - 1] else "") for i in sorted(places)]
+    assert len(texts) > 10
+    return figure, texts
+
+
+def circuit_overlap() -> tuple[Figure, list[str]]:
+    return circuits.circuit_overlap(np.ones((len(ODD), len(ODD))), ODD), ODD
+
+
+def planted_recovery() -> tuple[Figure, list[str]]:
+    columns = ("top_share_random", "top_share_most_expressed", "top_share")
+    rows = pd.DataFrame({"cell_type": ODD, **dict.fromkeys(columns, 0.5)})
+    both = pd.concat([rows.assign(target="call"), rows.assign(target="$x$")])
+    return circuits.planted_recovery(both), [*ODD, "circuits of the $x$"]
+
+
+def contribution_kinds() -> tuple[Figure, list[str]]:
+    return circuits.contribution_kinds({name: 0.5 for name in ODD}), ODD
+
+
+def faithfulness() -> tuple[Figure, list[str]]:
+    frame = pd.DataFrame({"features": ["circuit"] * 2, "intervention": ["ablation"] * 2})
+    return circuits.faithfulness(frame.assign(predicted=1.0, measured=1.0, lowest=0.5, highest=2.0)
+                                 ), []
+
+
+def circuit_flow() -> tuple[Figure, list[str]]:
+    frame = pd.DataFrame({"kind": ["attention", "features"], "layer": [0, 1]})
+    return circuits.circuit_flow(frame.assign(share=0.5, passing=0.5, cell=ODD[0])), []
+
+
+def training_curve() -> tuple[Figure, list[str]]:
+    return cells_and_training.training_curve([1, 2], [2.0, 1.0]), []
+
+
+def transcoder_curves() -> tuple[Figure, list[str]]:
+    row = {"reconstruction": [1.0, 2.0], "l0": [1, 2], "fvu": [0.1, 0.2], "dead": [0.0, 0.1]}
+    return cells_and_training.transcoder_curves([{"tokens": 1, **row}, {"tokens": 9, **row}]), []
+
+
+def loss_comparison() -> tuple[Figure, list[str]]:
+    frame = pd.DataFrame({"validation_loss": [1.0, 2, 3], "paper": [1.0, 2, 3]})
+    return cells_and_training.loss_comparison(frame.assign(standard_error=0.1)), []
+
+
+def layer_alone() -> tuple[Figure, list[str]]:
+    frame = pd.DataFrame({"layer": [0, 1, 0, 1], "kl": [0.1, 0.2, 0.3, 0.4],
+                          "configuration": ["transcoder"] * 2 + ["no_mlp"] * 2})
+    return cells_and_training.layer_alone(frame, np.array([0.1, 0.2])), []
+
+
+def share_with_controls() -> tuple[Figure, list[str]]:
+    frame = pd.DataFrame([(rule, kind, layer) for rule in ("$a$", "b_c^d")
+                          for kind in ("features", "uniform", "$null$ x") for layer in (0, 1)],
+                         columns=["rule", "lists", "layer"])
+    return enrichment.share_with_controls(frame.assign(
+        percentage=5.0, lower_95=4.0, upper_95=6.0)), ["$a$", "b_c^d", "$null$ x"]
+
+
+def beyond_controls() -> tuple[Figure, list[str]]:
+    return enrichment.beyond_controls([0, 1], {"a $x$ b": [1.0, 2.0]}), ["a $x$ b"]
+
+
+def explained_per_layer() -> tuple[Figure, list[str]]:
+    frame = pd.DataFrame({"source": ["feature"], "layer": [0]})
+    return features.explained_per_layer(frame.assign(
+        **dict.fromkeys((GENE, FAMILY, EITHER, SUB_WORD, NONE), 0.2))), []
+
+
+def prediction_by_kind() -> tuple[Figure, list[str]]:
+    frame = pd.DataFrame({"gene_f1": [0.5], "family_f1": [0.5], "token_f1": [0.5]})
+    return features.prediction_by_kind(frame, frame.assign(source=ODD[0])), []
+
+
+def l0_per_layer() -> tuple[Figure, list[str]]:
+    return features.l0_per_layer(np.arange(3.0), np.ones((3, 3))), []
+
+
+def frequency_distribution() -> tuple[Figure, list[str]]:
+    return features.frequency_distribution(np.linspace(-5, -1, 9), -4, 0), []
+
+
+def all_variants() -> tuple[Figure, list[str]]:
+    table = pd.DataFrame({"variant": ["relu_normalized"], "label": ["a $x$ b"]}).assign(
+        l0=2.0, fvu=0.1, loss_increase=0.1, live_table4=3, percentage_enrichr=5.0,
+        null_enrichr=1.0)
+    return variants(table, table[["variant", "l0", "fvu"]], "enrichr"), ["a $x$ b"]
+
+
+FIGURES: dict[str, Callable[[], tuple[Figure, list[str]]]] = {one.__name__: one for one in (
+    cells_per_type, circuit_picture, circuit_overlap, planted_recovery, contribution_kinds,
+    faithfulness, circuit_flow, training_curve, transcoder_curves, loss_comparison, layer_alone,
+    share_with_controls, beyond_controls, explained_per_layer, prediction_by_kind, l0_per_layer,
+    frequency_distribution)} | {"variants": all_variants}
+
+
+def test_every_figure_is_drawn_here() -> None:
+    modules = [importlib.import_module(f"{plots.__name__}.{one.name}")
+               for one in pkgutil.iter_modules(plots.__path__)]
+    there = {name for module in modules for name, one in inspect.getmembers(module)
+             if inspect.isfunction(one) and one.__module__ == module.__name__
+             and inspect.signature(one).return_annotation in (Figure, "Figure")}
+    assert there == set(FIGURES)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_text_is_drawn_as_it_is(name: str) -> None:
+    figure, texts = FIGURES[name]()
+    found = drawn(figure)
+    for text in texts:
+        assert shown(text) in found, text
+    own = {f"mathematics: {one}" for one in OWN_MATHEMATICS}
+    odd = [one for one in found if one.startswith("mathematics") and one not in own
+           and "mathdefault" not in one]  # which is how matplotlib writes numbers of a log scale
+    assert not odd
+
+
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=60))
+@settings(max_examples=300)
+def test_literal_text_is_no_mathematics(text: str) -> None:
+    assert Text(0, 0, literal(text))._preprocess_math(literal(text)) == (text, False)
+
+
+def test_long_text_is_cut_where_it_is_drawn_and_its_bars_stay_apart() -> None:
+    figure, _ = cells_per_type()
+    axis = figure.axes[0]
+    assert len(axis.patches) == 2 * len(ODD)
+    assert len({round(bar.get_y(), 6) for bar in axis.patches}) == len(ODD)
+    assert [tick.get_text() for tick in axis.get_yticklabels()].count(shown(LONG)) == 2

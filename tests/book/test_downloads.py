@@ -55,7 +55,10 @@ def test_the_command_fetches_and_says_what(host, tmp_path, monkeypatch, capsys):
 def test_profiles_that_need_nothing_fetch_nothing(monkeypatch):
     monkeypatch.setattr(downloads, "fetch", None)
     for name in ("demo", "smoke", "planted"):
-        assert fetch_cells(load_profile(name)) is None and fetch_model(load_profile(name)) == []
+        for tokenizer in ("train", "genes"):
+            profile = load_profile(name, {"tokenizer": tokenizer})
+            assert fetch_cells(profile) is None and fetch_model(profile) == []
+            assert not {"train", "genes"} & {one.what for one in downloads.missing(profile, 9)}
 
 
 def test_a_model_that_is_another_is_refused():

@@ -4,7 +4,7 @@ Four kinds of file are common in laboratories: indexed by Ensembl identifiers, w
 repeat, with normalised values alone, with a categorical label that has empty categories. What the
 writer and the reader make of each is tested beside them. A whole book takes more than a minute even
 at this size (each of its chapters imports torch and transformers), so two books stand for the four
-kinds, two kinds in each file.
+kinds, two kinds in each file; one of them has a token for each gene.
 """
 
 import html
@@ -71,20 +71,20 @@ def normalised_values_and_empty_categories(path: Path) -> None:
     data.write_h5ad(path)
 
 
-@pytest.mark.parametrize(("write", "fields", "decided"), [
-    (identifiers_and_repeated_symbols,
+@pytest.mark.parametrize(("write", "tokenizer", "fields", "decided"), [
+    (identifiers_and_repeated_symbols, "train",
      {"symbol_column": "feature_name", "duplicate_symbols": "sum"},
      ["Symbols are taken from the var column feature_name.", "30 repeated symbols were added up.",
       "The values are whole numbers, so raw counts."]),
-    (normalised_values_and_empty_categories,
+    (normalised_values_and_empty_categories, "genes",
      {"symbol_column": None, "duplicate_symbols": "error"},
      ["The values are not whole numbers, so normalised already."]),
 ])
-def test_a_file_makes_a_book(tmp_path: Path, write: Callable[[Path], None],
+def test_a_file_makes_a_book(tmp_path: Path, write: Callable[[Path], None], tokenizer: str,
                              fields: dict[str, str | None], decided: list[str]) -> None:
     """`make profile`, then `make book`, without the gene-set libraries and without network."""
     write(tmp_path / "cells.h5ad")
-    (tmp_path / "small.yml").write_text(yaml.safe_dump(SMALL))
+    (tmp_path / "small.yml").write_text(yaml.safe_dump({**SMALL, "tokenizer": tokenizer}))
     settings = {**os.environ, "SCFM_RESULTS": str(tmp_path / "results"), "SCFM_GENE_SETS": "",
                 "SCFM_CACHE": str(tmp_path / "cache"), "SCFM_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     profile = str(tmp_path / "mine.yml")

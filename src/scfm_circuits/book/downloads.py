@@ -16,7 +16,7 @@ from scfm_circuits.common import manifest
 from scfm_circuits.common.fetch import Remote, fetch, missing_bytes
 from scfm_circuits.common.files import first_line
 from scfm_circuits.common.labels import names_no_type
-from scfm_circuits.common.profile import ROOT, Profile, cells_path
+from scfm_circuits.common.profile import MADE_HERE, ROOT, Profile, cells_path
 from scfm_circuits.enrichment.background import prepare_background
 from scfm_circuits.enrichment.gene_sets import (
     GeneSets,
@@ -53,7 +53,8 @@ def missing(profile: Profile, parameters: int) -> list[Download]:
         left = missing_bytes(int(listed["bytes"]), path)
         found += [Download(path.name, left, path.parent)] if left else []
     for name in dict.fromkeys((profile.model, profile.tokenizer)):
-        if name != "train" and not _is_here(name, profile.model_revision, name == profile.model):
+        if name not in MADE_HERE and not _is_here(name, profile.model_revision,
+                                                  name == profile.model):
             size = 4 * parameters if name == profile.model else 3 * 2**20
             found.append(Download(name, size, Path(constants.HF_HUB_CACHE), exact=False))
     for name in () if downloads_are_off() else missing_libraries(profile):
@@ -148,7 +149,7 @@ def fetch_model(profile: Profile) -> list[Path]:
     """
     found = []
     for name in dict.fromkeys((profile.model, profile.tokenizer)):
-        if name == "train" or Path(name).expanduser().exists():
+        if name in MADE_HERE or Path(name).expanduser().exists():
             continue
         from huggingface_hub import snapshot_download
 

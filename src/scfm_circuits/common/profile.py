@@ -32,6 +32,8 @@ CELLS_NAMES = {
     PLANTED_CELLS: "simulated heart cells with planted gene programs",
 }
 """What the pages call cells that are at hand without a file."""
+MADE_HERE = ("train", "genes")
+"""Models and tokenizers that a run makes itself; other names are loaded."""
 PLANTED_PROGRAMS = Path("data") / "planted" / "programs.yml"
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -263,7 +265,7 @@ class Profile(BaseModel):
                     f"model_heads: {self.model_heads} heads do not divide model_width "
                     f"{self.model_width}"
                 )
-        elif self.tokenizer in ("train", "genes"):
+        elif self.tokenizer in MADE_HERE:
             raise ValueError("tokenizer: a loaded model needs its own tokenizer, not "
                              f"`{self.tokenizer}`")
         if self.model_layers is not None and self.human_layer >= self.model_layers:

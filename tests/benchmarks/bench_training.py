@@ -227,7 +227,7 @@ def part_figures(size: Size, rounds: int) -> dict[str, Any]:
     return {f"milliseconds_part_{name}": 1e3 * t[name] for name in steps}
 
 
-WAYS: dict[str, dict[str, Any]] = {"kernels": {}, "eager": {"fused": False, "compiled": False}}
+WAYS: dict[str, dict[str, Any]] = {"kernels": {}, "eager": {"way": "plain"}}
 """Ways to take a step on a GPU: options of `ours`."""
 
 
@@ -386,8 +386,8 @@ def measure(size: Size, rounds: int, threads: int, quick: bool, until: float,
         tasks.append((compiled_forward_figures, size, few))
     tasks.append((training_figures, size, ACTIVE, few))
     if on_gpu:  # last: compiling them takes long
-        slow: dict[str, dict[str, Any]] = {"compiled": {"fused": False}}
-        slow |= {} if quick else {"compiled_1_layer": {"fused": False, "layers_at_once": 1}}
+        slow: dict[str, dict[str, Any]] = {"compiled": {"way": "compiled"}}
+        slow |= {} if quick else {"compiled_1_layer": {"way": "compiled", "layers_at_once": 1}}
         tasks.append((way_figures, size, few, slow))
     for function, *arguments in tasks:
         write(apart(threads, until, function, *arguments))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scfm_circuits.common.profile import load_profile
 from scfm_circuits.transcoders.training.gradients import transcoder_losses
-from scfm_circuits.transcoders.training.optimizer import Stepper
+from scfm_circuits.transcoders.training.optimizer import DenseSteps, Stepper
 from scfm_circuits.transcoders.transcoder import Transcoders, Variant
 
 PAPER = load_profile("paper")
@@ -107,9 +107,10 @@ def parts(size: Size, dtype: torch.dtype) -> dict[str, Step]:
 
     x, y = (part.to(dtype) for part in batch(size, size.layers))
     t = Transcoders(size.layers, size.width, size.features).to(size.device).initialise(0)
-    stepper = Stepper(t, PAPER.loss, dtype, compiled=False, fused=True)
-    fused = stepper._fused
-    assert fused is not None
+    stepper = Stepper(t, PAPER.loss, dtype, way="kernels")
+    fused = stepper.way
+    assert isinstance(fused, gpu_gradients.GpuSteps)
+    plain = DenseSteps(stepper.trained, stepper.mean, stepper.square, Variant())
     fused.copy()
     encoder, decoder = fused.copies["W_enc"], fused.copies["W_dec"]
     bias, z = t.b_enc.to(dtype), gpu_gradients.encoded(x, encoder, t.b_enc.to(dtype), Variant())
@@ -146,8 +147,8 @@ def parts(size: Size, dtype: torch.dtype) -> dict[str, Step]:
         "cut_plain": cut_plain,
         "encoder_gradient": lambda: torch.bmm(inner.mT, x),
         "adam": adam,
-        "adam_plain": lambda: stepper._update(
-            slice(None), {"W_enc": gradient, "W_dec": gradient}, RATE, 1),
+        "adam_plain": lambda: plain.update(
+            slice(None), {"W_enc": gradient, "W_dec": gradient}, (RATE, 1)),
         "casts": lambda: (t.W_enc.to(dtype), t.W_dec.to(dtype)),
         "copy_of_z": lambda: other.copy_(z),
     }

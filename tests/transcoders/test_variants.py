@@ -15,6 +15,7 @@ from scfm_circuits.transcoders import variants as variants_module
 from scfm_circuits.transcoders.training import checkpoints
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer
 from scfm_circuits.transcoders.training.run import TrainingRun
+from scfm_circuits.transcoders.training.settings import Control
 from scfm_circuits.transcoders.variants import (
     LAST,
     MatchedRun,
@@ -142,9 +143,10 @@ def test_trained_kinds_reach_the_references_l0(model: Any, corpus: Corpus, profi
             assert (one.profile.active_features, one.l1_coefficient) == (round(wanted), 0)
 
 
-def test_without_steering_another_loss_ends_elsewhere(model: Any, corpus: Corpus,
-                                                      profile: Profile) -> None:
-    run = MatchedRun(model, corpus, variant_profile(profile, {}))
+def test_without_steering_another_loss_ends_elsewhere(model: Any, corpus: Corpus, profile: Profile,
+                                                      tmp_path: Path) -> None:
+    run = MatchedRun(model, corpus, variant_profile(profile, {}), tmp_path, Control("one", {}),
+                     stamp={}, buffer=ActivationBuffer(model, corpus, profile))
     assert [run.l1_coefficient(step) for step in (0, 9)] == [profile.l1_coefficient] * 2
     run.wanted, run.history = [10.0, 10.0], [{"l0": [20.0, 20.0]}]
     assert run.l1_coefficient(1) > profile.l1_coefficient

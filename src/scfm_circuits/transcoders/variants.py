@@ -22,12 +22,12 @@ import torch
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.files import atomic_folder, digest
-from scfm_circuits.common.kept import read_record, stamp_of
+from scfm_circuits.common.kept import Stamp, read_record, stamp_of
 from scfm_circuits.transcoders.activations import ACTIVATIONS
 from scfm_circuits.transcoders.training import checkpoints
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer, Batch
 from scfm_circuits.transcoders.training.history import known_mean
-from scfm_circuits.transcoders.training.run import TrainingRun
+from scfm_circuits.transcoders.training.run import TrainingRun, training_buffer
 from scfm_circuits.transcoders.training.settings import Control, stage_folder, training_stamp
 from scfm_circuits.transcoders.transcoder import Transcoders, load_transcoders, save_transcoders
 
@@ -149,10 +149,15 @@ def correction(found: Sequence[float], wanted: Sequence[float]) -> float:
 class MatchedRun(TrainingRun):
     """A training run steered along `wanted`, the L0 of each row of the reference's history.
 
-    By the penalty's weight; with `jumprelu` by the thresholds, and to where `wanted` ends.
+    By the penalty's weight; with `jumprelu` by the thresholds, and to where `wanted` ends. stamp:
+    under which it is kept, whatever weight the penalty begins with.
     """
 
-    wanted: Sequence[float] | None = None
+    def __init__(self, model: "PreTrainedModel", corpus: Corpus, profile: "Profile",
+                 checkpoint: Path, control: Control, *, stamp: Stamp, buffer: ActivationBuffer,
+                 wanted: Sequence[float] | None = None) -> None:
+        super().__init__(model, corpus, profile, checkpoint, control, buffer=buffer)
+        self.stamp, self.wanted = stamp, wanted
 
     @property
     def by_thresholds(self) -> bool:
@@ -227,15 +232,15 @@ class Trainer:
         folder = stage_folder(profile, control) / "transcoders"
         record = read_record(folder / "training.json", stamp)
         if record is None:
-            run = MatchedRun(self.model, self.corpus, profile,
-                             folder.with_name("training_checkpoint"), control)
             # The same cells in the same order for all, so what is there already serves.
-            self._buffer = run.buffer = self._buffer or run.buffer
+            self._buffer = self._buffer or training_buffer(self.model, self.corpus, profile)
+            steered = profile
             if reference is not None and setting.matched != "k":
-                guess = first_guess(setting, reference, run.buffer)
-                run.profile = profile.model_copy(update={"l1_coefficient": guess})
-                run.wanted = wanted
-            run.stamp = stamp
+                guess = first_guess(setting, reference, self._buffer)
+                steered = profile.model_copy(update={"l1_coefficient": guess})
+            run = MatchedRun(
+                self.model, self.corpus, steered, folder.with_name("training_checkpoint"), control,
+                stamp=stamp, buffer=self._buffer, wanted=None if steered is profile else wanted)
             record = self._train(run, setting, progress)
             with atomic_folder(folder) as fresh:
                 save_transcoders(run.transcoders, fresh, setting.label, record)

@@ -33,7 +33,7 @@ def test_operations_are_those_that_are_done() -> None:
         mlp_sites(model, torch.zeros(2, 20, dtype=torch.int64), torch.ones(2, 20, dtype=torch.bool))
     counts = forward.get_flop_counts()["Global"]
     products = sum(count for op, count in counts.items() if "addmm" in str(op))
-    stepper = Stepper(transcoders, "normalized", sparse=False)
+    stepper = Stepper(transcoders, "normalized", way="plain")
     x, y = torch.randn(2, 3, n, 16)
     with FlopCounterMode(display=False) as step:
         stepper.step(lambda layers: (x[layers], y[layers]), 1e-3, 1e-3, 1)

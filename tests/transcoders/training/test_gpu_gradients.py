@@ -12,6 +12,7 @@ import torch
 from plain_layer import LOSSES, VARIANTS, given_sites, pairs, stack
 from torch import Tensor
 
+from scfm_circuits.transcoders.activations import ACTIVATIONS, Activation
 from scfm_circuits.transcoders.training.gradients import adam_rows, corrected
 from scfm_circuits.transcoders.training.optimizer import Stepper
 from scfm_circuits.transcoders.transcoder import Transcoders, Variant, unit_rows
@@ -22,7 +23,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 needs_triton = pytest.mark.skipif(not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1",
                                   reason="needs a GPU, or Triton's interpreter")
-FUSED = [variant for variant in VARIANTS if variant.activation in ("relu", "topk")]
+FUSED = [variant for variant in VARIANTS if ACTIVATIONS[variant.activation].threshold is None]
 
 
 def apart(one: Tensor, other: Tensor) -> float:
@@ -121,10 +122,10 @@ def taken(t: Transcoders, loss: str, kind: torch.dtype, device: str, **options: 
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "eager": {"fused": False, "compiled": False},
-    "compiled": {"fused": False, "compiled": True},
-    "fused": {"fused": True},
-    "fused, two layers at a time": {"fused": True, "layers_at_once": 2},
+    "eager": {"way": "plain"},
+    "compiled": {"way": "compiled"},
+    "fused": {"way": "kernels"},
+    "fused, two layers at a time": {"way": "kernels", "layers_at_once": 2},
 }
 BOUNDS = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
 """Which features are active is decided by rounding now and then, which a norm shows."""
@@ -143,7 +144,7 @@ def test_a_step_is_that_of_float64(variant, loss, kind, way, capsys):
     torch._dynamo.reset()
     variant = variant._replace(k=12)
     t = stack(variant, 3, 64, 512)
-    exact = taken(t, loss, torch.float64, "cpu", sparse=False)
+    exact = taken(t, loss, torch.float64, "cpu", way="plain")
     found = taken(t, loss, kind, "cuda", **WAYS[way])
     bound = BOUNDS[kind] * (1 if variant.activation == "relu" else 5)
     assert capsys.readouterr().out == "", "it was done without"
@@ -161,14 +162,24 @@ def test_a_step_is_that_of_float64(variant, loss, kind, way, capsys):
     assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
 
 
+class EvenFeatures(Activation):
+    """An activation that nothing else knows."""
+
+    penalised = "l1"
+
+    def select(self, z: Tensor, k: int) -> Tensor:
+        return z * (torch.arange(z.shape[-1], device=z.device) % 2 == 0)
+
+
 @needs_triton
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("variant", FUSED, ids=str)
-def test_steps_by_kernels_are_those_without(variant, loss):
+@pytest.mark.parametrize("variant", [*FUSED, Variant("even")], ids=str)
+def test_steps_by_kernels_are_those_without(kernels, variant, loss, monkeypatch):
+    monkeypatch.setitem(ACTIVATIONS, "even", EvenFeatures())
     steppers = [Stepper(stack(variant, 3, 6, 150, dtype=torch.float32).to(DEVICE), loss,
-                        layers_at_once=at_once, fused=fused, compiled=False, sparse=False)
-                for fused, at_once in ((False, 3), (True, 2))]
-    assert steppers[1]._fused is not None
+                        layers_at_once=at_once, way=way)
+                for way, at_once in (("plain", 3), ("kernels", 2))]
+    assert isinstance(steppers[1].way, kernels.GpuSteps)
     x, y = (part.float().to(DEVICE) for part in pairs(3, 37, 6, 3))
     for step, measured in ((1, True), (2, False), (3, True)):
         one, other = (stepper.step(given_sites(x, y), 0.01, 0.1, step, measured)
@@ -182,11 +193,11 @@ def test_steps_by_kernels_are_those_without(variant, loss):
 
 
 @needs_triton
-def test_weights_that_change_elsewhere_are_copied_anew():
+def test_weights_that_change_elsewhere_are_copied_anew(kernels):
     stepper = Stepper(stack(Variant(), 2, 6, 150, dtype=torch.float32).to(DEVICE), "normalized",
-                      torch.bfloat16, fused=True)
-    fused, x = stepper._fused, torch.randn(2, 2, 37, 6, device=DEVICE)
-    assert fused is not None
+                      torch.bfloat16, way="kernels")
+    fused, x = stepper.way, torch.randn(2, 2, 37, 6, device=DEVICE)
+    assert isinstance(fused, kernels.GpuSteps)
 
     def step(number: int) -> None:
         stepper.step(given_sites(*x), 0.01, 0.1, number)

@@ -2,7 +2,9 @@
 
 import math
 import shutil
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +14,10 @@ from hypothesis import strategies as st
 from plain_layer import LOSSES, VARIANTS, PlainLayer, given_sites, pairs, stack
 
 from scfm_circuits import InputError
-from scfm_circuits.transcoders.activations import BANDWIDTH
+from scfm_circuits.transcoders.activations import ACTIVATIONS, BANDWIDTH
 from scfm_circuits.transcoders.training import sparse_gradients
 from scfm_circuits.transcoders.training.gradients import gradients, transcoder_losses
-from scfm_circuits.transcoders.training.optimizer import Stepper, resample
+from scfm_circuits.transcoders.training.optimizer import CompiledSteps, Stepper, resample
 from scfm_circuits.transcoders.transcoder import INITIAL_THRESHOLD, Transcoders, Variant
 
 torch.set_num_threads(1)
@@ -27,15 +29,15 @@ torch.set_num_threads(1)
 @settings(max_examples=120)
 @given(variant=st.sampled_from(VARIANTS), loss=st.sampled_from(LOSSES), layers=st.integers(1, 3),
        n=st.integers(1, 12), d=st.integers(2, 7), f=st.integers(1, 20), k=st.integers(1, 6),
-       at_once=st.booleans(), sparse=st.booleans(), measured=st.booleans(),
+       at_once=st.booleans(), way=st.sampled_from(["plain", "sparse"]), measured=st.booleans(),
        seed=st.integers(0, 999))
-def test_steps_equal_plain_layers_trained_alone(variant, loss, layers, n, d, f, k, at_once, sparse,
+def test_steps_equal_plain_layers_trained_alone(variant, loss, layers, n, d, f, k, at_once, way,
                                                 measured, seed):
     t = stack(variant._replace(k=k), layers, d, f, seed)
     plain = [PlainLayer(t, layer, loss) for layer in range(layers)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse_gradients, "DENSITY", 1.0)  # whatever the shape, if it is allowed
-        stepper = Stepper(t, loss, layers_at_once=layers if at_once else 1, sparse=sparse)
+        stepper = Stepper(t, loss, layers_at_once=layers if at_once else 1, way=way)
         for step in range(1, 5):
             x, y = pairs(layers, n, d, 1000 * step + seed)
             rate, l1 = 0.02 * step, 0.03 * step
@@ -79,9 +81,9 @@ def take_and_compare(variant: Variant, loss: str, layers_at_once: int, dtype: to
                      atol: float, only: Callable | None = None) -> None:
     """Logged and unlogged steps, compiled and not; `only`: the one function that is compiled."""
     steppers = [Stepper(stack(variant, layers=2, d=4, dtype=dtype), loss,
-                        layers_at_once=layers_at_once, compiled=compiled, sparse=False)
-                for compiled in (False, True)]
-    compiled = steppers[1]._compiled
+                        layers_at_once=layers_at_once, way=way)
+                for way in ("plain", "compiled")]
+    compiled = steppers[1].way.compiled
     for function in [one for one in compiled if only not in (None, one)]:
         del compiled[function]
     expected = set(compiled)
@@ -103,7 +105,7 @@ def take_and_compare(variant: Variant, loss: str, layers_at_once: int, dtype: to
 @pytest.mark.parametrize(("loss", "layers_at_once"), zip(LOSSES, (1, 2), strict=True))
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_what_is_traced_gives_the_same(variant, loss, layers_at_once, monkeypatch):
-    """As `compiled=True`, without the time that a C++ compiler takes."""
+    """As `way="compiled"`, without the time that a C++ compiler takes."""
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda one, **rest: real(one, backend="aot_eager"))
     torch._dynamo.reset()  # a function is not compiled for any number of shapes
@@ -141,9 +143,9 @@ def test_a_compiler_that_cannot_is_done_without(failure, first, capsys):
 
     x, y = pairs(2, 8, 4, 3)
     one, other = stack(layers=2, d=4), stack(layers=2, d=4)
-    stepper = Stepper(one, "normalized", compiled=True)
-    stepper._compiled = {function: fails(function) for function in stepper._compiled}
-    plain = Stepper(other, "normalized", compiled=False)
+    stepper = Stepper(one, "normalized", way="compiled")
+    stepper.way.compiled = {function: fails(function) for function in stepper.way.compiled}
+    plain = Stepper(other, "normalized", way="plain")
     for step in (1, 2, 3):
         for each in (stepper, plain):
             each.step(given_sites(x, y), 0.05, 0.1, step)
@@ -155,8 +157,8 @@ def test_a_compiler_that_cannot_is_done_without(failure, first, capsys):
 
 
 def test_what_is_wrong_without_the_compiler_too_is_not_hidden():
-    stepper = Stepper(stack(layers=2, d=4), "normalized", compiled=True)
-    stepper._compiled = {gradients: torch.compile(gradients, backend="eager")}
+    stepper = Stepper(stack(layers=2, d=4), "normalized", way="compiled")
+    stepper.way.compiled = {gradients: torch.compile(gradients, backend="eager")}
     x, y = pairs(2, 8, 5, 3)  # five wide, not four
     with pytest.raises(RuntimeError, match=r"size|shape"):
         stepper.step(given_sites(x, y), 0.05, 0.1, 1)
@@ -166,8 +168,8 @@ def test_memory_that_ran_out_is_no_failure_of_the_compiler(capsys):
     def fails(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("no memory is left")
 
-    stepper = Stepper(stack(layers=2, d=4), "normalized", compiled=True)
-    stepper._compiled = dict.fromkeys(stepper._compiled, fails)
+    stepper = Stepper(stack(layers=2, d=4), "normalized", way="compiled")
+    stepper.way.compiled = dict.fromkeys(stepper.way.compiled, fails)
     with pytest.raises(torch.OutOfMemoryError):
         stepper.step(given_sites(*pairs(2, 8, 4, 3)), 0.05, 0.1, 1)
     assert capsys.readouterr().out == ""
@@ -188,6 +190,25 @@ def test_products_in_bfloat16_lower_the_loss(variant):
     assert torch.allclose(t.W_dec.norm(dim=-1), torch.ones(2, 32), atol=1e-6)
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("failure", [None, ImportError("No module named 'triton'")], ids=repr)
+def test_kernels_are_for_activations_without_thresholds(variant, failure, monkeypatch, capsys):
+    class Kernels:
+        def __init__(self, *given: Any) -> None:
+            if failure is not None:
+                raise failure
+
+    kernels = SimpleNamespace(GpuSteps=Kernels)
+    monkeypatch.setitem(sys.modules, "scfm_circuits.transcoders.training.gpu_gradients", kernels)
+    asked = ACTIVATIONS[variant.activation].threshold is None
+    found = Stepper(stack(variant, dtype=torch.float32), "normalized", way="kernels")
+    assert type(found.way) is (Kernels if asked and failure is None else CompiledSteps)
+    said = "The kernels for a GPU are done without (No module named 'triton').\n"
+    assert capsys.readouterr().out == (said if asked and failure is not None else "")
+    exact = Stepper(stack(variant), "normalized", way="kernels")  # float64
+    assert type(exact.way) is CompiledSteps
+
+
 def test_an_unknown_loss():
     with pytest.raises(InputError, match="known are normalized and equation4"):
         Stepper(stack(), "mse")
@@ -196,16 +217,16 @@ def test_an_unknown_loss():
 # --- measures -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("way", ["plain", "sparse"])
 @pytest.mark.parametrize("variant", [Variant(), Variant("topk", 3), Variant("batchtopk", 3)],
                          ids=str)
-def test_measures_are_those_of_the_batch_before_the_step(variant, sparse, monkeypatch):
+def test_measures_are_those_of_the_batch_before_the_step(variant, way, monkeypatch):
     monkeypatch.setattr(sparse_gradients, "DENSITY", 1.0)
     t = stack(variant, 2, 5, 9)
     x, y = pairs(2, 40, 5, 8)
     plain = [PlainLayer(t, layer, "normalized").step(x[layer], y[layer], 0.0, 0.2)
              for layer in range(2)]
-    found = Stepper(t, "normalized", sparse=sparse).step(given_sites(x, y), 0.01, 0.2, 1)
+    found = Stepper(t, "normalized", way=way).step(given_sites(x, y), 0.01, 0.2, 1)
     for layer, one in enumerate(plain):
         spread = ((y[layer] - y[layer].mean(dim=0)) ** 2).sum()
         fvu = ((one.estimate - y[layer]) ** 2).sum() / spread
@@ -223,12 +244,12 @@ def test_measures_are_those_of_the_batch_before_the_step(variant, sparse, monkey
 # --- batchtopk's threshold ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_the_threshold_follows_the_batches(sparse, monkeypatch):
+@pytest.mark.parametrize("way", ["plain", "sparse"])
+def test_the_threshold_follows_the_batches(way, monkeypatch):
     monkeypatch.setattr(sparse_gradients, "DENSITY", 1.0)
     t = stack(Variant("batchtopk", 2), 2, 5, 12)
     assert torch.allclose(t.log_threshold.exp(), torch.tensor(INITIAL_THRESHOLD).double())
-    stepper = Stepper(t, "normalized", sparse=sparse)
+    stepper = Stepper(t, "normalized", way=way)
     expected = t.log_threshold[:, 0].clone()
     for step in range(1, 120):
         smallest = stepper.step(given_sites(*pairs(2, 300, 5, step)), 1e-4, 0.0, step).smallest
@@ -239,11 +260,11 @@ def test_the_threshold_follows_the_batches(sparse, monkeypatch):
     assert ((z > 0).sum(dim=-1).double().mean(dim=1) - 2).abs().max() < 0.2
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_a_silent_layer_stays_finite(sparse):
+@pytest.mark.parametrize("way", ["plain", "sparse"])
+def test_a_silent_layer_stays_finite(way):
     t = stack(Variant("batchtopk", 2), 2, 5, 12)
     t.b_enc[0] = -1e6
-    stepper = Stepper(t, "normalized", sparse=sparse)
+    stepper = Stepper(t, "normalized", way=way)
     for step in (1, 2):
         found = stepper.step(given_sites(*pairs(2, 10, 5, step)), 0.01, 0.0, step)
     assert not found.fired[0].any() and found.fired[1].any()
@@ -256,7 +277,7 @@ def test_a_silent_layer_stays_finite(sparse):
 @pytest.mark.parametrize("variant", [Variant(), Variant("jumprelu")], ids=str)
 def test_dead_features_start_anew_where_much_is_missing(variant):
     t = stack(variant, 3, 6, 10)
-    stepper = Stepper(t, "equation4", sparse=False)
+    stepper = Stepper(t, "equation4", way="plain")
     x, y = pairs(3, 30, 6, 5)
     residual = stepper.step(given_sites(x, y), 0.01, 0.1, 1).residual.clone()
     residual[:, 10:] = 0  # explained wholly, so never drawn

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scfm_circuits.transcoders.training import sparse_gradients
 from scfm_circuits.transcoders.training.gradients import Measures
-from scfm_circuits.transcoders.training.optimizer import Stepper
+from scfm_circuits.transcoders.training.optimizer import DenseSteps, Stepper
 from scfm_circuits.transcoders.transcoder import Transcoders, Variant
 
 VARIANTS = [Variant(), Variant("topk", 2), Variant("batchtopk", 2), Variant(skip=True),
@@ -40,7 +40,7 @@ def both(variant: Variant, loss: str, shape: tuple[int, int, int], n: int, seed:
     batches = [tuple(torch.randn(2, shape[0], n, shape[1], generator=g, dtype=torch.float64))
                for _ in range(count)]
     t = stack(variant, shape, seed)
-    dense = Stepper(t, loss, sparse=False)
+    dense = Stepper(t, loss, way="plain")
     sparse = Stepper(copy.deepcopy(t), loss)
     return dense, sparse, steps(dense, batches), steps(sparse, batches)
 
@@ -93,7 +93,7 @@ def test_many_steps_stay_together(always, variant):
 
 def test_a_batch_on_which_nothing_fires_moves_by_momentum_alone(always):
     t = stack(Variant(), (1, 6, 12))
-    dense, sparse = Stepper(t, "normalized", sparse=False), None
+    dense, sparse = Stepper(t, "normalized", way="plain"), None
     sparse = Stepper(copy.deepcopy(t), "normalized")
     g = torch.Generator().manual_seed(1)
     x, y = torch.randn(2, 1, 10, 6, generator=g, dtype=torch.float64)
@@ -150,16 +150,16 @@ def test_a_machine_without_numba_takes_dense_steps(monkeypatch):
     real = builtins.__import__
 
     def no_numba(name: str, *args: Any, **options: Any) -> Any:
-        if args and args[2] and "sparse_gradients" in args[2]:
+        if name.endswith("sparse_gradients"):
             raise ImportError("No module named 'numba'")
         return real(name, *args, **options)
 
     t = stack(Variant(), (1, 4, 8))
-    plain = Stepper(copy.deepcopy(t), "normalized", sparse=False)
+    plain = Stepper(copy.deepcopy(t), "normalized", way="plain")
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "__import__", no_numba)
         without = Stepper(t, "normalized")
-    assert without._sparse is None
+    assert type(without.way) is DenseSteps
     g = torch.Generator().manual_seed(1)
     batches = [tuple(torch.randn(2, 1, 10, 4, generator=g, dtype=torch.float64))]
     steps(plain, batches)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scfm_circuits.transcoders.activations import keep_largest
+from scfm_circuits.transcoders.activations import ACTIVATIONS
 from scfm_circuits.transcoders.training.gradients import (
     BETAS,
     EPSILON,
@@ -36,8 +36,6 @@ from scfm_circuits.transcoders.training.gradients import (
 )
 from scfm_circuits.transcoders.transcoder import Variant
 
-ACTIVATIONS = ("relu", "topk")
-"""Those whose steps can be taken so; the gradient reaches the others' thresholds too."""
 WIDE = ("W_enc", "W_dec", "W_skip")
 """The tensors that products read."""
 _FLAT = 1024
@@ -47,16 +45,17 @@ Update = Callable[[str, Tensor], None]
 """What is done with the gradient of a trained tensor, by name."""
 
 
-class GpuStep:
+class GpuSteps:
     """Takes steps of some layers of `trained`, of which it keeps copies in the products' type.
 
-    trained, mean, square: the trained tensors and Adam's moments of them by name, float32.
-    precision: type of the products. Raises what the compiler raises if it cannot.
+    trained, mean, square: the trained tensors and Adam's moments of them by name, float32. variant:
+    one whose activation has no thresholds; a gradient reaches those too. precision: type of the
+    products. Raises what the compiler raises if it cannot.
     """
 
     def __init__(self, trained: dict[str, Tensor], mean: dict[str, Tensor],
-                 square: dict[str, Tensor], precision: torch.dtype) -> None:
-        self.trained, self.mean, self.square = trained, mean, square
+                 square: dict[str, Tensor], variant: Variant, precision: torch.dtype) -> None:
+        self.trained, self.mean, self.square, self.variant = trained, mean, square, variant
         self.copies = {name: trained[name] if precision == trained[name].dtype else
                        torch.empty_like(trained[name], dtype=precision)
                        for name in WIDE if name in trained}
@@ -76,16 +75,13 @@ class GpuStep:
         """See `activation_buffer.taken`."""
         return rows(part, chosen)
 
-    def step(self, layers: slice, weights: dict[str, Tensor], variant: Variant,
-             objective: Objective, x: Tensor, y: Tensor, numbers: tuple[float, int],
-             measured: bool) -> Measures:
-        """A step of some layers, whose tensors are `weights`; numbers: learning rate, step from 1.
-
-        The rest is as for `gradients.gradients`, and so is what is measured.
-        """
+    def step(self, layers: slice, weights: dict[str, Tensor], objective: Objective, x: Tensor,
+             y: Tensor, numbers: tuple[float, int], measured: bool) -> Measures:
+        """See `optimizer.DenseSteps.step`."""
+        self.copy()
         factors = corrected(*numbers)
         return gradients(weights, {name: copy[layers] for name, copy in self.copies.items()},
-                         variant, objective, x, y, measured,
+                         self.variant, objective, x, y, measured,
                          lambda name, gradient: self._update(layers, name, gradient, factors))
 
     def _update(self, layers: slice, name: str, gradient: Tensor, factors: tuple[float, float]
@@ -115,7 +111,8 @@ def gradients(weights: dict[str, Tensor], copies: dict[str, Tensor], variant: Va
     update("b_dec", outer.sum(dim=1, dtype=full))
     if variant.skip:
         update("W_skip", torch.bmm(outer.mT, centred))
-    penalty = float(objective.l1_coefficient) / n if variant.activation == "relu" else 0.0
+    penalised = ACTIVATIONS[variant.activation].penalised
+    penalty = float(objective.l1_coefficient) / n if penalised == "l1" else 0.0
     sums, counts = cut(inner, z, penalty)
     update("W_enc", torch.bmm(inner.mT, centred))
     update("b_enc", sums)
@@ -151,7 +148,7 @@ def encoded(centred: Tensor, encoder: Tensor, bias: Tensor, variant: Variant) ->
     for layer in range(len(z)):
         torch.ops.aten._addmm_activation.out(bias[layer], centred[layer], encoder[layer].mT,
                                              out=z[layer])
-    return z if variant.activation == "relu" else keep_largest(z, variant.k)
+    return ACTIVATIONS[variant.activation].select(z, variant.k)
 
 
 def error(estimate: Tensor, y: Tensor, normalized: bool) -> tuple[Tensor, Tensor]:

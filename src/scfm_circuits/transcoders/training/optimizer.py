@@ -11,7 +11,7 @@ Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,41 +22,130 @@ from scfm_circuits.transcoders.training.activation_buffer import Take, taken
 from scfm_circuits.transcoders.training.gradients import (
     BETAS,
     EPSILON,
-    Forward,
     Losses,
     Measures,
     Objective,
     adam_rows,
-    backward,
     check_loss,
     corrected,
     follow_threshold,
-    forward,
     gradients,
-    sparse_measures,
-    token_weights,
     without_parallel,
 )
-from scfm_circuits.transcoders.transcoder import INITIAL_THRESHOLD, Transcoders, unit_rows
+from scfm_circuits.transcoders.transcoder import (
+    INITIAL_THRESHOLD,
+    Transcoders,
+    Variant,
+    unit_rows,
+)
 
 if TYPE_CHECKING:
-    from scfm_circuits.transcoders.training.gpu_gradients import GpuStep
+    from scfm_circuits.transcoders.training.gpu_gradients import GpuSteps
+    from scfm_circuits.transcoders.training.sparse_gradients import SparseSteps
+
+Way = Literal["plain", "sparse", "compiled", "kernels"]
+"""How steps are taken. All have one signature (`DenseSteps.step`); `Stepper` chooses once."""
+
+
+class DenseSteps:
+    """Steps of some layers by the dense gradients and PyTorch's own Adam.
+
+    trained, mean, square: the trained tensors and Adam's moments of them, by name.
+    """
+
+    take: Take = staticmethod(taken)
+    """How a batch's tokens are taken out of the buffer."""
+
+    def __init__(self, trained: dict[str, Tensor], mean: dict[str, Tensor],
+                 square: dict[str, Tensor], variant: Variant) -> None:
+        self.trained, self.mean, self.square, self.variant = trained, mean, square, variant
+
+    def step(self, layers: slice, weights: dict[str, Tensor], objective: Objective, x: Tensor,
+             y: Tensor, numbers: tuple[float, int], measured: bool) -> Measures:
+        """A step of some layers, whose tensors are `weights`; numbers: learning rate, step from 1.
+
+        The rest is as for `gradients`, and so is what is measured.
+        """
+        found, measures = gradients(weights, self.variant, objective, x, y, measured)
+        self.update(layers, found, numbers)
+        return measures
+
+    def update(self, layers: slice, found: dict[str, Tensor], numbers: tuple[float, int]) -> None:
+        """Adam on some layers' tensors, from their gradients."""
+        for name, gradient in found.items():
+            moments = (store[name][layers] for store in (self.trained, self.mean, self.square))
+            self.adam(numbers, name == "W_dec", gradient, *moments)
+
+    def adam(self, numbers: tuple[float, int], unit: bool, gradient: Tensor, weight: Tensor,
+             mean: Tensor, square: Tensor) -> None:
+        """Adam on one tensor; unit: whether its rows are kept at norm 1."""
+        gradient = gradient.to(weight.dtype)
+        if unit:
+            without_parallel(gradient, weight)
+        # Adam adds 1 to the number of steps itself.
+        steps = [torch.full((), float(numbers[1] - 1), device=weight.device)]
+        adam([weight], [gradient], [mean], [square], [], steps, fused=True, amsgrad=False,
+             beta1=BETAS[0], beta2=BETAS[1], lr=numbers[0], weight_decay=0.0, eps=EPSILON,
+             maximize=False)
+        if unit:
+            unit_rows(weight)
+
+
+class CompiledSteps(DenseSteps):
+    """Dense steps whose two functions are compiled.
+
+    A compiler that cannot, at once or at a later shape, is said once and done without.
+    """
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.compiled: dict[Callable, Callable] = {
+            function: torch.compile(function, dynamic=False) for function in (gradients, adam_rows)}
+
+    def step(self, layers: slice, weights: dict[str, Tensor], objective: Objective, x: Tensor,
+             y: Tensor, numbers: tuple[float, int], measured: bool) -> Measures:
+        # A tensor: what is compiled holds for all of its values.
+        objective = Objective(objective.loss, torch.full(
+            (), float(objective.l1_coefficient), dtype=weights["b_enc"].dtype, device=x.device))
+        given = weights, self.variant, objective, x, y, measured
+        found, measures = self._called(gradients, *given) or gradients(*given)
+        self.update(layers, found, numbers)
+        return measures
+
+    def adam(self, numbers: tuple[float, int], unit: bool, gradient: Tensor, weight: Tensor,
+             mean: Tensor, square: Tensor) -> None:
+        scalars = [torch.full((), value, dtype=weight.dtype, device=weight.device)
+                   for value in corrected(*numbers)]
+        if not self._called(adam_rows, weight, gradient, mean, square, *scalars, unit):
+            super().adam(numbers, unit, gradient, weight, mean, square)
+
+    def _called(self, function: Callable, *arguments: object) -> Any:
+        """What the compiled function gives; None if there is none, or compiling it fails."""
+        if function not in self.compiled:
+            return None
+        try:
+            return self.compiled[function](*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler fails in many ways; what is really wrong comes back
+            print(f"{function.__name__} could not be compiled and is done without "
+                  f"({_reason(error)}).")
+            del self.compiled[function]
+            return None
+
 
 class Stepper:
     """Takes optimizer steps on transcoders; holds Adam's state and nothing of the data.
 
     precision: type of the products (the weights and Adam stay as they are). layers_at_once: layers
-    that share each product; None: one on a CPU, all on a GPU. fused: whether the kernels of
-    `gpu_gradients` are used, where the variant and the weights' type allow it; None: on a GPU.
-    compiled: whether the two functions are compiled; None: on a GPU. A compiler that cannot is said
-    once, and done without.
-    sparse: whether a CPU may go over active entries only, where these are few (`sparse_gradients`).
+    that share each product; None: one on a CPU, all on a GPU. way: None: the kernels on a GPU, over
+    active entries on a CPU. Where the kernels cannot be had or do not fit the variant or the
+    weights' type, steps are compiled; where entries cannot be gone over, they are plain.
     """
 
     def __init__(self, transcoders: Transcoders, loss: str,
                  precision: torch.dtype | None = None, layers_at_once: int | None = None,
-                 compiled: bool | None = None, sparse: bool = True,
-                 fused: bool | None = None) -> None:
+                 way: Way | None = None) -> None:
         check_loss(loss)
         self.transcoders, self.loss = transcoders, loss
         # Detached, not `.data`: what changes a weight elsewhere is counted here too.
@@ -67,40 +156,35 @@ class Stepper:
         on_gpu = transcoders.W_enc.is_cuda
         self.precision = precision or transcoders.W_enc.dtype
         self.layers_at_once = layers_at_once or (transcoders.n_layers if on_gpu else 1)
-        self._compiled: dict[Callable, Callable] = {}
-        if on_gpu if compiled is None else compiled:
-            self._compiled = {function: torch.compile(function, dynamic=False)
-                              for function in (gradients, adam_rows)}
-        self._fused = self._kernels() if (on_gpu if fused is None else fused) else None
-        self._sparse = None
-        if sparse and not on_gpu and self.precision == transcoders.W_enc.dtype and (
-                self.layers_at_once == 1 and transcoders.activation.threshold != "trained"):
+        self.way = self._chosen(way or ("kernels" if on_gpu else "sparse"))
+
+    def _chosen(self, way: Way) -> "DenseSteps | GpuSteps | SparseSteps":
+        """What takes the steps; and a sentence if the kernels for a GPU cannot be had."""
+        t, threshold = self.transcoders, self.transcoders.activation.threshold
+        given = self.trained, self.mean, self.square, t.variant
+        if way == "kernels" and t.W_enc.dtype == torch.float32 and threshold is None:
+            try:
+                from scfm_circuits.transcoders.training.gpu_gradients import GpuSteps
+
+                return GpuSteps(*given, self.precision)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # see `CompiledSteps`
+                print(f"The kernels for a GPU are done without ({_reason(error)}).")
+        if way in ("kernels", "compiled"):
+            return CompiledSteps(*given)
+        if way == "sparse" and self.precision == t.W_enc.dtype and (
+                self.layers_at_once == 1 and threshold != "trained"):
             with contextlib.suppress(ImportError):  # a machine without numba does without
-                from scfm_circuits.transcoders.training import sparse_gradients
+                from scfm_circuits.transcoders.training.sparse_gradients import SparseSteps
 
-                self._sparse = sparse_gradients
-
-    def _kernels(self) -> "GpuStep | None":
-        """The kernels for a GPU; None, and a sentence, if they cannot be had."""
-        t = self.transcoders
-        if t.W_enc.dtype != torch.float32:
-            return None
-        try:
-            from scfm_circuits.transcoders.training.gpu_gradients import ACTIVATIONS, GpuStep
-
-            if t.variant.activation not in ACTIVATIONS:
-                return None
-            return GpuStep(self.trained, self.mean, self.square, self.precision)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # see `_call`
-            print(f"The kernels for a GPU are done without ({_reason(error)}).")
-            return None
+                return SparseSteps(DenseSteps(*given))
+        return DenseSteps(*given)
 
     @property
     def take(self) -> Take:
         """How a batch's tokens are taken out of the buffer."""
-        return taken if self._fused is None else self._fused.take
+        return self.way.take
 
     def slices(self) -> Iterator[slice]:
         """The layers that pass together."""
@@ -116,110 +200,21 @@ class Stepper:
         layers. rate: learning rate. number: which step this is, from 1. measured: whether losses,
         L0 and FVU are wanted (see `gradients`).
         """
-        if self._fused is not None:
-            self._fused.copy()
-        found = [self._step(layers, *sites(layers), rate, l1_coefficient, number, measured)
-                 for layers in self.slices()]
+        objective, found = Objective(self.loss, l1_coefficient), []
+        for layers in self.slices():
+            weights = {name: tensor[layers] for name, tensor in
+                       (*self.trained.items(), *self.transcoders.named_buffers())}
+            x, y = sites(layers)
+            found.append(self.way.step(layers, weights, objective, x.to(self.precision), y,
+                                       (rate, number), measured))
+            if self.transcoders.activation.threshold == "followed":
+                follow_threshold(weights["log_threshold"], found[-1].smallest)
         if len(found) == 1:
             return found[0]
         return Measures(
             Losses(*(torch.cat(parts) for parts in zip(*(one.losses for one in found),
                                                        strict=True))),
             *(torch.cat(parts) for parts in zip(*(one[1:] for one in found), strict=True)))
-
-    def _step(self, layers: slice, x: Tensor, y: Tensor, rate: float, l1_coefficient: float,
-              number: int, measured: bool) -> Measures:
-        t = self.transcoders
-        weights = {name: tensor[layers] for name, tensor in
-                   (*self.trained.items(), *t.named_buffers())}
-        if self._fused is not None:
-            return self._fused.step(layers, weights, t.variant,
-                                    Objective(self.loss, l1_coefficient), x.to(self.precision), y,
-                                    (rate, number), measured)
-        weight = torch.full((), l1_coefficient, dtype=t.b_enc.dtype, device=x.device)
-        objective, x = Objective(self.loss, weight), x.to(self.precision)
-        given = (weights, t.variant, objective, x, y, measured)
-        result = self._call(gradients, *given)
-        if result is None:
-            encoded = forward(weights, t.variant, x)
-            result = self._sparse_step(layers, weights, objective, encoded, y, rate, number,
-                                       measured)
-            if result is None:
-                result = backward(weights, t.variant, objective, encoded, y, measured)
-        found, measures = result
-        if t.activation.threshold == "followed":
-            follow_threshold(weights["log_threshold"], measures.smallest)
-        self._update(layers, found, rate, number)
-        return measures
-
-    def _sparse_step(self, layers: slice, weights: dict[str, Tensor], objective: Objective,
-                     encoded: Forward, y: Tensor, rate: float, number: int,
-                     measured: bool) -> tuple[dict[str, Tensor], Measures] | None:
-        """The features' part of a step of one layer, if few enough are active.
-
-        Returns the gradients of the other tensors, and what was measured; None if it was not done.
-        """
-        if self._sparse is None:
-            return None
-        active = self._sparse.active_entries(encoded.z[0])
-        if active is None:
-            return None
-        variant, n = self.transcoders.variant, y.shape[1]
-        base = weights["b_dec"][:, None].expand(y.shape)
-        if variant.skip:
-            base = base.baddbmm(encoded.centred, weights["W_skip"].mT)
-        y = y.to(base.dtype)
-        scale = torch.as_tensor(token_weights(objective.loss, y), dtype=y.dtype).expand(1, n, 1)
-        weight = torch.as_tensor(objective.l1_coefficient, dtype=y.dtype)
-        penalty = float(weight) / n if self.transcoders.activation.penalised == "l1" else 0.0
-        residual, outer, inner = self._sparse.backward(
-            active, weights["W_dec"][0], base[0].contiguous(), y[0].contiguous(),
-            (scale[0, :, 0] * (2 / n)).to(y.dtype).contiguous(), penalty)
-        moments = [[store[name][layers][0] for store in (self.trained, self.mean, self.square)]
-                   for name in ("W_enc", "W_dec", "b_enc")]
-        self._sparse.update(active, inner, outer, encoded.centred[0], *moments,
-                            self._sparse.Rates(*corrected(rate, number), *BETAS, EPSILON))
-        found = {"b_dec": outer.sum(dim=0)[None]}
-        if variant.skip:
-            found["W_skip"] = (outer.mT @ encoded.centred[0])[None]
-        return found, sparse_measures(active, residual[None], y, scale, variant, weight,
-                                      weights["b_enc"].shape[1], measured)
-
-    def _update(self, layers: slice, found: dict[str, Tensor], rate: float, number: int) -> None:
-        """Adam on some layers' tensors, compiled or PyTorch's own fused one."""
-        for name, gradient in found.items():
-            weight, mean, square = (store[name][layers] for store in
-                                    (self.trained, self.mean, self.square))
-            unit = name == "W_dec"
-            if adam_rows in self._compiled:
-                scalars = [torch.full((), value, dtype=weight.dtype, device=weight.device)
-                           for value in corrected(rate, number)]
-                if self._call(adam_rows, weight, gradient, mean, square, *scalars, unit):
-                    continue
-            gradient = gradient.to(weight.dtype)
-            if unit:
-                without_parallel(gradient, weight)
-            # Adam adds 1 to the number of steps itself.
-            steps = [torch.full((), float(number - 1), device=weight.device)]
-            adam([weight], [gradient], [mean], [square], [], steps, fused=True, amsgrad=False,
-                 beta1=BETAS[0], beta2=BETAS[1], lr=rate, weight_decay=0.0, eps=EPSILON,
-                 maximize=False)
-            if unit:
-                unit_rows(weight)
-
-    def _call(self, function: Callable, *arguments: object):  # type: ignore[no-untyped-def]
-        """What the compiled function gives; None if there is none, or compiling it fails."""
-        if function not in self._compiled:
-            return None
-        try:
-            return self._compiled[function](*arguments)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a compiler fails in many ways; what is really wrong comes back
-            print(f"{function.__name__} could not be compiled and is done without "
-                  f"({_reason(error)}).")
-            del self._compiled[function]
-            return None
 
 
 def _reason(error: Exception) -> str:

@@ -60,16 +60,28 @@ _AGREE_STEPS = 10
 """Every so many steps, and where measurements are taken, several processes ask one another whether
 to end."""
 
+
+def training_buffer(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile",
+                    control: Control | None = None, ranks: Ranks = ALONE) -> ActivationBuffer:
+    """The activations that a run is trained on, in the type of its products."""
+    precision = precision_of(profile, device_of(model))
+    if precision != next(model.parameters()).dtype:
+        model = copy.deepcopy(model).to(precision)  # type: ignore[arg-type]
+    return ActivationBuffer(model, corpus, profile, None if control is None else
+                            control.output_scale, precision, ranks)
+
+
 class TrainingRun:
     """A training run that can stop at any step and be resumed from its checkpoint.
 
     checkpoint: folder of its checkpoints, or None. ranks: this process among several, of which each
-    trains its own layers. Raises InputError if some of them would have none.
+    trains its own layers. buffer: one that is there already. Raises InputError if some of the
+    processes would have no layer.
     """
 
     def __init__(self, model: "PreTrainedModel", corpus: "Corpus", profile: "Profile",
                  checkpoint: Path | None = None, control: Control | None = None,
-                 ranks: Ranks = ALONE) -> None:
+                 ranks: Ranks = ALONE, buffer: ActivationBuffer | None = None) -> None:
         self.profile, self.checkpoint, self.control = profile, checkpoint, control
         self.ranks, device = ranks, device_of(model)
         self.n_layers = len(mlps(model))
@@ -78,11 +90,7 @@ class TrainingRun:
             raise InputError(f"{ranks.size} processes cannot share the {self.n_layers} layers of "
                              "the model; start at most one for each.")
         self.precision = precision_of(profile, device)
-        if self.precision != next(model.parameters()).dtype:
-            model = copy.deepcopy(model).to(self.precision)  # type: ignore[arg-type]
-        self.buffer = ActivationBuffer(
-            model, corpus, profile, control.output_scale if control is not None else None,
-            self.precision, ranks)
+        self.buffer = buffer or training_buffer(model, corpus, profile, control, ranks)
         self.steps = max(1, profile.training_tokens // profile.batch_tokens)
         self.stamp = training_stamp(profile, corpus, control)
         d_model = model.config.hidden_size

@@ -12,13 +12,29 @@ Compiled by numba, which a bare GPU machine need not have: `optimizer` does with
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, get_num_threads
 
 from scfm_circuits.common.compiled import compiled, share_out
+from scfm_circuits.transcoders.activations import ACTIVATIONS
 from scfm_circuits.transcoders.active_entries import Active, find_active
+from scfm_circuits.transcoders.training.gradients import (
+    BETAS,
+    EPSILON,
+    Measures,
+    Objective,
+    corrected,
+    forward,
+    sparse_measures,
+    token_weights,
+)
+from scfm_circuits.transcoders.training.gradients import backward as dense_backward
+
+if TYPE_CHECKING:
+    from scfm_circuits.transcoders.training.optimizer import DenseSteps
 
 DENSITY = 0.1
 """Share of active entries up to which this is faster than the dense products."""
@@ -57,6 +73,47 @@ class Rates(NamedTuple):
 
 _fast = partial(compiled, fastmath={"reassoc", "contract", "nsz"})
 """Compile; sums may be reordered (in one way only), so that they use the whole vector unit."""
+
+
+class SparseSteps:
+    """Steps of one layer over its active entries, where they are few; dense ones where not."""
+
+    def __init__(self, dense: "DenseSteps") -> None:
+        self.dense, self.take = dense, dense.take
+
+    def step(self, layers: slice, weights: dict[str, Tensor], objective: Objective, x: Tensor,
+             y: Tensor, numbers: tuple[float, int], measured: bool) -> Measures:
+        """See `DenseSteps.step`."""
+        variant = self.dense.variant
+        encoded = forward(weights, variant, x)
+        active = active_entries(encoded.z[0])
+        if active is None:
+            found, measures = dense_backward(weights, variant, objective, encoded, y, measured)
+            self.dense.update(layers, found, numbers)
+            return measures
+        base = weights["b_dec"][:, None].expand(y.shape)
+        if variant.skip:
+            base = base.baddbmm(encoded.centred, weights["W_skip"].mT)
+        y, n = y.to(base.dtype), y.shape[1]
+        scale = torch.as_tensor(token_weights(objective.loss, y), dtype=y.dtype).expand(1, n, 1)
+        weight = torch.as_tensor(objective.l1_coefficient, dtype=y.dtype)
+        penalised = ACTIVATIONS[variant.activation].penalised
+        residual, outer, inner = backward(
+            active, weights["W_dec"][0], base[0].contiguous(), y[0].contiguous(),
+            (scale[0, :, 0] * (2 / n)).to(y.dtype).contiguous(),
+            float(weight) / n if penalised == "l1" else 0.0)
+        encoder, decoder, bias = (
+            [store[name][layers][0] for store in (
+                self.dense.trained, self.dense.mean, self.dense.square)]
+            for name in ("W_enc", "W_dec", "b_enc"))
+        update(active, inner, outer, encoded.centred[0], encoder, decoder, bias,
+               Rates(*corrected(*numbers), *BETAS, EPSILON))
+        found = {"b_dec": outer.sum(dim=0)[None]}
+        if variant.skip:
+            found["W_skip"] = (outer.mT @ encoded.centred[0])[None]
+        self.dense.update(layers, found, numbers)
+        return sparse_measures(active, residual[None], y, scale, variant, weight,
+                               weights["b_enc"].shape[1], measured)
 
 
 def active_entries(z: Tensor) -> Active | None:

@@ -29,18 +29,30 @@ def written(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_a_cell_that_is_named_correctly_comes_first(corpus, monkeypatch, tmp_path):
-    kind = str(corpus.labels[corpus.held_out][-1])
-    rows = np.flatnonzero(corpus.held_out & (corpus.labels == kind))
-    profile = tiny_profile(monkeypatch, tmp_path, case_type=kind)
-    model = model_for(corpus)
-    for answers in (["no"] * len(rows), ["no"] * (len(rows) - 1) + [kind]):
-        monkeypatch.setattr(case_study, "predict_answers", lambda *given, a=answers: a)
-        found = case_study.case_study(model, corpus, profile)
-        expected = rows[answers.index(kind) if kind in answers else 0]
-        assert found.sentence == corpus.genes_of(int(expected))
-        assert (found.truth, found.prediction) == (kind, kind if kind in answers else "no")
-        assert ("none of those" not in found.origin) == (kind in answers)
+@pytest.mark.parametrize(("right", "chances", "chosen", "told"), [
+    ([True] * 5, [0.9, 0.1, 0.3, 0.7, 0.5], 4, "(0.5) among the 5 of 5 held-out cells"),
+    ([True] * 4 + [False], [0.9, 0.1, 0.3, 0.7, 0.2], 2, "(0.3) among the 4 of 5"),
+    ([False, False, True, False, False], [0.9, 0.1, 0.05, 0.7, 0.5], 2, "(0.05) among the 1 of 5"),
+    ([False] * 5, [0.9, 0.1, 0.3, 0.7, 0.5], 4, "among the 5 held-out cells of that type, of "
+     "which the model names none"),
+    ([True] * 5, [0.5, 0.5, 0.5, 0.5, 0.5], 2, "(0.5) among the 5 of 5"),
+])
+def test_the_cell_of_median_probability_is_traced(monkeypatch, tmp_path, right, chances, chosen,
+                                                  told):
+    corpus = tiny_corpus(40, validation_share=0.5, seed=1)
+    kind = max(set(corpus.labels), key=lambda one: (corpus.held_out & (corpus.labels == one)).sum())
+    rows = np.flatnonzero(corpus.held_out & (corpus.labels == kind))[:5].tolist()
+    assert len(rows) == 5
+    profile = tiny_profile(monkeypatch, tmp_path, case_type=str(kind))
+    monkeypatch.setattr(case_study, "_CANDIDATES", 5)
+    monkeypatch.setattr(case_study, "predict_answers", lambda model, corpus, cells: [
+        kind if right[rows.index(cell)] else "no" for cell in cells])
+    monkeypatch.setattr(case_study, "label_probability",
+                        lambda model, corpus, cell: chances[rows.index(cell)])
+    found = case_study.case_study(model_for(corpus), corpus, profile)
+    assert found.sentence == corpus.genes_of(rows[chosen])
+    assert (found.truth, found.prediction) == (kind, kind if right[chosen] else "no")
+    assert told in found.origin
 
 
 @pytest.mark.parametrize("place", ["answer", "query"])

@@ -20,7 +20,7 @@ from scfm_circuits.circuits.case_study import case_study
 from scfm_circuits.circuits.planted_genes import named_right
 from scfm_circuits.common.labels import normal_label
 from scfm_circuits.common.profile import Profile, load_profile
-from scfm_circuits.models.answers import held_out_answers, predict_answers
+from scfm_circuits.models.answers import held_out_answers, label_probability, predict_answers
 
 ODD = ["CD19+ B ", "hematopoietic multipotent progenitor cell", "B", "B cell", "B cell, naive",
        "B cell. naive", "B cell.", "CD4$+$ T", "a|b `c` *d*", "Mu\u0308ller  glia", "細胞 🧬",
@@ -135,3 +135,15 @@ def test_a_model_that_ends_nowhere_gives_a_bounded_answer() -> None:
     longest = np.max(corpus.answer_end - corpus.answer_start) + 2
     answers = predict_answers(model, corpus, range(3))
     assert {len(corpus.tokenizer(one)["input_ids"]) for one in answers} <= {max(24, int(longest))}
+
+
+def test_the_probability_of_a_label_is_that_of_its_tokens_in_one_pass(corpus: Corpus, model: Any
+                                                                      ) -> None:
+    for cell in range(4):
+        start, stop = int(corpus.answer_start[cell]), int(corpus.answer_end[cell]) + 1
+        tokens = torch.from_numpy(np.array(corpus.tokens[cell][:stop]))
+        with torch.no_grad():
+            chances = model(input_ids=tokens[None]).logits[0].double().softmax(-1)
+        expected = chances[torch.arange(start - 1, stop - 1), tokens[start:]].prod()
+        found = label_probability(model, corpus, cell)
+        assert found == pytest.approx(float(expected), rel=1e-4) and 0 < found < 1

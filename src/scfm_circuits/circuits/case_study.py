@@ -15,7 +15,7 @@ from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt, answere
 from scfm_circuits.cells.tokens import encode_prompt
 from scfm_circuits.circuits.search import strongest_at_end
 from scfm_circuits.common.profile import ROOT
-from scfm_circuits.models.answers import answer_prompts, predict_answers
+from scfm_circuits.models.answers import answer_prompts, label_probability, predict_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from scfm_circuits.cells.corpus import Corpus
     from scfm_circuits.common.profile import Profile
     from scfm_circuits.transcoders.transcoder import Transcoders
+
+_CANDIDATES = 100
+"""Held-out cells of the type, in the file's order, among which one is chosen."""
 
 
 class CaseStudy(NamedTuple):
@@ -43,9 +46,11 @@ class CaseStudy(NamedTuple):
 def case_study(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile") -> CaseStudy:
     """The profile's case, answered by the model.
 
-    With `case_sentence` it is that file's genes, labelled `case_type`. Else it is the first
-    held-out cell of the type `case_type` that the model names to the letter, or the first one of
-    the type if it names none of the first 20. Raises InputError for a file that holds no sentence.
+    With `case_sentence` it is that file's genes, labelled `case_type`. Else it is neither the
+    clearest cell nor the first: of the held-out cells of the type `case_type` (the first
+    `_CANDIDATES`) that the model names to the letter, or of all if it names none, the one whose
+    label has the median probability (the lower of two). The rule looks at no feature or circuit.
+    Raises InputError for a file that holds no sentence.
     """
     if profile.case_sentence is not None:
         sentence = read_sentence(profile.case_sentence)
@@ -55,16 +60,20 @@ def case_study(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile") -
         prompt = answered_sentence(corpus.tokenizer, profile, sentence, ids, prediction)
         return CaseStudy(prompt, sentence, prediction, profile.case_type,
                          f"that of {Path(profile.case_sentence).name}")
-    candidates = np.flatnonzero(corpus.held_out & (corpus.labels == profile.case_type))[:20]
-    answers = predict_answers(model, corpus, candidates)
-    right = [answer == profile.case_type for answer in answers]
-    chosen = right.index(True) if any(right) else 0
-    cell, prediction = int(candidates[chosen]), answers[chosen]
-    which = ("that the model names to the letter" if right[chosen] else
-             "(the model names none of those tried to the letter)")
+    tried = np.flatnonzero(corpus.held_out & (corpus.labels == profile.case_type))[:_CANDIDATES]
+    answers = np.array(predict_answers(model, corpus, tried))
+    right = np.flatnonzero(answers == profile.case_type)
+    among = right if len(right) else np.arange(len(tried))
+    chances = np.array([label_probability(model, corpus, int(cell)) for cell in tried[among]])
+    middle = int(np.argsort(chances, kind="stable")[(len(among) - 1) // 2])
+    cell, prediction = int(tried[among[middle]]), str(answers[among[middle]])
+    which = (f"{len(right)} of {len(tried)} held-out cells of that type that the model names to "
+             "the letter" if len(right) else f"{len(tried)} held-out cells of that type, of which "
+             "the model names none to the letter")
     return CaseStudy(answered_prompt(corpus, profile, cell, prediction), corpus.genes_of(cell),
                      prediction, str(corpus.labels[cell]),
-                     f"that of the first held-out cell of that type {which}")
+                     f"that of the cell whose label has the median probability "
+                     f"({chances[middle]:.2g}) among the {which}")
 
 
 def read_sentence(name: str, root: Path = ROOT) -> list[str]:

@@ -105,6 +105,20 @@ def answer_prompt(model: nn.Module, tokenizer: "PreTrainedTokenizerFast", prompt
     return normal_label(text.partition(".")[0]) if begun is None else taught[begun]
 
 
+@torch.no_grad()
+def label_probability(model: nn.Module, corpus: "Corpus", cell: int) -> float:
+    """Probability that the model answers a cell's prompt with its label: of all tokens of the
+    answer that it is trained on, its full stop included, one after the other."""
+    tokens = torch.from_numpy(np.asarray(corpus.tokens[cell]))[None].to(device_of(model))
+    start, stop = int(corpus.answer_start[cell]), int(corpus.answer_end[cell]) + 1
+    asked, past, total = tokens[:, :start], None, 0.0
+    for wanted in tokens[0, start:stop]:
+        output = model(input_ids=asked, past_key_values=past, use_cache=True)
+        total += float(output.logits[0, -1].double().log_softmax(-1)[wanted])
+        past, asked = output.past_key_values, wanted[None, None]
+    return float(np.exp(total))
+
+
 def _text(tokenizer: "PreTrainedTokenizerFast", tokens: list[int]) -> str:
     return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False)).strip()
 

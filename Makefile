@@ -8,11 +8,14 @@ PYTHON ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 RUN := $(PY) -m scfm_circuits
-OPTIONS := --profile "$(PROFILE)" $(foreach pair,$(PARAMS),-p "$(pair)")
+OPTIONS = --profile "$(PROFILE)" --params="$$PARAMS"
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 READY_LAB := $(VENV)/.ready-lab
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+
+# Through the environment, where a shell takes no character of it for its own.
+export PARAMS
 
 # Threads that wait asleep, not spinning: the same speed on idle cores, and several times faster
 # where something else runs too. Freed memory is kept for the next batch instead of being given back

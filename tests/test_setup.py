@@ -115,7 +115,13 @@ def test_make_hands_overrides_on() -> None:
         ["make", "-n", "-C", str(ROOT), "book", "PROFILE=smoke", "PARAMS=seed=1 fdr=0.1"],
         capture_output=True, text=True, check=True,
     )
-    assert 'book --profile "smoke" -p "seed=1" -p "fdr=0.1"' in answer.stdout
+    assert 'book --profile "smoke" --params="$PARAMS"' in answer.stdout
+    # As a shell gets them, whatever characters there are.
+    text = "seed=1 'case_type=CD14+ \"Mono\" `cyte`'"
+    answer = subprocess.run(
+        ["make", "-s", "-f", "-", "show", f"PARAMS={text}"], capture_output=True, text=True,
+        check=True, cwd=ROOT, input="include Makefile\nshow:\n\t@printf '%s' \"$$PARAMS\"\n")
+    assert answer.stdout == text
 
 
 @pytest.mark.parametrize("given", ["PROFILE=a b", "PROFILE=a'; echo b", "PROFILE=", "A="])

@@ -14,7 +14,7 @@ from scfm_circuits import InputError
 from scfm_circuits.book.chapters import load_run
 from scfm_circuits.book.execution import ExecutionFailed
 from scfm_circuits.common.profile import ROOT, load_profile
-from scfm_circuits.common.profile_files import parse_overrides
+from scfm_circuits.common.profile_files import parse_overrides, split_pairs
 
 # What a command needs beyond these is imported when it is asked for: an up-to-date book answers at
 # once, and training runs where there is no scanpy.
@@ -33,6 +33,8 @@ def _parser() -> argparse.ArgumentParser:
         own.add_argument("--profile", default="demo", help="name or .yml file (default: demo)")
         own.add_argument("-p", dest="parameters", action="append", default=[], metavar="KEY=VALUE",
                          help="override a field of the profile; may be repeated")
+        own.add_argument("--params", default="", metavar="PAIRS",
+                         help="several of these in one text, as make takes them")
         return own
 
     book = of_profile("book", "execute the stale notebooks, check them, build the pages")
@@ -62,7 +64,8 @@ def _perform(given: argparse.Namespace) -> None:
 
         first_profile(given.h5ad, given.out, given.extends, given.overwrite)
         return
-    overrides: dict[str, Any] = parse_overrides(given.parameters)
+    overrides: dict[str, Any] = parse_overrides([*split_pairs(given.params),
+                                                *given.parameters])
     if given.command == "train":
         from scfm_circuits.transcoders.training.run import train
 

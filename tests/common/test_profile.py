@@ -1,5 +1,6 @@
 """Profiles: every way of writing one wrongly ends in one sentence."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scfm_circuits import InputError
+from scfm_circuits.common import manifest
+from scfm_circuits.common import profile as profiles
 from scfm_circuits.common.profile import (
     BUNDLED_CELLS,
     CELLS_NAMES,
@@ -17,8 +20,10 @@ from scfm_circuits.common.profile import (
     Profile,
     cells_path,
     load_profile,
-    profile_files,
+    located,
+    model_source,
 )
+from scfm_circuits.common.profile_files import parse_overrides, split_pairs
 
 
 def write(folder: Path, text: str, name: str = "mine.yml") -> str:
@@ -96,7 +101,6 @@ def test_a_profile_holds_what_differs(tmp_path: Path) -> None:
     assert (mine.seed, mine.l1_coefficient, mine.name) == (7, 1e-3, "mine")
     same = mine.model_dump(exclude={"seed", "l1_coefficient", "name"})
     assert same == smoke.model_dump(exclude={"seed", "l1_coefficient", "name"})
-    assert [file.name for file in profile_files(path)] == ["mine.yml", "smoke.yml", "demo.yml"]
 
 
 NAMED = "human_layer: 3\ncells: x.h5ad\ncells_name: hearts\ntitle: T\n"
@@ -151,6 +155,105 @@ def test_overrides_have_a_name_of_their_own(seed: int, fdr: float) -> None:
     other = load_profile("demo", {"fdr": fdr, "seed": seed})
     assert one == other and one.name.startswith("demo+") and one.seed == seed
     assert one.name != load_profile("demo", {"seed": seed, "fdr": fdr / 2}).name
+
+
+@pytest.mark.parametrize(("text", "pairs"), [
+    ("", []), ("seed=1 fdr=0.1", ["seed=1", "fdr=0.1"]),
+    ("case_type=CD14+ Monocyte", ["case_type=CD14+ Monocyte"]),
+    ("case_type=CD14+ Monocyte seed=1", ["case_type=CD14+ Monocyte", "seed=1"]),
+    ("'case_type=a  b=c' seed=1", ["case_type=a  b=c", "seed=1"]),
+    ("""'response=" {label}."' seed=1""", ['response=" {label}."', "seed=1"]),
+    ("libraries=[A, B] seed=1", ["libraries=[A, B]", "seed=1"]),
+    ("seed 1", ["seed 1"]),
+])
+def test_several_pairs_in_one_text(text: str, pairs: list[str]) -> None:
+    assert split_pairs(text) == pairs
+
+
+def test_a_mark_that_is_not_closed_is_told() -> None:
+    with pytest.raises(InputError, match="a quotation mark is not closed"):
+        split_pairs("case_type=5' end")
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z_]{1,9}", fullmatch=True),
+                       st.text(st.characters(codec="utf-8", exclude_characters="\0")),
+                       max_size=4))
+def test_whatever_is_quoted_comes_back(given_: dict[str, str]) -> None:
+    pairs = [f"{key}={value}" for key, value in given_.items()]
+    assert split_pairs(shlex.join(pairs)) == pairs
+
+
+@pytest.mark.parametrize(("text", "number"), [
+    ("1e6", 1_000_000), ("1.5e3", 1500), ("2E+2", 200), ("1_0e1", 100), ("600000", 600_000)])
+def test_whole_numbers_may_be_written_with_an_exponent(tmp_path: Path, text: str,
+                                                       number: int) -> None:
+    path = write(tmp_path, f"extends: demo\ntraining_tokens: {text}\nl1_coefficient: {text}\n")
+    profile = load_profile(path)
+    assert profile.training_tokens == number and isinstance(profile.training_tokens, int)
+    assert profile.l1_coefficient == number and isinstance(profile.l1_coefficient, float)
+    pairs = parse_overrides([f"training_tokens={text}", "learning_rate=1e-4"])
+    assert load_profile("demo", pairs).training_tokens == number
+
+
+@pytest.mark.parametrize("text", ["1.5e0", "1e-3", "1e400", ".inf", ".nan", "1.0"])
+def test_what_is_no_whole_number_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError, match="`training_tokens`"):
+        load_profile(write(tmp_path, f"extends: demo\ntraining_tokens: {text}\n"))
+
+
+@pytest.mark.parametrize("text", ["1e400", ".inf", ".nan"])
+def test_no_field_is_infinite(tmp_path: Path, text: str) -> None:
+    for field in ("l1_coefficient", "checkpoint_seconds", "live_cut"):
+        with pytest.raises(InputError, match=f"`{field}`"):
+            load_profile(write(tmp_path, f"extends: demo\n{field}: {text}\n"))
+
+
+# --- paths ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A root and a home, and a working directory that holds other things of the same names."""
+    for name in ("root", "home", "elsewhere"):
+        (tmp_path / name / "mine").mkdir(parents=True)
+    for module in (profiles, manifest):
+        name = "ROOT" if module is profiles else "_ROOT"
+        monkeypatch.setattr(module, name, tmp_path / "root")
+    monkeypatch.setattr(profiles.located, "__defaults__", (tmp_path / "root",))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("written", "place"), [
+    ("mine", "root/mine"), ("./mine", "root/mine"), ("~/mine", "home/mine")])
+def test_all_paths_of_a_profile_follow_one_rule(places: Path, written: str, place: str) -> None:
+    there = places / place
+    assert located("gene_groups", written).resolve() == there
+    assert Path(model_source("model", written)).resolve() == there
+    assert next(iter(manifest.gene_set_folders(written))).resolve() == there
+    profile = load_profile(write(places, f"cells: {written}/x.h5ad\n"))
+    found = cells_path(profile, profiles.ROOT)
+    assert found is not None and found.resolve() == there / "x.h5ad"
+
+
+def test_a_name_that_is_no_folder_is_that_of_a_model(places: Path) -> None:
+    assert model_source("model", "org/name") == "org/name"
+    assert model_source("model", "train") == "train"
+    for name in ("~/none", "/no/where", "./none", "a/b/c"):
+        with pytest.raises(InputError, match="there is no folder"):
+            model_source("model", name)
+    with pytest.raises(InputError, match=r"`tokenizer`.* give the whole path"):
+        model_source("tokenizer", "~no-such-user/x")
+
+
+def test_what_a_profile_extends_does_not_depend_on_the_working_directory(places: Path) -> None:
+    (places / "root" / "base.yml").write_text("seed: 1\n")
+    (places / "elsewhere" / "base.yml").write_text("seed: 2\n")
+    path = write(places, "extends: base.yml\n")
+    assert load_profile(path).seed == 1
+    # A path on the command line starts where the command is given.
+    assert load_profile("base.yml").seed == 2
 
 
 @pytest.mark.parametrize("overrides", [{"sed": 1}, {"seed": "1"}, {"name": "x"}, {"extends": "x"}])

@@ -307,7 +307,7 @@ def test_a_saved_model_is_loaded_as_it_was(tmp_path):
 
 
 def test_a_missing_folder(tmp_path):
-    with pytest.raises(InputError, match="check `model` in the profile"):
+    with pytest.raises(InputError, match=r"`model` is .* but there is no folder"):
         load_model(tmp_path / "none")
 
 

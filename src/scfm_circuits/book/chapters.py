@@ -27,7 +27,7 @@ from scfm_circuits import InputError
 from scfm_circuits.book import reach
 from scfm_circuits.common import kept, manifest
 from scfm_circuits.common.files import digest, sha256_of_file
-from scfm_circuits.common.profile import ROOT, Profile, cells_path, load_profile
+from scfm_circuits.common.profile import ROOT, Profile, cells_path, load_profile, located
 
 NOTEBOOKS = ROOT / "notebooks"
 SHOWN = {"name", "title", "seed", "cells_are", "cells_name"}
@@ -169,15 +169,15 @@ def gene_set_inputs(run: Run, notebook: Notebook) -> dict[str, str]:
 def files_read(profile: Profile) -> dict[str, tuple[set[str], list[Path]]]:
     """Files that some chapters read, by the word used when they have changed: the modules that read
     them, and the files."""
-    named = {field: [ROOT / Path(path).expanduser()] if path is not None else []
-             for field, path in (("groups", profile.gene_groups), ("case", profile.case_sentence))}
+    named = {field: [located(field, path, ROOT)] if path is not None else [] for field, path in (
+        ("gene_groups", profile.gene_groups), ("case_sentence", profile.case_sentence))}
     return {
         "the paper's tables": ({"paper/exhibits.py", "interpretability/score_checks.py"},
                                [*ROOT.glob("data/paper/*")]),
         "rating sheets": ({"interpretability/ratings.py"}, [*ROOT.glob("data/human_eval/*.csv")]),
         "claims": ({"paper/claims.py"}, [ROOT / "data" / "claims.yml"]),
-        "gene groups": ({"interpretability/scores.py"}, named["groups"]),
-        "case sentence": ({"circuits/case_study.py"}, named["case"]),
+        "gene groups": ({"interpretability/scores.py"}, named["gene_groups"]),
+        "case sentence": ({"circuits/case_study.py"}, named["case_sentence"]),
     }
 
 

@@ -5,7 +5,6 @@ up what was cut and checks it by itself.
 """
 
 import contextlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from scfm_circuits.common import manifest
 from scfm_circuits.common.fetch import Remote, fetch, missing_bytes
 from scfm_circuits.common.files import first_line
 from scfm_circuits.common.labels import names_no_type
-from scfm_circuits.common.profile import MADE_HERE, ROOT, Profile, cells_path
+from scfm_circuits.common.profile import MADE_HERE, ROOT, Profile, cells_path, model_source
 from scfm_circuits.enrichment.background import prepare_background
 from scfm_circuits.enrichment.gene_sets import (
     GeneSets,
@@ -52,9 +51,8 @@ def missing(profile: Profile, parameters: int) -> list[Download]:
     if listed is not None and path is not None:
         left = missing_bytes(int(listed["bytes"]), path)
         found += [Download(path.name, left, path.parent)] if left else []
-    for name in dict.fromkeys((profile.model, profile.tokenizer)):
-        if name not in MADE_HERE and not _is_here(name, profile.model_revision,
-                                                  name == profile.model):
+    for name in _on_the_hub(profile):
+        if not _is_here(name, profile.model_revision, name == profile.model):
             size = 4 * parameters if name == profile.model else 3 * 2**20
             found.append(Download(name, size, Path(constants.HF_HUB_CACHE), exact=False))
     for name in () if downloads_are_off() else missing_libraries(profile):
@@ -92,9 +90,8 @@ def notes(profile: Profile) -> list[str]:
             said.append(f"{name}: {library.warning}")
     if profile.gene_groups is not None:
         read_gene_groups(profile.gene_groups)
-    folder = os.path.expanduser(profile.tokenizer)
-    if os.path.isdir(folder):
-        note = begin_token_note(load_tokenizer(folder, profile.model_revision))
+    if Path(model_source("tokenizer", profile.tokenizer)).is_dir():
+        note = begin_token_note(load_tokenizer(profile.tokenizer, profile.model_revision))
         said += [note] if note else []
     return said
 
@@ -112,10 +109,15 @@ def check_shared_genes(profile: Profile, symbols: Iterable[str]) -> None:
                              "in `libraries`.")
 
 
+def _on_the_hub(profile: Profile) -> list[str]:
+    """The model and the tokenizer, each once, unless they are made on the spot or in a folder."""
+    return list(dict.fromkeys(
+        name for field, name in (("model", profile.model), ("tokenizer", profile.tokenizer))
+        if name not in MADE_HERE and not Path(model_source(field, name)).is_dir()))
+
+
 def _is_here(name: str, revision: str | None, weights: bool) -> bool:
-    """Whether a model (with its weights) or a tokenizer is a folder, or in Hugging Face's cache."""
-    if Path(name).expanduser().exists():
-        return True
+    """Whether a model (with its weights) or a tokenizer is in Hugging Face's cache."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -148,9 +150,7 @@ def fetch_model(profile: Profile) -> list[Path]:
         InputError: a model that cannot be had, or one without safetensors.
     """
     found = []
-    for name in dict.fromkeys((profile.model, profile.tokenizer)):
-        if name in MADE_HERE or Path(name).expanduser().exists():
-            continue
+    for name in _on_the_hub(profile):
         from huggingface_hub import snapshot_download
 
         try:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from scfm_circuits import InputError
 from scfm_circuits.common.files import first_line
+from scfm_circuits.common.profile import model_source
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -267,7 +268,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokeniz
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    folder = Path(name).expanduser()
+    source = model_source("tokenizer", name)
+    folder = Path(source)
     try:
         if (folder / "tokenizer.json").is_file() and not (
             folder / "tokenizer_config.json"
@@ -277,7 +279,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokeniz
                 eos_token=END_OF_TEXT, unk_token=END_OF_TEXT,
             )
         tokenizer: Any = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=False)
+            source, revision=revision, trust_remote_code=False)
     except Exception as error:  # a broken file makes `tokenizers` raise a bare Exception
         reason = first_line(error)
         raise InputError(f"The tokenizer {name!r} cannot be loaded ({reason}); check `tokenizer` "

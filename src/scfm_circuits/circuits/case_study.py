@@ -14,7 +14,7 @@ from scfm_circuits import InputError
 from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt, answered_sentence
 from scfm_circuits.cells.tokens import encode_prompt
 from scfm_circuits.circuits.search import strongest_at_end
-from scfm_circuits.common.profile import ROOT
+from scfm_circuits.common.profile import ROOT, located
 from scfm_circuits.models.answers import answer_prompts, label_probability, predict_answers
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def read_sentence(name: str, root: Path = ROOT) -> list[str]:
     name: its path, from `root` if relative. Raises InputError for a file without such a column, or
     in which a gene is empty, repeated or holds a space.
     """
-    path = root / Path(name).expanduser()
+    path = located("case_sentence", name, root)
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except FileNotFoundError:

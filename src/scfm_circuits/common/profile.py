@@ -2,7 +2,8 @@
 
 A profile is a YAML file in `notebooks/profiles/` (or anywhere, by path). It may name another in
 `extends` and then holds only what differs. A notebook is handed the profile's name and the fields
-to override; `load_profile` turns both into a `Profile`.
+to override; `load_profile` turns both into a `Profile`. Relative paths in it start at the project's
+root.
 """
 
 import hashlib
@@ -46,7 +47,7 @@ class Profile(BaseModel):
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True,
-        protected_namespaces=(), validate_default=True,
+        protected_namespaces=(), validate_default=True, allow_inf_nan=False,
     )
 
     name: Name
@@ -101,7 +102,7 @@ class Profile(BaseModel):
 
     # --- language model ----------------------------------------------------------------------
     model: str = "train"
-    """`train` (a small GPT-NeoX on the run's own cells), or a Hugging Face id or folder of a
+    """`train` (a small GPT-NeoX on the run's own cells), or a Hugging Face id or the folder of a
     GPT-NeoX, Llama, Mistral or Qwen2."""
     model_revision: str | None = None
     """The commit of a Hugging Face model to use."""
@@ -227,8 +228,8 @@ class Profile(BaseModel):
     case_type: Annotated[str, AfterValidator(normal_label)] = "CD14+ Monocyte"
     """Cell type whose call is traced; a held-out cell of this type must exist."""
     case_sentence: str | None = None
-    """A CSV file whose column `gene` is the sentence to trace instead of a cell's (the paper's
-    Figure 4: `data/paper/figure4_genes.csv`); `case_type` is then its label."""
+    """Path of a CSV file whose column `gene` is the sentence to trace instead of a cell's (the
+    paper's Figure 4: `data/paper/figure4_genes.csv`); `case_type` is then its label."""
     case_position: Literal["answer", "query"] = "answer"
     """Where the target feature is read: `answer`: the full stop that ends the answer (the paper's
     final token "."), `query`: the colon where the answer begins."""
@@ -295,8 +296,7 @@ def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
 
     The cells `planted` are made from the file of their gene programs; cells of data/manifest.yml
     are in data/atlas/, or the folder in the environment variable SCFM_DATA.
-    root: the folder that a relative path starts from. Raises InputError for the home folder of a
-    user who does not exist (`~nobody/cells.h5ad`).
+    root: the folder that a relative path starts from. Raises InputError as `located` does.
     """
     if profile.cells in (BUNDLED_CELLS, PACKAGED_CELLS):
         return None
@@ -305,19 +305,46 @@ def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
     listed = manifest.entry("cells", profile.cells, root)
     if listed is not None:
         return Path(os.environ.get("SCFM_DATA") or root / "data" / "atlas") / listed["file"]
+    return located("cells", profile.cells, root)
+
+
+def located(field: str, path: str, root: Path = ROOT) -> Path:
+    """Where the file or folder is that a profile's field names; it need not exist.
+
+    A relative path starts at the project's root, wherever the command is given, and `~` is the
+    home folder. Raises InputError for the home folder of a user who does not exist.
+    """
     try:
-        return root / Path(profile.cells).expanduser()
+        return root / Path(path).expanduser()
     except RuntimeError:
-        raise InputError(f"Profile field `cells` is {profile.cells!r}, but that home folder is not "
-                         "known; give the whole path.") from None
+        raise InputError(f"Profile field `{field}` is {path!r}, but that home folder is not known; "
+                         "give the whole path.") from None
 
 
-def profile_path(profile: str) -> Path:
-    """The file of a profile given by name or by path; InputError if there is none."""
+def model_source(field: str, name: str) -> str:
+    """What transformers takes for a model or tokenizer: the folder, if there is one of that name,
+    else the name itself, which Hugging Face knows.
+
+    Raises InputError if the name can only be a folder's and there is none.
+    """
+    folder = located(field, name)
+    if folder.is_dir():
+        return str(folder)
+    if name.startswith(("/", "~", ".")) or name.count("/") > 1:
+        raise InputError(f"Profile field `{field}` is {name!r}, but there is no folder {folder}; "
+                         "correct the path or give the name of a model on Hugging Face.")
+    return name
+
+
+def profile_path(profile: str, *, here: bool = True) -> Path:
+    """The file of a profile given by name or by path; InputError if there is none.
+
+    here: a relative path may start at the working directory, as on a command line.
+    """
     is_path = profile.endswith((".yml", ".yaml")) or os.sep in profile
     path = Path(profile) if is_path else PROFILES / f"{profile}.yml"
-    if is_path and not path.is_absolute() and not path.exists():
-        path = ROOT / path
+    if is_path and not (here and path.exists()):
+        path = located("extends", profile)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yml")))
         raise InputError(
@@ -327,19 +354,18 @@ def profile_path(profile: str) -> Path:
     return path
 
 
-def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[Path]]:
-    """A profile's own fields over those of the profiles it extends, and the files read."""
+def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A profile's own fields over those of the profiles it extends."""
     path = path.resolve()
     if path in seen:
         raise InputError(f"The profile {path} extends itself; remove `extends` from one of them.")
     content = read_fields(path)
     base = content.pop("extends", None)
     if base is None:
-        return content, [path]
+        return content
     if not isinstance(base, str):
         raise InputError(f"{path}: `extends` must be the name of a profile.")
-    inherited, files = _read_chain(profile_path(base), (*seen, path))
-    return _over(inherited, content), [path, *files]
+    return _over(_read_chain(profile_path(base, here=False), (*seen, path)), content)
 
 
 def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -354,11 +380,6 @@ def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
         kept.pop("cells_name", None)
         kept.pop("symbol_rule", None)
     return {**kept, **own}
-
-
-def profile_files(profile: str) -> list[Path]:
-    """The profile's file and those of the profiles it extends."""
-    return _read_chain(profile_path(profile))[1]
 
 
 def _explain(error: ValidationError, path: Path, overrides: Mapping[str, Any]) -> str:
@@ -392,7 +413,7 @@ def load_profile(profile: str, overrides: Mapping[str, Any] | None = None) -> Pr
     """
     overrides = dict(overrides or {})
     path = profile_path(profile)
-    content, _ = _read_chain(path)
+    content = _read_chain(path)
     if "name" in overrides or "extends" in overrides:
         raise InputError("`name` and `extends` cannot be overridden; write a profile file instead.")
     try:

@@ -1,6 +1,7 @@
 """Fields of a profile as they are written: in a file, or as `key=value` on a command line."""
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,40 @@ from scfm_circuits import InputError
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 and everybody expects."""
+    """SafeLoader that reads 1e-4 as a number, as YAML 1.2 and everybody expects, and 1e6 as a whole
+    one, which fits fields of either kind."""
 
 
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
+    value = float(node.value.replace("_", ""))
+    return int(value) if value.is_integer() else value
+
+
+_Loader.add_constructor("!exponent", _number)
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    "!exponent", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
+
+
+def split_pairs(text: str) -> list[str]:
+    """The `key=value` pairs of one text, quoted as in a shell where need be.
+
+    A word without a key belongs to the value before it: `case_type=CD14+ Monocyte seed=1` are two
+    pairs. Raises InputError if a quotation mark is not closed.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        raise InputError(f"In PARAMS={text!r} a quotation mark is not closed; put the whole pair "
+                         "that holds one into marks of the other kind.") from None
+    pairs: list[str] = []
+    for word in words:
+        if pairs and not re.match(r"[A-Za-z_]\w*=", word):
+            pairs[-1] += f" {word}"
+        else:
+            pairs.append(word)
+    return pairs
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:

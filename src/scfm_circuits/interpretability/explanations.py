@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scfm_circuits import InputError
 from scfm_circuits.common.compiled import compiled
 from scfm_circuits.common.files import first_line
-from scfm_circuits.common.profile import ROOT
+from scfm_circuits.common.profile import located
 from scfm_circuits.interpretability.mentions import Mentions
 
 AT_MOST = 3
@@ -85,11 +85,7 @@ def read_gene_groups(path: str | Path) -> dict[str, tuple[str, ...]]:
     Raises:
         InputError: no such file, not such a table, or no group in it.
     """
-    try:
-        path = ROOT / Path(path).expanduser()
-    except RuntimeError:
-        raise InputError(f"Profile field `gene_groups` is {str(path)!r}, but that home folder is "
-                         "not known; give the whole path.") from None
+    path = located("gene_groups", str(path))
     separator = "," if path.suffix.lower() == ".csv" else "\t"
     try:
         frame = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)

@@ -12,6 +12,7 @@ from scfm_circuits import InputError
 from scfm_circuits.common import manifest
 from scfm_circuits.common.files import atomic_folder, first_line, write_json
 from scfm_circuits.common.kept import read_record, stamp_of
+from scfm_circuits.common.profile import model_source
 from scfm_circuits.models.architectures import check_supported
 from scfm_circuits.models.mlp_sites import best_device, moved_to, not_finite
 from scfm_circuits.models.small_models import TrainingCurve, train_small_model
@@ -43,8 +44,9 @@ def load_config(name: str | Path, revision: str | None = None, **options: Any
     """
     from transformers import AutoConfig
 
+    source = model_source("model", str(name))
     try:
-        config = AutoConfig.from_pretrained(str(name), revision=revision, trust_remote_code=False,
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False,
                                             **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise _cannot_load(name, error) from None
@@ -78,9 +80,10 @@ def load_model(name: str | Path, revision: str | None = None,
 
     _without_widgets()
     load_config(name, revision)
+    source = model_source("model", str(name))
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(name), revision=revision, dtype=dtype, use_safetensors=True,
+            source, revision=revision, dtype=dtype, use_safetensors=True,
             trust_remote_code=False, attn_implementation="eager", output_loading_info=True,
         )
         model, loading = loaded

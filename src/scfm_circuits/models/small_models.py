@@ -1,6 +1,7 @@
 """A small GPT-NeoX trained on the spot on the corpus, where no network is at hand."""
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,8 @@ from torch import nn
 from tqdm import tqdm
 
 from scfm_circuits import InputError
+from scfm_circuits.cells.thinning import read_counts, thinned_prompts
+from scfm_circuits.cells.tokens import Prompts
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.mlp_sites import (
     best_device,
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
 
     from scfm_circuits.cells.corpus import Corpus
     from scfm_circuits.common.profile import Profile
+
+_AHEAD = 128
+"""Steps whose sentences are made at once."""
+
 
 def small_config(profile: "Profile", vocabulary: int, length: int) -> "GPTNeoXConfig":
     """The configuration of the model that is trained: the profile's size, Pythia's proportions."""
@@ -59,7 +66,8 @@ def train_small_model(corpus: "Corpus", profile: "Profile", *, progress: bool = 
     """Train a small GPT-NeoX on the training cells to write sentences and name the cell's type.
 
     AdamW with a cosine schedule after a tenth of warm-up; the loss is the mean cross-entropy of
-    the next token over all tokens that are not padding. Raises InputError at the first step that
+    the next token over all tokens that are not padding, those of answers weighted
+    (`model_answer_weight`); the curve is without weights. Raises InputError at the first step that
     leaves no finite number.
     """
     model = build_small_model(profile, len(corpus.tokenizer), corpus.tokens.shape[1])
@@ -70,31 +78,60 @@ def train_small_model(corpus: "Corpus", profile: "Profile", *, progress: bool = 
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=profile.model_learning_rate, total_steps=steps, pct_start=0.1,
         cycle_momentum=False)
-    rng = generator(profile.seed, "batches of the small model")
-    train = np.flatnonzero(~corpus.held_out)
-    size = min(profile.model_batch_cells, len(train))
-    queue = np.array([], np.int64)
     losses: list[float] = []
-    bar = tqdm(range(steps), desc="language model", unit="step", disable=not progress)
-    for _ in bar:
-        while len(queue) < size:
-            queue = np.append(queue, rng.permutation(train))
-        batch, queue = queue[:size], queue[size:]
+    bar = tqdm(_batches(corpus, profile), desc="language model", unit="step", total=steps,
+               disable=not progress)
+    for batch in bar:
         # Batches are cut to their longest cell; padding would be computed and thrown away.
-        length = int(corpus.lengths[batch].max())
-        tokens = torch.from_numpy(corpus.tokens[batch, :length]).to(device_of(model))
-        mask = torch.from_numpy(corpus.mask[batch, :length]).to(device_of(model))
-        loss = next_token_loss(model(input_ids=tokens, attention_mask=mask).logits, tokens,
-                               mask).mean()
+        length = int(batch.mask.sum(axis=1).max())
+        tokens, mask, weight = (
+            torch.from_numpy(np.ascontiguousarray(one[:, :length])).to(device_of(model))
+            for one in (batch.tokens, batch.mask, _weights(batch, profile.model_answer_weight)))
+        each = next_token_loss(model(input_ids=tokens, attention_mask=mask).logits, tokens, mask)
+        weight = weight[:, 1:][mask[:, 1:]]
+        loss = (each * weight).sum() / weight.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(loss.item())
+        losses.append(each.detach().mean().item())
         if not math.isfinite(losses[-1]) or (len(losses) == steps and not_finite(model)):
             raise InputError(f"The language model does not learn: after step {len(losses)} its "
                              "loss or weights are no finite numbers; lower `model_learning_rate` "
                              f"(it is {profile.model_learning_rate:g}).")
         bar.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
     return model.eval(), TrainingCurve(list(range(1, steps + 1)), losses)
+
+
+def _weights(batch: Prompts, of_answers: float) -> np.ndarray:
+    """(n, length) float32 weight of each token in the loss."""
+    at = np.arange(batch.tokens.shape[1])
+    answer = (at >= batch.answer_start[:, None]) & (at <= batch.answer_end[:, None])
+    return np.where(answer, of_answers, 1.0).astype(np.float32)
+
+
+def _batches(corpus: "Corpus", profile: "Profile") -> Iterator[Prompts]:
+    """The training cells' prompts, `model_batch_cells` at a time, `model_steps` times.
+
+    Cells come in turn, each epoch in another order, or drawn more evenly by type; their sentences
+    are the corpus's, or thinned anew.
+    """
+    rng = generator(profile.seed, "batches of the small model")
+    fresh = generator(profile.seed, "thinned cells")
+    counts = read_counts(profile, corpus) if profile.model_thinning < 1 else None
+    train = np.flatnonzero(~corpus.held_out)
+    _, kind, sizes = np.unique(corpus.labels[train], return_inverse=True, return_counts=True)
+    chance = (1 / sizes[kind]) ** profile.model_type_balance
+    size = min(profile.model_batch_cells, len(train))
+    queue = np.array([], np.int64)
+    for done in range(0, profile.model_steps, _AHEAD):
+        n_steps = min(_AHEAD, profile.model_steps - done)
+        while len(queue) < n_steps * size:
+            queue = np.append(queue, rng.permutation(train) if profile.model_type_balance == 0
+                              else rng.choice(train, len(train), p=chance / chance.sum()))
+        cells, queue = queue[: n_steps * size], queue[n_steps * size :]
+        prompts = (Prompts(*(getattr(corpus, name)[cells] for name in Prompts._fields))
+                   if counts is None else thinned_prompts(corpus, profile, counts, cells, fresh))
+        for start in range(0, len(cells), size):
+            yield Prompts(*(one[start : start + size] for one in prompts))

@@ -10,7 +10,8 @@
 #     name: python3
 #   scfm:
 #     after: [02_training]
-#     produces: [tables/table1.csv, tables/table2.csv, tables/validation_layers.csv, figures/*.png, figures/*.svg]
+#     produces: [tables/table1.csv, tables/table2.csv, tables/table1_kinds.csv, tables/mlp_answers.csv,
+#       tables/validation_layers.csv, figures/*.png, figures/*.svg]
 #     exhibits: "Tables 1 and 2"
 #     modules: [transcoders/validation]
 # ---
@@ -20,7 +21,7 @@
 #
 # Tables 1 and 2 of the paper: the loss on held-out cells of the original model, of the model with
 # every MLP replaced by its transcoder, and of the model without MLPs; and how far the two move the
-# model's predictions.
+# model's predictions. Then what the paper does not ask: what do the MLPs do for the answer?
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -28,7 +29,7 @@ overrides: dict = {}
 
 # %%
 from scfm_circuits.report.chapter import open_chapter
-from scfm_circuits.report.plots.cells_and_training import layer_alone, loss_comparison
+from scfm_circuits.report.plots import cells_and_training as plots
 from scfm_circuits.transcoders import validation
 
 chapter = open_chapter("03_validation", profile, overrides)
@@ -37,7 +38,8 @@ chapter.not_comparable()
 # %%
 asked = (chapter.model, chapter.transcoders, chapter.corpus, chapter.held_out,
          chapter.profile.forward_cells)
-scores = validation.compare_configurations(*asked)
+found = validation.compare_configurations(*asked)
+scores = found.scores
 fvu = validation.fraction_of_variance_unexplained(*asked)
 
 # %% [markdown]
@@ -55,7 +57,7 @@ chapter.values(dict(zip(validation.NAMES, loss, strict=True)), prefix="table1.")
 chapter.table("table1", table1, caption="Table 1: validation loss (standard error over cells)")
 
 # %% mystnb={"image": {"alt": "Two bar charts of validation loss for original, transcoders and no MLP: this run and the paper."}, "figure": {"caption": "Table 1 as a picture. The two panels have different models and data and are not to be compared bar by bar.", "name": "fig-table1"}} tags=["hide-input"]
-chapter.figure("table1", loss_comparison(table1))
+chapter.figure("table1", plots.loss_comparison(table1))
 
 # %% tags=["remove-input"]
 chapter.percent("table1.recovered", validation.recovered(loss), 1)
@@ -80,21 +82,93 @@ chapter.values(dict(zip(("transcoder", "no_mlp"), table2["mean_kl"], strict=True
 chapter.table("table2", table2, caption="Table 2: KL(original || modified) in nats per token")
 
 # %% [markdown]
+# ## Beyond the paper: what the MLPs do for the model
+#
+# "No MLP" takes two things away: what an MLP says about the token at hand, and the constant that it
+# writes on any token. Under *mean ablation* the constant stays: every MLP writes its mean output over
+# the tokens of {glue:text}`mlps.mean_cells` training cells. {glue:text}`mlps.constant`
+#
+# Table 1 is a mean over tokens of very different kinds, of which few are the answer.
+
+# %% tags=["hide-input"]
+whole = scores[scores["layer"] == -1].set_index("configuration")["loss"].rename(validation.NAMES)
+better = whole["mean"] < whole["No MLP"]
+chapter.values({"mean_cells": min(validation.MEAN_CELLS, int((~chapter.corpus.held_out).sum())),
+                "loss_at_mean": float(whole["mean"])}, prefix="mlps.")
+chapter.percent("mlps.recovered_from_mean", validation.recovered(whole, "mean"), 1)
+chapter.value("mlps.constant", bool(better), (
+    f"The loss is then {whole['mean']:.2f}; with nothing written it is {whole['No MLP']:.2f}: "
+    + ("a constant repairs that part of the damage, and no more." if better else
+       "a constant repairs none of the damage.")))
+names = found.kinds.rename(columns=validation.SHOWN)
+chapter.table("table1_kinds", names, digits=3,
+              caption="Loss in nats per token by kind of predicted token; the last row is Table 1's")
+
+# %% tags=["remove-input"]
+kinds = found.kinds.set_index("tokens")
+for key, kind in (("first", "first piece of a gene"), ("later", "later pieces"),
+                  ("answer", "answer")):
+    share = kinds["share"].get(kind, 0.0)
+    chapter.percent(f"mlps.share.{key}", share, 1 if share < 0.1 else 0)
+
+# %% [markdown]
+# Of the predictions {glue:text}`mlps.share.later` are later pieces of a gene's name,
+# {glue:text}`mlps.share.first` first pieces and {glue:text}`mlps.share.answer` the answer. From mean
+# ablation the transcoders recover {glue:text}`mlps.recovered_from_mean` of the loss.
+#
+# ### Does the model still know the cell?
+#
+# An answer counts as right here if every one of its tokens, full stop included, is the likeliest after
+# those before it: then the model, asked, says just that. Intervals are Wilson's; *lost* and *gained*
+# count cells whose answer the change has made wrong or right.
+
+# %% tags=["hide-input"]
+answers = found.answers
+together = answers[answers["layer"] < 0].replace({
+    "configuration": validation.SHOWN,
+    "layer": {validation.ALL: "all", validation.LATER: "all but the first"}})
+chapter.table("mlp_answers", answers, rows=0)
+chapter.show(together.rename(columns={"layer": "layers"}), digits=3,
+             caption="Held-out cells answered rightly when several MLPs are changed together")
+
+# %% mystnb={"image": {"alt": "Percentage of held-out cells answered rightly against layer when one layer's MLP is replaced, at its mean or removed, beside several layers together; a line marks the untouched model."}, "figure": {"caption": "Held-out cells answered rightly when the MLP of one layer, of all but the first, or of all, is replaced by its transcoder, held at its mean, or removed, with 95 % intervals. Grey: the untouched model.", "name": "fig-answers"}} tags=["hide-input"]
+chapter.figure("mlp_answers", plots.answers_by_layer(answers))
+
+# %% tags=["remove-input"]
+right = answers.set_index(["layer", "configuration"])["percentage"] / 100
+for name, share in right[validation.ALL].items():
+    chapter.percent(f"mlps.right.{name}", share, 1)
+alone = right.xs("mean", level="configuration")
+chapter.percent("mlps.right.later", alone.get(validation.LATER, alone.get(1)), 1)
+chapter.percent("mlps.right.worst_later", alone[alone.index > 0].min(), 1)
+
+# %% [markdown]
+# The untouched model is right about {glue:text}`mlps.right.original` of the held-out cells, with
+# transcoders about {glue:text}`mlps.right.transcoder`, with all MLPs at their mean about
+# {glue:text}`mlps.right.mean` and without any about {glue:text}`mlps.right.no_mlp`. The first layer is
+# a case of its own, as it alone reads tokens before any attention. With all later MLPs at their mean
+# the model is right about {glue:text}`mlps.right.later`, with one of them alone about
+# {glue:text}`mlps.right.worst_later` at worst. Where single layers cost little and all together much,
+# they stand in for each other, and what one does by itself does not tell what it is for.
+#
 # ## Beyond the paper: one layer at a time
 #
 # Errors of early layers are fed to later ones, so the tables above do not say which transcoders are
 # good. Replacing one layer alone does, and so does each layer's fraction of variance unexplained
 # (FVU), measured on the original model's activations.
 
-# %% mystnb={"image": {"alt": "Left: KL against layer when one layer is replaced or removed. Right: bars of fraction of variance unexplained per layer."}, "figure": {"caption": "Each layer alone: what replacing or removing it does to the predictions, and how much of its output its transcoder leaves unexplained.", "name": "fig-layers"}} tags=["hide-input"]
-chapter.figure("validation_layers", layer_alone(scores, fvu))
+# %% mystnb={"image": {"alt": "Left: KL against layer when one layer is replaced, at its mean, or removed. Right: bars of fraction of variance unexplained per layer."}, "figure": {"caption": "Each layer alone: what replacing it, holding it at its mean or removing it does to the predictions, and how much of its output its transcoder leaves unexplained.", "name": "fig-layers"}} tags=["hide-input"]
+chapter.figure("validation_layers", plots.layer_alone(scores, fvu))
 
 # %% tags=["hide-input"]
-chapter.table("validation_layers", validation.each_layer(scores, fvu), caption="Each layer alone")
+chapter.table("validation_layers", validation.each_layer(found, fvu), digits=3,
+              caption="Each layer alone: its MLP replaced, at its mean, and removed")
 
 # %% [markdown]
 # ```{admonition} Key points
 # - The order of the three losses says that transcoders are better than nothing. The share of the gap
 #   they close says how good they are.
+# - A mean over all tokens says little about what the model knows of the cell: the answer is a few
+#   tokens of each. What a constant in the MLPs' place costs is the other zero to measure from.
 # - Replacing one layer alone separates a transcoder's own error from what earlier layers pass on.
 # ```

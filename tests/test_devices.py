@@ -156,7 +156,7 @@ def test_answers(gpu: torch.device) -> None:
 def test_tables_1_and_2(gpu: torch.device, variant: Variant) -> None:
     def work(model: Any, t: Transcoders, corpus: Corpus) -> Any:
         cells = np.arange(6)
-        return (validation.compare_configurations(model, t, corpus, cells, 4),
+        return (validation.compare_configurations(model, t, corpus, cells, 4).scores,
                 validation.fraction_of_variance_unexplained(model, t, corpus, cells, 4))
     on_both(gpu, work, variant=variant, relative=1e-5)  # log-probabilities are in float32
 

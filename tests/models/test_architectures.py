@@ -185,7 +185,7 @@ def test_transcoders_learn_the_mlps_of_a_llama(monkeypatch, tmp_path, family):
     run.run(progress=False)
     after = fraction_of_variance_unexplained(model, run.transcoders, corpus, held_out, 4)
     assert (after < 0.8 * before).all()
-    table = compare_configurations(model, run.transcoders, corpus, held_out, 4)
+    table = compare_configurations(model, run.transcoders, corpus, held_out, 4).scores
     table = table[table["layer"] == -1].set_index("configuration")
     original, *others = table["kl"]
     assert original == 0 and all(kl > 0 for kl in others)

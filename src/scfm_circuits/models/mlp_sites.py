@@ -1,6 +1,7 @@
 """The MLPs of a model: what they read and write on a corpus, and what happens without them.
 
-Batches of prompts, activations at every MLP, and MLPs replaced by transcoders or by zeros.
+Batches of prompts, activations at every MLP, and MLPs replaced by transcoders, by their mean
+output or by zeros.
 """
 
 import contextlib
@@ -117,6 +118,11 @@ def replaced_mlps(model: nn.Module, replacement: Replacement,
 def zero_ablation(layer: int, inputs: Tensor) -> Tensor:
     """The replacement that removes an MLP: it writes nothing (the paper's "No MLP")."""
     return torch.zeros_like(inputs)
+
+
+def mean_ablation(means: Tensor) -> Replacement:
+    """The replacement by an MLP's mean output, on all tokens; means: (n_layers, d_model)."""
+    return lambda layer, inputs: means[layer].to(inputs).expand_as(inputs)
 
 
 @contextlib.contextmanager

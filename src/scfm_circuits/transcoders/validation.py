@@ -3,7 +3,8 @@
 All configurations see the same held-out tokens. Loss is the cross-entropy of the next token, KL is
 KL(original || modified) of the next-token distributions, both in float32 log-softmax and in nats,
 as means over all predictions that are not padding. "No MLP" is zero ablation, so its loss can lie
-above that of a uniform guess.
+above that of a uniform guess; mean ablation, where every MLP writes its mean output, stands beside
+it. From the same passes come the loss by kind of token and the share of right answers.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import binomtest
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,6 +25,7 @@ from scfm_circuits.models.mlp_sites import (
     counting_precision,
     device_of,
     hooked,
+    mean_ablation,
     mlp_sites,
     mlps,
     replaced_mlps,
@@ -38,6 +41,24 @@ if TYPE_CHECKING:
 NAMES = {"original": "Original", "transcoder": "Transcoder", "no_mlp": "No MLP"}
 """What the paper's tables call the configurations of the whole model."""
 
+SHOWN = {"original": "original", "transcoder": "transcoders", "mean": "MLPs at their mean",
+         "no_mlp": "no MLP"}
+"""What the page calls all configurations of the whole model."""
+
+REPLACED = {"transcoder": "replaced", "mean": "at_mean", "no_mlp": "removed"}
+"""What is done to the MLPs in all configurations but the original."""
+
+KINDS = ("first piece of a gene", "later pieces", "prompt", "answer")
+"""Kinds of predicted tokens. White space between two genes counts as later pieces, the end of the
+text as the answer."""
+
+ALL, LATER = -1, -2
+"""What stands in place of a layer's number: all layers; all but the first, which alone reads the
+tokens themselves."""
+
+MEAN_CELLS = 500
+"""Training cells over whose tokens an MLP's output is averaged, evenly spaced in the corpus."""
+
 
 class Configuration(NamedTuple):
     """A way to run the model: `name`, the replacement (None: untouched) and in which layers."""
@@ -46,44 +67,84 @@ class Configuration(NamedTuple):
     replacement: Replacement | None
     layers: Sequence[int] | None
 
+    @property
+    def place(self) -> int:
+        """The layer, if it is one alone; else `ALL` or `LATER`."""
+        if self.layers is None:
+            return ALL
+        return self.layers[0] if len(self.layers) == 1 else LATER
 
-def configurations(transcoders: Transcoders) -> list[Configuration]:
-    """Original, all MLPs replaced, all removed; then each layer replaced or removed alone."""
-    whole = [
-        Configuration("original", None, None),
-        Configuration("transcoder", transcoders.replacement, None),
-        Configuration("no_mlp", zero_ablation, None),
-    ]
-    single = [
-        Configuration(name, replacement, [layer])
-        for layer in range(transcoders.n_layers)
-        for name, replacement in (("transcoder", transcoders.replacement),
-                                  ("no_mlp", zero_ablation))
-    ]
-    return whole + single
+
+def configurations(transcoders: Transcoders, means: Tensor) -> list[Configuration]:
+    """Original, all MLPs replaced, at their mean, removed; then all but the first, and each alone.
+
+    means: (n_layers, d_model), from `mean_outputs`.
+    """
+    ways = {"transcoder": transcoders.replacement, "mean": mean_ablation(means),
+            "no_mlp": zero_ablation}
+    n = transcoders.n_layers
+    where = [None, *([[*range(1, n)]] if n > 2 else []), *([layer] for layer in range(n))]
+    return [Configuration("original", None, None),
+            *(Configuration(name, way, layers) for layers in where for name, way in ways.items())]
+
+
+class Compared(NamedTuple):
+    """What the configurations do on the same tokens, one frame each."""
+
+    scores: pd.DataFrame
+    """One row per configuration: configuration, layer (or `ALL`, `LATER`), loss, kl (nats per
+    token), loss_se and kl_se (standard errors over cells), n_tokens (predictions)."""
+    kinds: pd.DataFrame
+    """One row per kind of predicted token that occurs and one for all: tokens (which), predictions,
+    share of them, and the loss in nats of the configurations of the whole model, by name."""
+    answers: pd.DataFrame
+    """One row per configuration: configuration, layer, cells, right (how many of them are answered
+    rightly), percentage, lower_95, upper_95 (Wilson), and of the cells, how many were right before
+    and are not now (lost) and the other way round (gained)."""
 
 
 @torch.no_grad()
 def compare_configurations(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: "Corpus",
-                           cells: np.ndarray, forward_cells: int) -> pd.DataFrame:
-    """Loss and KL of every configuration on the given cells.
+                           cells: np.ndarray, forward_cells: int) -> Compared:
+    """Loss, KL and answers of every configuration on the given cells.
 
-    Returns one row per configuration: configuration, layer (-1: all layers), loss, kl (nats per
-    token), loss_se and kl_se (standard errors over cells), n_tokens (predictions). Cost and memory
-    are those of `scores_by_cell`.
+    An answer is right if each of its tokens, full stop included, is the likeliest after those
+    before it: then the model, asked, says that and nothing else. Cost and memory are those of
+    `scores_by_cell`, and a pass over `MEAN_CELLS` training cells.
     """
-    chosen = configurations(transcoders)
-    per_cell, predictions = scores_by_cell(model, chosen, corpus, cells, forward_cells)
+    chosen = configurations(transcoders, mean_outputs(model, corpus, forward_cells))
+    found = scores_by_cell(model, chosen, corpus, cells, forward_cells)
+    per_cell, predictions = found.sums.sum(axis=2), found.predictions.sum(axis=0)
     totals = per_cell.sum(axis=2) / predictions.sum()
     means = per_cell / predictions
     errors = means.std(axis=2, ddof=1) / np.sqrt(len(cells)) if len(cells) > 1 else totals * np.nan
-    return pd.DataFrame({
-        "configuration": [one.name for one in chosen],
-        "layer": [-1 if one.layers is None else one.layers[0] for one in chosen],
-        "loss": totals[:, 0], "kl": totals[:, 1],
-        "loss_se": errors[:, 0], "kl_se": errors[:, 1],
-        "n_tokens": int(predictions.sum()),
-    })
+    which = {"configuration": [one.name for one in chosen],
+             "layer": [one.place for one in chosen]}
+    scores = pd.DataFrame({
+        **which, "loss": totals[:, 0], "kl": totals[:, 1], "loss_se": errors[:, 0],
+        "kl_se": errors[:, 1], "n_tokens": int(predictions.sum())})
+    return Compared(scores, _by_kind(found), pd.DataFrame({**which, **_answers(found.right)}))
+
+
+def _by_kind(found: "CellScores") -> pd.DataFrame:
+    """`Compared.kinds`; the configurations of the whole model come first."""
+    counts = found.predictions.sum(axis=1)
+    losses = found.sums[: len(SHOWN), 0].sum(axis=2)
+    counts, losses = np.append(counts, counts.sum()), np.column_stack([losses, losses.sum(axis=1)])
+    table = pd.DataFrame({"tokens": [*KINDS, "all"], "predictions": counts.astype(int),
+                          "share": counts / counts[-1],
+                          **dict(zip(SHOWN, losses / np.maximum(counts, 1), strict=True))})
+    return table[table["predictions"] > 0].reset_index(drop=True)
+
+
+def _answers(right: np.ndarray) -> dict[str, Any]:
+    """Columns of `Compared.answers` from (n_configurations, n_cells) bool, the original first."""
+    counts, n = right.sum(axis=1), right.shape[1]
+    intervals = [binomtest(int(k), n).proportion_ci(method="wilson") for k in counts]
+    return {"cells": n, "right": counts, "percentage": 100 * counts / n,
+            "lower_95": [100 * one.low for one in intervals],
+            "upper_95": [100 * one.high for one in intervals],
+            "lost": (right[0] & ~right).sum(axis=1), "gained": (~right[0] & right).sum(axis=1)}
 
 
 def table1(scores: pd.DataFrame, paper: Mapping[str, float]) -> pd.DataFrame:
@@ -107,55 +168,86 @@ def _as_printed(scores: pd.DataFrame, measure: str, name: str, paper: Mapping[st
         "paper": [paper[NAMES[key]] for key in keys]})
 
 
-def each_layer(scores: pd.DataFrame, fvu: np.ndarray) -> pd.DataFrame:
-    """Each layer alone: layer, fvu, and loss and KL with its MLP replaced and removed."""
-    single = scores[scores["layer"] >= 0].pivot(index="layer", columns="configuration",
-                                                values=["loss", "kl"])
+def each_layer(found: Compared, fvu: np.ndarray) -> pd.DataFrame:
+    """Each layer alone: layer, fvu, and loss, KL and percentage of right answers with its MLP
+    replaced, at its mean and removed."""
+    both = found.scores.assign(right=found.answers["percentage"])
+    single = both[both["layer"] >= 0].pivot(index="layer", columns="configuration",
+                                            values=["loss", "kl", "right"])
     return pd.DataFrame({"layer": single.index, "fvu": fvu, **{
-        f"{measure}_{done}": single[measure, name] for measure in ("loss", "kl")
-        for done, name in (("replaced", "transcoder"), ("removed", "no_mlp"))}})
+        f"{measure}_{done}": single[measure, name] for measure in ("loss", "kl", "right")
+        for name, done in REPLACED.items()}})
 
 
-def recovered(loss: Mapping[str, float]) -> float:
-    """Share of the loss that removing the MLPs costs which the transcoders win back.
+def recovered(loss: Mapping[str, float], without: str = NAMES["no_mlp"]) -> float:
+    """Share of the loss that the MLPs' absence costs which the transcoders win back.
 
-    loss: by the names that the paper's tables use.
+    loss: by the names that the paper's tables use. without: the name of the absence.
     """
-    original, replaced, removed = (loss[name] for name in NAMES.values())
-    return float((removed - replaced) / (removed - original))
+    original, replaced = loss[NAMES["original"]], loss[NAMES["transcoder"]]
+    return float((loss[without] - replaced) / (loss[without] - original))
+
+
+class CellScores(NamedTuple):
+    """Loss and KL of configurations, summed over each cell's predictions, and its answers.
+
+    sums: (n_configurations, 2, n_kinds, n_cells) in nats; predictions: (n_kinds, n_cells) how many
+    there are; right: (n_configurations, n_cells) whether each token of the answer is right.
+    """
+
+    sums: np.ndarray
+    predictions: np.ndarray
+    right: np.ndarray
 
 
 @torch.no_grad()
 def scores_by_cell(model: "GPTNeoXForCausalLM", chosen: Sequence[Configuration], corpus: "Corpus",
-                   cells: np.ndarray, forward_cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """Loss and KL of configurations, of which the first is the untouched model.
+                   cells: np.ndarray, forward_cells: int) -> CellScores:
+    """Loss, KL and answers of configurations, of which the first is the untouched model.
 
-    Returns (n_configurations, 2, n_cells) sums over each cell's predictions, and (n_cells,) how
-    many there are. A configuration of one layer starts from what the untouched model handed to that
-    layer, so it costs half a run of the model on average. Memory is that of four sets of logits and
-    of the residuals of all layers for `forward_cells` cells.
+    A configuration of one layer starts from what the untouched model handed to that layer, so it
+    costs half a run of the model on average. Memory is that of four sets of logits and of the
+    residuals of all layers for `forward_cells` cells.
     """
-    per_cell = np.zeros((len(chosen), 2, len(cells)))
-    predictions = np.zeros(len(cells))
+    found = CellScores(np.zeros((len(chosen), 2, len(KINDS), len(cells))),
+                       np.zeros((len(KINDS), len(cells))),
+                       np.zeros((len(chosen), len(cells)), bool))
     done = 0
     bar = tqdm(total=len(cells), desc="validation", unit="cell")
     for rows, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
         where = slice(done, done + len(rows))
         done += len(rows)
         with counting_precision(model):
-            per_cell[:, :, where], predictions[where] = _scores(model, chosen, tokens, mask)
+            part = _scores(model, chosen, corpus, rows, tokens, mask)
+        for whole, some in zip(found, part, strict=True):
+            whole[..., where] = some
         bar.update(len(rows))
     bar.close()
-    return per_cell, predictions
+    return found
 
 
-def _scores(model: "GPTNeoXForCausalLM", chosen: Sequence[Configuration], tokens: Tensor,
-            mask: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """`scores_by_cell` of some cells that pass together."""
+def predicted_kinds(corpus: "Corpus", cells: np.ndarray, length: int) -> np.ndarray:
+    """(n_cells, length - 1) ints: the place in `KINDS` of each token after the first."""
+    gene, place = corpus.gene[cells, 1:length], corpus.place[cells, 1:length]
+    at, inside = np.arange(1, length), gene >= 0
+    between = (np.cumsum(inside, axis=1) > 0) & (np.cumsum(inside[:, ::-1], axis=1)[:, ::-1] > 0)
+    answered = at >= corpus.answer_start[cells][:, None]
+    return np.select([answered, place == 0, between], [3, 0, 1], 2)
+
+
+def _scores(model: "GPTNeoXForCausalLM", chosen: Sequence[Configuration], corpus: "Corpus",
+            rows: np.ndarray, tokens: Tensor, mask: Tensor) -> CellScores:
+    """`scores_by_cell` of the cells `rows`, which pass together."""
     wanted = mask[:, 1:]
-    targets = tokens[:, 1:][wanted]
-    cell = torch.nonzero(wanted)[:, 0].cpu().numpy()
-    per_cell = np.empty((len(chosen), 2, len(tokens)))
+    targets, n = tokens[:, 1:][wanted], len(rows)
+    cell, at = np.nonzero(wanted.cpu().numpy())
+    group = predicted_kinds(corpus, rows, tokens.shape[1])[cell, at] * n + cell
+    shape = len(KINDS), n
+    # The end of the text is not asked of an answer: the full stop is its last token.
+    of_answer = ((at + 1 >= corpus.answer_start[rows][cell])
+                 & (at + 1 <= corpus.answer_end[rows][cell]))
+    asked = torch.from_numpy(np.flatnonzero(of_answer)).to(tokens.device)
+    sums, right = np.empty((len(chosen), 2, *shape)), np.empty((len(chosen), n), bool)
     residuals: list[Tensor] = []
     original: Tensor | None = None
     for index, configuration in enumerate(chosen):
@@ -163,10 +255,12 @@ def _scores(model: "GPTNeoXForCausalLM", chosen: Sequence[Configuration], tokens
         original = logs if original is None else original
         loss = -logs.gather(-1, targets[:, None])[:, 0]
         kl = torch.linalg.vecdot(original.exp(), original - logs)
-        for kind, values in enumerate((loss, kl)):
-            per_cell[index, kind] = np.bincount(
-                cell, weights=values.double().cpu().numpy(), minlength=len(tokens))
-    return per_cell, np.bincount(cell, minlength=len(tokens))
+        for measure, values in enumerate((loss, kl)):
+            sums[index, measure] = np.bincount(
+                group, values.double().cpu().numpy(), len(KINDS) * n).reshape(shape)
+        missed = (logs[asked].argmax(dim=-1) != targets[asked]).cpu().numpy()
+        right[index] = np.bincount(cell[of_answer], missed, n) == 0
+    return CellScores(sums, np.bincount(group, minlength=len(KINDS) * n).reshape(shape), right)
 
 
 def _log_probabilities(model: "GPTNeoXForCausalLM", configuration: Configuration, tokens: Tensor,
@@ -223,9 +317,35 @@ class OutputVariance:
             self._total[layer] += y.sum(dim=0, dtype=torch.float64).cpu()
             self._squares[layer] += y.double().square().sum().cpu()
 
+    @property
+    def mean(self) -> Tensor:
+        """(n_layers, d_model) mean over all tokens taken in."""
+        return self._total / self.n_tokens
+
     def value(self) -> np.ndarray:
         """(n_layers,) sum of ||y - mean(y)||^2 over all tokens taken in."""
         return (self._squares - self._total.square().sum(dim=1) / self.n_tokens).numpy()
+
+
+@torch.no_grad()
+def mean_outputs(model: nn.Module, corpus: "Corpus", forward_cells: int) -> Tensor:
+    """(n_layers, d_model) float64: each MLP's mean output over the tokens of `MEAN_CELLS` training
+    cells, or of all of them if there are fewer."""
+    training = np.flatnonzero(~corpus.held_out)
+    some = np.unique(np.linspace(0, len(training) - 1, MEAN_CELLS).round().astype(int))
+    return output_variance(model, corpus, training[some], forward_cells).mean
+
+
+@torch.no_grad()
+def output_variance(model: nn.Module, corpus: "Corpus", cells: np.ndarray, forward_cells: int
+                    ) -> OutputVariance:
+    """The MLPs' outputs on all tokens of the cells, taken in."""
+    config: Any = model.config
+    found = OutputVariance(len(mlps(model)), config.hidden_size)
+    for _, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
+        with counting_precision(model):  # type: ignore[arg-type]
+            found.add(mlp_sites(model, tokens, mask).outputs)
+    return found
 
 
 @torch.no_grad()
@@ -272,10 +392,7 @@ def held_out_measures(model: nn.Module, variants: Mapping[str, Load], corpus: "C
     row of `original` (layer -1) the model as it is.
     """
     n_layers, given = len(mlps(model)), (model, corpus, cells, forward_cells)
-    config: Any = model.config
-    variance = OutputVariance(n_layers, config.hidden_size)
-    for _, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
-        variance.add(mlp_sites(model, tokens, mask).outputs)
+    variance = output_variance(*given)
     layers, missing = range(-1, n_layers), np.full(1 + n_layers, np.nan)
     rows = []
     for name, load in variants.items():
@@ -311,6 +428,5 @@ def _losses(replacement: Replacement, model: nn.Module, corpus: "Corpus", cells:
     """(2 + n_layers,) losses: of the untouched model, with all MLPs replaced, with each alone."""
     chosen = [Configuration("", None, None), Configuration("", replacement, None),
               *(Configuration("", replacement, [layer]) for layer in range(len(mlps(model))))]
-    per_cell, predictions = scores_by_cell(model, chosen, corpus, cells,  # type: ignore[arg-type]
-                                           forward_cells)
-    return per_cell[:, 0].sum(axis=1) / predictions.sum()
+    found = scores_by_cell(model, chosen, corpus, cells, forward_cells)  # type: ignore[arg-type]
+    return found.sums[:, 0].sum(axis=(1, 2)) / found.predictions.sum()

@@ -12,7 +12,11 @@ from matplotlib.collections import PathCollection
 from scfm_circuits.circuits.attribution import freeze
 from scfm_circuits.circuits.search import strongest_features, trace_feature
 from scfm_circuits.report.plots import circuits as plots
-from scfm_circuits.report.plots.cells_and_training import cells_per_type
+from scfm_circuits.report.plots.cells_and_training import (
+    MOST_TYPES,
+    cells_per_type,
+    confusion_matrix,
+)
 from scfm_circuits.report.plots.features import l0_per_layer
 
 
@@ -72,6 +76,24 @@ def test_held_out_and_training_cells_add_up():
     figure = cells_per_type(labels, np.array([True, False, False, False]))
     widths = [bar.get_width() for bar in figure.axes[0].patches]
     assert sorted(widths) == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("types", [4, 30])
+def test_a_confusion_matrix_shows_every_cell_of_the_types_that_it_shows(types):
+    """Names are strangers' texts: a dollar sign starts no formula. Few fit on a phone's screen."""
+    rng = np.random.default_rng(0)
+    names = [f"${kind}_{{ cell $ \\frac{'x' * 40}" for kind in range(types)]
+    counts = pd.DataFrame(rng.integers(0, 9, (types, types)), names, names)
+    counts["other words"] = rng.integers(0, 3, types)
+    figure = confusion_matrix(counts)
+    axis, = figure.axes
+    most = counts.sum(axis=1).sort_values(ascending=False).iloc[:MOST_TYPES]
+    numbers = sum(int(text.get_text()) for text in axis.texts)
+    assert numbers == most.sum() and len(axis.get_yticklabels()) == min(types, MOST_TYPES)
+    assert axis.get_xticklabels()[-1].get_text() == "other"
+    assert figure.get_figwidth() <= 6 and min(text.get_fontsize() for text in [
+        *axis.texts, *axis.get_xticklabels(), *axis.get_yticklabels()]) >= 8
+    assert len(drawn(figure)) > 1000
 
 
 def test_every_cell_is_drawn_once_for_every_intervention():

@@ -11,12 +11,15 @@ from matplotlib.figure import Figure
 from scfm_circuits.report.plots.style import (
     BLUE,
     GREEN,
+    GREY,
     ORANGE,
+    PURPLE,
     layer_colours,
     literal,
     panels,
     ticks,
 )
+from scfm_circuits.transcoders.validation import ALL, LATER
 
 
 def cells_per_type(labels: np.ndarray, held_out: np.ndarray) -> Figure:
@@ -34,6 +37,42 @@ def cells_per_type(labels: np.ndarray, held_out: np.ndarray) -> Figure:
     axis.set(xlabel="cells")
     axis.grid(axis="y", visible=False)
     axis.legend()
+    return figure
+
+
+MOST_TYPES, MOST_LETTERS = 20, 24
+
+
+def confusion_matrix(counts: pd.DataFrame) -> Figure:
+    """Answers for the cells of each type, as counts on a colour that is the share of the row.
+
+    counts: (n_types, n_answers), by name; the types with most cells are shown, and other answers
+    together. Columns bear the numbers of the rows: names would be too small to read on a phone.
+    """
+    order = counts.sum(axis=1).sort_values(ascending=False, kind="stable").index[:MOST_TYPES]
+    shown = counts.loc[order, order].copy()
+    sizes = counts.loc[order].sum(axis=1)
+    other = sizes - shown.sum(axis=1)
+    if other.any():
+        shown["other"] = other
+    figure, (axis,) = panels(1, width=5.4, height=1.1 + 0.27 * len(shown))
+    share = shown.div(sizes, axis=0).to_numpy()
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
+    for (row, column), n in np.ndenumerate(shown.to_numpy()):
+        if n:
+            axis.text(column, row, f"{n}", ha="center", va="center", fontsize=8,
+                      color="white" if share[row, column] > 0.6 else "black")
+    names = [name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 1]}\u2026"
+             for name in map(str, order)]
+    # A dollar sign in a label is not the start of a formula.
+    axis.set_yticks(range(len(order)), [f"{name} ({size})  {number}" for number, (name, size) in
+                                        enumerate(zip(names, sizes, strict=True), 1)],
+                    fontsize=9, parse_math=False)
+    axis.set_xticks(range(len(shown.columns)),
+                    [*map(str, range(1, len(order) + 1)), *["other"] * bool(other.any())],
+                    fontsize=9)
+    axis.set_xlabel("answer", fontsize=10)
+    axis.grid(visible=False)
     return figure
 
 
@@ -87,10 +126,10 @@ def loss_comparison(table: pd.DataFrame) -> Figure:
 
 
 def layer_alone(scores: pd.DataFrame, fvu: np.ndarray) -> Figure:
-    """KL when one layer alone is replaced or removed, and FVU of each layer."""
+    """KL when one layer alone is replaced, at its mean or removed, and FVU of each layer."""
     figure, axes = panels(2)
     single = scores[scores["layer"] >= 0]
-    for name, colour, label in (("transcoder", GREEN, "replaced"), ("no_mlp", ORANGE, "removed")):
+    for name, (colour, label) in _WAYS.items():
         rows = single[single["configuration"] == name]
         axes[0].plot(rows["layer"], rows["kl"], "o-", color=colour, label=label)
     axes[0].set(yscale="log", xlabel="layer", ylabel="KL(original || modified), nats")
@@ -99,4 +138,35 @@ def layer_alone(scores: pd.DataFrame, fvu: np.ndarray) -> Figure:
     axes[1].set(xlabel="layer", ylabel="FVU on held-out cells", ylim=(0, None))
     for axis in axes:
         axis.set_xticks(ticks(len(fvu)))
+    return figure
+
+
+_WAYS = {"transcoder": (GREEN, "replaced"), "mean": (PURPLE, "at its mean"),
+         "no_mlp": (ORANGE, "removed")}
+
+
+def answers_by_layer(answers: pd.DataFrame) -> Figure:
+    """Percentage of right answers with the MLP of one layer changed, and of several together.
+
+    answers: `validation.Compared.answers`.
+    """
+    figure, (axis,) = panels(1, width=6.2, height=3.8)
+    n_layers = int(answers["layer"].max()) + 1
+    together = {place: n_layers + 0.5 + step for step, place in enumerate(
+        one for one in (LATER, ALL) if one in set(answers["layer"]))}
+    names = {ALL: "all", LATER: f"1\u2013{n_layers - 1}"}
+    axis.axhline(answers.loc[answers["configuration"] == "original", "percentage"].iloc[0],
+                 color=GREY, linewidth=1.5, label="untouched")
+    for place, (name, (colour, label)) in enumerate(_WAYS.items()):
+        rows = answers[answers["configuration"] == name]
+        # Several layers together stand behind the last one, a gap apart.
+        x = rows["layer"].replace(together) + 0.14 * (place - 1)
+        middle = rows["percentage"]
+        axis.errorbar(x, middle, yerr=[middle - rows["lower_95"], rows["upper_95"] - middle],
+                      fmt="o", color=colour, capsize=2, label=label)
+    axis.set_xticks([*ticks(n_layers), *together.values()],
+                    [*map(str, ticks(n_layers)), *(names[one] for one in together)])
+    axis.set(xlabel="layer", ylabel="answers that are right (%)", ylim=(-3, 103))
+    axis.grid(axis="x", visible=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure

@@ -10,9 +10,10 @@
 #     name: python3
 #   scfm:
 #     after: []
-#     produces: [corpus/corpus.json, tables/cell_types.csv]
+#     produces: [corpus/corpus.json, tables/cell_types.csv, tables/cell_type_answers.csv,
+#       tables/cell_type_accuracy.csv, tables/cell_type_confusion.csv]
 #     exhibits: "Figure 1, data split"
-#     modules: [cells/reading, cells/corpus, models/mlp_sites]
+#     modules: [cells/reading, cells/corpus, models/mlp_sites, models/known_types]
 # ---
 
 # %% [markdown]
@@ -33,13 +34,20 @@ import pandas as pd
 
 from scfm_circuits.cells.packaged import caveats
 from scfm_circuits.common.profile import PACKAGED_CELLS
-from scfm_circuits.models.answers import held_out_answers
+from scfm_circuits.models.known_types import COMMONEST, ENOUGH, MODEL, REGRESSION
 from scfm_circuits.report.chapter import open_chapter
-from scfm_circuits.report.plots.cells_and_training import cells_per_type, training_curve
+from scfm_circuits.report.plots.cells_and_training import (
+    cells_per_type,
+    confusion_matrix,
+    training_curve,
+)
 
 chapter = open_chapter("01_cells_and_model", profile, overrides)
 corpus = chapter.corpus
 chapter.not_comparable()
+
+# %% tags=["remove-input"]
+chapter.only_guesses()
 
 # %% [markdown]
 # ## Cells
@@ -120,27 +128,62 @@ chapter.values({"layers": model.config.num_hidden_layers, "width": model.config.
 chapter.figure("language_model_training", training_curve(curve.step, curve.loss))
 
 # %% [markdown]
-# ### How often does it name the right type?
+# ### What does it know about the cells?
 #
 # The model answers the prompts of {glue:text}`model.asked` held-out cells in its own words, the
 # likeliest token at a time, with room for the longest label. An answer counts as right if it is the
 # cell's label to the letter (a model that was taught other labels than the cells carry cannot be right
-# in this sense). Always answering the commonest type would be right for
-# {glue:text}`model.majority_percent` % of these cells. The model is right for
-# {glue:text}`model.accuracy_percent` %.
+# in this sense). Two other answers stand beside it. Always naming the training cells' commonest type
+# is what can be said without looking at a cell. A logistic regression, trained on the same training
+# cells, sees where each gene stands in the same {glue:text}`cells.k` ranks: what it knows takes no
+# layers.
 
 # %% tags=["hide-input"]
-answers = held_out_answers(model, corpus, chapter.profile.seed)
-by_type = pd.DataFrame(answers.by_type)
-chapter.values({"asked": by_type["cells"].sum(), "accuracy": answers.accuracy,
-                "majority": answers.majority}, prefix="model.")
-chapter.rounded("model.accuracy_percent", 100 * answers.accuracy)
-chapter.rounded("model.majority_percent", 100 * answers.majority)
-chapter.table("cell_type_answers", by_type, caption="Answers for held-out cells, by true type")
+known = chapter.known_types
+by_type, accuracy = pd.DataFrame(known.by_type), pd.DataFrame(known.accuracy)
+chapter.table("cell_type_accuracy", accuracy, digits=3, caption="Held-out cells answered rightly "
+              "(percentage with a 95 % interval; mean over types with "
+              f"{ENOUGH} or more of these cells)")
+
+# %% tags=["remove-input"]
+accuracy = accuracy.set_index("answers")
+chapter.values({"asked": int(accuracy["cells"][MODEL]),
+                "accuracy": float(accuracy["percentage"][MODEL]) / 100,
+                "majority": float(accuracy["percentage"][COMMONEST]) / 100,
+                "knows_the_types": known.knows}, prefix="model.")
+for key, row in (("accuracy", MODEL), ("majority", COMMONEST), ("regression", REGRESSION)):
+    chapter.rounded(f"model.{key}_percent", accuracy["percentage"][row])
+chapter.rounded("model.mean_over_types", accuracy["mean_over_types"][MODEL])
+for key, row in (("majority", COMMONEST), ("regression", REGRESSION)):
+    chapter.values({"model": int(accuracy["only_model"][row]),
+                    "other": int(accuracy["only_this"][row])}, prefix=f"model.only.{key}.")
+    chapter.p_value(f"model.p.{key}", float(accuracy["p"][row]))
+
+# %% [markdown]
+# The model is right for {glue:text}`model.accuracy_percent` % of the cells, and for
+# {glue:text}`model.mean_over_types` % as a mean over types. The commonest type would be right for
+# {glue:text}`model.majority_percent` %, the regression is right for
+# {glue:text}`model.regression_percent` %. Of the cells about which just one of two is right, it is the
+# model for {glue:text}`model.only.majority.model` and the commonest type for
+# {glue:text}`model.only.majority.other` (p = {glue:text}`model.p.majority` that the model is no better,
+# exact one-sided McNemar test); and the model for {glue:text}`model.only.regression.model` and the
+# regression for {glue:text}`model.only.regression.other` (p = {glue:text}`model.p.regression`).
+
+# %% tags=["hide-input"]
+chapter.table("cell_type_answers", by_type, digits=3, caption="Answers for held-out cells, by true "
+              "type")
+
+# %% mystnb={"image": {"alt": "Heat map of true types against the model's answers for held-out cells, each row coloured by its shares, with the numbers of cells."}, "figure": {"caption": "What the model answers (columns, numbered as the rows) for held-out cells of each type (rows, with their number of cells). Colour: share of the row. On the diagonal the answer is right.", "name": "fig-confusion"}} tags=["hide-input"]
+confusion = pd.DataFrame(known.confusion).set_index("cell type")
+chapter.figure("cell_type_confusion", confusion_matrix(confusion))
+
+# %% tags=["hide-input"]
+chapter.table("cell_type_confusion", confusion.reset_index(), rows=0)
 
 # %% [markdown]
 # ```{admonition} Key points
 # - A cell is its expressed genes in order; counts themselves never reach the model.
 # - The MLP of a layer reads the residual stream at the layer's input (parallel residual).
 # - The model is used as it is; from here on, nothing about it is trained.
+# - What a model knows is what it says of cells that it has not seen, less what anybody could say.
 # ```

@@ -39,6 +39,9 @@ chapter = open_chapter("08_controls", profile, overrides, exact=True)
 settings, corpus = chapter.profile, chapter.corpus
 chapter.not_comparable()
 
+# %% tags=["remove-input"]
+chapter.only_guesses()
+
 # %% [markdown]
 # ## Taking the circuit away
 #

@@ -20,7 +20,7 @@ from scfm_circuits.circuits.case_study import case_study
 from scfm_circuits.circuits.planted_genes import named_right
 from scfm_circuits.common.labels import normal_label
 from scfm_circuits.common.profile import Profile, load_profile
-from scfm_circuits.models.answers import held_out_answers, label_probability, predict_answers
+from scfm_circuits.models.answers import label_probability, predict_answers
 
 ODD = ["CD19+ B ", "hematopoietic multipotent progenitor cell", "B", "B cell", "B cell, naive",
        "B cell. naive", "B cell.", "CD4$+$ T", "a|b `c` *d*", "Mu\u0308ller  glia", "細胞 🧬",
@@ -55,7 +55,9 @@ def corpus_of(labels: list[str], n: int, profile: Profile) -> Corpus:
 
 
 def accuracy(corpus: Corpus, **options: Any) -> float:
-    return held_out_answers(Perfect(corpus, **options), corpus, 0).accuracy
+    cells = np.flatnonzero(corpus.held_out)
+    said = predict_answers(Perfect(corpus, **options), corpus, cells)
+    return float(np.mean(said == corpus.labels[cells]))
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from helpers import LABELS, model_for, tiny_corpus, tiny_model, tiny_profile, tokens
@@ -20,9 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from scfm_circuits import InputError
 from scfm_circuits.common.profile import Profile
-from scfm_circuits.models import answers
 from scfm_circuits.models import mlp_sites as mlp_sites_module
-from scfm_circuits.models.answers import answer_prompt, held_out_answers, predict_answers
+from scfm_circuits.models.answers import answer_prompt, predict_answers
 from scfm_circuits.models.loading import check_vocabulary, get_model, load_model
 from scfm_circuits.models.mlp_sites import (
     Sites,
@@ -556,29 +554,6 @@ def test_the_cache_changes_no_answer():
     assert corpus.tokenizer.eos_token_id not in produced
     text = corpus.tokenizer.decode(produced, clean_up_tokenization_spaces=False)
     assert answer_prompt(model, corpus.tokenizer, prompt, 5) == text.partition(".")[0].strip()
-
-
-def test_answers_are_counted_by_true_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    corpus = tiny_corpus(40)
-    held_out = np.flatnonzero(corpus.held_out)
-    given = {int(cell): "B cell" if place % 3 else str(corpus.labels[cell])
-             for place, cell in enumerate(held_out)}
-    monkeypatch.setattr(answers, "predict_answers",
-                        lambda model, corpus, cells: [given[int(cell)] for cell in cells])
-    found = held_out_answers(None, corpus, seed=0)  # type: ignore[arg-type]
-    frame = pd.DataFrame({"type": corpus.labels[held_out], "answer": list(given.values())})
-    frame["right"] = frame["type"] == frame["answer"]
-    grouped = frame.groupby("type")
-    assert found.accuracy == frame["right"].mean()
-    commonest = pd.Series(corpus.labels[~corpus.held_out]).mode()[0]
-    assert found.majority == (frame["type"] == commonest).mean()
-    assert found.by_type["cell type"].tolist() == list(grouped.groups)
-    assert found.by_type["cells"].tolist() == grouped.size().tolist()
-    assert found.by_type["right"].tolist() == grouped["right"].sum().tolist()
-    assert found.by_type["commonest_answer"].tolist() == [
-        one["answer"].mode()[0] for _, one in grouped]
-    few = held_out_answers(None, corpus, seed=0, most=4)  # type: ignore[arg-type]
-    assert few.by_type["cells"].sum() == 4 < len(held_out)
 
 
 @pytest.mark.parametrize("runs", [32, 1], ids=["by runs of one length", "by rows"])

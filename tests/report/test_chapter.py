@@ -14,6 +14,7 @@ from scfm_circuits.common.profile import BUNDLED_CELLS, PLANTED_CELLS
 from scfm_circuits.features import baselines
 from scfm_circuits.features import statistics as counts
 from scfm_circuits.models import loading
+from scfm_circuits.models.known_types import Said, known_types
 from scfm_circuits.models.small_models import TrainingCurve
 from scfm_circuits.report import report as reports
 from scfm_circuits.report.chapter import Chapter, open_chapter
@@ -60,6 +61,24 @@ def test_parts_are_made_once_and_in_order_when_first_asked_for(
     assert len(made) == 4
 
 
+@pytest.mark.parametrize("guessing", [True, False])
+def test_a_model_that_guesses_is_said_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, guessing: bool
+) -> None:
+    opened = chapter(monkeypatch, tmp_path)
+    corpus = tiny_corpus(80, validation_share=0.5)
+    corpus.labels[corpus.labels == "B cell"] = "<b>"  # a label is a stranger's text
+    cells = np.flatnonzero(corpus.held_out)
+    opened.known_types = known_types(corpus, Said(
+        cells, np.full(len(cells), "<b>") if guessing else corpus.labels[cells],
+        corpus.labels[cells]))._replace(commonest="<b>")
+    box = opened.only_guesses()
+    assert (box is not None) == guessing
+    if box is not None:
+        assert "does not know these types" in box.bundle["text/html"]
+        assert "<b>" not in box.bundle["text/html"] and "&lt;b&gt;" in box.bundle["text/html"]
+
+
 @pytest.mark.parametrize("also", [False, True])
 def test_the_second_baseline_is_the_profiles_choice(
     made: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, also: bool
@@ -79,10 +98,26 @@ def test_a_library_that_stands_in_for_two_counts_once_and_says_so(
         (tmp_path / f"{name}.gmt").write_text("T cells\t\tCD3D\tCD8A\n")
     (tmp_path / "Three_2020.gmt").write_text("B cells\t\tMS4A1\tCD8A\n")
     opened = chapter(monkeypatch, tmp_path, libraries=["One_2020", "Three_2020", "Two_2020"])
-    assert len(opened.libraries_asked_for) == 3 and len(opened.libraries) == 2
     assert [one.content_sha256 for one in opened.libraries] == [
-        opened.libraries_asked_for[i].content_sha256 for i in (2, 1)]
-    assert opened.library_warnings() is None
+        opened.library(name).content_sha256 for name in ("Two_2020", "Three_2020")]
+    assert opened.library_warnings() is None and not opened.stand_in()
+
+
+def test_one_box_says_which_libraries_are_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SCFM_OFFLINE", "1")
+    monkeypatch.setenv("SCFM_GENE_SETS", str(tmp_path))
+    monkeypatch.setenv("SCFM_CACHE", str(tmp_path / "none"))
+    (tmp_path / "Here_2020.gmt").write_text("T cells\t\tCD3D\tCD8A\n")
+    opened = chapter(monkeypatch, tmp_path, libraries=["One_2020", "Here_2020", "Two_2020"])
+    box = opened.library_warnings()
+    assert box is not None and box.bundle["text/html"].count("<p ") == 1
+    text = box.bundle["text/plain"]
+    assert "One_2020 and Two_2020 are not available" in text and "Here_2020" not in text
+    assert "One_2020.gmt and Two_2020.gmt" in text and "SCFM_GENE_SETS" in text
+    assert opened.stand_in() and opened.stand_in("One_2020") and not opened.stand_in("Here_2020")
+    assert opened.library_warnings("Here_2020") is None and len(opened.libraries) == 2
 
 
 def test_programs_are_known_of_simulated_cells_alone(monkeypatch: pytest.MonkeyPatch,

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
 from scfm_circuits.common.labels import normal_label
-from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.mlp_sites import device_of
 
 if TYPE_CHECKING:
@@ -19,38 +18,6 @@ if TYPE_CHECKING:
 
 SHORTEST = 24
 """Tokens that an answer may have where every label has fewer."""
-
-
-class Answered(NamedTuple):
-    """What the model answers for held-out cells, and what would be right."""
-
-    accuracy: float
-    """Share of the answers that are the cell's label to the letter."""
-    majority: float
-    """Share of the cells for which always answering the training cells' commonest type is right."""
-    by_type: dict[str, np.ndarray]
-    """Columns of a table with a row for each true type, in alphabetical order: cell type, cells,
-    right (how many), commonest_answer (of equally common ones the first by alphabet)."""
-
-
-def held_out_answers(model: nn.Module, corpus: "Corpus", seed: int, most: int = 500) -> Answered:
-    """Ask the model for the types of the held-out cells, or of `most` of them drawn at random."""
-    held_out = np.flatnonzero(corpus.held_out)
-    cells = np.sort(generator(seed, "cells asked for their type").permutation(held_out)[:most])
-    answers, truth = np.array(predict_answers(model, corpus, cells)), corpus.labels[cells]
-    right, types = answers == truth, np.unique(truth)
-    return Answered(float(right.mean()),
-                    float(np.mean(truth == _commonest(corpus.labels[~corpus.held_out]))), {
-        "cell type": types,
-        "cells": np.array([np.sum(truth == one) for one in types]),
-        "right": np.array([np.sum(right[truth == one]) for one in types]),
-        "commonest_answer": np.array([_commonest(answers[truth == one]) for one in types])})
-
-
-def _commonest(texts: np.ndarray) -> str:
-    """The commonest text; of equally common ones the first by alphabet."""
-    values, counts = np.unique(texts, return_counts=True)
-    return str(values[counts.argmax()])
 
 
 def predict_answers(model: nn.Module, corpus: "Corpus", cells: Sequence[int] | np.ndarray,

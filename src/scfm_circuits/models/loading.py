@@ -11,7 +11,7 @@ from torch import nn
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
 from scfm_circuits.common.files import atomic_folder, first_line, write_json
-from scfm_circuits.common.kept import read_record, stamp_of
+from scfm_circuits.common.kept import Stamp, read_record, stamp_of
 from scfm_circuits.common.profile import model_source
 from scfm_circuits.models.architectures import check_supported
 from scfm_circuits.models.mlp_sites import best_device, moved_to, not_finite
@@ -126,7 +126,7 @@ def get_model(profile: "Profile", corpus: "Corpus", *, exact: bool = False
         moved_to(model, best_device())
         return model, TrainingCurve([], [])
     folder = profile.results / "language_model"
-    stamp = stamp_of(profile, _FIELDS, ("cells", "models"), corpus=corpus_digest(corpus))
+    stamp = model_stamp(profile, corpus)
     stored = read_record(folder / "training.json", stamp)
     if stored is None:
         _without_widgets()
@@ -140,6 +140,11 @@ def get_model(profile: "Profile", corpus: "Corpus", *, exact: bool = False
     model = load_model(folder, dtype=dtype)
     moved_to(model, best_device())
     return model, curve
+
+
+def model_stamp(profile: "Profile", corpus: "Corpus") -> Stamp:
+    """What a model that is trained on the corpus depends on, and what any model says of its cells."""
+    return stamp_of(profile, _FIELDS, ("cells", "models"), corpus=corpus_digest(corpus))
 
 
 def corpus_digest(corpus: "Corpus") -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from scfm_circuits.cells.simulated import Plan
     from scfm_circuits.enrichment.gene_sets import GeneSets
     from scfm_circuits.features.statistics import FeatureStatistics
+    from scfm_circuits.models.known_types import KnownTypes
     from scfm_circuits.models.small_models import TrainingCurve
     from scfm_circuits.paper.exhibits import PaperTables
     from scfm_circuits.transcoders.transcoder import Transcoders
@@ -91,6 +92,17 @@ class Chapter(Report):
         return self._model[1]
 
     @cached_property
+    def known_types(self) -> "KnownTypes":
+        """What the model knows of the cells' types: its answers for held-out cells."""
+        from scfm_circuits.models.known_types import get_known_types
+
+        return get_known_types(self.model, self.corpus, self.profile)
+
+    def only_guesses(self) -> Shown | None:
+        """A box that the model does not know the types that it is asked for; None if it does."""
+        return self.warning(self.known_types.warning())
+
+    @cached_property
     def _trained(self) -> tuple["Transcoders", History]:
         from scfm_circuits.transcoders.training.run import get_transcoders
 
@@ -114,20 +126,34 @@ class Chapter(Report):
         return get_statistics(self.model, self.transcoders, self.corpus, self.profile)
 
     @cached_property
-    def libraries_asked_for(self) -> list["GeneSets"]:
-        """One for each of the profile's `libraries`; the same one may stand in for several."""
+    def _libraries(self) -> dict[str, "GeneSets"]:
+        return {}
+
+    def library(self, name: str) -> "GeneSets":
+        """The gene-set library of that name, or the bundled one that stands in for it."""
         from scfm_circuits.enrichment.gene_sets import load_library
 
-        return [load_library(name, self.profile.gene_sets) for name in self.profile.libraries]
+        if name not in self._libraries:
+            self._libraries[name] = load_library(name, self.profile.gene_sets)
+        return self._libraries[name]
 
     @property
     def libraries(self) -> list["GeneSets"]:
-        """The profile's gene-set libraries, each once."""
-        return list({one.content_sha256: one for one in self.libraries_asked_for}.values())
+        """The profile's gene-set libraries, each once; one may stand in for several."""
+        asked = map(self.library, self.profile.libraries)
+        return list({one.content_sha256: one for one in asked}.values())
 
-    def library_warnings(self) -> Shown | None:
-        """A box for what is wrong with the libraries; None if nothing is."""
-        return self.warning(*(one.warning for one in self.libraries_asked_for))
+    def library_warnings(self, *names: str) -> Shown | None:
+        """A box for what is wrong with these libraries, or the profile's; None if nothing is."""
+        from scfm_circuits.enrichment.gene_sets import warnings_of
+
+        return self.warning(*warnings_of(map(self.library, names or self.profile.libraries)))
+
+    def stand_in(self, *names: str) -> bool:
+        """Whether one of these libraries, or the profile's, is the bundled one: then no result of
+        theirs is to stand beside the paper's."""
+        return any(self.library(name).source == "bundled"
+                   for name in names or self.profile.libraries)
 
     @cached_property
     def untrained(self) -> "FeatureStatistics":

@@ -223,6 +223,17 @@ def test_the_known_column_goes_first_and_clusters_last(tmp_path: Path) -> None:
         choose_labels(frame, "file")
 
 
+@pytest.mark.parametrize(("types", "n", "told"), [(20, 3, True), (2, 30, False), (3, 20, True)])
+def test_many_types_of_few_cells_are_told(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str], types: int, n: int, told: bool) -> None:
+    some_data(cell_type=[f"type {kind}" for kind in range(types)] * n).write_h5ad(
+        tmp_path / "cells.h5ad")
+    assert main(["profile", str(tmp_path / "cells.h5ad"), "--out", str(tmp_path / "mine.yml")]) == 0
+    sentence = f"{types} of {types} types have fewer than 30 cells"
+    for text in (capsys.readouterr().out, (tmp_path / "mine.yml").read_text()):
+        assert (sentence in text) == told
+
+
 def test_empty_categories_are_no_types(tmp_path: Path) -> None:
     data = some_data(cell_type=pd.Categorical(["a", "b", "b"] * 20, ["a", "b", "never"]),
                      annotation=pd.Categorical(["one"] * 60, ["one", "none"]))

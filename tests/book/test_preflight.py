@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import scanpy
 import torch
@@ -34,7 +35,7 @@ from scfm_circuits.book.preflight import (
     run_sizes,
     works,
 )
-from scfm_circuits.cells.corpus import load_corpus
+from scfm_circuits.cells.corpus import load_corpus, rare_types
 from scfm_circuits.cells.packaged import open_packaged
 from scfm_circuits.common.profile import Profile, load_profile
 from scfm_circuits.models.loading import get_model
@@ -103,6 +104,24 @@ def test_what_is_told_of_the_small_profiles_is_what_they_are(
     model = build_small_model(profile, len(corpus.tokenizer), found.padded)
     assert found.parameters == sum(one.numel() for one in model.parameters())
     assert found.vocabulary == len(corpus.tokenizer)
+
+
+def test_types_that_are_hardly_learnt_are_told(
+        empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is read, and from a stored corpus; not of a model that is loaded."""
+    profile = tiny_profile(monkeypatch, empty / "results", max_cells=60)
+    told = run_sizes(profile).rare_types
+    corpus = load_corpus(profile)
+    counts = np.unique(corpus.labels, return_counts=True)[1]
+    assert told == run_sizes(profile).rare_types and told is not None
+    assert told.startswith(f"{(counts < 30).sum()} of {len(counts)} types")
+    tiny_model(layers=2).save_pretrained(empty / "model")
+    loaded = profile.model_copy(update={"model": str(empty / "model")})
+    assert run_sizes(loaded).rare_types is None
+    assert main(["plan", "--profile", "smoke", "-p", "max_cells=60"]) == 0
+    assert "types have fewer than 30 cells" in capsys.readouterr().out
+    assert rare_types(np.repeat(["a", "b", "c"], [30, 29, 30])) is None
+    assert rare_types(np.repeat(["a", "b"], [30, 29])) is not None
 
 
 def test_a_model_in_a_folder_is_looked_at(empty: Path) -> None:

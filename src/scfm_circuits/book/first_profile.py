@@ -46,10 +46,11 @@ _COUNT_LAYERS = ("counts", "count", "rawcounts", "rawcount", "umi", "umis", "raw
 
 
 class Choice(NamedTuple):
-    """A field's value and the comment beside it."""
+    """A field's value, the comment beside it, and what whoever asked should be told at once."""
 
     value: Any
     why: str
+    warning: str | None = None
 
 
 class Peek(NamedTuple):
@@ -222,7 +223,7 @@ def choose_case(labels: np.ndarray, base: Profile) -> tuple[Choice, Choice | Non
     most. Unless `base` says how many, of many cells as many are drawn as leave about
     `EXPECTED_HELD_OUT` of the most frequent type held out.
     """
-    from scfm_circuits.cells.corpus import split_cells
+    from scfm_circuits.cells.corpus import rare_types, split_cells
     from scfm_circuits.cells.reading import draw_cells
 
     names, counts = np.unique(labels, return_counts=True)
@@ -248,7 +249,8 @@ def choose_case(labels: np.ndarray, base: Profile) -> tuple[Choice, Choice | Non
     if untold.any():
         why += (f"; {counts[untold].sum():,} cells have a label that names no type "
                 f"({_listed(names[untold])})")
-    return Choice(str(names[chosen]), why), most
+    rare = rare_types(used) if base.model == "train" else None
+    return Choice(str(names[chosen]), why, rare), most
 
 
 # --- the profile ---------------------------------------------------------------------------------
@@ -288,12 +290,13 @@ def profile_text(fields: dict[str, Choice], base: str = "demo") -> str:
         value = yaml.safe_dump(choice.value, allow_unicode=True, width=math.inf,
                                default_style='"' if isinstance(choice.value, str) else None)
         # YAML ends a bare number or null with a line of three points.
-        lines += [f"# {choice.why}", f"{field}: {value.removesuffix('...' + chr(10)).rstrip()}"]
+        lines += [f"# {text}" for text in (choice.why, choice.warning) if text]
+        lines += [f"{field}: {value.removesuffix('...' + chr(10)).rstrip()}"]
     return "\n".join(lines) + "\n"
 
 
 def write_profile(path: Path, out: Path, base: str = "demo", overwrite: bool = False) -> Profile:
-    """Look into `path`, write `out` and return it as it will be read.
+    """Look into `path`, write `out`, print what is odd and return it as it will be read.
 
     Raises InputError for a file that does not fit, a name that no profile can have, and if `out`
     is there already and `overwrite` is not given.
@@ -304,9 +307,12 @@ def write_profile(path: Path, out: Path, base: str = "demo", overwrite: bool = F
     except RuntimeError:
         raise InputError(f"H5AD is {str(path)!r}, but that home folder is not known; give the "
                          "whole path.") from None
-    text = profile_text(profile_fields(path, base), base)
+    chosen = profile_fields(path, base)
+    for choice in chosen.values():
+        if choice.warning:
+            print(f"  {choice.warning}")
     try:
-        write_atomic(out, text)
+        write_atomic(out, profile_text(chosen, base))
     except OSError as error:
         raise InputError(f"The profile {out} cannot be written ({error.strerror}); give another "
                          "path as OUT.") from None

@@ -23,7 +23,13 @@ from scfm_circuits.book.downloads import (
     missing_libraries,
     notes,
 )
-from scfm_circuits.cells.corpus import Corpus, check_case, split_cells, stored_corpus
+from scfm_circuits.cells.corpus import (
+    Corpus,
+    check_case,
+    rare_types,
+    split_cells,
+    stored_corpus,
+)
 from scfm_circuits.circuits.attribution import NO_CIRCUITS
 from scfm_circuits.circuits.case_study import read_sentence
 from scfm_circuits.common import manifest
@@ -76,7 +82,8 @@ class Sizes(NamedTuple):
     """What a run works on: cells, those in the file, its genes; tokens of all cells, of those that
     are trained on, of the longest; whether tokens were counted (else estimated); the model's
     layers, residual width, heads, rows of the embedding and weights; bytes of the transcoders of
-    all layers in float32, and of one set of feature statistics."""
+    all layers in float32, and of one set of feature statistics;
+    and what to say of rare types."""
 
     cells: int
     cells_in_file: int
@@ -92,6 +99,7 @@ class Sizes(NamedTuple):
     parameters: int
     one_set: int
     counts: int
+    rare_types: str | None = None
 
 
 class Stage(NamedTuple):
@@ -139,7 +147,7 @@ def run_cost(profile: Profile, wanted: Collection[str], chapters: int) -> Cost:
              f"{sizes.tokens / sizes.cells:.0f} tokens each, {sizes.tokens / 1e6:,.2f} M tokens; "
              f"{sizes.layers} layers of width {sizes.width:,}, "
              f"{profile.expansion * sizes.width:,} features each"]
-    lines += [f"  note      {note}" for note in notes(profile)]
+    lines += [f"  note      {note}" for note in (*notes(profile), sizes.rare_types) if note]
     lines += [f"  download  {'' if one.exact else 'at most '}{_size(one.bytes)}: {one.what}"
               for one in found]
     if libraries and downloads_are_off():
@@ -177,10 +185,10 @@ def run_sizes(profile: Profile) -> Sizes:
         lengths = corpus.lengths
         cells, in_file, genes = len(corpus), len(corpus), len(corpus.symbols)
         tokens, padded = int(lengths.sum()), int(lengths.max())
-        trained_on = int(lengths[~corpus.held_out].sum())
+        trained_on, rare = int(lengths[~corpus.held_out].sum()), rare_types(corpus.labels)
         check_shared_genes(profile, corpus.symbols.tolist())
     else:
-        in_file, genes, length = _cells(profile)
+        in_file, genes, length, rare = _cells(profile)
         cells = min(in_file, profile.max_cells or in_file)
         tokens, padded = round(cells * length), round(1.3 * length)
         trained_on = tokens - round(max(1, round(cells * profile.validation_share)) * length)
@@ -195,7 +203,8 @@ def run_sizes(profile: Profile) -> Sizes:
                  layers, width, int(config.num_attention_heads), int(config.vocab_size),
                  sum(one.numel() for one in weights),
                  4 * layers * (2 * features * width + features + 2 * width),
-                 fixed_bytes(layers * features, profile.contexts_per_feature) + 8 * occurring)
+                 fixed_bytes(layers * features, profile.contexts_per_feature) + 8 * occurring,
+                 rare if profile.model == "train" else None)
 
 
 def model_config(profile: Profile, corpus: Corpus | None, length: int, genes: int = 0
@@ -222,22 +231,23 @@ def model_config(profile: Profile, corpus: Corpus | None, length: int, genes: in
     return config
 
 
-def _cells(profile: Profile) -> tuple[int, int, float]:
-    """(cells, genes, tokens of a cell) of the profile's cells, the last estimated."""
+def _cells(profile: Profile) -> tuple[int, int, float, str | None]:
+    """(cells, genes, tokens of a cell, `rare_types`) of the profile's cells, the third estimated,
+    the last None also for cells that are not here."""
     length = (profile.genes_per_cell * PIECES.get(profile.tokenizer, PIECES["loaded"])
               + len(profile.prompt + profile.response) / 4 + 4)  # and the question, an answer
     listed, path = manifest.entry("cells", profile.cells), cells_path(profile, ROOT)
     # One of another size will be set aside and fetched again.
     if listed is not None and path is not None and not (
             path.is_file() and path.stat().st_size == listed["bytes"]):
-        return int(listed["cells"]), int(listed["genes"]), length
+        return int(listed["cells"]), int(listed["genes"]), length, None
     from scfm_circuits.cells.reading import describe_cells
 
     found = describe_cells(profile)
     held_out = split_cells(len(found.labels), profile.validation_share, profile.seed)
     check_case(found.labels, held_out, profile)
     check_shared_genes(profile, found.symbols)
-    return found.n_cells, len(found.symbols), length
+    return found.n_cells, len(found.symbols), length, rare_types(found.labels)
 
 
 def works(profile: Profile, sizes: Sizes) -> dict[str, tuple[float, str, int]]:

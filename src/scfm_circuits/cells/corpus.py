@@ -43,6 +43,8 @@ _FIELDS = (
 )
 _ROOMS = ("cells",)
 _STAMP, _TOKENIZER = "corpus.json", "tokenizer.json"
+RARE = 30
+"""Cells of a type below which a model that is trained on the spot hardly learns it."""
 _CELLS = 512
 """Cells whose sentences are put together at once."""
 
@@ -262,3 +264,17 @@ def check_case(labels: np.ndarray, held_out: np.ndarray, profile: Profile) -> No
         known = ", ".join(np.unique(labels[held_out]))
         raise InputError(f"No held-out cell has the type {profile.case_type!r} (`case_type` in the "
                          f"profile); held-out cells have the types {known}.")
+
+
+def rare_types(labels: np.ndarray) -> str | None:
+    """A sentence if half of the types or more have fewer than `RARE` cells; else None.
+
+    labels: (n_cells,) of the cells that are used.
+    """
+    counts = np.unique(labels, return_counts=True)[1]
+    rare = int((counts < RARE).sum())
+    if 2 * rare < len(counts):
+        return None
+    return (f"{rare} of {len(counts)} types have fewer than {RARE} cells, and a model that is "
+            "trained on the spot hardly learns such a type; use more cells, join types or leave "
+            "rare ones out, or name a trained `model`.")

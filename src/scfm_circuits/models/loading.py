@@ -143,7 +143,7 @@ def get_model(profile: "Profile", corpus: "Corpus", *, exact: bool = False
 
 
 def model_stamp(profile: "Profile", corpus: "Corpus") -> Stamp:
-    """What a model that is trained on the corpus depends on, and what any model says of its cells."""
+    """What a model that is trained on the corpus depends on, and what any says of its cells."""
     return stamp_of(profile, _FIELDS, ("cells", "models"), corpus=corpus_digest(corpus))
 
 

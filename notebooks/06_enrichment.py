@@ -42,7 +42,11 @@ from scfm_circuits.report.plots.enrichment import beyond_controls, share_with_co
 
 chapter = open_chapter("06_enrichment", profile, overrides)
 settings = chapter.profile
+stand_in = chapter.stand_in()
 chapter.not_comparable()
+
+# %% tags=["remove-input"]
+chapter.library_warnings()
 
 # %% [markdown]
 # ## Gene sets
@@ -55,9 +59,6 @@ symbols = studies.occurring_symbols(corpus)
 chapter.table("gene_set_libraries", studies.library_table(libraries, symbols),
               caption="Libraries used on this page; symbols are compared in upper case, terms of "
               "every size are tested")
-
-# %% tags=["remove-input"]
-chapter.library_warnings()
 
 # %% [markdown]
 # ## The lists and the test
@@ -84,13 +85,16 @@ chapter.value("enrichment.statement", RULES[settings.enrichment_rule].statement)
 # %% [markdown]
 # ## Table 4
 #
-# On the left this run, on the right the paper's layer at the same relative depth.
+# {glue:text}`table4.layout`
 
 # %% tags=["hide-input"]
-table4, paper = study.table, chapter.paper.table4
+table4, paper = study.table, None if stand_in else chapter.paper.table4
 chapter.table("table4", table4, rows=0)
+chapter.value("enrichment.stand_in", stand_in)
+chapter.value("table4.layout", "This run alone, with other gene sets than the paper's." if stand_in
+              else "On the left this run, on the right the paper's layer at the same relative depth.")
 chapter.show(studies.beside_paper(table4, paper), caption="Table 4 of this run under the rule "
-             f"{settings.enrichment_rule}, and the paper's")
+             f"{settings.enrichment_rule}" + ("" if stand_in else ", and the paper's"))
 
 # %% tags=["remove-input"]
 for row in table4.itertuples():
@@ -103,13 +107,14 @@ percentage = table4["percentage"]
 chapter.values({
     "share_of_layers_over_80": float((percentage > 80).mean()),
     "layer0_dip": float(percentage[0] - percentage[1:].mean()),
-    "paper_percentage": float(100 * paper["interpretable"].sum() / paper["total"].sum()),
 }, prefix="table4.")
+printed = None if paper is None else 100 * paper["interpretable"].sum() / paper["total"].sum()
+chapter.value("table4.paper_percentage", printed, "." if printed is None else
+              f"; over the paper's 24 layers it is {printed:.2f} %.")
 
 # %% [markdown]
 # Of {glue:text}`table4.total.live` live features {glue:text}`table4.total.percentage` % are called
-# interpretable under this run's rule; over the paper's 24 layers it is
-# {glue:text}`table4.paper_percentage` %.
+# interpretable under this run's rule{glue:text}`table4.paper_percentage`
 #
 # ## What would anything else have scored?
 #
@@ -129,7 +134,8 @@ chapter.values({
 #   are random ({cite:t}`heap2025random` found such features about as interpretable as real ones).
 
 # %% mystnb={"image": {"alt": "One panel per rule: percentage of lists called interpretable against layer, as a line for the features, bands for three kinds of null lists and points for two kinds of features that learnt nothing."}, "figure": {"caption": "Share of lists called interpretable, layer by layer. The thick line is the trained features; bands hold the middle 95 % of draws of null lists; points are features that learnt nothing, with 95 % intervals. What the features add is the distance from the line to the highest of the others. One panel per rule: enrichr is the one the paper most likely used, corpus takes the corpus as background and every term into the correction.", "name": "fig-controls"}} tags=["hide-input"]
-chapter.figure("table4_controls", share_with_controls(study.shares, paper["percentage"].to_numpy()))
+chapter.figure("table4_controls", share_with_controls(
+    study.shares, None if paper is None else paper["percentage"].to_numpy()))
 
 # %% tags=["hide-input"]
 chapter.values({"draws": settings.null_draws, "band_draws": study.band_draws, "enough": ENOUGH},
@@ -140,9 +146,6 @@ by_rule = together.percentages
 chapter.show(by_rule.add_prefix("% under ").reset_index(), digits=3, caption="All layers together: "
              "percentage of lists called interpretable. " + " ".join(
                  f"{rule}: {RULES[rule].statement}" for rule in by_rule))
-
-# %% tags=["remove-input"]
-chapter.library_warnings()
 
 # %% tags=["remove-input"]
 if not settings.reinitialised_control:
@@ -208,14 +211,16 @@ chapter.table("table4_choices", choices, digits=3, caption="Share called interpr
 # %% [markdown]
 # ## Which features beat all controls?
 #
-# Now feature by feature, under the rule `corpus`. A feature's smallest p-value is set beside those of
+# Now feature by feature, under the rule `corpus` and the gene rule `occurrence`, where a token counts
+# for the gene in which it stood. A feature's smallest p-value is set beside those of
 # up to {glue:text}`controls.draws` null lists of each kind made for it, and beside those of the
 # features of its layer that learnt nothing; the share that does as well is its empirical p-value
 # against that control. (Drawing stops once {glue:text}`controls.enough` null lists have done as well,
 # which gives a valid p-value {cite:p}`besag1991sequential`.) The largest of them counts, since a
 # feature has to beat every control, and these are corrected over all features
 # (Benjamini-Hochberg).
-#
+
+# %% [markdown] tags=["only-if:planted.tested"]
 # ### Would a good feature pass?
 #
 # Controls that nothing can beat would say nothing. So features are planted: each fires on every token
@@ -223,27 +228,28 @@ chapter.table("table4_choices", choices, digits=3, caption="Share called interpr
 # other genes as well. They go through the same lists, tests and controls (those of layer
 # {glue:text}`planted.layer`), under both gene rules.
 
-# %%
+# %% tags=["only-if:planted.tested"]
 planted = studies.planted_passing(statistics, baselines, corpus, settings, libraries,
                                   study.verdicts)
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input", "only-if:planted.tested"]
 chapter.table("planted_features", planted.table, digits=3, caption="Planted features against the "
               f"same controls, uncorrected (p < {settings.fdr:g} against every control)")
 
 # %% tags=["remove-input"]
-chapter.warning(planted.warning)
-
-# %% tags=["remove-input"]
-chapter.values({"layer": settings.human_layer, "genes": planted.median_genes}, prefix="planted.")
+chapter.values({"tested": planted.tested, "layer": settings.human_layer,
+                "genes": planted.median_genes}, prefix="planted.")
+told = {rule: f"{ahead} of {planted.planted[rule]}" for rule, ahead in planted.ahead.items()}
 for gene_rule in ("token", "occurrence"):
-    ahead = planted.ahead.get(gene_rule)
-    chapter.value(f"planted.{gene_rule}", ahead, "none, as nothing was planted," if ahead is None
-                  else f"{ahead} of {planted.planted[gene_rule]}")
+    chapter.value(f"planted.{gene_rule}", planted.ahead.get(gene_rule), told.get(gene_rule, "none"))
+chapter.value("planted.told", planted.tested, (
+    f": {told['token']} planted features are told from random tokens under it, "
+    f"{told['occurrence']} under the rule that takes the gene in which it fired."
+    if planted.tested else "."))
 chapter.value("planted.needed", planted.needed,
               "no number" if planted.needed is None else f"{planted.needed:,}")
 
-# %% [markdown]
+# %% [markdown] tags=["only-if:planted.tested"]
 # Pure planted features (a median of {glue:text}`planted.genes` genes each) that are ahead of all
 # controls: {glue:text}`planted.token` under the gene rule `token`, {glue:text}`planted.occurrence`
 # under `occurrence`, where a token counts for the gene in which it stood. The paper's words describe
@@ -302,7 +308,7 @@ chapter.table("feature_terms", found.terms, rows=0)
 chapter.browse("features", found.page(), caption="Live features and their best terms", digits=3,
                links={"feature": "features.html#L{layer}.F{feature}"})
 
-# %% [markdown]
+# %% [markdown] tags=["only-if:prerank.tested"]
 # ## What GSEA itself would say
 #
 # Gene set enrichment analysis proper takes no list but a ranking of all genes, and asks whether a
@@ -312,17 +318,17 @@ chapter.browse("features", found.page(), caption="Live features and their best t
 # large counts would decide every score. Beside each stands the same ranking with the genes' names
 # shuffled.
 
-# %%
+# %% tags=["only-if:prerank.tested"]
 ranked = prerank.prerank_study(statistics, corpus, settings, libraries)
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input", "only-if:prerank.tested"]
 chapter.table("prerank", ranked.terms, rows=0)
-chapter.values({"n": ranked.n, "called": ranked.called, "shuffled": ranked.shuffled},
+chapter.values({"tested": len(ranked.terms) > 0, "n": ranked.n, "called": ranked.called, "shuffled": ranked.shuffled},
                prefix="prerank.")
 chapter.show(ranked.best, caption=f"prerank for features of layer {settings.human_layer}, and for "
              "shuffled names")
 
-# %% [markdown]
+# %% [markdown] tags=["only-if:prerank.tested"]
 # By `prerank`, {glue:text}`prerank.called` of the {glue:text}`prerank.n` features have a term below the
 # FDR, and {glue:text}`prerank.shuffled` of the shuffled rankings do. It tests another claim than Table
 # 4 and cannot be put beside it: fewer terms (those with 15 to 500 genes in the corpus), another null
@@ -337,6 +343,5 @@ chapter.show(ranked.best, caption=f"prerank for features of layer {settings.huma
 #   them.
 # - A percentage says something about features only by as much as it is above its controls.
 # - A gene rule that gives a feature every gene whose name contains its tokens hides what the feature
-#   knows about genes: {glue:text}`planted.token` planted features are told from random tokens under it,
-#   {glue:text}`planted.occurrence` under the rule that takes the gene in which it fired.
+#   knows about genes{glue:text}`planted.told`
 # ```

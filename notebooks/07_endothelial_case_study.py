@@ -36,7 +36,6 @@ from scfm_circuits.circuits import attribution, circuit, exports, search
 from scfm_circuits.circuits.case_study import case_study, target_elsewhere
 from scfm_circuits.circuits.graph_scores import graph_study
 from scfm_circuits.circuits.view import circuit_view, feature_details
-from scfm_circuits.enrichment.gene_sets import load_library
 from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.paper import case as printed_case
 from scfm_circuits.report.chapter import open_chapter
@@ -45,6 +44,12 @@ from scfm_circuits.report.plots import circuits as plots
 chapter = open_chapter("07_endothelial_case_study", profile, overrides, exact=True)
 settings, corpus = chapter.profile, chapter.corpus
 chapter.not_comparable()
+
+# %% tags=["remove-input"]
+chapter.only_guesses()
+
+# %% tags=["remove-input"]
+chapter.library_warnings(settings.case_library, printed_case.LIBRARY)
 
 # %% [markdown]
 # ## The cell and the call
@@ -174,7 +179,7 @@ chapter.figure("figure5_circuit", plots.circuit_picture(found, case.texts, case.
 # own genes.
 
 # %% tags=["hide-input"]
-library = load_library(settings.case_library, settings.gene_sets)
+library = chapter.library(settings.case_library)
 details = feature_details(found, chapter.statistics, corpus, settings, library)
 chapter.circuit("case_study", circuit_view(found, case.texts, case.genes, details),
                 caption="The circuit to explore: layers upwards, tokens along; the larger a node, "
@@ -273,14 +278,12 @@ enriched, everything = (rule.terms(some, library, symbols) for some in (named, g
 # %% tags=["hide-input"]
 chapter.values({
     "best_term": enriched["Term"].iloc[0] if len(enriched) else None, "library": library.name,
+    "stand_in": chapter.stand_in(settings.case_library),
     "best_term_all": everything["Term"].iloc[0] if len(everything) else None,
     "statement": rule.statement}, prefix="case.")
 chapter.table("circuit_enrichment", enriched.assign(rule=rule.name, library=library.name), rows=12,
               caption=f"Terms of {library.name} enriched among the circuit's genes. "
               f"{rule.statement}")
-
-# %% tags=["remove-input"]
-chapter.warning(library.warning)
 
 # %% [markdown]
 # {glue:text}`case.statement` The best term is "{glue:text}`case.best_term`". The whole prompt's
@@ -296,14 +299,8 @@ chapter.warning(library.warning)
 # highest of all terms with FDR below 0.05.
 
 # %%
-heart = load_library("CellMarker_Augmented_2021", settings.gene_sets)
+heart = chapter.library(printed_case.LIBRARY)
 printed = printed_case.paper_case(heart, symbols, chapter.paper)
-
-# %% tags=["remove-input"]
-chapter.warning(heart.warning if printed.settings else
-                "CellMarker_Augmented_2021 is not at hand, so the paper's case is computed from overlap "
-                "counts alone, under the server's formula alone; how often other genes get the same "
-                "term cannot be computed.")
 
 # %% tags=["hide-input"]
 chapter.table("paper_case", printed.table, caption="Endothelial cell: heart, for the paper's genes, "
@@ -328,7 +325,8 @@ exchanged = "Each rule is shown with the Benjamini-Hochberg family exchanged, to
 left_out = (" The rule corpus is left out: not all of the nine genes occur in this run's cells."
             if printed.corpus_left_out else "")
 chapter.value("paper_case.corpus_rule_left_out", printed.corpus_left_out, exchanged + left_out
-              if printed.settings else "Without the library, one rule alone can be shown.")
+              if printed.settings else "Without the library, the server's rule alone can be shown, "
+              "from overlap counts.")
 
 # %% [markdown]
 # The finding is there in kind: by p-value ({glue:text}`paper_case.p`) the term
@@ -343,7 +341,8 @@ chapter.value("paper_case.corpus_rule_left_out", printed.corpus_left_out, exchan
 # {glue:text}`paper_case.terms_hit` terms that hold any of the nine genes,
 # {glue:text}`paper_case.terms_below` are, {glue:text}`paper_case.single_gene` of them by a single
 # gene. {glue:text}`paper_case.corpus_rule_left_out`
-#
+
+# %% [markdown] tags=["only-if:paper_case.nulls_said"]
 # ### Would other genes have done as well?
 #
 # Nothing in the table above says how easily the term is reached. So the same test is run on lists
@@ -352,7 +351,7 @@ chapter.value("paper_case.corpus_rule_left_out", printed.corpus_left_out, exchan
 # A random gene is one of the background's; where that is a number, those of its genes that the
 # library does not know match no term.
 
-# %%
+# %% tags=["only-if:paper_case.nulls_said"]
 draws = 2_000
 nulls = printed.nulls(draws, settings.seed)
 
@@ -381,16 +380,14 @@ Corrected for all terms of the library, the two rates are {anchor_random_all} an
 genes of the term are then needed, and {anchor_prompt} still reach the level in {anchor_prompt_all}
 of draws, {prompt} in {prompt_all}, because the prompt is the sentence of an endothelial cell. What
 the circuit adds has to be read against these last two rates."""
-missing = """
-These rates need the library CellMarker_Augmented_2021, in the version that holds the paper's term;
-it is not at hand, so they are not computed here."""
 words = printed_case.words_of(nulls) if len(nulls) else {}
 chapter.value("paper_case.nulls_said", bool(words),
-              " ".join((said.format(**words) if words else missing).split()))
+              " ".join(said.format(**words).split()) if words else "no rates")
+
+# %% [markdown] tags=["only-if:paper_case.nulls_said"]
+# {glue:text}`paper_case.nulls_said`
 
 # %% [markdown]
-# {glue:text}`paper_case.nulls_said`
-#
 # ### Are the paper's genes the circuit's genes here?
 #
 # Only a run on the paper's own prompt and model can say. On any other cell the question has no

@@ -11,6 +11,7 @@
 #   scfm:
 #     after: [01_cells_and_model, 02_training, 03_validation, 04_sparsity, 05_human_evaluation, 06_enrichment, 07_endothelial_case_study, 08_controls, 09_variants, 10_features]
 #     produces: [claims.csv]
+#     libraries: [libraries, case_library]
 #     exhibits: "every exhibit"
 #     modules: [paper/claims]
 # ---
@@ -41,6 +42,9 @@ for column in ("ours", "difference"):
     claims[column] = [short_number(text) for text in claims[column]]
 claims["claim"] += [f" ({note})" if note else "" for note in claims["note"]]
 chapter.not_comparable()
+
+# %% tags=["remove-input"]
+chapter.library_warnings(*chapter.profile.libraries, chapter.profile.case_library)
 
 # %% tags=["hide-input"]
 own = claims[claims["kind"] != "internal"]

@@ -309,7 +309,7 @@ def test_which_libraries_the_real_chapters_ask_for() -> None:
     assert asked["09_variants"] == asked["06_enrichment"] == sorted(run.profile.libraries)
     assert run.profile.case_library in asked["07_endothelial_case_study"]
     for notebook in run.notebooks:
-        loads = re.search(r"load_library\(|\.libraries\b", notebook.path.read_text())
+        loads = re.search(r"\.library\(|\.libraries\b", notebook.path.read_text())
         assert bool(asked[notebook.name]) == bool(loads), notebook.name
 
 
@@ -444,6 +444,46 @@ def test_pages_stand_only_if_the_run_ended_well(
     assert paged.command(*words)[0] == 0
     assert (output / "html" / "index.html").read_text() == "new"
     assert not (output / "html-old").exists()
+
+
+@pytest.mark.parametrize("holds", [True, False, None])
+def test_a_cell_is_shown_only_if_its_value_holds(project: Project, holds: bool | None) -> None:
+    tag = 'tags=["hide-input", "only-if:a.tested"]'
+    project.notebook("01_first", f"# %% [markdown] {tag}\n# The text\n\n# %% {tag}\nthe_code = 1\n"
+                                 "\n# %%\nafter = 2\n")
+    project.command("execute")
+    run = load_run("tiny")
+    values = run.profile.results / "values" / "01_first.json"
+    values.parent.mkdir(parents=True, exist_ok=True)
+    values.write_text(json.dumps({"a.tested": holds, "b": 1}))
+    (project.root / "staged").mkdir()
+    pages._stage_notebook(run, "01_first", project.root / "staged")
+    staged = (project.root / "staged" / "01_first.ipynb").read_text()
+    assert ("The text" in staged) == ("the_code" in staged) == bool(holds)
+    assert "after = 2" in staged and "The text" in run.output("01_first").read_text()
+    values.write_text("{}")
+    with pytest.raises(InputError, match=r"01_first is to be shown only if 'a\.tested' holds"):
+        pages._stage_notebook(run, "01_first", project.root / "staged")
+
+
+def test_the_last_line_says_which_gene_sets_are_missing(
+    paged: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "_run_jupyter_book", fake_builder)
+    words = ["all", "--output", str(paged.root / "out")]
+    assert "gene sets" not in paged.command(*words)[1]  # no chapter asks for any
+    paged.notebook("01_first", header="{libraries: [libraries, Mine_2020, bundled_markers]}")
+    for _ in range(2):  # also where everything is up to date
+        told = [line for line in paged.command(*words)[1].splitlines() if "gene sets" in line]
+        assert len(told) == 1 and "make data" in told[0] and "SCFM_GENE_SETS" in told[0]
+        for name in ("GO_Biological_Process_2025", "KEGG_2021_Human", "Mine_2020"):
+            assert name in told[0]
+        assert "bundled_markers" not in told[0]
+    folder = paged.root / "cache" / "gene-sets"
+    folder.mkdir(parents=True)
+    for name in ("GO_Biological_Process_2025", "KEGG_2021_Human", "Mine_2020"):
+        (folder / f"{name}.gmt").write_text("T\t\tVWF\n")
+    assert "gene sets" not in paged.command(*words)[1].splitlines()[-1]
 
 
 def test_two_runs_do_not_build_into_one_folder(

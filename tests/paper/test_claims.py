@@ -359,6 +359,28 @@ def test_gather_reads_values_and_tables(run: Path) -> None:
     assert gather(run / "nothing-here") == {}
 
 
+def test_other_gene_sets_than_the_papers_are_not_held_against_its_numbers(run: Path) -> None:
+    """Not a verdict, not even a number, wherever it was kept; live features need no gene sets."""
+    case = json.loads((run / "values" / "07_case.json").read_text())
+    (run / "values" / "07_case.json").write_text(json.dumps({
+        **case, "case.best_term": "Endothelial cell:Heart", "case.stand_in": True}))
+    for stand_in in (False, True):
+        (run / "values" / "06_enrichment.json").write_text(json.dumps({
+            "enrichment.stand_in": stand_in, "table4.layer0_dip": -9.0,
+            "table4.total.percentage": 82.0, "table4.share_of_layers_over_80": 0.9}))
+        rows = ledger("paper", run).set_index("id")
+        of_table4 = rows[(rows["exhibit"] == "Table 4") & (rows["kind"] != "internal")]
+        judged = of_table4[~of_table4["verdict"].isin(["not measured"])]
+        live = judged["claim"].str.contains("live")
+        assert (judged.loc[~live, "ours"] != "").all() and live.any()
+        assert (~live).any() != stand_in
+        assert (of_table4.loc[of_table4["verdict"] == "not measured", "ours"] == "").all()
+        assert rows.loc["case-best-term", ["ours", "verdict"]].tolist() == ["", "not measured"]
+    (run / "values" / "07_case.json").write_text(json.dumps({
+        "case.best_term": "Endothelial cell:Heart", "case.stand_in": False}))
+    assert ledger("paper", run).set_index("id").loc["case-best-term", "verdict"] == "match"
+
+
 def test_derived_values_are_computed_from_what_there_is(run: Path) -> None:
     derived = derived_values(gather(run))
     assert derived["derived.loss_order"] is True

@@ -10,7 +10,14 @@ from typing import Any
 
 from scfm_circuits import InputError
 from scfm_circuits.book import gate, provenance
-from scfm_circuits.book.chapters import Run, changed_inputs, plan, read_again, read_record
+from scfm_circuits.book.chapters import (
+    Run,
+    changed_inputs,
+    libraries_asked_for,
+    plan,
+    read_again,
+    read_record,
+)
 from scfm_circuits.book.execution import ExecutionFailed, execute
 from scfm_circuits.common.files import read_json, write_json
 
@@ -107,6 +114,20 @@ def show_cost(run: Run) -> None:
     print(json.dumps(cost._asdict()))
 
 
+def missing_gene_sets(run: Run) -> str | None:
+    """One line if gene sets that a chapter asks for are not here, and how to get them; or None."""
+    from scfm_circuits.enrichment.gene_sets import BUNDLED_LIBRARY, local_copy
+
+    asked = {name for notebook in run.notebooks
+             for name in libraries_asked_for(notebook, run.profile)} - {BUNDLED_LIBRARY}
+    names = sorted(name for name in asked if local_copy(name, run.profile.gene_sets) is None)
+    if not names:
+        return None
+    return (f"Missing: the gene sets {', '.join(names)}, for which a small bundled library stood "
+            "in. With a network, `make data` fetches them; else put <name>.gmt files into a folder "
+            "and name it in SCFM_GENE_SETS; then `make book` again.")
+
+
 def make(run: Run, step: str, output: Path, cell_seconds: int | None = None) -> None:
     """One step of the book, or `all`: `execute` the stale chapters, `check` them, `build` pages.
 
@@ -132,5 +153,8 @@ def make(run: Run, step: str, output: Path, cell_seconds: int | None = None) -> 
         print(f"{len(run.notebooks)} chapters of {run.profile.name} pass the gate.")
         return
     built = pages.build(run, output)
+    lacking = missing_gene_sets(run)
+    if lacking:
+        print(lacking)
     print(f"{'Built' if built or executed else 'Everything is up to date'}: "
           f"{os.path.relpath(output / 'html' / 'index.html')}")

@@ -18,10 +18,12 @@ from scfm_circuits.common.labels import names_no_type
 from scfm_circuits.common.profile import MADE_HERE, ROOT, Profile, cells_path, model_source
 from scfm_circuits.enrichment.background import prepare_background
 from scfm_circuits.enrichment.gene_sets import (
+    BUNDLED_LIBRARY,
     GeneSets,
     downloads_are_off,
     load_library,
     local_copy,
+    warnings_of,
 )
 from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.interpretability.explanations import read_gene_groups
@@ -65,7 +67,7 @@ def missing(profile: Profile, parameters: int) -> list[Download]:
 def missing_libraries(profile: Profile) -> list[str]:
     """Gene-set libraries that are not here; InputError if a folder named for them is not."""
     return [name for name in dict.fromkeys((*profile.libraries, profile.case_library))
-            if local_copy(name, profile.gene_sets) is None]
+            if name != BUNDLED_LIBRARY and local_copy(name, profile.gene_sets) is None]
 
 
 def _libraries_here(profile: Profile, names: Iterable[str]) -> dict[str, GeneSets]:
@@ -170,8 +172,8 @@ def fetch_model(profile: Profile) -> list[Path]:
 
 def fetch_gene_sets(profile: Profile) -> list[str]:
     """The profile's libraries as `gene_sets` finds or fetches them; returns its warnings."""
-    return [one.warning for name in profile.libraries
-            if (one := load_library(name, profile.gene_sets)).warning]
+    return warnings_of(load_library(name, profile.gene_sets)
+                       for name in dict.fromkeys((*profile.libraries, profile.case_library)))
 
 
 def fetch_data(profile: Profile) -> None:
@@ -184,6 +186,6 @@ def fetch_data(profile: Profile) -> None:
             with contextlib.suppress(ValueError):
                 one = one.relative_to(ROOT)
             print(f"{what}: {one}")
-    print(f"Gene sets: {', '.join(profile.libraries)}.")
+    print(f"Gene sets: {', '.join((*profile.libraries, profile.case_library))}.")
     for warning in warnings:
         print(warning)

@@ -40,6 +40,8 @@ DOWNLOADS = ("tables/*.csv", "tables/*.js", "figures/*.png", "figures/*.svg", "c
              "circuits/*.js", "feature_pages/*.js", "values/*.json", "claims.csv",
              "provenance.json")
 """Results that are copied beside the pages; transcoder weights stay where they are."""
+ONLY_IF = "only-if:"
+"""Begins a tag: the cell is shown only if a value of its chapter, named behind it, is true."""
 # In <a> an address is only followed on a click; in these it is fetched with the page.
 _FETCHED = re.compile(
     r"<(?:script|img|iframe|source|audio|video|embed|object|link)\b[^>]*?"
@@ -156,7 +158,7 @@ def stage(run: Run, source: Path) -> None:
     for page in source.glob("*.md"):
         page.write_text(_filled(run, page.read_text(encoding="utf-8")), encoding="utf-8")
     for notebook in run.notebooks:
-        _stage_notebook(run.output(notebook.name), source)
+        _stage_notebook(run, notebook.name, source)
     downloads = source / "_extra" / "downloads"
     for path in _downloads(run):
         target = downloads / path.relative_to(run.profile.results)
@@ -179,14 +181,28 @@ def _record(run: Run, name: str) -> dict[str, Any]:
     return record
 
 
-def _stage_notebook(executed: Path, source: Path) -> None:
-    """Copy a notebook without the cells that only carry papermill's parameters."""
+def _stage_notebook(run: Run, name: str, source: Path) -> None:
+    """Copy a notebook without the cells that only carry papermill's parameters, and without those
+    of what this run could not test: `only-if:KEY` among their tags names a value of the chapter.
+
+    Raises InputError for a tag whose value the chapter does not keep.
+    """
+    executed = run.output(name)
     node = read_json(executed)
+    values = read_json(run.profile.results / "values" / f"{name}.json")
+    cells = []
     for cell in node["cells"]:
         tags = cell["metadata"].setdefault("tags", [])
         if {"parameters", "injected-parameters"} & set(tags):
             tags.append("remove-cell")
-    write_atomic(source / executed.name, json.dumps(node, indent=1))
+        conditions = [tag.removeprefix(ONLY_IF) for tag in tags if tag.startswith(ONLY_IF)]
+        for key in conditions:
+            if key not in values:
+                raise InputError(f"A cell of {name} is to be shown only if {key!r} holds, and the "
+                                 "chapter keeps no such value; correct its tag.")
+        if all(values[key] for key in conditions):
+            cells.append(cell)
+    write_atomic(source / executed.name, json.dumps({**node, "cells": cells}, indent=1))
 
 
 # --- generated parts of the prose ----------------------------------------------------------------

@@ -66,6 +66,9 @@ class GeneSets:
     """SHA-256 of the file's bytes; of the content for a library built in memory."""
     warning: str | None = field(default=None)
     """What a reader should know about this copy, e.g. that it is another version; None if fine."""
+    missing: tuple[str, str] | None = field(default=None)
+    """Of the bundled library where it stands in for another: that one's name, and why it is not
+    there."""
 
     def __len__(self) -> int:
         return len(self.terms)
@@ -240,13 +243,26 @@ def _bundled_path() -> Path:
 
 
 def _bundled(wanted: str, reason: str) -> GeneSets:
-    library = read_gmt(_bundled_path())
-    warning = (
-        f"{wanted} is not available ({reason}). The {len(library)} marker sets bundled with this "
-        "project stand in for it, so these results are not comparable with the paper's. Put "
-        f"{wanted}.gmt into a folder and name that folder in SCFM_GENE_SETS to use the real one."
-    )
-    return replace(library, source="bundled", warning=warning)
+    library = replace(read_gmt(_bundled_path()), source="bundled", missing=(wanted, reason))
+    return replace(library, warning=warnings_of([library])[0])
+
+
+def warnings_of(libraries: Iterable[GeneSets]) -> list[str]:
+    """What a reader should know about the libraries: one sentence for all that are not there."""
+    libraries = list(libraries)
+    missing = dict(one.missing for one in libraries if one.missing is not None)
+    said = [one.warning for one in libraries if one.missing is None and one.warning]
+    if not missing:
+        return list(dict.fromkeys(said))
+    size = next(len(one) for one in libraries if one.missing is not None)
+    names, files = (" and ".join(f"{name}{end}" for name in missing) for end in ("", ".gmt"))
+    them, are = ("it", "is") if len(missing) == 1 else ("them", "are")
+    return list(dict.fromkeys([
+        f"{names} {are} not available ({next(iter(missing.values()))}). The {size} marker sets "
+        f"bundled with this project stand in for {them}: their results are not comparable with the "
+        f"paper's and do not stand beside them, and what these sets cannot test is left out. Put "
+        f"{files} into a folder and name that folder in SCFM_GENE_SETS, or run `make data` with a "
+        f"network.", *said]))
 
 
 def _with_manifest_warning(library: GeneSets) -> GeneSets:

@@ -31,6 +31,14 @@ _READ = {_SAMPLE, *(table for table, *_ in _TABLE_KEYS)}
 _ROWS = re.compile(r"original|transcoder|no_mlp|\d+")
 
 
+_STAND_IN = {
+    "enrichment.stand_in": re.compile(r"table4\.(?!.*\.live$).*"),
+    "case.stand_in": re.compile(r"case\.best_term.*"),
+}
+"""Values that say that the bundled gene sets stood in for the paper's, and what was found with
+them."""
+
+
 def _table_values(path: Path) -> dict[str, Value]:
     """Numbers of one of our tables whose columns are those of `data/paper`; others are not read."""
     if path.stem not in _READ:
@@ -81,6 +89,8 @@ def gather(results: str | Path) -> dict[str, Value]:
     """Our values of one run: `values/*.json`, then the tables, as one flat dict of dotted keys.
 
     `results` is `results/<profile>`. A value that is null in one file yields to another file's.
+    What was found with other gene sets than the paper's, because these were not there, is null: it
+    is no value to hold against the paper's.
     Raises InputError if a file is malformed or if two files of the run disagree on a key.
     """
     folder = Path(results)
@@ -98,7 +108,11 @@ def gather(results: str | Path) -> dict[str, Value]:
                     raise InputError(f'{other} and {path} disagree on "{key}" ({known} and '
                                      f"{value}); one is left from an older run: make notebooks.")
                 found[key] = (value if known is None else known, path if known is None else other)
-    return {key: value for key, (value, _) in found.items()}
+    values = {key: value for key, (value, _) in found.items()}
+    for said, those in _STAND_IN.items():
+        if values.get(said) is True:
+            values |= {key: None for key in values if those.fullmatch(key)}
+    return values
 
 
 def derived_values(values: Mapping[str, Value]) -> dict[str, Value]:

@@ -22,11 +22,7 @@ from scfm_circuits.enrichment.controls.layer_counts import (
     layer_controls,
     testers,
 )
-from scfm_circuits.enrichment.controls.planted_features import (
-    MAX_GENES,
-    MIN_GENES,
-    planted_statistics,
-)
+from scfm_circuits.enrichment.controls.planted_features import planted_statistics
 from scfm_circuits.enrichment.controls.tables import (
     FEATURES,
     detectable,
@@ -126,18 +122,22 @@ def by_occurrence(profile: "Profile") -> "Profile":
     return profile.model_copy(update={"gene_rule": "occurrence"})
 
 
-def beside_paper(table: pd.DataFrame, printed: pd.DataFrame) -> pd.DataFrame:
+def beside_paper(table: pd.DataFrame, printed: pd.DataFrame | None) -> pd.DataFrame:
     """`tables.table4` for reading, with the paper's layer at the same relative depth.
 
-    printed: the paper's Table 4, a row per layer: layer, total, interpretable, percentage.
+    printed: the paper's Table 4, a row per layer: layer, total, interpretable, percentage; None
+    where this run's is not comparable with it, and stands alone.
     """
+    own = pd.DataFrame({
+        "layer": table["layer"], "live": table["live"], "interpretable": table["interpretable"],
+        "%": table["percentage"].round(2)})
+    if printed is None:
+        return own
     depth = np.rint(np.linspace(0, len(printed) - 1, len(table))).astype(int)
     beside = printed.iloc[depth].reset_index(drop=True)
-    return pd.DataFrame({
-        "layer": table["layer"], "live": table["live"], "interpretable": table["interpretable"],
-        "%": table["percentage"].round(2), "paper: layer": beside["layer"],
-        "paper: live": beside["total"], "paper: interpretable": beside["interpretable"],
-        "paper: %": beside["percentage"]})
+    return own.assign(**{
+        "paper: layer": beside["layer"], "paper: live": beside["total"],
+        "paper: interpretable": beside["interpretable"], "paper: %": beside["percentage"]})
 
 
 class Together(NamedTuple):
@@ -261,11 +261,9 @@ class PlantedPassing(NamedTuple):
     controls after correction (`tables.detectable`); None if none would do."""
 
     @property
-    def warning(self) -> str | None:
-        """Why nothing was planted; None if something was."""
-        return None if len(self.table) else (
-            f"Nothing was planted: no term of the libraries has {MIN_GENES} to {MAX_GENES} genes "
-            "of this corpus and makes a live feature.")
+    def tested(self) -> bool:
+        """Whether anything was planted: a term of the right size that makes a live feature."""
+        return len(self.table) > 0
 
 
 def planted_passing(statistics: FeatureStatistics, baselines: Baselines, corpus: Corpus,

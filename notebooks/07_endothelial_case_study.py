@@ -325,7 +325,7 @@ exchanged = "Each rule is shown with the Benjamini-Hochberg family exchanged, to
 left_out = (" The rule corpus is left out: not all of the nine genes occur in this run's cells."
             if printed.corpus_left_out else "")
 chapter.value("paper_case.corpus_rule_left_out", printed.corpus_left_out, exchanged + left_out
-              if printed.settings else "Without the library, the server's rule alone can be shown, "
+              if printed.settings else "Here the server's rule alone can be shown, "
               "from overlap counts.")
 
 # %% [markdown]

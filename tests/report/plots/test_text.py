@@ -98,6 +98,19 @@ def circuit_flow() -> tuple[Figure, list[str]]:
     return circuits.circuit_flow(frame.assign(share=0.5, passing=0.5, cell=ODD[0])), []
 
 
+def confusion_matrix() -> tuple[Figure, list[str]]:
+    short = [one for one in ODD if one and len(one) < 20]
+    figure = cells_and_training.confusion_matrix(pd.DataFrame(
+        np.eye(len(short), dtype=int), short, short))
+    return figure, [f"{one} (1)  {number}" for number, one in enumerate(short, 1)]
+
+
+def answers_by_layer() -> tuple[Figure, list[str]]:
+    frame = pd.DataFrame({"layer": [-1, -1, -2, 0], "percentage": 5.0, "lower_95": 4.0,
+                          "configuration": ["original", "mean", "no_mlp", "transcoder"]})
+    return cells_and_training.answers_by_layer(frame.assign(upper_95=6.0)), []
+
+
 def training_curve() -> tuple[Figure, list[str]]:
     return cells_and_training.training_curve([1, 2], [2.0, 1.0]), []
 
@@ -160,7 +173,7 @@ FIGURES: dict[str, Callable[[], tuple[Figure, list[str]]]] = {one.__name__: one 
     cells_per_type, circuit_picture, circuit_overlap, planted_recovery, contribution_kinds,
     faithfulness, circuit_flow, training_curve, transcoder_curves, loss_comparison, layer_alone,
     share_with_controls, beyond_controls, explained_per_layer, prediction_by_kind, l0_per_layer,
-    frequency_distribution)} | {"variants": all_variants}
+    frequency_distribution, confusion_matrix, answers_by_layer)} | {"variants": all_variants}
 
 
 def test_every_figure_is_drawn_here() -> None:

@@ -50,27 +50,21 @@ def confusion_matrix(counts: pd.DataFrame) -> Figure:
     together. Columns bear the numbers of the rows: names would be too small to read on a phone.
     """
     order = counts.sum(axis=1).sort_values(ascending=False, kind="stable").index[:MOST_TYPES]
-    shown = counts.loc[order, order].copy()
-    sizes = counts.loc[order].sum(axis=1)
-    other = sizes - shown.sum(axis=1)
+    shown, sizes = counts.loc[order, order].to_numpy(), counts.loc[order].sum(axis=1).to_numpy()
+    columns, other = [str(number) for number in range(1, len(order) + 1)], sizes - shown.sum(axis=1)
     if other.any():
-        shown["other"] = other
-    figure, (axis,) = panels(1, width=5.4, height=1.1 + 0.27 * len(shown))
-    share = shown.div(sizes, axis=0).to_numpy()
+        shown, columns = np.column_stack([shown, other]), [*columns, "other"]
+    figure, (axis,) = panels(1, width=5.4, height=1.1 + 0.27 * len(order))
+    share = shown / sizes[:, None]
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1.25, aspect="auto")
-    for (row, column), n in np.ndenumerate(shown.to_numpy()):
+    for (row, column), n in np.ndenumerate(shown):
         if n:
             axis.text(column, row, f"{n}", ha="center", va="center", fontsize=8,
                       color="white" if share[row, column] > 0.6 else "black")
-    names = [name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 1]}\u2026"
-             for name in map(str, order)]
-    # A dollar sign in a label is not the start of a formula.
-    axis.set_yticks(range(len(order)), [f"{name} ({size})  {number}" for number, (name, size) in
-                                        enumerate(zip(names, sizes, strict=True), 1)],
-                    fontsize=9, parse_math=False)
-    axis.set_xticks(range(len(shown.columns)),
-                    [*map(str, range(1, len(order) + 1)), *["other"] * bool(other.any())],
-                    fontsize=9)
+    axis.set_yticks(range(len(order)), [
+        f"{literal(name, MOST_LETTERS)} ({size})  {number}" for number, (name, size) in
+        enumerate(zip(order, sizes, strict=True), 1)], fontsize=9)
+    axis.set_xticks(range(len(columns)), columns, fontsize=9)
     axis.set_xlabel("answer", fontsize=10)
     axis.grid(visible=False)
     return figure
@@ -161,8 +155,9 @@ def answers_by_layer(answers: pd.DataFrame) -> Figure:
         rows = answers[answers["configuration"] == name]
         # Several layers together stand behind the last one, a gap apart.
         x = rows["layer"].replace(together) + 0.14 * (place - 1)
-        middle = rows["percentage"]
-        axis.errorbar(x, middle, yerr=[middle - rows["lower_95"], rows["upper_95"] - middle],
+        middle, low, high = (rows[name].to_numpy() for name in ("percentage", "lower_95",
+                                                                "upper_95"))
+        axis.errorbar(x, middle, yerr=[middle - low, high - middle],
                       fmt="o", color=colour, capsize=2, label=label)
     axis.set_xticks([*ticks(n_layers), *together.values()],
                     [*map(str, ticks(n_layers)), *(names[one] for one in together)])

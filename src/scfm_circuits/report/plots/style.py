@@ -30,11 +30,11 @@ def ticks(n: int) -> list[int]:
     return list(range(0, n, 1 if n <= 12 else 2))
 
 
-def literal(text: str) -> str:
+def literal(text: str, longest: int = LONGEST) -> str:
     """Text from outside (labels, genes, tokens) for a figure, which draws it as it is.
 
-    A dollar is no mathematics then. What is longer than `LONGEST` characters is cut.
+    A dollar is no mathematics then. What has more than `longest` characters is cut.
     """
     text = str(text)
-    shown = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    shown = text if len(text) <= longest else text[: longest - 1] + "…"
     return shown.replace("$", r"\$")

@@ -185,6 +185,7 @@ def test_every_figure_is_drawn_here() -> None:
     assert there == set(FIGURES)
 
 
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # too long for the panel
 @pytest.mark.parametrize("name", FIGURES)
 def test_text_is_drawn_as_it_is(name: str) -> None:
     figure, texts = FIGURES[name]()

@@ -1,6 +1,7 @@
 """Cells: what is read, and how every unusable file ends in one sentence."""
 
 import re
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -342,3 +343,16 @@ def test_an_empty_category_is_no_label(tmp_path: Path) -> None:
     data.obs["type"] = pd.Categorical(list("aabbcc"), categories=list("abcd"))
     assert set(read(written(tmp_path, data), max_cells=3, sampling="stratified").labels) == set(
         "abc")
+
+
+def test_cells_that_share_an_identifier_are_numbered(tmp_path: Path) -> None:
+    data = some_data()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # anndata says that they are not unique
+        data.obs_names = ["a", "b", "a", "a", "", "a-1"]
+        cells = read(written(tmp_path, data))
+    assert len(set(cells.cell_ids)) == 6 and cells.cell_ids.tolist()[:2] == ["a", "b"]
+    assert any("3 cells have an identifier that another has too" in one for one in cells.decisions)
+    other = read(written(tmp_path, some_data()))
+    assert other.cell_ids.tolist() == [f"c{i}" for i in range(6)]
+    assert not any("identifier" in one for one in other.decisions)

@@ -160,7 +160,8 @@ def _drawn(labels: np.ndarray, profile: Profile) -> np.ndarray:
 def _read_opened(data: Opened, profile: Profile, take: Take) -> About:
     where = profile.cells
     matrix, symbols, join, labels, decisions = _parts(data, profile)
-    cell_ids = data.obs.index.to_numpy().astype(str)
+    cell_ids, repeated = _cell_ids(data.obs.index)
+    decisions = [*decisions, *repeated]
     chosen = _drawn(labels, profile)
     if len(chosen) < len(labels):
         how = "at random" if profile.sampling == "uniform" else "equally from each cell type"
@@ -173,6 +174,22 @@ def _read_opened(data: Opened, profile: Profile, take: Take) -> About:
                      + "Genes are ranked within each cell, which no library-size scaling or log "
                      "changes; the values are used as they are.")
     return About(tuple(symbols), labels[chosen], cell_ids[chosen], tuple(decisions))
+
+
+def _cell_ids(index: "pd.Index") -> tuple[np.ndarray, list[str]]:
+    """(n_cells,) identifiers; repeated ones are numbered, and a sentence says so.
+
+    Tables are grouped by them, so two cells of one name would be taken for one.
+    """
+    names = index.astype(str)
+    repeated = int(names.duplicated(keep=False).sum())
+    if not repeated:
+        return names.to_numpy().astype(str), []
+    from anndata.utils import make_index_unique
+
+    return make_index_unique(names).to_numpy().astype(str), [
+        f"{repeated:,} cells have an identifier that another has too; these were numbered (A, A-1, "
+        "...)."]
 
 
 def draw_cells(labels: np.ndarray, n: int, sampling: str, seed: int) -> np.ndarray:

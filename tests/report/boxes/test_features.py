@@ -1,6 +1,7 @@
 """The index of features: what its data say, and what a reader can do with it in a browser."""
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch
 from browser import ANSWER, answer_in, opened
 from helpers import model_for, tiny_corpus, tiny_transcoders
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.metrics.pairwise import cosine_similarity
 
 from scfm_circuits import InputError
@@ -132,6 +135,26 @@ def test_where_circuits_name_a_feature() -> None:
 def test_a_circuit_of_other_transcoders(counted: tuple[Any, ...]) -> None:
     with pytest.raises(InputError, match="names feature 999 of layer 0"):
         page_features(counted[2], -9, [(0, 999)])
+
+
+@given(st.lists(st.sampled_from(["NA", "nan", "null", "None", "<NA>", "-1.#IND", "x,\"y\"", "1e5",
+                                 "007"]), min_size=3, max_size=3))
+def test_names_that_look_missing_are_read_as_they_are(names: list[str]) -> None:
+    first, second, third = names
+    with tempfile.TemporaryDirectory() as folder:
+        tables = Path(folder) / "tables"
+        tables.mkdir()
+        keys = {"layer": [0, 0], "feature": [1, 2]}
+        for name, columns in (
+                ("features", {"best_term": [first, None], "q_enrichr": [0.5, np.nan]}),
+                ("feature_terms", {"Term": [second, "3"], "Genes": ["NA", "A;B"]}),
+                ("feature_scores", {"token_items": [third, "12"], "token_f1": [0.1, np.nan]})):
+            pd.DataFrame({**keys, **columns}).to_csv(tables / f"{name}.csv", index=False)
+        found = read_tables(Path(folder))
+    assert str(found.features["best_term"][0]) == first and pd.isna(found.features["best_term"][1])
+    assert found.features["q_enrichr"].isna().tolist() == [False, True]
+    assert found.terms["Term"].tolist() == [second, "3"] and found.terms["Genes"][0] == "NA"
+    assert found.scores["token_items"].tolist() == [third, "12"]
 
 
 def test_tables_that_are_missing_or_broken(tmp_path: Path) -> None:

@@ -34,6 +34,10 @@ TOKENS, GENES, GENES_PER_TOKEN, NEAREST, LOGITS, WINDOW = 8, 20, 5, 5, 8, 8
 _PAGES = {"case": "07_endothelial_case_study.html", "cells": "08_controls.html"}
 Key = tuple[int, int]
 
+_TEXTS = ("best_term", "library", "tokens", "genes", "Term", "Overlap", "Genes", "gene_items",
+          "family_items", "token_items", "verdict")
+"""Columns of text in tables that hold numbers too."""
+
 
 class RunTables(NamedTuple):
     """What chapters 05 to 08 left, empty where a run has none.
@@ -53,19 +57,20 @@ class RunTables(NamedTuple):
 
 def read_tables(results: Path) -> RunTables:
     """The tables of `results`; a missing one is empty, a broken one raises InputError."""
-    features, terms, scores = (_table(results, name) for name in
+    features, terms, scores = (_table(results, name, dict.fromkeys(_TEXTS, str)) for name in
                                ("features", "feature_terms", "feature_scores"))
     return RunTables(features, terms, scores, circuit_membership(
-        _table(results, "circuit_nodes", dtype=str), _table(results, "circuit_supernodes",
-                                                            dtype=str)))
+        _table(results, "circuit_nodes", str), _table(results, "circuit_supernodes", str)))
 
 
-def _table(results: Path, name: str, dtype: type | None = None) -> pd.DataFrame:
+def _table(results: Path, name: str, dtype: type | dict[str, type]) -> pd.DataFrame:
     path = results / "tables" / f"{name}.csv"
     if not path.is_file():
         return pd.DataFrame({"layer": [], "feature": []})
     try:
-        return pd.read_csv(path, dtype=dtype, keep_default_na=dtype is None)
+        # A token or term may be called NA; what is missing is empty, but in tables of text alone.
+        return pd.read_csv(path, dtype=dtype, keep_default_na=False,
+                           na_values=[] if dtype is str else [""])
     except (ValueError, UnicodeDecodeError) as error:
         raise InputError(f"The table {path} cannot be read ({error}); remove it and run the "
                          "chapter that writes it again.") from None

@@ -22,16 +22,21 @@ from scfm_circuits.book import cli as book
 from scfm_circuits.book import downloads, execution, preflight
 from scfm_circuits.book.chapters import NOTEBOOKS, load_run, read_notebooks
 from scfm_circuits.book.preflight import (
-    CONTROLS,
-    COUNTED,
     FIELDS,
-    KINDS,
-    TRAINED,
-    Sizes,
     memory_problems,
     memory_stages,
     run_cost,
     run_seconds,
+)
+from scfm_circuits.book.sizes import (
+    CONTROLS,
+    COUNTED,
+    KINDS,
+    SCORED,
+    TRAINED,
+    VALIDATED,
+    Sizes,
+    model_config,
     run_sizes,
     works,
 )
@@ -128,11 +133,11 @@ def test_a_model_in_a_folder_is_looked_at(empty: Path) -> None:
     tiny_model(layers=5, width=24).save_pretrained(empty / "model")
     profile = load_profile("smoke", {"model": str(empty / "model"), "model_layers": None,
                                      "tokenizer": str(empty / "model")})
-    assert preflight.model_config(profile, None, 10).hidden_size == 24
+    assert model_config(profile, None, 10).hidden_size == 24
     for changes, told in (({"model_layers": 2}, r"asks for 2 layers.*has 5; set `model_layers: 5`"),
                           ({"human_layer": 5}, "has layers 0 to 4; lower it")):
         with pytest.raises(InputError, match=told):
-            preflight.model_config(profile.model_copy(update=changes), None, 10)
+            model_config(profile.model_copy(update=changes), None, 10)
 
 
 def test_layers_are_checked_before_weights_are_read(empty: Path,
@@ -326,18 +331,54 @@ def test_limits_of_containers_and_jobs(tmp_path: Path, lines: str, files: dict[s
 
 def test_time_follows_what_is_done(empty: Path) -> None:
     profile = load_profile("smoke", {"reinitialised_control": False, "buffer_tokens": 1000})
-    assert run_seconds(profile, TINY, set(), 3, 1e6) == 3 * preflight.STARTED
+    reached = {"train": 0.5, "count": 0.1, "validate": 0.2}
+
+    def seconds(*wanted: str, chapters: int = 0, of: Profile = profile) -> float:
+        return run_seconds(of, TINY, set(wanted), chapters, 1e6, reached)
+
+    assert seconds(chapters=3) == 3 * preflight.STARTED
     # By hand: ten operations a weight of a transcoder, and two a weight of the model; the buffer
     # holds all tokens, so these pass the model once.
     width = profile.expansion * 16
     by_hand = 3 * 10 * profile.training_tokens * 16 * width + 2 * 86 * 12_000
-    assert run_seconds(profile, TINY, {TRAINED}, 0, 1e6) == pytest.approx(by_hand / 1e6)
+    assert seconds(TRAINED) == pytest.approx(by_hand / 0.5e6)
     counted = 114 * (2 * 12_000 + 2 * 3 * 16 * width)
-    assert run_seconds(profile, TINY, {COUNTED}, 0, 1e6) == pytest.approx(counted / 1e6)
+    assert seconds(COUNTED) == pytest.approx(counted / 0.1e6)
+    # The original, all layers replaced and all removed; each of the three layers replaced, and
+    # removed, from where it stands on: half of six passes; three transcoders twice.
+    validated = (114 - 86) * (6 * 2 * 12_000 + 2 * 3 * 4 * 16 * width)
+    assert seconds(VALIDATED) == pytest.approx(validated / 0.2e6)
     control = profile.model_copy(update={"reinitialised_control": True})
-    more = (run_seconds(control, TINY, {CONTROLS}, 0, 1e6)
-            - run_seconds(profile, TINY, {CONTROLS}, 0, 1e6))
-    assert more == pytest.approx((by_hand + counted) / 1e6)
+    more = seconds(CONTROLS, of=control) - seconds(CONTROLS)
+    assert more == pytest.approx(by_hand / 0.5e6 + counted / 0.1e6)
+
+
+def test_kinds_are_counted_in_the_cells_that_the_profile_says(empty: Path) -> None:
+    whole = load_profile("smoke", {"max_cells": None})
+
+    def counted(cells: int | None) -> float:
+        of = whole.model_copy(update={"variant_cells": cells})
+        return works(of, TINY)[KINDS].operations["count"]
+
+    assert counted(None) == counted(12) == counted(99) == 8 * works(whole, TINY)[
+        COUNTED].operations["count"]
+    assert counted(3) == pytest.approx(counted(None) / 4)
+
+
+def test_the_papers_time_on_one_h200(empty: Path) -> None:
+    """Measured there: products 781 TFLOP/s; 7 minutes of training; 22 to go through all cells, 21
+    for Tables 1 and 2."""
+    profile = load_profile("paper")
+    sizes, reached = run_sizes(profile), preflight.REACHED["cuda"]
+
+    def minutes(*wanted: str) -> float:
+        return run_seconds(profile, sizes, set(wanted), 0, 781e12, reached) / 60
+
+    for file, expected in ((TRAINED, 7), (COUNTED, 22), (SCORED, 22), (VALIDATED, 21)):
+        assert minutes(file) == pytest.approx(expected, rel=0.15), file
+    # A twelfth of the training and a tenth of the cells, eight times.
+    assert minutes(KINDS) == pytest.approx(8 * (7 / 12 + 2.2), rel=0.2)
+    assert 120 < minutes(*EVERYTHING) < 180
 
 
 def test_the_speed_of_products_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

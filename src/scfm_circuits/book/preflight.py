@@ -1,9 +1,7 @@
 """What a run will cost, said before anything is fetched: downloads, disk, memory and time.
 
-Sizes are those of the stored corpus, the cells' file and the model's configuration, as far as they
-are here, else of data/manifest.yml. Work is known by a file that its chapter leaves, so what is
-fresh costs nothing. What does not fit is refused with the profile field to lower. All numbers are
-estimates; the time may be off by a factor of two.
+What does not fit is refused with the profile field to lower. All numbers are estimates; the time,
+of a machine that does nothing else, may be off by a factor of one and a half.
 """
 
 import os
@@ -11,42 +9,39 @@ import shutil
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from scfm_circuits import InputError
 from scfm_circuits.book.downloads import (
     Download,
-    check_shared_genes,
     missing,
     missing_libraries,
     notes,
 )
-from scfm_circuits.cells.corpus import (
-    Corpus,
-    check_case,
-    rare_types,
-    split_cells,
-    stored_corpus,
+from scfm_circuits.book.sizes import (
+    CELLS,
+    CONTROLS,
+    COUNTED,
+    KINDS,
+    SCORED,
+    TRAINED,
+    VALIDATED,
+    Sizes,
+    run_sizes,
+    works,
 )
 from scfm_circuits.circuits.attribution import NO_CIRCUITS
 from scfm_circuits.circuits.case_study import read_sentence
-from scfm_circuits.common import manifest
 from scfm_circuits.common.files import time_in_words
-from scfm_circuits.common.profile import ROOT, Profile, cells_path
+from scfm_circuits.common.profile import Profile
 from scfm_circuits.enrichment.gene_sets import downloads_are_off
-from scfm_circuits.features.counting import CHUNK_BYTES, fixed_bytes
+from scfm_circuits.features.counting import CHUNK_BYTES
 from scfm_circuits.features.pair_counts import BUFFER_KEYS
-from scfm_circuits.models.loading import check_layers, load_config, model_dtype
+from scfm_circuits.models.loading import model_dtype
 from scfm_circuits.models.mlp_sites import best_device
-from scfm_circuits.models.small_models import small_config
-from scfm_circuits.transcoders.training.cost import training_operations
 from scfm_circuits.transcoders.training.settings import memory_needed, precision_of
-from scfm_circuits.transcoders.variants import settings, variant_profile
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 ANYWAY = "SCFM_ANYWAY"
 """Environment variable that turns refusals into warnings."""
@@ -54,19 +49,14 @@ GIB, CPU = 2**30, torch.device("cpu")
 OTHER, KEPT = 2 * GIB, 0.2
 """A chapter's memory beside the parts (libraries, tables, figures), and the share of it all that is
 freed and not given back at once."""
-PIECES = {"train": 2.0, "genes": 1.0, "loaded": 3.3}
-"""Tokens of a gene's name until a corpus is there; 3.3 is Pythia's in the paper's Figure 4."""
-COUNT_SHARE, MOST_ACTIVE = 0.03, 100
-"""Share of all (feature, pair of token and gene) that occur, and features active on a token: both
-guesses, on the large side."""
-STARTED, NULL_SECONDS, LIVE = 12.0, 0.02, 800
+STARTED, NULL_SECONDS, LIVE = 8.0, 0.02, 800
 """Read off runs of `demo` on two cores: seconds of a chapter beside its work and of a feature's
 thousand null lists, and live features of a layer."""
-
-# Work, by a file that its chapter leaves.
-CELLS, TRAINED, VALIDATED = "corpus/corpus.json", "transcoders/config.yaml", "tables/table1.csv"
-COUNTED, SCORED, CONTROLS = "features.npz", "tables/feature_scores.csv", "tables/table4.csv"
-KINDS = "tables/variants.csv"
+REACHED = {"cuda": {"train": 0.49, "count": 0.078, "validate": 0.158},
+           "cpu": {"train": 0.35, "count": 0.45, "validate": 0.4}}
+"""Share of the bare products' rate (`matrix_rate`) at which operations are done. On a GPU: read off
+one H200 at the paper's size, where training took 7 minutes, counting went through 50,000 tokens a
+second and Tables 1 and 2 through 5,263. On a CPU: read off `demo`."""
 
 FIELDS = {
     "forward_cells": ("logits", "layers' inputs and outputs", "attention"),
@@ -76,30 +66,6 @@ FIELDS = {
                   "activations of one batch"),
 }
 """Profile fields and the parts of memory that grow with them; first what changes results least."""
-
-
-class Sizes(NamedTuple):
-    """What a run works on: cells, those in the file, its genes; tokens of all cells, of those that
-    are trained on, of the longest; whether tokens were counted (else estimated); the model's
-    layers, residual width, heads, rows of the embedding and weights; bytes of the transcoders of
-    all layers in float32, and of one set of feature statistics;
-    and what to say of rare types."""
-
-    cells: int
-    cells_in_file: int
-    genes: int
-    tokens: int
-    training_tokens: int
-    padded: int
-    measured: bool
-    layers: int
-    width: int
-    heads: int
-    vocabulary: int
-    parameters: int
-    one_set: int
-    counts: int
-    rare_types: str | None = None
 
 
 class Stage(NamedTuple):
@@ -166,7 +132,8 @@ def run_cost(profile: Profile, wanted: Collection[str], chapters: int) -> Cost:
     if refused:
         hint = f"(To try all the same, set {ANYWAY}=1.)"
         return Cost("\n".join(lines), "\n".join([*problems, hint]), 0.0)
-    seconds = run_seconds(profile, sizes, wanted, chapters, matrix_rate(profile, sizes, device))
+    rate = matrix_rate(profile, sizes, device)
+    seconds = run_seconds(profile, sizes, wanted, chapters, rate, REACHED[device.type])
     lines.append(f"  time      about {time_in_words(seconds)} for {chapters} chapter"
                  f"{'s' if chapters != 1 else ''}, if nothing of them is there yet")
     return Cost("\n".join(lines), "", seconds)
@@ -174,108 +141,6 @@ def run_cost(profile: Profile, wanted: Collection[str], chapters: int) -> Cost:
 
 def _size(n: int) -> str:
     return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{max(n, 1e5) / 1e6:.1f} MB"
-
-
-def run_sizes(profile: Profile) -> Sizes:
-    """The sizes of a profile's run; InputError as `run_cost` says for cells and models."""
-    from transformers import AutoModelForCausalLM
-
-    corpus = stored_corpus(profile)
-    if corpus is not None:
-        lengths = corpus.lengths
-        cells, in_file, genes = len(corpus), len(corpus), len(corpus.symbols)
-        tokens, padded = int(lengths.sum()), int(lengths.max())
-        trained_on, rare = int(lengths[~corpus.held_out].sum()), rare_types(corpus.labels)
-        check_shared_genes(profile, corpus.symbols.tolist())
-    else:
-        in_file, genes, length, rare = _cells(profile)
-        cells = min(in_file, profile.max_cells or in_file)
-        tokens, padded = round(cells * length), round(1.3 * length)
-        trained_on = tokens - round(max(1, round(cells * profile.validation_share)) * length)
-    config = model_config(profile, corpus, padded, genes)
-    with torch.device("meta"):  # the number of weights, without making them
-        weights = AutoModelForCausalLM.from_config(config).parameters()
-    layers, width = int(config.num_hidden_layers), int(config.hidden_size)
-    features = profile.expansion * width
-    occurring = min(round(COUNT_SHARE * layers * features * PIECES["loaded"] * genes),
-                    layers * tokens * MOST_ACTIVE)
-    return Sizes(cells, in_file, genes, tokens, trained_on, padded, corpus is not None,
-                 layers, width, int(config.num_attention_heads), int(config.vocab_size),
-                 sum(one.numel() for one in weights),
-                 4 * layers * (2 * features * width + features + 2 * width),
-                 fixed_bytes(layers * features, profile.contexts_per_feature) + 8 * occurring,
-                 rare if profile.model == "train" else None)
-
-
-def model_config(profile: Profile, corpus: Corpus | None, length: int, genes: int = 0
-                 ) -> "PreTrainedConfig":
-    """The configuration of the profile's model: from here, the manifest, or else the network.
-
-    length: of the longest prompt, in tokens; genes: of the cells, each a token perhaps.
-    """
-    if profile.model == "train":
-        own = genes if profile.tokenizer == "genes" else 0
-        rows = len(corpus.tokenizer) if corpus is not None else profile.vocabulary_size + own
-        return small_config(profile, rows, length)
-    listed = manifest.entry("models", profile.model)
-    try:
-        config = load_config(profile.model, profile.model_revision,
-                             local_files_only=listed is not None)
-    except InputError:
-        if listed is None:
-            raise
-        from transformers import AutoConfig
-
-        config = AutoConfig.for_model(**listed["config"])
-    check_layers(profile, int(config.num_hidden_layers))
-    return config
-
-
-def _cells(profile: Profile) -> tuple[int, int, float, str | None]:
-    """(cells, genes, tokens of a cell, `rare_types`) of the profile's cells, the third estimated,
-    the last None also for cells that are not here."""
-    length = (profile.genes_per_cell * PIECES.get(profile.tokenizer, PIECES["loaded"])
-              + len(profile.prompt + profile.response) / 4 + 4)  # and the question, an answer
-    listed, path = manifest.entry("cells", profile.cells), cells_path(profile, ROOT)
-    # One of another size will be set aside and fetched again.
-    if listed is not None and path is not None and not (
-            path.is_file() and path.stat().st_size == listed["bytes"]):
-        return int(listed["cells"]), int(listed["genes"]), length, None
-    from scfm_circuits.cells.reading import describe_cells
-
-    found = describe_cells(profile)
-    held_out = split_cells(len(found.labels), profile.validation_share, profile.seed)
-    check_case(found.labels, held_out, profile)
-    check_shared_genes(profile, found.symbols)
-    return found.n_cells, len(found.symbols), length, rare_types(found.labels)
-
-
-def works(profile: Profile, sizes: Sizes) -> dict[str, tuple[float, str, int]]:
-    """What takes long and leaves much, by a file that its chapter leaves: operations, what it is
-    called in results/, and its bytes there."""
-    width = profile.expansion * sizes.width
-    passed = 2.0 * sizes.parameters  # operations of a token
-    counted = sizes.tokens * (passed + 2 * sizes.layers * sizes.width * width)
-    one_set, counts = sizes.one_set, sizes.counts
-
-    def trained(run: Profile) -> float:
-        kept = sizes.training_tokens <= run.buffer_tokens  # then the model runs once
-        return training_operations(sizes.layers, sizes.width, width, run.training_tokens,
-                                   sizes.parameters // sizes.layers,
-                                   sizes.training_tokens if kept else None)
-
-    own, control, kinds = profile.model == "train", profile.reinitialised_control, settings(profile)
-    seen = profile.model_steps * profile.model_batch_cells * sizes.tokens / sizes.cells
-    each = trained(variant_profile(profile, {})) + counted
-    return {
-        CELLS: (own * 3 * passed * seen, "language_model", own * 4 * sizes.parameters),
-        TRAINED: (trained(profile), "transcoders", one_set),
-        COUNTED: (counted, "features.npz", counts),
-        SCORED: (counted, "untrained", counts),
-        CONTROLS: (control * (trained(profile) + counted), "reinitialised",
-                   control * (one_set + counts)),
-        KINDS: (len(kinds) * each, "variants", len(kinds) * (one_set + counts)),
-    }
 
 
 def disk_needed(profile: Profile, sizes: Sizes, found: Iterable[Download],
@@ -288,10 +153,11 @@ def disk_needed(profile: Profile, sizes: Sizes, found: Iterable[Download],
     needed = 200 * 2**20 + 15 * sizes.cells * sizes.padded * (CELLS in wanted)
     if {TRAINED, CONTROLS, KINDS} & {*wanted}:
         needed += 2 * 3 * sizes.one_set
-    for file, (_, name, size) in works(profile, sizes).items():
-        top = profile.results / name
-        there = sum(one.stat().st_size for one in (top, *top.rglob("*")) if one.is_file())
-        needed += max(0, size - there) * (file in wanted)
+    for file, work in works(profile, sizes).items():
+        if file in wanted and work.bytes:
+            top = profile.results / work.folder
+            there = sum(one.stat().st_size for one in (top, *top.rglob("*")) if one.is_file())
+            needed += max(0, work.bytes - there)
     disk = {profile.results: needed}
     for one in found:
         disk[one.folder] = disk.get(one.folder, 0) + one.bytes
@@ -429,22 +295,26 @@ def matrix_rate(profile: Profile, sizes: Sizes, device: torch.device) -> float:
     kind: dict[str, Any] = {"device": device, "dtype": precision_of(profile, device)}
     x = torch.ones(profile.batch_tokens, min(sizes.width, 1024), **kind)
     w = torch.ones(x.shape[1], min(profile.expansion * sizes.width, 8192), **kind)
+    # One after the other, as in a step: launching one takes a GPU as long as a product does.
+    together = 20 if device.type == "cuda" else 1
     best, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < 1.0 or best == float("inf"):
         start = time.perf_counter()
-        (x @ w)[0, 0].item()  # waits for a GPU
+        for _ in range(together):
+            product = x @ w
+        product[0, 0].item()  # waits for a GPU
         best = min(best, time.perf_counter() - start)
-    return 2 * x.shape[0] * w.numel() / best
+    return together * 2 * x.shape[0] * w.numel() / best
 
 
 def run_seconds(profile: Profile, sizes: Sizes, wanted: Collection[str], chapters: int,
-                rate: float) -> float:
-    """Seconds that the stale chapters take from nothing, at so many operations per second.
+                rate: float, reached: Mapping[str, float]) -> float:
+    """Seconds that the stale chapters take from nothing.
 
-    What is not products of matrices is about made up for by features that are zero and not
-    multiplied.
+    rate: operations of bare products per second. reached: see `REACHED`.
     """
     live = sizes.layers * min(profile.expansion * sizes.width, LIVE)
     nulls = live * NULL_SECONDS * profile.null_draws / 1000 * 2 / (os.cpu_count() or 2)
-    total = sum(work[0] for file, work in works(profile, sizes).items() if file in wanted)
+    total = sum(operations / reached[kind] for file, work in works(profile, sizes).items()
+                if file in wanted for kind, operations in work.operations.items())
     return chapters * STARTED + nulls * (CONTROLS in wanted) + total / rate

@@ -1,0 +1,182 @@
+"""What a run works on, and the work that it is, before anything is fetched.
+
+Sizes are those of the stored corpus, the cells' file and the model's configuration, as far as they
+are here, else of data/manifest.yml. Work is known by a file that its chapter leaves, so what is
+fresh costs nothing.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from scfm_circuits import InputError
+from scfm_circuits.book.downloads import check_shared_genes
+from scfm_circuits.cells.corpus import (
+    Corpus,
+    check_case,
+    rare_types,
+    split_cells,
+    stored_corpus,
+)
+from scfm_circuits.common import manifest
+from scfm_circuits.common.profile import ROOT, Profile, cells_path
+from scfm_circuits.features.counting import fixed_bytes
+from scfm_circuits.models.loading import check_layers, load_config
+from scfm_circuits.models.small_models import small_config
+from scfm_circuits.transcoders.training.cost import training_operations
+from scfm_circuits.transcoders.variants import settings, variant_profile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+PIECES = {"train": 2.0, "genes": 1.0, "loaded": 3.3}
+"""Tokens of a gene's name until a corpus is there; 3.3 is Pythia's in the paper's Figure 4."""
+COUNT_SHARE, MOST_ACTIVE = 0.03, 100
+"""Share of all (feature, pair of token and gene) that occur, and features active on a token: both
+guesses, on the large side."""
+
+# Work, by a file that its chapter leaves.
+CELLS, TRAINED, VALIDATED = "corpus/corpus.json", "transcoders/config.yaml", "tables/table1.csv"
+COUNTED, SCORED, CONTROLS = "features.npz", "tables/feature_scores.csv", "tables/table4.csv"
+KINDS = "tables/variants.csv"
+
+
+class Sizes(NamedTuple):
+    """What a run works on: cells, those in the file, its genes; tokens of all cells, of those that
+    are trained on, of the longest; whether tokens were counted (else estimated); the model's
+    layers, residual width, heads, rows of the embedding and weights; bytes of the transcoders of
+    all layers in float32, and of one set of feature statistics; what to say of rare types."""
+
+    cells: int
+    cells_in_file: int
+    genes: int
+    tokens: int
+    training_tokens: int
+    padded: int
+    measured: bool
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+    parameters: int
+    one_set: int
+    counts: int
+    rare_types: str | None = None
+
+
+def run_sizes(profile: Profile) -> Sizes:
+    """The sizes of a profile's run; InputError as `run_cost` says for cells and models."""
+    from transformers import AutoModelForCausalLM
+
+    corpus = stored_corpus(profile)
+    if corpus is not None:
+        lengths = corpus.lengths
+        cells, in_file, genes = len(corpus), len(corpus), len(corpus.symbols)
+        tokens, padded = int(lengths.sum()), int(lengths.max())
+        trained_on, rare = int(lengths[~corpus.held_out].sum()), rare_types(corpus.labels)
+        check_shared_genes(profile, corpus.symbols.tolist())
+    else:
+        in_file, genes, length, rare = _cells(profile)
+        cells = min(in_file, profile.max_cells or in_file)
+        tokens, padded = round(cells * length), round(1.3 * length)
+        trained_on = tokens - round(max(1, round(cells * profile.validation_share)) * length)
+    config = model_config(profile, corpus, padded, genes)
+    with torch.device("meta"):  # the number of weights, without making them
+        weights = AutoModelForCausalLM.from_config(config).parameters()
+    layers, width = int(config.num_hidden_layers), int(config.hidden_size)
+    features = profile.expansion * width
+    occurring = min(round(COUNT_SHARE * layers * features * PIECES["loaded"] * genes),
+                    layers * tokens * MOST_ACTIVE)
+    return Sizes(cells, in_file, genes, tokens, trained_on, padded, corpus is not None,
+                 layers, width, int(config.num_attention_heads), int(config.vocab_size),
+                 sum(one.numel() for one in weights),
+                 4 * layers * (2 * features * width + features + 2 * width),
+                 fixed_bytes(layers * features, profile.contexts_per_feature) + 8 * occurring,
+                 rare if profile.model == "train" else None)
+
+
+def model_config(profile: Profile, corpus: Corpus | None, length: int, genes: int = 0
+                 ) -> "PreTrainedConfig":
+    """The configuration of the profile's model: from here, the manifest, or else the network.
+
+    length: of the longest prompt, in tokens; genes: of the cells, each a token perhaps.
+    """
+    if profile.model == "train":
+        own = genes if profile.tokenizer == "genes" else 0
+        rows = len(corpus.tokenizer) if corpus is not None else profile.vocabulary_size + own
+        return small_config(profile, rows, length)
+    listed = manifest.entry("models", profile.model)
+    try:
+        config = load_config(profile.model, profile.model_revision,
+                             local_files_only=listed is not None)
+    except InputError:
+        if listed is None:
+            raise
+        from transformers import AutoConfig
+
+        config = AutoConfig.for_model(**listed["config"])
+    check_layers(profile, int(config.num_hidden_layers))
+    return config
+
+
+def _cells(profile: Profile) -> tuple[int, int, float, str | None]:
+    """(cells, genes, tokens of a cell, `rare_types`) of the profile's cells, the third estimated,
+    the last None also for cells that are not here."""
+    length = (profile.genes_per_cell * PIECES.get(profile.tokenizer, PIECES["loaded"])
+              + len(profile.prompt + profile.response) / 4 + 4)  # and the question, an answer
+    listed, path = manifest.entry("cells", profile.cells), cells_path(profile, ROOT)
+    # One of another size will be set aside and fetched again.
+    if listed is not None and path is not None and not (
+            path.is_file() and path.stat().st_size == listed["bytes"]):
+        return int(listed["cells"]), int(listed["genes"]), length, None
+    from scfm_circuits.cells.reading import describe_cells
+
+    found = describe_cells(profile)
+    held_out = split_cells(len(found.labels), profile.validation_share, profile.seed)
+    check_case(found.labels, held_out, profile)
+    check_shared_genes(profile, found.symbols)
+    return found.n_cells, len(found.symbols), length, rare_types(found.labels)
+
+
+class Work(NamedTuple):
+    """What takes long or leaves much: operations by kind (see `REACHED`), what it is called in
+    results/, and its bytes there."""
+
+    operations: Mapping[str, float]
+    folder: str = ""
+    bytes: int = 0
+
+
+def works(profile: Profile, sizes: Sizes) -> dict[str, Work]:
+    """Work by a file that its chapter leaves."""
+    width, one_set, counts = profile.expansion * sizes.width, sizes.one_set, sizes.counts
+    passed = 2.0 * sizes.parameters  # operations of a token
+    encoded = 2.0 * sizes.layers * sizes.width * width
+    counted = sizes.tokens * (passed + encoded)
+    # The model whole three times, and each layer alone twice, of which half a pass is left.
+    validated = (sizes.tokens - sizes.training_tokens) * (
+        (3 + sizes.layers) * passed + 4 * encoded)
+
+    def trained(run: Profile) -> float:
+        kept = sizes.training_tokens <= run.buffer_tokens  # then the model runs once
+        return training_operations(sizes.layers, sizes.width, width, run.training_tokens,
+                                   sizes.parameters // sizes.layers,
+                                   sizes.training_tokens if kept else None)
+
+    own, control, kinds = profile.model == "train", profile.reinitialised_control, settings(profile)
+    seen = profile.model_steps * profile.model_batch_cells * sizes.tokens / sizes.cells
+    share = min(1.0, (profile.variant_cells or sizes.cells) / sizes.cells)
+    return {
+        CELLS: Work({"train": own * 3 * passed * seen}, "language_model",
+                    own * 4 * sizes.parameters),
+        TRAINED: Work({"train": trained(profile)}, "transcoders", one_set),
+        VALIDATED: Work({"validate": validated}),
+        COUNTED: Work({"count": counted}, "features.npz", counts),
+        SCORED: Work({"count": counted}, "untrained", counts),
+        CONTROLS: Work({"train": control * trained(profile), "count": control * counted},
+                       "reinitialised", control * (one_set + counts)),
+        KINDS: Work({"train": len(kinds) * trained(variant_profile(profile, {})),
+                     "count": len(kinds) * share * counted}, "variants",
+                    len(kinds) * (one_set + counts)),
+    }

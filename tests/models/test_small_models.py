@@ -12,10 +12,11 @@ from helpers import tiny_cells, tiny_corpus, tiny_profile
 
 from scfm_circuits.cells.corpus import Corpus, load_corpus
 from scfm_circuits.cells.tokens import Prompts
-from scfm_circuits.common.profile import Profile
+from scfm_circuits.common.profile import Profile, load_profile
 from scfm_circuits.models import small_models
 from scfm_circuits.models.loading import get_model
 from scfm_circuits.models.small_models import train_small_model
+from scfm_circuits.transcoders.training.settings import training_stamp
 
 QUICK = {"model_steps": 6, "model_width": 16, "model_batch_cells": 4, "validation_share": 0.25,
          "model_type_balance": 0.0, "model_answer_weight": 1.0}
@@ -101,6 +102,15 @@ def test_two_trainings_on_thinned_cells_give_the_same_weights(
                                                  strict=True))
     whole = profile.model_copy(update={"model_thinning": 1.0})
     assert train_small_model(corpus, whole, progress=False)[1] != curve
+
+
+def test_every_field_of_the_small_model_makes_what_is_kept_stale(corpus: Corpus) -> None:
+    own = {name for name in Profile.model_fields if name.startswith("model_")}
+    assert {*small_models.TRAINING_FIELDS} == own - {"model_revision", "model_precision"}
+    profile = load_profile("smoke")
+    for field in small_models.TRAINING_FIELDS:
+        changed = profile.model_copy(update={field: 0.77})
+        assert training_stamp(changed, corpus) != training_stamp(profile, corpus), field
 
 
 @pytest.mark.parametrize(("field", "value"), [("model_answer_weight", 7.0),

@@ -15,7 +15,7 @@ from scfm_circuits.common.kept import Stamp, read_record, stamp_of
 from scfm_circuits.common.profile import model_source
 from scfm_circuits.models.architectures import check_supported
 from scfm_circuits.models.mlp_sites import best_device, moved_to, not_finite
-from scfm_circuits.models.small_models import TrainingCurve, train_small_model
+from scfm_circuits.models.small_models import TRAINING_FIELDS, TrainingCurve, train_small_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from scfm_circuits.cells.corpus import Corpus
     from scfm_circuits.common.profile import Profile
 
-_FIELDS = ("seed", "model", "model_layers", "model_width", "model_heads", "model_steps",
-           "model_batch_cells", "model_learning_rate", "model_revision", "model_answer_weight",
-           "model_type_balance", "model_thinning")
+_FIELDS = ("seed", "model", "model_revision", *TRAINING_FIELDS)
 
 
 def _without_widgets() -> None:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from scfm_circuits.cells.corpus import Corpus
     from scfm_circuits.common.profile import Profile
 
+TRAINING_FIELDS = ("model_layers", "model_width", "model_heads", "model_steps", "model_batch_cells",
+                   "model_learning_rate", "model_answer_weight", "model_type_balance",
+                   "model_thinning")
+"""Profile fields, beside the corpus's, that decide what the small model learns."""
 _AHEAD = 128
 """Steps whose sentences are made at once."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from scfm_circuits.common.kept import Stamp, stamp_of
 from scfm_circuits.models.loading import corpus_digest
+from scfm_circuits.models.small_models import TRAINING_FIELDS
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer
 from scfm_circuits.transcoders.transcoder import Variant
 
@@ -76,9 +77,8 @@ def training_stamp(profile: "Profile", corpus: "Corpus", control: Control | None
                    ) -> Stamp:
     """What the trained transcoders depend on: profile fields, sources, corpus, which control."""
     which = {} if control is None else {"control": {"name": control.name, **control.stamp}}
-    return stamp_of(profile, (*FIELDS, "model_layers", "model_width", "model_heads", "model_steps",
-                              "model_batch_cells", "model_learning_rate"), _ROOMS,
-                    corpus=corpus_digest(corpus), **which)
+    return stamp_of(profile, (*FIELDS, *TRAINING_FIELDS), _ROOMS, corpus=corpus_digest(corpus),
+                    **which)
 
 
 def stage_folder(profile: "Profile", control: Control | None) -> Path:

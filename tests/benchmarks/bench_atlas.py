@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import yaml
-from machine import cpu_model, peak_mib
+from machine import cpu_model, part, peak_mib
 from rehearsal import TYPES, symbols
 
 from scfm_circuits.common.files import write_json
@@ -169,28 +169,30 @@ def measured(folder: Path, cells: int, tokenizer: str | None) -> dict[str, objec
     """
     real = tokenizer is not None
     atlas = folder / "atlas.h5ad"
-    began = time.perf_counter()
-    values = write_atlas(atlas, cells)
-    print(f"Wrote {cells:,} cells with {values:,} values in {time.perf_counter() - began:.0f} s.",
-          flush=True)
+    with part(f"writing {cells:,} cells"):
+        values = write_atlas(atlas, cells)
     if tokenizer is None:
         tokenizer = str(folder / "tokenizer")
-        small_tokenizer(atlas).save_pretrained(tokenizer)
+        with part("training a tokenizer"):
+            small_tokenizer(atlas).save_pretrained(tokenizer)
     profile = folder / "atlas.yml"
     profile.write_text(yaml.safe_dump({
         "extends": "paper", "cells": str(atlas), "cells_are": "simulated",
         "cells_name": "simulated cells of the atlas's shape", "model_revision": None,
         "tokenizer": tokenizer, "max_cells": min(316_000, cells)}))
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", str(profile)], stdout=subprocess.PIPE, text=True,
-        check=True, env={**os.environ, "SCFM_RESULTS": str(folder / "results")})
+    with part("corpus"):
+        done = subprocess.run(
+            [sys.executable, __file__, "--child", str(profile)], stdout=subprocess.PIPE, text=True,
+            check=True, env={**os.environ, "SCFM_RESULTS": str(folder / "results")})
+    with part("sentences, ours and Cell2Sentence's"):
+        speeds = sentence_speeds(atlas)
     found = json.loads(done.stdout.splitlines()[-1])
     stored = sum(one.stat().st_size for one in folder.glob("results/*/corpus/*"))
     return {"cells_in_file": cells, "share_of_the_atlas": cells / ATLAS_CELLS, "values": values,
             "file_bytes": atlas.stat().st_size, **found, "corpus_bytes": stored,
             "cells_per_second": found["corpus_cells"] / found["seconds"],
             "tokens_per_second": found["tokens"] / found["seconds"],
-            "share_of_60M_tokens": found["tokens"] / TOKENS, **sentence_speeds(atlas),
+            "share_of_60M_tokens": found["tokens"] / TOKENS, **speeds,
             "real_tokenizer": real, "cpu": cpu_model(), "cores": os.cpu_count()}
 
 

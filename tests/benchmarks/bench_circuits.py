@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from machine import MIB, above, cpu_model, peak_mib, reset_peak
+from machine import MIB, above, cpu_model, part, peak_mib, reset_peak
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scfm_circuits.cells.tokens import load_tokenizer
@@ -76,14 +76,16 @@ def sparse_transcoders(model: GPTNeoXForCausalLM, size: dict[str, int], tokens: 
 def measure(name: str, max_features: int, tokenizer: str | None) -> dict[str, Any]:
     """All figures of one size, units in their names."""
     size = SIZES[name]
-    tokens = prompt_tokens(size, tokenizer if name == "paper" else None)
-    model = random_model(size)
-    transcoders = sparse_transcoders(model, size, tokens)
+    with part(f"{name}: random model and transcoders"):
+        tokens = prompt_tokens(size, tokenizer if name == "paper" else None)
+        model = random_model(size)
+        transcoders = sparse_transcoders(model, size, tokens)
     peak = peak_mib()
     before = reset_peak()
-    start = time.perf_counter()
-    frozen = freeze(model, transcoders, tokens)
-    seconds_freeze = time.perf_counter() - start
+    with part(f"{name}: freezing the model on one prompt"):
+        start = time.perf_counter()
+        frozen = freeze(model, transcoders, tokens)
+        seconds_freeze = time.perf_counter() - start
     last, position = size["layers"] - 1, len(tokens) - 1
     feature = strongest_features(frozen, last, position, 1)[0]
     figures = {
@@ -94,9 +96,11 @@ def measure(name: str, max_features: int, tokenizer: str | None) -> dict[str, An
         "freeze_seconds": seconds_freeze, "freeze_extra_peak_mib": above(before),
     }
     peak = max(peak, peak_mib())
-    figures.update(measure_greedy(frozen, last, feature, position))
+    with part(f"{name}: greedy search"):
+        figures.update(measure_greedy(frozen, last, feature, position))
     peak = max(peak, peak_mib())
-    figures.update(measure_graph(frozen, last, feature, position, max_features))
+    with part(f"{name}: graph of direct effects"):
+        figures.update(measure_graph(frozen, last, feature, position, max_features))
     return {**figures, "peak_rss_mib_with_setup": max(peak, peak_mib())}
 
 

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import gseapy
 import numba
 import numpy as np
-from machine import cpu_model
+from machine import cpu_model, part
 
 from scfm_circuits.common.files import write_json
 from scfm_circuits.enrichment import over_representation as e
@@ -149,17 +149,21 @@ def measure(
     rng = np.random.default_rng(0)
     lists = draw_lists(libraries, n_lists, rng)
 
-    start = time.perf_counter()
-    e.over_representation(lists[:4], libraries[0], background=BACKGROUND)
-    compile_seconds = time.perf_counter() - start
-    term_table(lists[0], libraries[0], background=BACKGROUND)
-    uniform_null([5], 10, rng)
+    with part("compiling"):
+        start = time.perf_counter()
+        e.over_representation(lists[:4], libraries[0], background=BACKGROUND)
+        compile_seconds = time.perf_counter() - start
+        term_table(lists[0], libraries[0], background=BACKGROUND)
+        uniform_null([5], 10, rng)
 
     sample = lists[:n_gseapy]
-    go, kegg = (time_ours(lists, library) for library in libraries)
-    single, _ = time_ours(lists, libraries[0], threads=1)
-    peers = [compare_with_gseapy(sample, library) for library in libraries]
-    null_seconds = time_nulls(lists, libraries, replicates, rng)
+    with part(f"{len(lists)} lists in both libraries, and in one thread"):
+        go, kegg = (time_ours(lists, library) for library in libraries)
+        single, _ = time_ours(lists, libraries[0], threads=1)
+    with part(f"gseapy on {len(sample)} of them"):
+        peers = [compare_with_gseapy(sample, library) for library in libraries]
+    with part(f"{replicates} null lists for each"):
+        null_seconds = time_nulls(lists, libraries, replicates, rng)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     per_mib = 1024 if sys.platform == "linux" else 1024**2
     peer_go = peers[0]["seconds_per_list"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import MIB, cpu_model
+from machine import MIB, cpu_model, part
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scfm_circuits.cells.corpus import Corpus
@@ -92,15 +92,18 @@ def timed(work: Callable[[], Any]) -> tuple[float, float | None]:
 def measure(layers: int, width: int, batches: int, device: str) -> dict[str, Any]:
     """All figures; batches: how many are counted."""
     together = 32 if device == "cuda" else 4
-    model, transcoders = stand_ins(layers, width, device)
-    corpus = random_corpus(batches * together)
+    with part("random model, transcoders and cells"):
+        model, transcoders = stand_ins(layers, width, device)
+        corpus = random_corpus(batches * together)
     n_tokens, few = int(corpus.mask.sum()), np.arange(together)
     flushes = Flushes()
-    counting, counting_peak = timed(lambda: count_features(
-        model, transcoders, corpus, together, progress=False))
-    chosen = configurations(transcoders, torch.zeros(layers, width))
-    validation, validation_peak = timed(lambda: scores_by_cell(
-        model, chosen, corpus, few, together))
+    with part("counting"):
+        counting, counting_peak = timed(lambda: count_features(
+            model, transcoders, corpus, together, progress=False))
+    with part("validation"):
+        chosen = configurations(transcoders, torch.zeros(layers, width))
+        validation, validation_peak = timed(lambda: scores_by_cell(
+            model, chosen, corpus, few, together))
     tokens_of_few = int(corpus.mask[few].sum())
     found = {"counting_tokens_per_second": n_tokens / counting,
              "counting_peak_gpu_mib": counting_peak,

@@ -10,7 +10,8 @@ half, as at the start of a training, or 50 of 8,192 (`_50_active`), as late in o
 
 `fraction_of_matmul_peak` is the time of the step's five bare matrix products, in the step's shapes
 and types, over the time of the step; where few features are active, a CPU leaves out what is
-multiplied by 0 and can come out above 1. On a GPU it is that of whole training, with the model's
+multiplied by 0 and can come out above 1. Products in bfloat16 are left out on a CPU that only
+emulates them. On a GPU it is that of whole training, with the model's
 forward pass, the buffer and the optimizer, and `_of_the_step` that of the step alone. There each
 part is timed too (`milliseconds_part_...`: products, passes, Adam, and what they stand in for), the
 model's pass with the buffer by cells at once, on cells of several lengths (`_padded`) and with its
@@ -43,7 +44,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import MIB, above, cpu_has, cpu_model, peak_mib, reset_peak
+from machine import (
+    MIB,
+    above,
+    cpu_has,
+    cpu_model,
+    multiplies_bfloat16,
+    part,
+    peak_mib,
+    reset_peak,
+)
 from training_steps import (
     PAPER,
     RATE,
@@ -183,7 +193,10 @@ def step_figures(size: Size, rounds: int) -> dict[str, Any]:
         "step": ours(size, n, dense, precision=kind),
         "step_50_active": ours(size, n, dense, ACTIVE, precision=kind),
     }
-    if not on_gpu:
+    bfloat16 = not on_gpu and multiplies_bfloat16()
+    if not on_gpu and not bfloat16:
+        print("Left out: steps in bfloat16, which this processor does not multiply.", flush=True)
+    if bfloat16:
         steps["products_bfloat16"] = products(size, n, torch.bfloat16, at_once)
         steps["step_bfloat16"] = ours(size, n, dense, precision=torch.bfloat16)
     t = Times(steps, rounds, size.device)
@@ -194,7 +207,7 @@ def step_figures(size: Size, rounds: int) -> dict[str, Any]:
         f"fraction_of_matmul_peak{of_step}_50_active": t.ratio("products", "step_50_active"),
         "matmul_gflops": 10e-9 * n * size.tokens * size.features * size.width / t["products"],
     }
-    if not on_gpu:
+    if bfloat16:
         figures["fraction_of_matmul_peak_bfloat16"] = t.ratio("products_bfloat16",
                                                               "step_bfloat16")
         figures["ratio_bfloat16_vs_float32"] = t.ratio("step", "step_bfloat16")
@@ -350,8 +363,20 @@ def apart(threads: int, until: float, function: Callable[..., dict[str, Any]], *
     until: when it is ended, by the clock of `time.perf_counter`. Where there is a GPU, the process
     is a copy of one that has imported everything; memory is measured in what begins empty.
     """
+    with part(f"{function.__name__}{' ' + arguments[0] if isinstance(arguments[0], str) else ''}"):
+        found = _apart(threads, until, function, *arguments)
+    if isinstance(found, str):
+        print(f"{function.__name__} failed: {found}", flush=True)
+        return {f"failed_{function.__name__}": found}
+    for key, value in found.items():
+        print(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}", flush=True)
+    return found
+
+
+def _apart(threads: int, until: float, function: Callable[..., dict[str, Any]], *arguments: Any
+           ) -> dict[str, Any] | str:
+    """What a function returns in a process of its own, or why it does not."""
     began = time.perf_counter()
-    found: dict[str, Any] | str = "no time was left"
     if began < until:
         context: Any = multiprocessing.get_context("spawn")
         if torch.cuda.is_available():
@@ -360,16 +385,10 @@ def apart(threads: int, until: float, function: Callable[..., dict[str, Any]], *
         with context.Pool(1, torch.set_num_threads, (threads,)) as pool:
             given = pool.apply_async(guarded, (function, arguments))
             try:
-                found = given.get(min(until - began, 86400))
+                return given.get(min(until - began, 86400))
             except multiprocessing.TimeoutError:
-                found = "ended at the limit"
-    if isinstance(found, str):
-        print(f"{function.__name__} failed: {found}", flush=True)
-        return {f"failed_{function.__name__}": found}
-    for key, value in found.items():
-        print(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}", flush=True)
-    print(f"({function.__name__} took {time.perf_counter() - began:.0f} seconds)", flush=True)
-    return found
+                return "ended at the limit"
+    return "no time was left"
 
 
 def measure(size: Size, rounds: int, threads: int, quick: bool, until: float,

@@ -1,13 +1,26 @@
-"""What the benchmarks ask of the machine: its processor, and how much memory a part of one took."""
+"""What the benchmarks ask of the machine: its processor, and how much memory a part of one took;
+and how they say which part is under way."""
 
+import contextlib
 import gc
 import os
 import platform
 import resource
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 MIB = 2**20
+
+
+@contextlib.contextmanager
+def part(name: str) -> Iterator[None]:
+    """Print a part's name before it starts, and how long it took."""
+    print(f"{name} ...", flush=True)
+    began = time.perf_counter()
+    yield
+    print(f"({name} took {time.perf_counter() - began:.0f} seconds)", flush=True)
 
 
 def cpu_model() -> str:
@@ -19,6 +32,13 @@ def cpu_has(flag: str) -> bool | None:
     """Whether the processor has a feature such as `avx512_bf16`; None where that is not told."""
     flags = _cpu_line("flags")
     return flag in flags.split() if flags else None
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor says that it multiplies bfloat16; others emulate it, many times slower
+    than float32."""
+    flags = (_cpu_line("flags") or _cpu_line("Features")).split()
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & {*flags})
 
 
 def _cpu_line(key: str) -> str:

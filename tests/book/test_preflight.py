@@ -331,7 +331,7 @@ def test_limits_of_containers_and_jobs(tmp_path: Path, lines: str, files: dict[s
 
 def test_time_follows_what_is_done(empty: Path) -> None:
     profile = load_profile("smoke", {"reinitialised_control": False, "buffer_tokens": 1000})
-    reached = {"train": 0.5, "count": 0.1, "validate": 0.2}
+    reached = {"model": 1.0, "train": 0.5, "count": 0.1, "validate": 0.2}
 
     def seconds(*wanted: str, chapters: int = 0, of: Profile = profile) -> float:
         return run_seconds(of, TINY, set(wanted), chapters, 1e6, reached)
@@ -363,6 +363,17 @@ def test_kinds_are_counted_in_the_cells_that_the_profile_says(empty: Path) -> No
     assert counted(None) == counted(12) == counted(99) == 8 * works(whole, TINY)[
         COUNTED].operations["count"]
     assert counted(3) == pytest.approx(counted(None) / 4)
+
+
+def test_the_time_of_the_small_real_profile_on_two_cores(empty: Path, monkeypatch: Any) -> None:
+    """Measured there: 176 GFLOP/s in products, ten minutes for everything."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    profile = load_profile("pbmc")
+    reached = preflight.REACHED["cpu"]
+    assert {kind for work in works(profile, TINY).values() for kind in work.operations} == {
+        *reached} == {*preflight.REACHED["cuda"]}
+    seconds = run_seconds(profile, run_sizes(profile), EVERYTHING, 11, 176e9, reached)
+    assert 1 / 1.5 < seconds / 600 < 1.5
 
 
 def test_the_papers_time_on_one_h200(empty: Path) -> None:

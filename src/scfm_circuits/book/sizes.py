@@ -168,7 +168,7 @@ def works(profile: Profile, sizes: Sizes) -> dict[str, Work]:
     seen = profile.model_steps * profile.model_batch_cells * sizes.tokens / sizes.cells
     share = min(1.0, (profile.variant_cells or sizes.cells) / sizes.cells)
     return {
-        CELLS: Work({"train": own * 3 * passed * seen}, "language_model",
+        CELLS: Work({"model": own * 3 * passed * seen}, "language_model",
                     own * 4 * sizes.parameters),
         TRAINED: Work({"train": trained(profile)}, "transcoders", one_set),
         VALIDATED: Work({"validate": validated}),

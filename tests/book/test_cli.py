@@ -254,6 +254,50 @@ def test_every_kind_of_change_is_noticed(project: Project) -> None:
         assert plan(run) == []
 
 
+KEEP = (
+    "# %%\nfrom pathlib import Path\nfrom scfm_circuits.common import files, kept\n"
+    "from scfm_circuits.report.chapter import open_chapter\n"
+    "report = open_chapter('{name}', profile, overrides)\n"
+    "folder, stamp = report.profile.results / 'kept', {{'a': 1}}\n"
+    "if kept.read_record(folder / 'record.json', stamp) is None:\n"
+    "    for i in range(2):\n"
+    "        files.write_atomic(folder / f'part_{{i}}.txt', 'all')\n"
+    "    kept.write_record(folder / 'record.json', {{'stamp': stamp}})\n"
+    "kept.kept_arrays(folder.with_suffix('.npz'), stamp, lambda: 1, lambda one: {{'x': one}},\n"
+    "                 lambda arrays: int(arrays['x']))\n"
+    "report.value('{name}.one', 1)\n")
+
+
+@pytest.mark.parametrize("lose", [Path.unlink, lambda path: path.write_bytes(b""),
+                                  lambda path: os.truncate(path, path.stat().st_size // 2)],
+                         ids=["deleted", "emptied", "cut"])
+def test_a_chapter_stands_on_every_file_that_it_wrote_or_read_again(
+    project: Project, lose: Callable[[Path], None]
+) -> None:
+    project.notebook("01_first", KEEP.format(name="01_first"),
+                     header="{produces: [kept/part_*.txt]}")
+    project.notebook("02_second", KEEP.format(name="02_second"), header="{after: []}")
+    results = project.root / "results" / "tiny"
+    assert project.command("execute")[0] == 0
+    (results / "notes.txt").write_text("mine")  # no chapter's
+    shared = ["kept.npz", "kept/part_0.txt", "kept/part_1.txt", "kept/record.json"]
+    for name in ("01_first", "02_second"):
+        record = freshness.read_record(project.output(name)) or {}
+        assert sorted(record["files"]) == [*shared, f"values/{name}.json"]
+    lost = {file: ["01_first", "02_second"] for file in shared}
+    for file, chapters in {**lost, "values/02_second.json": ["02_second"]}.items():
+        content = (results / file).read_bytes()
+        project.executed()
+        lose(results / file)
+        reason = f"{file} is {'not as it was written' if (results / file).exists() else 'missing'}"
+        code, _, told = project.command("check")
+        assert code == 1 and [line.strip() for line in told.splitlines()[1:]] == [
+            f"{name}: {reason}" for name in chapters]
+        assert project.command("execute")[0] == 0
+        assert project.executed() == chapters and (results / file).read_bytes() == content
+        assert project.command("check")[0] == 0
+
+
 def test_a_changed_cells_file_is_noticed_wherever_it_is(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from scfm_circuits.common import files
 from scfm_circuits.common.files import (
     atomic_folder,
     atomic_path,
@@ -84,6 +85,34 @@ def test_a_failed_rename_leaves_the_old_folder(tmp_path: Path,
     with pytest.raises(OSError, match="no space"), atomic_folder(folder) as fresh:
         (fresh / "new").write_text("2")
     assert os.listdir(folder) == ["old"] and os.listdir(tmp_path) == ["model"]
+
+
+def test_what_is_written_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_atomic(tmp_path / "a", "")  # where nobody asks, nothing happens
+    monkeypatch.setenv(files.NOTES, str(tmp_path / "notes"))
+    write_atomic(tmp_path / "b", "")
+    with atomic_folder(tmp_path / "c") as fresh:
+        (fresh / "d").touch()
+    with pytest.raises(RuntimeError), atomic_path(tmp_path / "e"):
+        raise RuntimeError
+    assert (tmp_path / "notes").read_text() == f"{tmp_path / 'b'}\n{tmp_path / 'c'}\n"
+
+
+def test_what_takes_a_name_is_on_the_disk_before(tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, fsync = [], os.fsync
+
+    def noted(handle: int) -> None:
+        seen.append((Path(os.readlink(f"/proc/self/fd/{handle}")).name,
+                     (tmp_path / "folder").exists()))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with atomic_folder(tmp_path / "folder") as fresh:
+        (fresh / "deep").mkdir()
+        for name in ("a", "deep/b"):
+            (fresh / name).write_text("1")
+    assert seen == [("a", False), ("b", False)]
 
 
 def test_json_is_sorted_and_refuses_nan(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What is kept is read only while it is current."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from scfm_circuits.common import kept
-from scfm_circuits.common.files import write_json
+from scfm_circuits.common.files import write_atomic
 from scfm_circuits.common.profile import load_profile
 
 
@@ -59,13 +60,58 @@ def test_a_stamp_names_what_a_result_is_made_from(tmp_path: Path) -> None:
     assert found["sources"] == {room: kept.room_hash(room) for room in ("cells", "common")}
     assert "torch" in found["versions"] and found["layers"] == [1, 2]
     # What was written is what it is held against, whatever its types were.
-    record = write_json(tmp_path / "record.json", {"stamp": found, "steps": 3})
-    assert kept.read_record(record, found) == {"stamp": found, "steps": 3}
+    record = tmp_path / "record.json"
+    kept.write_record(record, {"stamp": found, "steps": 3})
+    assert kept.read_record(record, found) == {"stamp": found, "steps": 3, "files": {}}
     assert kept.read_record(record, kept.stamp_of(profile, ("seed",), ("cells",))) is None
-    assert kept.read_record(tmp_path / "none.json", found) is None
 
 
-def test_arrays_are_made_once_and_again_when_they_are_not_current(tmp_path: Path) -> None:
+WHOLE = bytes(range(256)) * 40
+
+
+@pytest.mark.parametrize(("file", "content", "reason"), [
+    ("a.bin", None, "a.bin is missing"), ("a.bin", b"", "a.bin is not as it was written"),
+    ("deep/b.bin", WHOLE[:-1], "deep/b.bin is not as it was written"),
+    ("a.bin", WHOLE[:-1] + b"x", "a.bin is not as it was written"),  # of the same size
+    ("record.json", None, "record.json cannot be read"),
+    ("record.json", b'{"stamp"', "record.json cannot be read"),
+])
+def test_a_kept_folder_counts_only_if_it_is_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: bytes | None,
+    reason: str,
+) -> None:
+    folder, stamp = tmp_path / "kept", {"fields": {"seed": 1}}
+    for name in ("a.bin", "deep/b.bin"):
+        write_atomic(folder / name, WHOLE)
+    kept.write_record(folder / "record.json", {"stamp": stamp})
+    assert kept.read_record(folder / "record.json", stamp) is not None
+    (folder / "beside").touch()  # is nobody's
+    assert kept.read_record(folder / "record.json", stamp) is not None
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+    assert capsys.readouterr().out == ""
+    assert kept.read_record(folder / "record.json", stamp) is None
+    assert capsys.readouterr().out == (
+        f"{os.path.relpath(folder)} is not whole ({reason}); it is made again.\n")
+
+
+def test_what_was_never_there_or_is_not_current_is_no_news(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert kept.read_record(tmp_path / "none" / "record.json", {}) is None
+    assert kept.read_arrays(tmp_path / "none.npz", {}) is None
+    kept.write_record(tmp_path / "record.json", {"stamp": {"a": 1}})
+    kept.write_arrays(tmp_path / "x.npz", {"a": 1}, {"x": np.zeros(3)})
+    assert kept.read_record(tmp_path / "record.json", {"a": 2}) is None
+    assert kept.read_arrays(tmp_path / "x.npz", {"a": 2}) is None
+    assert capsys.readouterr().out == ""
+
+
+def test_arrays_are_made_once_and_again_when_they_are_not_current(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, made = tmp_path / "folder" / "x.npz", []
 
     def get(name: str) -> int:
@@ -78,6 +124,7 @@ def test_arrays_are_made_once_and_again_when_they_are_not_current(tmp_path: Path
 
     assert [get("a"), get("a"), get("b"), get("b")] == [1, 1, 2, 2] and made == ["a", "b"]
     path.write_bytes(path.read_bytes()[:100])
-    assert get("b") == 3
+    assert capsys.readouterr().out == "" and get("b") == 3
+    assert capsys.readouterr().out.startswith(f"{os.path.relpath(path)} is not whole (")
     kept.write_arrays(path, {"name": "b"}, {"another": np.zeros(3)})
     assert get("b") == 4 and get("b") == 4

@@ -196,6 +196,17 @@ def test_the_control_is_trained_and_counted_once(model, corpus, profile, worked,
     assert not same(count_features(model, stored, corpus, 8, progress=False), first)
 
 
+def test_lost_transcoders_are_trained_again_though_their_statistics_are_there(
+        model, corpus, profile, worked):
+    first = reinitialised_statistics(model, corpus, profile)
+    lost = profile.results / "reinitialised" / "transcoders" / "layer_1.safetensors"
+    was = lost.read_bytes()
+    lost.unlink()
+    worked.clear()
+    assert same(reinitialised_statistics(model, corpus, profile), first)
+    assert worked == ["step"] * 14 and lost.read_bytes() == was
+
+
 def test_the_record_says_which_control_and_its_scale(model, corpus, profile):
     reinitialised_statistics(model, corpus, profile)
     folder = profile.results / "reinitialised" / "transcoders"

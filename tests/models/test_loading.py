@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -473,6 +474,25 @@ def test_the_small_model_is_trained_once_and_kept(monkeypatch, tmp_path):
     assert len(trained) == 2
     get_model(profile, replace(corpus, held_out=~corpus.held_out))
     assert len(trained) == 3
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json",
+                                  "training.json"])
+@pytest.mark.parametrize("lose", [Path.unlink, lambda path: path.write_bytes(b""),
+                                  lambda path: os.truncate(path, path.stat().st_size // 2)],
+                         ids=["deleted", "emptied", "cut"])
+def test_a_small_model_that_is_not_whole_is_trained_again(monkeypatch, tmp_path, capsys, file,
+                                                          lose):
+    profile, corpus = tiny_profile(monkeypatch, tmp_path, **QUICK), tiny_corpus()
+    first, curve = get_model(profile, corpus)
+    folder = profile.results / "language_model"
+    weights = [one.clone() for one in first.parameters()]  # they are mapped, not read
+    lose(folder / file)
+    capsys.readouterr()
+    again, same_curve = get_model(profile, corpus)
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "is made again" in line]
+    assert said.startswith(f"{os.path.relpath(folder)} is not whole ({file} ")
+    assert same_curve == curve and all(map(torch.equal, weights, again.parameters()))
 
 
 def test_the_models_type_is_the_profiles_but_for_circuits(tmp_path):

@@ -210,6 +210,18 @@ def test_what_differs_is_trained_anew_and_nothing_else(
     assert l0_path(changed[0].history) != l0_path(first[0].history)
 
 
+def test_what_is_not_whole_is_trained_anew_and_nothing_else(
+        model: Any, corpus: Corpus, profile: Profile, worked: list[str]) -> None:
+    first = all_of(model, corpus, profile)
+    (first[3].folder / "layer_0.safetensors").unlink()
+    (first[4].folder / "config.yaml").unlink()  # what it says is known
+    worked.clear()
+    again = all_of(model, corpus, profile)
+    assert set(worked) == {"fill", f"variants/{first[3].setting.name}"}
+    assert torch.equal(first[3].load().W_enc, again[3].load().W_enc)
+    assert (first[4].folder / "config.yaml").is_file()
+
+
 def test_an_interrupted_steered_run_goes_on_to_the_same_end(
         model: Any, corpus: Corpus, profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {one.setting.name: one for one in all_of(model, corpus, profile)}

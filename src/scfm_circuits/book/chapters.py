@@ -7,7 +7,7 @@ A notebook is stale when anything its outputs depend on has changed since it was
    reads: the profile's fields that its sources name, the files of those modules that it uses
    (`files_read`), the gene sets that its header names (`libraries`);
 3. the execution of a notebook it follows (`after` in its header);
-4. a file it declares (`produces`) that is no longer there.
+4. a result that it wrote or read again and that is no longer there, or has another size.
 
 What was used is recorded in the executed notebook itself (`metadata.scfm`). Nothing heavy is
 imported here, so an up-to-date book answers at once.
@@ -26,7 +26,7 @@ import yaml
 from scfm_circuits import InputError
 from scfm_circuits.book import reach
 from scfm_circuits.common import kept, manifest
-from scfm_circuits.common.files import digest, sha256_of_file
+from scfm_circuits.common.files import digest, lost_file, sha256_of_file, size_of_file
 from scfm_circuits.common.profile import ROOT, Profile, cells_path, load_profile, located
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -46,7 +46,7 @@ class Notebook:
     after: tuple[str, ...]
     """Names of the notebooks whose results it uses; without `after`, all before it."""
     produces: tuple[str, ...] = ()
-    """Files it leaves under `results/<profile>/`, as glob patterns."""
+    """Files it has to leave under `results/<profile>/`, as glob patterns."""
     exhibits: str = ""
     """The paper's exhibits it reproduces, for the exhibit map."""
     modules: tuple[str, ...] = ()
@@ -259,10 +259,7 @@ def why_stale(run: Run, notebook: Notebook, records: Mapping[str, Mapping[str, A
     for name in notebook.after:
         if name not in records or record.get("after", {}).get(name) != records[name]["run_id"]:
             return f"follows {name}"
-    for pattern in notebook.produces:
-        if not any(run.profile.results.glob(pattern)):
-            return f"{pattern} is missing"
-    return ""
+    return lost_file(run.profile.results, record.get("files", {}), size_of_file)
 
 
 def plan(run: Run) -> list[tuple[Notebook, str]]:

@@ -52,7 +52,6 @@ def check(run: Run, just_executed: Sequence[str] = ()) -> None:
         path = run.output(notebook.name)
         executed = json.loads(path.read_text(encoding="utf-8"))
         found = gate.problems(executed, known_parameters=("profile", "overrides"))
-        found += gate.missing_products(run.profile.results, notebook.produces)
         problems += [f"{notebook.name}: {problem}" for problem in found]
         for key in gate.glued_keys(executed):
             other = glued.setdefault(key, notebook.name)

@@ -29,7 +29,15 @@ from scfm_circuits.book.chapters import (
     read_again,
     read_record,
 )
-from scfm_circuits.common.files import only_one, write_atomic
+from scfm_circuits.common.files import (
+    NOTES,
+    OWNER,
+    files_of,
+    flush,
+    only_one,
+    size_of_file,
+    write_atomic,
+)
 from scfm_circuits.common.profile import ROOT, profile_path
 from scfm_circuits.report.live_curves import UNWATCHED
 
@@ -141,6 +149,8 @@ def _execute_one(run: Run, notebook: Notebook, limit: int) -> float:
     final = run.output(notebook.name)
     partial = run.profile.results / "running" / final.name
     partial.parent.mkdir(parents=True, exist_ok=True)
+    notes = partial.with_suffix(".notes")
+    notes.write_text("")
     # What the notebook was before it ran: an edit during the run leaves it stale.
     inputs, git = inputs_of(run, notebook), provenance.git_state(ROOT)
     node = _prepared(run, notebook)
@@ -156,7 +166,8 @@ def _execute_one(run: Run, notebook: Notebook, limit: int) -> float:
         with open(partial.with_suffix(".log"), "w") as log, _terminal() as live:
             papermill.execute_notebook(
                 node, str(partial), parameters=_parameters(run), kernel_name="python3",
-                kernel_manager_class=_kernel_manager(log), cwd=str(ROOT), execution_timeout=limit,
+                kernel_manager_class=_kernel_manager(log, notes), cwd=str(ROOT),
+                execution_timeout=limit,
                 progress_bar={"leave": False, "desc": notebook.name} if live else False,
                 stderr_file=live,
             )
@@ -165,7 +176,8 @@ def _execute_one(run: Run, notebook: Notebook, limit: int) -> float:
         _tidy(executed, notebook, final)
         # The cache as the notebook leaves it: what it downloads itself is no change.
         inputs[CACHED] = gene_set_inputs(run, notebook)[CACHED]
-        executed.metadata["scfm"] = _record(run, notebook, seconds, git, inputs)
+        executed.metadata["scfm"] = {**_record(run, notebook, seconds, git, inputs),
+                                     "files": _results(run, notebook, notes)}
         problems = gate.problems(executed, known_parameters=_parameters(run))
         problems += gate.missing_products(run.profile.results, notebook.produces)
         if problems:
@@ -176,10 +188,29 @@ def _execute_one(run: Run, notebook: Notebook, limit: int) -> float:
         if isinstance(error, KeyboardInterrupt) or _ename(error) == "KeyboardInterrupt":
             raise KeyboardInterrupt from None
         raise ExecutionFailed(_failure(notebook, error, kept, limit)) from None
+    notes.unlink()
     for suffix in (".ipynb", ".log"):
         partial.with_suffix(suffix).unlink(missing_ok=True)
         (run.profile.results / "failed" / final.name).with_suffix(suffix).unlink(missing_ok=True)
     return seconds
+
+
+def _results(run: Run, notebook: Notebook, notes: Path) -> dict[str, int]:
+    """Bytes of each result that the notebook wrote or read again, by its place under
+    `results/<profile>/`; from its notes, and where these have nothing that it declares, by that.
+
+    All of them are on the disk when this returns, so the record vouches for nothing that a failure
+    of power could take.
+    """
+    top = run.profile.results.absolute()
+    noted = {one for line in notes.read_text(encoding="utf-8").splitlines()
+             for one in files_of(Path(line)) if one.is_relative_to(top)} - {top / OWNER}
+    for pattern in notebook.produces:
+        there = {one for one in top.glob(pattern) if one.is_file()}
+        noted |= set() if there & noted else there
+    for path in noted:
+        flush(path)
+    return {path.relative_to(top).as_posix(): size_of_file(path) for path in sorted(noted)}
 
 
 class _Live:
@@ -217,8 +248,9 @@ def _terminal() -> contextlib.AbstractContextManager[_Live | None]:
         contextlib.nullcontext())
 
 
-def _kernel_manager(log: IO[str]) -> type:
-    """A kernel manager whose kernels write their own messages to `log` and know nobody looks on.
+def _kernel_manager(log: IO[str], notes: Path) -> type:
+    """A kernel manager whose kernels write their own messages to `log`, know that nobody looks on,
+    and note their results in `notes`.
 
     On an interruption or a crash a kernel prints a traceback from inside a library, which would
     bury our one sentence on the terminal. What cells print is in the notebook either way.
@@ -227,7 +259,8 @@ def _kernel_manager(log: IO[str]) -> type:
 
     class Quiet(AsyncKernelManager):
         async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
-            options["env"] = {**(options.get("env") or os.environ), UNWATCHED: "1"}
+            options["env"] = {**(options.get("env") or os.environ), UNWATCHED: "1",
+                              NOTES: str(notes.absolute())}
             await super().start_kernel(**options, stderr=log)
 
     return Quiet

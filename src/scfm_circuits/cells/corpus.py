@@ -26,8 +26,8 @@ from scfm_circuits.cells.tokens import (
     train_gene_tokenizer,
     train_tokenizer,
 )
-from scfm_circuits.common.files import atomic_folder, write_json
-from scfm_circuits.common.kept import Stamp, read_record, stamp_of
+from scfm_circuits.common.files import atomic_folder
+from scfm_circuits.common.kept import Stamp, read_record, stamp_of, write_record
 from scfm_circuits.common.profile import ROOT, Profile, cells_path
 from scfm_circuits.common.randomness import generator
 
@@ -211,7 +211,7 @@ def load_corpus(profile: Profile) -> Corpus:
                 np.save(fresh / f"{key}.npy", value, allow_pickle=False)
         (fresh / _TOKENIZER).write_text(corpus.tokenizer.backend_tokenizer.to_str(),
                                         encoding="utf-8")
-        write_json(fresh / _STAMP, {"stamp": stamp, "end_of_text": corpus.tokenizer.eos_token})
+        write_record(fresh / _STAMP, {"stamp": stamp, "end_of_text": corpus.tokenizer.eos_token})
         del corpus
     built = _stored_corpus(folder, stamp)
     if built is None:
@@ -233,23 +233,20 @@ def _corpus_stamp(profile: Profile) -> Stamp:
 
 
 def _stored_corpus(folder: Path, stamp: Stamp) -> Corpus | None:
-    """The corpus in `folder` if it carries this stamp and can be read, else None."""
+    """The corpus in `folder` if it carries this stamp and is whole, else None."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     about = read_record(folder / _STAMP, stamp)
     if about is None:
         return None
-    try:
-        names = [field.name for field in fields(Corpus) if field.name != "tokenizer"]
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
-                  for name in names}
-        end = str(about["end_of_text"])
-        text = (folder / _TOKENIZER).read_text(encoding="utf-8")
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text),
-                                            bos_token=end, eos_token=end, unk_token=end)
-    except Exception:  # a broken tokenizer.json makes `tokenizers` raise a bare Exception
-        return None
+    names = [field.name for field in fields(Corpus) if field.name != "tokenizer"]
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
+              for name in names}
+    end = str(about["end_of_text"])
+    text = (folder / _TOKENIZER).read_text(encoding="utf-8")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text),
+                                        bos_token=end, eos_token=end, unk_token=end)
     large = set(Prompts._fields[:4])
     return Corpus(tokenizer=tokenizer, **{name: value if name in large else np.array(value)
                                           for name, value in arrays.items()})

@@ -1,5 +1,5 @@
-"""Files: written so that a reader never sees half of one, hashed, held by one process; and whose
-results a folder holds.
+"""Files: written whole or not at all, hashed, noted, held by one process; and whose results a
+folder holds.
 
 Needs nothing but Python, as `make clean` does.
 """
@@ -11,11 +11,15 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from scfm_circuits import InputError
+
+NOTES = "SCFM_NOTES"
+"""Environment variable: the file in which a chapter's process notes what it writes, and what it
+reads of what is kept. The book learns from it which results a chapter stands on."""
 
 
 @contextlib.contextmanager
@@ -37,6 +41,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
+        note(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -64,7 +69,8 @@ def sha256_of_file(path: str | Path) -> str:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder; if the block succeeds it takes the place of `path` as a whole.
 
-    What stood at `path` stays until then, and stays for good on an error.
+    What stood at `path` stays until then, and stays for good on an error. The files are on the disk
+    before, so that a failure of power leaves no folder of empty ones.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,14 +79,54 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield fresh
         fresh.chmod(0o755)
+        flush(fresh)
         if path.exists():
             path.rename(old)
         fresh.rename(path)
+        note(path)
     finally:
         if old.exists() and not path.exists():
             old.rename(path)
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file itself, or all files of a folder, in order."""
+    return [one for one in (path, *sorted(path.rglob("*"))) if one.is_file()]
+
+
+def flush(path: Path) -> None:
+    """Have a file, or all files of a folder, on the disk before whatever follows."""
+    for one in files_of(path):
+        with open(one, "rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def note(path: Path) -> None:
+    """Note a result of the chapter that runs, if one does (`NOTES`)."""
+    if notes := os.environ.get(NOTES):
+        with open(notes, "a", encoding="utf-8") as handle:
+            handle.write(f"{path.absolute()}\n")
+
+
+def size_of_file(path: Path) -> int:
+    """A file's bytes."""
+    return path.stat().st_size
+
+
+def lost_file(folder: Path, known: Mapping[str, Any], measure: Callable[[Path], Any]) -> str:
+    """What is wrong with the first file that is not as it is known; nothing if all are.
+
+    known: what `measure` gave for each file, by its place in the folder.
+    """
+    for name, was in known.items():
+        try:
+            if measure(folder / name) != was:
+                return f"{name} is not as it was written"
+        except OSError:
+            return f"{name} is missing"
+    return ""
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

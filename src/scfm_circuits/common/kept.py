@@ -3,10 +3,12 @@
 A result is current if it bears the stamp of what it would now be made from (`stamp_of`): fields of
 the profile, the sources of rooms, versions of libraries, and whatever else its maker names. A room
 is a folder of the package; a file beside the folders belongs to `common`. What is kept is a file of
-arrays, or a folder with a record in it.
+arrays, or a folder with a record in it, which lists the other files. It counts only if it is whole;
+where it is not, a line says so, and it is made again.
 """
 
 import json
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +17,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from scfm_circuits.common.files import atomic_path, digest, read_json, sha256_of_file
+from scfm_circuits.common.files import (
+    atomic_path,
+    digest,
+    files_of,
+    first_line,
+    flush,
+    lost_file,
+    note,
+    read_json,
+    sha256_of_file,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,10 +98,33 @@ def stamp_of(profile: "Profile", fields: Iterable[str], rooms: Iterable[str] = (
     return dict(json.loads(json.dumps(found, sort_keys=True)))
 
 
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of a kept folder, when all else is there: `record`, with its `stamp`, and
+    the hashes of the folder's other files."""
+    files = {one.relative_to(path.parent).as_posix(): sha256_of_file(one)
+             for one in files_of(path.parent) if one != path}
+    write_json(path, {**record, "files": files})
+
+
 def read_record(path: Path, stamp: Stamp) -> dict[str, Any] | None:
-    """The record of a kept folder, a JSON object with its `stamp`; None if it bears another."""
+    """The record of a kept folder; None if it bears another stamp or the folder is not whole."""
+    if not path.parent.is_dir():
+        return None
     record = read_json(path)
-    return record if record.get("stamp") == stamp else None
+    if record and record.get("stamp") != stamp:
+        return None
+    lost = (lost_file(path.parent, record["files"], sha256_of_file) if "files" in record
+            else f"{path.name} cannot be read")
+    if lost:
+        say_not_whole(path.parent, lost)
+        return None
+    note(path.parent)
+    return record
+
+
+def say_not_whole(path: Path, reason: str) -> None:
+    """The line about a kept file or folder that cannot be used though it is current."""
+    print(f"{os.path.relpath(path)} is not whole ({reason}); it is made again.", flush=True)
 
 
 def read_arrays(path: Path, stamp: Stamp) -> "dict[str, np.ndarray] | None":
@@ -98,7 +134,10 @@ def read_arrays(path: Path, stamp: Stamp) -> "dict[str, np.ndarray] | None":
     try:
         with np.load(path, allow_pickle=False) as stored:
             return dict(stored) if json.loads(str(stored["stamp"])) == stamp else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        say_not_whole(path, first_line(error))
         return None
 
 
@@ -112,6 +151,7 @@ def write_arrays(path: Path, stamp: Stamp, arrays: Mapping[str, Any]) -> None:
     with atomic_path(path) as temporary:
         (np.savez if large else np.savez_compressed)(
             temporary, stamp=np.array(json.dumps(stamp)), allow_pickle=False, **found)
+        flush(temporary)
 
 
 def if_current(path: Path, stamp: Stamp, made_of: "Callable[[dict[str, np.ndarray]], Made]"
@@ -121,10 +161,15 @@ def if_current(path: Path, stamp: Stamp, made_of: "Callable[[dict[str, np.ndarra
     made_of: may raise KeyError and ValueError for a file that is not whole.
     """
     stored = read_arrays(path, stamp)
-    try:
-        return None if stored is None else made_of(stored)
-    except (KeyError, ValueError):
+    if stored is None:
         return None
+    try:
+        made = made_of(stored)
+    except (KeyError, ValueError) as error:
+        say_not_whole(path, first_line(error))
+        return None
+    note(path)
+    return made
 
 
 def kept_arrays(path: Path, stamp: Stamp, make: Callable[[], Made],

@@ -21,7 +21,7 @@ from scfm_circuits.common.randomness import generator
 from scfm_circuits.features.statistics import FeatureStatistics, get_statistics, stored_statistics
 from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer
-from scfm_circuits.transcoders.training.run import get_transcoders
+from scfm_circuits.transcoders.training.run import get_transcoders, trained_record
 from scfm_circuits.transcoders.training.settings import Control
 from scfm_circuits.transcoders.transcoder import Transcoders
 
@@ -88,7 +88,8 @@ def reinitialised_statistics(model: "GPTNeoXForCausalLM", corpus: Corpus, profil
     """
     control = Control("reinitialised", stamp_of(profile, (), ("features/baselines",)))
     stored = stored_statistics(corpus, profile, control)
-    if stored is not None:
+    # The transcoders are a result too: where they are lost, they are trained again.
+    if stored is not None and trained_record(corpus, profile, control) is not None:
         return stored
     other = reinitialised_model(model, profile.seed)
     control = control._replace(output_scale=output_scale(model, other, corpus, profile))

@@ -10,8 +10,8 @@ from torch import nn
 
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
-from scfm_circuits.common.files import atomic_folder, first_line, write_json
-from scfm_circuits.common.kept import Stamp, read_record, stamp_of
+from scfm_circuits.common.files import atomic_folder, first_line
+from scfm_circuits.common.kept import Stamp, read_record, stamp_of, write_record
 from scfm_circuits.common.profile import model_source
 from scfm_circuits.models.architectures import check_supported
 from scfm_circuits.models.mlp_sites import best_device, moved_to, not_finite
@@ -132,7 +132,7 @@ def get_model(profile: "Profile", corpus: "Corpus", *, exact: bool = False
         with atomic_folder(folder) as fresh:
             model.save_pretrained(fresh)
             corpus.tokenizer.save_pretrained(fresh)
-            write_json(fresh / "training.json", {"stamp": stamp, **curve._asdict()})
+            write_record(fresh / "training.json", {"stamp": stamp, **curve._asdict()})
     else:
         curve = TrainingCurve(stored["step"], stored["loss"])
     model = load_model(folder, dtype=dtype)

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scfm_circuits import InputError
-from scfm_circuits.common.files import read_json, write_atomic, write_json
+from scfm_circuits.common.files import read_json, write_atomic
+from scfm_circuits.common.kept import write_record
 from scfm_circuits.transcoders.activations import ACTIVATIONS, Name
 
 INITIAL_THRESHOLD = 1e-3
@@ -220,24 +221,34 @@ def save_layers(transcoders: Transcoders, folder: Path, first_layer: int = 0) ->
         save_file(tensors, folder / f"layer_{layer}.safetensors")
 
 
-def save_record(folder: Path, model_name: str, record: Mapping[str, Any], variant: Variant,
-                n_layers: int) -> None:
-    """config.yaml and training.json beside the layers' files: see `save_transcoders`."""
+def save_config(folder: Path, model_name: str, variant: Variant) -> None:
+    """config.yaml beside the layers' files, if it is not there as it has to be.
+
+    What it says is known without them, so training.json does not list it: where it is lost, nothing
+    has to be trained again.
+    """
     read = "mlp.hook_in" if variant.site == "transcoder" else "mlp.hook_out"
     layout = ACTIVATIONS[variant.activation].layout
     activation: dict[str, Any] = {"activation": layout} if layout else {}
     if layout == "topk":
         activation["k"] = variant.k
-    write_atomic(folder / "config.yaml", yaml.safe_dump({
+    text = yaml.safe_dump({
         "model_kind": "transcoder_set",
         "model_name": model_name,
         "feature_input_hook": read,
         "feature_output_hook": "mlp.hook_out",
         "scan": None,
         **activation,
-    }, sort_keys=True))
-    write_json(folder / "training.json",
-               {**record, "n_layers": n_layers, "variant": variant._asdict()})
+    }, sort_keys=True)
+    path = folder / "config.yaml"
+    if not path.is_file() or path.read_bytes() != text.encode():
+        write_atomic(path, text)
+
+
+def save_record(folder: Path, record: Mapping[str, Any], variant: Variant, n_layers: int) -> None:
+    """training.json beside the layers' files: see `save_transcoders`."""
+    write_record(folder / "training.json",
+                 {**record, "n_layers": n_layers, "variant": variant._asdict()})
 
 
 def save_transcoders(transcoders: Transcoders, folder: Path, model_name: str,
@@ -251,7 +262,8 @@ def save_transcoders(transcoders: Transcoders, folder: Path, model_name: str,
     `record`, the variant, and the number of layers, by which a missing last file is noticed.
     """
     save_layers(transcoders, folder)
-    save_record(folder, model_name, record, transcoders.variant, transcoders.n_layers)
+    save_record(folder, record, transcoders.variant, transcoders.n_layers)
+    save_config(folder, model_name, transcoders.variant)
 
 
 def load_transcoders(folder: Path) -> Transcoders:

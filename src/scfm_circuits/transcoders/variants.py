@@ -28,8 +28,18 @@ from scfm_circuits.transcoders.training import checkpoints
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer, Batch
 from scfm_circuits.transcoders.training.history import known_mean
 from scfm_circuits.transcoders.training.run import TrainingRun, training_buffer
-from scfm_circuits.transcoders.training.settings import Control, stage_folder, training_stamp
-from scfm_circuits.transcoders.transcoder import Transcoders, load_transcoders, save_transcoders
+from scfm_circuits.transcoders.training.settings import (
+    Control,
+    stage_folder,
+    training_stamp,
+    variant_of,
+)
+from scfm_circuits.transcoders.transcoder import (
+    Transcoders,
+    load_transcoders,
+    save_config,
+    save_transcoders,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -246,6 +256,7 @@ class Trainer:
                 save_transcoders(run.transcoders, fresh, setting.label, record)
             assert run.checkpoint is not None
             checkpoints.remove(run.checkpoint)
+        save_config(folder, setting.label, variant_of(profile))
         return Trained(setting, profile, control, record["history"], record["l1_coefficient"],
                        record["seconds_per_step"])
 

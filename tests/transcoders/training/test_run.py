@@ -641,6 +641,35 @@ def test_finished_transcoders_are_kept_and_the_checkpoint_goes(model, corpus, pr
         get_transcoders(model, corpus, changed(profile, l1_coefficient=0.1))
 
 
+@pytest.mark.parametrize("file", ["layer_1.safetensors", "training.json"])
+@pytest.mark.parametrize("lose", [Path.unlink, lambda path: path.write_bytes(b""),
+                                  lambda path: os.truncate(path, path.stat().st_size // 2)],
+                         ids=["deleted", "emptied", "cut"])
+def test_transcoders_that_are_not_whole_are_trained_again(model, corpus, profile, capsys, file,
+                                                          lose):
+    first, _ = get_transcoders(model, corpus, profile)
+    folder = profile.results / "transcoders"
+    lose(folder / file)
+    capsys.readouterr()
+    again, _ = get_transcoders(model, corpus, profile)
+    told = capsys.readouterr().out
+    assert told.startswith(f"{os.path.relpath(folder)} is not whole ({file} ")
+    assert "Training 2 " in told
+    assert torch.equal(first.W_enc, again.W_enc) and torch.equal(first.W_dec, again.W_dec)
+
+
+@pytest.mark.parametrize("lose", [Path.unlink, lambda path: path.write_bytes(b"")],
+                         ids=["deleted", "emptied"])
+def test_a_lost_description_costs_no_training(model, corpus, profile, monkeypatch, lose):
+    get_transcoders(model, corpus, profile)
+    path = profile.results / "transcoders" / "config.yaml"
+    was = path.read_bytes()
+    lose(path)
+    monkeypatch.setattr(TrainingRun, "run", None)  # training again would fail
+    get_transcoders(model, corpus, profile)
+    assert path.read_bytes() == was
+
+
 def test_what_is_saved_is_what_was_trained(model, corpus, profile):
     run = trained(model, corpus, profile)
     stored, _ = get_transcoders(model, corpus, profile)

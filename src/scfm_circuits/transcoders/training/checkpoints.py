@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scfm_circuits import InputError
-from scfm_circuits.common.files import read_json, write_json
+from scfm_circuits.common.files import flush, read_json, write_json
 from scfm_circuits.transcoders.training.processes import ALONE, Ranks
 
 _STATE = "state.json"
@@ -75,6 +75,7 @@ def save(folder: Path, step: int, tensors: list[dict[str, Tensor]], layers: rang
         for layer, values in zip(layers, tensors, strict=True):
             save_file({key: value.detach().cpu().contiguous() for key, value in values.items()},
                       part / f"layer_{layer}.safetensors")
+            flush(part / f"layer_{layer}.safetensors")
     except (OSError, SafetensorError) as error:
         problem = error
     _all_well(problem, part, ranks)

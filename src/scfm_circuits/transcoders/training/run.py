@@ -46,6 +46,7 @@ from scfm_circuits.transcoders.training.settings import (
 from scfm_circuits.transcoders.transcoder import (
     Transcoders,
     load_transcoders,
+    save_config,
     save_layers,
     save_record,
 )
@@ -293,6 +294,22 @@ class TrainingRun:
         return True
 
 
+def trained_record(corpus: "Corpus", profile: "Profile", control: Control | None = None
+                   ) -> dict[str, Any] | None:
+    """The record of the profile's transcoders, if they are current and whole; of a control's."""
+    folder = stage_folder(profile, control) / "transcoders"
+    record = read_record(folder / "training.json", training_stamp(profile, corpus, control))
+    if record is not None:
+        save_config(folder, _title(profile, control), variant_of(profile))
+    return record
+
+
+def _title(profile: "Profile", control: Control | None) -> str:
+    """What config.yaml calls the model."""
+    name = profile.model if profile.model != "train" else f"small GPT-NeoX ({profile.name})"
+    return name if control is None else f"{name}, {control.name}"
+
+
 def get_transcoders(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile",
                     control: Control | None = None, ranks: Ranks = ALONE,
                     logged: Logged | None = None) -> tuple[Transcoders, list[dict[str, Any]]]:
@@ -301,8 +318,7 @@ def get_transcoders(model: "PreTrainedModel", corpus: "Corpus", profile: "Profil
     With `control`, those of that control, which are trained the same way on the model given.
     """
     folder = stage_folder(profile, control) / "transcoders"
-    stamp = training_stamp(profile, corpus, control)
-    record = read_record(folder / "training.json", stamp)
+    record = trained_record(corpus, profile, control)
     there = ranks.gather(record is not None)
     if record is None or not all(there):
         checkpoint = folder.with_name("training_checkpoint")
@@ -310,7 +326,7 @@ def get_transcoders(model: "PreTrainedModel", corpus: "Corpus", profile: "Profil
         if ranks.first:
             _announce(run, corpus)
         run.run(logged=logged)
-        record = {"stamp": stamp, "history": run.history, "seconds": run.seconds,
+        record = {"stamp": run.stamp, "history": run.history, "seconds": run.seconds,
                   "steps": run.steps, "tokens": run.steps * profile.batch_tokens}
         _store(run, folder, record)
         del run  # with Adam's moments and the buffer, before the result is read
@@ -322,19 +338,17 @@ def get_transcoders(model: "PreTrainedModel", corpus: "Corpus", profile: "Profil
 
 def _store(run: TrainingRun, folder: Path, record: dict[str, Any]) -> None:
     """Write the trained transcoders: each process its layers, then the first one all the rest."""
-    profile, control, ranks = run.profile, run.control, run.ranks
-    name = profile.model if profile.model != "train" else f"small GPT-NeoX ({profile.name})"
-    if control is not None:
-        name = f"{name}, {control.name}"
-        if control.output_scale is not None:
-            record["output_scale"] = control.output_scale.tolist()
+    control, ranks = run.control, run.ranks
+    if control is not None and control.output_scale is not None:
+        record["output_scale"] = control.output_scale.tolist()
     with contextlib.ExitStack() as stack:
         fresh = stack.enter_context(atomic_folder(folder)) if ranks.first else None
         fresh = ranks.gather(fresh)[0]
         save_layers(run.transcoders, fresh, run.layers.start)
         ranks.barrier()
         if ranks.first:
-            save_record(fresh, name, record, run.transcoders.variant, run.n_layers)
+            save_record(fresh, record, run.transcoders.variant, run.n_layers)
+            save_config(fresh, _title(run.profile, control), run.transcoders.variant)
     ranks.barrier()
 
 

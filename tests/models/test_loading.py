@@ -115,6 +115,18 @@ def test_replaced_mlps_are_a_forward_pass_with_other_mlps(replacement, layers):
     assert not torch.allclose(found, untouched, atol=1e-2)
 
 
+def test_an_mlp_that_is_replaced_is_not_computed():
+    model, called = tiny_model(), []
+    for layer, module in enumerate(mlps(model)):
+        module.register_forward_hook(lambda *_, layer=layer: called.append(layer))
+    ids = torch.from_numpy(tokens(6))[None]
+    with replaced_mlps(model, zero_ablation, [0, 2]):
+        model(input_ids=ids)
+    assert called == [1]
+    model(input_ids=ids)
+    assert called == [1, 0, 1, 2]
+
+
 def test_zero_ablation_equals_mlps_whose_weights_are_zero():
     model, ids = tiny_model(), torch.from_numpy(tokens(9))[None]
     with replaced_mlps(model, zero_ablation):

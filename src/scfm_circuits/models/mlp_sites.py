@@ -101,18 +101,34 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
+class _StandIn(nn.Module):
+    """In the place of a layer's MLP, which is then not computed."""
+
+    def __init__(self, layer: int, replacement: Replacement) -> None:
+        super().__init__()
+        self.layer, self.replacement = layer, replacement
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.replacement(self.layer, inputs)
+
+
+@contextlib.contextmanager
 def replaced_mlps(model: nn.Module, replacement: Replacement,
-                  layers: Sequence[int] | None = None
-                  ) -> contextlib.AbstractContextManager[None]:
-    """Within the block, the MLPs of `layers` (default: all) give `replacement(layer, input)`."""
-    modules = dict(enumerate(mlps(model)))
-    if layers is not None:
-        modules = {layer: modules[layer] for layer in layers}
+                  layers: Sequence[int] | None = None) -> Iterator[None]:
+    """Within the block, the MLPs of `layers` (default: all) give `replacement(layer, input)`.
 
-    def hook(layer: int) -> Callable:
-        return lambda module, args, output: replacement(layer, args[0])
-
-    return hooked(module.register_forward_hook(hook(layer)) for layer, module in modules.items())
+    Raises KeyError for a layer that the model does not have.
+    """
+    blocks = dict(enumerate(decoder_layers(model)))
+    chosen = {layer: blocks[layer] for layer in (blocks if layers is None else layers)}
+    before = {layer: block.mlp for layer, block in chosen.items()}
+    try:
+        for layer, block in chosen.items():
+            block.mlp = _StandIn(layer, replacement)
+        yield
+    finally:
+        for layer, block in chosen.items():
+            block.mlp = before[layer]
 
 
 def zero_ablation(layer: int, inputs: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ ALL, LATER = -1, -2
 """What stands in place of a layer's number: all layers; all but the first, which alone reads the
 tokens themselves."""
 
-MEAN_CELLS = 500
+MEAN_CELLS = 200
 """Training cells over whose tokens an MLP's output is averaged, evenly spaced in the corpus."""
 
 
@@ -378,8 +378,7 @@ def replacement_of(model: nn.Module, transcoders: Transcoders) -> Replacement:
     if transcoders.variant.site == "transcoder":
         return transcoders.replacement
     modules = mlps(model)
-    # `forward` itself passes the hook by, which would call it again.
-    return lambda layer, x: transcoders.replacement(layer, modules[layer].forward(x))
+    return lambda layer, x: transcoders.replacement(layer, modules[layer](x))
 
 
 def held_out_measures(model: nn.Module, variants: Mapping[str, Load], corpus: "Corpus",

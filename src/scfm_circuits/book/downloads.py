@@ -92,7 +92,8 @@ def notes(profile: Profile) -> list[str]:
             said.append(f"{name}: {library.warning}")
     if profile.gene_groups is not None:
         read_gene_groups(profile.gene_groups)
-    if Path(model_source("tokenizer", profile.tokenizer)).is_dir():
+    if (profile.tokenizer not in MADE_HERE
+            and Path(model_source("tokenizer", profile.tokenizer)).is_dir()):
         note = begin_token_note(load_tokenizer(profile.tokenizer, profile.model_revision))
         said += [note] if note else []
     return said

@@ -210,3 +210,17 @@ def test_long_text_is_cut_where_it_is_drawn_and_its_bars_stay_apart() -> None:
     assert len(axis.patches) == 2 * len(ODD)
     assert len({round(bar.get_y(), 6) for bar in axis.patches}) == len(ODD)
     assert [tick.get_text() for tick in axis.get_yticklabels()].count(shown(LONG)) == 2
+
+
+def test_more_types_than_fit_a_figure_are_added_up() -> None:
+    names = np.array([f"type {i}" for i in range(1_500)])
+    labels = np.concatenate([names, np.repeat(names[-5:], 3)])
+    held_out = np.arange(len(labels)) % 4 == 0
+    figure = cells_and_training.cells_per_type(labels, held_out)
+    figure.savefig(io.BytesIO(), format="png", dpi=200, bbox_inches="tight")
+    axis = figure.axes[0]
+    texts = [tick.get_text() for tick in axis.get_yticklabels()]
+    assert len(texts) == cells_and_training.MOST_BARS + 1
+    assert texts[0] == f"{1_500 - cells_and_training.MOST_BARS:,} other types"
+    assert set(texts[-5:]) == set(names[-5:])
+    assert sum(bar.get_width() for bar in axis.patches) == len(labels)

@@ -21,19 +21,28 @@ from scfm_circuits.report.plots.style import (
 )
 from scfm_circuits.transcoders.validation import ALL, LATER
 
+MOST_BARS = 100
+"""Types that have a bar of their own; a picture has no room for thousands."""
+
 
 def cells_per_type(labels: np.ndarray, held_out: np.ndarray) -> Figure:
-    """Cells of each type, training and held-out."""
+    """Cells of each type, training and held-out; of many types the rarest are added up."""
     frame = pd.DataFrame({"type": labels, "set": np.where(held_out, "held out", "training")})
     counts = frame.value_counts(["type", "set"]).unstack(fill_value=0)
     counts = counts.loc[counts.sum(axis=1).sort_values().index]
+    names = [literal(name) for name in counts.index]
+    rest = len(counts) - MOST_BARS
+    if rest > 1:
+        others = counts.iloc[:rest].sum().to_frame().T
+        counts = pd.concat([others, counts.iloc[rest:]], ignore_index=True)
+        names = [f"{rest:,} other types", *names[rest:]]
     figure, (axis,) = panels(1, width=7.5, height=0.5 + 0.36 * len(counts))
     places, left = np.arange(len(counts)), np.zeros(len(counts))
     for name, colour in (("training", BLUE), ("held out", ORANGE)):
         values = counts.get(name, pd.Series(0, counts.index)).to_numpy()
         axis.barh(places, values, left=left, color=colour, label=name)
         left += values
-    axis.set_yticks(places, [literal(name) for name in counts.index])
+    axis.set_yticks(places, names)
     axis.set(xlabel="cells")
     axis.grid(axis="y", visible=False)
     axis.legend()

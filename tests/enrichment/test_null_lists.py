@@ -9,6 +9,7 @@ from scipy.stats import chisquare, false_discovery_control
 
 from scfm_circuits import InputError
 from scfm_circuits.enrichment.null_lists import (
+    SCORES,
     Ragged,
     TokenCounts,
     TokenFamilies,
@@ -19,6 +20,7 @@ from scfm_circuits.enrichment.null_lists import (
     uniform_null,
 )
 from scfm_circuits.enrichment.significance import benjamini_hochberg, empirical_p, wilson_interval
+from scfm_circuits.features.gene_lists import rescored
 
 
 def parts(lists: Ragged) -> list[list[int]]:
@@ -117,10 +119,10 @@ def test_token_null_matches_frequency_and_family_size() -> None:
     assert len({tuple(t) for t in tokens}) > 100
 
 
-@given(st.integers(0, 10_000), st.integers(0, 9), st.booleans())
-@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 9), st.booleans(), st.sampled_from(SCORES))
+@settings(max_examples=120, deadline=None)
 def test_a_token_null_is_the_list_of_a_feature_that_fires_on_the_drawn_tokens(
-    seed: int, length: int, by_token: bool
+    seed: int, length: int, by_token: bool, score: str
 ) -> None:
     """With every token alone in its cell nothing can move, so the null is the feature's own list:
     scored with a dense matrix, ranked by sorting, cut at the feature's length."""
@@ -135,12 +137,21 @@ def test_a_token_null_is_the_list_of_a_feature_that_fires_on_the_drawn_tokens(
     counts = rng.integers(1, 100, own.size)
     null = token_preserving_null(
         TokenCounts(np.array([0, own.size]), own, counts.astype(float)), families, [length], rng,
-        n_genes=n_genes, by_token=by_token)
+        n_genes=n_genes, by_token=by_token, score=score)
 
     occurs = np.zeros((n_tokens, n_genes))
     occurs[token, gene] = pair_count
     inside = counts @ (occurs / occurs.sum(axis=1, keepdims=True))[own]
     whole = counts @ holds[own] if by_token else inside
+    if score != "count":
+        times = occurs.sum(axis=1) @ holds if by_token else occurs.sum(axis=0)
+        found = np.zeros(n_genes)
+        some = times > 0
+        found[some] = rescored(whole[some], times[some], np.full(
+            some.sum(), counts.sum() / occurs.sum()), score)
+        expected = np.argsort(-found, kind="stable")[: min(length, int((found > 0).sum()))]
+        assert np.sort(found[null.ids]) == pytest.approx(np.sort(found[expected]))
+        return
     order = np.lexsort((-inside, -whole))
     expected = order[inside[order] > 0][:length]
     # Full ties may fall either way: the same scores must be on the list, not the same genes.

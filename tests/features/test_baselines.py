@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import before_each_step, model_for, tiny_corpus, tiny_profile, tiny_transcoders
+from sklearn.decomposition import PCA
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
@@ -17,6 +18,9 @@ from scfm_circuits.common.profile import Profile
 from scfm_circuits.features import baselines as baselines_module
 from scfm_circuits.features import statistics as features_module
 from scfm_circuits.features.baselines import (
+    DIRECTIONS,
+    direction_encoder,
+    direction_statistics,
     mean_output_norms,
     output_scale,
     reinitialised_model,
@@ -24,7 +28,7 @@ from scfm_circuits.features.baselines import (
     untrained_statistics,
 )
 from scfm_circuits.features.statistics import FeatureStatistics, count_features
-from scfm_circuits.models.mlp_sites import mlp_sites, mlps
+from scfm_circuits.models.mlp_sites import batches, hooked, mlp_sites, mlps
 from scfm_circuits.transcoders.training.run import TrainingRun, get_transcoders
 from scfm_circuits.transcoders.training.settings import Control
 from scfm_circuits.transcoders.transcoder import load_transcoders
@@ -328,3 +332,56 @@ def test_untrained_features_follow_the_trained_ones(model, corpus, profile, stat
     other = count_features(model, tiny_transcoders(model, seed=9), corpus, 8, progress=False)
     untrained_statistics(model, other, corpus, profile, n_features=12)
     assert worked == ["count"] * 3
+
+
+# --- the model's own directions ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", DIRECTIONS)
+def test_directions_fire_as_often_as_the_trained_features(kind, model, corpus, profile, statistics,
+                                                          worked):
+    wide = profile.model_copy(update={"forward_cells": 32})
+    found = direction_statistics(kind, model, statistics, corpus, wide)
+    again = direction_statistics(kind, model, statistics, corpus, wide)
+    assert worked == ["count"] and same(found, again)
+    for layer in range(2):
+        live = statistics.frequency[layer][statistics.live(-4.0)[layer]]
+        # Each fires as often as one of them, but for the cells that set no threshold.
+        nearest = np.abs(found.frequency[layer][:, None] - live).min(axis=1)
+        assert nearest.max() < 0.06 and np.median(nearest) < 0.02
+        assert len({*found.frequency[layer].round(3)}) > 8
+
+
+def test_a_neurons_feature_fires_where_the_neuron_is_most_active(model, corpus, profile,
+                                                                 statistics):
+    encoder = direction_encoder("MLP neurons", model, statistics, corpus, profile)
+    some = np.flatnonzero(~corpus.held_out)[: profile.forward_cells]
+    _, tokens, mask = next(batches(corpus, some, len(some), torch.device("cpu")))
+    neurons = []
+    with hooked([mlps(model)[1].act.register_forward_hook(
+            lambda module, args, output: neurons.append(output[mask]))]):
+        inputs = mlp_sites(model, tokens, mask).inputs[1]
+    fires = encoder.layer_activations(1, inputs) > 0
+    checked = 0
+    for fired, activation in zip(fires.T, neurons[0].T, strict=True):
+        # GELU falls before it rises: below its lowest place the order is another.
+        if fired.any() and not fired.all() and activation[fired].min() > 0:
+            assert activation[fired].min() > activation[~fired].max()
+            checked += 1
+    assert checked > 8
+
+
+def test_principal_components_are_those_of_scikit_learn(model, corpus, profile, statistics):
+    encoder = direction_encoder("principal components", model, statistics, corpus, profile)
+    some = np.flatnonzero(~corpus.held_out)[: profile.forward_cells]
+    _, tokens, mask = next(batches(corpus, some, len(some), torch.device("cpu")))
+    inputs = mlp_sites(model, tokens, mask).inputs
+    d_model = inputs.shape[-1]
+    assert encoder.n_features == 2 * d_model
+    for layer in range(2):
+        expected = PCA().fit(inputs[layer].double().numpy())
+        kept = expected.explained_variance_ > 1e-6 * expected.explained_variance_[0]
+        ours = encoder.W_enc[layer].detach().double().numpy()
+        overlap = np.abs((ours[:d_model] * expected.components_).sum(axis=1))
+        assert overlap[kept] == pytest.approx(1, abs=1e-3)
+        assert (ours[d_model:] == -ours[:d_model]).all()

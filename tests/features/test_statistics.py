@@ -11,13 +11,20 @@ import torch
 from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.tokens import token_texts
 from scfm_circuits.features import statistics as features_module
 from scfm_circuits.features.contexts import draw_features, feature_contexts, token_table
-from scfm_circuits.features.gene_lists import gene_lists, gene_scores, ranked_genes, select_genes
+from scfm_circuits.features.gene_lists import (
+    containment,
+    gene_lists,
+    gene_scores,
+    ranked_genes,
+    select_genes,
+)
 from scfm_circuits.features.statistics import (
     FeatureStatistics,
     corpus_pairs,
@@ -177,6 +184,60 @@ def test_gene_rules_equal_loops(statistics, corpus, z, rule, layer):
     found = gene_scores(statistics, layer, len(corpus.symbols), rule).toarray()
     np.testing.assert_array_equal(found, scores_by_loops(corpus, z, layer, rule))
     assert found.any()
+
+
+@pytest.mark.parametrize("rule", ["token", "occurrence"])
+@pytest.mark.parametrize("score", ["rate", "z"])
+def test_rates_and_excesses_equal_loops(statistics, corpus, z, rule, score, monkeypatch):
+    monkeypatch.setattr("scfm_circuits.features.gene_lists.MIN_FIRINGS", 2)
+    found = gene_scores(statistics, 1, len(corpus.symbols), rule, score=score).toarray()
+    fired = scores_by_loops(corpus, z, 1, rule)
+    # A feature that fires everywhere counts how often what it is counted on occurs.
+    always = [np.ones_like(one) for one in z]
+    occurs = scores_by_loops(corpus, always, 1, rule)[0]
+    everywhere = scores_by_loops(corpus, always, 1, "occurrence")[0].sum()
+    own = scores_by_loops(corpus, z, 1, "occurrence").sum(axis=1) / everywhere
+    checked = 0
+    for feature, gene in np.ndindex(*fired.shape):
+        n, k, p = occurs[gene], fired[feature, gene], own[feature]
+        if k < 2:
+            expected = 0.0
+        elif score == "rate":
+            expected = k / n
+        else:
+            law = binom(n, p)
+            expected = max(0.0, (k - law.mean()) / law.std()) if 0 < p < 1 else 0.0
+            checked += expected > 0
+        assert found[feature, gene] == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert found.any() and (score == "rate" or checked > 20)
+
+
+def test_a_rate_puts_a_rare_gene_first_that_a_count_puts_last():
+    """Fires on half of a common gene's occurrences and on all of a rare one's."""
+    statistics = FeatureStatistics(
+        10_000, np.array([[510]]), np.array([0, 1]), np.array([0, 1], np.int32),
+        np.array([1000, 10]), (sp.csr_matrix([[500, 10]]),), np.zeros((1, 1)))
+    one = np.array([0])
+    first = {score: ranked_genes(statistics, 0, one, 2, "occurrence", score=score)[0][0][0]
+             for score in ("count", "rate", "z")}
+    assert first == {"count": 0, "rate": 1, "z": 1}
+
+
+def test_letters_hold_what_the_tokenizer_does_and_more(statistics, corpus, monkeypatch, tmp_path):
+    profile = tiny_profile(monkeypatch, tmp_path, gene_rule="token", containment="letters")
+    spelt = containment(statistics, corpus, profile).toarray()
+    inside = statistics.pair_gene >= 0
+    tokens = np.unique(statistics.pair_token[inside])
+    texts = [text.removeprefix("_") for text in token_texts(corpus.tokenizer, tokens)]
+    for row, text in zip(spelt, texts, strict=True):
+        for gene in corpus.occurring:
+            assert row[gene] == (text in corpus.symbols[gene])
+    cut = gene_scores(statistics, 1, len(corpus.symbols), "token").toarray()
+    by_letters = gene_scores(statistics, 1, len(corpus.symbols), "token",
+                             contains=containment(statistics, corpus, profile)).toarray()
+    assert (by_letters >= cut).all() and (by_letters > cut).any()
+    other = profile.model_copy(update={"gene_rule": "occurrence"})
+    assert containment(statistics, corpus, other) is None
 
 
 def test_the_two_rules_differ_where_genes_share_tokens(statistics, corpus):

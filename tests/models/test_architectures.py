@@ -28,6 +28,7 @@ from scfm_circuits.models.architectures import (
     decoder_layers,
     final_norm,
     layer_weights,
+    neuron_rows,
 )
 from scfm_circuits.transcoders.training.run import TrainingRun
 from scfm_circuits.transcoders.validation import (
@@ -52,6 +53,22 @@ def test_the_parts_are_those_the_forward_pass_uses(family):
     for layer in decoder_layers(model):
         expected += [layer.input_layernorm, layer.post_attention_layernorm, layer.mlp, layer]
     assert order == [*expected, final_norm(model), decoder(model)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_rows_of_neurons_give_what_their_function_reads(family):
+    model = tiny(family, layers=2)
+    seen: dict[str, torch.Tensor] = {}
+    mlp = decoder_layers(model)[1].mlp
+    function = getattr(mlp, "act", None) or mlp.act_fn
+    mlp.register_forward_hook(lambda module, args, output: seen.update(site=args[0]))
+    function.register_forward_hook(lambda module, args, output: seen.update(read=args[0]))
+    model(input_ids=torch.arange(5)[None])
+    rows = neuron_rows(model)[1]
+    bias = seen["read"] - seen["site"] @ rows.T
+    # The same at every token, whatever was read.
+    assert torch.allclose(bias, bias[:, :1].expand_as(bias), atol=1e-10)
+    assert rows.shape[1] == seen["site"].shape[-1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -217,7 +217,17 @@ class Profile(BaseModel):
     """A feature is called interpretable if one term has a q-value below this."""
     gene_rule: Literal["token", "occurrence"] = "token"
     """How a token counts for a gene: `token`: for each gene of the corpus whose name contains it
-    (the paper's words); `occurrence`: only for the gene it stood in when the feature fired."""
+    (the paper's words, see `containment`); `occurrence`: only for the gene it stood in when the
+    feature fired."""
+    containment: Literal["token", "letters"] = "token"
+    """Which gene names contain a token, under the gene rule `token`: those that the tokenizer cuts
+    into it and other pieces, or all in which its letters stand. The paper says "contained within
+    gene names" and not which."""
+    gene_score: Literal["count", "rate", "z"] = "count"
+    """What genes are ranked by. `count`: how often the feature fires on them ("in descending order
+    of activation frequency"); `rate`: on which share of their occurrences, E(f, t) read as E(f) is
+    defined, as a probability; `z`: by how many standard deviations more often than the feature
+    fires on genes at large ("specifically activate")."""
     list_rule: Literal["all", "top", "share"] = "top"
     """Which genes of the ranking are tested: all, the first `list_size`, or those that hold
     `list_share` of the activations. The paper does not say."""
@@ -290,6 +300,9 @@ class Profile(BaseModel):
         if (1 + self.null_draws) * self.fdr <= 1:
             raise ValueError(f"null_draws: with {self.null_draws} null lists no p-value can be "
                              f"below the fdr of {self.fdr:g}; use more than {1 / self.fdr:.0f}")
+        if self.list_rule == "share" and self.gene_score != "count":
+            raise ValueError(f"list_rule: a share of the activations needs genes ranked by "
+                             f"`gene_score: count`, not `{self.gene_score}`; use `top` or `all`")
         if self.buffer_tokens < self.batch_tokens:
             raise ValueError("buffer_tokens: must be at least batch_tokens")
         return self

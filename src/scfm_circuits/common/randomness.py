@@ -53,6 +53,9 @@ STREAMS: Mapping[str, Stream] = {
     "features with known items": Stream(34, ("kind",)),
     "cells that kinds are counted in": Stream(35),
     "thinned cells": Stream(40),
+    "the model's own directions": Stream(43, ("kind",)),
+    "relabelled genes": Stream(41, ("draw",)),
+    "null lists under other choices": Stream(42),
 }
 
 

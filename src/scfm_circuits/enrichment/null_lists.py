@@ -15,11 +15,13 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import ArrayLike
 
 from scfm_circuits import InputError
 from scfm_circuits.common.compiled import compiled
 from scfm_circuits.enrichment.significance import FloatArray, IntArray
+from scfm_circuits.features.gene_lists import MIN_FIRINGS
 
 
 class Ragged(NamedTuple):
@@ -95,7 +97,7 @@ def frequency_matched_null(lists: Ragged, gene_frequency: ArrayLike, n_bins: int
     """
     frequency = np.asarray(gene_frequency, dtype=np.float64)
     _check_ids(lists, frequency.size, "gene")
-    return _resample(_repeated(lists, draws), _quantile_bins(frequency, n_bins), rng)
+    return _resample(_repeated(lists, draws), quantile_bins(frequency, n_bins), rng)
 
 
 class TokenFamilies(NamedTuple):
@@ -107,12 +109,14 @@ class TokenFamilies(NamedTuple):
     """Gene ids, distinct within a family, (indptr[-1],)."""
     shares: FloatArray
     """Share of the token's occurrences that stand in that gene, (indptr[-1],)."""
+    occurrences: FloatArray
+    """How often each token occurs in genes, (n_tokens,)."""
     cell: IntArray
     """Which tokens may stand in for each other: bin of frequency by bin of family size."""
 
 
 def token_families(pair_token: ArrayLike, pair_gene: ArrayLike, pair_count: ArrayLike,
-                   n_bins: int = 8) -> TokenFamilies:
+                   n_bins: int = 8, contains: sp.csr_matrix | None = None) -> TokenFamilies:
     """`TokenFamilies` from the distinct pairs of token and gene and how often each occurs.
 
     Args:
@@ -120,6 +124,8 @@ def token_families(pair_token: ArrayLike, pair_gene: ArrayLike, pair_count: Arra
         pair_gene: gene ids, (n_pairs,).
         pair_count: occurrences, at least 1, (n_pairs,).
         n_bins: bins of frequency, and of family size.
+        contains: (n_tokens, n_genes) the families, if they hold genes beside those of the pairs;
+            in these a token has no share.
 
     Raises:
         InputError: a pair twice, a token without a gene, or no bins.
@@ -132,9 +138,31 @@ def token_families(pair_token: ArrayLike, pair_gene: ArrayLike, pair_count: Arra
     order = np.argsort(token, kind="stable")
     _check_ids(Ragged(_indptr(sizes), gene[order]), int(gene.max(initial=0)) + 1, "gene")
     frequency = np.bincount(token, weights=count)
-    size_bin = _quantile_bins(np.asarray(sizes, dtype=np.float64), n_bins)
-    cell = _quantile_bins(frequency.astype(np.float64), n_bins) * n_bins + size_bin
-    return TokenFamilies(_indptr(sizes), gene[order], (count / frequency[token])[order], cell)
+    if contains is not None:
+        own = sp.csr_matrix((count, (token, gene)), contains.shape)
+        sizes = np.diff(contains.indptr)
+        token, gene = np.repeat(np.arange(len(sizes)), sizes), contains.indices.astype(np.int64)
+        count, order = np.asarray(own[token, gene]).ravel(), np.arange(len(token))
+    size_bin = quantile_bins(np.asarray(sizes, dtype=np.float64), n_bins)
+    cell = quantile_bins(frequency.astype(np.float64), n_bins) * n_bins + size_bin
+    return TokenFamilies(_indptr(sizes), gene[order], (count / frequency[token])[order],
+                         frequency.astype(np.float64), cell)
+
+
+SCORES = ("count", "rate", "z")
+
+
+class Ranking(NamedTuple):
+    """How genes are ranked by what their tokens are given."""
+
+    by_token: bool
+    """Whether a gene is given the whole counts of its tokens, or what falls inside it."""
+    score: int
+    """Place in SCORES."""
+    least: float
+    """Counts below which a gene is not listed by rate or z."""
+    occurrences: FloatArray
+    """How often the tokens occur whose counts a gene is given, (n_genes,)."""
 
 
 class TokenCounts(NamedTuple):
@@ -150,7 +178,7 @@ class TokenCounts(NamedTuple):
 
 def token_preserving_null(
     features: TokenCounts, families: TokenFamilies, lengths: ArrayLike, rng: np.random.Generator,
-    *, n_genes: int, by_token: bool = True, draws: int = 1,
+    *, n_genes: int, by_token: bool = True, draws: int = 1, score: str = "count",
 ) -> Ragged:
     """Gene lists of features that fire as often, on as many tokens of the same kind.
 
@@ -172,6 +200,7 @@ def token_preserving_null(
         n_genes: how many genes there are.
         by_token: a gene's score is the counts of all its tokens (gene rule `token`), or only what
             falls inside the gene (`occurrence`).
+        score: what becomes of that score: `count`, `rate` or `z`, as in `gene_lists.gene_scores`.
         draws: null lists for each feature; the result has `draws` blocks of n_features.
 
     Raises:
@@ -183,9 +212,18 @@ def token_preserving_null(
     wanted = np.tile(np.asarray(lengths, dtype=np.int64), draws)
     genes = np.empty(int(wanted.sum()), dtype=np.int64)
     counts = np.tile(np.asarray(features.counts, dtype=np.float64), draws)
-    indptr = _lists_of_tokens(TokenCounts(tokens.indptr, tokens.ids, counts), families, n_genes,
-                              by_token, wanted, genes)
+    ranking = Ranking(by_token, SCORES.index(score), float(MIN_FIRINGS),
+                      _occurrences(families, n_genes, by_token))
+    indptr = _lists_of_tokens(TokenCounts(tokens.indptr, tokens.ids, counts), families, ranking,
+                              wanted, genes)
     return Ragged(indptr, genes[: indptr[-1]])
+
+
+def _occurrences(families: TokenFamilies, n_genes: int, by_token: bool) -> FloatArray:
+    """(n_genes,) how often the tokens occur whose counts a gene is given."""
+    times = np.repeat(families.occurrences, np.diff(families.indptr))
+    weights = times if by_token else times * families.shares
+    return np.bincount(families.genes, weights, n_genes).astype(np.float64)
 
 
 def _repeated(lists: Ragged, draws: int) -> Ragged:
@@ -207,7 +245,7 @@ def _check_ids(lists: Ragged, n_items: int, noun: str) -> None:
         raise InputError(f"A list names the same {noun} twice; pass each {noun} once per list.")
 
 
-def _quantile_bins(values: FloatArray, n_bins: int) -> IntArray:
+def quantile_bins(values: FloatArray, n_bins: int) -> IntArray:
     """Bin of each value, 0..n_bins-1, about equally filled; equal values share a bin."""
     if n_bins < 1:
         raise InputError(f"The number of bins is {n_bins}; use at least 1.")
@@ -264,7 +302,7 @@ def _score_genes(tokens, counts, families, by_token, touched, score, inside):  #
     for k in range(tokens.size):
         for j in range(families.indptr[tokens[k]], families.indptr[tokens[k] + 1]):
             gene = families.genes[j]
-            if inside[gene] == 0.0:
+            if score[gene] == 0.0:
                 touched[n_touched] = gene
                 n_touched += 1
             part = counts[k] * families.shares[j]
@@ -297,29 +335,57 @@ def _select(genes, keys, wanted, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _lists_of_tokens(features, families, n_genes, by_token, lengths, out):  # type: ignore[no-untyped-def]
+def _listed(n_touched, touched, score, inside, mean, ranking, keys):  # type: ignore[no-untyped-def]
+    """Write the keys of the genes that can be listed, which come first in `touched`; their number.
+
+    Counts tie: what falls inside the gene breaks the tie. mean: the feature's rate over all genes.
+    """
+    if ranking.score == 0:
+        most = 1e-300
+        for k in range(n_touched):
+            keys[k] = score[touched[k]]
+            most = max(most, inside[touched[k]])
+        if ranking.by_token:
+            # Counts are whole numbers: less than one half added keeps their order.
+            for k in range(n_touched):
+                keys[k] += inside[touched[k]] * (0.4999 / most)
+        return n_touched
+    listed = 0
+    for k in range(n_touched):
+        gene = touched[k]
+        times = ranking.occurrences[gene]
+        value = score[gene] / times
+        if ranking.score == 2:
+            value = (score[gene] - times * mean) / np.sqrt(max(times * mean * (1.0 - mean), 1e-12))
+        if score[gene] >= ranking.least and value > 0.0:
+            keys[listed] = value
+            touched[k], touched[listed] = touched[listed], gene
+            listed += 1
+    return listed
+
+
+@compiled
+def _lists_of_tokens(features, families, ranking, lengths, out):  # type: ignore[no-untyped-def]
     """The first `lengths` genes that each feature's tokens and counts rank, as `gene_lists` ranks.
 
-    Ties in the score are broken by what falls inside the gene. Fills `out`; returns the indptr.
+    Fills `out`; returns the indptr.
     """
     starts = np.zeros(features.indptr.size, np.int64)
-    touched = np.empty(n_genes, np.int64)
+    n_genes = ranking.occurrences.size
+    touched, keys = np.empty(n_genes, np.int64), np.empty(n_genes)
     score, inside = np.zeros(n_genes), np.zeros(n_genes)
+    everywhere = families.occurrences.sum()
     for i in range(features.indptr.size - 1):
         own = slice(features.indptr[i], features.indptr[i + 1])
-        n = _score_genes(features.tokens[own], features.counts[own], families, by_token, touched,
-                         score, inside)
-        genes = touched[:n]
-        keys = score[genes]
-        if by_token and n:
-            # Counts are whole numbers: less than one half added keeps their order.
-            second = inside[genes]
-            keys = keys + second * (0.4999 / second.max())
+        counts = features.counts[own]
+        n = _score_genes(features.tokens[own], counts, families, ranking.by_token, touched, score,
+                         inside)
+        listed = _listed(n, touched, score, inside, counts.sum() / everywhere, ranking, keys)
         written = 0
         if lengths[i]:
-            written = _select(genes, keys, lengths[i], out[starts[i] :])
+            written = _select(touched[:listed], keys[:listed], lengths[i], out[starts[i] :])
         starts[i + 1] = starts[i] + written
-        for gene in genes:
+        for gene in touched[:n]:
             score[gene] = 0.0
             inside[gene] = 0.0
     return starts

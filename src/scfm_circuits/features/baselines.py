@@ -1,10 +1,15 @@
-"""Features that owe nothing to what the model has learnt, to set beside those that do.
+"""Features that no dictionary learning made, to set beside those that it made.
+
+Two owe nothing to what the model has learnt, or nothing to dictionary learning:
 
 - A re-initialised model: every weight is drawn anew, and transcoders are trained on it just as on
   the model itself. Sparse autoencoders of such models (Pythia among them) give features that look
   about as interpretable as those of the trained ones (Heap, Lawson, Farnik and Aitchison,
   arXiv:2501.17727), so the corpus and the training alone may do it.
 - An untrained encoder: the model is the real one, and the features read random directions.
+
+Two are the model's own directions, at the same sites: its MLP neurons, and the principal components
+of what the MLPs read, each with both signs.
 """
 
 import copy
@@ -19,6 +24,7 @@ from scfm_circuits.common.files import digest
 from scfm_circuits.common.kept import stamp_of
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.features.statistics import FeatureStatistics, get_statistics, stored_statistics
+from scfm_circuits.models.architectures import neuron_rows
 from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer
 from scfm_circuits.transcoders.training.run import get_transcoders, trained_record
@@ -123,23 +129,85 @@ def untrained_statistics(model: "GPTNeoXForCausalLM", statistics: FeatureStatist
 def untrained_encoder(model: "GPTNeoXForCausalLM", statistics: FeatureStatistics, corpus: Corpus,
                       profile: "Profile", n_features: int) -> Transcoders:
     """Random directions, n_features per layer, with thresholds set on some training cells."""
-    d_model, n_layers = model.config.hidden_size, len(statistics.fired)
-    untrained = Transcoders(n_layers, d_model, n_features).to(device_of(model))
+    untrained = _encoder(len(statistics.fired), model.config.hidden_size, n_features, model)
     untrained.initialise(profile.seed + 1)
-    rng = generator(profile.seed, "untrained encoder")
+    _fire_as_often(untrained, _some_inputs(model, corpus, profile), statistics, profile,
+                   generator(profile.seed, "untrained encoder"))
+    return untrained
+
+
+def _encoder(n_layers: int, d_model: int, n_features: int, model: "GPTNeoXForCausalLM"
+             ) -> Transcoders:
+    return Transcoders(n_layers, d_model, n_features).to(device_of(model))
+
+
+def _some_inputs(model: "GPTNeoXForCausalLM", corpus: Corpus, profile: "Profile") -> Tensor:
+    """(n_layers, n_tokens, d_model) what the MLPs read in the first training cells."""
     some = np.flatnonzero(~corpus.held_out)[: profile.forward_cells]
     _, tokens, mask = next(iter(batches(corpus, some, len(some), device_of(model))))
-    inputs = mlp_sites(model, tokens, mask).inputs
-    untrained.b_in.copy_(inputs.mean(dim=1))
+    return mlp_sites(model, tokens, mask).inputs
+
+
+def _fire_as_often(encoder: Transcoders, inputs: Tensor, statistics: FeatureStatistics,
+                   profile: "Profile", rng: np.random.Generator) -> None:
+    """Centre the encoder on its inputs, and set each feature's bias so that it fires as often as a
+    live trained feature of its layer, drawn at random, does."""
+    encoder.b_in.copy_(inputs.mean(dim=1))
     live = statistics.live(profile.live_cut_table4)
-    for layer in range(n_layers):
+    for layer in range(encoder.n_layers):
         rates = statistics.frequency[layer][live[layer]]
         if not len(rates):
             continue
-        wanted = np.clip(rng.choice(rates, n_features), 0, 1)
-        pre = untrained.layer_pre_activations(layer, inputs[layer])  # not of all layers at once
+        wanted = np.clip(rng.choice(rates, encoder.n_features), 0, 1)
+        pre = encoder.layer_pre_activations(layer, inputs[layer])  # not of all layers at once
         ordered = pre.sort(dim=0, descending=True).values
         rank = np.minimum((wanted * len(ordered)).round().astype(int), len(ordered) - 1)
-        columns = torch.arange(n_features, device=ordered.device)
-        untrained.b_enc[layer] = -ordered[torch.from_numpy(rank).to(ordered.device), columns]
-    return untrained
+        columns = torch.arange(encoder.n_features, device=ordered.device)
+        encoder.b_enc[layer] = -ordered[torch.from_numpy(rank).to(ordered.device), columns]
+
+
+# --- the model's own directions ------------------------------------------------------------------
+
+DIRECTIONS = ("MLP neurons", "principal components")
+"""Directions of the model that are there without any dictionary learning."""
+
+
+def direction_statistics(kind: str, model: "GPTNeoXForCausalLM", statistics: FeatureStatistics,
+                         corpus: Corpus, profile: "Profile") -> FeatureStatistics:
+    """Statistics of one of DIRECTIONS, which fire as often as live trained features do.
+
+    statistics: those of the trained features. Kept in `results/<profile>/<kind>/`.
+    """
+    rates = digest(np.ascontiguousarray(statistics.fired).tobytes())
+    control = Control(kind.replace(" ", "_"), stamp_of(
+        profile, ("live_cut_table4",), ("features/baselines",), fired=rates))
+    stored = stored_statistics(corpus, profile, control)
+    if stored is not None:
+        return stored
+    encoder = direction_encoder(kind, model, statistics, corpus, profile)
+    return get_statistics(model, encoder, corpus, profile, control)
+
+
+@torch.no_grad()
+def direction_encoder(kind: str, model: "GPTNeoXForCausalLM", statistics: FeatureStatistics,
+                      corpus: Corpus, profile: "Profile") -> Transcoders:
+    """An encoder of the model's own directions, with thresholds set on some training cells.
+
+    `MLP neurons`: the rows that the MLP reads with, so that a feature fires where the neuron is
+    most strongly driven. `principal components`: of the inputs of some training cells, both signs.
+    """
+    inputs = _some_inputs(model, corpus, profile)
+    if kind == "MLP neurons":
+        directions = torch.stack([read.float() for read in neuron_rows(model)])
+    else:
+        centred = (inputs - inputs.mean(dim=1, keepdim=True)).double()
+        # Eigenvectors come in the order of their variance; the sign of each is arbitrary.
+        axes = torch.linalg.eigh(centred.mT @ centred).eigenvectors.mT.flip(1).to(inputs.dtype)
+        directions = torch.cat([axes, -axes], dim=1)
+    n_layers, n_features, d_model = directions.shape
+    encoder = _encoder(n_layers, d_model, n_features, model)
+    encoder.W_enc.copy_(directions)
+    encoder.W_dec.copy_(directions)
+    _fire_as_often(encoder, inputs, statistics, profile,
+                   generator(profile.seed, "the model's own directions", DIRECTIONS.index(kind)))
+    return encoder

@@ -15,31 +15,95 @@ if TYPE_CHECKING:
 _FEATURES = 1024
 
 
-def gene_scores(statistics: FeatureStatistics, layer: int, n_genes: int, rule: str,
-                features: np.ndarray | None = None) -> sp.csr_matrix:
-    """(n_features, n_genes) activation counts of genes, of all features or of those given.
+MIN_FIRINGS = 5
+"""Activations below which a gene's rate says nothing; such genes are not listed by rate or z."""
 
-    `occurrence`: activations inside that gene. `token`: for each gene, activations on any of its
-    tokens in whichever gene it stands, which is what the paper describes.
+
+def gene_scores(statistics: FeatureStatistics, layer: int, n_genes: int, rule: str,
+                features: np.ndarray | None = None, *, score: str = "count",
+                contains: sp.csr_matrix | None = None) -> sp.csr_matrix:
+    """(n_features, n_genes) how strongly genes belong to all features or to those given.
+
+    rule: `occurrence`: activations inside that gene; `token`: for each gene, activations on any of
+    its tokens in whichever gene it stands, which is what the paper describes. score: `count`, the
+    number of these activations; `rate`, their share of the occurrences, E(f, t) read as a
+    probability; `z`, by how many standard deviations they exceed what the feature's mean rate
+    inside genes gives (binomial), where they do. contains: (tokens in genes, n_genes) which gene
+    contains which token, where it is not the tokenizer that decides (`containment`).
     """
     inside = np.flatnonzero(statistics.pair_gene >= 0)
     counts = statistics.counts[layer]
-    counts = (counts if features is None else counts[features])[:, inside]
+    counts = sp.csr_matrix((counts if features is None else counts[features])[:, inside])
+    to_genes = _to_genes(statistics, inside, n_genes, rule, contains)
+    found = sp.csr_matrix(counts @ to_genes)
+    if score == "count":
+        return found
+    occurrences = statistics.pair_count[inside].astype(np.float64)
+    mean = np.asarray(counts.sum(axis=1), np.float64).ravel() / max(1.0, occurrences.sum())
+    found.data = rescored(found.data.astype(np.float64), (occurrences @ to_genes)[found.indices],
+                          np.repeat(mean, np.diff(found.indptr)), score)
+    found.eliminate_zeros()
+    return found
+
+
+def _to_genes(statistics: FeatureStatistics, inside: np.ndarray, n_genes: int, rule: str,
+              contains: sp.csr_matrix | None) -> sp.csr_matrix:
+    """(pairs in genes, n_genes) for which genes an activation on a pair counts."""
     genes, tokens = statistics.pair_gene[inside], statistics.pair_token[inside]
     ones = np.ones(len(inside))
-    by_gene = sp.csr_matrix((ones, (np.arange(len(inside)), genes)), (len(inside), n_genes))
     if rule == "occurrence":
-        return sp.csr_matrix(counts @ by_gene)
+        return sp.csr_matrix((ones, (np.arange(len(inside)), genes)), (len(inside), n_genes))
     unique, token = np.unique(tokens, return_inverse=True)
     by_token = sp.csr_matrix((ones, (np.arange(len(inside)), token)), (len(inside), len(unique)))
-    # A gene may hold a token twice; it still contains it once.
-    contains = sp.csr_matrix((ones, (token, genes)), (len(unique), n_genes)).sign()
-    return sp.csr_matrix((counts @ by_token) @ contains)
+    if contains is None:
+        # A gene may hold a token twice; it still contains it once.
+        contains = sp.csr_matrix((ones, (token, genes)), (len(unique), n_genes)).sign()
+    return sp.csr_matrix(by_token @ contains)
+
+
+def rescored(counts: np.ndarray, occurrences: np.ndarray, mean: np.ndarray, score: str
+             ) -> np.ndarray:
+    """`rate` or `z` of activations (see `gene_scores`); 0 for what is not listed.
+
+    counts, occurrences, mean: of one shape; mean is the feature's rate over all genes.
+    """
+    if score == "rate":
+        values = counts / occurrences
+    else:
+        values = (counts - occurrences * mean) / np.sqrt(
+            np.maximum(occurrences * mean * (1 - mean), 1e-12))
+    return np.where((counts >= MIN_FIRINGS) & (values > 0), values, 0.0)
+
+
+def containment(statistics: FeatureStatistics, corpus: Corpus, profile: "Profile"
+                ) -> sp.csr_matrix | None:
+    """(tokens in genes, n_genes) which gene's symbol holds a token's letters, for the profile's
+    `containment: letters`; None where the tokenizer decides or a gene's own tokens count alone.
+
+    The other reading of "contained within gene names": not the pieces into which the tokenizer cuts
+    the name, but any piece of it that spells the token.
+    """
+    if profile.containment == "token" or profile.gene_rule == "occurrence":
+        return None
+    inside = statistics.pair_gene >= 0
+    tokens, token = np.unique(statistics.pair_token[inside], return_inverse=True)
+    genes = np.asarray(corpus.occurring)
+    symbols = corpus.symbols[genes].tolist()
+    # A leading space belongs to the place in the sentence, not to the name.
+    texts = [corpus.tokenizer.decode([int(one)]).strip() for one in tokens]
+    rows = [genes[[text in symbol for symbol in symbols]] if text else genes[:0] for text in texts]
+    indptr = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    shape = (len(tokens), len(corpus.symbols))
+    spelt = sp.csr_matrix((np.ones(indptr[-1]), np.concatenate([*rows, genes[:0]]), indptr), shape)
+    # A token that is half a letter spells nothing, and still stands in its gene.
+    stands = sp.csr_matrix((np.ones(len(token)), (token, statistics.pair_gene[inside])), shape)
+    return sp.csr_matrix(spelt.maximum(stands.sign()))
 
 
 def ranked_genes(statistics: FeatureStatistics, layer: int, features: np.ndarray, n_genes: int,
-                 rule: str, most: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each feature its activating genes, most active first, and their scores.
+                 rule: str, most: int | None = None, *, score: str = "count",
+                 contains: sp.csr_matrix | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each feature its activating genes, highest score first, and their scores.
 
     Genes that share a token tie under the rule `token`; activations inside the gene itself decide,
     then the gene's id, so the order never depends on chance. most: how many of the first genes are
@@ -48,7 +112,8 @@ def ranked_genes(statistics: FeatureStatistics, layer: int, features: np.ndarray
     ranked = []
     for start in range(0, len(features), _FEATURES):
         some = features[start : start + _FEATURES]
-        scores = gene_scores(statistics, layer, n_genes, rule, some)
+        scores = gene_scores(statistics, layer, n_genes, rule, some, score=score,
+                             contains=contains)
         own = gene_scores(statistics, layer, n_genes, "occurrence", some)
         second = np.zeros(n_genes)
         for row in range(len(some)):
@@ -81,7 +146,9 @@ def gene_list_ids(statistics: FeatureStatistics, layer: int, features: np.ndarra
                   profile: "Profile") -> list[np.ndarray]:
     """Each feature's gene list under the profile's gene rule and list rule, as gene ids."""
     most = profile.list_size if profile.list_rule == "top" else None
-    ranked = ranked_genes(statistics, layer, features, len(corpus.symbols), profile.gene_rule, most)
+    ranked = ranked_genes(statistics, layer, features, len(corpus.symbols), profile.gene_rule, most,
+                          score=profile.gene_score,
+                          contains=containment(statistics, corpus, profile))
     return [select_genes(genes, scores, profile.list_rule, profile.list_size, profile.list_share)
             for genes, scores in ranked]
 

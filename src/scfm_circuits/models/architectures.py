@@ -94,8 +94,9 @@ class Architecture:
     """The names of a family's parts, and how to read its weights.
 
     body: attribute of the causal model that holds `layers`; final_norm: the norm in `body` before
-    the unembedding. norm: from a norm's module to its description. heads: from a layer. parallel:
-    from the configuration, whether MLP and attention of a layer read the same residual.
+    the unembedding. norm: from a norm's module to its description. heads: from a layer. neurons:
+    attribute of an MLP, the linear map whose rows drive its neurons (of a gated MLP, the gates).
+    parallel: from the configuration, whether MLP and attention of a layer read the same residual.
     """
 
     family: str
@@ -103,6 +104,7 @@ class Architecture:
     final_norm: str
     norm: Callable[[Any], Norm]
     heads: Callable[[Any], Heads]
+    neurons: str
     parallel: Callable[[Any], bool]
 
 
@@ -145,12 +147,13 @@ def _llama_heads(layer: Any) -> Heads:
 
 
 def _llama_type(family: str) -> Architecture:
-    return Architecture(family, "model", "norm", _rms_norm, _llama_heads, lambda config: False)
+    return Architecture(family, "model", "norm", _rms_norm, _llama_heads, "gate_proj",
+                        lambda config: False)
 
 
 _ARCHITECTURES = {
     "gpt_neox": Architecture("GPT-NeoX (Pythia, C2S-Pythia)", "gpt_neox", "final_layer_norm",
-                             _layer_norm, _neox_heads,
+                             _layer_norm, _neox_heads, "dense_h_to_4h",
                              lambda config: bool(config.use_parallel_residual)),
     "llama": _llama_type("Llama"),
     "mistral": _llama_type("Mistral"),
@@ -195,6 +198,12 @@ def decoder_layers(model: nn.Module) -> list[Any]:
 def final_norm(model: nn.Module) -> Any:
     """The module of the norm before the unembedding."""
     return getattr(decoder(model), architecture_of(model).final_norm)
+
+
+def neuron_rows(model: nn.Module) -> list[Tensor]:
+    """(n_neurons, d_model) of each layer: the directions in its MLP's input that drive neurons."""
+    name = architecture_of(model).neurons
+    return [getattr(layer.mlp, name).weight for layer in decoder_layers(model)]
 
 
 def layer_weights(model: "PreTrainedModel") -> tuple[LayerWeights, ...]:

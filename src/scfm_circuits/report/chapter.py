@@ -178,6 +178,14 @@ class Chapter(Report):
                 self.model, self.corpus, self.profile)
         return found
 
+    @cached_property
+    def directions(self) -> dict[str, "FeatureStatistics"]:
+        """The model's own directions, which no dictionary learning made, by name."""
+        from scfm_circuits.features.baselines import DIRECTIONS, direction_statistics
+
+        return {kind: direction_statistics(kind, self.model, self.statistics, self.corpus,
+                                           self.profile) for kind in DIRECTIONS}
+
     # --- numbers in the prose ---
 
     def percent(self, key: str, share: float | None, digits: int = 0,

@@ -75,7 +75,8 @@ def test_table4_and_every_choice_count_the_same_features(parts, profile):
     # 19 null lists of each kind; the fewest features of the baseline in a layer may be fewer.
     fewest = min(one.baseline_min_p[0].size for one in study.counted)
     assert study.smallest_possible_p == max(1 / 20, 1 / (1 + fewest))
-    choices = studies.choices(statistics, corpus, profile, libraries).set_index("choice")
+    kinds = {"features": statistics, **parts[1]}
+    choices = studies.choices(kinds, corpus, profile, libraries).set_index("choice")
     called = study.table["interpretable"].sum()
     # The profile's own choice is among those tried, once as a list and once as a background.
     for label in ("list: top 10", "background 20000, BH over hit terms"):
@@ -92,14 +93,23 @@ def test_table4_and_every_choice_count_the_same_features(parts, profile):
                                             alpha=profile.fdr).n_significant > 0
                         for one in libraries], axis=0).sum()
     assert choices.loc["gene rule: occurrence", "hits"] == hits
+    assert {"genes ranked by rate, gene rule: token", "gene rule: token, by letters"} <= {
+        *choices.index}
+    # A kind that is the trained features again scores the same, under every choice.
+    twice = studies.choices({"features": statistics, "again": statistics}, corpus, profile,
+                            libraries)
+    assert twice["again"].to_numpy() == pytest.approx(twice["percentage"].to_numpy())
+    lists_change = choices.index.str.startswith(("list:", "gene"))
+    assert choices.loc[lists_change, "token-preserving"].between(0, 100).all()
+    assert choices.loc[~lists_change, "token-preserving"].isna().all()
 
 
 def test_all_layers_together_by_hand():
     shares = pd.DataFrame(
-        [("r", kind, layer, 10, called) for kind, counts in
+        [("r", kind, layer, 10, called, 10.0 * called) for kind, counts in
          {"features": (8, 6), "uniform": (1, 1), "untrained encoder": (9, 7)}.items()
          for layer, called in enumerate(counts)],
-        columns=["rule", "lists", "layer", "tested", "called"])
+        columns=["rule", "lists", "layer", "tested", "called", "percentage"])
     found = studies.together(shares)
     assert found.percentages["r"].to_dict() == {
         "features": 70, "uniform": 10, "untrained encoder": 80}

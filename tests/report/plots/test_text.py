@@ -135,8 +135,9 @@ def share_with_controls() -> tuple[Figure, list[str]]:
     frame = pd.DataFrame([(rule, kind, layer) for rule in ("$a$", "b_c^d")
                           for kind in ("features", "uniform", "$null$ x") for layer in (0, 1)],
                          columns=["rule", "lists", "layer"])
-    return enrichment.share_with_controls(frame.assign(
-        percentage=5.0, lower_95=4.0, upper_95=6.0)), ["$a$", "b_c^d", "$null$ x"]
+    frame = frame.assign(gene_rule="by $x$", percentage=5.0, lower_95=4.0, upper_95=6.0)
+    return enrichment.share_with_controls(frame, frame), [
+        "$a$\ngenes by by $x$", "b_c^d\ngenes by by $x$", "$null$ x"]
 
 
 def beyond_controls() -> tuple[Figure, list[str]]:

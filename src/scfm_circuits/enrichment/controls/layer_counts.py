@@ -51,7 +51,7 @@ from scfm_circuits.enrichment.null_lists import (
 )
 from scfm_circuits.enrichment.over_representation import OverRepresentation, over_representation
 from scfm_circuits.enrichment.rules import RULES
-from scfm_circuits.features.gene_lists import gene_list_ids
+from scfm_circuits.features.gene_lists import containment, gene_list_ids
 from scfm_circuits.features.statistics import FeatureStatistics
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ ENOUGH = 20
 FREQUENCY_BINS = 50
 _STAGES = (BAND_DRAWS, 300, 1000)
 _IDS_AT_ONCE = 1_000_000
-_FIELDS = ("seed", "live_cut_table4", "fdr", "gene_rule", "list_rule", "list_size", "list_share",
-           "null_draws", "enrichment_rule")
+_FIELDS = ("seed", "live_cut_table4", "fdr", "gene_rule", "gene_score", "containment", "list_rule",
+           "list_size", "list_share", "null_draws", "enrichment_rule")
 _ROOMS = ("enrichment", "features")
 
 
@@ -173,7 +173,8 @@ class NullSource(NamedTuple):
         else:
             null = token_preserving_null(
                 self.tokens, self.families, self.own.lengths, rng, n_genes=len(self.used),
-                by_token=self.profile.gene_rule == "token", draws=draws)
+                by_token=self.profile.gene_rule == "token", draws=draws,
+                score=self.profile.gene_score)
         return Ragged(null.indptr, self.used[null.ids])
 
     def part(self, chosen: np.ndarray) -> "NullSource":
@@ -199,11 +200,13 @@ def null_source(statistics: FeatureStatistics, layer: int, features: np.ndarray,
     fired = sp.csr_matrix(statistics.counts[layer][features][:, inside] @ by_token)
     # Cells in which the gene stands matter, not how many tokens its name has.
     stands = corpus.gene[(corpus.place == 0) & corpus.mask]
+    contains = containment(statistics, corpus, profile)
     return NullSource(
         Ragged(own.indptr, np.searchsorted(used, own.ids)), used,
         np.bincount(stands, minlength=used.max(initial=0) + 1)[used],
         TokenCounts(fired.indptr, fired.indices, fired.data),
-        token_families(token, place, counts), profile)
+        token_families(token, place, counts,
+                       contains=None if contains is None else contains[:, used]), profile)
 
 
 def layer_controls(statistics: FeatureStatistics, baselines: Mapping[str, FeatureStatistics],

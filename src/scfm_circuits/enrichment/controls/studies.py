@@ -6,8 +6,8 @@
 4. What is left as more is demanded (`demands`), and every feature's terms (`feature_tables`)?
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,11 +15,14 @@ import pandas as pd
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.background import Background, Family, prepare_background
+from scfm_circuits.enrichment.controls.joint_null import some_of
 from scfm_circuits.enrichment.controls.layer_counts import (
     BAND_DRAWS,
+    NULLS,
     LayerControls,
     get_controls,
     layer_controls,
+    null_source,
     testers,
 )
 from scfm_circuits.enrichment.controls.planted_features import planted_statistics
@@ -32,18 +35,14 @@ from scfm_circuits.enrichment.controls.tables import (
     verdict_table,
 )
 from scfm_circuits.enrichment.gene_sets import GeneSets
-from scfm_circuits.enrichment.null_lists import uniform_null
+from scfm_circuits.enrichment.null_lists import ragged, uniform_null
 from scfm_circuits.enrichment.over_representation import over_representation
 from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.enrichment.significance import wilson_interval
 from scfm_circuits.enrichment.terms import top_terms
+from scfm_circuits.features.baselines import DIRECTIONS
 from scfm_circuits.features.contexts import top_tokens
-from scfm_circuits.features.gene_lists import (
-    check_live,
-    gene_lists,
-    ranked_genes,
-    select_genes,
-)
+from scfm_circuits.features.gene_lists import check_live, gene_list_ids, gene_lists
 from scfm_circuits.features.statistics import FeatureStatistics
 
 if TYPE_CHECKING:
@@ -82,6 +81,8 @@ class Table4Study(NamedTuple):
     """Under the profile's gene rule, layer by layer, with the draws that the bands need."""
     shares: pd.DataFrame
     """`share_table` of these."""
+    by_occurrence: pd.DataFrame
+    """`share_table` under the gene rule `occurrence`."""
     verdicts: pd.DataFrame
     """`verdict_table` under the gene rule `occurrence` with all draws: a row per live feature."""
     table: pd.DataFrame
@@ -109,12 +110,33 @@ def table4_study(statistics: FeatureStatistics, baselines: Baselines, corpus: Co
     one_by_one = get_controls(statistics, baselines, corpus, by_occurrence(profile), libraries)
     shares = share_table(counted, list(baselines), profile)
     verdicts = verdict_table(one_by_one, list(baselines), profile)
-    draws = [profile.null_draws, *(null.size for layer in one_by_one
-                                   for null in layer.baseline_min_p if null.size)]
+    draws = [profile.null_draws, *(
+        null.size for layer in one_by_one
+        for name, null in zip(baselines, layer.baseline_min_p, strict=True)
+        if null.size and name not in DIRECTIONS)]
     return Table4Study(
-        counted, shares, verdicts, table4(shares, verdicts, profile),
+        counted, shares, share_table(one_by_one, list(baselines), profile), verdicts,
+        table4(shares, verdicts, profile),
         float(np.median(np.concatenate([one.lengths for one in counted]))), few.null_draws,
         max(1 / (1 + n) for n in draws))
+
+
+def by_gene_rule(study: Table4Study, profile: "Profile") -> pd.DataFrame:
+    """The shares under the profile's gene rule, and under `occurrence` if that is another; its
+    name is the first column. Under the other gene rule only the rule `corpus`."""
+    tables = {profile.gene_rule: study.shares}
+    if profile.gene_rule != "occurrence":
+        tables["occurrence"] = study.by_occurrence[study.by_occurrence["rule"] == "corpus"]
+    return pd.concat([one.assign(gene_rule=rule)[["gene_rule", *one]]
+                      for rule, one in tables.items()], ignore_index=True)
+
+
+def every_rule(study: Table4Study, profile: "Profile") -> pd.DataFrame:
+    """For reading: a row per kind of lists, a column per rule and gene rule."""
+    return pd.DataFrame({
+        f"% by {rule}, genes by {gene_rule}": together(part).percentages[rule]
+        for gene_rule, shares in by_gene_rule(study, profile).groupby("gene_rule", sort=False)
+        for rule, part in shares.groupby("rule", sort=False)}).rename_axis("lists").reset_index()
 
 
 def by_occurrence(profile: "Profile") -> "Profile":
@@ -187,52 +209,85 @@ def nominal_level(libraries: Sequence[GeneSets], corpus: Corpus, profile: "Profi
     return table.sort_values(["rule", "library"], kind="stable") if rows else table
 
 
-def choices(statistics: FeatureStatistics, corpus: Corpus, profile: "Profile",
+def choices(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Profile",
             libraries: Sequence[GeneSets]) -> pd.DataFrame:
-    """Share of the live features called interpretable under other choices than the profile's.
+    """Share of lists called interpretable under other choices than the profile's, one at a time.
 
-    Other list rules and the other gene rule are tested under the profile's rule; backgrounds and
-    Benjamini-Hochberg families are exchanged for the profile's own lists. Columns: choice, live,
-    hits, percentage.
+    kinds: statistics by name, those of the trained features (FEATURES) first. Lists made by other
+    rules are tested under the profile's rule; backgrounds and Benjamini-Hochberg families are
+    exchanged for the profile's own lists. Columns: choice, live and hits (of the trained features),
+    percentage, then the percentage of each other kind and, where the lists change, of one draw of
+    frequency-matched and of token-preserving lists of the trained features. Of other kinds and for
+    draws at most MOST_LISTS lists a layer.
     """
     symbols = occurring_symbols(corpus)
     rule = RULES[profile.enrichment_rule]
     own = [prepare_background(one, rule.background_for(symbols)) for one in libraries]
-    others = {label: [prepare_background(one, background) for one in libraries]
-              for label, background in ((20_000, 20_000), ("corpus genes", symbols))}
-    lists = dict(_LISTS)
-    if len(symbols) + max(one.sizes.max() for one in own) > min(
-            one.total for one in own) and rule.background == 20_000:
-        del lists["all activating genes"]  # no longer a draw from 20,000 genes
-    other_rule = profile.model_copy(update={
-        "gene_rule": "occurrence" if profile.gene_rule == "token" else "token"})
-    rows = []
-    for layer, live in enumerate(statistics.live(profile.live_cut_table4)):
-        features = np.flatnonzero(live)
-        given = gene_lists(statistics, layer, features, corpus, profile)
-        tried = [
-            *((f"list: {label}", chosen, own, rule.family) for label, chosen in
-              _lists_by(lists, statistics, layer, features, corpus, profile)),
-            (f"gene rule: {other_rule.gene_rule}",
-             gene_lists(statistics, layer, features, corpus, other_rule), own, rule.family),
-            *((f"background {number}, BH over {family} terms", given, prepared, family)
-              for number, prepared in others.items() for family in ("hit", "all")),
-        ]
-        rows += [{"choice": label, "live": len(features),
-                  "hits": _called(chosen, backgrounds, family, profile.fdr)}
-                 for label, chosen, backgrounds, family in tried]
-    table = pd.DataFrame(rows).groupby("choice", sort=False)[["live", "hits"]].sum().reset_index()
-    return table.assign(percentage=100 * table["hits"] / table["live"])
+    tried: list[tuple[str, Profile, list[Background], Family, bool]] = [
+        (label, profile.model_copy(update=update), own, rule.family, True)
+        for label, update in _other_lists(profile, own, len(symbols)).items()]
+    tried += [(f"background {label}, BH over {family} terms", profile,
+               [prepare_background(one, background) for one in libraries], family, False)
+              for label, background in ((20_000, 20_000), ("corpus genes", symbols))
+              for family in ("hit", "all")]
+    return pd.DataFrame([{
+        "choice": label, **_under(kinds, corpus, used, backgrounds, family, with_nulls)}
+        for label, used, backgrounds, family, with_nulls in tried])
 
 
-def _lists_by(rules: Mapping[str, tuple[str, int]], statistics: FeatureStatistics, layer: int,
-              features: np.ndarray, corpus: Corpus, profile: "Profile"
-              ) -> Iterator[tuple[str, list[list[str]]]]:
-    """The features' lists under each list rule; half of the scores where a share is asked for."""
-    ranked = ranked_genes(statistics, layer, features, len(corpus.symbols), profile.gene_rule)
-    for label, (rule, size) in rules.items():
-        yield label, [corpus.symbols[select_genes(genes, scores, rule, size, 0.5)].tolist()
-                      for genes, scores in ranked]
+def _other_lists(profile: "Profile", own: Sequence[Background], n_genes: int
+                 ) -> dict[str, dict[str, Any]]:
+    """What each choice of list changes in the profile."""
+    found: dict[str, dict[str, Any]] = {
+        f"list: {label}": {"list_rule": rule, "list_size": size or profile.list_size,
+                           "list_share": 0.5}
+        for label, (rule, size) in _LISTS.items()}
+    largest = max(int(one.sizes.max()) for one in own)
+    if n_genes + largest > min(one.total for one in own):
+        del found["list: all activating genes"]  # no longer a draw from the background
+    if profile.gene_score != "count":
+        del found["list: half of the activations"]
+    other = "occurrence" if profile.gene_rule == "token" else "token"
+    found[f"gene rule: {other}"] = {"gene_rule": other}
+    if profile.containment == "token":
+        found["gene rule: token, by letters"] = {"gene_rule": "token", "containment": "letters"}
+    for score, label in (("count", "how often"), ("rate", "rate"), ("z", "excess over its mean")):
+        if score != profile.gene_score:
+            for gene_rule in ("token", "occurrence"):
+                found[f"genes ranked by {label}, gene rule: {gene_rule}"] = {
+                    "gene_rule": gene_rule, "gene_score": score, "list_rule": "top"}
+    return found
+
+
+def _under(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Profile",
+           backgrounds: Sequence[Background], family: Family, with_nulls: bool) -> dict[str, Any]:
+    """One row of `choices` but its name."""
+    counts = {kind: np.zeros(2, np.int64) for kind in kinds}
+    nulls = {kind: np.zeros(2, np.int64) for kind in NULLS[1:] if with_nulls}
+    rng = generator(profile.seed, "null lists under other choices")
+    for layer in range(len(kinds[FEATURES].fired)):
+        for kind, statistics in kinds.items():
+            features = np.flatnonzero(statistics.live(profile.live_cut_table4)[layer])
+            if kind != FEATURES:
+                features = some_of(features)
+            lists = gene_lists(statistics, layer, features, corpus, profile)
+            counts[kind] += len(lists), _called(lists, backgrounds, family, profile.fdr)
+        if not nulls:
+            continue
+        statistics = kinds[FEATURES]
+        features = some_of(np.flatnonzero(statistics.live(profile.live_cut_table4)[layer]))
+        given = ragged(gene_list_ids(statistics, layer, features, corpus, profile))
+        source = null_source(statistics, layer, features, given, corpus, profile)
+        for kind, sums in nulls.items():
+            drawn = source.draw(kind, rng, 1)
+            lists = [corpus.symbols[drawn.ids[start:end]].tolist() for start, end in
+                     zip(drawn.indptr[:-1], drawn.indptr[1:], strict=True)]
+            sums += len(lists), _called(lists, backgrounds, family, profile.fdr)
+    live, hits = counts.pop(FEATURES)
+    percentages = {kind: 100 * called / tested if tested else np.nan
+                   for kind, (tested, called) in {**counts, **nulls}.items()}
+    return {"live": int(live), "hits": int(hits),
+            "percentage": 100 * hits / live if live else np.nan, **percentages}
 
 
 def _called(lists: Sequence[Sequence[str]], backgrounds: Sequence[Background], family: Family,

@@ -8,6 +8,7 @@ import pandas as pd
 
 from scfm_circuits.enrichment.controls.layer_counts import NULLS, LayerControls, rules_shown
 from scfm_circuits.enrichment.significance import benjamini_hochberg, empirical_p, wilson_interval
+from scfm_circuits.features.baselines import DIRECTIONS
 
 if TYPE_CHECKING:
     from scfm_circuits.common.profile import Profile
@@ -50,9 +51,13 @@ def _band_row(called: np.ndarray, n: int) -> tuple[float, ...]:
 
 
 def pooled(shares: pd.DataFrame) -> pd.DataFrame:
-    """`share_table` with all layers together: rule, lists, tested, called, percentage."""
-    sums = shares.groupby(["rule", "lists"], sort=False)[["tested", "called"]].sum().reset_index()
-    return sums.assign(percentage=100 * sums["called"] / sums["tested"].replace(0, np.nan))
+    """`share_table` with all layers together: rule, lists, tested, called, percentage.
+
+    The percentage is the mean of the layers', so that kinds with other numbers of live features in
+    each layer are compared layer by layer.
+    """
+    return shares.groupby(["rule", "lists"], sort=False).agg(
+        {"tested": "sum", "called": "sum", "percentage": "mean"}).reset_index()
 
 
 def verdict_table(layers: Sequence[LayerControls], baselines: Sequence[str], profile: "Profile"
@@ -68,6 +73,7 @@ def verdict_table(layers: Sequence[LayerControls], baselines: Sequence[str], pro
     baseline's features in that layer that do as well, whatever the lengths of their lists. A
     baseline without a live feature in a layer says nothing there (missing). The largest p tests
     "no better than at least one of the controls" (intersection-union), so each has to be beaten.
+    The model's own directions are no control of this kind: they may know what the model knows.
     """
     frames = []
     rules = rules_shown(profile)
@@ -76,6 +82,8 @@ def verdict_table(layers: Sequence[LayerControls], baselines: Sequence[str], pro
         p = one.min_p[corpus_rule]
         against = dict(zip(NULLS, one.null_p, strict=True))
         for name, null in zip(baselines, one.baseline_min_p, strict=True):
+            if name in DIRECTIONS:
+                continue
             against[name] = empirical_p(p, null) if null.size else np.full(p.size, np.nan)
         frames.append(pd.DataFrame({
             "layer": layer, "feature": one.features, "n_genes": one.lengths,

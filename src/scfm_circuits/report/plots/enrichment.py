@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scfm_circuits.report.plots.style import (
@@ -24,47 +25,63 @@ _RULE_TITLES = {"enrichr": "rule enrichr (the paper's, likely)", "corpus": "rule
                 "gseapy": "rule gseapy"}
 
 _CONTROL_COLOURS = {"uniform": GREY, "frequency-matched": GREEN, "token-preserving": ORANGE,
-                    "untrained encoder": PURPLE, "re-initialised model": BROWN}
+                    "untrained encoder": PURPLE, "re-initialised model": BROWN,
+                    "MLP neurons": RED, "principal components": "black"}
+_MARKERS = {"untrained encoder": "^", "re-initialised model": "v", "MLP neurons": "s",
+            "principal components": "D"}
 
 
-def share_with_controls(frame: pd.DataFrame, paper: np.ndarray | None = None) -> Figure:
-    """Share called interpretable per layer, features beside their controls, one panel a rule.
+def share_with_controls(frame: pd.DataFrame, joint: pd.DataFrame,
+                        paper: np.ndarray | None = None) -> Figure:
+    """Share called interpretable per layer, features beside all other lists, one panel a choice.
 
-    frame: columns rule, lists, layer, percentage, lower_95, upper_95. Null lists are bands, the
-    baselines' features points with intervals. paper: the paper's percentages, drawn in the panel of
-    the rule `enrichr` at the same relative depth.
+    frame: columns gene_rule, rule, lists, layer, percentage, lower_95, upper_95; null lists are
+    thin lines, other features points with intervals. joint: columns gene_rule, lists, layer,
+    lower_95, upper_95; the trained features' band under relabelled genes, drawn where the rule is
+    `corpus`. paper: the paper's percentages, drawn under the rule `enrichr` at the same relative
+    depth.
     """
-    rules = list(dict.fromkeys(frame["rule"]))
-    figure, axes = panels(len(rules), width=4.4, height=4.6)
+    choices = list(dict.fromkeys(zip(frame["gene_rule"], frame["rule"], strict=True)))
+    figure, axes = panels(len(choices), width=4.4, height=4.6)
     n_layers = int(frame["layer"].max()) + 1
-    kinds = [kind for kind in dict.fromkeys(frame["lists"]) if kind != "features"]
-    for axis, rule in zip(axes, rules, strict=True):
-        part = frame[frame["rule"] == rule]
-        for place, kind in enumerate(kinds):
-            rows = part[part["lists"] == kind].sort_values("layer")
-            layer, middle = rows["layer"].to_numpy(), rows["percentage"].to_numpy()
-            low, high = rows["lower_95"].to_numpy(), rows["upper_95"].to_numpy()
-            colour = _CONTROL_COLOURS.get(kind, RED)
-            if kind in ("uniform", "frequency-matched", "token-preserving"):
-                axis.fill_between(layer, low, high, color=colour, alpha=0.35, linewidth=0)
-                axis.plot(layer, middle, color=colour, linewidth=1.5, label=literal(kind))
-            else:
-                # Points of different baselines stand side by side.
-                axis.errorbar(layer + 0.12 * (place - 3.5), middle, color=colour, capsize=2,
-                              yerr=np.abs([middle - low, high - middle]), label=literal(kind),
-                              fmt="^" if kind == "untrained encoder" else "v", markersize=5)
-        own = part[part["lists"] == "features"].sort_values("layer")
-        axis.plot(own["layer"], own["percentage"], "o-", color=BLUE, linewidth=2.5, zorder=5,
-                  label="features of this run")
+    for axis, (gene_rule, rule) in zip(axes, choices, strict=True):
+        part = frame[(frame["gene_rule"] == gene_rule) & (frame["rule"] == rule)]
+        if rule == "corpus":
+            band = joint[(joint["gene_rule"] == gene_rule) & (joint["lists"] == "features")
+                         & joint["layer"].isin(range(n_layers))].sort_values("layer")
+            axis.fill_between(band["layer"].to_numpy(int), band["lower_95"], band["upper_95"],
+                              color=BLUE, alpha=0.2, linewidth=0,
+                              label="the same lists, genes relabelled (95 %)")
+        _kinds(axis, part)
         if paper is not None and rule == "enrichr":
             axis.plot(np.linspace(0, n_layers - 1, len(paper)), paper, ":", color="black",
                       linewidth=1.2, label="the paper (24 layers, relative depth)")
-        axis.set(title=_RULE_TITLES.get(rule, literal(rule)), xlabel="layer", ylim=(-3, 105),
-                 xticks=ticks(n_layers))
+        axis.set(title=_RULE_TITLES.get(rule, literal(rule)) + f"\ngenes by {literal(gene_rule)}",
+                 xlabel="layer", ylim=(-3, 105), xticks=ticks(n_layers))
     axes[0].set_ylabel("lists called interpretable (%)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    named = {label: handle for axis in axes
+             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False)
     return figure
+
+
+def _kinds(axis: Axes, part: pd.DataFrame) -> None:
+    """One panel's lines and points, the trained features last."""
+    kinds = [kind for kind in dict.fromkeys(part["lists"]) if kind != "features"]
+    for place, kind in enumerate(kinds):
+        rows = part[part["lists"] == kind].sort_values("layer")
+        layer, middle = rows["layer"].to_numpy(), rows["percentage"].to_numpy()
+        colour = _CONTROL_COLOURS.get(kind, RED)
+        if kind not in _MARKERS:
+            axis.plot(layer, middle, color=colour, linewidth=1.5, label=literal(kind))
+            continue
+        # Points of different kinds stand side by side.
+        around = np.abs([middle - rows["lower_95"], rows["upper_95"] - middle])
+        axis.errorbar(layer + 0.12 * (place - 4.5), middle, color=colour, capsize=2, yerr=around,
+                      label=literal(kind), fmt=_MARKERS[kind], markersize=5)
+    own = part[part["lists"] == "features"].sort_values("layer")
+    axis.plot(own["layer"], own["percentage"], "o-", color=BLUE, linewidth=2.5, zorder=5,
+              label="features of this run")
 
 
 def beyond_controls(layers: Sequence[int], called: Mapping[str, Sequence[float]]) -> Figure:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -131,7 +132,8 @@ def test_a_file_of_an_old_anndata(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         profile = write_profile(path, tmp_path / "mine.yml")
     assert (profile.matrix, profile.label_column) == ("raw", "bulk_labels")
-    assert "'X': unusable; 'raw': normalised" in (tmp_path / "mine.yml").read_text()
+    text = (tmp_path / "mine.yml").read_text()
+    assert "'X': unusable, as " in text and "; 'raw': normalised" in text
     cells = read_cells(profile)
     assert cells.expression.shape == (700, 765) and profile.case_type in cells.labels
 
@@ -248,7 +250,18 @@ def test_cells_without_a_label(tmp_path: Path) -> None:
 
 
 def test_a_file_without_labels(tmp_path: Path) -> None:
-    assert "no usable column" in refusal(tmp_path, some_data(n_genes=range(60)))
+    message = refusal(tmp_path, some_data(n_genes=range(60), x=np.linspace(0, 1, 60)))
+    assert "no usable column" in message and "if 'n_genes', 'x' (numbers or" in message
+
+
+@pytest.mark.parametrize("kinds", [[True, False], [0, 1], [1.0, 2.0]])
+def test_labels_that_are_no_words_are_named(tmp_path: Path, kinds: list[Any]) -> None:
+    message = refusal(tmp_path, some_data(leiden=kinds * 30, constant=[1] * 60))
+    assert "if 'leiden' (numbers or true and false) is meant, name it as `label_column`" in message
+    # And so it can be read.
+    assert "constant'" not in message.split("if 'leiden'")[1]
+    fields = {"cells": str(tmp_path / "cells.h5ad"), "matrix": "X", "label_column": "leiden"}
+    assert set(read_cells(load_profile("smoke", fields)).labels) == set(map(str, kinds))
 
 
 ODD = ["<b onclick=x>T", "a: b # c", "it's \"quoted\"", "two\nlines", "1e-4", "yes", "\u2028x",
@@ -359,6 +372,23 @@ def test_broken_files(tmp_path: Path, content: bytes | None) -> None:
         write_profile(path, tmp_path / "mine.yml")
     with pytest.raises(InputError, match="do not exist"):
         write_profile(tmp_path / "none.h5ad", tmp_path / "mine.yml")
+
+
+def test_what_reading_leaves_out_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]
+                                         ) -> None:
+    names = [*(f"Gene{i}" for i in range(18)), "1-Mar", ""]
+    data = some_data(np.repeat(counts(), 5, axis=1), names)
+    data.obs["odd"] = range(60)
+    data.write_h5ad(tmp_path / "cells.h5ad")
+    with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
+        file["obs/odd"].attrs["encoding-type"] = "of the future"
+    out = str(tmp_path / "mine.yml")
+    assert main(["profile", str(tmp_path / "cells.h5ad"), "--out", out]) == 0
+    told = capsys.readouterr().out
+    for part in ("1 of 20 genes were left out", "'1-Mar'", "such as 'Gene0'", "obs['odd']"):
+        assert part in told
+    decisions = read_cells(load_profile(out)).decisions
+    assert all(f"  {one}\n" in told for one in decisions[:-1]) and len(decisions) == 5
 
 
 def test_make_hands_paths_over_as_they_are(tmp_path: Path) -> None:

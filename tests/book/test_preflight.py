@@ -111,22 +111,26 @@ def test_what_is_told_of_the_small_profiles_is_what_they_are(
     assert found.vocabulary == len(corpus.tokenizer)
 
 
+def rare_notes(profile: Profile) -> list[str]:
+    return [one for one in run_sizes(profile).notes if "types have fewer" in one]
+
+
 def test_types_that_are_hardly_learnt_are_told(
         empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Before anything is read, and from a stored corpus; not of a model that is loaded."""
     profile = tiny_profile(monkeypatch, empty / "results", max_cells=60)
-    told = run_sizes(profile).rare_types
+    (told,) = rare_notes(profile)
     corpus = load_corpus(profile)
     counts = np.unique(corpus.labels, return_counts=True)[1]
-    assert told == run_sizes(profile).rare_types and told is not None
+    assert rare_notes(profile) == [told]
     assert told.startswith(f"{(counts < 30).sum()} of {len(counts)} types")
     tiny_model(layers=2).save_pretrained(empty / "model")
     loaded = profile.model_copy(update={"model": str(empty / "model")})
-    assert run_sizes(loaded).rare_types is None
+    assert not rare_notes(loaded)
     assert main(["plan", "--profile", "smoke", "-p", "max_cells=60"]) == 0
     assert "types have fewer than 30 cells" in capsys.readouterr().out
-    assert rare_types(np.repeat(["a", "b", "c"], [30, 29, 30])) is None
-    assert rare_types(np.repeat(["a", "b"], [30, 29])) is not None
+    assert not rare_types(np.repeat(["a", "b", "c"], [30, 29, 30]), profile)
+    assert rare_types(np.repeat(["a", "b"], [30, 29]), profile)
 
 
 def test_a_model_in_a_folder_is_looked_at(empty: Path) -> None:
@@ -468,6 +472,17 @@ def test_what_is_read_otherwise_than_it_stands_is_told(empty: Path) -> None:
         (folder / name).unlink()
     with pytest.raises(InputError, match="no token for 'A'"):
         run_cost(load_profile("smoke", given), EVERYTHING, 1)
+
+
+def test_what_reading_the_cells_will_leave_out_is_told(empty: Path) -> None:
+    cells = scanpy.datasets.pbmc68k_reduced().raw.to_adata()
+    cells.var_names = ["1-Mar", "", *cells.var_names[2:]]
+    cells.write_h5ad(empty / "cells.h5ad")
+    given = {"cells": str(empty / "cells.h5ad"), "matrix": "X", "label_column": "bulk_labels",
+             "symbol_rule": "as_written", "case_type": "CD14+ Monocyte"}
+    told = run_cost(load_profile("smoke", given), EVERYTHING, 1)
+    assert "  note      1 of 765 genes were left out" in told.text and "'1-Mar'" in told.text
+    assert not told.refusal
 
 
 @pytest.mark.parametrize("label", ["nan", "Unknown ", ""])

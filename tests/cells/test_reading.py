@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from scfm_circuits import InputError
 from scfm_circuits.cells import h5ad
-from scfm_circuits.cells.reading import draw_cells
+from scfm_circuits.cells.reading import draw_cells, read_ranked
 from scfm_circuits.common.profile import load_profile
 
 SYMBOLS = ["CD3D", "MS4A1", "hla-dqa1", "LYZ"]
@@ -33,9 +33,12 @@ def some_data() -> anndata.AnnData:
         var=pd.DataFrame({"name": SYMBOLS}, index=SYMBOLS))
 
 
+def fields_of(path: Path | str) -> dict[str, Any]:
+    return {"cells": str(path), "matrix": "X", "label_column": "type", "max_cells": None}
+
+
 def read(path: Path | str, **overrides: Any) -> Cells:
-    fields = {"cells": str(path), "matrix": "X", "label_column": "type", "max_cells": None}
-    return read_cells(load_profile("smoke", {**fields, **overrides}))
+    return read_cells(load_profile("smoke", {**fields_of(path), **overrides}))
 
 
 def written(folder: Path, data: anndata.AnnData) -> Path:
@@ -113,8 +116,8 @@ def test_raw_brings_its_own_genes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("names", "told"), [
     (["ENSG00000167286", "ENSG00000156738.17", "ENSG00000196735", "LYZ"], "Ensembl"),
     (["ENSMUSG00000032094"] * 4, "Ensembl"),
-    (["CD3D", "", "HLA-DQA1", "LYZ"], "1 genes without a symbol"),
-    (["CD3D", " ", "nan", "LYZ"], "2 genes without a symbol"),
+    (["CD3D", "", "HLA-DQA1", "LYZ"], "1 of 4 genes without a symbol"),
+    (["CD3D", " ", "nan", "LYZ"], "2 of 4 genes without a symbol"),
     (["CD3D", "MS4A1 (CD20)", "HLA-DQA1", "LYZ"], "'MS4A1 (CD20)'"),
     (["CD3D", "CD3\tE", "HLA-DQA1", "LYZ"], "space"),
     (["CD3D", "cd3d", "HLA-DQA1", "LYZ"], "such as CD3D); set `duplicate_symbols: sum`"),
@@ -128,7 +131,7 @@ def test_names_that_are_no_symbols(tmp_path: Path, names: list[str], told: str) 
 def test_missing_symbols_of_a_categorical_column(tmp_path: Path) -> None:
     data = some_data()
     data.var["name"] = pd.Categorical(["CD3D", None, "LYZ", "NKG7"])
-    assert "1 genes without a symbol" in refusal(written(tmp_path, data), symbol_column="name")
+    assert "1 of 4 genes without a symbol" in refusal(written(tmp_path, data), symbol_column="name")
 
 
 def test_no_such_symbol_column(tmp_path: Path) -> None:
@@ -150,8 +153,10 @@ def test_cells_without_a_label(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize(("value", "told"), [
-    (np.nan, "NaN or infinite"), (np.inf, "NaN or infinite"), (-np.inf, "NaN or infinite"),
-    (-0.5, "negative"),
+    (np.nan, "NaN, infinite or above 3e+38 (1 of the 24 in rows 0 to 5; the first is nan in row 3"),
+    (np.inf, "the first is inf in row 3, column 2"), (-np.inf, "the first is -inf in row 3"),
+    (-0.5, "negative expression values (1 of the 24 in rows 0 to 5; the first is -0.5 in row 3, "
+           "column 2)"),
 ])
 def test_values_that_cannot_be_ranked(tmp_path: Path, value: float, told: str, sparse: bool
                                       ) -> None:
@@ -163,11 +168,72 @@ def test_values_that_cannot_be_ranked(tmp_path: Path, value: float, told: str, s
     assert told in message and "`matrix`" in message
 
 
-def test_a_cell_without_genes(tmp_path: Path) -> None:
+def many_cells(n: int = 40) -> anndata.AnnData:
+    times = n // 6 + 1
+    obs = pd.DataFrame({"type": list("aabbcc") * times}, index=[f"c{i}" for i in range(6 * times)])
+    return anndata.AnnData(np.tile(some_data().X, (times, 1)), obs=obs, var=some_data().var)[
+        :n].copy()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, sp.csr_matrix, sp.csc_matrix])
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_cells_without_genes_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                          kind: Callable, rows: int) -> None:
+    monkeypatch.setattr(h5ad, "_CHUNK_ROWS", rows)
+    data = many_cells()
+    expected = data.X.copy()
+    expected[[4, 5, 30]] = 0
+    data.X = kind(expected)
+    path = written(tmp_path, data)
+    kept = np.delete(np.arange(40), [4, 5, 30])
+    cells = read(path)
+    assert cells.cell_ids.tolist() == [f"c{i}" for i in kept]
+    assert cells.labels.tolist() == data.obs["type"].to_numpy()[kept].tolist()
+    np.testing.assert_array_equal(cells.expression.toarray(), expected[kept])
+    assert any("3 of 40 cells were left out, as no gene is expressed in them (the first is row 4)"
+               in one for one in cells.decisions)
+    # A cell's ties are decided by its row, so what is left out beside it changes nothing.
+    data.X = many_cells().X
+    whole = read_ranked(load_profile("smoke", fields_of(written(tmp_path, data)))).ranking
+    data.X = kind(expected)
+    some = read_ranked(load_profile("smoke", fields_of(written(tmp_path, data)))).ranking
+    np.testing.assert_array_equal(some, whole[kept])
+
+
+def test_a_cell_whose_only_gene_is_left_out_is_left_out_too(tmp_path: Path) -> None:
+    data = many_cells()
+    names = [f"GENE{i}" for i in range(20)]
+    values = np.zeros((40, 20), np.float32)
+    values[:, 0], values[7, 0], values[:, 3] = 1, 0, 2
+    names[3] = ""
+    path = written(tmp_path, anndata.AnnData(values, obs=data.obs, var=pd.DataFrame(index=names)))
+    cells = read(path)
+    assert len(cells) == 39 and "c7" not in cells.cell_ids
+    assert len(cells.symbols) == 19 and cells.expression.max() == 1
+
+
+def test_many_cells_without_genes_are_refused(tmp_path: Path) -> None:
     data = some_data()
     data.X[4] = 0
     message = refusal(written(tmp_path, data))
-    assert "1 cells" in message and "row 4" in message
+    assert "1 of 6 cells" in message and "row 4" in message
+
+
+def test_a_few_negative_values_are_counted_and_found(tmp_path: Path) -> None:
+    data = many_cells(400)
+    data.X[25, 1] = -0.25
+    message = refusal(written(tmp_path, data))
+    assert "1 of the 1,600 in rows 0 to 399; the first is -0.25 in row 25, column 1" in message
+    assert "too few for values that were scaled" in message
+    data.X -= data.X.mean(axis=0)
+    assert "scaled or centred" in refusal(written(tmp_path, data))
+
+
+def test_values_that_single_precision_cannot_hold(tmp_path: Path) -> None:
+    data = some_data()
+    data.X = data.X.astype(float)
+    data.X[2, 1] = 1e200
+    assert "above 3e+38 (1 of the 24" in refusal(written(tmp_path, data))
 
 
 def test_no_cells_at_all(tmp_path: Path) -> None:
@@ -311,7 +377,8 @@ def test_a_known_column_that_lacks_symbols_is_passed_over(tmp_path: Path) -> Non
     assert read(written(tmp_path, data)).symbols == ("CD3D", "MS4A1", "HLA-DQA1", "LYZ")
     # The only one is not: what it lacks can be mended.
     del data.var["name"]
-    assert "1 genes without a symbol in feature_name" in refusal(written(tmp_path, data))
+    assert "1 of 4 genes without a symbol of one word in feature_name" in refusal(
+        written(tmp_path, data))
 
 
 def test_the_page_says_which_column_holds_the_symbols(tmp_path: Path) -> None:

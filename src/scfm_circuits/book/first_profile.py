@@ -56,8 +56,9 @@ class Choice(NamedTuple):
 class Peek(NamedTuple):
     """What a look into the file tells.
 
-    kinds: by place (`X`, `raw`, a layer) `counts`, `normalised` or `unusable`. observations: the
-    table of cells. variables: by place the table of its genes. aside: as in `h5ad.Opened`.
+    kinds: by place (`X`, `raw`, a layer) `counts`, `normalised` or why it is unusable.
+    observations: the table of cells. variables: by place the table of its genes. aside: as in
+    `h5ad.Opened`.
     """
 
     kinds: dict[str, str]
@@ -92,8 +93,10 @@ def _kind(matrix: Any) -> str:
     rows = max(1, SAMPLED // 3 // per_row)
     starts = sorted({0, max(0, stored.shape[0] // 2), max(0, stored.shape[0] - rows)})
     values = np.concatenate([np.ravel(stored[start : start + rows]) for start in starts])
-    if not np.isfinite(values).all() or (values < 0).any():
-        return "unusable"
+    odd = ~(np.isfinite(values) & (values >= 0))
+    if odd.any():
+        return (f"unusable, as {odd.sum():,} of {len(values):,} values looked at are below zero or "
+                f"not finite, such as {values[odd][0]:.6g}")
     return "counts" if np.array_equal(values, np.rint(values)) else "normalised"
 
 
@@ -117,7 +120,7 @@ def _unread(aside: Mapping[str, str], *parts: str) -> list[str]:
 
 
 def choose_matrix(found: Peek, where: str) -> Choice:
-    """Counts if there are any, else log-normalised values; InputError if all are scaled.
+    """Counts if there are any, else log-normalised values; InputError if none can be ranked.
 
     A layer is taken for the counts by its name too: `unspliced` holds counts, but not of all.
     """
@@ -127,8 +130,8 @@ def choose_matrix(found: Peek, where: str) -> Choice:
     order += [(name, kind) for kind in ("counts", "normalised") for name in found.kinds]
     chosen = next((name for name, kind in order if found.kinds.get(name) == kind), None)
     if chosen is None:
-        held = [f"{name}: negative or not finite values, so scaled or centred"
-                for name in found.kinds] + _unread(found.aside, "X", "raw", "layers")
+        held = [f"{name} is {kind}" for name, kind in found.kinds.items()]
+        held += _unread(found.aside, "X", "raw", "layers")
         raise InputError(f"{where} has no values to rank genes by "
                          f"({'; '.join(held) or 'neither X, raw nor a layer'}); put counts or "
                          "log-normalised values into X, raw or a layer.")
@@ -172,9 +175,13 @@ def choose_labels(observations: "pd.DataFrame", where: str, unread: list[str] | 
     """
     fitting: dict[str, set[str]] = {}
     lacking: list[str] = []
+    numbers: list[str] = []
     for column in observations.columns:
         values = observations[column]
-        if not isinstance(column, str) or values.dtype.kind in "biufcmM":
+        if not isinstance(column, str):
+            continue
+        if values.dtype.kind in "biufcmM":
+            numbers += [column] if 2 <= values.nunique() <= _MOST_LABELS else []
             continue
         if values.nunique() > 10 * _MOST_LABELS:
             continue
@@ -192,6 +199,9 @@ def choose_labels(observations: "pd.DataFrame", where: str, unread: list[str] | 
         why = (f"cells without a label in {_listed(lacking)}" if lacking else
                f"no column of obs with 2 to {_MOST_LABELS} words (columns: "
                f"{_listed(observations.columns) or 'none'})")
+        if numbers:
+            why += (f"; if {_listed(numbers)} (numbers or true and false) is meant, name it as "
+                    "`label_column` in a profile of your own, or store it as words")
         raise InputError(f"{where} has no usable column of cell types: "
                          f"{'; '.join([why, *(unread or [])])}; give every cell a type in a "
                          "column such as obs['cell_type'].")
@@ -249,8 +259,7 @@ def choose_case(labels: np.ndarray, base: Profile) -> tuple[Choice, Choice | Non
     if untold.any():
         why += (f"; {counts[untold].sum():,} cells have a label that names no type "
                 f"({_listed(names[untold])})")
-    rare = rare_types(used) if base.model == "train" else None
-    return Choice(str(names[chosen]), why, rare), most
+    return Choice(str(names[chosen]), why, *rare_types(used, base)), most
 
 
 # --- the profile ---------------------------------------------------------------------------------
@@ -337,11 +346,15 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 
 def first_profile(h5ad: str, out: str, base: str = "demo", overwrite: bool = False) -> None:
-    """`write_profile`, and say what was chosen."""
+    """`write_profile`, and say what was chosen and what reading the cells will do."""
+    from scfm_circuits.cells.reading import describe_cells
+
     if not h5ad:
         raise InputError("Give the cells: make profile H5AD=path/to/cells.h5ad.")
     written = write_profile(Path(h5ad), Path(out), base, overwrite)
     for field in ("matrix", "symbol_column", "duplicate_symbols", "label_column", "case_type",
                   "max_cells"):
         print(f"  {field}: {getattr(written, field)!r}")
+    for note in describe_cells(written).decisions:
+        print(f"  {note}")
     print(f"Wrote {out}; look at it, then: make book PROFILE={out}")

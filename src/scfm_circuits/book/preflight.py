@@ -114,7 +114,7 @@ def run_cost(profile: Profile, wanted: Collection[str], chapters: int) -> Cost:
              f"{sizes.tokens / sizes.cells:.0f} tokens each, {sizes.tokens / 1e6:,.2f} M tokens; "
              f"{sizes.layers} layers of width {sizes.width:,}, "
              f"{profile.expansion * sizes.width:,} features each"]
-    lines += [f"  note      {note}" for note in (*notes(profile), sizes.rare_types) if note]
+    lines += [f"  note      {note}" for note in (*sizes.notes, *notes(profile))]
     lines += [f"  download  {'' if one.exact else 'at most '}{_size(one.bytes)}: {one.what}"
               for one in found]
     if libraries and downloads_are_off():

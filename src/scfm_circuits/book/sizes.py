@@ -5,7 +5,7 @@ are here, else of data/manifest.yml. Work is known by a file that its chapter le
 fresh costs nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -46,7 +46,7 @@ class Sizes(NamedTuple):
     """What a run works on: cells, those in the file, its genes; tokens of all cells, of those that
     are trained on, of the longest; whether tokens were counted (else estimated); the model's
     layers, residual width, heads, rows of the embedding and weights; bytes of the transcoders of
-    all layers in float32, and of one set of feature statistics; what to say of rare types."""
+    all layers in float32, and of one set of feature statistics; what to say of the cells."""
 
     cells: int
     cells_in_file: int
@@ -62,7 +62,7 @@ class Sizes(NamedTuple):
     parameters: int
     one_set: int
     counts: int
-    rare_types: str | None = None
+    notes: Sequence[str] = ()
 
 
 def run_sizes(profile: Profile) -> Sizes:
@@ -74,10 +74,10 @@ def run_sizes(profile: Profile) -> Sizes:
         lengths = corpus.lengths
         cells, in_file, genes = len(corpus), len(corpus), len(corpus.symbols)
         tokens, padded = int(lengths.sum()), int(lengths.max())
-        trained_on, rare = int(lengths[~corpus.held_out].sum()), rare_types(corpus.labels)
+        trained_on, told = int(lengths[~corpus.held_out].sum()), rare_types(corpus.labels, profile)
         check_shared_genes(profile, corpus.symbols.tolist())
     else:
-        in_file, genes, length, rare = _cells(profile)
+        in_file, genes, length, told = _cells(profile)
         cells = min(in_file, profile.max_cells or in_file)
         tokens, padded = round(cells * length), round(1.3 * length)
         trained_on = tokens - round(max(1, round(cells * profile.validation_share)) * length)
@@ -92,8 +92,7 @@ def run_sizes(profile: Profile) -> Sizes:
                  layers, width, int(config.num_attention_heads), int(config.vocab_size),
                  sum(one.numel() for one in weights),
                  4 * layers * (2 * features * width + features + 2 * width),
-                 fixed_bytes(layers * features, profile.contexts_per_feature) + 8 * occurring,
-                 rare if profile.model == "train" else None)
+                 fixed_bytes(layers * features, profile.contexts_per_feature) + 8 * occurring, told)
 
 
 def model_config(profile: Profile, corpus: Corpus | None, length: int, genes: int = 0
@@ -120,23 +119,24 @@ def model_config(profile: Profile, corpus: Corpus | None, length: int, genes: in
     return config
 
 
-def _cells(profile: Profile) -> tuple[int, int, float, str | None]:
-    """(cells, genes, tokens of a cell, `rare_types`) of the profile's cells, the third estimated,
-    the last None also for cells that are not here."""
+def _cells(profile: Profile) -> tuple[int, int, float, list[str]]:
+    """(cells, genes, tokens of a cell, what to say) of the profile's cells, the third estimated,
+    the last empty for cells that are not here."""
     length = (profile.genes_per_cell * PIECES.get(profile.tokenizer, PIECES["loaded"])
               + len(profile.prompt + profile.response) / 4 + 4)  # and the question, an answer
     listed, path = manifest.entry("cells", profile.cells), cells_path(profile, ROOT)
     # One of another size will be set aside and fetched again.
     if listed is not None and path is not None and not (
             path.is_file() and path.stat().st_size == listed["bytes"]):
-        return int(listed["cells"]), int(listed["genes"]), length, None
+        return int(listed["cells"]), int(listed["genes"]), length, []
     from scfm_circuits.cells.reading import describe_cells
 
     found = describe_cells(profile)
     held_out = split_cells(len(found.labels), profile.validation_share, profile.seed)
     check_case(found.labels, held_out, profile)
     check_shared_genes(profile, found.symbols)
-    return found.n_cells, len(found.symbols), length, rare_types(found.labels)
+    return (found.n_cells, len(found.symbols), length,
+            found.decisions + rare_types(found.labels, profile))
 
 
 class Work(NamedTuple):

@@ -263,15 +263,16 @@ def check_case(labels: np.ndarray, held_out: np.ndarray, profile: Profile) -> No
                          f"profile); held-out cells have the types {known}.")
 
 
-def rare_types(labels: np.ndarray) -> str | None:
-    """A sentence if half of the types or more have fewer than `RARE` cells; else None.
+def rare_types(labels: np.ndarray, profile: Profile) -> list[str]:
+    """A sentence if half of the types or more have fewer than `RARE` cells and the model is yet to
+    be trained; else none.
 
     labels: (n_cells,) of the cells that are used.
     """
     counts = np.unique(labels, return_counts=True)[1]
     rare = int((counts < RARE).sum())
-    if 2 * rare < len(counts):
-        return None
-    return (f"{rare} of {len(counts)} types have fewer than {RARE} cells, and a model that is "
+    if 2 * rare < len(counts) or profile.model != "train":
+        return []
+    return [f"{rare} of {len(counts)} types have fewer than {RARE} cells, and a model that is "
             "trained on the spot hardly learns such a type; use more cells, join types or leave "
-            "rare ones out, or name a trained `model`.")
+            "rare ones out, or name a trained `model`."]

@@ -15,7 +15,12 @@ import scipy.sparse as sp
 from scfm_circuits import InputError
 from scfm_circuits.cells.h5ad import Opened, in_memory, open_h5ad, part_of, row_chunks
 from scfm_circuits.cells.ranking import top_genes
-from scfm_circuits.cells.symbols import gene_symbols, hyphens_restored, merge_duplicates
+from scfm_circuits.cells.symbols import (
+    MOST_LEFT_OUT,
+    gene_symbols,
+    hyphens_restored,
+    merge_duplicates,
+)
 from scfm_circuits.common.labels import normal_labels
 from scfm_circuits.common.profile import (
     CELLS_NAMES,
@@ -57,6 +62,8 @@ class RankedCells(About):
     ranking: np.ndarray
 
 
+_SCALED = 0.01
+"""Share of negative values above which they are not errors: centring makes about half negative."""
 Take = Callable[[np.ndarray, sp.csr_matrix], None]
 """Gets some cells' rows in the file and their expression: sparse, float32, above zero."""
 
@@ -132,11 +139,13 @@ class Description(NamedTuple):
     """What is known of cells without their expression.
 
     n_cells: all that there are. symbols: n_genes. labels: of the cells that the profile draws.
+    decisions: as of `About`, as far as they are made without expression.
     """
 
     n_cells: int
     symbols: list[str]
     labels: np.ndarray
+    decisions: list[str]
 
 
 def describe_cells(profile: Profile) -> Description:
@@ -147,7 +156,7 @@ def describe_cells(profile: Profile) -> Description:
     finally:
         data.close()
     return Description(len(parts.labels), parts.symbols,
-                       parts.labels[_drawn(parts.labels, profile)])
+                       parts.labels[_drawn(parts.labels, profile)], parts.decisions)
 
 
 def _drawn(labels: np.ndarray, profile: Profile) -> np.ndarray:
@@ -166,7 +175,11 @@ def _read_opened(data: Opened, profile: Profile, take: Take) -> About:
     if len(chosen) < len(labels):
         how = "at random" if profile.sampling == "uniform" else "equally from each cell type"
         decisions.append(f"{len(chosen):,} of {len(labels):,} cells were drawn {how}.")
-    n_seen, counts = _expression(matrix, chosen, join, where, len(symbols), take)
+    n_seen, counts, empty = _expression(matrix, chosen, join, where, len(symbols), take)
+    if len(empty):
+        decisions.append(f"{len(empty):,} of {len(chosen):,} cells were left out, as no gene is "
+                         f"expressed in them (the first is row {empty[0]}).")
+        chosen = chosen[~np.isin(chosen, empty)]
     if n_seen < len(symbols):
         decisions.append(f"{len(symbols) - n_seen:,} genes are not seen in any of these cells.")
     decisions.append(("The values are whole numbers, so raw counts. " if counts else
@@ -208,26 +221,31 @@ def draw_cells(labels: np.ndarray, n: int, sampling: str, seed: int) -> np.ndarr
 
 
 def _expression(matrix: Any, chosen: np.ndarray, join: sp.csr_matrix | None, where: str,
-                n_genes: int, take: Take) -> tuple[int, bool]:
+                n_genes: int, take: Take) -> tuple[int, bool, list[int]]:
     """Hand on the chosen cells' checked expression, chunk by chunk, symbols joined by `join`.
 
-    Returns how many genes any of them expresses, and whether all values are whole numbers.
+    Cells without expression are not handed on. Returns how many genes any cell expresses, whether
+    all values are whole numbers, and the rows of the cells without.
     """
     seen, whole = np.zeros(n_genes, bool), True
     empty: list[int] = []
     for some, values in row_chunks(matrix, chosen, where):
-        part = _checked(values, where)
+        part = _checked(values, chosen[some], where)
         if join is not None:
             part = sp.csr_matrix(part @ join)
             part.sort_indices()
         seen[part.indices] = True
         whole = whole and np.array_equal(part.data, np.rint(part.data))
-        empty += chosen[some][np.diff(part.indptr) == 0].tolist()
-        take(chosen[some], part)
-    if empty:
-        raise InputError(f"{where} has {len(empty):,} cells in which no gene is expressed (the "
-                         f"first is row {empty[0]}); filter them out.")
-    return int(seen.sum()), whole
+        filled = np.diff(part.indptr) > 0
+        if filled.all():
+            take(chosen[some], part)
+        else:
+            empty += chosen[some][~filled].tolist()
+            take(chosen[some][filled], part[filled])
+    if len(empty) > MOST_LEFT_OUT * len(chosen):
+        raise InputError(f"In {len(empty):,} of {len(chosen):,} cells of {where} no gene is "
+                         f"expressed (the first is row {empty[0]}); filter them out.")
+    return int(seen.sum()), whole, empty
 
 
 def _open(profile: Profile) -> Opened:
@@ -276,17 +294,33 @@ def _labels(observations: "pd.DataFrame", column: str, where: str
     return normal_labels(observations[column].astype(str))
 
 
-def _checked(matrix: Any, where: str) -> sp.csr_matrix:
-    """The matrix as sparse rows; refuses NaN, infinite and negative values."""
-    sparse = sp.csr_matrix(matrix, dtype=np.float32)
+def _checked(values: Any, rows: np.ndarray, where: str) -> sp.csr_matrix:
+    """Some rows' values as sparse rows; refuses NaN, infinite and negative values."""
+    with np.errstate(over="ignore"):  # becomes infinite
+        sparse = sp.csr_matrix(values, dtype=np.float32)
     if not np.isfinite(sparse.data).all():
-        raise InputError(f"{where} has NaN or infinite expression values; choose another `matrix` "
-                         "or replace them.")
-    if (sparse.data < 0).any():
-        raise InputError(f"{where} has negative expression values, so it was scaled or centred "
-                         "per gene, which destroys the ranking; set `matrix` to counts or "
-                         "log-normalised values.")
+        found = _first(sparse, ~np.isfinite(sparse.data), rows)
+        raise InputError(f"{where} has expression values that are NaN, infinite or above "
+                         f"{np.finfo(np.float32).max:.1g} ({found}); choose another `matrix` or "
+                         "replace them.")
+    below = sparse.data < 0
+    if below.any():
+        why = ("so it was scaled or centred per gene, which destroys the ranking; set `matrix` to "
+               "counts or log-normalised values" if below.mean() > _SCALED else
+               "too few for values that were scaled; set them to zero if they are errors of "
+               "rounding, or `matrix` to counts or log-normalised values")
+        raise InputError(f"{where} has negative expression values "
+                         f"({_first(sparse, below, rows)}), {why}.")
     sparse.sum_duplicates()
     sparse.eliminate_zeros()
     sparse.sort_indices()
     return sparse
+
+
+def _first(part: sp.csr_matrix, odd: np.ndarray, rows: np.ndarray) -> str:
+    """How many of the values of some rows are odd, and where the first is. odd: of those stored."""
+    i = int(np.argmax(odd))
+    row = int(np.searchsorted(part.indptr, i, side="right")) - 1
+    return (f"{odd.sum():,} of the {part.shape[0] * part.shape[1]:,} in rows {rows[0]:,} to "
+            f"{rows[-1]:,}; the first is {part.data[i]:.6g} in row {rows[row]:,}, column "
+            f"{part.indices[i]:,}")

@@ -1,4 +1,8 @@
-"""Gene symbols of a `var` table: where they are, and what names cannot stand in a sentence."""
+"""Gene symbols of a `var` table: where they are, and what names cannot stand in a sentence.
+
+A gene without a name, or with a space in it, is left out if few are (`MOST_LEFT_OUT`): `""` stands
+for it until the columns are joined.
+"""
 
 import re
 from collections.abc import Iterable
@@ -20,6 +24,13 @@ SYMBOL_COLUMNS = ("gene_name-new", "feature_name", "gene_symbol", "gene_symbols"
 """Columns of `var` that are known to hold gene symbols, in any case, the surest first. The first is
 the Heart Cell Atlas's own."""
 
+MOST_LEFT_OUT = 0.1
+"""Share of the genes, or of the cells, up to which those that cannot be used are left out; of more
+the file is refused, as something else must be wrong with it."""
+_MONTH = "(JAN|FEB|MAR|APR|MAY|JUN|JUL|AUG|SEP|OCT|NOV|DEC)"
+_DATE = re.compile(rf"X?\d{{1,2}}[-.]{_MONTH}(-\d\d(\d\d)?)?|{_MONTH}-\d\d"
+                   r"|\d{4}-\d\d-\d\d( 00:00:00)?|\d{1,2}/\d{1,2}/\d\d(\d\d)?|\d\.\d+E\+\d\d")
+"""What spreadsheets make of MARCHF1, SEPTIN2 or 2310009E13RIK, and R of that (X1.MAR)."""
 _VERSIONED = re.compile(r"([A-Z]{1,3}\d{5,9}|[A-Z0-9]+\.[A-Z]?\d+[A-Z]\d+)$")
 """What a version follows: an accession (AC012345) or the address of a clone (RP11.291B21)."""
 
@@ -33,14 +44,14 @@ def symbol_columns(variables: "pd.DataFrame") -> list[str]:
 def possible_symbols(variables: "pd.DataFrame", column: str | None) -> list[str]:
     """A column's entries, or for None the index's, in capitals if they may be gene symbols.
 
-    Otherwise nothing: one is missing or not one word, most are identifiers, or there are too few
-    different ones.
+    Those that cannot stand in a sentence are not among them. Nothing, if they are many, most are
+    identifiers, or there are too few different ones.
     """
     entries = variables.index.to_series() if column is None else variables[column]
-    if entries.isna().any() or entries.dtype.kind in "biufcmM":
+    if entries.dtype.kind in "biufcmM":
         return []
-    words = [str(entry).strip().upper() for entry in entries]
-    if any(word in ("", "NAN", "NONE", "<NA>") or re.search(r"\s", word) for word in words):
+    words = [word for word in map(_word, entries) if word]
+    if len(entries) - len(words) > MOST_LEFT_OUT * len(entries):
         return []
     # Something like `biotype` has few values for many genes.
     several = column is None or len(words) < 20 or len(set(words)) > len(words) / 2
@@ -50,7 +61,10 @@ def possible_symbols(variables: "pd.DataFrame", column: str | None) -> list[str]
 
 def gene_symbols(variables: "pd.DataFrame", column: str | None, where: str
                  ) -> tuple[list[str], list[str]]:
-    """Upper-case symbols of all columns; refuses Ensembl identifiers and empty names."""
+    """Upper-case symbols of all columns, `""` for a gene that is left out, and decisions.
+
+    InputError for Ensembl identifiers, and where many genes have no symbol.
+    """
     if column is None:
         raw = variables.index.to_series().astype(str)
     elif column in variables.columns:
@@ -70,15 +84,8 @@ def gene_symbols(variables: "pd.DataFrame", column: str | None, where: str
                          f"taken from the var column {found}."]
             column = found
             raw = variables[column].astype(str)
-    symbols = [symbol.strip().upper() for symbol in raw]
-    missing = sum(symbol in ("", "NAN", "NONE", "<NA>") for symbol in symbols)
-    if missing:
-        raise InputError(f"{where} has {missing:,} genes without a symbol in "
-                         f"{column or 'the var index'}; fill them or set `symbol_column`.")
-    if any(re.search(r"\s", symbol) for symbol in symbols):
-        bad = next(symbol for symbol in symbols if re.search(r"\s", symbol))
-        raise InputError(f"{where} has a gene symbol with a space in it ({bad!r}); a sentence "
-                         "separates genes by spaces, so rename it.")
+    symbols = [_word(symbol) for symbol in raw]
+    decisions += _left_out(list(raw), symbols, column or "the var index", where) + _warnings(raw)
     if _mostly_ensembl(symbols):
         known = ", ".join(map(str, variables.columns)) or "none"
         raise InputError(f"{where} names its genes by Ensembl identifiers, not symbols; set "
@@ -87,6 +94,49 @@ def gene_symbols(variables: "pd.DataFrame", column: str | None, where: str
     # An identifier among symbols is a gene without one; its version is not part of its name.
     return [symbol.split(".")[0] if ENSEMBL.match(symbol) else symbol for symbol in symbols
             ], decisions
+
+
+def _word(entry: object) -> str:
+    """An entry in capitals; `""` if it is no name or has a space, which separates genes."""
+    word = str(entry).strip().upper()
+    return "" if word in ("NAN", "NA", "NONE", "<NA>") or re.search(r"\s", word) else word
+
+
+def _left_out(raw: list[str], symbols: list[str], source: str, where: str) -> list[str]:
+    """A sentence on genes without a symbol, if there are any; InputError if there are many."""
+    spaced = [one for one, symbol in zip(raw, symbols, strict=True)
+              if not symbol and re.search(r"\s", one.strip())]
+    n_out = symbols.count("")
+    if not n_out:
+        return []
+    why = [f"{n_out - len(spaced):,} without a name"] * (n_out > len(spaced))
+    why += [f"{len(spaced):,} with a space in it, such as {spaced[0]!r}"] if spaced else []
+    if n_out > MOST_LEFT_OUT * len(symbols):
+        raise InputError(f"{where} has {n_out:,} of {len(symbols):,} genes without a symbol of one "
+                         f"word in {source} ({' and '.join(why)}); fill them or set "
+                         "`symbol_column`.")
+    return [f"{n_out:,} of {len(symbols):,} genes were left out, as {source} has no symbol of one "
+            f"word for them ({' and '.join(why)})."]
+
+
+def _warnings(raw: Iterable[str]) -> list[str]:
+    """Sentences on symbols that are read and will match no gene set, or one of another species."""
+    names = [name.strip() for name in raw if not ENSEMBL.match(name.strip())]
+    dates = [name for name in names if _DATE.fullmatch(name.upper())]
+    found = []
+    if dates:
+        found.append(f"Warning: {len(dates):,} gene symbols are dates or numbers, such as "
+                     f"{dates[0]!r}, which a spreadsheet makes of genes such as MARCHF1 and "
+                     "SEPTIN2; no gene set knows them, so restore them in the file from the "
+                     "genes' identifiers.")
+    # Human symbols have small letters only in `C1orf112`, and some kinds of RNA in their names.
+    small = [name for name in names if re.search(r"[a-z]", re.sub(r"(?<=\d)orf(?=\d)", "", name))]
+    if len(small) > MOST_LEFT_OUT * len(names):
+        found.append(f"Warning: {len(small):,} of {len(names):,} gene symbols have small letters, "
+                     f"such as {small[0]!r}, as those of a mouse or another species have; they are "
+                     "read in capitals, and of human gene sets only genes of the same name will be "
+                     "found, so map them to human genes or give gene sets of the species.")
+    return found
 
 
 def _mostly_ensembl(names: Iterable[str]) -> bool:
@@ -120,21 +170,28 @@ def merge_duplicates(symbols: list[str], rule: str, where: str
                      ) -> tuple[list[str], sp.csr_matrix | None, list[str]]:
     """Repeated symbols refused, numbered, or joined: (symbols, join, decisions).
 
-    join: None, or (n_columns, n_symbols); expression times it adds up columns of one symbol.
+    symbols: of all columns, `""` for one that is left out. join: None, or (n_columns, n_symbols);
+    expression times it leaves columns out and adds up those of one symbol.
     """
-    unique, inverse, counts = np.unique(symbols, return_inverse=True, return_counts=True)
-    if len(unique) == len(symbols):
-        return symbols, None, []
-    repeated = unique[counts > 1]
-    if rule == "error":
+    kept = [column for column, symbol in enumerate(symbols) if symbol]
+    names = [symbols[column] for column in kept]
+    unique, inverse, counts = np.unique(names, return_inverse=True, return_counts=True)
+    repeated, place, decisions = unique[counts > 1], np.arange(len(names)), []
+    if len(repeated) and rule == "error":
         named = ", ".join(repeated[:3])
         raise InputError(f"{where} has {len(repeated):,} gene symbols more than once (such as "
                          f"{named}); set `duplicate_symbols: sum` in the profile to add them up.")
-    if rule == "unique":
+    if len(repeated) and rule == "unique":
         import pandas as pd
         from anndata.utils import make_index_unique
 
-        return (make_index_unique(pd.Index(symbols)).tolist(), None,
-                [f"{len(repeated):,} repeated symbols were numbered (A, A-1, ...)."])
-    join = sp.csr_matrix((np.ones(len(symbols), np.float32), (np.arange(len(symbols)), inverse)))
-    return unique.tolist(), join, [f"{len(repeated):,} repeated symbols were added up."]
+        names = make_index_unique(pd.Index(names)).tolist()
+        decisions = [f"{len(repeated):,} repeated symbols were numbered (A, A-1, ...)."]
+    elif len(repeated):
+        names, place = unique.tolist(), inverse
+        decisions = [f"{len(repeated):,} repeated symbols were added up."]
+    if len(names) == len(symbols):
+        return names, None, decisions
+    join = sp.csr_matrix((np.ones(len(kept), np.float32), (kept, place)),
+                         shape=(len(symbols), len(names)))
+    return names, join, decisions

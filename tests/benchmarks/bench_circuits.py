@@ -34,7 +34,7 @@ from scfm_circuits.common.profile import ROOT, load_profile
 from scfm_circuits.transcoders.transcoder import Transcoders
 
 SIZES: dict[str, dict[str, int]] = {
-    "demo": dict(layers=6, width=128, heads=4, features=1_024, vocabulary=1_024, tokens=159),
+    "demo": dict(layers=4, width=128, heads=4, features=1_024, vocabulary=1_024, tokens=159),
     "paper": dict(layers=24, width=1_024, heads=16, features=8_192, vocabulary=50_304, tokens=211),
 }
 ACTIVE_PER_TOKEN = 50

@@ -54,7 +54,7 @@ def test_every_field_says_what_it_is() -> None:
     ("fdr: 1.5", "`fdr`"),
     ("cells_are: fake", "`cells_are`"),
     ("model_heads: 3", "3 heads do not divide"),
-    ("human_layer: 6", "allowed are 0 to 5"),
+    ("human_layer: 4", "allowed are 0 to 3"),
     ("model: org/name", "needs its own tokenizer, not `train`"),
     ("model: org/name\ntokenizer: genes", "needs its own tokenizer, not `genes`"),
     ("prompt: no slot", "{genes} exactly once"),

@@ -76,6 +76,7 @@ def train_small_model(corpus: "Corpus", profile: "Profile", *, progress: bool = 
     """
     model = build_small_model(profile, len(corpus.tokenizer), corpus.tokens.shape[1])
     moved_to(model, best_device()).train()
+    model.set_attn_implementation("sdpa")  # a fifth faster; `eager` again for those who look inside
     optimizer = torch.optim.AdamW(model.parameters(), lr=profile.model_learning_rate,
                                   betas=(0.9, 0.95), weight_decay=0.1)
     steps = profile.model_steps
@@ -105,6 +106,7 @@ def train_small_model(corpus: "Corpus", profile: "Profile", *, progress: bool = 
                              "loss or weights are no finite numbers; lower `model_learning_rate` "
                              f"(it is {profile.model_learning_rate:g}).")
         bar.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
+    model.set_attn_implementation("eager")
     return model.eval(), TrainingCurve(list(range(1, steps + 1)), losses)
 
 

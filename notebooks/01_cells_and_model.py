@@ -124,6 +124,21 @@ model, curve = chapter.model, chapter.model_curve
 chapter.values({"layers": model.config.num_hidden_layers, "width": model.config.hidden_size,
                 "parameters": model.num_parameters()}, prefix="model.")
 
+# %% tags=["hide-input"]
+if curve.step:
+    trained = chapter.profile
+    chapter.show(pd.DataFrame([
+        ("steps", f"{trained.model_steps:,}, of {trained.model_batch_cells} cells each"),
+        ("weight of the answer's tokens in the loss", f"{trained.model_answer_weight:g}; others 1"),
+        ("how often a type of n cells is drawn",
+         "as n" if not trained.model_type_balance else
+         "as any other" if trained.model_type_balance == 1 else
+         f"as n to the power of {1 - trained.model_type_balance:g}"),
+        ("sentence of a cell", "always the one that its values give" if trained.model_thinning == 1
+         else "a fresh one each time, from counts thinned to between "
+         f"{100 * trained.model_thinning:.0f} and 100 %; values that are no counts are not thinned"),
+    ], columns=["training on the spot", "this run"]), caption="How the model was trained")
+
 # %% mystnb={"image": {"alt": "Line of the language model's training loss falling with steps; empty if the model was loaded."}, "figure": {"caption": "Training loss of the small language model. A model that was loaded has no curve.", "name": "fig-lm"}} tags=["hide-input"]
 chapter.figure("language_model_training", training_curve(curve.step, curve.loss))
 

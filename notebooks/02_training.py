@@ -43,7 +43,7 @@ from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.live_curves import watcher
 from scfm_circuits.report.plots.cells_and_training import transcoder_curves
 from scfm_circuits.report.report import readable
-from scfm_circuits.transcoders.training.cost import paper_cost, run_cost
+from scfm_circuits.transcoders.training.cost import paper_cost, training_cost
 from scfm_circuits.transcoders.training.history import known_mean
 from scfm_circuits.transcoders.training.run import get_transcoders
 from scfm_circuits.transcoders.training.settings import loss_units, settings_table
@@ -128,7 +128,7 @@ chapter.values({"dead_share": known_mean(last["dead"]), "final_l0": known_mean(l
 # model once. All layers share that pass; layer by layer it would be repeated.
 
 # %% tags=["hide-input"]
-cost = run_cost(model, corpus, settings)
+cost = training_cost(model, corpus, settings)
 projected = paper_cost(chapter.paper.settings, cost)
 chapter.value("training.paper_operations", projected.operations, f"{projected.operations:.3g}")
 chapter.show(cost_table(cost, projected),

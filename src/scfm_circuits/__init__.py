@@ -1,9 +1,9 @@
 """Helpers behind the companion to Hosokawa et al., "Transcoder-based Circuit Analysis".
 
-The notebooks tell the story; these flat modules do the work, in the order data flows through them:
-profile, cells, sentences, language_model, transcoder, training, validation, features, enrichment,
-attribution, circuits, figures, claims, book. Importing the package itself imports none of them, so
-checking whether the book is up to date stays a matter of milliseconds.
+The notebooks tell the story; these rooms do the work, in the order data flows through them: common,
+cells, models, transcoders, features, enrichment, then circuits, interpretability and paper side by
+side, report, book. Importing the package itself imports none of them, so checking whether the book
+is up to date stays a matter of milliseconds.
 """
 
 __version__ = "0.1.0"

@@ -26,7 +26,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scfm_circuits.cells.tokens import load_tokenizer
 from scfm_circuits.circuits.attribution import Frozen, contributions, feature_direction, freeze
-from scfm_circuits.circuits.graph import attribution_graph, feature_target, memory_needed
+from scfm_circuits.circuits.graph import attribution_graph, feature_target, graph_memory
 from scfm_circuits.circuits.graph_scores import prune
 from scfm_circuits.circuits.search import strongest_features, trace_feature
 from scfm_circuits.common.files import write_json
@@ -129,7 +129,7 @@ def measure_graph(frozen: Frozen, layer: int, feature: int, position: int, max_f
     """The direct-effect graph, its pruning, and the memory it was said to need."""
     target = [feature_target(frozen, layer, feature, position)]
     before = reset_peak()
-    stated = memory_needed(frozen, target, max_features=max_features)
+    stated = graph_memory(frozen, target, max_features=max_features)
     start = time.perf_counter()
     graph = attribution_graph(frozen, target, max_features=max_features)
     seconds, extra = time.perf_counter() - start, above(before)

@@ -15,7 +15,7 @@ from scfm_circuits.circuits.graph import (
     Target,
     attribution_graph,
     feature_target,
-    memory_needed,
+    graph_memory,
 )
 from scfm_circuits.circuits.graph_scores import (
     completeness_score,
@@ -245,8 +245,8 @@ def test_the_most_influential_features_get_a_row_first(frozen):
 
 def test_memory_is_stated_beforehand(frozen):
     targets = logit_targets(frozen, N_POS - 1)
-    small = memory_needed(frozen, targets, max_features=1, edges_per_row=5, batch=1)
-    large = memory_needed(frozen, targets, **WHOLE)
+    small = graph_memory(frozen, targets, max_features=1, edges_per_row=5, batch=1)
+    large = graph_memory(frozen, targets, **WHOLE)
     assert 0 < small < large
     graph = attribution_graph(frozen, targets, **WHOLE)
     assert graph.matrix.data.nbytes + graph.matrix.indices.nbytes < large
@@ -434,7 +434,7 @@ def test_the_study_is_the_graph_pruned_and_counted():
     start = [feature_target(frozen, layer, 3, position)]
     whole = attribution_graph(frozen, start, max_features=20)
     assert study.whole.nodes == whole.nodes and study.ends == effect_ends(whole)
-    assert study.memory == memory_needed(frozen, start, max_features=20)
+    assert study.memory == graph_memory(frozen, start, max_features=20)
     table = study.table()
     assert table["edges"].tolist() == [whole.n_edges, prune(whole).n_edges]
     assert table["replacement_score"][0] == study.replacement == replacement_score(whole)

@@ -18,8 +18,8 @@ from scfm_circuits.features.counting import (
     activation_edges,
     add_on_cpu,
     add_on_gpu,
+    counting_memory,
     describe_batch,
-    memory_needed,
     unpack_best,
 )
 from scfm_circuits.features.pair_counts import PairCounts
@@ -204,7 +204,7 @@ def test_counts_are_wide_enough_for_the_corpus():
 
 def test_memory_at_the_papers_size_is_stated():
     counts = PairCounts(24, 8192, 100_000, 60_000_000)
-    memory = memory_needed(24, 8192, 5, counts)
+    memory = counting_memory(24, 8192, 5, counts)
     assert 2**29 < memory["fixed"] < 2**31
     # A percent of the dense table, 2 to 4 times 2 x 4 bytes an entry.
     assert 16 <= memory["counts_per_percent"] / (24 * 8192 * 1000) < 24

@@ -41,7 +41,7 @@ from scfm_circuits.features.counting import CHUNK_BYTES
 from scfm_circuits.features.pair_counts import BUFFER_KEYS
 from scfm_circuits.models.loading import model_dtype
 from scfm_circuits.models.mlp_sites import best_device
-from scfm_circuits.transcoders.training.settings import memory_needed, precision_of
+from scfm_circuits.transcoders.training.settings import precision_of, training_memory
 
 ANYWAY = "SCFM_ANYWAY"
 """Environment variable that turns refusals into warnings."""
@@ -207,7 +207,7 @@ def memory_stages(profile: Profile, sizes: Sizes, device: torch.device) -> list[
         "layers' inputs and outputs": 2 * own.itemsize * 2 * sizes.layers * batch * sizes.width,
         # Scores, their softmax and its sum with the mask, of one layer.
         "attention": 3 * 4 * cells * sizes.heads * sizes.padded**2}
-    training = passing | {"attention": 0} | memory_needed(  # which is fused here
+    training = passing | {"attention": 0} | training_memory(  # which is fused here
         profile, sizes.training_tokens, sizes.layers, sizes.width,
         sizes.layers if on_gpu else 1, other.itemsize)
     if other != own:

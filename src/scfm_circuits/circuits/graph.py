@@ -151,8 +151,8 @@ class _Rows:
 # --- the graph -----------------------------------------------------------------------------------
 
 
-def memory_needed(frozen: Frozen, targets: Sequence[Target], *, max_features: int = 1_000,
-                  edges_per_row: int = 2_000, batch: int = 32) -> int:
+def graph_memory(frozen: Frozen, targets: Sequence[Target], *, max_features: int = 1_000,
+                 edges_per_row: int = 2_000, batch: int = 32) -> int:
     """Bytes that `attribution_graph` will take at most beside what `frozen` holds already."""
     _check(targets, max_features=max_features, edges_per_row=edges_per_row, batch=batch)
     n_layers, n_pos = extent([one.reading for one in targets])
@@ -179,7 +179,7 @@ def attribution_graph(frozen: Frozen, targets: Sequence[Target], *, max_features
     max_features: features that get a row, the most influential first; edges to others are dropped,
     as are those beyond the `edges_per_row` strongest of a row, and both are accounted for.
     batch: rows computed at once; influence is taken anew after as many, or after an eighth more
-    than there are. `memory_needed` says beforehand what it takes.
+    than there are. `graph_memory` says beforehand what it takes.
 
     Raises InputError for impossible limits or targets.
     """

@@ -18,7 +18,7 @@ from scfm_circuits.circuits.graph import (
     AttributionGraph,
     attribution_graph,
     feature_target,
-    memory_needed,
+    graph_memory,
 )
 
 if TYPE_CHECKING:
@@ -212,4 +212,4 @@ def graph_study(frozen: Frozen, layer: int, feature: int, position: int, *, max_
     start = [feature_target(frozen, layer, feature, position)]
     whole = attribution_graph(frozen, start, max_features=max_features)
     return GraphStudy(whole, prune(whole), effect_ends(whole),
-                      memory_needed(frozen, start, max_features=max_features))
+                      graph_memory(frozen, start, max_features=max_features))

@@ -45,7 +45,7 @@ CHUNK_BYTES = 2**31
 ANNOUNCE_BYTES = 2**30
 
 
-class Batch(NamedTuple):
+class BatchTokens(NamedTuple):
     """What is known of a batch's tokens: the pair, the cell within the batch, the position in it.
 
     pair, cell, position: (n_tokens,) int64 on the model's device, cell by cell. lengths: (n_cells,)
@@ -88,8 +88,8 @@ def fixed_bytes(n_features: int, n_contexts: int) -> int:
     return n_features * (8 * N_BINS + 8 + 8 + 16 * n_contexts)
 
 
-def memory_needed(n_layers: int, n_features: int, n_contexts: int, counts: PairCounts
-                  ) -> dict[str, int]:
+def counting_memory(n_layers: int, n_features: int, n_contexts: int, counts: PairCounts
+                    ) -> dict[str, int]:
     """Bytes that the pass holds beside the model; the counts for one percent of all that may be."""
     possible = n_features * counts.shape[1] // 100
     return {"fixed": fixed_bytes(n_layers * n_features, n_contexts) + counts.buffer_bytes,
@@ -99,16 +99,16 @@ def memory_needed(n_layers: int, n_features: int, n_contexts: int, counts: PairC
 # --- one batch -----------------------------------------------------------------------------------
 
 
-def describe_batch(pairs: np.ndarray, mask: Tensor) -> Batch:
+def describe_batch(pairs: np.ndarray, mask: Tensor) -> BatchTokens:
     """pairs: (n_cells, length) pair of each token; mask: the same shape, False on padding."""
     inside = mask.cpu().numpy()
     pair, cell, position = (torch.from_numpy(one).to(mask.device) for one in
                             (pairs[inside].astype(np.int64), *inside.nonzero()))
-    return Batch(pair, cell, position, inside.sum(axis=1))
+    return BatchTokens(pair, cell, position, inside.sum(axis=1))
 
 
 def add_on_cpu(totals: FeatureTotals, transcoders: Transcoders, layer: int, x: Tensor,
-               batch: Batch) -> None:
+               batch: BatchTokens) -> None:
     """Count one layer's activations on a batch; x: (n_tokens, d_model), its transcoder's input."""
     tensors = {key: tensor[layer].numpy() for key, tensor in totals.tensors.items()}
     strongest = np.zeros((len(batch.lengths), transcoders.n_features), np.int64)
@@ -129,7 +129,8 @@ def add_on_cpu(totals: FeatureTotals, transcoders: Transcoders, layer: int, x: T
     keep_strongest(strongest, totals.done, tensors["best"], tensors["best_cell"])
 
 
-def add_on_gpu(totals: FeatureTotals, transcoders: Transcoders, x: Tensor, batch: Batch) -> None:
+def add_on_gpu(totals: FeatureTotals, transcoders: Transcoders, x: Tensor,
+               batch: BatchTokens) -> None:
     """Count all layers' activations on a batch; x: (n_layers, n_tokens, d_model).
 
     The same as `add_on_cpu`, by operations that any device has. As many cells are taken at a time
@@ -222,7 +223,7 @@ def count_activations(model: "GPTNeoXForCausalLM", transcoders: Transcoders, cor
 
 def _announce(size: tuple[int, int], n_tokens: int, n_contexts: int, counts: PairCounts) -> None:
     """Say what the pass needs, if that is much or may become much."""
-    memory = memory_needed(*size, n_contexts, counts)
+    memory = counting_memory(*size, n_contexts, counts)
     if memory["fixed"] + 100 * memory["counts_per_percent"] < ANNOUNCE_BYTES:
         return
     print(f"Counting {size[0]} x {size[1]:,} features over {n_tokens:,} tokens and "

@@ -124,7 +124,7 @@ def count_features(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus
                    ) -> FeatureStatistics:
     """One pass over all cells.
 
-    Memory: see `counting.memory_needed`; the pass says so if it is much.
+    Memory: see `counting.counting_memory`; the pass says so if it is much.
     """
     tokens_of, genes_of, counts_of, index = corpus_pairs(corpus)
     totals = count_activations(model, transcoders, corpus, index, len(tokens_of), forward_cells,

@@ -7,7 +7,7 @@ import pandas as pd
 
 from scfm_circuits.common.files import read_json, time_in_words
 from scfm_circuits.common.profile import ROOT
-from scfm_circuits.transcoders.training.cost import Cost
+from scfm_circuits.transcoders.training.cost import TrainingCost
 
 if TYPE_CHECKING:
     from scfm_circuits.report.report import Report, Shown
@@ -29,7 +29,7 @@ _ROWS = (
 )
 
 
-def cost_table(run: Cost, paper: Cost) -> pd.DataFrame:
+def cost_table(run: TrainingCost, paper: TrainingCost) -> pd.DataFrame:
     """A run's cost beside the paper's, which is projected at the run's operations per second."""
     rows = [("tokens", f"{run.tokens:,}", f"{paper.tokens:,}"),
             ("floating-point operations", f"{run.operations:.3g}", f"{paper.operations:.3g}"),

@@ -11,11 +11,11 @@ from scfm_circuits.common.files import time_in_words
 from scfm_circuits.models.mlp_sites import mlp_sites
 from scfm_circuits.report.benchmarks import benchmark_table, cost_table
 from scfm_circuits.transcoders.training.cost import (
-    Cost,
-    layer_weights,
+    TrainingCost,
     paper_cost,
-    run_cost,
+    training_cost,
     training_operations,
+    weights_per_layer,
 )
 from scfm_circuits.transcoders.training.optimizer import Stepper
 from tests.helpers import tiny_model, tiny_transcoders
@@ -37,7 +37,7 @@ def test_operations_are_those_that_are_done() -> None:
     x, y = torch.randn(2, 3, n, 16)
     with FlopCounterMode(display=False) as step:
         stepper.step(lambda layers: (x[layers], y[layers]), 1e-3, 1e-3, 1)
-    stated = training_operations(3, 16, 24, n, layer_weights(model))
+    stated = training_operations(3, 16, 24, n, weights_per_layer(model))
     assert stated == products + step.get_total_flops()
 
 
@@ -48,7 +48,7 @@ def test_a_buffer_that_keeps_all_runs_the_model_once() -> None:
 
 def test_weights_of_a_layer() -> None:
     model = tiny_model(layers=2, width=16)  # its MLP is 2 times as wide as the model
-    assert layer_weights(model) == (4 + 2 * 2) * 16**2
+    assert weights_per_layer(model) == (4 + 2 * 2) * 16**2
 
 
 def test_a_run_and_the_papers_size_at_its_rate(model, corpus, profile) -> None:
@@ -56,10 +56,11 @@ def test_a_run_and_the_papers_size_at_its_rate(model, corpus, profile) -> None:
     (profile.results / "transcoders" / "training.json").write_text('{"seconds": 4.0}')
     passing = int(corpus.lengths[~corpus.held_out].sum())
     assert passing > profile.buffer_tokens
-    run = run_cost(model, corpus, profile)
-    assert run == Cost(448, training_operations(2, 16, 32, 448, layer_weights(model)), 4.0)
-    kept = run_cost(model, corpus, profile.model_copy(update={"buffer_tokens": passing}))
-    assert kept.operations - run.operations == 2 * 2 * (passing - 448) * layer_weights(model)
+    run = training_cost(model, corpus, profile)
+    per_layer = weights_per_layer(model)
+    assert run == TrainingCost(448, training_operations(2, 16, 32, 448, per_layer), 4.0)
+    kept = training_cost(model, corpus, profile.model_copy(update={"buffer_tokens": passing}))
+    assert kept.operations - run.operations == 2 * 2 * (passing - 448) * per_layer
     settings = {"n_layers": 24.0, "width": 8192.0, "expansion": 8.0, "training_tokens": 6e7}
     paper = paper_cost(settings, run)
     assert paper.operations == training_operations(24, 1024, 8192, 60_000_000)

@@ -11,15 +11,15 @@ from scfm_circuits.transcoders.training.settings import (
     FIELDS,
     Control,
     loss_units,
-    memory_needed,
     settings_table,
+    training_memory,
     training_stamp,
 )
 
 
 def test_memory_is_that_of_what_is_held(model, corpus, profile):
     train = int(corpus.lengths[~corpus.held_out].sum())
-    needed = memory_needed(profile, train, 2, 16)
+    needed = training_memory(profile, train, 2, 16)
     assert needed["buffer"] == 2 * 4 * 2 * 16 * 64
     run = TrainingRun(model, corpus, profile)
     run.run(until=1, progress=False)
@@ -27,7 +27,7 @@ def test_memory_is_that_of_what_is_held(model, corpus, profile):
     assert abs(needed["parameters and Adam"] / held - 1) < 0.05
     assert needed["activations of one batch"] >= 4 * 2 * 32 * 32
     # One layer at a time takes that much less.
-    alone = memory_needed(profile, train, 2, 16, at_once=1)
+    alone = training_memory(profile, train, 2, 16, at_once=1)
     assert alone["gradients"] * 2 == needed["gradients"] and alone["buffer"] == needed["buffer"]
 
 

@@ -121,7 +121,7 @@ def test_threads_change_no_bit(always):
             z = torch.rand(50, 64, generator=g).sub(0.9).relu()
             active = sparse_gradients.active_entries(z)
             x, y = batches[0][0][0], batches[0][1][0]
-            parts = sparse_gradients.backward(
+            parts = sparse_gradients.sparse_backward(
                 active, stepper.trained["W_dec"][0], torch.zeros(50, 16),
                                          y, torch.full((50,), 0.1), 0.01)
             moments = [[store[name][0] for store in (stepper.trained, stepper.mean,

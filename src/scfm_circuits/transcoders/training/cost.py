@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from scfm_circuits.common.profile import Profile
 
 
-class Cost(NamedTuple):
+class TrainingCost(NamedTuple):
     """A training's tokens, floating-point operations and seconds."""
 
     tokens: int
@@ -21,20 +21,20 @@ class Cost(NamedTuple):
     seconds: float
 
 
-def run_cost(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile") -> Cost:
+def training_cost(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile") -> TrainingCost:
     """What the profile's transcoders cost, once they are trained."""
     tokens = training_steps(profile) * profile.batch_tokens
     in_training = int(corpus.lengths[~corpus.held_out].sum())
     width = model.config.hidden_size
     operations = training_operations(
         model.config.num_hidden_layers, width, profile.expansion * width, tokens,
-        layer_weights(model),
+        weights_per_layer(model),
         in_training if in_training <= profile.buffer_tokens else tokens)  # kept: it runs once
     record = read_json(profile.results / "transcoders" / "training.json")
-    return Cost(tokens, operations, max(float(record["seconds"]), 1e-9))
+    return TrainingCost(tokens, operations, max(float(record["seconds"]), 1e-9))
 
 
-def paper_cost(settings: Mapping[str, float], run: Cost) -> Cost:
+def paper_cost(settings: Mapping[str, float], run: TrainingCost) -> TrainingCost:
     """What the paper's training would cost at a run's operations per second.
 
     settings: as printed, by name (`PaperTables.settings`).
@@ -42,7 +42,7 @@ def paper_cost(settings: Mapping[str, float], run: Cost) -> Cost:
     width, tokens = int(settings["width"]), int(settings["training_tokens"])
     operations = training_operations(int(settings["n_layers"]), width // int(settings["expansion"]),
                                      width, tokens)
-    return Cost(tokens, operations, operations / run.operations * run.seconds)
+    return TrainingCost(tokens, operations, operations / run.operations * run.seconds)
 
 
 def training_operations(n_layers: int, d_model: int, n_features: int, tokens: int,
@@ -63,7 +63,7 @@ def training_operations(n_layers: int, d_model: int, n_features: int, tokens: in
     return float(n_layers * (10 * tokens * d_model * n_features + 2 * passing * weights))
 
 
-def layer_weights(model: "PreTrainedModel") -> int:
+def weights_per_layer(model: "PreTrainedModel") -> int:
     """Entries of the matrices of one of the model's layers, on average."""
     from scfm_circuits.models.architectures import decoder_layers
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from scfm_circuits.transcoders.active_entries import Active
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
-"""Width of the window around a JumpReLU threshold in which its gradient is estimated."""
+"""Adam's."""
 
 
 class Objective(NamedTuple):

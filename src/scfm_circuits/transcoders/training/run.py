@@ -37,9 +37,9 @@ from scfm_circuits.transcoders.training.optimizer import Stepper, resample
 from scfm_circuits.transcoders.training.processes import ALONE, FailedElsewhere, Ranks, started
 from scfm_circuits.transcoders.training.settings import (
     Control,
-    memory_needed,
     precision_of,
     stage_folder,
+    training_memory,
     training_stamp,
     variant_of,
 )
@@ -355,8 +355,8 @@ def _store(run: TrainingRun, folder: Path, record: dict[str, Any]) -> None:
 def _announce(run: TrainingRun, corpus: "Corpus") -> None:
     """Say what is about to happen: layers, steps, memory."""
     t, profile = run.transcoders, run.profile
-    memory = memory_needed(profile, int(corpus.lengths[~corpus.held_out].sum()), t.n_layers,
-                           t.d_model, run.stepper.layers_at_once, run.precision.itemsize)
+    memory = training_memory(profile, int(corpus.lengths[~corpus.held_out].sum()), t.n_layers,
+                             t.d_model, run.stepper.layers_at_once, run.precision.itemsize)
     parts = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in memory.items())
     control = f" of the control `{run.control.name}`" if run.control is not None else ""
     shared = f" in {run.ranks.size} processes" if run.ranks.size > 1 else ""

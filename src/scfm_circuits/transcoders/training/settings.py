@@ -55,8 +55,8 @@ def precision_of(profile: "Profile", device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[profile.precision]
 
 
-def memory_needed(profile: "Profile", train: int, n_layers: int, d_model: int,
-                  at_once: int | None = None, item: int = 4) -> dict[str, int]:
+def training_memory(profile: "Profile", train: int, n_layers: int, d_model: int,
+                    at_once: int | None = None, item: int = 4) -> dict[str, int]:
     """Bytes that training holds: the buffer, the parameters with Adam, one batch.
 
     train: tokens of the training cells; a buffer that they do not fill is smaller. at_once: layers

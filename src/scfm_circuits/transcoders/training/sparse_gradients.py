@@ -26,12 +26,12 @@ from scfm_circuits.transcoders.training.gradients import (
     EPSILON,
     Measures,
     Objective,
+    backward,
     corrected,
     forward,
     sparse_measures,
     token_weights,
 )
-from scfm_circuits.transcoders.training.gradients import backward as dense_backward
 
 if TYPE_CHECKING:
     from scfm_circuits.transcoders.training.optimizer import DenseSteps
@@ -88,7 +88,7 @@ class SparseSteps:
         encoded = forward(weights, variant, x)
         active = active_entries(encoded.z[0])
         if active is None:
-            found, measures = dense_backward(weights, variant, objective, encoded, y, measured)
+            found, measures = backward(weights, variant, objective, encoded, y, measured)
             self.dense.update(layers, found, numbers)
             return measures
         base = weights["b_dec"][:, None].expand(y.shape)
@@ -98,7 +98,7 @@ class SparseSteps:
         scale = torch.as_tensor(token_weights(objective.loss, y), dtype=y.dtype).expand(1, n, 1)
         weight = torch.as_tensor(objective.l1_coefficient, dtype=y.dtype)
         penalised = ACTIVATIONS[variant.activation].penalised
-        residual, outer, inner = backward(
+        residual, outer, inner = sparse_backward(
             active, weights["W_dec"][0], base[0].contiguous(), y[0].contiguous(),
             (scale[0, :, 0] * (2 / n)).to(y.dtype).contiguous(),
             float(weight) / n if penalised == "l1" else 0.0)
@@ -121,8 +121,8 @@ def active_entries(z: Tensor) -> Active | None:
     return find_active(z.numpy(), get_num_threads(), int(DENSITY * z.numel()))
 
 
-def backward(active: Active, decoder: Tensor, base: Tensor, y: Tensor, scale: Tensor, penalty: float
-             ) -> tuple[Tensor, Tensor, np.ndarray]:
+def sparse_backward(active: Active, decoder: Tensor, base: Tensor, y: Tensor, scale: Tensor,
+                    penalty: float) -> tuple[Tensor, Tensor, np.ndarray]:
     """What stands between an estimate and the gradients.
 
     decoder: (n_features, d_model). base: (n_tokens, d_model), the estimate without features. scale:

@@ -423,3 +423,17 @@ def test_cells_that_share_an_identifier_are_numbered(tmp_path: Path) -> None:
     other = read(written(tmp_path, some_data()))
     assert other.cell_ids.tolist() == [f"c{i}" for i in range(6)]
     assert not any("identifier" in one for one in other.decisions)
+
+
+def test_a_file_of_odd_columns_is_refused_on_one_line(tmp_path: Path) -> None:
+    data = some_data()
+    for number in range(100):
+        data.obs[f"column\n{number}\x1b[31m. Odd"] = "x"
+        data.var[f"column\n{number}\x1b[31m"] = "x"
+    path = written(tmp_path, data)
+    for fields in ({"label_column": "none"}, {"symbol_column": "none"}, {"matrix": "none"},
+                   {"symbol_column": "column\n1\x1b[31m"}):
+        with pytest.raises(InputError) as caught:
+            read(path, **fields)
+        message = str(caught.value)
+        assert message.isprintable() and len(message) < 1_500

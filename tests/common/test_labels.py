@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scfm_circuits.common.labels import names_no_type, normal_label, normal_labels
+from scfm_circuits.common.labels import listed, names_no_type, normal_label, normal_labels
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -70,3 +70,12 @@ def test_what_names_one(label: str) -> None:
 
 def test_an_array_of_labels_is_read_as_a_column_is() -> None:
     assert normal_labels(np.array(["a ", "b"]))[0].tolist() == ["a", "b"]
+
+
+@given(st.lists(TEXT))
+def test_names_in_a_sentence_are_on_one_line_and_few(names: list[str]) -> None:
+    said = listed(names, most=3)
+    assert not any(unicodedata.category(one) in ("Cc", "Cf", "Zl", "Zp") for one in said)
+    assert len(said) < 300
+    assert ("more" in said) >= (len(names) > 3)
+    assert listed([]) == "none" and listed(["a\nb", 1]) == "a b, 1"

@@ -28,6 +28,7 @@ from scfm_circuits.cells.tokens import (
 )
 from scfm_circuits.common.files import atomic_folder
 from scfm_circuits.common.kept import Stamp, read_record, stamp_of, write_record
+from scfm_circuits.common.labels import listed
 from scfm_circuits.common.profile import ROOT, Profile, cells_path
 from scfm_circuits.common.randomness import generator
 
@@ -258,7 +259,7 @@ def check_case(labels: np.ndarray, held_out: np.ndarray, profile: Profile) -> No
     labels, held_out: (n_cells,) of the cells that are used.
     """
     if not np.any(held_out & (labels == profile.case_type)):
-        known = ", ".join(np.unique(labels[held_out]))
+        known = listed(np.unique(labels[held_out]))
         raise InputError(f"No held-out cell has the type {profile.case_type!r} (`case_type` in the "
                          f"profile); held-out cells have the types {known}.")
 

@@ -21,7 +21,7 @@ from scfm_circuits.cells.symbols import (
     hyphens_restored,
     merge_duplicates,
 )
-from scfm_circuits.common.labels import normal_labels
+from scfm_circuits.common.labels import listed, normal_label, normal_labels
 from scfm_circuits.common.profile import (
     CELLS_NAMES,
     PACKAGED_CELLS,
@@ -276,7 +276,8 @@ def _matrix(data: Opened, name: str, where: str) -> tuple[Any, "pd.DataFrame"]:
     if name in data.matrices:
         return data.matrices[name]
     missing = {"raw": "`raw` matrix", "X": "X"}.get(name, f"layer {name!r}")
-    mend = (f"set `matrix` in the profile to {' or '.join(data.matrices)}" if data.matrices
+    there = " or ".join(map(normal_label, data.matrices))
+    mend = (f"set `matrix` in the profile to {there}" if there
             else "there is no other expression in it, so choose another file")
     raise InputError(f"{where} has no {missing}; {mend}.")
 
@@ -285,7 +286,7 @@ def _labels(observations: "pd.DataFrame", column: str, where: str
             ) -> tuple[np.ndarray, list[str]]:
     """Each cell's label, as `normal_labels` writes it; refuses cells without one."""
     if column not in observations.columns:
-        known = ", ".join(map(str, observations.columns)) or "none"
+        known = listed(observations.columns)
         raise InputError(f"{where} has no obs column {column!r} for cell types; the columns are "
                          f"{known}; set `label_column` in the profile.")
     if observations[column].isna().any():

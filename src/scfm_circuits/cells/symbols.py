@@ -12,6 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scfm_circuits import InputError
+from scfm_circuits.common.labels import listed, normal_label
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,10 +71,10 @@ def gene_symbols(variables: "pd.DataFrame", column: str | None, where: str
     elif column in variables.columns:
         raw = variables[column].astype(str)
     else:
-        known = ", ".join(map(str, variables.columns)) or "none"
+        known = listed(variables.columns)
         raise InputError(f"{where} has no var column {column!r} for gene symbols; the columns are "
                          f"{known}; set `symbol_column` in the profile.")
-    decisions = [f"Symbols are taken from the var column {column}."] if column else []
+    decisions = [f"Symbols are taken from the var column {normal_label(column)}."] if column else []
     if _mostly_ensembl(raw):
         usable = [name for name in symbol_columns(variables)
                   if not _mostly_ensembl(variables[name].astype(str))]
@@ -87,7 +88,7 @@ def gene_symbols(variables: "pd.DataFrame", column: str | None, where: str
     symbols = [_word(symbol) for symbol in raw]
     decisions += _left_out(list(raw), symbols, column or "the var index", where) + _warnings(raw)
     if _mostly_ensembl(symbols):
-        known = ", ".join(map(str, variables.columns)) or "none"
+        known = listed(variables.columns)
         raise InputError(f"{where} names its genes by Ensembl identifiers, not symbols; set "
                          f"`symbol_column` in the profile to a var column with symbols "
                          f"(columns: {known}).")

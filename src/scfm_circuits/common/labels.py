@@ -54,6 +54,13 @@ def normal_labels(given: Iterable[str]) -> tuple[np.ndarray, list[str]]:
         f"or another form of their letters than the pages use{': ' * bool(named)}{named}."]
 
 
+def listed(names: Iterable[object], most: int = 30) -> str:
+    """Names from a file for a sentence, on one line: the first `most`, the rest as a number."""
+    shown = [normal_label(str(name))[:60] for name in names]
+    more = len(shown) - most
+    return (", ".join(shown[:most]) or "none") + (f" and {more:,} more" if more > 0 else "")
+
+
 def _shown(text: str) -> str:
     """A label in quotes with its unseen characters spelled out, cut if it is long."""
     return repr(text if len(text) <= 60 else f"{text[:60]}...")

@@ -9,7 +9,7 @@ Parts, in this order, each with a limit of its own within `--seconds`:
 - tests: those marked `gpu`, among them a training step against float64;
 - training: `bench_training`, against the bare products and against sparsify;
 - passes: `bench_passes`, what counting features and Tables 1 and 2 take over all cells;
-- rehearsal: the eleven chapters on stand-ins of the paper's size (`rehearsal`), one after another,
+- rehearsal: the chapters on stand-ins of the paper's size (`rehearsal`), one after another,
   with seconds and memory of each; one that fails does not keep the later ones from being tried;
 - suite: the unit tests, which run on the processor wherever they run.
 

@@ -346,6 +346,8 @@ def test_time_follows_what_is_done(empty: Path) -> None:
     width = profile.expansion * 16
     by_hand = 3 * 10 * profile.training_tokens * 16 * width + 2 * 86 * 12_000
     assert seconds(TRAINED) == pytest.approx(by_hand / 0.5e6)
+    assert seconds(preflight.TOKENIZERS) == pytest.approx(
+        preflight.TOKENIZERS_SECONDS * profile.model_steps / 300)
     counted = 114 * (2 * 12_000 + 2 * 3 * 16 * width)
     assert seconds(COUNTED) == pytest.approx(counted / 0.1e6)
     # The original, all layers replaced and all removed; each of the three layers replaced, and
@@ -413,8 +415,8 @@ def test_make_plan_says_everything_and_does_nothing(empty: Path, capsys: pytest.
     assert main(["plan", "--profile", "smoke"]) == 0
     told = capsys.readouterr().out
     for word in ("smoke: 120 of 1,937 cells, about ", "disk  ", "memory  ", "time  ",
-                 "download  1.4 MB: GO_Biological_Process_2025", " for 11 chapters",
-                 "11_claims: not executed yet"):
+                 "download  1.4 MB: GO_Biological_Process_2025", " for 12 chapters",
+                 "12_claims: not executed yet"):
         assert word in told, word
     assert not (empty / "results").exists()
     assert [path.name for path in (empty / "cache").iterdir()] == ["cells"]

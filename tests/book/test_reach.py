@@ -101,13 +101,13 @@ def test_what_the_real_chapters_use() -> None:
     rooms = {one.name: {kept.room_of(path) for path in reach.sources_of(one.path)}
              for one in read_notebooks(NOTEBOOKS)}
     for chapter, used in rooms.items():
-        assert "book" not in used and ("cells" in used or chapter == "11_claims"), chapter
+        assert "book" not in used and ("cells" in used or chapter == "12_claims"), chapter
     assert {name for name, used in rooms.items() if "circuits" in used} >= {
         "07_endothelial_case_study", "08_controls"}
     for name in ("01_cells_and_model", "02_training", "03_validation", "04_sparsity",
-                 "06_enrichment", "09_variants", "11_claims"):
+                 "06_enrichment", "09_variants", "12_claims"):
         assert "circuits" not in rooms[name], name
-    assert not rooms["11_claims"] & {"features", "interpretability", "transcoders"}
+    assert not rooms["12_claims"] & {"features", "interpretability", "transcoders"}
     assert "features" in rooms["04_sparsity"] and "enrichment" in rooms["06_enrichment"]
 
 
@@ -147,21 +147,21 @@ def test_a_folder_of_gene_sets_reaches_the_chapters_that_ask_for_them(
         monkeypatch.setenv("SCFM_GENE_SETS", str(folder))
 
     run = load_run("demo")
-    assert changes(run, name_it) == {"06": {"gene sets"}, "07": {"gene sets"}, "09": {"gene sets"}}
+    assert changes(run, name_it) == {key: {"gene sets"} for key in ("06", "07", "09", "10", "12")}
     # The same content elsewhere is the same library.
     assert changes(run, lambda: monkeypatch.setenv("SCFM_GENE_SETS", str(
         shutil.copytree(folder, data / "moved")))) == {}
     assert changes(run, (data / "moved" / "KEGG_2021_Human.gmt").unlink) == {
-        "06": {"gene sets"}, "09": {"gene sets"}}
+        key: {"gene sets"} for key in ("06", "09", "10", "12")}
 
 
 @pytest.mark.parametrize(("path", "stale"), [
     ("data/human_eval/anna.csv", {"05": {"rating sheets"}}),
-    ("data/claims.yml", {"11": {"claims"}}),
+    ("data/claims.yml", {"12": {"claims"}}),
     ("data/paper/table1.csv", {number: {"the paper's tables"} for number in
-                               ("02", "03", "05", "06", "07", "11")}),
+                               ("02", "03", "05", "06", "07", "12")}),
     ("data/gene-sets/bundled_markers.gmt", {number: {"gene sets"} for number in
-                                            ("06", "07", "09")}),
+                                            ("06", "07", "09", "10", "12")}),
     ("data/README.md", {}), ("data/human_eval/README.md", {}), ("data/planted/programs.yml", {}),
 ])
 def test_a_file_reaches_the_chapters_that_read_it(data: Path, path: str,
@@ -183,7 +183,8 @@ def test_files_that_the_profile_names_reach_the_chapters_that_read_them(data: Pa
         (data / "groups.csv").write_text("symbol,group\nACE2,a\n")
         (data / "case.csv").write_text("gene\nACE2\n")
 
-    assert changes(run, write) == {"05": {"gene groups"}, "07": {"case sentence"}}
+    assert changes(run, write) == {"05": {"gene groups"}, "07": {"case sentence"},
+                                   "10": {"gene groups"}}
 
 
 def test_a_new_entry_of_the_manifest_concerns_nobody_yet(data: Path) -> None:
@@ -219,7 +220,7 @@ def test_planted_programs_are_the_cells_of_one_profile(data: Path) -> None:
         with open(data / "data" / "planted" / "programs.yml", "a") as file:
             file.write("# more\n")
 
-    assert {*changes(planted, change)} == {f"{number:02d}" for number in range(1, 12)}
+    assert {*changes(planted, change)} == {f"{number:02d}" for number in range(1, 13)}
 
 
 def test_every_reader_of_the_data_folder_is_known() -> None:

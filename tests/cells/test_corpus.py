@@ -27,6 +27,7 @@ from scfm_circuits.cells.corpus import (
     load_corpus,
     sentence_texts,
     split_cells,
+    with_tokenizer,
 )
 from scfm_circuits.cells.tokens import (
     END_OF_TEXT,
@@ -151,6 +152,19 @@ def test_every_gene_of_a_corpus_can_be_read_back(seed):
         for index, gene in zip(ranking, genes, strict=True):
             pieces = np.array(corpus.pieces(cell))[ids == index]
             assert "".join(pieces).lstrip("_") == gene
+
+
+@pytest.mark.parametrize("kind", ["train", "genes"])
+def test_cells_in_other_tokens_are_the_same_cells(kind):
+    own, fields = tiny_corpus(20), {"genes_per_cell": 6, "max_cells": None,
+                                    "validation_share": 0.25, "tokenizer": kind}
+    rows = np.array([2, 3, 7, 11, 19])
+    some = with_tokenizer(own, load_profile("smoke", fields), rows)
+    assert [some.genes_of(i) for i in range(5)] == [own.genes_of(i) for i in rows]
+    for key in ("labels", "cell_ids", "held_out"):
+        assert np.array_equal(getattr(some, key), getattr(own, key)[rows])
+    whole = with_tokenizer(own, load_profile("smoke", fields), np.arange(20))
+    assert same(whole, tiny_corpus(20, tokenizer=kind))
 
 
 @pytest.mark.parametrize("kind", ["train", "genes"])

@@ -58,6 +58,9 @@ REACHED = {"cuda": {"model": 0.49, "train": 0.49, "count": 0.078, "validate": 0.
 one H200 at the paper's size, where training took 7 minutes, counting went through 50,000 tokens a
 second and Tables 1 and 2 through 5,263. On a CPU: read off `pbmc` on two cores, where training
 leaves out features that are zero."""
+TOKENIZERS, TOKENIZERS_SECONDS = "tables/sub_words.csv", 60.0
+"""The chapter with two tokenizers, by a file that it leaves. Its models are small in every profile;
+seconds as for `STARTED`."""
 
 FIELDS = {
     "forward_cells": ("logits", "layers' inputs and outputs", "attention"),
@@ -318,4 +321,5 @@ def run_seconds(profile: Profile, sizes: Sizes, wanted: Collection[str], chapter
     nulls = live * NULL_SECONDS * profile.null_draws / 1000 * 2 / (os.cpu_count() or 2)
     total = sum(operations / reached[kind] for file, work in works(profile, sizes).items()
                 if file in wanted for kind, operations in work.operations.items())
-    return chapters * STARTED + nulls * (CONTROLS in wanted) + total / rate
+    small = TOKENIZERS_SECONDS * min(1.0, profile.model_steps / 300) * (TOKENIZERS in wanted)
+    return chapters * STARTED + nulls * (CONTROLS in wanted) + small + total / rate

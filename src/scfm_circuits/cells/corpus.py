@@ -140,15 +140,18 @@ def split_cells(n_cells: int, share: float, seed: int) -> np.ndarray:
     return held_out
 
 
-def build_corpus(cells: "RankedCells", profile: Profile, made: Made = in_memory) -> Corpus:
+def build_corpus(cells: "RankedCells", profile: Profile, made: Made = in_memory,
+                 held_out: np.ndarray | None = None) -> Corpus:
     """All cells as prompts with answers, tokenized, split and padded.
 
-    made: where the large arrays are to be (`tokens.encode_all`).
+    made: where the large arrays are to be (`tokens.encode_all`). held_out: (n_cells,) the split;
+    without it, `split_cells`.
 
     Raises InputError if the tokenizer cannot be had, there are too few cells to split, or a label
     or symbol holds a token that has a meaning of its own, such as the end of a text.
     """
-    held_out = split_cells(len(cells), profile.validation_share, profile.seed)
+    if held_out is None:
+        held_out = split_cells(len(cells), profile.validation_share, profile.seed)
     symbols = np.array(cells.symbols)
     answers = [profile.response.replace("{label}", label) for label in cells.labels]
     if profile.tokenizer == "train":
@@ -181,6 +184,19 @@ def _check_special(tokenizer: "PreTrainedTokenizerFast", labels: np.ndarray, sym
             bad = next(text for text in texts if token in text)
             raise InputError(f"The {kind} {str(bad)[:60]!r} holds {token!r}, which the tokenizer "
                              "takes for the end or another mark of a text; rename it in the cells.")
+
+
+def with_tokenizer(corpus: Corpus, profile: Profile, rows: np.ndarray) -> Corpus:
+    """Some cells of a corpus, split as they were, in the tokens of the profile's `tokenizer`."""
+    from scfm_circuits.cells.reading import RankedCells
+
+    sentences = [corpus.gene_ids_of(cell) for cell in rows]
+    ranking = np.full((len(rows), max(map(len, sentences))), -1, np.int32)
+    for row, genes in zip(ranking, sentences, strict=True):
+        row[: len(genes)] = genes
+    cells = RankedCells(tuple(corpus.symbols.tolist()), corpus.labels[rows], corpus.cell_ids[rows],
+                        tuple(corpus.decisions.tolist()), ranking)
+    return build_corpus(cells, profile, held_out=corpus.held_out[rows])
 
 
 def load_corpus(profile: Profile) -> Corpus:

@@ -56,6 +56,7 @@ STREAMS: Mapping[str, Stream] = {
     "the model's own directions": Stream(43, ("kind",)),
     "relabelled genes": Stream(41, ("draw",)),
     "null lists under other choices": Stream(42),
+    "cells of both tokenizers": Stream(44),
 }
 
 

@@ -117,12 +117,16 @@ def variant_profile(profile: "Profile", changes: Mapping[str, Any], **more: Any)
     """The profile with some changes, all else the paper's, and schedules as short as the run."""
     tokens = profile.variant_tokens or max(1, profile.training_tokens // TOKENS_SHARE)
     batch = max(1, profile.batch_tokens // BATCH_SHARE)
-    share = tokens / batch / (profile.training_tokens / profile.batch_tokens)
-    schedule = {field: math.ceil(share * getattr(profile, field)) for field in
-                ("warmup_steps", "l1_warmup_steps", "decay_steps", "resample_steps")}
     paper = {"activation": "relu", "skip": False, "site": "transcoder"}
     return profile.model_copy(update={**paper, "training_tokens": tokens, "batch_tokens": batch,
-                                      **schedule, **changes, **more})
+                                      **schedules(profile, tokens / batch), **changes, **more})
+
+
+def schedules(profile: "Profile", steps: float) -> dict[str, int]:
+    """The profile's fields of schedules, shortened for a training of so many steps."""
+    share = steps / (profile.training_tokens / profile.batch_tokens)
+    return {field: math.ceil(share * getattr(profile, field)) for field in
+            ("warmup_steps", "l1_warmup_steps", "decay_steps", "resample_steps")}
 
 
 # --- the same L0 ---------------------------------------------------------------------------------

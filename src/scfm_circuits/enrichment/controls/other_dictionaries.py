@@ -78,12 +78,12 @@ def cells_counted(corpus: Corpus, profile: "Profile") -> Corpus:
 
 
 def feature_measures(statistics: FeatureStatistics, corpus: Corpus, profile: "Profile",
-                     ready: Sequence[Tester]) -> pd.DataFrame:
+                     ready: Sequence[Tester], null_kind: str = NULL) -> pd.DataFrame:
     """Live features and the interpretable ones among them: a row per layer.
 
     Columns: layer, live (Figure 3's cut), live_table4, dead (share that fires nowhere in the
     corpus); for each tester, called_<rule> and null_<rule>: how many of the features that are live
-    at Table 4's cut it calls, and how many of as many null lists of the kind `NULL`, one for each.
+    at Table 4's cut it calls, and how many of as many null lists of `null_kind`, one for each.
     """
     live, rows = statistics.live(profile.live_cut_table4), []
     for layer in range(len(live)):
@@ -95,7 +95,7 @@ def feature_measures(statistics: FeatureStatistics, corpus: Corpus, profile: "Pr
         if len(features):
             source = null_source(statistics, layer, features, own, corpus, profile)
             rng = generator(profile.seed, "null lists of other dictionaries", layer)
-            null = source.draw(NULL, rng, 1)
+            null = source.draw(null_kind, rng, 1)
         for tester in ready:
             row[f"called_{tester.rule}"] = int(tester.counted(own)[0].sum()) if null else 0
             row[f"null_{tester.rule}"] = int(tester.counted(null)[0].sum()) if null else 0

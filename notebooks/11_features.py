@@ -39,7 +39,7 @@ from scfm_circuits.report.boxes.feature_files import FOLDER
 from scfm_circuits.report.boxes.features import make_pages
 from scfm_circuits.report.chapter import open_chapter
 
-chapter = open_chapter("10_features", profile, overrides)
+chapter = open_chapter("11_features", profile, overrides)
 chapter.not_comparable()
 
 # %%

@@ -9,7 +9,7 @@
 #     language: python
 #     name: python3
 #   scfm:
-#     after: [01_cells_and_model, 02_training, 03_validation, 04_sparsity, 05_human_evaluation, 06_enrichment, 07_endothelial_case_study, 08_controls, 09_variants, 10_features]
+#     after: [01_cells_and_model, 02_training, 03_validation, 04_sparsity, 05_human_evaluation, 06_enrichment, 07_endothelial_case_study, 08_controls, 09_variants, 10_sub_words, 11_features]
 #     produces: [claims.csv]
 #     libraries: [libraries, case_library]
 #     exhibits: "every exhibit"
@@ -35,7 +35,7 @@ from scfm_circuits.paper.claims import VERDICTS, write_claims
 from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.report import short_number
 
-chapter = open_chapter("11_claims", profile, overrides)
+chapter = open_chapter("12_claims", profile, overrides)
 path = write_claims(chapter.profile.name, chapter.profile.results)
 claims = pd.read_csv(path, dtype=str, keep_default_na=False)
 for column in ("ours", "difference"):

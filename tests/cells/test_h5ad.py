@@ -17,9 +17,12 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 from helpers import Cells, read_cells
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from scfm_circuits import InputError
 from scfm_circuits.book.first_profile import profile_fields
+from scfm_circuits.cells import h5ad
 from scfm_circuits.cells.reading import describe_cells
 from scfm_circuits.common.profile import Profile, load_profile
 
@@ -481,3 +484,46 @@ def test_a_file_that_was_refused_is_let_go_of(tmp_path: Path, kind: str) -> None
     path = unknown(edited(tmp_path, some_data(kind)), "X")
     refused_by_all(path, "encoding 'of the future' is not known")
     h5py.File(path, "r+").close()  # an error if anybody has it open
+
+
+# --- any file ------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(shape=st.tuples(st.integers(1, 7), st.integers(1, 6)), kind=st.sampled_from([*KINDS]),
+       place=st.sampled_from(["X", "raw/X", "layers/counts"]), seed=st.integers(0, 99),
+       dtype=st.sampled_from(["f4", "f8", "i2", "u1", "i8"]), rows=st.integers(1, 8),
+       chunks=st.booleans(), off=st.sampled_from([(0, 0)] * 6 + [(1, 0), (0, 1), (-1, 0), (0, -1)]))
+def test_a_file_is_read_in_parts_as_anndata_reads_it_whole(
+        tmp_path_factory: pytest.TempPathFactory, shape: tuple[int, int], kind: str, place: str,
+        seed: int, dtype: str, rows: int, chunks: bool, off: tuple[int, int]) -> None:
+    rng = np.random.default_rng(seed)
+    held = tuple(np.maximum(np.add(shape, off), 0))
+    x = (rng.integers(0, 9, held) * (rng.random(held) < 0.5)).astype(dtype)
+    x[:, :1] += 1  # no cell is empty, while it has a gene
+    path = tmp_path_factory.mktemp("any") / "mine.h5ad"
+    data = anndata.AnnData(
+        np.ones(shape, np.float32),
+        obs=pd.DataFrame({"type": ["a"] * shape[0]}, index=[f"c{i}" for i in range(shape[0])]),
+        var=pd.DataFrame(index=[f"GENE{i}" for i in range(shape[1])]))
+    data.raw, data.layers["counts"] = data, data.X
+    data.write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        del file[place]
+        anndata.io.write_elem(file, place, KINDS[kind](x), dataset_kwargs={
+            "compression": "gzip"} if chunks else {})
+    name = place.split("/")[0 if place.startswith("raw") else -1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(h5ad, "_CHUNK_ROWS", rows)
+        try:
+            whole = anndata.read_h5ad(path)
+        except ValueError:
+            assert "contradict themselves" in refusal(lambda: read(path, matrix=name), path)
+            return
+        if 0 in held:
+            assert "nothing to read" in refusal(lambda: read(path, matrix=name), path)
+            return
+        found = read(path, matrix=name).expression.toarray()
+    matrix = {"X": whole.X, "raw": whole.raw.X, "counts": whole.layers["counts"]}[name]
+    expected = matrix.toarray() if sp.issparse(matrix) else matrix
+    np.testing.assert_array_equal(found, expected.astype(np.float32))

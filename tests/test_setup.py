@@ -72,7 +72,8 @@ def test_no_package_is_pinned_twice() -> None:
 
 
 def test_what_is_imported_is_declared() -> None:
-    declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    wanted = (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["filters"])
+    declared = {canonicalize_name(Requirement(text).name) for text in wanted}
     declared.add(canonicalize_name("triton"))  # comes with torch for a GPU; done without elsewhere
     distributions = packages_distributions()
     undeclared = [

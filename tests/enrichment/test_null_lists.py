@@ -20,7 +20,7 @@ from scfm_circuits.enrichment.null_lists import (
     uniform_null,
 )
 from scfm_circuits.enrichment.significance import benjamini_hochberg, empirical_p, wilson_interval
-from scfm_circuits.features.gene_lists import rescored
+from scfm_circuits.features.gene_lists import MIN_FIRINGS, rescored
 
 
 def parts(lists: Ragged) -> list[list[int]]:
@@ -137,7 +137,7 @@ def test_a_token_null_is_the_list_of_a_feature_that_fires_on_the_drawn_tokens(
     counts = rng.integers(1, 100, own.size)
     null = token_preserving_null(
         TokenCounts(np.array([0, own.size]), own, counts.astype(float)), families, [length], rng,
-        n_genes=n_genes, by_token=by_token, score=score)
+        n_genes=n_genes, by_token=by_token, score=score, least=MIN_FIRINGS)
 
     occurs = np.zeros((n_tokens, n_genes))
     occurs[token, gene] = pair_count

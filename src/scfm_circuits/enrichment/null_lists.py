@@ -21,7 +21,6 @@ from numpy.typing import ArrayLike
 from scfm_circuits import InputError
 from scfm_circuits.common.compiled import compiled
 from scfm_circuits.enrichment.significance import FloatArray, IntArray
-from scfm_circuits.features.gene_lists import MIN_FIRINGS
 
 
 class Ragged(NamedTuple):
@@ -179,6 +178,7 @@ class TokenCounts(NamedTuple):
 def token_preserving_null(
     features: TokenCounts, families: TokenFamilies, lengths: ArrayLike, rng: np.random.Generator,
     *, n_genes: int, by_token: bool = True, draws: int = 1, score: str = "count",
+    least: float = 1,
 ) -> Ragged:
     """Gene lists of features that fire as often, on as many tokens of the same kind.
 
@@ -201,6 +201,7 @@ def token_preserving_null(
         by_token: a gene's score is the counts of all its tokens (gene rule `token`), or only what
             falls inside the gene (`occurrence`).
         score: what becomes of that score: `count`, `rate` or `z`, as in `gene_lists.gene_scores`.
+        least: counts below which a gene is not listed by rate or z.
         draws: null lists for each feature; the result has `draws` blocks of n_features.
 
     Raises:
@@ -212,7 +213,7 @@ def token_preserving_null(
     wanted = np.tile(np.asarray(lengths, dtype=np.int64), draws)
     genes = np.empty(int(wanted.sum()), dtype=np.int64)
     counts = np.tile(np.asarray(features.counts, dtype=np.float64), draws)
-    ranking = Ranking(by_token, SCORES.index(score), float(MIN_FIRINGS),
+    ranking = Ranking(by_token, SCORES.index(score), float(least),
                       _occurrences(families, n_genes, by_token))
     indptr = _lists_of_tokens(TokenCounts(tokens.indptr, tokens.ids, counts), families, ranking,
                               wanted, genes)

@@ -90,7 +90,7 @@ def containment(statistics: FeatureStatistics, corpus: Corpus, profile: "Profile
     genes = np.asarray(corpus.occurring)
     symbols = corpus.symbols[genes].tolist()
     # A leading space belongs to the place in the sentence, not to the name.
-    texts = [corpus.tokenizer.decode([int(one)]).strip() for one in tokens]
+    texts = [str(corpus.tokenizer.decode([int(one)])).strip() for one in tokens]
     rows = [genes[[text in symbol for symbol in symbols]] if text else genes[:0] for text in texts]
     indptr = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
     shape = (len(tokens), len(corpus.symbols))

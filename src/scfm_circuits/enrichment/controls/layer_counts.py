@@ -51,7 +51,7 @@ from scfm_circuits.enrichment.null_lists import (
 )
 from scfm_circuits.enrichment.over_representation import OverRepresentation, over_representation
 from scfm_circuits.enrichment.rules import RULES
-from scfm_circuits.features.gene_lists import containment, gene_list_ids
+from scfm_circuits.features.gene_lists import MIN_FIRINGS, containment, gene_list_ids
 from scfm_circuits.features.statistics import FeatureStatistics
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class NullSource(NamedTuple):
             null = token_preserving_null(
                 self.tokens, self.families, self.own.lengths, rng, n_genes=len(self.used),
                 by_token=self.profile.gene_rule == "token", draws=draws,
-                score=self.profile.gene_score)
+                score=self.profile.gene_score, least=MIN_FIRINGS)
         return Ragged(null.indptr, self.used[null.ids])
 
     def part(self, chosen: np.ndarray) -> "NullSource":

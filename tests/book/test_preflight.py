@@ -427,6 +427,8 @@ def test_make_plan_says_everything_and_does_nothing(empty: Path, capsys: pytest.
     ({"gene_sets": "nowhere"}, "nowhere named by the profile does not exist"),
     ({"case_type": "nobody"}, "No held-out cell has the type 'nobody'"),
     ({"site": "sae"}, "set `site: transcoder`"),
+    # It was a KeyError of pandas in chapter 08.
+    ({"model_layers": 1, "human_layer": 0}, "Set `model_layers` to at least 2"),
     ({"model": "some/model", "tokenizer": "some/model"}, "check `model`"),
     ({"cells": "/none.h5ad"}, "do not exist"),
     ({"label_column": "none"}, "set `label_column`"),
@@ -437,6 +439,23 @@ def test_what_will_fail_is_told_before_any_work(empty: Path, changes: dict[str, 
                                                 ) -> None:
     with pytest.raises(InputError, match=told):
         run_cost(load_profile("smoke", changes), EVERYTHING, 11)
+
+
+@pytest.mark.parametrize("field", ["model_layers", "model_width"])
+def test_a_model_that_no_machine_holds_is_not_begun(field: str) -> None:
+    with pytest.raises(InputError, match=f"`{field}`.* less than or equal to"):
+        load_profile("smoke", {field: 10**9})
+
+
+@pytest.mark.parametrize("field", ["training_tokens", "model_steps", "null_draws"])
+def test_a_run_of_years_is_refused(empty: Path, monkeypatch: pytest.MonkeyPatch, field: str
+                                   ) -> None:
+    profile = load_profile("smoke", {field: 10**13})
+    cost = run_cost(profile, EVERYTHING, 11)
+    assert cost.refusal.startswith("The run would take about ") and field in cost.refusal
+    monkeypatch.setenv(preflight.ANYWAY, "1")
+    cost = run_cost(profile, EVERYTHING, 11)
+    assert not cost.refusal and cost.seconds > preflight.MOST_SECONDS
 
 
 @pytest.mark.parametrize(("name", "content", "told"), [

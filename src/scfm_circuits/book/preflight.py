@@ -49,6 +49,8 @@ GIB, CPU = 2**30, torch.device("cpu")
 OTHER, KEPT = 2 * GIB, 0.2
 """A chapter's memory beside the parts (libraries, tables, figures), and the share of it all that is
 freed and not given back at once."""
+MOST_SECONDS = 365 * 86400.0
+"""A run that would take longer is refused: a field has a wrong number of zeros."""
 STARTED, NULL_SECONDS, LIVE = 8.0, 0.02, 800
 """Read off runs of `demo` on two cores: seconds of a chapter beside its work and of a feature's
 thousand null lists, and live features of a layer."""
@@ -99,14 +101,17 @@ def run_cost(profile: Profile, wanted: Collection[str], chapters: int) -> Cost:
     """What the stale chapters cost. wanted: the files that they leave (`produces` in the headers).
 
     Raises InputError for what will fail in any case: cells, a model, a folder of gene sets or a
-    sentence that cannot be had, no cell for the case study, layers that the model lacks, and
-    autoencoders.
+    sentence that cannot be had, no cell for the case study, layers that the model lacks, a
+    single layer, and autoencoders.
     """
     if profile.site != "transcoder":
         raise InputError(NO_CIRCUITS)
     if profile.case_sentence is not None:
         read_sentence(profile.case_sentence)
     sizes, device, libraries = run_sizes(profile), best_device(), missing_libraries(profile)
+    if sizes.layers < 2:
+        raise InputError("A model of one layer has no circuit: before its features there is the "
+                         "token alone. Set `model_layers` to at least 2, or name another `model`.")
     found = missing(profile, sizes.parameters)
     disk = disk_needed(profile, sizes, found, wanted)
     stages = [one for one in memory_stages(profile, sizes, device) if {*one.leaves} & {*wanted}]
@@ -133,13 +138,17 @@ def run_cost(profile: Profile, wanted: Collection[str], chapters: int) -> Cost:
         name = f"{os.cpu_count()} CPU cores" if place == CPU else torch.cuda.get_device_name(place)
         lines.append(f"  memory    about {largest.bytes / GIB:.1f} GiB ({largest.name}: {parts}); "
                      f"{memory_available(place) / GIB:.1f} GiB free on {name}")
+    hint = f"(To try all the same, set {ANYWAY}=1.)"
     if refused:
-        hint = f"(To try all the same, set {ANYWAY}=1.)"
         return Cost("\n".join(lines), "\n".join([*problems, hint]), 0.0)
     rate = matrix_rate(profile, sizes, device)
     seconds = run_seconds(profile, sizes, wanted, chapters, rate, REACHED[device.type])
     lines.append(f"  time      about {time_in_words(seconds)} for {chapters} chapter"
                  f"{'s' if chapters != 1 else ''}, if nothing of them is there yet")
+    if seconds > MOST_SECONDS and not os.environ.get(ANYWAY):
+        return Cost("\n".join(lines), f"The run would take about {time_in_words(seconds)} here; "
+                    "lower what it takes most of (`training_tokens`, `model_steps`, `null_draws`). "
+                    + hint, 0.0)
     return Cost("\n".join(lines), "", seconds)
 
 

@@ -106,9 +106,9 @@ class Profile(BaseModel):
     GPT-NeoX, Llama, Mistral or Qwen2."""
     model_revision: str | None = None
     """The commit of a Hugging Face model to use."""
-    model_layers: Positive | None = 6
+    model_layers: Annotated[int, Field(ge=1, le=1000)] | None = 6
     """Layers of the model that is trained, or the number a loaded one must have (null: any)."""
-    model_width: Positive = 128
+    model_width: Annotated[int, Field(ge=1, le=100_000)] = 128
     """Residual width of the model that is trained."""
     model_heads: Positive = 4
     """Attention heads of the model that is trained."""

@@ -670,6 +670,16 @@ def test_a_lost_description_costs_no_training(model, corpus, profile, monkeypatc
     assert path.read_bytes() == was
 
 
+def test_training_says_at_its_end_that_nothing_is_active(model, corpus, profile, monkeypatch):
+    dead = changed(profile, l1_coefficient=1e9, learning_rate=0.5, warmup_steps=0,
+                   training_tokens=1600)
+    for _ in range(2):  # the second time what is stored is read
+        with pytest.raises(InputError, match="No feature of any layer is active at the end"):
+            get_transcoders(model, corpus, dead)
+        assert (profile.results / "transcoders" / "training.json").is_file()
+        monkeypatch.setattr(TrainingRun, "run", None)  # training again would fail
+
+
 def test_what_is_saved_is_what_was_trained(model, corpus, profile):
     run = trained(model, corpus, profile)
     stored, _ = get_transcoders(model, corpus, profile)

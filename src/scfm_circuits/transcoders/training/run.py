@@ -316,6 +316,7 @@ def get_transcoders(model: "PreTrainedModel", corpus: "Corpus", profile: "Profil
     """The profile's transcoders and their training history: read if current, else trained.
 
     With `control`, those of that control, which are trained the same way on the model given.
+    Raises InputError if the profile's have no active feature.
     """
     folder = stage_folder(profile, control) / "transcoders"
     record = trained_record(corpus, profile, control)
@@ -332,8 +333,18 @@ def get_transcoders(model: "PreTrainedModel", corpus: "Corpus", profile: "Profil
         del run  # with Adam's moments and the buffer, before the result is read
         if ranks.first:
             checkpoints.remove(checkpoint)
+    if control is None:
+        _check_alive(record["history"], folder)
     transcoders = load_transcoders(folder).to(device_of(model))
     return transcoders, record["history"]
+
+
+def _check_alive(history: list[dict[str, Any]], folder: Path) -> None:
+    """InputError if no feature of any layer was active in the last batch that was measured."""
+    if history and all(l0 == 0 for l0 in history[-1]["l0"]):
+        raise InputError("No feature of any layer is active at the end of training, so there is "
+                         "nothing to explain; lower `l1_coefficient` or `learning_rate`, or train "
+                         f"on more tokens. What was trained is in {folder}.")
 
 
 def _store(run: TrainingRun, folder: Path, record: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffe
 from scfm_circuits.transcoders.training.interrupts import Terminated
 from scfm_circuits.transcoders.training.optimizer import Stepper
 from scfm_circuits.transcoders.training.run import TrainingRun, get_transcoders
+from scfm_circuits.transcoders.training.sparse_gradients import SparseSteps
 
 
 def changed(profile: Profile, **fields: Any) -> Profile:
@@ -278,8 +279,8 @@ def test_a_checkpoint_is_written_every_so_many_steps(model, corpus, profile, tmp
 
 @pytest.mark.parametrize("number, raised", [(signal.SIGINT, KeyboardInterrupt),
                                             (signal.SIGTERM, Terminated)], ids=["INT", "TERM"])
-@pytest.mark.parametrize("place", [(Stepper, "_step"), (Stepper, "_update"),
-                                   (TrainingRun, "_row")], ids=lambda place: place[1])
+@pytest.mark.parametrize("place", [(SparseSteps, "step"), (Stepper, "step"), (TrainingRun, "_row")],
+                         ids=lambda place: f"{place[0].__name__}.{place[1]}")
 @pytest.mark.parametrize("step", [0, 3])
 def test_a_request_in_the_middle_of_a_step_loses_nothing(model, corpus, profile, tmp_path,
                                                          monkeypatch, place, step, number, raised):
@@ -288,8 +289,8 @@ def test_a_request_in_the_middle_of_a_step_loses_nothing(model, corpus, profile,
     real = getattr(*place)
     before = signal.getsignal(number)
 
-    def interrupting(self: Any, *args: Any) -> Any:
-        result = real(self, *args)
+    def interrupting(self: Any, *args: Any, **named: Any) -> Any:
+        result = real(self, *args, **named)
         if len(run.history) == step:
             signal.raise_signal(number)
             signal.raise_signal(number)  # as SLURM and torchrun may each send one

@@ -14,6 +14,7 @@ from scfm_circuits.common.files import (
     atomic_path,
     read_json,
     sha256_of_file,
+    sweep,
     write_atomic,
     write_json,
 )
@@ -113,6 +114,23 @@ def test_what_takes_a_name_is_on_the_disk_before(tmp_path: Path,
         for name in ("a", "deep/b"):
             (fresh / name).write_text("1")
     assert seen == [("a", False), ("b", False)]
+
+
+def test_what_a_killed_process_was_writing_goes_after_an_hour(tmp_path: Path) -> None:
+    writing = [atomic_path(tmp_path / "deep" / "a.csv"), atomic_path(tmp_path / "b"),
+               atomic_folder(tmp_path / "model")]
+    left = [one.__enter__() for one in writing]
+    (left[2] / "half").touch()
+    mine = [tmp_path / ".lock", tmp_path / "deep" / ".a-settings.txt", tmp_path / "a-12345678.csv"]
+    for path in mine:
+        path.touch()
+        os.utime(path, (0, 0))
+    sweep(tmp_path)
+    assert all(path.exists() for path in (*left, *mine))  # nobody can tell yet
+    for path in left:
+        os.utime(path, (0, 0))
+    sweep(tmp_path)
+    assert not any(path.exists() for path in left) and all(path.exists() for path in mine)
 
 
 def test_json_is_sorted_and_refuses_nan(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from scfm_circuits.common.files import (
     flush,
     only_one,
     size_of_file,
+    sweep,
     write_atomic,
 )
 from scfm_circuits.common.profile import ROOT, profile_path
@@ -73,6 +74,7 @@ def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0)
 
             fetch_cells(run.profile)
             fetch_model(run.profile)
+            sweep(run.profile.results)
         for number, (notebook, reason) in enumerate(stale, 1):
             print(f"[{number}/{len(stale)}] {notebook.name}: {reason}", flush=True)
             seconds = _execute_one(_as_it_is_now(run), notebook, limit)

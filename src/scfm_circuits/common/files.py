@@ -9,8 +9,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-part-", suffix=path.suffix,
+                                    dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -74,7 +77,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-part-", dir=path.parent))
     old = fresh.with_name(fresh.name + "-old")
     try:
         yield fresh
@@ -89,6 +92,18 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             old.rename(path)
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+_TEMPORARY = re.compile(r"\..+-part-[a-z0-9_]{8}(-old)?(\.\w+)?")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes were writing (`atomic_path`, `atomic_folder`) an hour ago or
+    earlier; what is younger may be a living one's."""
+    for path in [one for one in folder.rglob(".*") if _TEMPORARY.fullmatch(one.name)]:
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 3600:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def files_of(path: Path) -> list[Path]:

@@ -72,6 +72,9 @@ class Book:
             self.process.kill()
         for one in every if kind == "all processes" else kernels if kind == "the kernel" else ():
             _gone(one, signal.SIGKILL)
+        # A kernel that was just ending is not missed: then the run goes on.
+        if not self.over(20):
+            self.process.kill()
         self.process.wait(timeout=120)
 
 

@@ -6,7 +6,7 @@ A GPT-NeoX of 24 layers x 1,024 and transcoders of 8,192 features, all random, o
 random tokens, 32 at a time; on a CPU one layer of each, 4 at a time. TopK stands in for trained
 features' sparsity. The profile `paper` has 316,000 cells, of which a tenth are held out;
 `minutes_for_paper` is what one pass over them takes with all 24 layers (counting: all cells;
-validation: those held out, under all 76 configurations).
+validation: those held out, under all configurations of Tables 1 and 2).
 Writes results/bench/passes.json.
 """
 

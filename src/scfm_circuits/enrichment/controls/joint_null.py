@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 SAME_MODEL = ("untrained encoder", *DIRECTIONS)
 """Directions of the model that is explained, which no dictionary learning chose."""
-MOST_LISTS = 200
+MOST_LISTS = 100
 """Features of a kind and layer that are relabelled; of more live ones, as many evenly spaced."""
 ALL_LAYERS = "all"
 

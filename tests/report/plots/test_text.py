@@ -21,9 +21,10 @@ from scfm_circuits.circuits.attribution import freeze
 from scfm_circuits.circuits.search import strongest_features, trace_feature
 from scfm_circuits.interpretability.scores import EITHER, FAMILY, GENE, NONE, SUB_WORD
 from scfm_circuits.report import plots
-from scfm_circuits.report.plots import cells_and_training, circuits, enrichment, features
+from scfm_circuits.report.plots import cells_and_training, circuits, enrichment, features, sub_words
 from scfm_circuits.report.plots.style import literal
 from scfm_circuits.report.plots.variants import variants
+from scfm_circuits.report.sub_words import EARLY, KINDS, LATE
 
 LONG = "hematopoietic multipotent progenitor cell of the bone marrow and of many another place"
 ODD = ["CD4$+$ T", "a_b^c", r"\frac{a}{b}", "$", "$$", r"\$x$ and $\alpha$", r"ends in \ ",
@@ -170,11 +171,20 @@ def all_variants() -> tuple[Figure, list[str]]:
     return variants(table, table[["variant", "l0", "fvu"]], "enrichr"), ["a $x$ b"]
 
 
+def both_tokenizers() -> tuple[Figure, list[str]]:
+    measures = [measure for panel in sub_words._PANELS.values() for measure in panel]
+    return sub_words.both_tokenizers(pd.DataFrame(
+        [(where, measure, tokenizer, value) for where in (EARLY, LATE) for measure in measures
+         for tokenizer in KINDS.values() for value in (1.0, 2.0)],
+        columns=["where", "measure", "tokenizer", "value"])), []
+
+
 FIGURES: dict[str, Callable[[], tuple[Figure, list[str]]]] = {one.__name__: one for one in (
     cells_per_type, circuit_picture, circuit_overlap, planted_recovery, contribution_kinds,
     faithfulness, circuit_flow, training_curve, transcoder_curves, loss_comparison, layer_alone,
     share_with_controls, beyond_controls, explained_per_layer, prediction_by_kind, l0_per_layer,
-    frequency_distribution, confusion_matrix, answers_by_layer)} | {"variants": all_variants}
+    frequency_distribution, confusion_matrix, answers_by_layer,
+    both_tokenizers)} | {"variants": all_variants}
 
 
 def test_every_figure_is_drawn_here() -> None:

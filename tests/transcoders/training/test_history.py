@@ -61,7 +61,7 @@ def test_the_kernels_of_the_book_know_that_nobody_looks_on(tmp_path: Path) -> No
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
     said = []
     with open(tmp_path / "log", "w") as log:
-        for options in ({"kernel_manager_class": _kernel_manager(log)}, {}):
+        for options in ({"kernel_manager_class": _kernel_manager(log, tmp_path / "notes")}, {}):
             done = papermill.execute_notebook(node, str(tmp_path / "out.ipynb"), progress_bar=False,
                                               kernel_name="python3", **options)
             said.append(done.cells[-1].outputs[0].text.strip())

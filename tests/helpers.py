@@ -145,3 +145,14 @@ def before_each_step(monkeypatch: pytest.MonkeyPatch, told: Callable[[TrainingRu
         return step(self, *args, **options)
 
     monkeypatch.setattr(TrainingRun, "train_step", stepping)
+
+
+@dataclass
+class MadeUp:
+    """As much of a corpus as gene lists need: ids of the genes of tokens, and their places."""
+
+    symbols: np.ndarray
+    gene: np.ndarray
+    place: np.ndarray
+    mask: np.ndarray
+    occurring = Corpus.occurring

@@ -1,18 +1,16 @@
 """Recall, precision and their nulls: by hand, by enumeration, and where the answer is planted."""
 
-from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
+from helpers import MadeUp, model_for, tiny_corpus, tiny_profile, tiny_transcoders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scfm_circuits import InputError
-from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.cells.simulated import Plan, Program, plan_of
 from scfm_circuits.circuits import planted_genes
@@ -202,17 +200,6 @@ def test_the_truth_is_known_for_planted_cells_only() -> None:
 
 
 # --- features ------------------------------------------------------------------------------------
-
-
-@dataclass
-class MadeUp:
-    """As much of a corpus as features' gene lists need: genes of one token each."""
-
-    symbols: np.ndarray
-    gene: np.ndarray
-    place: np.ndarray
-    mask: np.ndarray
-    occurring = Corpus.occurring
 
 
 def made_up(n_random: int = 60) -> tuple[MadeUp, Plan, FeatureStatistics, FeatureStatistics]:

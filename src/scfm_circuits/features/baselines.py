@@ -13,6 +13,7 @@ of what the MLPs read, each with both signs.
 """
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -115,14 +116,26 @@ def untrained_statistics(model: "GPTNeoXForCausalLM", statistics: FeatureStatist
     same layer, drawn at random, do: they differ in what they fire on, not in how often.
     statistics: those of the trained features. Kept in `results/<profile>/untrained/`.
     """
+    return _matched_statistics(
+        "untrained", model, statistics, corpus, profile,
+        lambda: untrained_encoder(model, statistics, corpus, profile, n_features),
+        n_features=n_features)
+
+
+def _matched_statistics(name: str, model: "GPTNeoXForCausalLM", statistics: FeatureStatistics,
+                        corpus: Corpus, profile: "Profile", encoder: Callable[[], Transcoders],
+                        **more: int) -> FeatureStatistics:
+    """Statistics of an encoder that fires as often as live trained features do, kept by name.
+
+    encoder: made only where none are stored. more: what else the stamp holds.
+    """
     rates = digest(np.ascontiguousarray(statistics.fired).tobytes())
-    control = Control("untrained", stamp_of(profile, ("live_cut_table4",), ("features/baselines",),
-                                            fired=rates, n_features=n_features))
+    control = Control(name, stamp_of(profile, ("live_cut_table4",), ("features/baselines",),
+                                     fired=rates, **more))
     stored = stored_statistics(corpus, profile, control)
     if stored is not None:
         return stored
-    encoder = untrained_encoder(model, statistics, corpus, profile, n_features)
-    return get_statistics(model, encoder, corpus, profile, control)
+    return get_statistics(model, encoder(), corpus, profile, control)
 
 
 @torch.no_grad()
@@ -178,14 +191,9 @@ def direction_statistics(kind: str, model: "GPTNeoXForCausalLM", statistics: Fea
 
     statistics: those of the trained features. Kept in `results/<profile>/<kind>/`.
     """
-    rates = digest(np.ascontiguousarray(statistics.fired).tobytes())
-    control = Control(kind.replace(" ", "_"), stamp_of(
-        profile, ("live_cut_table4",), ("features/baselines",), fired=rates))
-    stored = stored_statistics(corpus, profile, control)
-    if stored is not None:
-        return stored
-    encoder = direction_encoder(kind, model, statistics, corpus, profile)
-    return get_statistics(model, encoder, corpus, profile, control)
+    return _matched_statistics(
+        kind.replace(" ", "_"), model, statistics, corpus, profile,
+        lambda: direction_encoder(kind, model, statistics, corpus, profile))
 
 
 @torch.no_grad()

@@ -1,13 +1,11 @@
 """One relabelling for all lists: what it keeps, how wide its bands are, what its p-values say."""
 
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from helpers import tiny_profile
+from helpers import MadeUp, tiny_profile
 
-from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.enrichment.controls.joint_null import (
     ALL_LAYERS,
     JointNull,
@@ -24,17 +22,6 @@ from scfm_circuits.enrichment.gene_sets import gene_sets_from_dict
 from scfm_circuits.features.statistics import FeatureStatistics
 
 N_GENES = 300
-
-
-@dataclass
-class MadeUp:
-    """As much of a corpus as lists and nulls need: genes of one token each, in three cells each."""
-
-    symbols: np.ndarray
-    gene: np.ndarray
-    place: np.ndarray
-    mask: np.ndarray
-    occurring = Corpus.occurring
 
 
 def corpus() -> MadeUp:

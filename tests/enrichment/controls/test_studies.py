@@ -1,14 +1,12 @@
 """The studies of Table 4's chapter say what their parts say, one by one."""
 
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
+from helpers import MadeUp, model_for, tiny_corpus, tiny_profile, tiny_transcoders
 
-from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.enrichment.controls import studies
 from scfm_circuits.enrichment.gene_sets import gene_sets_from_dict
 from scfm_circuits.enrichment.over_representation import over_representation
@@ -35,17 +33,6 @@ def parts():
     libraries = [gene_sets_from_dict("first", {"a": genes[:4], "b": genes[3:9]}),
                  gene_sets_from_dict("second", {"c": genes[9:14], "d": [*genes[1:3], "ELSEWHERE"]})]
     return statistics, {"untrained encoder": other}, corpus, libraries
-
-
-@dataclass
-class MadeUp:
-    """As much of a corpus as gene lists need: 300 genes of one token each, in three cells each."""
-
-    symbols: np.ndarray
-    gene: np.ndarray
-    place: np.ndarray
-    mask: np.ndarray
-    occurring = Corpus.occurring
 
 
 def made_up(rows: np.ndarray) -> tuple[MadeUp, FeatureStatistics]:

@@ -197,6 +197,17 @@ def test_overrides_reach_the_notebook_and_have_results_of_their_own(project: Pro
     assert project.command("check", *words)[0] == 0
 
 
+def test_whose_results_they_are_is_written_down_again(project: Project) -> None:
+    project.notebook("01_first", "# %%\nfrom scfm_circuits.report.chapter import open_chapter\n"
+                                 "open_chapter('01_first', profile, overrides)\n")
+    assert project.command("execute")[0] == 0
+    owner = project.root / "results" / "tiny" / files.OWNER
+    before = owner.read_text()
+    owner.unlink()
+    assert "up to date" in project.command("execute")[1]
+    assert owner.read_text() == before
+
+
 def change_package(project: Project) -> None:
     (project.root / "package" / "science.py").write_text("x = 2\n")
 

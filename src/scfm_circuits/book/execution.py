@@ -39,7 +39,7 @@ from scfm_circuits.common.files import (
     sweep,
     write_atomic,
 )
-from scfm_circuits.common.profile import ROOT, profile_path
+from scfm_circuits.common.profile import ROOT, own_results, profile_path
 from scfm_circuits.report.live_curves import UNWATCHED
 
 CELL_SECONDS = 3600
@@ -66,7 +66,9 @@ def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0)
     limit = cell_seconds or _seconds_from_environment(
         max(CELL_SECONDS, round(TIMES_EXPECTED * expected)))
     if not plan(run) and not _leftovers(run):
-        return []  # what is finished may be read-only
+        with contextlib.suppress(OSError):  # what is finished may be read-only
+            own_results(run.profile, run.profile_name)
+        return []
     with only_one(run.profile.results, "executing notebooks into"):
         stale = plan(run)
         if stale:

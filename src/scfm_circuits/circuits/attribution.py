@@ -20,6 +20,7 @@ The sums are exact in the model's precision. transformers' RMSNorm rounds to flo
 float64 model with RMSNorm they are as good as float32.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -200,14 +201,28 @@ def feature_direction(frozen: Frozen, layer: int, feature: int, position: int) -
 
 
 @torch.no_grad()
-def logit_direction(frozen: Frozen, token: int, position: int) -> Reading:
-    """A token's logit less the mean logit, as a reading."""
+def logit_direction(frozen: Frozen, token: int, position: int, minus: Sequence[int] = ()
+                    ) -> Reading:
+    """A token's logit less the mean logit, or its log-odds against other tokens, as a reading.
+
+    minus: other tokens. The value is then logit(token) - logsumexp(logits of `minus`), and the
+    direction its gradient in the logits, pushed through the frozen final norm: the token's
+    unembedding less the others', weighted by their softmax p among themselves. Because
+    logsumexp(l) = sum(p l) + H(p), the constant holds the entropy H(p), and the sum stays exact.
+    """
     unembed, logits = frozen.unembedding, frozen.logits[position]
-    f = unembed[token] - unembed.mean(dim=0)
+    if minus:
+        others = torch.as_tensor(list(minus), device=unembed.device)
+        among = logits[others].softmax(dim=-1)
+        f_minus, entropy = among @ unembed[others], torch.special.entr(among).sum()
+        value = logits[token] - logits[others].logsumexp(dim=-1)
+    else:
+        f_minus, entropy = unembed.mean(dim=0), torch.zeros_like(logits[token])
+        value = logits[token] - logits.mean()
+    f = unembed[token] - f_minus
     u = frozen.centre(frozen.final_gain * f) / frozen.sigma_final[position]
     n_layers = len(frozen.weights)
-    return Reading(u, position, n_layers, n_layers, f @ frozen.final_bias,
-                   logits[token] - logits.mean())
+    return Reading(u, position, n_layers, n_layers, f @ frozen.final_bias - entropy, value)
 
 
 @torch.no_grad()

@@ -20,9 +20,9 @@ from scfm_circuits.circuits.attribution import (
     Reading,
     feature_direction,
     freeze,
-    logit_direction,
 )
 from scfm_circuits.circuits.circuit import Node, node_table
+from scfm_circuits.circuits.contrast import contrast_of
 from scfm_circuits.circuits.search import strongest_features, trace
 from scfm_circuits.common.profile import Profile
 from scfm_circuits.common.randomness import generator
@@ -52,10 +52,10 @@ def circuit_gene_table(model: "GPTNeoXForCausalLM", transcoders: Transcoders, co
     """Every gene of the cells' prompts, and what the circuits of both targets make of it.
 
     Columns: cell, cell_type, target (`feature`: the last layer's strongest where the case study
-    reads its own; `call`: the logit of the answer's first token where the answer is decided), gene,
-    rank (in the prompt, from 1), role (what the gene is to the type, `Plan.role`), nodes (on its
-    tokens), influence (their sum; 0 without a node). A cell in which no feature of the last layer
-    is active has no circuit of that target.
+    reads its own; `call`: the label's contrast, see `contrast`), gene, rank (in the prompt, from
+    1), role (what the gene is to the type, `Plan.role`), nodes (on its tokens), influence (their
+    sum; 0 without a node). A cell in which no feature of the last layer is active has no circuit
+    of that target.
 
     Raises:
         InputError: no cells.
@@ -69,7 +69,7 @@ def circuit_gene_table(model: "GPTNeoXForCausalLM", transcoders: Transcoders, co
         case = answered_prompt(corpus, profile, int(cell), label)
         frozen = freeze(model, transcoders, case.encoded.tokens)
         genes = corpus.genes_of(cell)
-        for target, start in _starts(frozen, case).items():
+        for target, start in _starts(frozen, corpus, case).items():
             circuit = trace(frozen, *start, branches=profile.circuit_branches,
                             depth=profile.circuit_depth, max_nodes=profile.circuit_nodes)
             nodes = node_table(circuit, case.texts, case.genes)
@@ -82,17 +82,15 @@ def circuit_gene_table(model: "GPTNeoXForCausalLM", transcoders: Transcoders, co
     return pd.concat(frames, ignore_index=True)
 
 
-def _starts(frozen: Frozen, case: AnsweredPrompt) -> dict[str, tuple[Node, Reading]]:
+def _starts(frozen: Frozen, corpus: Corpus, case: AnsweredPrompt
+            ) -> dict[str, tuple[Node, Reading]]:
     """By target the node at which a circuit ends, and its reading."""
-    last, position, asked = len(frozen.weights) - 1, case.position, case.answer_start - 1
-    token = int(case.encoded.tokens[case.answer_start])
+    last, position = len(frozen.weights) - 1, case.position
     starts = {}
     for feature in strongest_features(frozen, last, position, 1):
         reading = feature_direction(frozen, last, feature, position)
         starts["feature"] = (Node.of_feature(last, feature, position, reading.value), reading)
-    reading = logit_direction(frozen, token, asked)
-    starts["call"] = (Node.of_logit(token, asked, last + 1, reading.value), reading)
-    return starts
+    return {**starts, "call": contrast_of(corpus, case).start(frozen)}
 
 
 def recovery_table(genes: pd.DataFrame) -> pd.DataFrame:

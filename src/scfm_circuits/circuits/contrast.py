@@ -1,0 +1,92 @@
+"""The contrast of a call: the model's answer against the run's other labels, where they part.
+
+A call is not its first token: nine of ten labels may begin with `_CD`, and the model has then said
+nothing yet. So the answer is followed, token for token, to the place where it parts from most of
+the other labels (the first of equals). There the others offer tokens B, each once, however many
+labels share it, and the answer has a:
+
+    contrast = logit(a) - logsumexp(logit(b) for b in B)
+
+in nats: the log-odds of the answer's token against the others', given that one of them comes next;
+above 0 the model prefers it to all of them together. Labels that parted earlier are no part of it,
+nor is what a shared token of B leads to. Every text is answered with its own tokens up to there
+(teacher forcing), so one position of one text holds it all: a linear reading, as in `attribution`.
+A prediction that is no label parts from all labels alike. The rule looks at labels only.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from scfm_circuits.cells.prompts import AnsweredPrompt
+from scfm_circuits.circuits.attribution import Frozen, Reading, logit_direction
+from scfm_circuits.circuits.circuit import Circuit, Node
+from scfm_circuits.circuits.search import trace
+
+if TYPE_CHECKING:
+    from scfm_circuits.cells.corpus import Corpus
+    from scfm_circuits.common.profile import Profile
+
+ONE_TYPE = ("There is no other label in this run to hold the answer against; its token's logit "
+            "less the mean logit is read instead.")
+
+
+class Contrast(NamedTuple):
+    """Where a call is read, and what is held against what.
+
+    position: of the token that predicts; token: the answer's own; others: the other labels' tokens
+    there, ascending, each once; labels: by token of `others`, the labels that have it. Without
+    others, which is so if the run has one label only, the token's logit less the mean logit is
+    read (`ONE_TYPE`).
+    """
+
+    position: int
+    token: int
+    others: tuple[int, ...] = ()
+    labels: tuple[tuple[str, ...], ...] = ()
+
+    def of(self, logits: Tensor) -> Tensor:
+        """(...) the contrast in nats; logits: (..., vocabulary) at the position."""
+        own = logits[..., self.token]
+        if not self.others:
+            return own - logits.mean(dim=-1)
+        return own - logits[..., list(self.others)].logsumexp(dim=-1)
+
+    def start(self, frozen: Frozen) -> tuple[Node, Reading]:
+        """The node at which a circuit of the call ends, and its reading in the linear model."""
+        reading = logit_direction(frozen, self.token, self.position, self.others)
+        return Node.of_logit(self.token, self.position, len(frozen.weights), reading.value), reading
+
+
+def answers_by_label(corpus: "Corpus") -> dict[str, tuple[int, ...]]:
+    """Every label of the corpus as the tokens of the answer it is trained on, with the end of the
+    text, so that none is the beginning of another."""
+    labels, one_of_each = np.unique(corpus.labels, return_index=True)
+    return {str(label): (*corpus.tokens[cell, corpus.answer_start[cell] : corpus.answer_end[cell]
+                                        + 1].tolist(), corpus.tokenizer.eos_token_id)
+            for label, cell in zip(labels, one_of_each, strict=True)}
+
+
+def contrast_of(corpus: "Corpus", prompt: AnsweredPrompt) -> Contrast:
+    """The contrast of a prompt's answer, which may be a label or the model's own words."""
+    start = prompt.answer_start
+    own = (*prompt.encoded.tokens[start:].tolist(), corpus.tokenizer.eos_token_id)
+    others = {label: tokens for label, tokens in answers_by_label(corpus).items() if tokens != own}
+    found: list[dict[int, list[str]]] = []
+    for place, token in enumerate(own):
+        parting: dict[int, list[str]] = {}
+        for label, tokens in others.items():
+            if tokens[:place] == own[:place] and tokens[place] != token:
+                parting.setdefault(tokens[place], []).append(label)
+        found.append(parting)
+    place = int(np.argmax([sum(map(len, parting.values())) for parting in found]))
+    there = dict(sorted(found[place].items()))
+    return Contrast(start + place - 1, own[place], tuple(there),
+                    tuple(tuple(labels) for labels in there.values()))
+
+
+def trace_contrast(frozen: Frozen, contrast: Contrast, profile: "Profile") -> Circuit:
+    """The greedy circuit of a call (`search.trace`), as large as the profile's circuits are."""
+    return trace(frozen, *contrast.start(frozen), branches=profile.circuit_branches,
+                 depth=profile.circuit_depth, max_nodes=profile.circuit_nodes)

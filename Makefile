@@ -76,9 +76,10 @@ unit: $(READY_DEV) ## Unit tests; they run on the processor, and those of a GPU 
 	@$(PY) -m pytest -n 2 tests
 	@if nvidia-smi -L >/dev/null 2>&1; then $(PY) -m pytest -m gpu tests; fi
 
-smoke: $(READY) ## The whole book on PROFILE=smoke, into book/_build/smoke
+smoke: $(READY_DEV) ## The whole book on PROFILE=smoke, into book/_build/smoke, seen in a browser
 	@echo "The book on PROFILE=smoke"
 	@$(RUN) book --profile smoke --output book/_build/smoke
+	@SCFM_BUILT_BOOK=book/_build/smoke/html $(PY) -m pytest -n 0 tests/book/test_built_pages.py
 
 bench: $(READY_DEV) ## Benchmarks; figures go to results/bench/*.json [BENCH=enrichment]
 	@ls tests/benchmarks/bench_$(or $(BENCH),*).py >/dev/null 2>&1 || \

@@ -15,20 +15,24 @@ from sphinx.application import Sphinx
 SHOWN_VERSIONS = ("python", "torch", "transformers", "scanpy", "numpy")
 
 
-def banner(run: Mapping[str, Any], small: bool) -> str:
-    """The line above every page, as HTML."""
-    real = run["cells_are"] == "real"
-    kind = "REAL cells" if real else "SIMULATED cells"
+def banner(run: Mapping[str, Any], model: str | None) -> str:
+    """The line above every page, as HTML.
+
+    model: what the run's own small model is, or None for a model that was loaded.
+    """
+    kind = run["cells_are"]
     overrides = ", ".join(f"{key}={value}" for key, value in sorted(run["overrides"].items()))
     parts = [
-        f'<strong class="cells-{"real" if real else "simulated"}">{kind}</strong> '
-        f"{escape(run['cells_name'])}",
+        f'<strong class="badge-cells {"real" if kind == "real" else "simulated"}">'
+        f'{"REAL" if kind == "real" else "SIMULATED"} cells</strong>'
+        f'<span class="long"> {escape(run["cells_name"])}</span>',
         f"profile <strong>{escape(run['profile'])}</strong>"
         + (f" ({escape(overrides)})" if overrides else ""),
     ]
-    if small:
-        parts.append("numbers that depend on scale are marked not comparable")
-    return '<span class="companion-banner">' + " · ".join(parts) + "</span>"
+    if model is not None:
+        parts.insert(0, '<strong class="badge-model">DEMO MODEL</strong>'
+                        f'<span class="long"> {escape(model)}, not the paper\'s</span>')
+    return f'<span class="companion-banner">{" · ".join(parts)}</span>'
 
 
 def commit_text(git: Mapping[str, Any]) -> str:
@@ -84,7 +88,9 @@ def add_to_page(
 ) -> None:
     """Give the theme this page's banner and footer."""
     data = app.companion  # type: ignore[attr-defined]
-    context["theme_announcement"] = banner(data["run"], data["small"])
+    # Without it the theme writes an error on the first visit.
+    context["default_mode"] = "auto"
+    context["theme_announcement"] = banner(data["run"], data["model"])
     context["theme_extra_footer"] = footer(
         data["run"], data["chapters"].get(pagename), pagename,
         lambda path: context["pathto"](path, 1),

@@ -30,7 +30,7 @@ from scfm_circuits.book.chapters import Run, plan
 from scfm_circuits.book.execution import ExecutionFailed
 from scfm_circuits.book.gate import without_colours
 from scfm_circuits.common.files import only_one, read_json, sha256_of_file, write_atomic, write_json
-from scfm_circuits.common.profile import ROOT
+from scfm_circuits.common.profile import ROOT, Profile
 from scfm_circuits.report.boxes.feature_files import FOLDER, index_box
 from scfm_circuits.report.boxes.rating import rating_box
 
@@ -172,8 +172,13 @@ def stage(run: Run, source: Path) -> None:
     write_json(source / "companion.json", {
         "run": read_json(run.profile.results / "provenance.json"),
         "chapters": records,
-        "small": run.profile.model == "train",
+        "model": _own_model(run.profile),
     })
+
+
+def _own_model(profile: Profile) -> str | None:
+    """What a model is that the run trains itself, in a few words; None for one that is loaded."""
+    return f"of {profile.model_layers} layers" if profile.model == "train" else None
 
 
 def _record(run: Run, name: str) -> dict[str, Any]:
@@ -195,6 +200,8 @@ def _stage_notebook(run: Run, name: str, source: Path) -> None:
         tags = cell["metadata"].setdefault("tags", [])
         if {"parameters", "injected-parameters"} & set(tags):
             tags.append("remove-cell")
+        # Hidden by one switch a page (book.js) instead of a bar a cell.
+        tags[:] = [tag for tag in tags if tag not in ("hide-input", "remove-input")]
         conditions = [tag.removeprefix(ONLY_IF) for tag in tags if tag.startswith(ONLY_IF)]
         for key in conditions:
             if key not in values:

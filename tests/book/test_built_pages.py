@@ -1,0 +1,212 @@
+"""The pages as a reader has them: opened from disk, in a browser, in both colour modes.
+
+The pages are a book of all chapters' titles over the real prose, or the book that
+`SCFM_BUILT_BOOK` names (`make smoke` names the one it has built).
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pandas as pd
+import pytest
+from browser import Tab, driven
+
+from scfm_circuits.book import pages
+from scfm_circuits.book.chapters import Run, load_run
+from scfm_circuits.common.files import write_json
+from scfm_circuits.report.report import Report, Shown
+
+WIDE = pd.DataFrame({"model": ["a", "b"], "paper": [0.5, 0.25],
+                     **{f"a column with a long name, {i}": [i, i + 1] for i in range(9)}})
+# Parts of the theme and of docutils that axe complains about: selectors, and a rule with a class.
+NOT_OURS = [[".citation-list"]]
+THEIR_LOGO = ("region", "navbar-brand")
+
+
+def executed(title: str, outputs: list[Shown]) -> dict[str, Any]:
+    """A notebook as execution leaves it: a title, code with these outputs, code with none."""
+    def code(tag: str, shown: list[Shown]) -> dict[str, Any]:
+        return {"cell_type": "code", "id": tag, "metadata": {"tags": [tag]}, "execution_count": 1,
+                "source": "x = 1\ny = 2", "outputs": [
+                    {"output_type": "display_data", "data": one.bundle, "metadata": {}}
+                    for one in shown]}
+
+    return {"nbformat": 4, "nbformat_minor": 5, "cells": [
+        {"cell_type": "markdown", "id": "t", "metadata": {}, "source": f"# {title}\n\nText.\n"},
+        code("hide-input", outputs), code("remove-input", []), code("open", [])],
+        "metadata": {"language_info": {"name": "python", "pygments_lexer": "ipython3"}, "scfm": {
+            "title": title, "executed_at": "2026-01-01", "seconds": 1.0}}}
+
+
+def write_run(run: Run) -> None:
+    """Results of all chapters without executing any."""
+    report = Report(run.profile, "03_validation")
+    for notebook in run.notebooks:
+        outputs = [report.show(WIDE, caption="The paper's beside ours")]
+        write_json(run.output(notebook.name), executed(notebook.title, outputs))
+        write_json(run.profile.results / "values" / f"{notebook.name}.json", {})
+    write_json(run.profile.results / "provenance.json", {
+        "profile": run.profile.name, "cells_are": "real", "cells_name": "cells of a test",
+        "overrides": {}, "seed": 0, "versions": {}, "seconds_total": 1.0, "commit": "0" * 40,
+        "machine": {"cpus": 2}})
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the built pages."""
+    if named := os.environ.get("SCFM_BUILT_BOOK"):
+        return Path(named).resolve()
+    root = tmp_path_factory.mktemp("book")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SCFM_RESULTS", str(root / "results"))
+        run = load_run("demo")
+        write_run(run)
+        pages.stage(run, root / "source")
+        return pages._run_jupyter_book(root / "source", root)
+
+
+@pytest.fixture(scope="module")
+def tab(book: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    with driven(tmp_path_factory.mktemp("browser")) as one:
+        one.screen(1280)
+        one.open((book / "intro.html").as_uri())
+        if not one.run("document.querySelector('.bd-article') !== null"):
+            pytest.skip("Chromium does not open files of a temporary folder here")
+        yield one
+
+
+def named(book: Path) -> list[str]:
+    """All pages but `index`, which only leads to the first."""
+    return sorted(path.stem for path in book.glob("*.html") if path.stem != "index")
+
+
+def chapter_of(book: Path) -> str:
+    return (book / "03_validation.html").as_uri()
+
+
+# --- every page ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_pages_write_no_errors_and_can_be_read_by_all(book: Path, tab: Tab, dark: bool) -> None:
+    """axe-core's rules; in the dark mode those of contrast, as nothing else is different."""
+    found = find_spec("axe_core_python")
+    if found is None or found.origin is None:
+        pytest.skip("axe-core-python is not installed (requirements-dev.lock)")
+    axe = (Path(found.origin).parent / "axe.min.js").read_text(encoding="utf-8")
+    options = {"resultTypes": ["violations"], **({"runOnly": ["color-contrast"]} if dark else {})}
+    tab.screen(1280, dark=dark)
+    told = {}
+    for name in named(book):
+        tab.open((book / f"{name}.html").as_uri())
+        tab.run(f"{axe}; 0")
+        found_here = tab.run(
+            f"axe.run({{exclude: {json.dumps(NOT_OURS)}}}, {json.dumps(options)}).then("
+            "all => all.violations.flatMap(rule => rule.nodes.map("
+            "node => `${rule.id}: ${node.html.slice(0, 300)}`)))")
+        found_here = [one for one in found_here if not all(part in one for part in THEIR_LOGO)]
+        if found_here or tab.errors:
+            told[name] = [*found_here, *tab.errors]
+    assert told == {}
+
+
+class Links(HTMLParser):
+    """The addresses that a page names and the places in it that can be named."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.addresses: set[str] = set()
+        self.places: set[str] = set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        said = dict(attrs)
+        self.places |= {name for key in ("id", "name") if (name := said.get(key))}
+        self.addresses |= {name for key in ("href", "src") if (name := said.get(key))}
+
+
+def test_every_link_leads_somewhere(book: Path) -> None:
+    read = {path.name: Links(path) for path in book.glob("*.html")}
+    broken = []
+    for page, links in read.items():
+        for address in links.addresses:
+            parts = urlsplit(address)
+            if parts.scheme or parts.netloc:
+                continue
+            path, place = unquote(parts.path) or page, unquote(parts.fragment)
+            # What features.js shows is named behind the mark.
+            kept_by_script = path == "features.html" and re.match(r"L\d+\.F\d+|\w+=", place)
+            if not (book / path).is_file() or (
+                    place and path in read and not kept_by_script
+                    and place not in read[path].places):
+                broken.append(f"{page}: {address}")
+    assert not broken and len(read) > 10
+
+
+def test_chapters_carry_the_numbers_of_their_files(book: Path) -> None:
+    for path in book.glob("[0-9]*.html"):
+        title = re.search(r"<title>(.*?)</title>", path.read_text(encoding="utf-8"))
+        assert title and title[1].startswith(f"{int(path.stem[:2])}. "), title
+
+
+# --- the code switch and the banner --------------------------------------------------------------
+
+BANNER = ("(({top, bottom}) => [top, bottom])("
+          "document.querySelector('.bd-header-announcement').getBoundingClientRect())")
+SHOWN = "document.querySelector('.bd-article .cell_input').checkVisibility()"
+
+
+def test_code_is_shown_by_one_switch_that_remembers(book: Path, tab: Tab) -> None:
+    tab.screen(1280)
+    tab.open(chapter_of(book))
+    assert not tab.run(SHOWN) and tab.run("!document.querySelector('details.hide')")
+    tab.run("document.querySelector('.code-switch').focus()")
+    key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+    tab.call("Input.dispatchKeyEvent", type="keyDown", **key)
+    tab.call("Input.dispatchKeyEvent", type="keyUp", **key)
+    assert tab.run(SHOWN)
+    assert tab.run("document.querySelector('.code-switch').ariaChecked") == "true"
+    tab.open((book / "04_sparsity.html").as_uri())
+    assert tab.run(SHOWN)
+    tab.run("document.querySelector('.code-switch').click()")
+    tab.open(chapter_of(book))
+    assert not tab.run(SHOWN)
+    tab.open((book / "glossary.html").as_uri())  # it has no code, so it has no switch
+    assert tab.run("!document.querySelector('.code-switch')")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_banner_stays_in_view_and_covers_nothing(book: Path, tab: Tab, width: int) -> None:
+    tab.screen(width)
+    tab.open((book / "reproduce.html").as_uri())
+    top, low = tab.run(BANNER)
+    assert top == 0
+    assert 0 < low < 50
+    last = "[...document.querySelectorAll('.bd-article h2')].at(-2)"
+    tab.run(f"location.hash = {last}.parentElement.id")
+    tab.until("scrollY > 500")
+    bottom, heading = tab.run(
+        "[document.querySelector('.bd-header-article').getBoundingClientRect().bottom,"
+        f" {last}.getBoundingClientRect().top]")
+    assert tab.run(BANNER) == [0, low] and low < bottom <= heading
+    assert tab.run("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_papers_numbers_are_in_sight_on_a_phone(book: Path, tab: Tab) -> None:
+    tab.screen(390)
+    tab.open(chapter_of(book))
+    hidden = tab.run("""[...document.querySelectorAll('table.dataframe')].filter((table) =>
+      !table.closest('.browse') && /paper/i.test(table.tHead.textContent)).flatMap((table) =>
+      [...table.tBodies[0].querySelectorAll('td')]).filter((cell) =>
+      cell.getBoundingClientRect().right > innerWidth).map((cell) => cell.textContent)""")
+    assert hidden == []
+    labels = tab.run("[...document.querySelectorAll('table.stacks td')].map((cell) =>"
+                     " getComputedStyle(cell, '::before').content)")
+    assert '"paper"' in labels and "none" not in labels

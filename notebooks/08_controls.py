@@ -10,9 +10,10 @@
 #     name: python3
 #   scfm:
 #     after: [07_endothelial_case_study]
-#     produces: [tables/circuit_faithfulness.csv, tables/circuit_flow.csv, tables/circuit_heads.csv, tables/circuit_overlap.csv]
+#     produces: [tables/circuit_faithfulness.csv, tables/circuit_predictions.csv, tables/circuit_flow.csv,
+#       tables/circuit_heads.csv, tables/circuit_overlap.csv]
 #     exhibits: "beyond the paper"
-#     modules: [circuits/attribution, circuits/circuit, circuits/interventions, circuits/structure, cells/simulated, circuits/planted_genes]
+#     modules: [circuits/attribution, circuits/circuit, circuits/interventions, circuits/prediction, circuits/structure, cells/simulated, circuits/planted_genes]
 # ---
 
 # %% [markdown]
@@ -28,7 +29,7 @@ profile = "demo"
 overrides: dict = {}
 
 # %%
-from scfm_circuits.circuits import studies
+from scfm_circuits.circuits import prediction, studies
 from scfm_circuits.circuits.planted_genes import known_truth
 from scfm_circuits.enrichment.controls.planted_programs import program_matches
 from scfm_circuits.enrichment.controls.studies import by_occurrence
@@ -102,15 +103,6 @@ for name, ratio in found.ratios.items():
 # by {glue:text}`faithfulness.doubling_circuit` (others {glue:text}`faithfulness.doubling_random` and
 # {glue:text}`faithfulness.doubling_random_size`).
 #
-# Predicted and measured changes have a rank correlation over the {glue:text}`faithfulness.cells`
-# cells of {glue:text}`faithfulness.correlation` (Pearson {glue:text}`faithfulness.pearson`) for
-# taking away, {glue:text}`faithfulness.doubling_correlation`
-# ({glue:text}`faithfulness.doubling_pearson`) for doubling and
-# {glue:text}`faithfulness.alone_correlation` ({glue:text}`faithfulness.alone_pearson`) for the circuit
-# alone ({glue:text}`faithfulness.own_kind_correlation` and
-# {glue:text}`faithfulness.own_kind_pearson` with means of the own kind). Where they differ, attention, LayerNorm and features outside the circuit have responded. Cells
-# that share a target are not independent, so these correlations say less than their number of cells.
-#
 # The circuit alone keeps {glue:text}`faithfulness.alone_circuit` of the target's pre-activation. No
 # circuit at all, every feature at its mean, leaves {glue:text}`faithfulness.alone_none`; random
 # features alone leave {glue:text}`faithfulness.alone_same_token` (same tokens) and
@@ -123,6 +115,49 @@ for name, ratio in found.ratios.items():
 # Neither kind of random circuit is perfect: one has the circuit's places, the other its size. Features
 # of the same size stand mostly on other tokens, from which only attention reaches the target. A
 # circuit that beats both has neither place nor size alone to thank.
+
+# %% [markdown]
+# ## Did the predictions come true?
+#
+# A correlation over cells does not say so: it can be high where every sign is wrong. What counts is
+# the sign, and the distance from the line of identity, measured = predicted:
+#
+# $$\text{slope} = \frac{\sum p\,m}{\sum p^2}, \qquad
+# R^2 = 1 - \frac{\sum (m - p)^2}{\sum m^2},$$
+#
+# with $p$ predicted and $m$ measured, as shares of the target. $R^2$ is 1 on the line and 0 for saying
+# that nothing changes; below 0 a prediction is worse than saying nothing. The rule: a prediction *holds*
+# if the signs are right in more than half, by the whole of their 95 % interval over cells, and $R^2$ is
+# above a half; with the signs right and a lower $R^2$ it has the *right sign, wrong size*; else it has
+# *failed*. The features are changed all at once, and one at a time with all others left alone: the
+# smaller the change, the fairer the test of a linear prediction.
+
+# %% tags=["hide-input"]
+tested = prediction.predictions(study.effects, study.singles, settings.seed)
+chapter.table("circuit_single_features", study.singles, rows=0)
+chapter.table("circuit_predictions", tested, digits=3, caption="Predictions held against what was "
+              "measured (same_sign: share of right signs, mean over cells; intervals of 95 % over "
+              "cells)")
+
+# %% mystnb={"image": {"alt": "Measured against predicted change of the target when circuit features are taken away (left) and doubled (right), all at once and one at a time, with the line on which both are equal."}, "figure": {"caption": "Measured against predicted changes of the target, as shares of its pre-activation: all of a circuit's features at once (a point per cell) and one at a time (a point per feature). On the dotted line both are equal.", "name": "fig-predictions"}} tags=["hide-input"]
+chapter.figure("circuit_predictions", plots.predictions(study.effects, study.singles))
+
+# %% tags=["remove-input"]
+chapter.values(prediction.sentences(tested), prefix="prediction.")
+chapter.value("prediction.key_point", int((tested["verdict"] == prediction.HOLDS).sum()),
+              prediction.key_point(tested))
+
+# %% [markdown]
+# - Taken away all at once: {glue:text}`prediction.taken-away-all-at-once`.
+# - Taken away one at a time: {glue:text}`prediction.taken-away-one-at-a-time`.
+# - Doubled all at once: {glue:text}`prediction.doubled-all-at-once`.
+# - Doubled one at a time: {glue:text}`prediction.doubled-one-at-a-time`.
+# - The circuit alone: {glue:text}`prediction.alone-all-at-once`; with means of the token's own kind:
+#   {glue:text}`prediction.alone-own-kind-all-at-once`.
+#
+# Where a prediction is off, attention, LayerNorm and features outside the circuit have responded. Cells
+# that share a target ({glue:text}`faithfulness.targets` different ones here) are not independent, so
+# the intervals are narrower than they would be over targets.
 
 # %% [markdown]
 # ## What several circuits have in common
@@ -312,7 +347,8 @@ if matches:
 
 # %% [markdown]
 # ```{admonition} Key points
-# - Closing to rounding is arithmetic; that the model's own value moves as predicted is evidence.
+# - Closing to rounding is arithmetic; only that the model's own value moves as predicted is evidence.
+#   Of the predictions made here {glue:text}`prediction.key_point`.
 # - A circuit is a claim about the model, and can be tested in the model: without it, and with it alone.
 # - A feature in every cell's circuit does not tell, by being there, what type a cell is.
 # ```

@@ -23,6 +23,7 @@ from scfm_circuits.circuits.interventions import (
     frozen_change,
     held_at_means,
     matched_features,
+    scale_each,
     scale_features,
     written_by,
     written_sizes,
@@ -202,6 +203,22 @@ def test_hooks_are_removed(model, frozen, held):
     scale_features(model, frozen, active(frozen, 0, 3, 2), 2.0, TARGET, reading)
     circuit_alone(model, frozen, [], TARGET, reading, held)
     assert torch.equal(before, model(input_ids=frozen.tokens[None]).logits)
+
+
+@pytest.mark.parametrize("variant", [Variant(), Variant("topk", 5), Variant("jumprelu")], ids=str)
+def test_one_at_a_time_is_each_by_itself(model, variant):
+    run = freeze(model, tiny_transcoders(model, variant=variant), tokens(9))
+    reading = feature_direction(run, *TARGET)
+    silent = int(torch.nonzero(run.activations[0, 4] == 0)[0, 0])
+    chain = [*active(run, 0, 8, 3), *active(run, 1, 3, 3), *active(run, 0, 3, 2),
+             FeatureAt(0, silent, 4)]
+    found = scale_each(model, run, chain, [0.0, 2.0], TARGET, reading, batch=4)
+    for factor, each in zip((0.0, 2.0), found, strict=True):
+        for feature, one in zip(chain, each, strict=True):
+            assert one == pytest.approx(
+                scale_features(model, run, [feature], factor, TARGET, reading), abs=1e-11)
+        assert max(abs(one.measured_change) for one in each[:3]) > 1e-3
+    assert scale_each(model, run, [], [2.0], TARGET, reading) == [[]]
 
 
 # --- the circuit alone ---------------------------------------------------------------------------

@@ -4,6 +4,8 @@
   LayerNorm and the MLPs' other features then respond as they will. 0 takes a feature away, 2
   doubles it. The activation scaled is the one the feature has by then, not the one it had before: a
   feature that has already fallen silent because others were taken away has nothing left to lose.
+- `scale_each` does the same with one feature at a time, the others left alone: the smallest change
+  there is, and the fairest test of a linear prediction.
 - `circuit_alone` is the converse: every feature outside the circuit is held at its mean, and the
   circuit's features run. MLPs are replaced by their transcoders plus the error that these made in
   the clean run, which is kept as it was.
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from scfm_circuits import InputError
 from scfm_circuits.circuits.attribution import Frozen, Reading, through_attention
+from scfm_circuits.circuits.direct_effects import direct_effects, sources_of
 from scfm_circuits.circuits.token_means import Means
 from scfm_circuits.models.mlp_sites import hooked, mlps
 from scfm_circuits.transcoders.transcoder import Transcoders
@@ -148,6 +151,63 @@ def scale_features(model: nn.Module, frozen: Frozen, features: Sequence[FeatureA
     before = float(reading.value)
     predicted = frozen_change(frozen, (factor - 1) * written_by(frozen, features), reading)
     return Effect(before, predicted, _read_with(model, frozen, edits, target) - before)
+
+
+@torch.no_grad()
+def scale_each(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt],
+               factors: Sequence[float], target: FeatureAt, reading: Reading, batch: int = 32
+               ) -> list[list[Effect]]:
+    """By factor, `scale_features` of each feature by itself; `batch` copies of the text pass
+    together."""
+    before = float(reading.value)
+    written = predicted_each(frozen, features, reading)
+    found = []
+    for factor in factors:
+        after = [value for start in range(0, len(features), batch) for value in _scaled_copies(
+            model, frozen, features[start : start + batch], factor, target)]
+        found.append([Effect(before, (factor - 1) * one, value - before)
+                      for one, value in zip(written, after, strict=True)])
+    return found
+
+
+def _scaled_copies(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt], factor: float,
+                   target: FeatureAt) -> list[float]:
+    """The target's pre-activation in copies of the text, in each of which one feature is scaled."""
+    t, modules, seen = frozen.transcoders, mlps(model), []
+
+    def edit(layer: int, copies: list[int]) -> Callable[..., Tensor]:
+        at, indices = _by_layer(frozen, [features[copy] for copy in copies])[layer]
+        rows = _Rows(torch.arange(len(copies), device=at.device), indices)
+
+        def edited(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            z = _live(t, layer, rows, args[0][copies, at])
+            output = output.clone()
+            output[copies, at] += (factor - 1) * z[:, None] * t.W_dec[layer, indices]
+            return output
+
+        return edited
+
+    by_layer: dict[int, list[int]] = {}
+    for copy, feature in enumerate(features):
+        by_layer.setdefault(feature.layer, []).append(copy)
+    with hooked([modules[target.layer].register_forward_pre_hook(
+            lambda module, args: seen.append(args[0][:, target.position])),
+            *(modules[layer].register_forward_hook(edit(layer, copies))
+              for layer, copies in by_layer.items())]):
+        model.base_model(  # type: ignore[operator]
+            input_ids=frozen.tokens.expand(len(features), -1), use_cache=False)
+    return t.layer_pre_activations(target.layer, seen[0])[:, target.feature].tolist()
+
+
+@torch.no_grad()
+def predicted_each(frozen: Frozen, features: Sequence[FeatureAt], reading: Reading) -> list[float]:
+    """What each feature writes gives the reading in the frozen linear model."""
+    sources = sources_of(frozen, [reading])
+    effects = direct_effects(frozen, sources, [reading])[0][0].tolist()
+    columns = {FeatureAt(*place): column for column, place in enumerate(zip(
+        sources.layer.tolist(), sources.feature.tolist(), sources.position.tolist(), strict=True))}
+    # One that is silent writes nothing, and one above the reading does not reach it.
+    return [effects[columns[one]] if one in columns else 0.0 for one in features]
 
 
 # --- the circuit alone ---------------------------------------------------------------------------

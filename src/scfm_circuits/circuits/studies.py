@@ -1,7 +1,8 @@
 """The circuits of several cells, tested and taken apart: one function for each question of a page.
 
 1. `circuit_study` traces and tests a few held-out cells of every type; all else reads its result.
-2. `faithfulness`: does the target change as predicted, and more than with other features?
+2. `faithfulness`: does the target change, and more than with other features? (as much as
+   predicted? see `prediction`)
 3. `flow_shares`, `head_summary`, `supernode_table`, `overlap_study`: what are the circuits made of,
    and what have they in common? (see `structure`)
 """
@@ -16,9 +17,19 @@ from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.cells.tokens import token_texts
-from scfm_circuits.circuits.attribution import contributions, feature_direction, freeze
+from scfm_circuits.circuits.attribution import (
+    Frozen,
+    Reading,
+    contributions,
+    feature_direction,
+    freeze,
+)
 from scfm_circuits.circuits.circuit import Circuit
-from scfm_circuits.circuits.interventions import FeatureAt, compare_interventions
+from scfm_circuits.circuits.interventions import (
+    FeatureAt,
+    compare_interventions,
+    scale_each,
+)
 from scfm_circuits.circuits.search import strongest_features, trace_feature
 from scfm_circuits.circuits.structure import (
     ENDS,
@@ -64,6 +75,9 @@ class CircuitStudy(NamedTuple):
     """Each circuit with the values of `KEYS`."""
     effects: pd.DataFrame
     """pre_activation, and the fields of `interventions.Comparison`: several rows a cell."""
+    singles: pd.DataFrame
+    """Each feature of each circuit by itself: layer, feature, position, intervention (`ablation`,
+    `doubling`), predicted and measured change as shares of the target's pre-activation."""
     flow: pd.DataFrame
     """`structure.flow_table`: several rows a cell."""
     heads: pd.DataFrame
@@ -116,11 +130,11 @@ def circuit_study(model: "PreTrainedModel", transcoders: Transcoders, corpus: Co
     if not parts:
         raise InputError("No feature of the last layer is active at the target of any held-out "
                          "cell; lower `l1_coefficient` or train on more tokens.")
-    effects, flow, heads, inside = (
+    effects, singles, flow, heads, inside = (
         pd.concat([getattr(one, name) for one in parts], ignore_index=True)
-        for name in ("effects", "flow", "heads", "inside"))
-    return CircuitStudy(tuple((one.keys, one.circuit) for one in parts), effects, flow, heads,
-                        inside, len(training))
+        for name in ("effects", "singles", "flow", "heads", "inside"))
+    return CircuitStudy(tuple((one.keys, one.circuit) for one in parts), effects, singles, flow,
+                        heads, inside, len(training))
 
 
 class _OfCell(NamedTuple):
@@ -129,6 +143,7 @@ class _OfCell(NamedTuple):
     keys: dict[str, Any]
     circuit: Circuit
     effects: pd.DataFrame
+    singles: pd.DataFrame
     flow: pd.DataFrame
     heads: pd.DataFrame
     inside: pd.DataFrame
@@ -159,9 +174,21 @@ def _of_cell(model: "PreTrainedModel", transcoders: Transcoders, corpus: Corpus,
         keys, circuit,
         _keyed(pd.DataFrame([{"pre_activation": float(reading.value), **one._asdict()}
                              for one in compared]), keys),
+        _keyed(_one_at_a_time(model, frozen, chosen, target, reading, profile.forward_cells), keys),
         _keyed(flow_table(circuit, parts), keys),
         _keyed(head_table(circuit, parts, case.genes), keys),
         _keyed(pd.DataFrame([{**path_ends(circuit), **inhibition(circuit)._asdict()}]), keys))
+
+
+def _one_at_a_time(model: "PreTrainedModel", frozen: Frozen, features: Sequence[FeatureAt],
+                   target: FeatureAt, reading: Reading, batch: int) -> pd.DataFrame:
+    """A cell's part of `CircuitStudy.singles`, without `KEYS`."""
+    done = {"ablation": 0.0, "doubling": 2.0}
+    effects = scale_each(model, frozen, features, list(done.values()), target, reading, batch)
+    rows = [(*feature, name, one.predicted_change / one.before, one.measured_change / one.before)
+            for name, some in zip(done, effects, strict=True)
+            for feature, one in zip(features, some, strict=True)]
+    return pd.DataFrame(rows, columns=[*FeatureAt._fields, "intervention", "predicted", "measured"])
 
 
 def _keyed(table: pd.DataFrame, keys: dict[str, Any]) -> pd.DataFrame:
@@ -182,8 +209,8 @@ class Faithfulness(NamedTuple):
     numbers: dict[str, float]
     """Counts, and median changes."""
     ratios: dict[str, float]
-    """What random circuits write relative to the circuit, correlations of predicted and measured
-    changes, and what is left of the target with a circuit alone."""
+    """What random circuits write relative to the circuit, and what is left of the target with a
+    circuit alone."""
 
 
 def faithfulness(study: CircuitStudy) -> Faithfulness:
@@ -208,11 +235,6 @@ def faithfulness(study: CircuitStudy) -> Faithfulness:
             numbers[f"{name}{key}"] = measured(intervention, kind)
     ratios = {f"size_{kind.replace(' ', '_')}": float(medians.loc[("ablation", kind), "size"])
               for kind in RANDOM}
-    for name, intervention in (("", "ablation"), ("doubling_", "doubling"), ("alone_", "alone"),
-                               ("own_kind_", "alone, own kind")):
-        pair = cells.loc[(intervention, "circuit"), ["predicted", "measured"]]
-        for key, method in (("correlation", "spearman"), ("pearson", "pearson")):
-            ratios[f"{name}{key}"] = float(pair["predicted"].corr(pair["measured"], method=method))
     for kind in ("circuit", "none", *RANDOM):
         ratios[f"alone_{kind.replace(' ', '_')}"] = 1 + measured("alone", kind)
     for kind in ("circuit", "none"):

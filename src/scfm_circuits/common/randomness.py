@@ -57,6 +57,7 @@ STREAMS: Mapping[str, Stream] = {
     "relabelled genes": Stream(41, ("draw",)),
     "null lists under other choices": Stream(42),
     "cells of both tokenizers": Stream(44),
+    "resampled predictions": Stream(60),
 }
 
 

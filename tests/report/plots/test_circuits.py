@@ -105,6 +105,16 @@ def test_every_cell_is_drawn_once_for_every_intervention():
     assert sum(right) == 3 * 3 * 5 + 5
 
 
+def test_predictions_of_circuits_and_of_single_features_stand_on_one_line():
+    frame = effects()
+    figure = plots.predictions(frame, frame.iloc[:9])
+    counts = [[len(points.get_offsets()) for points in axis.collections] for axis in figure.axes]
+    assert counts == [[5, 5], [4, 5]]
+    for axis in figure.axes:
+        line = axis.lines[0]
+        assert np.array_equal(line.get_xdata(), line.get_ydata())
+
+
 def flow() -> pd.DataFrame:
     one = pd.DataFrame({"kind": ["attention", "features", "features", "errors", "embedding",
                                  "biases"],

@@ -94,6 +94,12 @@ def faithfulness() -> tuple[Figure, list[str]]:
                                  ), []
 
 
+def predictions() -> tuple[Figure, list[str]]:
+    frame = pd.DataFrame({"features": ["circuit"] * 2, "intervention": ["ablation", "doubling"]})
+    frame = frame.assign(predicted=1.0, measured=0.5)
+    return circuits.predictions(frame, frame), []
+
+
 def circuit_flow() -> tuple[Figure, list[str]]:
     frame = pd.DataFrame({"kind": ["attention", "features"], "layer": [0, 1]})
     return circuits.circuit_flow(frame.assign(share=0.5, passing=0.5, cell=ODD[0])), []
@@ -181,7 +187,8 @@ def both_tokenizers() -> tuple[Figure, list[str]]:
 
 FIGURES: dict[str, Callable[[], tuple[Figure, list[str]]]] = {one.__name__: one for one in (
     cells_per_type, circuit_picture, circuit_overlap, planted_recovery, contribution_kinds,
-    faithfulness, circuit_flow, training_curve, transcoder_curves, loss_comparison, layer_alone,
+    faithfulness, predictions, circuit_flow, training_curve, transcoder_curves, loss_comparison,
+    layer_alone,
     share_with_controls, beyond_controls, explained_per_layer, prediction_by_kind, l0_per_layer,
     frequency_distribution, confusion_matrix, answers_by_layer,
     both_tokenizers)} | {"variants": all_variants}

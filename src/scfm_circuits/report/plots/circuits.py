@@ -154,6 +154,29 @@ def faithfulness(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+def predictions(effects: pd.DataFrame, singles: pd.DataFrame) -> Figure:
+    """Measured against predicted changes of circuits' targets: features taken away, and doubled.
+
+    effects, singles: as `studies.CircuitStudy` has them; changes as shares of the target.
+    """
+    figure, axes = panels(2, width=4.8, height=4)
+    for axis, (name, title) in zip(axes, list(_INTERVENTION_NAMES.items())[:2], strict=True):
+        own = effects[(effects["features"] == "circuit") & (effects["intervention"] == name)]
+        each = singles[singles["intervention"] == name]
+        axis.scatter(each["predicted"], each["measured"], s=9, alpha=0.4, color=ORANGE,
+                     label="one feature at a time")
+        axis.scatter(own["predicted"], own["measured"], s=24, alpha=0.7, color=BLUE,
+                     label="all features of a circuit")
+        both = pd.concat([own["predicted"], each["predicted"]])
+        ends = [min(both.min(), 0), max(both.max(), 0)]
+        axis.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(xlabel="predicted change / target", ylabel="measured change / target", title=title)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
 def circuit_flow(flow: pd.DataFrame) -> Figure:
     """What writes the targets' values, layer by layer, as mean shares over cells.
 

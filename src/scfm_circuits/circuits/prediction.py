@@ -1,0 +1,164 @@
+"""Has what was predicted come true? Predicted changes held against measured ones.
+
+A correlation does not say so: predictions of the wrong sign in every cell can correlate with what
+was measured, and so can predictions a hundred times too large. `agreement` counts signs and holds
+the changes against the line of identity, measured = predicted:
+
+    slope = sum(predicted * measured) / sum(predicted^2)      (1 on the line; through the origin)
+    R2    = 1 - sum((measured - predicted)^2) / sum(measured^2)
+
+R2 is 1 on the line and 0 for a prediction no better than that nothing changes; below 0 it is worse.
+
+`predictions` does so for every intervention with a circuit, all of its features at once and one at
+a time; `sentences` and `key_point` say what came out.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.stats import norm
+
+from scfm_circuits.common.randomness import generator
+
+DRAWS = 2_000
+"""Resamplings of the cells for the intervals of slope and R2."""
+HALF = 0.5
+"""Share of right signs that a coin has, and R2 from which a prediction holds."""
+
+HOLDS, DIRECTION, FAILED = "holds", "right sign, wrong size", "failed"
+"""What a prediction can come to (`Agreement.verdict`)."""
+TOGETHER, SINGLE = "all at once", "one at a time"
+DONE = {"ablation": "taken away", "doubling": "doubled", "alone": "alone",
+        "alone, own kind": "alone, own kind"}
+"""Interventions (`interventions.Comparison`) and what a page calls them."""
+
+
+class Agreement(NamedTuple):
+    """How well changes were predicted; every interval is of 95 % and over cells.
+
+    same_sign: share of the predictions with the sign of what was measured, mean over cells, with
+    Wilson's interval for so many cells (for several predictions a cell it is wider than need be).
+    slope, r2: as in the module's formulas, with percentiles of the resampled cells. pearson: the
+    correlation, which is shown to be compared and decides nothing.
+    """
+
+    cells: int
+    predictions: int
+    same_sign: float
+    same_sign_low: float
+    same_sign_high: float
+    slope: float
+    slope_low: float
+    slope_high: float
+    r2: float
+    r2_low: float
+    r2_high: float
+    pearson: float
+
+    @property
+    def verdict(self) -> str:
+        """By a rule that was made before the result was seen.
+
+        `FAILED` unless the signs are right in more than half, by the whole of their interval;
+        `HOLDS` if R2 is above a half as well; between them, `DIRECTION`.
+        """
+        if not self.same_sign_low > HALF:
+            return FAILED
+        return HOLDS if self.r2 > HALF else DIRECTION
+
+
+def agreement(predicted: np.ndarray, measured: np.ndarray, cells: np.ndarray, seed: int
+              ) -> Agreement:
+    """`Agreement` of (n,) predicted and measured changes; cells: (n,) which cell each is of.
+
+    Changes are in one unit over all cells. One that is 0 has neither sign.
+    """
+    predicted, measured = (np.asarray(one, float) for one in (predicted, measured))
+    names, of = np.unique(np.asarray(cells), return_inverse=True)
+    n = len(names)
+    right = np.bincount(of, predicted * measured > 0, n) / np.bincount(of, minlength=n)
+    sums = np.stack([np.bincount(of, part, n) for part in (
+        predicted * measured, predicted**2, (measured - predicted) ** 2, measured**2)])
+    drawn = generator(seed, "resampled predictions").multinomial(n, np.full(n, 1 / n), DRAWS)
+    # Where all that was predicted or measured is 0 there is no slope or R2.
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        (slope, r2), resampled = _on_the_line(sums.sum(axis=1)), _on_the_line(sums @ drawn.T)
+        (slope_low, r2_low), (slope_high, r2_high) = np.percentile(resampled, [2.5, 97.5], axis=1)
+    varied = len(of) > 1 and predicted.std() > 0 and measured.std() > 0
+    return Agreement(
+        n, len(of), float(right.mean()), *_wilson(right.sum(), n), float(slope),
+        float(slope_low), float(slope_high), float(r2), float(r2_low), float(r2_high),
+        float(np.corrcoef(predicted, measured)[0, 1]) if varied else np.nan)
+
+
+def _on_the_line(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slope and R2 of sums (4, ...): predicted * measured, predicted^2, missed^2, measured^2."""
+    both, squares, missed, whole = sums
+    return both / squares, 1 - missed / whole
+
+
+def _wilson(right: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of right / n; `right` may be a sum of shares."""
+    z = float(norm.ppf(0.975))
+    share, of = right / n, 1 + z**2 / n
+    middle = (share + z**2 / (2 * n)) / of
+    half = z / of * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
+# --- the predictions of a circuit study ----------------------------------------------------------
+
+
+def predictions(effects: pd.DataFrame, singles: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """A row for each prediction: done (what to the circuit's features), features (`TOGETHER`,
+    `SINGLE`), the fields of `Agreement`, verdict.
+
+    effects, singles: those of `studies.CircuitStudy`.
+    """
+    own = effects[effects["features"] == "circuit"]
+    rows = []
+    for features, frame in ((TOGETHER, own), (SINGLE, singles)):
+        for name, done in DONE.items():
+            some = frame[frame["intervention"] == name]
+            if len(some):
+                found = agreement(some["predicted"].to_numpy(), some["measured"].to_numpy(),
+                                  some["cell"].to_numpy(), seed)
+                rows.append({"done": done, "features": features, **found._asdict(),
+                             "verdict": found.verdict})
+    return pd.DataFrame(rows).sort_values(
+        "done", key=lambda one: one.map({name: i for i, name in enumerate(DONE.values())}),
+        kind="stable", ignore_index=True)
+
+
+def sentences(table: pd.DataFrame) -> dict[str, str]:
+    """`predictions` in words, each beginning with its verdict, by what was done and to how many
+    features at once, as in `doubled-all-at-once`."""
+    said = {f"{done} {features}": "not tested" for features in (TOGETHER, SINGLE)
+            for done in list(DONE.values())[: None if features == TOGETHER else 2]}
+    said |= {f"{row.done} {row.features}": _sentence(row) for row in table.itertuples(index=False)}
+    return {key.replace(",", "").replace(" ", "-"): text for key, text in said.items()}
+
+
+def _sentence(row: Any) -> str:
+    if row.cells == row.predictions:
+        signs = f"in {round(row.same_sign * row.cells)} of {row.cells} cells"
+    else:
+        signs = (f"for {row.same_sign:.0%} of the features "
+                 f"({row.predictions:,} in {row.cells} cells)")
+    return (f"{row.verdict} (the sign is right {signs}, 95 % interval "
+            f"{row.same_sign_low:.0%} to {row.same_sign_high:.0%}; slope {row.slope:.3g}, "
+            f"R² about the line of identity {row.r2:.3g}; the correlation is {row.pearson:.2f})")
+
+
+def key_point(table: pd.DataFrame) -> str:
+    """Which of `predictions` hold and which do not, in a sentence."""
+    said = []
+    for verdict, begins in ((HOLDS, "the prediction holds for features"),
+                            (DIRECTION, "it has the right sign and the wrong size for features"),
+                            (FAILED, "it failed for features")):
+        some = table[table["verdict"] == verdict]
+        if len(some):
+            said.append(f"{begins} " + ", ".join(f"{row.done} {row.features}"
+                                                 for row in some.itertuples(index=False)))
+    return "; ".join(said)

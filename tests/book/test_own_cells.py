@@ -63,10 +63,20 @@ def identifiers_and_repeated_symbols(path: Path) -> None:
     data.write_h5ad(path)
 
 
-def normalised_values_and_empty_categories(path: Path) -> None:
-    """Log-normalised values alone, and a type that no cell has."""
+ODD = {"Dendritic": "CD4$+$  T |", "CD14+ Monocyte": r"$$ \frac{a}{b} `c`", "CD19+ B": "nan",
+       "CD8+ Cytotoxic T": "<b onclick=x>[y](http://z) *w*</b>"}
+"""What some types are called instead, in the second file."""
+
+
+def normalised_values_and_odd_labels(path: Path) -> None:
+    """Log-normalised values alone, odd labels, a type that no cell has; and a library of one's own
+    beside it, in which none of the paper's genes is."""
     data = some_pbmcs()
-    labels = data.obs["cell_type"]
+    labels = data.obs["cell_type"].replace(ODD)
+    labels.iloc[::3] += " "
+    (path.parent / "sets").mkdir()
+    (path.parent / "sets" / "CellMarker_Augmented_2021.gmt").write_text(
+        f'"$a$ | <i>b</i>"\t{data.var_names[0]}\tLYZ\tCD3D\r"other"\tCD3D\tLYZ\tCD3E\r')
     data.obs["cell_type"] = pd.Categorical(labels, [EMPTY, *sorted(set(labels))])
     data.write_h5ad(path)
 
@@ -76,17 +86,20 @@ def normalised_values_and_empty_categories(path: Path) -> None:
      {"symbol_column": "feature_name", "duplicate_symbols": "sum"},
      ["Symbols are taken from the var column feature_name.", "30 repeated symbols were added up.",
       "The values are whole numbers, so raw counts."]),
-    (normalised_values_and_empty_categories, "genes",
-     {"symbol_column": None, "duplicate_symbols": "error"},
-     ["The values are not whole numbers, so normalised already."]),
+    (normalised_values_and_odd_labels, "genes",
+     {"symbol_column": None, "duplicate_symbols": "error", "case_type": "CD4$+$ T |"},
+     ["The values are not whole numbers, so normalised already.",
+      "'CD4$+$  T |' and 'CD4$+$  T | ' are one type, 'CD4$+$ T |'"]),
 ])
 def test_a_file_makes_a_book(tmp_path: Path, write: Callable[[Path], None], tokenizer: str,
                              fields: dict[str, str | None], decided: list[str]) -> None:
     """`make profile`, then `make book`, without the gene-set libraries and without network."""
     write(tmp_path / "cells.h5ad")
+    sets = tmp_path / "sets"
     (tmp_path / "small.yml").write_text(yaml.safe_dump({**SMALL, "tokenizer": tokenizer}))
-    settings = {**os.environ, "SCFM_RESULTS": str(tmp_path / "results"), "SCFM_GENE_SETS": "",
-                "SCFM_CACHE": str(tmp_path / "cache"), "SCFM_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    settings = {**os.environ, "SCFM_RESULTS": str(tmp_path / "results"), "OMP_NUM_THREADS": "1",
+                "SCFM_GENE_SETS": str(sets) if sets.is_dir() else "",
+                "SCFM_CACHE": str(tmp_path / "cache"), "SCFM_OFFLINE": "1"}
     profile = str(tmp_path / "mine.yml")
     for words in (["profile", str(tmp_path / "cells.h5ad"), "--out", profile,
                    "--extends", str(tmp_path / "small.yml")],
@@ -100,6 +113,9 @@ def test_a_file_makes_a_book(tmp_path: Path, write: Callable[[Path], None], toke
     page = html.unescape((pages / "01_cells_and_model.html").read_text(encoding="utf-8"))
     assert all(sentence in page for sentence in decided), page
     assert "cells of cells.h5ad" in page and f" {written.case_type}.\n" in page
+    case = html.unescape((pages / "07_endothelial_case_study.html").read_text(encoding="utf-8"))
+    assert written.case_type in case
+    assert ("has no column of descriptions" in case) == sets.is_dir()
     chapters = sorted(path.stem for path in (ROOT / "notebooks").glob("*.py"))
     assert all((pages / f"{chapter}.html").is_file() for chapter in chapters) and chapters
     # A type that no cell has is in no file but the cells'.

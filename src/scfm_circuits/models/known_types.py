@@ -94,16 +94,21 @@ def get_known_types(model: nn.Module, corpus: "Corpus", profile: "Profile") -> K
 
 def ask_held_out(model: nn.Module, corpus: "Corpus", seed: int, most: int = ASKED) -> Said:
     """Ask the model, and a regression, for the types of held-out cells, `most` of them."""
-    held_out = np.flatnonzero(corpus.held_out)
-    cells = np.sort(generator(seed, "cells asked for their type").permutation(held_out)[:most])
+    cells = cells_asked(corpus, seed, most)
     return Said(cells, np.array(predict_answers(model, corpus, cells), dtype=str),
                 regression_answers(corpus, cells))
+
+
+def cells_asked(corpus: "Corpus", seed: int, most: int = ASKED) -> np.ndarray:
+    """(n,) held-out cells that are asked, `most` at most, drawn at random."""
+    held_out = np.flatnonzero(corpus.held_out)
+    return np.sort(generator(seed, "cells asked for their type").permutation(held_out)[:most])
 
 
 def known_types(corpus: "Corpus", said: Said) -> KnownTypes:
     """Count answers against labels."""
     truth, taught = corpus.labels[said.cells], corpus.labels[~corpus.held_out]
-    commonest = _commonest(taught)
+    commonest = commonest_text(taught)
     types, right = np.unique(truth), said.model == truth
     regression = said.regression == truth
     of_type = [truth == one for one in types]
@@ -114,7 +119,7 @@ def known_types(corpus: "Corpus", said: Said) -> KnownTypes:
         "held_out": [int(one.sum()) for one in of_type],
         **_shares([right[one] for one in of_type]),
         "regression": [int(regression[one].sum()) for one in of_type],
-        "commonest_answer": [_commonest(said.model[one]) for one in of_type]}
+        "commonest_answer": [commonest_text(said.model[one]) for one in of_type]}
     others = np.setdiff1d(np.intersect1d(said.model, corpus.labels), types)
     answers = np.where(np.isin(said.model, corpus.labels), said.model, OTHER)
     columns = [*types, *others, *([OTHER] if OTHER in answers else [])]
@@ -157,7 +162,7 @@ def _shares(right: list[np.ndarray]) -> Columns:
             "upper_95": [100 * one.high for one in intervals]}
 
 
-def _commonest(texts: np.ndarray) -> str:
+def commonest_text(texts: np.ndarray) -> str:
     """The commonest text; of equally common ones the first by alphabet."""
     values, counts = np.unique(texts, return_counts=True)
     return str(values[counts.argmax()])
@@ -175,9 +180,13 @@ def regression_answers(corpus: "Corpus", cells: np.ndarray) -> np.ndarray:
     if len(np.unique(labels)) == 1:  # which scikit-learn refuses
         return np.full(len(cells), labels[0])
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
-    fitted = LogisticRegression(max_iter=1000).fit(ranks(corpus, training), labels)
-    return np.asarray(fitted.predict(ranks(corpus, cells)), dtype=str)
+    seen = ranks(corpus, training)
+    used = np.unique(seen.indices)  # the penalty leaves the others at exactly 0
+    with threadpool_limits(1, "blas"):  # on so short vectors more threads only wait for each other
+        fitted = LogisticRegression(max_iter=1000).fit(seen[:, used], labels)
+    return np.asarray(fitted.predict(ranks(corpus, cells)[:, used]), dtype=str)
 
 
 def ranks(corpus: "Corpus", cells: np.ndarray) -> "csr_array":

@@ -35,7 +35,8 @@ from scfm_circuits.interpretability.scores import (
     feature_scores,
     verdicts,
 )
-from scfm_circuits.models.known_types import COMMONEST, MODEL, get_known_types
+from scfm_circuits.models.answers import predict_answers
+from scfm_circuits.models.known_types import cells_asked, commonest_text
 from scfm_circuits.report.chapter import Chapter
 from scfm_circuits.transcoders.validation import held_out_measures
 from scfm_circuits.transcoders.variants import schedules
@@ -128,13 +129,15 @@ def model_rows(parts: Parts) -> list[Row]:
                               parts.profile.forward_cells)
     loss = found.set_index(["variant", "layer"])["loss"]
     predictions = float((corpus.lengths[held_out] - 1).mean())
-    known = get_known_types(parts.model, corpus, parts.profile)
+    asked = cells_asked(corpus, parts.profile.seed)
+    truth, commonest = corpus.labels[asked], commonest_text(corpus.labels[~corpus.held_out])
+    answers = np.array(predict_answers(parts.model, corpus, asked), dtype=str)
     rows: list[Row] = [("model", "tokens of a cell", float(corpus.lengths.mean())),
                        ("model", "loss, nats a cell", predictions * loss["original", -1]),
                        ("model", "added by transcoders, nats a cell",
                         predictions * (loss["own", -1] - loss["original", -1])),
-                       ("model", "right answers, %", known.of(MODEL, "percentage")),
-                       ("model", "commonest type, %", known.of(COMMONEST, "percentage"))]
+                       ("model", "right answers, %", 100 * np.mean(answers == truth)),
+                       ("model", "commonest type, %", 100 * np.mean(truth == commonest))]
     own = found[(found["variant"] == "own") & (found["layer"] >= 0)]
     for where, part in _split(own):
         rows += [(where, "FVU", part["fvu"].mean()), (where, "L0", part["l0"].mean())]

@@ -34,31 +34,35 @@ def gene_scores(statistics: FeatureStatistics, layer: int, n_genes: int, rule: s
     inside = np.flatnonzero(statistics.pair_gene >= 0)
     counts = statistics.counts[layer]
     counts = sp.csr_matrix((counts if features is None else counts[features])[:, inside])
-    to_genes = _to_genes(statistics, inside, n_genes, rule, contains)
-    found = sp.csr_matrix(counts @ to_genes)
+    occurrences, found = statistics.pair_count[inside].astype(np.float64), counts
+    mean = np.asarray(counts.sum(axis=1), np.float64).ravel() / max(1.0, occurrences.sum())
+    for step in _to_genes(statistics, inside, n_genes, rule, contains):
+        found, occurrences = sp.csr_matrix(found @ step), occurrences @ step
     if score == "count":
         return found
-    occurrences = statistics.pair_count[inside].astype(np.float64)
-    mean = np.asarray(counts.sum(axis=1), np.float64).ravel() / max(1.0, occurrences.sum())
-    found.data = rescored(found.data.astype(np.float64), (occurrences @ to_genes)[found.indices],
+    found.data = rescored(found.data.astype(np.float64), occurrences[found.indices],
                           np.repeat(mean, np.diff(found.indptr)), score)
     found.eliminate_zeros()
     return found
 
 
 def _to_genes(statistics: FeatureStatistics, inside: np.ndarray, n_genes: int, rule: str,
-              contains: sp.csr_matrix | None) -> sp.csr_matrix:
-    """(pairs in genes, n_genes) for which genes an activation on a pair counts."""
+              contains: sp.csr_matrix | None) -> list[sp.csr_matrix]:
+    """For which genes an activation on a pair counts, (pairs in genes, n_genes), in factors.
+
+    Counts are summed by token first: the product of both factors has as many entries as a token's
+    pairs times its genes.
+    """
     genes, tokens = statistics.pair_gene[inside], statistics.pair_token[inside]
     ones = np.ones(len(inside))
     if rule == "occurrence":
-        return sp.csr_matrix((ones, (np.arange(len(inside)), genes)), (len(inside), n_genes))
+        return [sp.csr_matrix((ones, (np.arange(len(inside)), genes)), (len(inside), n_genes))]
     unique, token = np.unique(tokens, return_inverse=True)
     by_token = sp.csr_matrix((ones, (np.arange(len(inside)), token)), (len(inside), len(unique)))
     if contains is None:
         # A gene may hold a token twice; it still contains it once.
         contains = sp.csr_matrix((ones, (token, genes)), (len(unique), n_genes)).sign()
-    return sp.csr_matrix(by_token @ contains)
+    return [by_token, contains]
 
 
 def rescored(counts: np.ndarray, occurrences: np.ndarray, mean: np.ndarray, score: str
@@ -114,7 +118,8 @@ def ranked_genes(statistics: FeatureStatistics, layer: int, features: np.ndarray
         some = features[start : start + _FEATURES]
         scores = gene_scores(statistics, layer, n_genes, rule, some, score=score,
                              contains=contains)
-        own = gene_scores(statistics, layer, n_genes, "occurrence", some)
+        own = scores if (rule, score) == ("occurrence", "count") else gene_scores(
+            statistics, layer, n_genes, "occurrence", some)
         second = np.zeros(n_genes)
         for row in range(len(some)):
             part, inside = (slice(*one.indptr[row : row + 2]) for one in (scores, own))

@@ -6,7 +6,7 @@
 4. What is left as more is demanded (`demands`), and every feature's terms (`feature_tables`)?
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,14 @@ import pandas as pd
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.randomness import generator
-from scfm_circuits.enrichment.background import Background, Family, prepare_background
+from scfm_circuits.enrichment.background import (
+    Background,
+    Family,
+    GeneIds,
+    encode_ids,
+    gene_ids,
+    prepare_background,
+)
 from scfm_circuits.enrichment.controls.joint_null import some_of
 from scfm_circuits.enrichment.controls.layer_counts import (
     BAND_DRAWS,
@@ -35,7 +42,7 @@ from scfm_circuits.enrichment.controls.tables import (
     verdict_table,
 )
 from scfm_circuits.enrichment.gene_sets import GeneSets
-from scfm_circuits.enrichment.null_lists import ragged, uniform_null
+from scfm_circuits.enrichment.null_lists import Ragged, ragged, uniform_null
 from scfm_circuits.enrichment.over_representation import over_representation
 from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.enrichment.significance import wilson_interval
@@ -49,6 +56,8 @@ if TYPE_CHECKING:
     from scfm_circuits.common.profile import Profile
 
 Baselines = Mapping[str, FeatureStatistics]
+Known = tuple[Background, GeneIds]
+"""A library with a background, and what these know the corpus's genes as."""
 
 PURITIES = (1.0, 0.5, 0.25)
 """Shares of a planted feature's genes that are its term's."""
@@ -222,13 +231,17 @@ def choices(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Pr
     """
     symbols = occurring_symbols(corpus)
     rule = RULES[profile.enrichment_rule]
-    own = [prepare_background(one, rule.background_for(symbols)) for one in libraries]
-    tried: list[tuple[str, Profile, list[Background], Family, bool]] = [
+
+    def known(background: int | Collection[str] | None) -> list[Known]:
+        universes = [prepare_background(one, background) for one in libraries]
+        return [(one, gene_ids(corpus.symbols.tolist(), one)) for one in universes]
+
+    own = known(rule.background_for(symbols))
+    tried: list[tuple[str, Profile, list[Known], Family, bool]] = [
         (label, profile.model_copy(update=update), own, rule.family, True)
-        for label, update in _other_lists(profile, own, len(symbols)).items()]
-    tried += [(f"background {label}, BH over {family} terms", profile,
-               [prepare_background(one, background) for one in libraries], family, False)
-              for label, background in ((20_000, 20_000), ("corpus genes", symbols))
+        for label, update in _other_lists(profile, [one for one, _ in own], len(symbols)).items()]
+    tried += [(f"background {label}, BH over {family} terms", profile, backgrounds, family, False)
+              for label, backgrounds in (("20000", known(20_000)), ("corpus genes", known(symbols)))
               for family in ("hit", "all")]
     return pd.DataFrame([{
         "choice": label, **_under(kinds, corpus, used, backgrounds, family, with_nulls)}
@@ -260,7 +273,7 @@ def _other_lists(profile: "Profile", own: Sequence[Background], n_genes: int
 
 
 def _under(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Profile",
-           backgrounds: Sequence[Background], family: Family, with_nulls: bool) -> dict[str, Any]:
+           backgrounds: Sequence[Known], family: Family, with_nulls: bool) -> dict[str, Any]:
     """One row of `choices` but its name."""
     counts = {kind: np.zeros(2, np.int64) for kind in kinds}
     nulls = {kind: np.zeros(2, np.int64) for kind in NULLS[1:] if with_nulls}
@@ -270,8 +283,8 @@ def _under(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Pro
             features = np.flatnonzero(statistics.live(profile.live_cut_table4)[layer])
             if kind != FEATURES:
                 features = some_of(features)
-            lists = gene_lists(statistics, layer, features, corpus, profile)
-            counts[kind] += len(lists), _called(lists, backgrounds, family, profile.fdr)
+            lists = ragged(gene_list_ids(statistics, layer, features, corpus, profile))
+            counts[kind] += len(lists.lengths), _called(lists, backgrounds, family, profile.fdr)
         if not nulls:
             continue
         statistics = kinds[FEATURES]
@@ -280,9 +293,7 @@ def _under(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Pro
         source = null_source(statistics, layer, features, given, corpus, profile)
         for kind, sums in nulls.items():
             drawn = source.draw(kind, rng, 1)
-            lists = [corpus.symbols[drawn.ids[start:end]].tolist() for start, end in
-                     zip(drawn.indptr[:-1], drawn.indptr[1:], strict=True)]
-            sums += len(lists), _called(lists, backgrounds, family, profile.fdr)
+            sums += len(drawn.lengths), _called(drawn, backgrounds, family, profile.fdr)
     live, hits = counts.pop(FEATURES)
     percentages = {kind: 100 * called / tested if tested else np.nan
                    for kind, (tested, called) in {**counts, **nulls}.items()}
@@ -290,11 +301,11 @@ def _under(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Pro
             "percentage": 100 * hits / live if live else np.nan, **percentages}
 
 
-def _called(lists: Sequence[Sequence[str]], backgrounds: Sequence[Background], family: Family,
-            fdr: float) -> int:
-    """How many lists have a significant term in any library."""
-    called = [over_representation(lists, one.library, background=one, family=family,
-                                  alpha=fdr).n_significant > 0 for one in backgrounds]
+def _called(lists: Ragged, backgrounds: Sequence[Known], family: Family, fdr: float) -> int:
+    """How many lists of gene ids have a significant term in any library."""
+    called = [over_representation(encode_ids(lists, ids, one.library, one), one.library,
+                                  background=one, family=family, alpha=fdr).n_significant > 0
+              for one, ids in backgrounds]
     return int(np.any(called, axis=0).sum())
 
 

@@ -92,7 +92,8 @@ chapter.value("enrichment.statement", RULES[settings.enrichment_rule].statement)
 # %% tags=["hide-input"]
 table4, paper = study.table, None if stand_in else chapter.paper.table4
 chapter.table("table4", table4, rows=0)
-chapter.value("enrichment.stand_in", stand_in)
+chapter.values({"stand_in": stand_in, "libraries": ", ".join(one.name for one in libraries)},
+               prefix="enrichment.")
 chapter.value("table4.layout", "This run alone, with other gene sets than the paper's." if stand_in
               else "On the left this run, on the right the paper's layer at the same relative depth.")
 chapter.show(studies.beside_paper(table4, paper), caption="Table 4 of this run under the rule "
@@ -105,11 +106,6 @@ for row in table4.itertuples():
 total, called = int(table4["live"].sum()), int(table4["interpretable"].sum())
 chapter.values({"live": total, "interpretable": called,
                 "percentage": 100 * called / total if total else None}, prefix="table4.total.")
-percentage = table4["percentage"]
-chapter.values({
-    "share_of_layers_over_80": float((percentage > 80).mean()),
-    "layer0_dip": float(percentage[0] - percentage[1:].mean()),
-}, prefix="table4.")
 printed = None if paper is None else 100 * paper["interpretable"].sum() / paper["total"].sum()
 chapter.value("table4.paper_percentage", printed, "." if printed is None else
               f"; over the paper's 24 layers it is {printed:.2f} %.")

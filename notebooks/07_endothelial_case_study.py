@@ -203,6 +203,7 @@ chapter.values({"nodes": len(nodes), "edges": len(found.edges), "gene_nodes": le
                prefix="case.")
 chapter.value("case.closure_max", found.closure_max_relative, f"{found.closure_max_relative:.1e}")
 chapter.percent("case.prompt_token_share", float((nodes["gene"] == "").mean()))
+chapter.value("case.prompt_share_of_tokens", case.genes.count(None) / len(case.genes))
 chapter.percent("case.kept_share", circuit.share_kept(found))
 
 # %% [markdown]
@@ -396,6 +397,8 @@ chapter.value("paper_case.nulls_said", bool(words),
 # %% tags=["hide-input"]
 present = {gene: gene in named for gene in printed.nine}
 chapter.values(present, prefix="case.gene_node.")
+chapter.value("case.nine_in_prompt", len({*printed.nine} & {*genes}))
+chapter.values(printed_case.term_overlap(library, stated["term"], named, genes), "case.term.")
 chapter.show(chapter.paper.circuit.assign(
     in_prompt=[gene in genes for gene in printed.nine], in_circuit=list(present.values())),
     caption="The paper's nine genes in this run's prompt and circuit")

@@ -19,10 +19,16 @@
 # %% [markdown]
 # # The paper's claims, one by one
 #
-# Every number and every checkable sentence of the paper, with ours beside it. *match*: equal at the
-# precision the paper prints, or the statement holds. *within*: inside the tolerance that the rule
-# names. *off*: outside. *not comparable at this scale*: this profile cannot judge the claim; ours is
-# shown all the same where there is one. *not measured*: this run has no number for it.
+# Every number and every checkable sentence of the paper, with ours beside it. They do not all weigh
+# the same, so they are counted by what they stand on: **tested** on the model of this run;
+# **recomputed** from what the paper prints, which needs no model; a **transcription**, which says that
+# something is printed; or a **setting** of the run. Only the first say anything about the model.
+#
+# *match*: equal at the precision the paper prints, or the statement holds. *within*: inside the
+# tolerance that the rule names. *off*: outside. *undecided*: a bound that lies inside our interval, or
+# that has none. *not a test*: a setting or a transcription agrees, as it must. *not judged*: found with
+# other gene sets than the paper names. *not comparable at this scale*: this profile cannot judge the
+# claim; ours is shown all the same where there is one. *not measured*: this run has no number for it.
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -31,12 +37,12 @@ overrides: dict = {}
 # %%
 import pandas as pd
 
-from scfm_circuits.paper.claims import VERDICTS, write_claims
+from scfm_circuits.paper.claims import JUDGED, STANDINGS, counts, write_claims
 from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.report import short_number
 
 chapter = open_chapter("12_claims", profile, overrides)
-path = write_claims(chapter.profile.name, chapter.profile.results)
+path = write_claims(chapter.profile, chapter.profile.results)
 claims = pd.read_csv(path, dtype=str, keep_default_na=False)
 for column in ("ours", "difference"):
     claims[column] = [short_number(text) for text in claims[column]]
@@ -47,38 +53,57 @@ chapter.not_comparable()
 chapter.library_warnings(*chapter.profile.libraries, chapter.profile.case_library)
 
 # %% tags=["hide-input"]
-own = claims[claims["kind"] != "internal"]
-internal = claims[claims["kind"] == "internal"]
-counts = pd.DataFrame({"verdict": list(VERDICTS)})
-counts["claims about the model"] = [int((own["verdict"] == v).sum()) for v in VERDICTS]
-counts["the paper's own arithmetic"] = [int((internal["verdict"] == v).sum()) for v in VERDICTS]
-chapter.show(counts, caption="Verdicts of this run")
+by_standing = counts(claims)
+chapter.show(by_standing.rename(columns=STANDINGS).reset_index(), caption="Verdicts of this run")
+
+# %% tags=["remove-input"]
+tested = by_standing["tested"]
+chapter.values({"tested": int(tested.sum()), "judged": int(tested.reindex(JUDGED).sum()),
+                **{verdict: int(tested.get(verdict, 0)) for verdict in JUDGED}}, prefix="ledger.")
 
 # %% [markdown]
-# ## Judged in this run
-
-# %% tags=["hide-input"]
-columns = ["exhibit", "verdict", "claim", "paper", "ours", "difference", "unit", "rule"]
-judged = own[~own["verdict"].isin(["not comparable at this scale", "not measured"])]
-chapter.show(judged[columns], caption="Claims that this profile can judge")
-
-# %% [markdown]
-# ## The paper's own arithmetic
+# Of {glue:text}`ledger.tested` claims that a model can be tested on, this run judges
+# {glue:text}`ledger.judged`: {glue:text}`ledger.match` match, {glue:text}`ledger.within` are within the
+# tolerance, {glue:text}`ledger.off` are off, and {glue:text}`ledger.undecided` cannot be decided.
 #
-# These need no run: do the printed numbers agree with each other, and with what they are said to be?
+# ## Tested on this run's model
+#
+# *Beside* is what ours has to be read against: what features score that learnt nothing, or what luck
+# would give.
 
 # %% tags=["hide-input"]
-odd = internal[internal["verdict"] != "match"]
-chapter.show(odd[columns], caption="Internal checks that do not come out as printed")
-
-# %% tags=["hide-input"]
-chapter.show(internal[internal["verdict"] == "match"][["exhibit", "claim", "paper", "ours"]],
-            caption="Internal checks that do")
+columns = ["exhibit", "verdict", "claim", "paper", "ours", "interval", "beside", "difference",
+           "unit", "rule"]
+own = claims[claims["standing"] == "tested"]
+judged = own["verdict"].isin(JUDGED)
+chapter.show(own.loc[judged, columns], caption="Claims that this profile can judge")
 
 # %% [markdown]
-# ## Not comparable at this scale, or not measured
+# ## Recomputed from what the paper prints
+#
+# These need no run: do the printed numbers agree with each other, with what they are said to be, and
+# with what their formulas give for the printed genes? Nothing here speaks for the model.
 
 # %% tags=["hide-input"]
-rest = own[own["verdict"].isin(["not comparable at this scale", "not measured"])]
-chapter.show(rest[["exhibit", "verdict", "claim", "paper", "ours"]],
-            caption="Claims about the paper's own model and cells")
+printed = claims[claims["standing"] == "recomputed"]
+chapter.show(printed[columns].sort_values("verdict", key=lambda verdict: verdict == "match",
+                                          kind="stable"),
+             caption="The paper against itself; first what does not come out as printed")
+
+# %% [markdown]
+# ## Not comparable at this scale, not judged, or not measured
+
+# %% tags=["hide-input"]
+chapter.show(own.loc[~judged, ["exhibit", "verdict", "claim", "paper", "ours"]],
+             caption="Claims about the paper's own model and cells")
+
+# %% [markdown]
+# ## Settings and transcriptions
+#
+# They say that the run was set up as the paper describes, or that a row was copied as it is printed.
+# A setting that differs is *off*; one that agrees is no finding.
+
+# %% tags=["hide-input"]
+rest = claims[claims["standing"].isin(["setting", "transcription"])]
+chapter.show(rest[["standing", "exhibit", "verdict", "claim", "paper", "ours"]],
+             caption="No test of anything")

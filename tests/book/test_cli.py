@@ -21,7 +21,6 @@ from scfm_circuits.book import cli as book
 from scfm_circuits.book import execution, gate, pages
 from scfm_circuits.book.chapters import load_run, plan
 from scfm_circuits.common import files, kept, manifest, profile
-from scfm_circuits.paper import claims
 from scfm_circuits.report import tables as report_tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -652,23 +651,19 @@ def test_two_profiles_of_one_name_do_not_share_results(project: Project) -> None
     assert json.loads((results / "profile.json").read_text()) == {"file": "lung/mine.yml"}
 
 
-def test_the_papers_own_arithmetic_is_counted_apart(project: Project) -> None:
+def test_only_claims_tested_on_the_model_are_counted(project: Project) -> None:
     project.notebook("01_first")
     folder = project.root / "results" / "tiny"
     folder.mkdir(parents=True)
-    lines = ["Table 1,off,number", "Table 1,match,number", "Fig. 2,off,number",
-             "Table 1,match,internal", "a|b,not measured,statement", "Table 2,off,internal",
-             "Table 2,match,internal"]
-    (folder / "claims.csv").write_text("exhibit,verdict,kind\n" + "\n".join(lines) + "\n")
+    lines = ["Table 1,off,tested", "Table 1,match,tested", "Fig. 2,off,tested",
+             "Table 1,match,recomputed", "a|b,not measured,tested", "Table 2,off,recomputed",
+             "Table 2,not a test,transcription", "Table 3,not a test,setting"]
+    (folder / "claims.csv").write_text("exhibit,verdict,standing\n" + "\n".join(lines) + "\n")
     table = [[cell.strip() for cell in line.strip("|").split(" | ")]
              for line in pages.verdict_counts(load_run("tiny")).splitlines()]
-    assert table[0] == ["Exhibit", *claims.VERDICTS]
-    assert table[2:] == [
-        ["Table 1", "1", "", "1", "", ""], ["Fig. 2", "", "", "1", "", ""],
-        ["a\\|b", "", "", "", "", "1"],
-        ["**all claims about the model**", "1", "", "2", "", "1"],
-        ["**the paper's own arithmetic**", "2", "", "1", "", ""],
-    ]
+    assert table[0] == ["Exhibit", "match", "off", "not measured"]
+    assert table[2:] == [["Table 1", "1", "1", ""], ["Fig. 2", "", "1", ""],
+                         ["a\\|b", "", "", "1"], ["**all**", "1", "2", "1"]]
 
 
 @pytest.fixture(scope="module")
@@ -786,7 +781,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             "report.value('t.count', 4646)\n"
             "report.value('t.small', 8.03e-4, '8.03e-04')\n"
             "with open(report.profile.results / 'claims.csv', 'w') as file:\n"
-            "    file.write('exhibit,verdict,kind\\nTable 1,match,number\\n<b>,off,number\\n')\n"
+            "    file.write('exhibit,verdict,standing\\nT 1,match,tested\\n<b>,off,tested\\n')\n"
             "\n# %% [markdown]\n# Count {glue:text}`t.count`, small {glue:text}`t.small`.\n"
             '\n# %% mystnb={"image": {"alt": "A dot."}, "figure": {"caption": "A dot."}}\n'
             f"Image(base64.b64decode('{PIXEL}'), format='png')\n"

@@ -165,7 +165,8 @@ def test_loss_and_kl_of_each_configuration(table, model, transcoders, corpus, na
         losses.append(-q.log_prob(wanted).numpy())
         forward.append(kl_divergence(p, q).numpy())
         backward.append(kl_divergence(q, p).numpy())
-        by_cell.append((losses[-1].mean(), forward[-1].mean()))
+        added = losses[-1].mean() + Categorical(logits=before).log_prob(wanted).numpy().mean()
+        by_cell.append((losses[-1].mean(), forward[-1].mean(), added))
         one = entropy(before.softmax(-1).numpy(), after.softmax(-1).numpy(), axis=-1)
         np.testing.assert_allclose(one, forward[-1], rtol=1e-8)
     found = row(table, name, layer)
@@ -175,7 +176,9 @@ def test_loss_and_kl_of_each_configuration(table, model, transcoders, corpus, na
     assert found["kl"] == pytest.approx(right, rel=1e-4)
     assert abs(right / wrong - 1) > 2e-4  # else the line before would not tell
     errors = sem(np.array(by_cell), axis=0)
-    assert found[["loss_se", "kl_se"]].to_numpy(float) == pytest.approx(errors, rel=1e-3)
+    assert found[["loss_se", "kl_se"]].to_numpy(float) == pytest.approx(errors[:2], rel=1e-3)
+    # What is added to the same cells' loss is known far better than the loss.
+    assert found["added_se"] == pytest.approx(errors[2], rel=2e-2, abs=1e-7)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -280,6 +283,8 @@ def test_the_papers_tables_have_its_rows_beside_ours(table: pd.DataFrame) -> Non
         ["original", "transcoder", "no_mlp"], "loss"].tolist()
     assert loss["standard_error"].tolist() == whole.loc[
         ["original", "transcoder", "no_mlp"], "loss_se"].tolist()
+    assert loss["added_error"].tolist() == whole.loc[
+        ["original", "transcoder", "no_mlp"], "added_se"].tolist()
     # The paper's Table 2 has no row for the untouched model.
     kl = table2(table, {name: printed[name] for name in ("Transcoder", "No MLP")})
     assert list(kl) == ["configuration", "mean_kl", "standard_error", "paper"]

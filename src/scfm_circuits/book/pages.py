@@ -246,10 +246,10 @@ def exhibit_map(run: Run) -> str:
 
 
 def verdict_counts(run: Run) -> str:
-    """How many claims got which verdict, from the run's `claims.csv`.
+    """How many claims that were tested on this run's model got which verdict, by exhibit.
 
-    Claims about the model are counted by exhibit; checks of the paper against itself (`kind` is
-    `internal`) need no run and have one line of their own.
+    From the run's `claims.csv`. What is recomputed from print, a transcription or a setting says
+    nothing about the model and is counted on the ledger's own page.
     """
     from scfm_circuits.paper.claims import VERDICTS
 
@@ -257,17 +257,15 @@ def verdict_counts(run: Run) -> str:
     if not path.is_file():
         return "This run has no claims ledger."
     with open(path, encoding="utf-8", newline="") as handle:
-        claims = list(csv.DictReader(handle))
-    own = [claim for claim in claims if claim["kind"] != "internal"]
-    internal = [claim for claim in claims if claim["kind"] == "internal"]
-    groups = {_cell(exhibit): [claim for claim in own if claim["exhibit"] == exhibit]
-              for exhibit in dict.fromkeys(claim["exhibit"] for claim in own)}
-    groups |= {"**all claims about the model**": own, "**the paper's own arithmetic**": internal}
+        tested = [claim for claim in csv.DictReader(handle) if claim["standing"] == "tested"]
+    shown = [verdict for verdict in VERDICTS if any(one["verdict"] == verdict for one in tested)]
+    groups = {_cell(exhibit): [claim for claim in tested if claim["exhibit"] == exhibit]
+              for exhibit in dict.fromkeys(claim["exhibit"] for claim in tested)}
     rows = []
-    for title, group in groups.items():
+    for title, group in (groups | {"**all**": tested}).items():
         counts = Counter(claim["verdict"] for claim in group)
-        rows.append([title, *(str(counts[verdict] or "") for verdict in VERDICTS)])
-    return _markdown_table(["Exhibit", *VERDICTS], rows)
+        rows.append([title, *(str(counts[verdict] or "") for verdict in shown)])
+    return _markdown_table(["Exhibit", *shown], rows)
 
 
 def download_list(run: Run) -> str:

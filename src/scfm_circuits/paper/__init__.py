@@ -1,5 +1,5 @@
 """What the paper says, and the ledger.
 
-Reading order: `exhibits` (as printed), `internal_checks`, `case` (its case recomputed),
-`run_values`, `claims`.
+Reading order: `exhibits` (as printed), `case` (its case recomputed), `intervals` (statements with
+their uncertainty), `internal_checks`, `run_values`, `claims`.
 """

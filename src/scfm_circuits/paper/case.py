@@ -258,6 +258,9 @@ def server_case(folder: str | Path | None = None, population: int = 20_000) -> p
 LEVEL = 0.05
 """The paper's FDR."""
 LIBRARY = "CellMarker_Augmented_2021"
+TERM_IN_PROMPT = 4
+"""Genes of the paper's term among the 64 of its prompt, counted from the library, as
+`cellmarker_overlaps.csv` is."""
 _OURS = {"Term": "term", "n_overlap": "overlap", "P-value": "p", "Adjusted P-value": "FDR",
          "Combined Score": "score"}
 
@@ -331,6 +334,20 @@ def paper_case(library: GeneSets, corpus_genes: Collection[str], paper: PaperTab
                "score": float(paper.case["enrichment_score"])}
     return PaperCase(pd.DataFrame([*rows, printed]), server, settings,
                      named_term(library, paper.case["term"]) if settings else None, nine, prompt)
+
+
+def term_overlap(library: GeneSets, printed: str, drawn: Collection[str], of: Collection[str]
+                 ) -> dict[str, int]:
+    """Genes of a term, by its printed name, among those drawn and all they were drawn from.
+
+    Keys: found, named, drawn, of; nothing if the library has no such term.
+    """
+    term = named_term(library, printed)
+    if term is None:
+        return {}
+    members = set(library.term_members(library.terms.index(term)))
+    inside = [sum(gene.upper() in members for gene in genes) for genes in (drawn, of)]
+    return {"found": inside[0], "named": inside[1], "drawn": len(drawn), "of": len(of)}
 
 
 def _case_row(setting: str, table: pd.DataFrame) -> dict[str, Any]:

@@ -10,9 +10,6 @@ from scfm_circuits.common.profile import ROOT
 
 PAPER = ROOT / "data" / "paper"
 
-VOCABULARY = 50_304
-"""Rows of the embedding of Pythia-410m, the model C2S-Pythia-410m was tuned from."""
-
 MODEL_WIDTH = 1024
 """Residual width of Pythia-410m."""
 

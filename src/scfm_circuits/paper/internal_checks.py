@@ -1,11 +1,11 @@
 """The paper's own numbers, and what they say about one another.
 
 `read_paper` reads `data/paper/*.csv` (the exhibits exactly as printed); every function marked
-`@check` then tests the paper against itself: sums, fractions, cuts, gene lists, and the loss
-against the KL divergence. `internal_values` runs them all; `claims` puts them into the ledger.
+`@check` then tests the paper against itself: fractions, cuts, gene lists, the layers' pattern and
+the loss against the KL divergence. Sums that the paper does not print are nothing to test.
+`internal_values` runs them all; `claims` puts them into the ledger.
 """
 
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +13,15 @@ from pathlib import Path
 from scipy import stats
 
 from scfm_circuits import InputError
-from scfm_circuits.paper.case import combined_score
-from scfm_circuits.paper.exhibits import MODEL_WIDTH, VOCABULARY, PaperTables, read_paper
+from scfm_circuits.paper.case import TERM_IN_PROMPT, combined_score, server_case
+from scfm_circuits.paper.exhibits import MODEL_WIDTH, PaperTables, read_paper
+from scfm_circuits.paper.intervals import (
+    Shares,
+    late_less_early,
+    layer0_difference,
+    layers_over,
+    overlap,
+)
 
 Value = float | int | bool | str | None
 
@@ -58,17 +65,6 @@ def _excess_loss(paper: PaperTables) -> dict[str, Value]:
         "transcoder": paper.loss["Transcoder"] - original,
         "no_mlp": paper.loss["No MLP"] - original,
     }
-
-
-@check("no_mlp_worse_than_uniform")
-def _no_mlp_worse_than_uniform(paper: PaperTables) -> bool:
-    return paper.loss["No MLP"] > math.log(VOCABULARY)
-
-
-@check("loss_recovered")
-def _loss_recovered(paper: PaperTables) -> float:
-    loss = paper.loss
-    return (loss["No MLP"] - loss["Transcoder"]) / (loss["No MLP"] - loss["Original"])
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -136,33 +132,20 @@ def _table4_fractions(paper: PaperTables) -> bool:
     return bool((printed == table["fraction"]).all() and rounded.all())
 
 
-@check("table4_total")
-def _table4_total(paper: PaperTables) -> dict[str, Value]:
-    live, interpretable = (int(paper.table4[name].sum()) for name in ("total", "interpretable"))
-    return {"live": live, "interpretable": interpretable,
-            "percentage": 100 * interpretable / live}
-
-
 @check("table4_layers")
 def _table4_layers(paper: PaperTables) -> int:
     return int(paper.table4["layer"].nunique())
 
 
-@check("table4_layers_over_80")
-def _table4_layers_over_80(paper: PaperTables) -> int:
-    return int((paper.table4["percentage"] > 80).sum())
-
-
-@check("table4_layer0_lowest")
-def _table4_layer0_lowest(paper: PaperTables) -> bool:
-    percentage = paper.table4.set_index("layer")["percentage"]
-    return bool(percentage[0] < percentage.drop(0).min())
-
-
-@check("table4_layer0_dip")
-def _table4_layer0_dip(paper: PaperTables) -> float:
-    percentage = paper.table4.set_index("layer")["percentage"]
-    return float(percentage[0] - percentage.drop(0).mean())
+@check("table4_pattern")
+def _table4_pattern(paper: PaperTables) -> dict[str, Value]:
+    """What the text says of the table's layers, from its counts, each with its interval."""
+    table = paper.table4
+    percent = 100 * table["interpretable"] / table["total"]
+    shares = Shares.given(percent.to_list(), table["total"].to_list())
+    return {**layers_over(shares, 80).named("over_80"),
+            **layer0_difference(shares).named("layer0"),
+            **late_less_early(shares, len(table)).named("late_less_early")}
 
 
 @check("table4_rises_after_layer0")
@@ -172,12 +155,10 @@ def _table4_rises_after_layer0(paper: PaperTables) -> bool:
     return bool(trend.statistic > 0 and trend.pvalue < 0.05)
 
 
-@check("table4_share_of_all_features")
-def _table4_share_of_all_features(paper: PaperTables) -> dict[str, Value]:
-    """Percent of all features of a layer, not only of its live ones: best layer and live share."""
-    table, width = paper.table4, paper.settings["width"]
-    return {"best_layer": float(100 * table["interpretable"].max() / width),
-            "live": float(100 * table["total"].sum() / (width * len(table)))}
+@check("table4_best_layer_of_all_features")
+def _table4_best_layer_of_all_features(paper: PaperTables) -> float:
+    """Percent of all features of a layer, not only of its live ones, in the best layer."""
+    return float(100 * paper.table4["interpretable"].max() / paper.settings["width"])
 
 
 # --- Figures 1, 4, 5 and the case study --------------------------------------------------------
@@ -193,10 +174,18 @@ def _circuit_genes(paper: PaperTables) -> dict[str, Value]:
     nodes = set(paper.circuit["gene"])
     return {
         "count": len(nodes),
-        "in_prompt": nodes <= set(paper.prompt_genes),
         "literature": int((paper.circuit["literature"] == "yes").sum()),
         "figure1": set(paper.case["figure1_genes"].split(";")) <= nodes,
     }
+
+
+@check("endothelial_genes")
+def _endothelial_genes(paper: PaperTables) -> dict[str, Value]:
+    """Do the nine hold more of the genes of their term than nine of the prompt's by luck?"""
+    term = server_case().query("term != ''").iloc[0]
+    found = overlap(int(term["overlap"]), TERM_IN_PROMPT, len(paper.circuit),
+                    len(paper.prompt_genes))
+    return {} if found is None else {**found.beyond.named("beyond"), "told": found.told}
 
 
 @check("case_feature_valid")
@@ -230,11 +219,6 @@ def _implied_p(paper: PaperTables) -> float:
                 high = middle
         implied.append(combined_score(2, term, query, low)[1])
     return max(implied, key=lambda p: abs(p - fdr))
-
-
-@check("p_of_score")
-def _p_of_score(paper: PaperTables) -> float:
-    return _implied_p(paper)
 
 
 @check("fdr_differs_from_p")

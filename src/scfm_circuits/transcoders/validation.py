@@ -93,7 +93,8 @@ class Compared(NamedTuple):
 
     scores: pd.DataFrame
     """One row per configuration: configuration, layer (or `ALL`, `LATER`), loss, kl (nats per
-    token), loss_se and kl_se (standard errors over cells), n_tokens (predictions)."""
+    token), loss_se and kl_se (standard errors over cells), added_se (that of what is added to the
+    original's loss), n_tokens (predictions)."""
     kinds: pd.DataFrame
     """One row per kind of predicted token that occurs and one for all: tokens (which), predictions,
     share of them, and the loss in nats of the configurations of the whole model, by name."""
@@ -117,12 +118,14 @@ def compare_configurations(model: "GPTNeoXForCausalLM", transcoders: Transcoders
     per_cell, predictions = found.sums.sum(axis=2), found.predictions.sum(axis=0)
     totals = per_cell.sum(axis=2) / predictions.sum()
     means = per_cell / predictions
-    errors = means.std(axis=2, ddof=1) / np.sqrt(len(cells)) if len(cells) > 1 else totals * np.nan
+    # What a configuration adds to a cell's loss varies less than the loss, as cells are the same.
+    errors, added = (each.std(axis=2, ddof=1) / np.sqrt(len(cells)) if len(cells) > 1
+                     else totals * np.nan for each in (means, means - means[:1]))
     which = {"configuration": [one.name for one in chosen],
              "layer": [one.place for one in chosen]}
     scores = pd.DataFrame({
         **which, "loss": totals[:, 0], "kl": totals[:, 1], "loss_se": errors[:, 0],
-        "kl_se": errors[:, 1], "n_tokens": int(predictions.sum())})
+        "kl_se": errors[:, 1], "added_se": added[:, 0], "n_tokens": int(predictions.sum())})
     return Compared(scores, _by_kind(found), pd.DataFrame({**which, **_answers(found.right)}))
 
 
@@ -148,8 +151,11 @@ def _answers(right: np.ndarray) -> dict[str, Any]:
 
 
 def table1(scores: pd.DataFrame, paper: Mapping[str, float]) -> pd.DataFrame:
-    """Table 1: configuration, validation_loss, standard_error (over cells), paper (as printed)."""
-    return _as_printed(scores, "loss", "validation_loss", paper)
+    """Table 1: configuration, validation_loss, standard_error (over cells), paper (as printed), and
+    added_error: the standard error of what is added to the original's loss in the same cells."""
+    table = _as_printed(scores, "loss", "validation_loss", paper)
+    whole = scores[scores["layer"] == -1].set_index("configuration")["added_se"]
+    return table.assign(added_error=whole.rename(NAMES)[table["configuration"]].to_list())
 
 
 def table2(scores: pd.DataFrame, paper: Mapping[str, float]) -> pd.DataFrame:

@@ -33,6 +33,7 @@ import numpy as np
 import pandas as pd
 
 from scfm_circuits.cells.packaged import caveats
+from scfm_circuits.cells.tokens import question
 from scfm_circuits.common.profile import PACKAGED_CELLS
 from scfm_circuits.models.known_types import COMMONEST, ENOUGH, MODEL, REGRESSION
 from scfm_circuits.report.chapter import open_chapter
@@ -80,18 +81,26 @@ chapter.show(pd.DataFrame({"what was decided while reading the cells": corpus.de
 # ## Sentences
 #
 # Each cell becomes the names of its {glue:text}`cells.k` most expressed genes. Genes of equal
-# expression come in random order, and genes that are not expressed are left out. The prompt is that
-# of the paper's Figure 4. Here is one held-out cell, with the answer the model should give.
+# expression come in random order, and genes that are not expressed are left out. 64 is the length of
+# the paper's case study; how long the sentences are that its transcoders were trained on, it does not
+# say. Here is one held-out cell, with the answer the model should give.
 
 # %% tags=["hide-input"]
 cell = int(np.flatnonzero(corpus.held_out & (corpus.labels == chapter.profile.case_type))[0])
 n_genes = (corpus.place == 0).sum(axis=1)
 chapter.values({"k": chapter.profile.genes_per_cell, "n_genes_in_prompt": n_genes[cell]},
                prefix="cells.")
-print(chapter.profile.prompt.replace("{genes}", " ".join(corpus.genes_of(cell)))
+print(question(chapter.profile).replace("{genes}", " ".join(corpus.genes_of(cell)))
       + chapter.profile.response.replace("{label}", str(corpus.labels[cell])))
 
 # %% [markdown]
+# The paper prints its prompt (Figure 4): the sentence, a full stop, a blank line and "The corresponding
+# cell type is:". None of the 15 templates of the model's own package, cell2sentence
+# {cite:p}`levine2024cell2sentence`, is that. Each begins with an instruction that names the number of
+# genes and the species, and gives the sentence after it. So either the figure is abbreviated, or the
+# model was asked in a way that it was not trained on; the paper does not say which. `prompt` in a
+# profile takes either, and `paper` has both ({doc}`your_cells`).
+#
 # {glue:text}`cells.pieces` Every token remembers the gene it came from and its
 # place in it; the words of the question and the answer belong to no gene. A gene of this corpus
 # takes {glue:text}`cells.tokens_per_gene` tokens on average; the paper's sentence takes 3.30 with

@@ -91,6 +91,23 @@ chapter.show(pd.DataFrame(rows, columns=["setting", "what it is", "paper", "this
              .map(readable), caption="Settings of the paper and of this run")
 
 # %% [markdown]
+# ### What the paper does not say
+#
+# The listed settings are those of `train_transcoder.py` in the code of {cite:t}`dunefsky2024transcoders`;
+# the paper names neither the script nor any of the following. Where it is silent, this book does what
+# the last column says, which need not be what the authors did.
+#
+# | | the script | this book |
+# | --- | --- | --- |
+# | features that do not fire | ghost gradients, after 5,000 steps without firing (`use_ghost_grads`, `dead_feature_window`) | none, or `resample_steps` |
+# | input bias | trained, from the mean input | the mean input, not trained |
+# | products | float32 | `precision`: bfloat16 on a GPU unless it says otherwise, else float32 |
+# | buffer of activations | 524,288 tokens, half of them exchanged at a time | `buffer_tokens`, used up before it is filled again |
+# | texts | cut to 128 tokens | whole prompts |
+#
+# Ghost gradients act on features that would otherwise stay dead, and by Table 4 fewer than one feature
+# in ten is live, so this may matter for its counts. It has not been measured here.
+#
 # ## The run
 #
 # In a notebook that is run by hand the curves are drawn while it trains; with `tensorboard: true` in

@@ -32,6 +32,7 @@ overrides: dict = {}
 import pandas as pd
 
 from scfm_circuits import InputError
+from scfm_circuits.cells.tokens import question
 from scfm_circuits.circuits import attribution, circuit, exports, search
 from scfm_circuits.circuits.case_study import case_study, target_elsewhere
 from scfm_circuits.circuits.graph_scores import graph_study
@@ -55,8 +56,9 @@ chapter.library_warnings(settings.case_library, printed_case.LIBRARY)
 # ## The cell and the call
 #
 # The case-study type of this profile is {glue:text}`case.type`. The sentence traced is
-# {glue:text}`case.origin`. As in the paper's Figure 4, the prompt is the sentence, a full stop, a
-# blank line and the question. The target is read at the {glue:text}`case.position`.
+# {glue:text}`case.origin`. The prompt is below; the one that the paper prints in its Figure 4 is none of
+# the model's own templates ({doc}`01_cells_and_model`). The target is read at the
+# {glue:text}`case.position`.
 
 # %%
 study = case_study(chapter.model, corpus, settings)
@@ -70,7 +72,7 @@ chapter.values({
     else f"end of the question, {end}",
     "origin": study.origin, "n_prompt_genes": len(genes), "n_tokens": len(case.texts),
 }, prefix="case.")
-print(settings.prompt.replace("{genes}", " ".join(genes))
+print(question(settings).replace("{genes}", " ".join(genes))
       + settings.response.replace("{label}", study.prediction))
 
 # %% [markdown]

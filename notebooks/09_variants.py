@@ -107,7 +107,10 @@ chapter.rounded("variants.l0_ratio_min", table["l0_ratio"][1:].min(), 2)
 chapter.rounded("variants.l0_ratio_max", table["l0_ratio"][1:].max(), 2)
 losses = compared.scores.set_index(["variant", "layer"])["loss"]
 original, without = losses["original", -1], losses["no MLP"].drop(-1).to_numpy()
-chapter.values({"original_loss": original, "no_mlp_increase": np.mean(without - original)},
+increase = without - original
+chapter.values({"original_loss": original, "no_mlp_most": increase.max(),
+                "no_mlp_layer": int(increase.argmax()),
+                "no_mlp_others": np.sort(increase)[-2] if len(increase) > 1 else None},
                prefix="variants.")
 for row in table.to_dict("records"):
     prefix = f"variants.{row['variant']}."
@@ -129,10 +132,10 @@ for key, values in (("percentage", own), ("above_null", own - table[f"null_{rule
 # {glue:text}`variants.jumprelu.fvu`. An L1 penalty also shrinks the features that it leaves active,
 # which costs fit at any L0; the others do not.
 #
-# *Keeping the model's loss.* Replacing one MLP by nothing adds {glue:text}`variants.no_mlp_increase`
-# nats to a loss of {glue:text}`variants.original_loss` on average. Where single layers matter this
-# little, differences between kinds are small too, and FVU tells more; replacing all layers at once adds
-# up what each of them misses.
+# *Keeping the model's loss.* Replacing one MLP by nothing adds {glue:text}`variants.no_mlp_most` nats to
+# a loss of {glue:text}`variants.original_loss` in layer {glue:text}`variants.no_mlp_layer`, and at most
+# {glue:text}`variants.no_mlp_others` in any other. Where a layer matters little, differences between
+# kinds are small too, and FVU tells more; replacing all layers at once adds up what each of them misses.
 #
 # *Interpretability.* Between {glue:text}`variants.percentage_min` and
 # {glue:text}`variants.percentage_max` % of the live features are called interpretable, which is

@@ -33,6 +33,7 @@ from scfm_circuits.cells.tokens import (
     END_OF_TEXT,
     encode_prompt,
     load_tokenizer,
+    question,
     token_texts,
     train_tokenizer,
 )
@@ -361,12 +362,31 @@ def test_labels_and_prompts_with_braces(tmp_path):
     cells = tiny_cells(8, labels=("{label}", "{genes}", "a {0} b", "100 %"))
     profile = load_profile("smoke", {
         "genes_per_cell": 4, "max_cells": None, "validation_share": 0.25,
-        "prompt": "{x} {genes} {label}?", "response": " {genes} {label}."})
+        "prompt": "{0} {genes} {a b}?", "response": " {} {label}."})
     corpus = build_corpus(ranked(cells, 4), profile)
     for cell in range(8):
         text = corpus.tokenizer.decode(corpus.tokens[cell][corpus.mask[cell]])
         genes = " ".join(corpus.genes_of(cell))
-        assert text == f"{{x}} {genes} {{label}}? {{genes}} {cells.labels[cell]}.{END_OF_TEXT}"
+        assert text == f"{{0}} {genes} {{a b}}? {{}} {cells.labels[cell]}.{END_OF_TEXT}"
+
+
+def test_the_model_s_own_templates_are_filled_in_for_every_cell(tmp_path):
+    """As the paper prints its prompt, and as cell2sentence's templates are made: one field."""
+    cells = tiny_cells(8)
+    own = ("Here are {num_genes} genes of a {organism} cell.\nCell sentence: {genes}.\nIts type:")
+    for prompt, expected in ((own, "Here are 4 genes of a Mus musculus cell.\nCell sentence: "),
+                             ("{genes}.\n\nThe corresponding cell type is:", "")):
+        profile = load_profile("smoke", {
+            "genes_per_cell": 4, "max_cells": None, "validation_share": 0.25, "prompt": prompt,
+            "organism": "Mus musculus"})
+        corpus = build_corpus(ranked(cells, 4), profile)
+        for cell in range(8):
+            text = corpus.tokenizer.decode(corpus.tokens[cell][corpus.mask[cell]])
+            assert text.startswith(expected + " ".join(corpus.genes_of(cell)) + ".\n")
+            start = corpus.answer_start[cell]
+            asked, _ = encode_prompt(corpus.tokenizer, question(profile), corpus.genes_of(cell),
+                                     corpus.gene_ids_of(cell))
+            assert asked.tokens.tolist() == corpus.tokens[cell][:start].tolist()
 
 
 # --- tokenizers that cannot be had ---------------------------------------------------------------

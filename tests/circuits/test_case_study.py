@@ -56,15 +56,18 @@ def test_the_cell_of_median_probability_is_traced(monkeypatch, tmp_path, right, 
 
 
 @pytest.mark.parametrize("place", ["answer", "query"])
-def test_a_sentence_from_a_file_is_the_prompt(corpus, monkeypatch, tmp_path, place):
+@pytest.mark.parametrize("prompt", [None, "{num_genes} genes of a {organism} cell: {genes}. Is:"])
+def test_a_sentence_from_a_file_is_the_prompt(corpus, monkeypatch, tmp_path, place, prompt):
     symbols = [str(symbol) for symbol in corpus.symbols[:5]]
     sentence = [symbols[3], "NOTINTHECORPUS1", *symbols[:2]]
     name = written(tmp_path, "rank,gene\n" + "".join(
         f"{rank},{gene.lower()}\n" for rank, gene in enumerate(sentence, 1)))
-    profile = tiny_profile(monkeypatch, tmp_path, case_sentence=name, case_position=place)
+    profile = tiny_profile(monkeypatch, tmp_path, case_sentence=name, case_position=place,
+                           **({"prompt": prompt} if prompt else {}))
     model = model_for(corpus)
     found = case_study.case_study(model, corpus, profile)
-    asked = profile.prompt.replace("{genes}", " ".join(sentence))
+    asked = profile.prompt.replace("{genes}", " ".join(sentence)).replace(
+        "{num_genes}", "4").replace("{organism}", "Homo sapiens")
     ids = np.array(corpus.tokenizer(asked, add_special_tokens=False)["input_ids"])
     assert found.prediction == answer_prompt(model, corpus.tokenizer, ids)
     whole = asked + profile.response.replace("{label}", found.prediction)

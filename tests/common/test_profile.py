@@ -58,6 +58,12 @@ def test_every_field_says_what_it_is() -> None:
     ("model: org/name", "needs its own tokenizer, not `train`"),
     ("model: org/name\ntokenizer: genes", "needs its own tokenizer, not `genes`"),
     ("prompt: no slot", "{genes} exactly once"),
+    ("prompt: '{genes} {genes}?'", "{genes} exactly once"),
+    ("prompt: 'In {organisms}: {genes}'", "{organisms}, which is none of {genes}, {num_genes}"),
+    ("prompt: '{genes}, {cell_sentence}'", "holds the placeholder {cell_sentence}"),
+    ("prompt: '{genes} is {label}'", "holds the placeholder {label}"),
+    ("response: ' {label} {num_genes}'", "{num_genes}, which is none of {label}"),
+    ("response: ' {cell_type}.'", "{label} exactly once"),
     ("buffer_tokens: 10", "at least batch_tokens"),
     ("libraries: []", "`libraries`"),
 ])

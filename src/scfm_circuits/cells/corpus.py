@@ -22,6 +22,7 @@ from scfm_circuits.cells.tokens import (
     encode_all,
     in_memory,
     load_tokenizer,
+    question,
     token_texts,
     train_gene_tokenizer,
     train_tokenizer,
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
 _FIELDS = (
     "seed", "cells", "matrix", "symbol_column", "symbol_rule", "duplicate_symbols", "label_column",
-    "max_cells", "sampling", "validation_share", "genes_per_cell", "prompt", "response",
-    "tokenizer", "vocabulary_size", "model_revision",
+    "max_cells", "sampling", "validation_share", "genes_per_cell", "prompt", "organism",
+    "response", "tokenizer", "vocabulary_size", "model_revision",
 )
 _ROOMS = ("cells",)
 _STAMP, _TOKENIZER = "corpus.json", "tokenizer.json"
@@ -152,15 +153,15 @@ def build_corpus(cells: "RankedCells", profile: Profile, made: Made = in_memory,
     """
     if held_out is None:
         held_out = split_cells(len(cells), profile.validation_share, profile.seed)
-    symbols = np.array(cells.symbols)
+    symbols, asked = np.array(cells.symbols), question(profile)
     answers = [profile.response.replace("{label}", label) for label in cells.labels]
     if profile.tokenizer == "train":
-        texts = (profile.prompt.replace("{genes}", sentence) + answers[i]
+        texts = (asked.replace("{genes}", sentence) + answers[i]
                  for i, sentence in enumerate(sentence_texts(cells.ranking, symbols))
                  if not held_out[i])
         tokenizer = train_tokenizer(texts, profile.vocabulary_size)
     elif profile.tokenizer == "genes":
-        texts = (profile.prompt.replace("{genes}", "") + answer
+        texts = (asked.replace("{genes}", "") + answer
                  for answer, out in zip(answers, held_out, strict=True) if not out)
         used = np.unique(cells.ranking[cells.ranking >= 0])
         tokenizer = train_gene_tokenizer(texts, symbols[used].tolist(), profile.vocabulary_size)
@@ -169,7 +170,7 @@ def build_corpus(cells: "RankedCells", profile: Profile, made: Made = in_memory,
     _check_special(tokenizer, cells.labels, symbols)
     note = begin_token_note(tokenizer)
     decisions = [*cells.decisions, *([note] if note else [])]
-    prompts = encode_all(tokenizer, profile.prompt, symbols, cells.ranking, answers, made)
+    prompts = encode_all(tokenizer, asked, symbols, cells.ranking, answers, made)
     return Corpus(
         **prompts._asdict(), labels=cells.labels, cell_ids=cells.cell_ids, held_out=held_out,
         symbols=symbols, decisions=np.array(decisions), tokenizer=tokenizer,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from scfm_circuits.cells.corpus import Corpus
-from scfm_circuits.cells.tokens import Encoded, encode_prompt, token_texts
+from scfm_circuits.cells.tokens import Encoded, encode_prompt, question, token_texts
 from scfm_circuits.common.profile import Profile
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def answered_sentence(tokenizer: "PreTrainedTokenizerFast", profile: Profile, ge
     `position` is where the profile's `case_position` reads the target: the answer's last token, or
     the prompt's.
     """
-    encoded, start = encode_prompt(tokenizer, profile.prompt, genes, gene_ids,
+    encoded, start = encode_prompt(tokenizer, question(profile), genes, gene_ids,
                                    profile.response.replace("{label}", answer))
     position = len(encoded.tokens) - 1 if profile.case_position == "answer" else start - 1
     names = dict(zip(gene_ids, genes, strict=True))

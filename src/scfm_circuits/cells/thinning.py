@@ -11,7 +11,7 @@ import scipy.sparse as sp
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.ranking import top_genes
-from scfm_circuits.cells.tokens import Prompts, encode_all
+from scfm_circuits.cells.tokens import Prompts, encode_all, question
 
 if TYPE_CHECKING:
     from scfm_circuits.cells.corpus import Corpus
@@ -67,4 +67,4 @@ def thinned_prompts(corpus: "Corpus", profile: "Profile", counts: Counts, cells:
     """`thinned` sentences of some cells as prompts with their answers."""
     ranking = thinned(counts, cells, profile.model_thinning, profile.genes_per_cell, rng)
     answers = [profile.response.replace("{label}", label) for label in corpus.labels[cells]]
-    return encode_all(corpus.tokenizer, profile.prompt, corpus.symbols, ranking, answers)
+    return encode_all(corpus.tokenizer, question(profile), corpus.symbols, ranking, answers)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+    from scfm_circuits.common.profile import Profile
+
 END_OF_TEXT = "<|endoftext|>"
 GENE_MARK = "<gene>"
 """In a vocabulary it precedes a symbol that is a token of its own; in text it is a space."""
@@ -318,6 +320,15 @@ def begin_token_note(tokenizer: "PreTrainedTokenizerFast") -> str | None:
     return (f"The tokenizer puts {tokenizer.convert_ids_to_tokens(first)!r} before each text by "
             "itself; it is left out, so a model that was trained with it sees texts without their "
             "begin.")
+
+
+def question(profile: "Profile") -> str:
+    """The profile's prompt with all but `{genes}` filled in.
+
+    `{num_genes}` is `genes_per_cell`, as cell2sentence fills it in, also for a cell with fewer.
+    """
+    return (profile.prompt.replace("{num_genes}", str(profile.genes_per_cell))
+            .replace("{organism}", profile.organism))
 
 
 def encode_prompt(

@@ -12,7 +12,7 @@ import pandas as pd
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt, answered_sentence
-from scfm_circuits.cells.tokens import encode_prompt
+from scfm_circuits.cells.tokens import encode_prompt, question
 from scfm_circuits.circuits.search import strongest_at_end
 from scfm_circuits.common.profile import ROOT, located
 from scfm_circuits.models.answers import answer_prompts, label_probability, predict_answers
@@ -55,9 +55,11 @@ def case_study(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile") -
     if profile.case_sentence is not None:
         sentence = read_sentence(profile.case_sentence)
         ids = range(len(sentence))
-        asked, _ = encode_prompt(corpus.tokenizer, profile.prompt, sentence, ids)
+        # A prompt that names the number of genes names that of this sentence.
+        named = profile.model_copy(update={"genes_per_cell": len(sentence)})
+        asked, _ = encode_prompt(corpus.tokenizer, question(named), sentence, ids)
         [prediction] = answer_prompts(model, corpus, [asked.tokens])
-        prompt = answered_sentence(corpus.tokenizer, profile, sentence, ids, prediction)
+        prompt = answered_sentence(corpus.tokenizer, named, sentence, ids, prediction)
         return CaseStudy(prompt, sentence, prediction, profile.case_type,
                          f"that of {Path(profile.case_sentence).name}")
     tried = np.flatnonzero(corpus.held_out & (corpus.labels == profile.case_type))[:_CANDIDATES]

@@ -1,7 +1,11 @@
-"""Labels of cells: one way of writing each, wherever it is read, and those that name no type."""
+"""Labels of cells: one way of writing each, wherever it is read, and those that name no type.
 
+Also the templates that genes and labels are written into.
+"""
+
+import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -64,3 +68,20 @@ def listed(names: Iterable[object], most: int = 30) -> str:
 def _shown(text: str) -> str:
     """A label in quotes with its unseen characters spelled out, cut if it is long."""
     return repr(text if len(text) <= 60 else f"{text[:60]}...")
+
+
+def template_problem(text: str, needed: str, optional: Collection[str] = ()) -> str | None:
+    """What is wrong with a template's placeholders, such as `{genes}`; None if nothing is.
+
+    needed: must stand in it once; optional: may. Any other word in braces would be put to the model
+    as it stands. Braces around anything else are text.
+    """
+    if text.count(needed) != 1:
+        return f"must contain {needed} exactly once"
+    known = [needed, *optional]
+    other = [one for one in re.findall(r"\{[A-Za-z_]\w*\}", text) if one not in known]
+    if not other:
+        return None
+    hint = {"{cell_sentence}": "; write {genes}", "{cell_type}": "; write {label}"}
+    return (f"holds the placeholder {other[0]}, which is none of {', '.join(known)}"
+            + (hint.get(other[0], "") if hint.get(other[0], "")[8:] in known else ""))

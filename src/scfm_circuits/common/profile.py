@@ -19,8 +19,8 @@ from scfm_circuits import InputError
 from scfm_circuits.common import manifest
 from scfm_circuits.common.files import own, owner_of
 from scfm_circuits.common.kept import PACKAGE
-from scfm_circuits.common.labels import normal_label
-from scfm_circuits.common.profile_files import read_fields
+from scfm_circuits.common.labels import normal_label, template_problem
+from scfm_circuits.common.profile_files import explained, read_fields
 
 ROOT = Path(os.environ.get("SCFM_ROOT", PACKAGE.parents[1]))
 PROFILES = ROOT / "notebooks" / "profiles"
@@ -89,9 +89,13 @@ class Profile(BaseModel):
 
     # --- sentences ---------------------------------------------------------------------------
     genes_per_cell: Positive = 64
-    """The k most expressed genes make the cell's sentence (the paper's Figure 4 has 64)."""
+    """The k most expressed genes make the cell's sentence (64 in the paper's case study; of the
+    sentences that it trains on it does not say)."""
     prompt: str = "{genes}.\n\nThe corresponding cell type is:"
-    """The question put to the model; `{genes}` is the cell sentence (paper, Figure 4)."""
+    """The question put to the model (by default the paper's Figure 4); `{genes}` is the cell
+    sentence. `{num_genes}` and `{organism}`, as the model's own templates have, may stand in it."""
+    organism: str = "Homo sapiens"
+    """What stands for `{organism}` in the prompt; for `{num_genes}` it is `genes_per_cell`."""
     response: str = " {label}."
     """The answer the model is trained to give; `{label}` is the cell type."""
     tokenizer: str = "train"
@@ -142,7 +146,7 @@ class Profile(BaseModel):
     l1_coefficient: Annotated[float, Field(ge=0)] = 1.4e-4
     """Weight of the L1 penalty, in the units of the chosen loss."""
     l1_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which that weight rises linearly from 0 (the paper: none)."""
+    """Steps over which that weight rises linearly from 0."""
     activation: Literal["relu", "topk", "batchtopk", "jumprelu"] = "relu"
     """What makes features sparse: `relu` with the L1 penalty (the paper); `topk` and `batchtopk`
     with `active_features` and no penalty; `jumprelu` with a penalty on their number."""
@@ -158,10 +162,10 @@ class Profile(BaseModel):
     warmup_steps: Annotated[int, Field(ge=0)] = 5000
     """Steps over which the learning rate rises linearly; constant afterwards."""
     decay_steps: Annotated[int, Field(ge=0)] = 0
-    """Last steps, over which the learning rate falls linearly to 0 (the paper: none)."""
+    """Last steps, over which the learning rate falls linearly to 0."""
     resample_steps: Annotated[int, Field(ge=0)] = 0
     """Every so many steps of the first half, dead features start anew at badly explained tokens;
-    0: never (the paper)."""
+    0: never."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the products in training; `auto`: bfloat16 on a GPU, float32 on a CPU. Weights and
     Adam are float32 always."""
@@ -293,10 +297,10 @@ class Profile(BaseModel):
                 f"human_layer: layer {self.human_layer} asked of a model with "
                 f"{self.model_layers} layers; allowed are 0 to {self.model_layers - 1}"
             )
-        for field, text, slot in (("prompt", self.prompt, "{genes}"),
-                                  ("response", self.response, "{label}")):
-            if text.count(slot) != 1:
-                raise ValueError(f"{field}: must contain {slot} exactly once")
+        asked = template_problem(self.prompt, "{genes}", ("{num_genes}", "{organism}"))
+        told = template_problem(self.response, "{label}")
+        if asked or told:
+            raise ValueError(f"prompt: {asked}" if asked else f"response: {told}")
         if (1 + self.null_draws) * self.fdr <= 1:
             raise ValueError(f"null_draws: with {self.null_draws} null lists no p-value can be "
                              f"below the fdr of {self.fdr:g}; use more than {1 / self.fdr:.0f}")
@@ -404,28 +408,6 @@ def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, **own}
 
 
-def _explain(error: ValidationError, path: Path, overrides: Mapping[str, Any]) -> str:
-    """The first problem of a validation error, naming key, file and what is allowed."""
-    problem = error.errors(include_url=False)[0]
-    key = str(problem["loc"][0]) if problem["loc"] else ""
-    source = "an override" if key in overrides else str(path)
-    if problem["type"] == "extra_forbidden":
-        import difflib
-
-        near = difflib.get_close_matches(key, Profile.model_fields, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else (
-            "allowed are " + ", ".join(sorted(Profile.model_fields)) + ".")
-        return f"Unknown profile field `{key}` in {source}; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
-    got = "" if problem["type"] in ("value_error", "missing") else f" (got {problem['input']!r})"
-    if not key:
-        key, _, message = message.partition(": ")
-        source = "an override" if key in overrides else str(path)
-    about = (Profile.model_fields[key].description or "") if key in Profile.model_fields else ""
-    about = " ".join(about.split())
-    return f"Profile field `{key}` in {source}: {message}{got}. {about}".rstrip()
-
-
 def load_profile(profile: str, overrides: Mapping[str, Any] | None = None) -> Profile:
     """Read and check a profile.
 
@@ -441,7 +423,7 @@ def load_profile(profile: str, overrides: Mapping[str, Any] | None = None) -> Pr
     try:
         checked = Profile.model_validate({**_over(content, overrides), "name": path.stem})
     except ValidationError as error:
-        raise InputError(_explain(error, path, overrides)) from None
+        raise InputError(explained(error, path, overrides, Profile.model_fields)) from None
     if overrides:
         digest = hashlib.sha256(json.dumps(overrides, sort_keys=True).encode()).hexdigest()[:8]
         checked = checked.model_copy(update={"name": f"{path.stem}+{digest}"})

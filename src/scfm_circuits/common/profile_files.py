@@ -1,14 +1,21 @@
-"""Fields of a profile as they are written: in a file, or as `key=value` on a command line."""
+"""Fields of a profile as they are written: in a file, or as `key=value` on a command line.
+
+And what is said of one that does not fit.
+"""
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from scfm_circuits import InputError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+    from pydantic.fields import FieldInfo
 
 
 class _Loader(yaml.SafeLoader):
@@ -75,3 +82,26 @@ def read_fields(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"The profile {path} must be a list of `field: value` lines.")
     return content
+
+
+def explained(error: "ValidationError", path: Path, overrides: Mapping[str, Any],
+              fields: Mapping[str, "FieldInfo"]) -> str:
+    """The first problem of a validation error, naming key, file and what is allowed."""
+    problem = error.errors(include_url=False)[0]
+    key = str(problem["loc"][0]) if problem["loc"] else ""
+    source = "an override" if key in overrides else str(path)
+    if problem["type"] == "extra_forbidden":
+        import difflib
+
+        near = difflib.get_close_matches(key, fields, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else (
+            "allowed are " + ", ".join(sorted(fields)) + ".")
+        return f"Unknown profile field `{key}` in {source}; {hint}"
+    message = problem["msg"].removeprefix("Value error, ")
+    got = "" if problem["type"] in ("value_error", "missing") else f" (got {problem['input']!r})"
+    if not key:
+        key, _, message = message.partition(": ")
+        source = "an override" if key in overrides else str(path)
+    about = (fields[key].description or "") if key in fields else ""
+    about = " ".join(about.split())
+    return f"Profile field `{key}` in {source}: {message}{got}. {about}".rstrip()

@@ -12,12 +12,14 @@ import yaml
 from helpers import read_cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import rankdata
 
 from scfm_circuits import InputError
 from scfm_circuits.cells import simulated
 from scfm_circuits.cells.corpus import load_corpus
 from scfm_circuits.cells.simulated import Plan, Program, read_plan
 from scfm_circuits.common.profile import ROOT, load_profile
+from scfm_circuits.features.unit_scores import auroc, aurocs, read_genes
 
 PAPER = ROOT / "data" / "paper"
 
@@ -225,3 +227,67 @@ def test_a_changed_generator_makes_a_new_corpus(monkeypatch, tmp_path: Path) -> 
     monkeypatch.setattr("scfm_circuits.cells.corpus.cells_path", lambda *_: changed)
     load_corpus(profile)
     assert (profile.results / "corpus" / "corpus.json").stat().st_mtime_ns > stored
+
+
+# --- a harder truth ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def logic() -> simulated.LogicCells:
+    return simulated.logic_cells(3, 2000, 40)
+
+
+def presence(logic: simulated.LogicCells) -> np.ndarray:
+    """(n_cells, n_genes): 1 for the sentence's first gene, down to 0 for a gene that is not in."""
+    return read_genes(logic.cells.ranking, len(logic.cells.symbols))
+
+
+def test_a_conjunction_is_true_where_both_are_on_and_decides_the_type(
+        logic: simulated.LogicCells) -> None:
+    truth = {name: one for (_, name), one in logic.truths.items()}
+    for a, b in (("A", "B"), ("C", "D")):
+        assert (truth[f"{a} and {b}"] == (truth[a] & truth[b])).all()
+        assert 0.2 < truth[f"{a} and {b}"].mean() < 0.3
+        assert 0.2 < (truth[a] & ~truth[b]).mean() < 0.3
+    first = truth["first before second"]
+    for name, both, order in (("alpha", False, False), ("beta", True, False),
+                              ("gamma", False, True), ("delta", True, True)):
+        assert ((logic.cells.labels == name) == (
+            (truth["A and B"] == both) & (first == order))).all()
+
+
+def test_order_is_the_order_in_the_sentence(logic: simulated.LogicCells) -> None:
+    first = logic.truths[simulated.ORDER, "first before second"]
+    place = presence(logic)[:, -2:]
+    there = (place > 0).any(axis=1)
+    assert there.mean() > 0.9
+    assert ((place[:, 0] > place[:, 1]) == first)[there].all()
+
+
+def test_programs_rise_as_much_as_it_says(logic: simulated.LogicCells) -> None:
+    """No gene alone tells a program well, a conjunction or the order; many together do."""
+    from sklearn.linear_model import LogisticRegression
+
+    place = presence(logic)
+    ranks = rankdata(place, axis=0)
+    half = len(place) // 2
+    for (kind, _), truth in logic.truths.items():
+        alone = aurocs(ranks, truth).max()
+        probe = LogisticRegression(C=0.1, max_iter=500).fit(place[:half], truth[:half])
+        together = auroc(probe.decision_function(place[half:]), truth[half:])
+        assert 0.6 < alone < 0.9, (kind, alone)
+        # Which of two comes first is no sum over genes.
+        assert together > (alone if kind == simulated.ORDER else 0.93), (kind, together)
+    # Where A is on and B is not, its genes do not tell that both are not on.
+    both = logic.truths[simulated.CONJUNCTIONS, "A and B"]
+    some = logic.truths[simulated.MARKERS, "A"]
+    own = slice(0, simulated.PROGRAM_GENES)
+    assert aurocs(rankdata(place[some][:, own], axis=0), both[some]).max() < 0.6
+
+
+def test_logic_is_the_same_again_and_another_with_another_seed() -> None:
+    one, same, other = (simulated.logic_cells(seed, 30, 8) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one.cells.ranking, same.cells.ranking)
+    assert one.cells.symbols == same.cells.symbols != other.cells.symbols
+    assert set(one.cells.symbols) <= set(read_plan().genes)
+    assert len(set(one.cells.symbols)) == simulated.LOGIC_GENES + 2

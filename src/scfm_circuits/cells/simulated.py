@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,8 @@ from scfm_circuits.common.randomness import generator
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+    from scfm_circuits.cells.reading import RankedCells
 
 PROGRAMS = ROOT / PLANTED_PROGRAMS
 N_CELLS = 1500
@@ -218,3 +220,75 @@ def plan_of(profile: Profile) -> Plan:
         raise InputError(f"The truth about the cells {profile.cells!r} is not known; it is for "
                          f"`cells: {PLANTED_CELLS}` only.")
     return read_plan(path)
+
+
+# --- a harder truth ------------------------------------------------------------------------------
+
+FOLD = 2.5
+"""How many times a program's genes rise where it is on, in `logic_cells`."""
+LOGIC_PROGRAMS = ("A", "B", "C", "D")
+"""Programs that are on in half of the cells each, independently."""
+PROGRAM_GENES, LOGIC_GENES = 10, 240
+"""Genes of one program, and all genes but the pair whose order tells."""
+LOGIC_LIBRARY, LOGIC_DISPERSION = 3000, 0.2
+PAIR_LEVEL = 8.0
+"""Median level of the pair's genes, where all others' median is 1."""
+TYPES = ("alpha", "beta", "gamma", "delta")
+"""Cell types of `logic_cells`: neither of two truths, the first, the second, both."""
+MARKERS, CONJUNCTIONS, ORDER = "a program is on", "two programs are on", "order of two genes"
+
+
+class LogicCells(NamedTuple):
+    """Cells whose truths are logic, not markers: see `logic_cells`.
+
+    truths: (n_cells,) bool by kind (`MARKERS`, `CONJUNCTIONS`, `ORDER`) and name.
+    """
+
+    cells: "RankedCells"
+    truths: dict[tuple[str, str], np.ndarray]
+
+
+def logic_cells(seed: int, n_cells: int, genes_per_cell: int) -> LogicCells:
+    """Simulated cells in which what is to be found is subtle, or no gene's own doing.
+
+    - Programs A to D are on in half of the cells each; their genes are then up `FOLD` times only.
+    - A and B together decide the type, with no gene of their own; C and D together raise one more
+      program. Either is a conjunction: true where both are on, and not where one is alone.
+    - Two genes have counts of their own, the larger of which goes to the one or the other: the
+      order in which they stand in the sentence decides the type as well.
+
+    Genes are symbols of the file of programs, dealt out anew by the seed, so that no name tells.
+    Counts are negative binomial around a cell's share of its library.
+    """
+    import scipy.sparse as sp
+
+    from scfm_circuits.cells.ranking import top_genes
+    from scfm_circuits.cells.reading import RankedCells
+
+    rng = generator(seed, "simulated logic")
+    symbols = rng.permutation(np.array(read_plan().genes))[: LOGIC_GENES + 2]
+    on = rng.random((n_cells, len(LOGIC_PROGRAMS))) < 0.5
+    both = on[:, ::2] & on[:, 1::2]
+    order = rng.random(n_cells) < 0.5
+    level = np.exp(rng.normal(0, GENE_SPREAD / 2, LOGIC_GENES + 2))
+    level = level * np.ones((n_cells, 1))
+    for i, where in enumerate([*on.T, both[:, 1]]):
+        own = slice(i * PROGRAM_GENES, (i + 1) * PROGRAM_GENES)
+        level[:, own] *= np.where(where, FOLD, 1.0)[:, None]
+    # One level for both of a cell: where either stands in the sentence alone says little.
+    level[:, -2:] = PAIR_LEVEL * rng.lognormal(0, ACTIVITY_SPREAD, (n_cells, 1))
+    library = rng.lognormal(np.log(LOGIC_LIBRARY), LIBRARY_SPREAD, (n_cells, 1))
+    mean = level / level.sum(axis=1, keepdims=True) * library
+    counts = rng.poisson(rng.gamma(1 / LOGIC_DISPERSION, LOGIC_DISPERSION * mean))
+    pair = np.sort(counts[:, -2:], axis=1)
+    pair[:, 1] += pair[:, 0] == pair[:, 1]
+    counts[:, -2:] = np.where(order[:, None], pair[:, ::-1], pair)
+    ranking = top_genes(sp.csr_matrix(counts.astype(np.float32)), np.arange(n_cells),
+                        genes_per_cell, seed)
+    truths = {**{(MARKERS, name): on[:, i] for i, name in enumerate(LOGIC_PROGRAMS)},
+              **{(CONJUNCTIONS, f"{a} and {b}"): both[:, i]
+                 for i, (a, b) in enumerate((LOGIC_PROGRAMS[:2], LOGIC_PROGRAMS[2:]))},
+              (ORDER, "first before second"): order}
+    labels = np.array(TYPES)[both[:, 0] + 2 * order]
+    names = np.array([f"simulated_{i:04d}" for i in range(n_cells)])
+    return LogicCells(RankedCells(tuple(map(str, symbols)), labels, names, (), ranking), truths)

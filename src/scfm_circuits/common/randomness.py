@@ -58,6 +58,8 @@ STREAMS: Mapping[str, Stream] = {
     "null lists under other choices": Stream(42),
     "cells of both tokenizers": Stream(44),
     "resampled predictions": Stream(60),
+    "simulated logic": Stream(45),
+    "cells that known truth is scored on": Stream(46),
 }
 
 

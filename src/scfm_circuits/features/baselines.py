@@ -196,6 +196,14 @@ def direction_statistics(kind: str, model: "GPTNeoXForCausalLM", statistics: Fea
         lambda: direction_encoder(kind, model, statistics, corpus, profile))
 
 
+def principal_axes(inputs: Tensor) -> Tensor:
+    """(n_layers, d_model, d_model) principal components of inputs (n_layers, n_tokens, d_model), a
+    row each, that of the largest variance first."""
+    centred = (inputs - inputs.mean(dim=1, keepdim=True)).double()
+    # Eigenvectors come in the order of their variance; the sign of each is arbitrary.
+    return torch.linalg.eigh(centred.mT @ centred).eigenvectors.mT.flip(1).to(inputs.dtype)
+
+
 @torch.no_grad()
 def direction_encoder(kind: str, model: "GPTNeoXForCausalLM", statistics: FeatureStatistics,
                       corpus: Corpus, profile: "Profile") -> Transcoders:
@@ -208,9 +216,7 @@ def direction_encoder(kind: str, model: "GPTNeoXForCausalLM", statistics: Featur
     if kind == "MLP neurons":
         directions = torch.stack([read.float() for read in neuron_rows(model)])
     else:
-        centred = (inputs - inputs.mean(dim=1, keepdim=True)).double()
-        # Eigenvectors come in the order of their variance; the sign of each is arbitrary.
-        axes = torch.linalg.eigh(centred.mT @ centred).eigenvectors.mT.flip(1).to(inputs.dtype)
+        axes = principal_axes(inputs)
         directions = torch.cat([axes, -axes], dim=1)
     n_layers, n_features, d_model = directions.shape
     encoder = _encoder(n_layers, d_model, n_features, model)

@@ -1,6 +1,7 @@
 """The interactive circuit: what its data say, and what a reader can do with it in a browser."""
 
 import hashlib
+import html
 import json
 import re
 import shutil
@@ -200,8 +201,11 @@ def test_the_page_without_a_script(report: Report, tmp_path: Path) -> None:
     shown = report.circuit("case", view, caption=HOSTILE)
     text = shown.bundle["text/html"]
     assert (tmp_path / "smoke" / "circuits" / "case.js").read_text() == circuit_script("case", view)
-    assert "(3 of 5 edges)" in text and '<a href="downloads/circuits/case.json">' in text
-    assert re.search(r'data-source="downloads/circuits/case\.js\?v=[0-9a-f]{12}"', text)
+    assert "(3 of 5 edges)" in text and 'href="downloads/circuits/case.json">' in text
+    (listed,) = re.findall(r'data-choices="([^"]*)"', text)
+    ((name, title, source),) = json.loads(html.unescape(listed))
+    assert name == title == "case"
+    assert re.fullmatch(r"downloads/circuits/case\.js\?v=[0-9a-f]{12}", source)
     assert 'data-library="vendor/d3/d3.min.js"' in text and not re.search(r"<(script|img)", text)
     assert "3 of 5 edges" in repr(shown)
     with pytest.raises(InputError, match="must be made of letters"):
@@ -273,10 +277,10 @@ async function drive() {
   press("Home"); press("ArrowDown"); press("Enter"); told.chosen = panel().title;
   told.selected = all(".node[aria-selected='true']").length;
   press("Escape"); told.escaped = panel().title;
-  const place = () => all(".circuit-window > g > g")[0].getAttribute("transform");
-  press_button("Reset view");
+  const place = () => node("Feature 9").getAttribute("transform");
+  press_button("Whole picture");
   const before = place();
-  press_button("+");
+  for (let i = 0; i < 4; i++) press_button("+");
   const mouse = (type, x) => new MouseEvent(type, { bubbles: true, clientX: x, view: window });
   all(".circuit-ground")[0].dispatchEvent(mouse("mousedown", 400));
   window.dispatchEvent(mouse("mousemove", 90));
@@ -292,7 +296,7 @@ async function drive() {
   told.zoomed = place() !== before;
   // An open panel may bring a scroll bar, and with it another width.
   press_button("Close"); await pause(100);
-  press_button("Reset view"); told.back = place() === before;
+  press_button("Whole picture"); told.back = place() === before;
   told.images = all(":is(img, script, b)").length;
   told.title = document.title;
   told.labels = all(".circuit-columns text").map((text) => text.textContent);
@@ -309,21 +313,26 @@ drive().catch((error) => String(error.stack)).then(answered);
 """
 
 
+SCRIPTS = ("circuit.js", "circuit_graph.js", "circuit_panel.js", "evidence.js", "dom.js",
+           "custom.css", "circuit.css", "evidence.css")
+
+
 def driven(report: Report, folder: Path, width: int) -> dict[str, Any]:
     """What the driver saw in a page with the circuit `made`."""
     shown = report.circuit("case", circuit_view(made(), TEXTS, GENES, DETAILS), caption="All")
     shutil.copytree(folder / "smoke" / "circuits", folder / "downloads" / "circuits")
     shutil.copytree(VENDOR, folder / "vendor" / "d3")
-    for name in ("circuit.js", "dom.js", "custom.css"):
+    for name in SCRIPTS:
         shutil.copy(ROOT / "book" / "_static" / name, folder)
     (folder / "page.html").write_text(
         '<!doctype html><html><head><meta charset="utf-8"><title>Circuit</title>'
-        '<link rel="stylesheet" href="custom.css"><script src="circuit.js"></script>'
-        '<script src="dom.js"></script></head><body>'
+        + "".join(f'<script src="{name}"></script>' if name.endswith("js") else
+                  f'<link rel="stylesheet" href="{name}">' for name in SCRIPTS)
+        + "</head><body>"
         f'{shown.bundle["text/html"]}<script>{ANSWER}{DRIVER}</script></body></html>')
     # Not the title, which a text that got into the page as HTML would change.
     page = opened(folder / "page.html", "--host-resolver-rules=MAP * ~NOTFOUND", width=width,
-                  marker='data-source="downloads/circuits/case.js', budget=500_000)
+                  marker='data-library="vendor', budget=500_000)
     answer = answer_in(page)
     assert isinstance(answer, dict), answer
     return answer

@@ -39,22 +39,33 @@ class Detail(TypedDict, total=False):
     """Its gene list, most active first."""
     term: str
     """The best term of its gene list, with how sure that is."""
+    term_name: str
+    """That term alone, if it is below the FDR; nodes are grouped by it."""
+    label: str
+    """What it is called in place of its kind, layer and number."""
+    contexts: Sequence[Sequence[Any]]
+    """Where it is strongest: [activation, the cell's label, [[token, activation, gene], ...]]."""
+    types: Sequence[Sequence[Any]]
+    """[cell type, share of its tokens on which it is active, cells looked at]."""
 
 
 def circuit_view(
     circuit: "Circuit", texts: Sequence[str], genes: Sequence[str | None],
-    details: Mapping[str, Detail] | None = None, *, max_edges: int = MAX_EDGES,
+    details: Mapping[str, Detail] | None = None, *, max_edges: int = MAX_EDGES, about: str = "",
+    types_note: str = "",
 ) -> dict[str, Any]:
     """The circuit's strongest edges and the nodes they join, as JSON without NaN.
 
     texts, genes: (n_pos,) token texts and the gene of each token (None outside genes).
     details: by node id. max_edges: the edges that carry most of the target's contributions are
-    kept, as in the static figure.
+    kept, as in the static figure. about: one sentence on the circuit; types_note: how activation
+    by cell type was read.
 
-    Keys: `target` (a node's id); `rows` (names of the occupied layers, lowest first); `columns`
+    Keys: `about`; `types_note`; `target` (a node's id); `rows` (names of the occupied layers,
+    lowest first); `columns`
     (tokens that carry a node: `position`, `text`, `gene`); `kinds`; `nodes` (`id`, `kind`, `label`,
-    `row`, `column`, `layer`, `index`, `position`, `token`, `gene`, `value`, `value_name`,
-    `influence`, `tokens`, `genes`, `term`); `edges`, heaviest first (`id`, `source`, `target`,
+    `name`, `row`, `column`, `layer`, `index`, `position`, `token`, `gene`, `value`, `value_name`,
+    `influence`, and the parts of `Detail`); `edges`, heaviest first (`id`, `source`, `target`,
     `weight` in units of the target's value, `share` of its absolute contributions, `carried`: that
     share times the target's influence); `total_nodes` and `total_edges` of the whole circuit.
 
@@ -75,13 +86,14 @@ def circuit_view(
     heights = sorted({_row(node) for node in nodes})
     positions = sorted({node.source for node in nodes})
     return {
-        "target": circuit.target,
+        "about": about, "types_note": types_note, "target": circuit.target,
         "rows": [_row_name(height) for height in heights],
         "columns": [{"position": p, "text": _cut(texts[p]), "gene": _cut(genes[p] or "")}
                     for p in positions],
         "kinds": [kind for kind in _ORDER if any(node.kind == kind for node in nodes)],
         "nodes": [{
-            **_node(node, circuit.target, texts, genes), **_detail(details.get(node.id, {})),
+            **_node(node, circuit.target, texts, genes, details.get(node.id, {})),
+            **_detail(details.get(node.id, {})),
             "row": heights.index(_row(node)), "column": positions.index(node.source),
             "influence": _short(influence[node.id]),
         } for node in nodes],
@@ -124,6 +136,7 @@ def feature_details(
                 row = best.loc[place].to_dict()
                 fdr = float(row["Adjusted P-value"])
                 nearest = "" if fdr < profile.fdr else f"none below FDR {profile.fdr:g}; nearest: "
+                detail["term_name"] = "" if nearest else str(row["Term"])
                 detail["term"] = (f"{nearest}{row['Term']} ({row['Overlap']} genes, FDR {fdr:.2g}; "
                                   f"{library.name})")
             found[layer, feature] = detail
@@ -159,14 +172,15 @@ def _check(circuit: "Circuit", texts: Sequence[str], genes: Sequence[str | None]
                              "finite number; trace it again in float32 or float64.")
 
 
-def _node(node: "Node", target: str, texts: Sequence[str], genes: Sequence[str | None]
-          ) -> dict[str, Any]:
+def _node(node: "Node", target: str, texts: Sequence[str], genes: Sequence[str | None],
+          detail: Detail) -> dict[str, Any]:
     names = {"feature": "activation", "head": "contribution to its reader",
              "embedding": "norm", "error": "norm", "logit": "value"}
     is_target = node.id == target
     return {
-        "id": node.id, "kind": node.kind, "label": _label(node), "layer": node.layer,
-        "index": node.index, "position": node.source, "token": _cut(texts[node.source]),
+        "id": node.id, "kind": node.kind, "label": _cut(detail.get("label") or _label(node)),
+        "name": _cut(_name(node, detail, texts, genes)), "layer": node.layer, "index": node.index,
+        "position": node.source, "token": _cut(texts[node.source]),
         "gene": _cut(genes[node.source] or ""), "value": _short(node.value),
         # The target's value is what the circuit adds up to, before the ReLU.
         "value_name": "pre-activation" if is_target and node.kind == "feature"
@@ -188,6 +202,24 @@ def _label(node: "Node") -> str:
             return "Logit"
 
 
+def _name(node: "Node", detail: Detail, texts: Sequence[str], genes: Sequence[str | None]) -> str:
+    """A few letters for the picture: a feature by its two main tokens, others by what they read."""
+    if detail.get("label"):
+        return str(detail["label"])
+    read = genes[node.source] or texts[node.source]
+    match node.kind:
+        case "feature":
+            return " ".join([f"L{node.layer}.F{node.index}", *list(detail.get("tokens", ()))[:2]])
+        case "head":
+            return f"head {node.layer}.{node.index}, {read}"
+        case "error":
+            return f"error of layer {node.layer}"
+        case "embedding":
+            return f"token {read}"
+        case _:
+            return "logit"
+
+
 def _edge(number: int, circuit: "Circuit", carried: float) -> dict[str, Any]:
     edge = circuit.edges[number]
     return {"id": f"e{number}", "source": edge.source, "target": edge.target,
@@ -199,7 +231,12 @@ def _detail(detail: Detail) -> dict[str, Any]:
     return {"tokens": [_cut(text) for text in list(detail.get("tokens", ()))[:MAX_TOKENS]],
             "genes": [_cut(text) for text in list(detail.get("genes", ()))[:MAX_GENES]],
             "n_genes": len(detail.get("genes", ())),
-            "term": _cut(detail.get("term", ""))}
+            "term": _cut(detail.get("term", "")), "term_name": _cut(detail.get("term_name", "")),
+            "contexts": [[_short(strength), _cut(where), [
+                [_cut(text), _short(active), _cut(gene or "")] for text, active, gene in pieces]]
+                for strength, where, pieces in detail.get("contexts", ())],
+            "types": [[_cut(name), _short(share), int(cells)]
+                      for name, share, cells in detail.get("types", ())]}
 
 
 def _row(node: "Node") -> tuple[float, int]:

@@ -8,7 +8,7 @@ files, labels, profiles) and is escaped.
 import html
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,19 +118,25 @@ class Report:
         )
 
     def circuit(
-        self, name: str, view: Mapping[str, Any], *, caption: str | None = None
+        self, name: str, view: Mapping[str, Any], *, caption: str | None = None, title: str = "",
+        others: Sequence[tuple[str, str, Mapping[str, Any]]] = (),
     ) -> Shown:
         """Write `circuits/<name>.js` and show the circuit as a figure to explore.
 
-        view: from `view.circuit_view`. The page links to `circuits/<name>.json`, the
-        export of the same circuit (`exports.save_graph`), which the chapter writes too.
+        view: from `view.circuit_view`. title: what the list of circuits calls it. others: further
+        circuits to choose from, as (name, title, view). The page links to `circuits/<name>.json`
+        and `.graphml`, the exports of the same circuits (`exports.save_both`), which the chapter
+        writes too.
         """
-        from scfm_circuits.report.boxes.circuit import circuit_bundle, circuit_script
+        from scfm_circuits.report.boxes.circuit import Choice, circuit_bundle, circuit_script
 
-        _checked_name(name, "circuit")
-        script = circuit_script(name, view)
-        write_atomic(self.profile.results / "circuits" / f"{name}.js", script)
-        return Shown(circuit_bundle(name, view, caption, script))
+        choices = []
+        for one, called, shown in [(name, title or name, view), *others]:
+            _checked_name(one, "circuit")
+            choices.append(Choice(one, called, circuit_script(one, shown)))
+        for choice in choices:
+            write_atomic(self.profile.results / "circuits" / f"{choice.name}.js", choice.script)
+        return Shown(circuit_bundle(view, caption, choices))
 
     def value(self, key: str, value: Any, text: str | None = None) -> None:
         """Keep a number in `values/<chapter>.json` and make it available to the prose.

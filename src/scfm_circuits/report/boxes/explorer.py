@@ -1,0 +1,118 @@
+"""What the explorer of circuits shows: several circuits, and what their features fire on."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from scfm_circuits.circuits.circuit import Circuit
+from scfm_circuits.circuits.view import Detail, circuit_view, feature_details
+from scfm_circuits.report.boxes.activity import FeaturePlace, contexts_at, read_activity
+
+if TYPE_CHECKING:
+    from scfm_circuits.enrichment.gene_sets import GeneSets
+    from scfm_circuits.report.chapter import Chapter
+
+CONTEXTS = 3
+"""Strongest contexts of a feature, each from another cell."""
+MOST_CELLS, TRIED = 5, 10
+"""Further cells whose calls are traced, each of another type; held-out cells of a type asked."""
+
+
+class Explored(NamedTuple):
+    """A circuit to choose in the explorer.
+
+    name: of its files; title: in the list; about: one sentence; texts, genes: (n_pos,) of the
+    prompt; target: what the target is called, or nothing.
+    """
+
+    name: str
+    title: str
+    about: str
+    circuit: Circuit
+    texts: Sequence[str]
+    genes: Sequence[str | None]
+    target: str = ""
+
+
+def further_cells(chapter: "Chapter", but: str) -> list[int]:
+    """Cells of the commonest types whose calls the model gets right.
+
+    The rule: of each type other than `but`, the first of its first `TRIED` held-out cells that the
+    model names to the letter; the `MOST_CELLS` types with most cells.
+    """
+    from scfm_circuits.models.answers import predict_answers
+
+    corpus = chapter.corpus
+    types, counts = np.unique(corpus.labels, return_counts=True)
+    tried = {str(name): np.flatnonzero(corpus.held_out & (corpus.labels == name))[:TRIED]
+             for name in types[np.argsort(-counts, kind="stable")] if name != but}
+    cells = np.concatenate([*tried.values(), np.zeros(0, np.int64)]).astype(np.int64)
+    if not len(cells):
+        return []
+    right = set(cells[np.array(predict_answers(chapter.model, corpus, cells))
+                      == corpus.labels[cells]].tolist())
+    firsts = ([cell for cell in own.tolist() if cell in right][:1] for own in tried.values())
+    return [cell for first in firsts for cell in first][:MOST_CELLS]
+
+
+def further_calls(chapter: "Chapter", but: str) -> list[Explored]:
+    """The circuits of the calls of `further_cells`, traced as the case's own call is."""
+    from scfm_circuits.cells.prompts import answered_prompt
+    from scfm_circuits.circuits.attribution import freeze
+    from scfm_circuits.circuits.contrast import contrast_of, trace_contrast
+
+    corpus, profile, found = chapter.corpus, chapter.profile, []
+    for place, cell in enumerate(further_cells(chapter, but), start=1):
+        label = str(corpus.labels[cell])
+        prompt = answered_prompt(corpus, profile, cell, label)
+        contrast = contrast_of(corpus, prompt)
+        circuit = trace_contrast(freeze(chapter.model, chapter.transcoders, prompt.encoded.tokens),
+                                 contrast, profile)
+        found.append(Explored(
+            f"call_{place}", f"{label}: the call of another cell",
+            f"Cell {corpus.cell_ids[cell]}, the first held-out cell of type {label} that the model "
+            "names to the letter: what led to that call.",
+            circuit, prompt.texts, prompt.genes, f"call: {label}"))
+    return found
+
+
+def explorer_views(chapter: "Chapter", circuits: Sequence[Explored], library: "GeneSets"
+                   ) -> list[dict[str, Any]]:
+    """The view of each circuit, with what its features fire on."""
+    activity = read_activity(chapter.model, chapter.transcoders, chapter.statistics,
+                             chapter.corpus, chapter.profile, samples=False)
+    features = sorted({(node.layer, node.index) for one in circuits
+                       for node in one.circuit.nodes.values() if node.kind == "feature"})
+    contexts = strongest_contexts(chapter, features)
+    views = []
+    for one in circuits:
+        details = feature_details(one.circuit, chapter.statistics, chapter.corpus, chapter.profile,
+                                  library)
+        for name, detail in details.items():
+            node = one.circuit.nodes[name]
+            detail["contexts"] = contexts[node.layer, node.index]
+            detail["types"] = activity.of(node.layer, node.index)
+        if one.target:
+            details[one.circuit.target] = {**details.get(one.circuit.target, Detail()),
+                                           "label": one.target}
+        views.append(circuit_view(one.circuit, one.texts, one.genes, details, about=one.about,
+                                  types_note=activity.note))
+    return views
+
+
+def strongest_contexts(chapter: "Chapter", features: Sequence[tuple[int, int]]
+                       ) -> dict[tuple[int, int], list[Any]]:
+    """The strongest contexts of some features, by layer and index."""
+    statistics = chapter.statistics
+    places: list[FeaturePlace] = [
+        (layer, feature, int(cell), int(position)) for layer, feature in features
+        for cell, position in zip(statistics.context_cell[layer, feature, :CONTEXTS],
+                                  statistics.context_position[layer, feature, :CONTEXTS],
+                                  strict=True) if cell >= 0]
+    read = contexts_at(chapter.model, chapter.transcoders, chapter.corpus, places,
+                       chapter.profile.forward_cells)
+    found: dict[tuple[int, int], list[Any]] = {key: [] for key in features}
+    for (layer, feature, *_), context in zip(places, read, strict=True):
+        found[layer, feature].append(context)
+    return found

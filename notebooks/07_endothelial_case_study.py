@@ -35,12 +35,14 @@ from scfm_circuits import InputError
 from scfm_circuits.cells.tokens import question
 from scfm_circuits.circuits import attribution, circuit, exports, search
 from scfm_circuits.circuits.case_study import case_study, target_elsewhere
+from scfm_circuits.circuits.circuit import Node
 from scfm_circuits.circuits.graph_scores import graph_study
 from scfm_circuits.circuits.view import circuit_view, feature_details
 from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.paper import case as printed_case
 from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.plots import circuits as plots
+from scfm_circuits.report.plots.sentence import Traced, call_sentence
 
 chapter = open_chapter("07_endothelial_case_study", profile, overrides, exact=True)
 settings, corpus = chapter.profile, chapter.corpus
@@ -429,6 +431,14 @@ chapter.value("call.closure", call_gap, f"{call_gap:.1e}")
 # %% mystnb={"image": {"alt": "Bars of the signed contributions to the logit of the answer's first token: features, attention heads on genes and on other tokens, embedding, error, constant."}, "figure": {"caption": "The logit of the answer's first token as a sum of its direct sources, with attention split by whether the token read belongs to a gene.", "name": "fig-call"}} tags=["hide-input"]
 chapter.figure("case_call", plots.contribution_kinds(
     search.sums_by_gene_or_not(call_parts, by_gene)))
+
+# %% mystnb={"image": {"alt": "The cell's sentence, gene by gene, tinted by the direct contribution of its tokens to the call; above it the circuit of the call, layers upwards, with the answer on top."}, "figure": {"caption": "The cell as the model read it. Blue genes speak for the call and orange ones against it, the darker the more (direct attention). Above, the circuit of the call: heads (diamonds, with a dotted line to what they read), features (circles) and what the transcoders leave unexplained (crosses), layers upwards.", "name": "fig-call-sentence"}} tags=["hide-input"]
+answer_node = Node.of_logit(answer, asked, last + 1, call.value)
+call_circuit = search.trace(frozen, answer_node, call, branches=settings.circuit_branches,
+                            depth=settings.circuit_depth, max_nodes=settings.circuit_nodes)
+chapter.figure("call_sentence", call_sentence(
+    genes, dict(zip(by_gene["gene"], by_gene["contribution"], strict=True)), study.prediction,
+    Traced(call_circuit, case.genes)))
 
 # %% tags=["hide-input"]
 chapter.table("case_call_genes", by_gene, rows=12,

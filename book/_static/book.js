@@ -44,8 +44,53 @@
     }
   }
 
+  /* Genes, terms and features of the run, above the pages that the search finds. */
+  function searchRun() {
+    const asked = (new URLSearchParams(location.search).get("q") ?? "").trim();
+    const place = document.getElementById("search-results");
+    if (!place || !asked) return;
+    const most = 12;
+    const words = asked.toLowerCase().split(/\s+/);
+    const holds = (text) => words.every((word) => text.toLowerCase().includes(word));
+    const link = (hash, text, note) => {
+      const item = document.createElement("li");
+      const anchor = document.createElement("a");
+      anchor.href = `features.html#${hash}`;
+      anchor.textContent = text;
+      item.append(anchor, ` ${note}`);
+      return item;
+    };
+    window.companionSearch = (kind, run) => {
+      const query = (text) => String(new URLSearchParams({ q: text }));
+      const listed = (pairs, what) => pairs.filter(([text]) => holds(text))
+        // The word itself before longer ones.
+        .sort(([a], [b]) => (b.toLowerCase() === asked.toLowerCase())
+          - (a.toLowerCase() === asked.toLowerCase()))
+        .map(([text, n]) => link(query(text), text, `${what} ${n} feature${n === 1 ? "" : "s"}`));
+      const found = [
+        ...run.features.filter((name) => name.toLowerCase() === asked.toLowerCase())
+          .map((name) => link(name, name, "feature")),
+        ...listed(run.genes, "gene, in the lists of"), ...listed(run.terms, "best term of")];
+      const box = document.createElement("section");
+      box.className = "found-in-run";
+      const head = document.createElement("h2");
+      head.textContent = "Genes, terms and features of this run";
+      const list = document.createElement("ul");
+      list.append(...found.slice(0, most));
+      const rest = document.createElement("p");
+      if (!found.length) rest.textContent = "None of them holds these words.";
+      if (found.length > most) rest.textContent = `and ${found.length - most} more`;
+      box.append(head, list, rest);
+      place.before(box);
+    };
+    const script = document.createElement("script");
+    script.src = `${root.dataset.content_root ?? "./"}search_words.js`;
+    document.head.append(script);
+  }
+
   document.addEventListener("DOMContentLoaded", () => {
     codeSwitch();
     stackTables();
+    searchRun();
   });
 })();

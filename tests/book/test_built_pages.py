@@ -12,8 +12,9 @@ from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from browser import Tab, driven
@@ -52,6 +53,16 @@ def write_run(run: Run) -> None:
         outputs = [report.show(WIDE, caption="The paper's beside ours")]
         write_json(run.output(notebook.name), executed(notebook.title, outputs))
         write_json(run.profile.results / "values" / f"{notebook.name}.json", {})
+    write_json(run.profile.results / "values" / "06_enrichment.json", {
+        f"controls.enrichr.{name}": 50.0 for name in ("features", "untrained-encoder", "uniform")})
+    tables = run.profile.results / "tables"
+    tables.mkdir()
+    pd.DataFrame({"gene": ["VWF", "ACTB"], "contribution": [1.0, -1.0]}).to_csv(
+        tables / "case_call_genes.csv", index=False)
+    pd.DataFrame({"layer": [1, 1], "feature": [20, 7], "genes": ["VWF PLVAP", "VWF"],
+                  "best_term": ["a <b>term</b>", ""]}).to_csv(tables / "features.csv", index=False)
+    plot = plt.figure(figsize=(4, 4))
+    report.figure("call_sentence", plot)
     write_json(run.profile.results / "provenance.json", {
         "profile": run.profile.name, "cells_are": "real", "cells_name": "cells of a test",
         "overrides": {}, "seed": 0, "versions": {}, "seconds_total": 1.0, "commit": "0" * 40,
@@ -210,3 +221,35 @@ def test_the_papers_numbers_are_in_sight_on_a_phone(book: Path, tab: Tab) -> Non
     labels = tab.run("[...document.querySelectorAll('table.stacks td')].map((cell) =>"
                      " getComputedStyle(cell, '::before').content)")
     assert '"paper"' in labels and "none" not in labels
+
+
+# --- the front page and the search ---------------------------------------------------------------
+
+
+def test_the_front_page_starts_with_what_was_found(book: Path, tab: Tab) -> None:
+    tab.screen(1280)
+    tab.open((book / "intro.html").as_uri())
+    assert tab.run("document.querySelectorAll('.findings li').length") == 3
+    # The first finding and the picture are on the first screen; the starts lead somewhere.
+    assert tab.run("['.findings li', '.hero img'].every((one) => "
+                   "document.querySelector(one).getBoundingClientRect().top < innerHeight)")
+    assert tab.run("document.querySelector('.hero img').naturalWidth > 100")
+    assert len(tab.run("[...document.querySelectorAll('.start a')].map((a) => a.href)")) == 4
+
+
+def test_search_finds_genes_terms_and_features(book: Path, tab: Tab) -> None:
+    words = json.loads(re.fullmatch(r'companionSearch\("words", (.*)\);\s*',
+                                    (book / "search_words.js").read_text())[1])
+    gene, term, feature = words["genes"][0][0], words["terms"][0][0], words["features"][0]
+    for asked, note in ((gene.lower(), "gene, in the lists of"), (term, "best term of"),
+                        (feature.lower(), "feature")):
+        tab.open((book / "search.html").as_uri() + f"?q={quote(asked)}")
+        tab.until("document.querySelector('.found-in-run li') !== null")
+        first, leads = tab.run("(({textContent, firstChild}) => [textContent, firstChild.hash])("
+                               "document.querySelector('.found-in-run li'))")
+        assert first.lower().startswith(f"{asked.lower()} {note}") and leads
+        assert tab.errors == []
+    # The search's own results: pages.
+    tab.open((book / "search.html").as_uri() + "?q=transcoder")
+    tab.until("document.querySelectorAll('#search-results li a').length > 2")
+    assert tab.errors == []

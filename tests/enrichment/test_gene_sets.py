@@ -287,7 +287,7 @@ def test_no_connection_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(server.calls) == gene_sets.DOWNLOAD_TRIES
     for library in libraries:
         assert library.source == "bundled" and library.name == gene_sets.BUNDLED_LIBRARY
-        assert library.warning is not None and "cannot be fetched (unreachable)" in (
+        assert library.warning is not None and "(Enrichr's server cannot be reached from here)" in (
             library.warning
         )
 

@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from scfm_circuits import InputError
+from scfm_circuits.book import front_page, search_words
 from scfm_circuits.book.chapters import Run, plan
 from scfm_circuits.book.execution import ExecutionFailed
 from scfm_circuits.book.gate import without_colours
@@ -167,6 +168,7 @@ def stage(run: Run, source: Path) -> None:
     (downloads / "notebooks").mkdir(parents=True, exist_ok=True)
     for notebook in run.notebooks:
         shutil.copyfile(notebook.path, downloads / "notebooks" / notebook.path.name)
+    write_atomic(source / "_extra" / search_words.FILE, search_words.script(run.profile.results))
     # What the local Sphinx extensions show on the pages.
     records = {notebook.name: _record(run, notebook.name) for notebook in run.notebooks}
     write_json(source / "companion.json", {
@@ -217,7 +219,12 @@ def _stage_notebook(run: Run, name: str, source: Path) -> None:
 
 def _filled(run: Run, text: str) -> str:
     """The page with its generated parts in place of `<!-- generated: name -->`."""
-    parts = {"exhibits": exhibit_map, "verdicts": verdict_counts, "downloads": download_list,
+    commit = read_json(run.profile.results / "provenance.json").get("commit")
+    parts = {"model": lambda run: front_page.model_box(run.profile),
+             "findings": lambda run: front_page.findings(run.profile),
+             "picture": lambda run: front_page.picture(run.profile),
+             "imprint": lambda run: front_page.imprint(commit),
+             "exhibits": exhibit_map, "verdicts": verdict_counts, "downloads": download_list,
              "features": lambda run: index_box(run.profile.results / FOLDER),
              "rating": lambda run: rating_box(run.profile.results / "human_eval" / "deck.json")}
 

@@ -298,9 +298,13 @@ def _download(name: str) -> GeneSets:
                             attempts=DOWNLOAD_TRIES).read_bytes()
         library = parse_gmt(content, name, source="download", where="The answer of the server")
     except InputError as error:
-        # If the server cannot be reached, the next library would wait for nothing.
-        _failed_downloads["" if isinstance(error, Unreachable) else name] = str(error)
-        raise
+        if not isinstance(error, Unreachable):
+            _failed_downloads[name] = str(error)
+            raise
+        # The next library would wait for nothing. The connection's own words are long and say no
+        # more to a reader.
+        _failed_downloads[""] = "Enrichr's server cannot be reached from here"
+        raise Unreachable(_failed_downloads[""]) from error
     try:
         write_atomic(target, content)
     except OSError as error:

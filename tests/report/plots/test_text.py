@@ -21,7 +21,14 @@ from scfm_circuits.circuits.attribution import freeze
 from scfm_circuits.circuits.search import strongest_features, trace_feature
 from scfm_circuits.interpretability.scores import EITHER, FAMILY, GENE, NONE, SUB_WORD
 from scfm_circuits.report import plots
-from scfm_circuits.report.plots import cells_and_training, circuits, enrichment, features, sub_words
+from scfm_circuits.report.plots import (
+    cells_and_training,
+    circuits,
+    enrichment,
+    features,
+    sentence,
+    sub_words,
+)
 from scfm_circuits.report.plots.style import literal
 from scfm_circuits.report.plots.variants import variants
 from scfm_circuits.report.sub_words import EARLY, KINDS, LATE
@@ -71,6 +78,19 @@ def circuit_picture() -> tuple[Figure, list[str]]:
     texts = [ODD[i] + (f" ({ODD[i - 1]})" if i and ODD[i - 1] else "") for i in sorted(places)]
     assert len(texts) > 10
     return figure, texts
+
+
+def call_sentence() -> tuple[Figure, list[str]]:
+    model = tiny_model()
+    n = len(ODD)
+    run = freeze(model, tiny_transcoders(model), tokens(n))
+    target = strongest_features(run, 2, n - 1, 1)[0]
+    circuit = trace_feature(run, 2, target, n - 1, branches=40, depth=3, max_nodes=300)
+    figure = sentence.call_sentence(ODD, {ODD[0]: 2.0, ODD[1]: -1.0}, ODD[2],
+                                    sentence.Traced(circuit, ODD))
+    cut = [text if len(text) <= sentence.LONGEST_GENE else text[:sentence.LONGEST_GENE - 1] + "…"
+           for text in ODD]
+    return figure, [*cut, f"the model says: {ODD[2]}"]
 
 
 def circuit_overlap() -> tuple[Figure, list[str]]:
@@ -191,7 +211,7 @@ FIGURES: dict[str, Callable[[], tuple[Figure, list[str]]]] = {one.__name__: one 
     layer_alone,
     share_with_controls, beyond_controls, explained_per_layer, prediction_by_kind, l0_per_layer,
     frequency_distribution, confusion_matrix, answers_by_layer,
-    both_tokenizers)} | {"variants": all_variants}
+    both_tokenizers, call_sentence)} | {"variants": all_variants}
 
 
 def test_every_figure_is_drawn_here() -> None:
@@ -242,3 +262,16 @@ def test_more_types_than_fit_a_figure_are_added_up() -> None:
     assert texts[0] == f"{1_500 - cells_and_training.MOST_BARS:,} other types"
     assert set(texts[-5:]) == set(names[-5:])
     assert sum(bar.get_width() for bar in axis.patches) == len(labels)
+
+
+def test_a_sentence_is_tinted_by_what_its_genes_contribute() -> None:
+    genes = [f"G{i}" for i in range(sentence.MOST_GENES + 7)]
+    figure = sentence.call_sentence(genes, {"G0": 2.0, "G1": -0.5, "G99": 5.0}, "beta")
+    boxes = [one for one in figure.axes[0].patches if hasattr(one, "get_boxstyle")]
+    tints = [np.array(box.get_facecolor()[:3]) for box in boxes]
+    assert len(boxes) == sentence.MOST_GENES
+    first, second, *others = tints[::-1]
+    # Blue speaks for the call and orange against it; without a contribution a box is white.
+    assert first[2] > first[0] and second[0] > second[2] and first.sum() < second.sum()
+    assert all((tint == 1).all() for tint in others)
+    assert any("7 more genes" in text for text in drawn(figure))

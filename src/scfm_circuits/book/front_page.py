@@ -1,0 +1,128 @@
+"""The parts of the front page that come from the run: which model, what was found, the picture.
+
+All numbers are read from the chapters' `values/*.json`; what a run does not have is left out. Texts
+come from profiles and labels and are escaped.
+"""
+
+import csv
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scfm_circuits.common.files import read_json
+from scfm_circuits.common.profile import ROOT, Profile
+
+PICTURE = "figures/call_sentence.png"
+CHAPTERS = {"enrichment": "06_enrichment", "human": "05_human_evaluation",
+            "case": "07_endothelial_case_study", "controls": "08_controls"}
+
+
+def model_box(profile: Profile) -> str:
+    """Which model and cells the numbers are from; amber where they are not those of a paper."""
+    values = _values(profile.results, "01_cells_and_model")
+    cells = (f"{'real' if profile.cells_are == 'real' else 'simulated'} cells: "
+             f"{escape(profile.cells_name)}")
+    if profile.model != "train":
+        return (f'<p class="model-box" role="note">All numbers are from the model '
+                f"<strong>{escape(str(profile.model))}</strong> and {cells}.</p>")
+    size = values.get("model.parameters")
+    right, asked = values.get("model.accuracy_percent"), values.get("model.asked")
+    about = [f"{profile.model_layers} layers",
+             *([f"{size / 1e6:.1f} million parameters"] if size else []),
+             "trained on the spot",
+             *([f"names {right:.0f} % of {asked:,} held-out cells rightly"] if right else [])]
+    return ('<p class="model-box demo" role="note"><strong>Demo model.</strong> All numbers are '
+            f"from a small model ({', '.join(about)}) and {cells}. They show that every step works "
+            "and what each claim has to be held against; about the paper's own model they decide "
+            "nothing.</p>")
+
+
+def findings(profile: Profile) -> str:
+    """The paper's three claims and what this run says to each, as a list in HTML."""
+    values = {name: _values(profile.results, chapter) for name, chapter in CHAPTERS.items()}
+    said = (
+        ("In most layers over 80 % of the features are “biologically interpretable”.",
+         _on_features(values["enrichment"]), CHAPTERS["enrichment"]),
+        ("People find 7 of 20 features (35 %) interpretable at the level of genes.",
+         _on_people(values["human"]), CHAPTERS["human"]),
+        ("The circuit behind one call finds the cell type's own genes (“Endothelial cell: "
+         "heart”, FDR 0.0013).", _on_circuit(values["controls"]), CHAPTERS["controls"]),
+    )
+    items = "".join(
+        f'<li><p class="claim"><span>The paper</span> {claim}</p>'
+        f'<p class="answer"><span>This run</span> {answer or "This run has no number for it."} '
+        f'<a href="{chapter}.html">Chapter {int(chapter[:2])}</a></p></li>'
+        for claim, answer, chapter in said)
+    return f'<ol class="findings">{items}</ol>'
+
+
+def _on_features(values: Mapping[str, Any]) -> str:
+    shares = [values.get(f"controls.enrichr.{name}")
+              for name in ("features", "untrained-encoder", "uniform")]
+    if None in shares:
+        return ""
+    ours, untrained, uniform = (f"<strong>{share:.0f} %</strong>" for share in shares)
+    sets = (" (tested on a small stand-in for the paper's gene sets)"
+            if values.get("enrichment.stand_in") else "")
+    return (f"By the paper's rule {ours} of ours are; so are {untrained} of those of an encoder "
+            f"that was never trained, and {uniform} of lists of random genes{sets}.")
+
+
+def _on_people(values: Mapping[str, Any]) -> str:
+    own, untrained = (values.get(f"score.{name}.gene_level") for name in ("features", "untrained"))
+    rated = (f"Its raters say so of {100 * values['human.rate']:.0f} %." if values.get("human.rate")
+             is not None else 'Nobody has <a href="rate.html">rated</a> ours yet.')
+    if own is None or untrained is None:
+        return rated
+    return (f"{rated} A score without raters finds a gene or a family in "
+            f"<strong>{100 * own:.1f} %</strong>, and in {100 * untrained:.1f} % of features that "
+            "learnt nothing.")
+
+
+def _on_circuit(values: Mapping[str, Any]) -> str:
+    kept, none = (values.get(f"faithfulness.own_kind_{name}") for name in ("circuit", "none"))
+    if kept is None or none is None:
+        return ""
+    return (f"Alone, our circuits keep <strong>{100 * kept:.0f} %</strong> of their target; "
+            f"no circuit at all, every feature at the mean of its kind of token, keeps "
+            f"<strong>{100 * none:.0f} %</strong>.")
+
+
+def picture(profile: Profile) -> str:
+    """The cell's sentence with the circuit of its call, and who speaks for it; nothing without."""
+    table = profile.results / "tables" / "case_call_genes.csv"
+    if not (profile.results / PICTURE).is_file() or not table.is_file():
+        return ""
+    with open(table, encoding="utf-8", newline="") as handle:
+        rows = [row for row in csv.DictReader(handle) if float(row["contribution"]) > 0]
+    rows.sort(key=lambda row: -float(row["contribution"]))
+    genes = [escape(row["gene"]) for row in rows[:4]]
+    label = escape(str(_values(profile.results, CHAPTERS["case"]).get("case.prediction", "")))
+    leading = f"{', '.join(genes[:-1])} and {genes[-1]}" if len(genes) > 1 else "".join(genes)
+    told = (f"Which genes made the model say “{label}”: {leading} speak for it most."
+            if genes else f"What made the model say “{label}”.")
+    return (f'<figure class="hero"><a href="{CHAPTERS["case"]}.html">'
+            f'<img src="downloads/{PICTURE}" alt="A cell as a list of its genes, tinted by what '
+            f'they contribute to the call; above it the circuit that leads to it. {told}"></a>'
+            f"<figcaption>{told} Blue: for it; orange: against it; one cell, direct attention. "
+            "Diamonds are attention heads, circles features, crosses what the transcoders leave "
+            "unexplained.</figcaption></figure>")
+
+
+def imprint(commit: str | None) -> str:
+    """Authors, repository and licence, as CITATION.cff says; commit: of the run."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    names = ", ".join(" ".join(filter(None, (one.get("given-names"), one.get("family-names"))))
+                      or one.get("name", "") for one in cited["authors"])
+    where = cited.get("repository-code")
+    code = (f'<a href="{escape(where, quote=True)}">repository</a>' if where else "repository")
+    at = f", commit {escape(commit[:10])}" if commit else ""
+    return (f'<p class="imprint">By {escape(names)}. Code and notebooks: {code}{at}; licence '
+            f"{escape(cited['license'])}.</p>")
+
+
+def _values(results: Path, chapter: str) -> dict[str, Any]:
+    return read_json(results / "values" / f"{chapter}.json")

@@ -1,0 +1,74 @@
+"""What the front page says follows from the run's values, and only from them."""
+
+from pathlib import Path
+
+import pytest
+
+from scfm_circuits.book import front_page, search_words
+from scfm_circuits.common.files import write_json
+from scfm_circuits.common.profile import Profile, load_profile
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+@pytest.fixture
+def profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Profile:
+    monkeypatch.setenv("SCFM_RESULTS", str(tmp_path))
+    return load_profile("demo")
+
+
+def keep(profile: Profile, chapter: str, **values: object) -> None:
+    write_json(profile.results / "values" / f"{chapter}.json",
+               {name.replace("__", "."): value for name, value in values.items()})
+
+
+def test_each_claim_is_answered_by_numbers_of_the_run(profile: Profile) -> None:
+    enrichr = {"features": 97.6, "untrained-encoder": 98.2, "uniform": 64.1}
+    keep(profile, "06_enrichment", **{f"controls__enrichr__{k}": v for k, v in enrichr.items()})
+    keep(profile, "05_human_evaluation", human__rate=None, score__features__gene_level=0.0128,
+         score__untrained__gene_level=0.0158)
+    keep(profile, "08_controls", faithfulness__own_kind_circuit=0.947,
+         faithfulness__own_kind_none=0.951)
+    text = front_page.findings(profile)
+    for number in ("98 %", "64 %", "1.3 %", "1.6 %", "95 %"):
+        assert number in text
+    assert "Nobody has" in text and "stand-in" not in text
+    keep(profile, "06_enrichment", enrichment__stand_in=True,
+         **{f"controls__enrichr__{k}": v for k, v in enrichr.items()})
+    keep(profile, "05_human_evaluation", human__rate=0.25)
+    text = front_page.findings(profile)
+    assert "stand-in" in text and "25%" not in text and "25 %" in text
+
+
+def test_what_a_run_lacks_is_not_said(profile: Profile) -> None:
+    text = front_page.findings(profile)
+    assert text.count("<li>") == 3 and text.count("This run has no number for it.") == 2
+    assert "Nobody has" in text and front_page.picture(profile) == ""
+    assert search_words.script(profile.results).startswith('companionSearch("words"')
+
+
+def test_a_model_of_the_runs_own_is_called_a_demo_model(profile: Profile) -> None:
+    assert "Demo model." in front_page.model_box(profile)
+    other = front_page.model_box(profile.model_copy(
+        update={"model": "owner/model", "cells_name": HOSTILE}))
+    assert "Demo" not in other and "owner/model" in other and "<script" not in other
+
+
+def test_the_picture_names_the_genes_that_speak_for_the_call(profile: Profile) -> None:
+    (profile.results / "figures").mkdir(parents=True)
+    (profile.results / front_page.PICTURE).touch()
+    (profile.results / "tables").mkdir()
+    (profile.results / "tables" / "case_call_genes.csv").write_text(
+        f"gene,contribution\nLOW,0.5\nAGAINST,-3\n{HOSTILE},2\n")
+    keep(profile, "07_endothelial_case_study", case__prediction=HOSTILE)
+    text = front_page.picture(profile)
+    assert "<script" not in text and "AGAINST" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; and LOW speak for it" in text
+
+
+def test_words_of_the_search_count_features(tmp_path: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "features.csv").write_text(
+        "layer,feature,genes,best_term\n0,3,A B,t\n1,4,A,\n")
+    said = search_words.script(tmp_path)
+    assert '["A",2]' in said and '["t",1]' in said and '["L0.F3","L1.F4"]' in said

@@ -107,3 +107,16 @@ chapter.show(own.loc[~judged, ["exhibit", "verdict", "claim", "paper", "ours"]],
 rest = claims[claims["standing"].isin(["setting", "transcription"])]
 chapter.show(rest[["standing", "exhibit", "verdict", "claim", "paper", "ours"]],
              caption="No test of anything")
+
+# %% [markdown]
+# ## What the paper names as future work, and what this book has of it
+#
+# | the paper | this book |
+# | --- | --- |
+# | structure of circuits: "inter-node relationships, information flow patterns" | flow by layer, heads, supernodes, overlap between cells, negative edges ({doc}`08_controls`); none of it is translated into biology |
+# | "domain-specific tokenizers" | a token for each gene, on small models of three seeds ({doc}`10_sub_words`) |
+# | other tasks, "like perturbation response prediction" | nothing |
+# | "other scFMs" | GPT-NeoX, Llama, Mistral and Qwen2 can be loaded ({doc}`your_cells`); Geneformer and scGPT cannot |
+# | "model improvement and debugging" | features are taken out and doubled ({doc}`08_controls`); no call is steered and no error is debugged |
+# | "the design of more interpretable architectures" | nothing |
+# | frameworks of scFeatureLens and of Claye et al. for single features | nothing |

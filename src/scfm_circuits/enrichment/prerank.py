@@ -15,7 +15,10 @@ bottom of the ranking is a tie of silent genes. Negative rows are returned and n
 """
 
 import math
+import os
 from collections.abc import Collection, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -58,7 +61,8 @@ def prerank_table(
         min_size, max_size: genes a term must have in the ranking.
         permutations: random sets of the same size per term. Memory grows with it and with the
             number of genes times terms. P and FDR can be 0: no permutation went beyond the term.
-        threads: for gseapy, which takes at most one fewer than there are cores; changes no number.
+        threads: of gseapy for each ranking and library, several of which are tested side by side;
+            it takes at most one fewer than there are cores; changes no number.
 
     Returns:
         One row per tested term: ranking, library, Term, n_genes (of the term in the ranking), ES
@@ -79,15 +83,23 @@ def prerank_table(
     # All rankings are checked before the first minutes go into one.
     ordered = {label: _ordered(label, scores, min_size, seed)
                for label, scores in rankings.items()}
-    parts = []
-    for label, genes in ordered.items():
-        for library in libraries:
-            sets = _sets_within(library, genes, min_size, max_size)
-            if sets:
-                table = _prerank(genes, sets, min_size, max_size, permutations, threads, seed)
-                table.insert(0, "ranking", label)  # type: ignore[arg-type]
-                table.insert(1, "library", library.name)
-                parts.append(table)
+
+    def tested(label: Hashable, library: GeneSets) -> pd.DataFrame | None:
+        genes = ordered[label]
+        sets = _sets_within(library, genes, min_size, max_size)
+        if not sets:
+            return None
+        table = _prerank(genes, sets, min_size, max_size, permutations, threads, seed)
+        table.insert(0, "ranking", label)  # type: ignore[arg-type]
+        table.insert(1, "library", library.name)
+        return table
+
+    import gseapy  # noqa: F401  (threads must not import it side by side)
+
+    # gseapy lets other threads run, and leaves at least one core to them.
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // threads)) as pool:
+        found = pool.map(tested, *zip(*product(ordered, libraries), strict=True))
+        parts = [one for one in found if one is not None]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
 
 

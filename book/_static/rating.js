@@ -1,9 +1,11 @@
-/* The rating page (rate.html): a card at a time, answers by key or button, kept in the browser under
-   the study's name, saved as the CSV file that goes into data/human_eval/. All texts are set as
+/* The rating page (rate.html): a card at a time, answers by key or button; an answer leads to the
+   next card, and after the last one the answers can be saved or mailed as the CSV file that goes
+   into data/human_eval/. They are kept in the browser under the study's name. All texts are set as
    text. */
 "use strict";
 window.companionParts = window.companionParts ?? [];
-window.companionParts.push(({ element }) => {
+window.companionParts.push((tools) => {
+  const { element } = tools;
   const COLUMNS = ["study", "card", "rater", "interpretable", "label", "note"];
   const ANSWERS = new Map([["y", "Yes"], ["n", "No"], ["u", "Unsure"]]);
   // A spreadsheet would take a cell that begins so for a formula.
@@ -56,11 +58,15 @@ window.companionParts.push(({ element }) => {
       const first = this.cards.findIndex((card) => !this.answer(card).interpretable);
       this.place = Math.max(first, 0);
       this.status = element("p", { className: "rating-status", role: "status" });
-      this.count = element("p", { className: "rating-count" });
+      this.progress = element("progress", { max: this.cards.length, "aria-label": "Answered" });
+      this.count = element("p", { className: "rating-count" }, this.progress,
+        this.counted = element("span", {}));
       this.strip = element("ol", { className: "rating-strip" });
       this.card = element("article", { className: "rating-card", tabIndex: -1 });
-      this.box.replaceChildren(this.guide(), this.top(), this.count, this.strip, this.card,
-        this.form(), this.status);
+      this.box.replaceChildren(this.count, this.card, this.form(),
+        element("div", { className: "rating-words" },
+          element("label", {}, "What it fires on ", this.label),
+          element("label", {}, "Note ", this.note)), this.guide(), this.top(), this.strip);
       document.addEventListener("keydown", (event) => this.pressed(event));
       this.draw();
       if (!this.kept) {
@@ -111,7 +117,7 @@ window.companionParts.push(({ element }) => {
     guide() {
       const keys = [["y", "n", "u", "answer"], ["j", "k", "next card, card before"],
         ["l", "label"], ["Esc", "leave a field"]];
-      return element("details", { open: !Object.keys(this.answers).length },
+      return element("details", {},
         element("summary", {}, "How to rate"),
         ...this.deck.instructions.map((text) => element("p", {}, text)),
         element("p", {}, "Keys: ", ...keys.flatMap((row, i) => [i ? "; " : "",
@@ -134,34 +140,43 @@ window.companionParts.push(({ element }) => {
       return element("div", { className: "rating-controls", role: "group",
         "aria-label": "Rater and answers" },
       element("label", {}, "Your name or initials ", this.name),
-      button("Save answers (CSV)", () => this.save()),
-      button("Go on from a CSV", () => this.file.click()), this.file,
+      button("Save answers (CSV)", () => this.save()), this.mail(),
+      button("Load a saved CSV", () => this.file.click()), this.file,
       button("Clear all", () => this.clear()));
+    }
+
+    /** The answers as a letter, in the reader's own mail program; to whom, the reader says. */
+    mail() {
+      const made = element("a", { href: "#rating" }, "Mail answers");
+      made.addEventListener("click", (event) => {
+        if (!this.ready()) event.preventDefault();
+        else made.href = `mailto:?subject=${encodeURIComponent(`Ratings of ${this.deck.study}`)
+        }&body=${encodeURIComponent(this.csv())}`;
+      });
+      return made;
     }
 
     form() {
       this.buttons = new Map([...ANSWERS].map(([key, text]) => {
         const made = element("button", { type: "button", "aria-pressed": "false",
           "aria-keyshortcuts": key }, text, " ", element("kbd", {}, key));
-        made.addEventListener("click", () => this.set({ interpretable: text }));
+        made.addEventListener("click", () => this.rate(text));
         return [text, made];
       }));
       this.label = element("input", { type: "text", autocomplete: "off" });
       this.note = element("input", { type: "text", autocomplete: "off" });
       this.label.addEventListener("input", () => this.set({ label: this.label.value }));
       this.note.addEventListener("input", () => this.set({ note: this.note.value }));
-      const move = (text, by) => {
-        const made = element("button", { type: "button" }, text);
+      const move = (text, label, by) => {
+        const made = element("button", { type: "button", "aria-label": label, title: label }, text);
         made.addEventListener("click", () => this.go(this.place + by));
         return made;
       };
       return element("div", { className: "rating-form" },
         element("div", { className: "rating-answers", role: "group",
           "aria-label": "Is it gene-level interpretable?" },
-        element("span", {}, "Gene-level interpretable?"), ...this.buttons.values()),
-        element("label", {}, "It responds to ", this.label),
-        element("label", {}, "Note ", this.note),
-        element("div", { className: "rating-moves" }, move("← Before", -1), move("Next →", 1)));
+        element("span", {}, "Gene-level interpretable?"), ...this.buttons.values(),
+        move("←", "Previous card", -1), move("→", "Next card", 1)), this.status);
     }
 
     pressed(event) {
@@ -173,7 +188,7 @@ window.companionParts.push(({ element }) => {
       if (field || event.ctrlKey || event.metaKey || event.altKey
           || document.querySelector("dialog[open]")) return;
       const key = event.key.toLowerCase();
-      if (ANSWERS.has(key)) this.set({ interpretable: ANSWERS.get(key) });
+      if (ANSWERS.has(key)) this.rate(ANSWERS.get(key));
       else if (key === "j") this.go(this.place + 1);
       else if (key === "k") this.go(this.place - 1);
       else if (key === "l") this.label.focus();
@@ -182,25 +197,33 @@ window.companionParts.push(({ element }) => {
       event.stopPropagation();
     }
 
+    /** A card, or what comes after the last one; its top is brought into view. */
     go(place) {
-      if (place < 0 || place >= this.cards.length) {
-        this.say(place < 0 ? "This is the first card." : this.left()
-          ? `This is the last card; ${this.left()} are without an answer.`
-          : "This is the last card, and all have an answer: save them as a file.");
+      if (place < 0 || place > this.cards.length) {
+        this.say(place < 0 ? "This is the first card." : "This is the end.");
         return;
       }
       this.place = place;
       this.draw();
       this.card.focus({ preventScroll: true });
-      this.card.scrollIntoView({ block: "nearest" });
+      this.count.scrollIntoView({ block: "start" });
+    }
+
+    /** An answer, and on to the next card. */
+    rate(answer) {
+      if (this.place >= this.cards.length) return;
+      this.set({ interpretable: answer });
+      const said = `${answer} for card ${this.place + 1}.`;
+      this.go(this.place + 1);
+      this.say(said);
     }
 
     set(change) {
+      if (this.place >= this.cards.length) return;
       const { card } = this.cards[this.place];
       this.answers[card] = { ...this.answer(this.cards[this.place]), ...change };
       this.keep();
       this.mark();
-      if (change.interpretable) this.say(`${change.interpretable} for card ${this.place + 1}.`);
     }
 
     left() {
@@ -214,6 +237,10 @@ window.companionParts.push(({ element }) => {
     // --- one card ---
 
     draw() {
+      if (this.place === this.cards.length) {
+        this.end();
+        return;
+      }
       const card = this.cards[this.place];
       const { label, note } = this.answer(card);
       this.label.value = label;
@@ -236,33 +263,24 @@ window.companionParts.push(({ element }) => {
           const own = card.contexts.filter((one) => one.kind === kind);
           return own.length ? [element("h3", {}, title), element("ol",
             { className: "rating-contexts" }, ...own.map(({ pieces }) =>
-              element("li", {}, ...this.pieces(pieces, strongest))))] : [];
+              element("li", {}, ...tools.tinted(pieces.map(({ text, activation, gene }) =>
+                [text, activation, gene]), strongest, true))))] : [];
         }));
       this.mark();
     }
 
-    /** Tokens of a context; those of one gene stand together, active ones carry their number. */
-    pieces(pieces, strongest) {
-      const shown = [];
-      let gene = null;
-      for (const piece of pieces) {
-        const active = piece.activation > 0;
-        const token = element(active ? "mark" : "span", { className: "rating-token" },
-          piece.text.replace(/^_/, ""));
-        if (active) {
-          token.style.setProperty("--strength",
-            `${Math.round(20 + (70 * piece.activation) / strongest)}%`);
-          token.append(element("sub", {}, element("span", { className: "rating-hidden" },
-            " active: "), number(piece.activation)));
-        }
-        const apart = piece.text.startsWith("_");
-        if (!shown.length || piece.gene !== gene || apart) {
-          shown.push(apart ? " " : "", element("span", { className: "rating-gene", title: piece.gene ?? "" }));
-        }
-        shown.at(-1).append(token);
-        gene = piece.gene;
-      }
-      return shown;
+    /** What comes after the last card. */
+    end() {
+      const left = this.left();
+      this.say("");
+      this.card.replaceChildren(element("h2", {}, left ? "The end of the deck"
+        : "All cards have an answer"), element("p", {}, left
+        ? `${left} of ${this.cards.length} cards are without an answer: the numbers below lead there.`
+        : "Thank you. Save the answers as a file, or mail them, below: the file belongs into "
+          + "data/human_eval/ of the project, and the next build of the book counts it."));
+      this.label.value = "";
+      this.note.value = "";
+      this.mark();
     }
 
     bar(part, whole) {
@@ -282,12 +300,14 @@ window.companionParts.push(({ element }) => {
 
     /** What is answered: the buttons, the strip of cards, the count. */
     mark() {
-      const now = this.answer(this.cards[this.place]).interpretable;
+      const here = this.cards[this.place];
+      const now = here ? this.answer(here).interpretable : "";
       for (const [text, button] of this.buttons) {
         button.setAttribute("aria-pressed", String(text === now));
       }
       const done = this.cards.length - this.left();
-      this.count.textContent = `${done} of ${this.cards.length} answered`;
+      this.progress.value = done;
+      this.counted.textContent = `${done} of ${this.cards.length} answered`;
       this.strip.replaceChildren(...this.cards.map((card, i) => {
         const said = this.answer(card).interpretable;
         const button = element("button", { type: "button", className: said ? "done" : "",
@@ -309,16 +329,19 @@ window.companionParts.push(({ element }) => {
       return [COLUMNS.join(","), ...rows, ""].join("\r\n");
     }
 
-    save() {
+    /** Whether there is something to hand over; if not, what is missing is said. */
+    ready() {
       if (!this.rater.trim()) {
         this.say("Write your name or initials first: answers need a rater.");
         this.name.focus();
-        return;
+        return false;
       }
-      if (this.left() === this.cards.length) {
-        this.say("There is no answer to save yet.");
-        return;
-      }
+      if (this.left() === this.cards.length) this.say("There is no answer to save yet.");
+      return this.left() < this.cards.length;
+    }
+
+    save() {
+      if (!this.ready()) return;
       const name = this.rater.trim().replace(/[^\p{L}\p{N}]+/gu, "_");
       const made = element("a", { download: `${this.deck.study}-${name}.csv`,
         href: URL.createObjectURL(new Blob([this.csv()], { type: "text/csv" })) });

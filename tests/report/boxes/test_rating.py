@@ -82,23 +82,33 @@ async function first() {
   told.typed = all(".rating-count")[0].textContent;
   click("Save answers"); told.nothing = status();
   press("k"); told.before = status();
-  for (const key of ANSWERS.slice(0, 5)) { press(key); press("j"); }
-  press("l"); told.label = document.activeElement === field("It responds to");
-  type("It responds to", HOSTILE); type("Note", "=1+1");
-  press("Escape", field("It responds to"));
-  told.left = document.activeElement !== field("It responds to");
+  told.tops = [];
+  for (const key of ANSWERS.slice(0, 5)) {
+    press(key);
+    // The new card's top is in the window, whatever the height of the last one.
+    const { top } = all(".rating-card h2")[0].getBoundingClientRect();
+    told.tops.push([title(), top >= 0 && top < innerHeight / 2]);
+  }
+  told.said = status();
+  press("l"); told.label = document.activeElement === field("What it fires on");
+  type("What it fires on", HOSTILE); type("Note", "=1+1");
+  press("Escape", field("What it fires on"));
+  told.left = document.activeElement !== field("What it fires on");
   told.count = all(".rating-count")[0].textContent;
   return told;
 }
 async function second() {
   await until(() => all(".rating-card h2").length);
   const told = { title: title(), rater: field("Your name").value, label:
-    field("It responds to").value, count: all(".rating-count")[0].textContent };
-  for (const key of ANSWERS.slice(5)) { press(key); press("j"); }
-  told.end = status();
+    field("What it fires on").value, count: all(".rating-count")[0].textContent };
+  for (const key of ANSWERS.slice(5)) press(key);
+  told.end = all(".rating-card")[0].textContent; press("y"); press("j"); told.over = status();
+  const mail = all(".rating a").find((one) => one.textContent === "Mail answers");
+  mail.addEventListener("click", (event) => event.preventDefault());
+  mail.click(); told.mail = decodeURIComponent(mail.href);
   told.strip = all(".rating-strip button").map((one) => one.getAttribute("aria-label"));
   all(".rating-strip button")[0].click();
-  press("Y");
+  press("Y"); press("k");
   told.pressed = all(".rating-answers [aria-pressed=true]").map((one) => one.textContent);
   press("j"); press("k");
   click("Save answers"); told.saved = status();
@@ -147,7 +157,7 @@ const said = JSON.parse(localStorage.getItem("driver") ?? "null");
 @pytest.fixture(scope="module", params=[1280, 500])
 def told(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Any:
     folder = tmp_path_factory.mktemp("rating")
-    for name in ("rating.js", "dom.js", "custom.css", "rating.css"):
+    for name in ("rating.js", "evidence.js", "dom.js", "custom.css", "rating.css", "evidence.css"):
         shutil.copy(ROOT / "book" / "_static" / name, folder)
     box = rating_box(write_deck(deck(), folder / "deck.json"))
     driver = (f"const ANSWERS = {script_json(ANSWERS)}; const HOSTILE = {script_json(HOSTILE)};"
@@ -157,7 +167,8 @@ def told(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         '<!doctype html><html><head><meta charset="utf-8"><title>Rate</title>'
         '<meta name="viewport" content="width=device-width">'
         '<link rel="stylesheet" href="custom.css"><link rel="stylesheet" href="rating.css">'
-        '<script src="rating.js"></script><script src="dom.js"></script></head><body>'
+        '<link rel="stylesheet" href="evidence.css"><script src="rating.js"></script>'
+        '<script src="evidence.js"></script><script src="dom.js"></script></head><body>'
         f"{box}<script>{driver}</script></body></html>", encoding="utf-8")
     shown = opened(page, "--host-resolver-rules=MAP * ~NOTFOUND", width=request.param,
                    marker='id="rating-deck"', budget=200_000)
@@ -175,6 +186,8 @@ def test_a_card_is_rated_by_keyboard_and_its_text_stays_text(told: Any) -> None:
     # A letter in a field is text, not an answer.
     assert first["typed"] == "0 of 12 answered" and "no answer" in first["nothing"]
     assert first["before"] == "This is the first card."
+    assert first["tops"] == [[f"Card {i} of 12", True] for i in range(2, 7)]
+    assert first["said"].endswith("for card 5.")
     assert first["label"] and first["left"] and first["count"] == "5 of 12 answered"
 
 
@@ -186,7 +199,10 @@ def test_a_reload_loses_nothing(told: Any) -> None:
 
 def test_what_is_saved_gives_the_rate_and_the_kappa(told: Any, tmp_path: Path) -> None:
     second = told[1]
-    assert "all have an answer" in second["end"] and second["pressed"] == ["Yes y"]
+    assert "All cards have an answer" in second["end"] and second["pressed"] == ["Yes y"]
+    assert second["over"] == "This is the end."
+    assert second["mail"].startswith("mailto:?subject=Ratings of study-1&body=study,card,rater")
+    assert second["mail"].endswith(second["csv"])
     assert second["strip"][1] == "Card 2, No"
     assert "Saved as study-1-A_B_.csv." in second["saved"]
     key = deck_key(deck())

@@ -11,9 +11,9 @@
 #   scfm:
 #     after: [07_endothelial_case_study]
 #     produces: [tables/circuit_faithfulness.csv, tables/circuit_predictions.csv, tables/circuit_flow.csv,
-#       tables/circuit_heads.csv, tables/circuit_overlap.csv]
+#       tables/circuit_heads.csv, tables/circuit_overlap.csv, tables/task_circuit.csv]
 #     exhibits: "beyond the paper"
-#     modules: [circuits/attribution, circuits/circuit, circuits/interventions, circuits/prediction, circuits/structure, cells/simulated, circuits/planted_genes]
+#     modules: [circuits/attribution, circuits/circuit, circuits/interventions, circuits/prediction, circuits/task_circuit, circuits/structure, cells/simulated, circuits/planted_genes]
 # ---
 
 # %% [markdown]
@@ -29,8 +29,9 @@ profile = "demo"
 overrides: dict = {}
 
 # %%
-from scfm_circuits.circuits import prediction, studies
+from scfm_circuits.circuits import prediction, studies, task_curves
 from scfm_circuits.circuits.planted_genes import known_truth
+from scfm_circuits.circuits.task_circuit import CHOSEN_BY, MEAN, ZERO, task_circuit
 from scfm_circuits.enrichment.controls.planted_programs import program_matches
 from scfm_circuits.enrichment.controls.studies import by_occurrence
 from scfm_circuits.report.chapter import open_chapter
@@ -255,6 +256,64 @@ chapter.values(common.counts(), prefix="structure.")
 # {glue:text}`structure.one_type_only` are in more than one circuit but of a single type.
 
 # %% [markdown]
+# ## One circuit for the whole task
+#
+# So far every circuit was of one cell. How few features, the same for all cells, name the cells' types
+# as often as all of them do? Features are chosen on {glue:text}`task.choice_cells` training cells and
+# tried on {glue:text}`task.cells` held-out cells, of every type as many as there are up to a bound. All
+# MLPs are replaced by the features kept. What is not kept stands at its mean over tokens of the same
+# kind, and so does the transcoders' error: what these miss of a cell cannot help. Beside it the harder
+# test, as in Tables 1 and 2: features that are not kept are silent, and no error is added.
+#
+# - **By influence:** what a feature's taking away would do to the contrast of the call (the label's
+#   token against the other labels', where they part; {doc}`07_endothelial_case_study`), on all paths
+#   of the linear model, mean size over training cells.
+# - **By gradient:** the same with the gradient in the original model. **By activation:** what a
+#   feature writes on average.
+# - **Random:** the scores of the first choice dealt out anew among features of a layer that fire
+#   about as often, {glue:text}`task.draws` times.
+
+# %%
+task = task_circuit(chapter.model, chapter.transcoders, corpus, settings)
+
+# %% mystnb={"image": {"alt": "Percentage of right answers kept against the share of features kept, for features chosen by influence, gradient, activation and at random; left with the other features at their mean, right with them silent."}, "figure": {"caption": "Right answers of the original model that are right still with a share of the features, chosen once for all cells. Bands: 95 % intervals over cells. Lines across: all features and none.", "name": "fig-task"}} tags=["hide-input"]
+curve = task_curves.curve(task)
+chapter.figure("task_circuit", plots.task_curves(curve))
+
+# %% tags=["hide-input"]
+choices = task_curves.compare_choices(task, settings.seed)
+chapter.table("task_circuit", curve, rows=0)
+beside = curve[~curve["chosen"].isin(CHOSEN_BY)]
+chapter.show(beside.drop(columns=["draw", "share"]), digits=3, caption="What stands beside the "
+             "circuits: right answers, and the mean contrast in nats")
+chapter.table("task_choices", choices, digits=3, caption="What the circuits keep, in percent, mean "
+              "over the sizes tried, and by how many points the choice by influence is ahead")
+
+# %% tags=["remove-input"]
+chapter.values({"choice_cells": task.choice_cells, "cells": len(task.cells), "firing": task.firing,
+                "draws": int(curve["draw"].max()) + 1}, prefix="task.")
+kept = beside.set_index(["chosen", "others"])["kept"] / 100
+for key, others in (("mean", MEAN), ("zero", ZERO)):
+    chapter.percent(f"task.all_{key}", kept["all features", others])
+    chapter.percent(f"task.none_{key}", kept["no feature", others])
+    chapter.value(f"task.fewest_{key}", task_curves.fewest(curve, others))
+    for name, measure in (("right", task_curves.RIGHT), ("contrast", task_curves.CONTRAST)):
+        chapter.value(f"task.{name}_{key}", task_curves.comparison(choices, measure, others))
+
+# %% [markdown]
+# Of the original model's right answers, all {glue:text}`task.firing` features that fire keep
+# {glue:text}`task.all_mean`, and none of them, every MLP at its mean for the kind of token, keeps
+# {glue:text}`task.none_mean`: for so much of the task no feature is needed, whatever a circuit shows.
+# With nothing in the MLPs' place it is {glue:text}`task.none_zero`.
+#
+# - **Others at their mean.** Of the features, {glue:text}`task.fewest_mean`. Over all sizes, choice by
+#   influence keeps of the right answers {glue:text}`task.right_mean`. Of what features add to the
+#   contrast it wins back {glue:text}`task.contrast_mean`.
+# - **Others silent.** Of the features, {glue:text}`task.fewest_zero`. Over all sizes, choice by
+#   influence keeps of the right answers {glue:text}`task.right_zero`. Of what features add to the
+#   contrast it wins back {glue:text}`task.contrast_zero`.
+
+# %% [markdown]
 # ## Known truth
 #
 # {glue:text}`truth.known`
@@ -350,5 +409,7 @@ if matches:
 # - Closing to rounding is arithmetic; only that the model's own value moves as predicted is evidence.
 #   Of the predictions made here {glue:text}`prediction.key_point`.
 # - A circuit is a claim about the model, and can be tested in the model: without it, and with it alone.
+# - A circuit for the whole task is worth what it keeps beyond no feature at all, and beyond random ones:
+#   with every MLP at its mean {glue:text}`task.none_mean` of the right answers stay.
 # - A feature in every cell's circuit does not tell, by being there, what type a cell is.
 # ```

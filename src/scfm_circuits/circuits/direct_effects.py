@@ -5,7 +5,8 @@ it reads of the stream. That gives, for each reading, a (n_pos, d_model) pull on
 each layer, and its product with what an MLP's features, its error and the embeddings wrote there
 are their effects. This is the gradient of the frozen linear model in closed form.
 
-The constant is what the biases give along the way, never the rest.
+The constant is what the biases give along the way, never the rest. `total_pulls` goes on through
+the features, as if those that are active were linear.
 """
 
 from collections.abc import Sequence
@@ -130,3 +131,40 @@ def _pull_through_attention(frozen: Frozen, layer: int, pull: Tensor, constant: 
     constant += (pull.sum(dim=1) @ w.b_o + torch.einsum("bhsk,hk->b", reads, w.b_v)
                  + at_norm.sum(dim=1) @ w.ln1_bias)
     pull += frozen.centre(w.ln1_gain * at_norm) / frozen.sigma1[layer, :n_pos, None]
+
+
+# --- through the features ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def total_pulls(frozen: Frozen, reading: Reading) -> Tensor:
+    """(n_layers, n_pos, d_model): what a reading reads of each MLP's output, on all paths.
+
+    Through attention, and through later layers' active features, which pass a change on as they
+    are; patterns, the norms' scales and the transcoders' errors are frozen. A feature's total
+    effect is its activation times the product of its decoder row and the pull where it writes.
+    """
+    t, n_pos = frozen.transcoders, len(frozen.tokens)
+    pull = reading.vector.new_zeros(1, n_pos, len(reading.vector))
+    pull[0, reading.position] = reading.vector
+    pulls = pull.new_zeros(t.n_layers, *pull.shape[1:])
+    unused = torch.zeros_like(pull[:, 0, 0])
+
+    def through_mlp(layer: int) -> Tensor:
+        if layer >= reading.mlp_limit:
+            return torch.zeros_like(pull)
+        pulls[layer] = pull[0]
+        active = (frozen.activations[layer] > 0).to(pull)
+        at_norm = (pull[0] @ t.W_dec[layer].T * active) @ t.W_enc[layer]
+        back = frozen.centre(frozen.weights[layer].ln2_gain * at_norm)
+        return (back / frozen.sigma2[layer][:, None])[None]
+
+    for layer in range(t.n_layers - 1, -1, -1):
+        through = through_mlp(layer)  # of a parallel block, which sees the stream below the layer
+        if not frozen.parallel:
+            pull = pull + through
+        if layer < reading.attention_limit:
+            _pull_through_attention(frozen, layer, pull, unused)
+        if frozen.parallel:
+            pull = pull + through
+    return pulls

@@ -230,11 +230,7 @@ def held_at_means(frozen: Frozen, means: Means, kinds: np.ndarray) -> HeldAtMean
 
     Raises InputError if the text has a kind of token that was not averaged over.
     """
-    places = torch.from_numpy(np.asarray(kinds)).to(frozen.tokens.device)
-    known = places < len(means.counts)
-    if not (known.all() and (means.counts[places] > 0).all()):
-        raise InputError("The text has a word where no cell averaged over has one; take means over "
-                         "cells with the same `prompt`.")
+    places = means.places(kinds)
     t = frozen.transcoders
     written = torch.stack([means.activations[layer][places] @ t.W_dec[layer] + t.b_dec[layer]
                            for layer in range(t.n_layers)])

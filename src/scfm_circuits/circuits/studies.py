@@ -98,12 +98,13 @@ class CircuitStudy(NamedTuple):
         return [set(circuit_features(circuit)) for _, circuit in self.circuits]
 
 
-def studied_cells(corpus: Corpus, per_type: int = PER_TYPE, most: int = MOST) -> np.ndarray:
-    """The first held-out cells of every type, sorted by type.
+def studied_cells(corpus: Corpus, per_type: int = PER_TYPE, most: int = MOST,
+                  among: np.ndarray | None = None) -> np.ndarray:
+    """The first held-out cells of every type, or the first of `among`, sorted by type.
 
     Every type's first cell comes before any type's second, should there be too many types.
     """
-    held_out = np.flatnonzero(corpus.held_out)
+    held_out = np.flatnonzero(corpus.held_out) if among is None else among
     labels = corpus.labels[held_out]
     turn = pd.Series(labels).groupby(labels).cumcount().to_numpy()
     turns = np.lexsort((labels, turn))

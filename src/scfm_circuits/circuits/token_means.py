@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scfm_circuits import InputError
 from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
 from scfm_circuits.transcoders.transcoder import Transcoders
 
@@ -42,13 +43,26 @@ def token_kinds(gene: np.ndarray, place: np.ndarray, answer_start: int) -> np.nd
 
 
 class Means(NamedTuple):
-    """Mean activations by kind of token.
+    """Mean activations by kind of token, and what else is averaged on the way.
 
-    activations: (n_layers, n_kinds, n_features); counts: (n_kinds,) tokens averaged.
+    activations: (n_layers, n_kinds, n_features); counts: (n_kinds,) tokens averaged. outputs:
+    (n_layers, n_kinds, d_model) of the MLPs; firing: (n_layers, n_features) share of all tokens on
+    which a feature is active.
     """
 
     activations: Tensor
     counts: Tensor
+    outputs: Tensor = torch.empty(0)
+    firing: Tensor = torch.empty(0)
+
+    def places(self, kinds: np.ndarray | Tensor) -> Tensor:
+        """The kinds as indices of `activations`; InputError for one that was not averaged over."""
+        found = torch.as_tensor(kinds).to(self.counts.device)
+        known = found < len(self.counts)
+        if not (known.all() and (self.counts[found] > 0).all()):
+            raise InputError("The text has a word where no cell averaged over has one; take means "
+                             "over cells with the same `prompt`.")
+        return found
 
     def over_all_tokens(self) -> "Means":
         """The mean over all tokens as that of one kind, 0."""
@@ -57,28 +71,39 @@ class Means(NamedTuple):
                      self.counts.sum()[None])
 
 
-@torch.no_grad()
-def mean_activations(model: nn.Module, transcoders: Transcoders, corpus: "Corpus",
-                     cells: np.ndarray, forward_cells: int) -> Means:
-    """Mean activation of every feature on every kind of token (`token_kinds`) over the cells."""
+def kinds_of(corpus: "Corpus", cells: np.ndarray) -> np.ndarray:
+    """(n_cells, length) `token_kinds` of each cell's text up to its answer's end; -1 behind it."""
     kinds = np.full((len(cells), corpus.tokens.shape[1]), -1, np.int32)
     for row, cell in zip(kinds, cells, strict=True):
         end = corpus.answer_end[cell] + 1
         row[:end] = token_kinds(corpus.gene[cell, :end], corpus.place[cell, :end],
                                 int(corpus.answer_start[cell]))
+    return kinds
+
+
+@torch.no_grad()
+def mean_activations(model: nn.Module, transcoders: Transcoders, corpus: "Corpus",
+                     cells: np.ndarray, forward_cells: int) -> Means:
+    """Means over the cells, on every kind of token (`token_kinds`)."""
+    kinds = kinds_of(corpus, cells)
     n_kinds, device = int(kinds.max()) + 1, device_of(model)
     total = torch.zeros(transcoders.n_layers, n_kinds, transcoders.n_features, device=device,
                         dtype=transcoders.W_enc.dtype)
     counts = torch.zeros(n_kinds, dtype=torch.int64, device=device)
+    written = total.new_zeros(transcoders.n_layers, n_kinds, transcoders.d_model)
+    firing = total.new_zeros(transcoders.n_layers, transcoders.n_features)
     done = 0
     for rows, tokens, _ in batches(corpus, cells, forward_cells, device):
         kind = torch.from_numpy(kinds[done : done + len(rows), : tokens.shape[1]]).to(device)
         done += len(rows)
         # The end of the text is left out: no target is read there.
-        inputs = mlp_sites(model, tokens, kind >= 0).inputs
+        inputs, outputs = mlp_sites(model, tokens, kind >= 0)
         chosen = kind[kind >= 0]
         counts += torch.bincount(chosen, minlength=n_kinds)
         for layer in range(transcoders.n_layers):
             z = transcoders.layer_activations(layer, inputs[layer])
             total[layer].index_add_(0, chosen, z)
-    return Means(total / counts.clamp_min(1)[:, None], counts)
+            written[layer].index_add_(0, chosen, outputs[layer].to(written))
+            firing[layer] += (z > 0).sum(dim=0)
+    each = counts.clamp_min(1)[:, None]
+    return Means(total / each, counts, written / each, firing / counts.sum())

@@ -60,6 +60,7 @@ STREAMS: Mapping[str, Stream] = {
     "resampled predictions": Stream(60),
     "simulated logic": Stream(45),
     "cells that known truth is scored on": Stream(46),
+    "task circuit": Stream(61, ("part",)),
 }
 
 

@@ -120,6 +120,14 @@ def predictions() -> tuple[Figure, list[str]]:
     return circuits.predictions(frame, frame), []
 
 
+def task_curves() -> tuple[Figure, list[str]]:
+    chosen = ["original model", "all features", "no feature", "influence", "gradient",
+              "activation", "random", "random"]
+    frame = pd.DataFrame({"chosen": chosen, "others": ["", *["zero"] * 7], "kept": 5.0,
+                          "draw": [0] * 7 + [1], "share": [np.nan, 1, 0, *[0.25] * 5]})
+    return circuits.task_curves(frame.assign(kept_lower_95=4.0, kept_upper_95=np.nan)), []
+
+
 def circuit_flow() -> tuple[Figure, list[str]]:
     frame = pd.DataFrame({"kind": ["attention", "features"], "layer": [0, 1]})
     return circuits.circuit_flow(frame.assign(share=0.5, passing=0.5, cell=ODD[0])), []
@@ -207,8 +215,8 @@ def both_tokenizers() -> tuple[Figure, list[str]]:
 
 FIGURES: dict[str, Callable[[], tuple[Figure, list[str]]]] = {one.__name__: one for one in (
     cells_per_type, circuit_picture, circuit_overlap, planted_recovery, contribution_kinds,
-    faithfulness, predictions, circuit_flow, training_curve, transcoder_curves, loss_comparison,
-    layer_alone,
+    faithfulness, predictions, task_curves, circuit_flow, training_curve, transcoder_curves,
+    loss_comparison, layer_alone,
     share_with_controls, beyond_controls, explained_per_layer, prediction_by_kind, l0_per_layer,
     frequency_distribution, confusion_matrix, answers_by_layer,
     both_tokenizers, call_sentence)} | {"variants": all_variants}

@@ -177,6 +177,40 @@ def predictions(effects: pd.DataFrame, singles: pd.DataFrame) -> Figure:
     return figure
 
 
+_CHOICE_COLOURS = {"influence": BLUE, "gradient": GREEN, "activation": PURPLE, "random": GREY}
+
+
+def task_curves(curve: pd.DataFrame) -> Figure:
+    """Right answers kept against the share of features kept, a panel for each place of the others.
+
+    curve: `task_curves.curve`. Bands are its intervals over cells; random draws are lines of their
+    own. Lines across: what all features and what none keep.
+    """
+    where = [one for one in dict.fromkeys(curve["others"]) if one]
+    figure, axes = panels(len(where), width=4.8, height=4)
+    for axis, others in zip(axes, where, strict=True):
+        rows = curve[curve["others"] == others]
+        for style, name in (("--", "all features"), (":", "no feature")):
+            kept = rows.loc[rows["chosen"] == name, "kept"].mean()
+            axis.axhline(kept, color="black", linestyle=style, linewidth=1, label=name)
+        for name, colour in _CHOICE_COLOURS.items():
+            for draw, some in rows[rows["chosen"] == name].groupby("draw"):
+                axis.plot(some["share"], some["kept"], color=colour, marker="o", markersize=4,
+                          label=None if draw else f"chosen by {name}" if name != "random"
+                          else "random, firing as often")
+                if not draw:
+                    axis.fill_between(some["share"], some["kept_lower_95"], some["kept_upper_95"],
+                                      color=colour, alpha=0.12, linewidth=0)
+        shares = sorted(set(rows.loc[rows["chosen"].isin(list(_CHOICE_COLOURS)), "share"]))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(shares, [f"1/{round(1 / share)}" for share in shares])
+        axis.set(title=f"others at {others}", xlabel="share of the firing features kept",
+                 ylabel="% of the right answers kept", ylim=(0, 104))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
 def circuit_flow(flow: pd.DataFrame) -> Figure:
     """What writes the targets' values, layer by layer, as mean shares over cells.
 

@@ -5,8 +5,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.sparse as sp
-from helpers import MadeUp, model_for, tiny_corpus, tiny_profile, tiny_transcoders
+from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,11 +26,6 @@ from scfm_circuits.circuits.planted_genes import (
 )
 from scfm_circuits.circuits.search import strongest_features, trace_feature
 from scfm_circuits.common.profile import load_profile
-from scfm_circuits.enrichment.controls.planted_programs import (
-    program_matches,
-    programs_library,
-)
-from scfm_circuits.features.statistics import FeatureStatistics
 from scfm_circuits.report.plots import circuits as plots
 
 LABELS = ("CD4+ T cell", "B cell", "CD34+", "Dendritic {cell}")
@@ -197,99 +191,6 @@ def test_the_truth_is_known_for_planted_cells_only() -> None:
     assert "T cell" in plan_of(load_profile("planted")).cell_types
     with pytest.raises(InputError, match="not known"):
         plan_of(load_profile("demo"))
-
-
-# --- features ------------------------------------------------------------------------------------
-
-
-def made_up(n_random: int = 60) -> tuple[MadeUp, Plan, FeatureStatistics, FeatureStatistics]:
-    """300 genes, 4 programs of 15; features on two programs' genes, and features on any genes."""
-    rng = np.random.default_rng(0)
-    n = 300
-    symbols = np.array([f"G{i}" for i in range(n)])
-    plan = Plan({"a": 0.5, "b": 0.5}, (
-        Program("pa", tuple(symbols[:15]), ("a",), 1.0),
-        Program("pb", tuple(symbols[15:30]), ("b",), 1.0),
-        Program("ab", tuple(symbols[30:45]), ("a", "b"), 1.0),
-        Program("st", tuple(symbols[45:60]), (), 0.2)), {"rest": (1.0, tuple(symbols[60:]))})
-    rows = np.zeros((2 + n_random, n), np.int64)
-    rows[0, :15], rows[1, 30:42] = 40, 40
-    for row in rows[2:]:
-        row[rng.permutation(n)[:15]] = rng.integers(20, 60, 15)
-    pair = np.arange(n)
-
-    def counted(some: np.ndarray) -> FeatureStatistics:
-        return FeatureStatistics(10_000, some.sum(axis=1)[None], pair, pair.astype(np.int32),
-                                 rng.integers(50, 150, n), (sp.csr_matrix(some),),
-                                 np.zeros((1, 1)))
-
-    gene = np.repeat(pair, 3)
-    return MadeUp(symbols, gene, 0 * gene, gene >= 0), plan, counted(rows), counted(rows[2:])
-
-
-def test_features_on_programs_are_found_and_others_are_not(monkeypatch, tmp_path) -> None:
-    profile = tiny_profile(monkeypatch, tmp_path, live_cut_table4=-4.0, gene_rule="occurrence",
-                           null_draws=2000, list_size=20)
-    corpus, plan, statistics, random = made_up()
-    result = program_matches(statistics, {}, corpus, profile, plan, 10)
-    features = result.features
-    assert len(features) == 62 and features["program"][:2].tolist() == ["pa", "ab"]
-    assert features["matched"][:2].all() and features["beyond_all_controls"][:2].all()
-    assert features["overlap"][:2].tolist() == [15, 12]
-    assert features["kind"][:2].tolist() == ["own", "shared"]
-    assert features["beyond_all_controls"][2:].sum() == 0 and features["matched"][2:].mean() < 0.15
-    programs = result.programs.set_index("program")
-    assert programs.loc["pa", ["best_feature", "best_overlap", "best_list_genes"]].tolist() == [
-        0, 15, 15]
-    assert programs.loc["ab", "best_recall"] == 12 / 15 == pytest.approx(0.8)
-    assert programs.loc["ab", "best_precision"] == 1
-    assert programs["corpus_genes"].tolist() == [15] * 4
-    assert programs["ahead_of_controls"][["pa", "ab"]].tolist() == [1, 1]
-    assert programs["kind"].tolist() == ["own", "own", "shared", "state"]
-    for kind in ("uniform", "frequency_matched", "token_preserving"):
-        assert programs[f"{kind}_recall"].max() < 0.5
-        assert programs[f"{kind}_features"].sum() < 6
-    few = profile.model_copy(update={"null_draws": 20})
-    result = program_matches(statistics, {"learnt nothing": random}, corpus, few, plan, 10)
-    lists = result.lists.set_index("lists")
-    assert lists.loc["uniform", "tested"] == 62 * 10
-    assert lists.loc["features", "matched"] == features["matched"].sum()
-    assert lists.loc["learnt nothing", "tested"] == 60
-    assert result.programs["learnt_nothing_recall"].max() < 0.5
-    assert lists.loc["features", "own_programs"] >= 1
-    words = result.words()
-    beyond = result.features["beyond_all_controls"].sum()
-    assert (words["live"], words["beyond"]) == ("62", f"{beyond}")
-    assert words["others"].startswith("uniform ") and "; learnt nothing " in words["others"]
-    # Of the programs of one type, one is found whole and one not at all.
-    assert (words["own_programs"], words["recall"]) == ("1", "50 %")
-
-
-def test_a_lists_program_is_the_one_it_shares_most_with(monkeypatch, tmp_path) -> None:
-    """Overlaps as sets, and q-values as scipy has them."""
-    from scipy.stats import false_discovery_control, hypergeom
-
-    profile = tiny_profile(monkeypatch, tmp_path, live_cut_table4=-4.0, gene_rule="occurrence",
-                           null_draws=20, list_size=20)
-    corpus, plan, statistics, _ = made_up(20)
-    result = program_matches(statistics, {}, corpus, profile, plan, 2).features
-    for row in result.itertuples():
-        genes = {f"G{i}" for i in statistics.counts[0][row.feature].indices}
-        overlaps = [len(genes & set(one.genes)) for one in plan.programs]
-        p = hypergeom.sf(np.array(overlaps) - 1, 300, 15, len(genes))
-        if max(overlaps) == 0:
-            assert row.program == "" and row.overlap == 0 and not row.matched
-            continue
-        assert row.overlap == max(overlaps) and row.best_p == pytest.approx(p.min())
-        assert plan.programs[int(np.argmin(p))].name == row.program
-        assert row.best_q == pytest.approx(false_discovery_control(p).min())
-
-
-def test_programs_as_a_library() -> None:
-    plan = plan_of(load_profile("planted"))
-    library = programs_library(plan)
-    assert library.terms == tuple(one.name for one in plan.programs)
-    assert set(library.term_members(0)) == set(plan.programs[0].genes)
 
 
 # --- for the page --------------------------------------------------------------------------------

@@ -117,6 +117,11 @@ def test_the_whole_study_in_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     own = study.values[(study.values[["tokenizer", "kind", "measure", "units"]]
                         == one[["tokenizer", "kind", "measure", "units"]]).all(axis=1)]
     assert one["mean"] == pytest.approx(own["value"].mean())
+    means = study.means().set_index(["tokenizer", "kind", "units"])
+    assert means.loc[tuple(one[["tokenizer", "kind", "units"]]), one["measure"]] == one["mean"]
+    assert means.columns.tolist() == [*MEASURES] and len(means) == 2 * 3 * 10
+    words = study.words()
+    assert (words["seeds"], words["fold"]) == (2, 2.5) and 0 <= words["right_genes"] <= 100
     # It is kept: nothing is trained again.
     monkeypatch.setattr(known_truth, "train_small_model", None)
     again = known_truth_study(profile, TINY)

@@ -25,7 +25,7 @@ from scipy import stats
 from torch import Tensor
 
 from scfm_circuits.cells.corpus import Corpus, build_corpus
-from scfm_circuits.cells.simulated import LogicCells, logic_cells
+from scfm_circuits.cells.simulated import FOLD, LogicCells, logic_cells
 from scfm_circuits.common.files import digest
 from scfm_circuits.common.kept import kept_arrays, stamp_of
 from scfm_circuits.common.profile import Profile
@@ -67,6 +67,7 @@ GENES, EVERYTHING, ALWAYS = "single genes", "all that MLPs read, linear", "alway
 """What scores are seen against: a gene's place in the sentence; one logistic regression on what the
 MLPs read, read as units are; and the answer that needs no cell."""
 LEVEL = 0.95
+RIGHT = "right types, %"
 
 
 class Design(NamedTuple):
@@ -138,7 +139,7 @@ def study_run(profile: Profile, design: Design, simulated: LogicCells) -> Run:
     buffer = training_buffer(model, corpus, profile)
     encoders: dict[str, Encoder] = {}
     about = {"tokens of a cell": float(corpus.lengths.mean()),
-             "right types, %": 100 * right_types(model, corpus)}
+             RIGHT: 100 * right_types(model, corpus)}
     for name, changes in TRANSCODERS.items():
         run = TrainingRun(model, corpus, profile.model_copy(update=dict(changes)), buffer=buffer)
         run.start()
@@ -213,6 +214,20 @@ class KnownTruth(NamedTuple):
                 for key, one in own.groupby([*_WHERE, "units"], sort=False)]
         return pd.DataFrame(rows, columns=[*_WHERE, "units", "mean", "low", "high"])
 
+    def means(self) -> pd.DataFrame:
+        """tokenizer, kind, units, and a column for each measure: the means of `summary`."""
+        table = self.summary().pivot_table(index=["tokenizer", "kind", "units"], columns="measure",
+                                           values="mean", sort=False)
+        return table[[*MEASURES]].reset_index().rename_axis(columns=None)
+
+    def words(self) -> dict[str, float]:
+        """For a page: seeds, fold (how far programs rise), and the percentage of held-out types
+        that the models name right, right_genes and right_sub_words."""
+        right = self.models().set_index(["tokenizer", "measure"])["mean"]
+        return {"seeds": self.values["seed"].nunique(), "fold": FOLD,
+                **{f"right_{name}": round(float(right[label, RIGHT]), 1) for name, label in
+                   zip(("genes", "sub_words"), TOKENIZERS.values(), strict=True)}}
+
     def models(self) -> pd.DataFrame:
         """tokenizer, measure, mean, low, high of `about` over seeds."""
         rows = [(*key, *interval(one["value"].to_numpy()))
@@ -226,8 +241,8 @@ _WHERE = ["tokenizer", "kind", "measure"]
 def known_truth_study(profile: Profile, design: Design = Design()) -> KnownTruth:  # noqa: B008
     """Train and score small models on simulated cells: every seed with either tokenizer.
 
-    Each run is kept in `results/<profile>/known_truth/` as soon as it is done. About a minute of a
-    core each; a run that was cut short starts again.
+    Each run is kept in `results/<profile>/known_truth/` as soon as it is done. A minute or two of
+    a core each; a run that was cut short starts again.
     """
     values, about = [], []
     for seed in range(design.seeds):

@@ -25,7 +25,7 @@ from scfm_circuits.cells.tokens import token_texts
 from scfm_circuits.common.profile import ROOT
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.controls.layer_counts import testers
-from scfm_circuits.enrichment.controls.planted_programs import programs_library
+from scfm_circuits.enrichment.gene_sets import gene_sets_from_dict
 from scfm_circuits.enrichment.null_lists import ragged
 from scfm_circuits.features.gene_lists import gene_list_ids
 from scfm_circuits.features.statistics import FeatureStatistics
@@ -269,9 +269,8 @@ def planted_score_table(scores: FeatureScores, statistics: Mapping[str, FeatureS
                         corpus: Corpus, profile: "Profile", plan: Plan) -> pd.DataFrame:
     """Verdicts of features whose planted program is known, of the others, and of decoys.
 
-    A feature's program is known if its gene list (by occurrence) matches one, as in
-    `planted_genes.program_matches`. statistics: those of the features and of the untrained encoder,
-    by source.
+    A feature's program is known if its gene list (by occurrence) has one among its terms under the
+    rule `corpus`. statistics: those of the features and of the untrained encoder, by source.
 
     Columns: source, program (known or not), features (with a verdict), gene_or_family, either,
     sub_word, none (shares), program_beyond_sub_words (share whose firing naming programs predicts
@@ -280,7 +279,9 @@ def planted_score_table(scores: FeatureScores, statistics: Mapping[str, FeatureS
     everything = pd.concat([scores.features.assign(source=FEATURE), scores.decoys])
     told = everything[everything["verdict"] != RARE].reset_index(drop=True)
     told["program"] = ""
-    tester = next(one for one in testers([programs_library(plan)], corpus, profile)
+    library = gene_sets_from_dict("planted programs",
+                                  {one.name: one.genes for one in plan.programs})
+    tester = next(one for one in testers([library], corpus, profile)
                   if one.rule == "corpus")
     by_gene = profile.model_copy(update={"gene_rule": "occurrence"})
     for source, one in statistics.items():

@@ -19,6 +19,8 @@ from matplotlib.text import Text
 
 from scfm_circuits.circuits.attribution import freeze
 from scfm_circuits.circuits.search import strongest_features, trace_feature
+from scfm_circuits.features.known_truth import ALWAYS, TRANSCODERS
+from scfm_circuits.features.unit_scores import AUROC, F1
 from scfm_circuits.interpretability.scores import EITHER, FAMILY, GENE, NONE, SUB_WORD
 from scfm_circuits.report import plots
 from scfm_circuits.report.plots import (
@@ -198,6 +200,15 @@ def frequency_distribution() -> tuple[Figure, list[str]]:
     return features.frequency_distribution(np.linspace(-5, -1, 9), -4, 0), []
 
 
+def known_truth_scores() -> tuple[Figure, list[str]]:
+    units = [*TRANSCODERS, "single genes"]
+    rows = pd.DataFrame([(kind, measure, name) for kind in ("some", "other")
+                         for measure in (AUROC, F1) for name in (*units, ALWAYS)],
+                        columns=["kind", "measure", "units"])
+    summary = rows.assign(tokenizer="sub-words", mean=0.7, low=0.6, high=0.8)
+    return features.known_truth_scores(summary), [*units, "some\nsub-words"]
+
+
 def all_variants() -> tuple[Figure, list[str]]:
     table = pd.DataFrame({"variant": ["relu_normalized"], "label": ["a $x$ b"]}).assign(
         l0=2.0, fvu=0.1, loss_increase=0.1, live_table4=3, percentage_enrichr=5.0,
@@ -219,7 +230,7 @@ FIGURES: dict[str, Callable[[], tuple[Figure, list[str]]]] = {one.__name__: one 
     loss_comparison, layer_alone,
     share_with_controls, beyond_controls, explained_per_layer, prediction_by_kind, l0_per_layer,
     frequency_distribution, confusion_matrix, answers_by_layer,
-    both_tokenizers, call_sentence)} | {"variants": all_variants}
+    known_truth_scores, both_tokenizers, call_sentence)} | {"variants": all_variants}
 
 
 def test_every_figure_is_drawn_here() -> None:

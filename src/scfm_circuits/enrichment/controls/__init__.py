@@ -1,5 +1,4 @@
 """Table 4 beside lists and features that mean nothing, and beside features that mean something.
 
-Reading order: `layer_counts`, `tables`, `planted_features`, `planted_programs`,
-`other_dictionaries`.
+Reading order: `layer_counts`, `tables`, `planted_features`, `other_dictionaries`.
 """

@@ -1,10 +1,13 @@
 """Figures of features: L0, frequencies (the paper's Figures 2 and 3), and scores."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from scfm_circuits.features.known_truth import ALWAYS, TRANSCODERS
+from scfm_circuits.features.unit_scores import AUROC, F1
 from scfm_circuits.interpretability.deck import FEATURE, RANDOM, UNTRAINED
 from scfm_circuits.interpretability.scores import EITHER, FAMILY, GENE, NONE, SUB_WORD
 from scfm_circuits.report.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, panels, ticks
@@ -86,4 +89,40 @@ def frequency_distribution(log10_frequency: np.ndarray, cut: float, layer: int) 
     axis.axvline(cut, color=ORANGE, linestyle="--", label=f"live cut, {cut:g}")
     axis.set(xlabel=r"$\log_{10} E(f)$", ylabel="features", title=f"layer {layer}")
     axis.legend()
+    return figure
+
+
+def known_truth_scores(summary: pd.DataFrame) -> Figure:
+    """How well the best unit tells a planted truth: AUROC and F1 with their intervals over seeds.
+
+    summary: from `KnownTruth`. A row of panels per tokenizer, a column per kind of truth; the
+    answer that needs no cell is a line.
+    """
+    tokenizers, kinds = summary["tokenizer"].unique(), summary["kind"].unique()
+    figure, axes = plt.subplots(len(tokenizers), len(kinds), sharex=True, sharey=True,
+                                figsize=(3.9 * len(kinds), 3.3 * len(tokenizers)), squeeze=False,
+                                constrained_layout=True)
+    names = [name for name in summary["units"].unique() if name != ALWAYS]
+    for row, tokenizer in zip(axes, tokenizers, strict=True):
+        for axis, kind in zip(row, kinds, strict=True):
+            part = summary[(summary["tokenizer"] == tokenizer) & (summary["kind"] == kind)]
+            for measure, colour, marker, shift in ((AUROC, BLUE, "o", -0.15),
+                                                   (F1, ORANGE, "s", 0.15)):
+                own = part[part["measure"] == measure].set_index("units")
+                axis.axvline(own["mean"].get(ALWAYS, np.nan), color=colour, linestyle=":")
+                own = own.reindex(names)
+                at = np.arange(len(names)) + shift
+                axis.hlines(at, own["low"], own["high"], color=colour)
+                axis.plot(own["mean"], at, marker, color=colour, markersize=5, label=measure)
+            axis.set_title(f"{kind}\n{tokenizer}", fontsize=10)
+            axis.grid(axis="y", visible=False)
+    axes[0][0].set(xlim=(0.3, 1.02), yticks=range(len(names)),
+                   yticklabels=names)
+    for label in (label for row in axes for label in row[0].get_yticklabels()):
+        label.set_fontweight("bold" if label.get_text() in TRANSCODERS else "normal")
+    axes[0][0].invert_yaxis()
+    for axis in axes[-1]:
+        axis.set_xlabel("on held-out cells")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
+                  frameon=False)
     return figure

@@ -13,7 +13,7 @@
 #     produces: [tables/circuit_nodes.csv, tables/circuit_enrichment.csv, tables/paper_case.csv, tables/paper_case_nulls.csv, circuits/*.json, circuits/*.js, circuits/*.graphml]
 #     libraries: [case_library, CellMarker_Augmented_2021]
 #     exhibits: "Figures 4 and 5, the case study"
-#     modules: [circuits/attribution, circuits/circuit, circuits/graph, enrichment/over_representation]
+#     modules: [circuits/contrast, circuits/attribution, circuits/case_targets, circuits/graph, enrichment/over_representation]
 # ---
 
 # %% [markdown]
@@ -21,8 +21,10 @@
 #
 # The paper takes one endothelial cell, asks the model for its type, and traces what made one feature
 # fire at the last token. Nodes on gene names give nine genes; their enrichment in CellMarker gives
-# "Endothelial cell: heart". This chapter does the same for a cell of this run, with contributions
-# that add up, and then works through the paper's own case from the inputs it prints.
+# "Endothelial cell: heart". By the last token the call has been made. This chapter traces the call
+# itself first, where the answer parts from the other labels; then the paper's target for a cell of
+# this run, with contributions that add up; and it works through the paper's own case from the inputs
+# it prints.
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -32,13 +34,18 @@ overrides: dict = {}
 import pandas as pd
 
 from scfm_circuits import InputError
-from scfm_circuits.cells.tokens import question
+from scfm_circuits.cells.tokens import question, token_texts
 from scfm_circuits.circuits import attribution, circuit, exports, search
-from scfm_circuits.circuits.case_study import case_study, target_elsewhere
-from scfm_circuits.circuits.circuit import Node
+from scfm_circuits.circuits.case_study import case_study
+from scfm_circuits.circuits.case_targets import (
+    DRAWS,
+    call_features,
+    case_targets,
+    target_elsewhere,
+)
+from scfm_circuits.circuits.contrast import ONE_TYPE, contrast_of
 from scfm_circuits.circuits.graph_scores import graph_study
 from scfm_circuits.circuits.view import circuit_view, feature_details
-from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.paper import case as printed_case
 from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.plots import circuits as plots
@@ -59,8 +66,7 @@ chapter.library_warnings(settings.case_library, printed_case.LIBRARY)
 #
 # The case-study type of this profile is {glue:text}`case.type`. The sentence traced is
 # {glue:text}`case.origin`. The prompt is below; the one that the paper prints in its Figure 4 is none of
-# the model's own templates ({doc}`01_cells_and_model`). The target is read at the
-# {glue:text}`case.position`.
+# the model's own templates ({doc}`01_cells_and_model`).
 
 # %%
 study = case_study(chapter.model, corpus, settings)
@@ -82,19 +88,207 @@ print(question(settings).replace("{genes}", " ".join(genes))
 # "{glue:text}`case.truth`". Its {glue:text}`case.n_prompt_genes` genes and the words around them take
 # {glue:text}`case.n_tokens` tokens.
 #
-# ## The strongest features at the last token
+# ## Where the call is made
+#
+# Labels may begin alike, and a token that most of them share decides nothing. So the call is read
+# where the answer parts from most of the run's other labels, as the log-odds of its token $a$
+# against the tokens $B$ that they offer there, each once:
+#
+# ```{math}
+# \text{contrast} = \ell_a - \log \sum_{b \in B} e^{\ell_b} .
+# ```
+#
+# Above 0 the model prefers the answer's token to all others together. With attention patterns and
+# norms held at their values, it is a linear reading: the gradient in the logits is the answer's
+# token less the others, weighted by their softmax among themselves, and the entropy of these weights
+# belongs to the constant. {glue:text}`call.said`
 
 # %%
-frozen = attribution.freeze(chapter.model, chapter.transcoders, case.encoded.tokens)
+library = chapter.library(settings.case_library)
+targets = case_targets(chapter.model, chapter.transcoders, corpus, settings, study, library)
+frozen, contrast = targets.frozen, contrast_of(corpus, case)
+call = targets.call(contrast)
+
+# %% tags=["remove-input"]
+[own] = token_texts(corpus.tokenizer, [contrast.token])
+asked = case.texts[contrast.position]
+said = (f"Here the answer's token is {own}, predicted at the token {asked}; "
+        f"{sum(map(len, contrast.labels))} other labels part from it there, with "
+        f"{len(contrast.others)} different tokens." if contrast.others else ONE_TYPE)
+chapter.value("call.said", said)
+chapter.value("call.token", own)
+chapter.percent("call.probability", float(frozen.logits[contrast.position].softmax(-1)[
+    contrast.token]))
+chapter.value("call.contrast", float(call.target.reading.value))
+
+# %% tags=["hide-input"]
+chapter.table("call_contrast", contrast.table(frozen, corpus.tokenizer), rows=20, digits=3,
+              caption="The answer's token and those of the other labels; share is the probability "
+              "among them")
+
+# %% [markdown]
+# The contrast is {glue:text}`call.contrast` nats. It is a sum over everything that was written into
+# the residual stream at that token. Attention heads bring in what stands at the genes' tokens, so
+# adding up their contributions by gene says which genes speak for this answer directly and which
+# against it.
+
+# %% mystnb={"image": {"alt": "Bars of the signed contributions to the contrast of the call: features, attention heads on genes and on other tokens, embedding, error, constant."}, "figure": {"caption": "The call's contrast as a sum of its direct sources, with attention split by whether the token read belongs to a gene. Error is what the transcoders leave unexplained of the MLPs.", "name": "fig-call"}} tags=["hide-input"]
+call_parts = attribution.contributions(frozen, call.target.reading)
+by_gene = search.gene_contributions(call_parts, case.genes)
+chapter.figure("case_call", plots.contribution_kinds(
+    search.sums_by_gene_or_not(call_parts, by_gene), "the call's contrast, nats"))
+
+# %% mystnb={"image": {"alt": "The cell's sentence, gene by gene, tinted by the direct contribution of its tokens to the call; above it the circuit of the call, layers upwards, with the answer on top."}, "figure": {"caption": "The cell as the model read it. Blue genes speak for the call and orange ones against it, the darker the more (direct attention). Above, the circuit of the call: heads (diamonds, with a dotted line to what they read), features (circles) and what the transcoders leave unexplained (crosses), layers upwards.", "name": "fig-call-sentence"}} tags=["hide-input"]
+chapter.figure("call_sentence", call_sentence(
+    genes, dict(zip(by_gene["gene"], by_gene["contribution"], strict=True)), study.prediction,
+    Traced(call.circuit, case.genes)))
+
+# %% tags=["hide-input"]
+chapter.table("case_call_genes", by_gene, rows=12,
+              caption="Direct attention contributions to the call's contrast, by gene")
+
+# %% tags=["remove-input"]
+call_gap = attribution.closure(frozen, call.target.reading)
+chapter.value("call.closure", call_gap, f"{call_gap:.1e}")
+chapter.value("call.closure_max", call.circuit.closure_max_relative,
+              f"{call.circuit.closure_max_relative:.1e}")
+chapter.values(call.values(), prefix="call.")
+chapter.p_value("call.p_random", call.genes.p)
+chapter.percent("call.kept_share", circuit.share_kept(call.circuit))
+chapter.percent("call.prompt_token_share", float((call.nodes["gene"] == "").mean()))
+
+# %% [markdown]
+# The sum differs from the model's own contrast by {glue:text}`call.closure` of its largest part.
+# These are direct contributions: what a gene does through features on the way is in the features'
+# bar. {doc}`08_controls` holds all of it against what happens when a gene is taken out.
+#
+# ## The circuit of the call
+#
+# The search is the paper's: take the strongest contributors, extend them upstream, iterate. A
+# feature is extended by its own sum, and an attention head by what it read at its source token.
+# Negative contributions are kept.
+
+# %% mystnb={"image": {"alt": "The circuit of the call drawn with layers upwards and tokens along: nodes by kind, edges by sign and strength, leading up to the logit of the answer's token."}, "figure": {"caption": "The circuit of the call: layers upwards, tokens along; only tokens with a node have a place. Line width is the size of a contribution; blue adds, orange takes away; the larger a node, the more of the target's contributions pass through it.", "name": "fig-call-circuit"}} tags=["hide-input"]
 last = chapter.transcoders.n_layers - 1
+chapter.figure("call_circuit", plots.circuit_picture(call.circuit, case.texts, case.genes, last + 1))
+
+# %% [markdown]
+# The same circuit can be explored below: a node opens with its tokens, its feature's gene list and
+# best term, and its edges. Terms are of the library of this case study, tested against the corpus's
+# own genes.
+
+# %% tags=["hide-input"]
+details = feature_details(call.circuit, chapter.statistics, corpus, settings, library)
+chapter.circuit("call", circuit_view(call.circuit, case.texts, case.genes, details),
+                caption="The circuit of the call to explore: layers upwards, tokens along; the "
+                "larger a node, the more of the target's contributions pass through it")
+
+# %% tags=["remove-input"]
+scan = f"scfm-{settings.name}"
+outputs = {call.target.node.id: exports.Output(own, float(
+    frozen.logits[contrast.position].softmax(-1)[contrast.token]))}
+exports.save_both(settings.results, "call", call.circuit, case.texts, case.genes,
+                  slug=f"{settings.name}-call", scan=scan, outputs=outputs)
+
+# %% [markdown]
+# The circuit has {glue:text}`call.nodes` nodes and {glue:text}`call.edges` edges. Its direct edges
+# hold {glue:text}`call.kept_share` of the target's absolute contributions; the rest is counted, not
+# lost. The largest rounding error of any extended node is {glue:text}`call.closure_max` of its
+# absolute contributions. As in the paper, many nodes stand on words of the prompt and not on genes:
+# {glue:text}`call.prompt_token_share` of them. The others name {glue:text}`call.gene_nodes` genes.
+#
+# ## How much of the model is in the picture
+#
+# The search above follows the strongest contributors only. The graph below starts from the same
+# target and takes everything upstream of it as a source, whatever attention paths lead there, in the
+# manner of circuit-tracer: an edge is what one node gives another through all heads and layers in
+# between. The features with most influence on the target get a row of their own; edges to the
+# others, and those too weak to keep, are counted as dropped. Each row adds up as before.
+
+# %%
+graph = graph_study(frozen, call.target, max_features=settings.graph_features)
+
+# %% tags=["hide-input"]
+chapter.table("circuit_graph", graph.table(), caption="The graph, before and after pruning to the "
+              "nodes that hold 80 % of all influence and the edges that hold 98 % of it")
+
+# %% tags=["remove-input"]
+whole = graph.whole
+exports.save_both(settings.results, "call_graph", graph.pruned, case.texts, case.genes,
+                  slug=f"{settings.name}-call-graph", scan=scan, outputs=outputs)
+chapter.values(graph.counts(greedy=call.circuit.feature_ids()), prefix="graph.")
+chapter.value("graph.memory", graph.memory, f"{graph.memory / 2**20:,.0f} MiB")
+chapter.value("graph.closure_max", whole.closure_max_relative, f"{whole.closure_max_relative:.1e}")
+chapter.rounded("graph.replacement", graph.replacement, 2)
+chapter.rounded("graph.completeness", graph.completeness, 2)
+for end, share in graph.ends.items():
+    chapter.percent(f"graph.ends.{end}", share)
+
+# %% [markdown]
+# Of {glue:text}`graph.active` active features upstream of the target, {glue:text}`graph.rows` have a
+# row; the memory that this may take at most, {glue:text}`graph.memory`, is known before anything is
+# computed. Followed back through the graph, {glue:text}`graph.ends.tokens` of the target's absolute
+# contributions start at the prompt's tokens, {glue:text}`graph.ends.errors` at what the transcoders
+# leave unexplained, {glue:text}`graph.ends.constant` at biases, which the text does not touch, and
+# {glue:text}`graph.ends.dropped` were dropped. Circuit-tracer's two scores see neither biases nor
+# what was dropped: replacement, tokens against tokens and errors, is
+# {glue:text}`graph.replacement`, and completeness, the share of the nodes' input that is no error,
+# {glue:text}`graph.completeness`; 1 would be best for both. A high score says that the transcoders
+# stand in well for the MLPs on this text, not that the picture is small or easy to read. The largest
+# rounding error of any row is {glue:text}`graph.closure_max` of its absolute contributions.
+#
+# Pruning leaves {glue:text}`graph.pruned_features` features and
+# {glue:text}`graph.pruned_edges` edges. Of the {glue:text}`graph.greedy_features` features of the
+# greedy circuit above, {glue:text}`graph.shared_features` are among them: the two searches rank
+# differently, because one follows single heads and the other sums over them. Both are kept under
+# `results/<profile>/circuits/` as Neuronpedia's JSON and as GraphML, which Cytoscape, Gephi and
+# networkx read.
+
+# %% [markdown]
+# ## A feature of the call
+#
+# A feature of the last layer at the question's last token can carry the call. It is chosen by how far
+# it tells the cell's type from the others, not by its size: of the features that are active there in
+# this text, the one that is most often higher in the type's training cells than in another type's
+# (the mean of its AUROC over types). Held-out cells have no say; they check the choice.
+
+# %%
+specific = call_features(chapter.model, chapter.transcoders, corpus, settings, study.truth)
+asking = case.answer_start - 1
+active = frozen.activations[last, asking, specific["feature"].to_numpy(int)].cpu().numpy() > 0
+chosen = specific[active].head(1)
+by_type = targets.feature(last, int(chosen["feature"].iloc[0]), asking) if len(chosen) else None
+
+# %% tags=["hide-input"]
+chapter.table("call_features", specific[active].head(8), digits=3,
+              caption="Features of the last layer at the question's last token that tell the "
+              "cell's type from the others best, of those active in this text")
+
+# %% tags=["remove-input"]
+chapter.value("call.feature", int(chosen["feature"].iloc[0]) if len(chosen) else None)
+for name in ("auroc", "held_out_auroc"):
+    chapter.rounded(f"call.feature_{name}", float(chosen[name].iloc[0]) if len(chosen) else None, 2)
+
+# %% [markdown]
+# The choice is feature {glue:text}`call.feature`: AUROC {glue:text}`call.feature_auroc` in training
+# cells, where it was chosen as the best of many, and {glue:text}`call.feature_held_out_auroc` in
+# held-out cells.
+#
+# ## The paper's target, and a caution
+#
+# The paper traces the strongest feature of the last layer at the last token. It is read here at the
+# {glue:text}`case.position`.
+
+# %%
+position = case.position
 strongest = search.strongest_features(frozen, last, position, 8)
 if not strongest:
     raise InputError("No feature of the last layer is active at the target token; lower "
                      "`l1_coefficient` or train on more tokens.")
-target = last, strongest[0], position
+traced = targets.feature(last, strongest[0], position)
 
 # %% tags=["hide-input"]
-reading = attribution.feature_direction(frozen, *target)
+reading = traced.target.reading
 chapter.value("case.target", strongest[0], str(strongest[0]))
 chapter.values({"target_layer": last, "pre_activation": float(reading.value)}, prefix="case.")
 chapter.table("case_features", pd.DataFrame({
@@ -106,20 +300,17 @@ chapter.table("case_features", pd.DataFrame({
 elsewhere = target_elsewhere(chapter.model, chapter.transcoders, corpus, settings, last,
                              strongest[0])
 chapter.percent("case.same_target", elsewhere.share)
-chapter.values({"n_types": elsewhere.types, "same_target_types": elsewhere.same_types},
-               prefix="case.")
+chapter.values({"n_types": elsewhere.types, "same_target_types": elsewhere.same_types,
+                "target_is": elsewhere.called}, prefix="case.")
 
 # %% [markdown]
-# Before tracing it: the same feature is the strongest of the last layer at the same place in
-# {glue:text}`case.same_target` of the held-out cells, which have
+# Feature {glue:text}`case.target` is {glue:text}`case.target_is`: it is the strongest of the last
+# layer at the same place in {glue:text}`case.same_target` of the held-out cells, which have
 # {glue:text}`case.same_target_types` different types (labels of {glue:text}`case.n_types` types are
-# among them). A feature that is strongest whatever the type would only say that the model has come
-# to this place of the text; one that is strongest for a single type may carry it. The paper does not
-# report this check for its feature 2692. And the full stop that ends an answer comes after the call,
-# so no feature there can have made it: the call itself is traced at the end of this chapter.
-
-# %% [markdown]
-# ## How its pre-activation adds up
+# among them). A feature that is strongest whatever the type only says that the model has come to this
+# place of the text; one that is strongest for a single type may carry it. The paper does not report
+# this check for its feature 2692. And the full stop that ends an answer comes after the call, so no
+# feature there can have made it.
 #
 # With attention patterns and LayerNorm scales held at their values on this text, the model is linear
 # between features, and a feature's pre-activation is a sum over everything that was written into the
@@ -153,7 +344,7 @@ chapter.table("case_sum", pd.DataFrame({
 }), caption="The sum, and what the model itself computes", digits=7)
 
 # %% tags=["remove-input"]
-as_printed = attribution.compare_equation_5(frozen, parts, *target)
+as_printed = attribution.compare_equation_5(frozen, parts, last, strongest[0], position)
 chapter.rounded("case.equation5_correlation", as_printed.correlation, 2)
 chapter.rounded("case.equation5_ratio", as_printed.ratio, 2)
 
@@ -162,139 +353,103 @@ chapter.rounded("case.equation5_ratio", as_printed.ratio, 2)
 # correlation of {glue:text}`case.equation5_correlation`, which does not see scale: the sum over
 # features by Equation 5 is {glue:text}`case.equation5_ratio` times the exact one, so its terms
 # cannot be set against attention, error and bias.
-#
-# ## The circuit
-#
-# The search is the paper's: take the strongest contributors, extend them upstream, iterate. A
-# feature is extended by its own sum, and an attention head by what it read at its source token.
-# Negative contributions are kept.
 
-# %%
-found = search.trace_feature(frozen, *target, branches=settings.circuit_branches,
-                             depth=settings.circuit_depth, max_nodes=settings.circuit_nodes)
-nodes = circuit.node_table(found, case.texts, case.genes)
-
-# %% mystnb={"image": {"alt": "The circuit drawn with layers upwards and tokens along: nodes by kind, edges by sign and strength, leading up to the target feature at the last token."}, "figure": {"caption": "The circuit (the paper's Figure 5): layers upwards, tokens along; only tokens with a node have a place. Line width is the size of a contribution; blue adds, orange takes away; the larger a node, the more of the target's contributions pass through it.", "name": "fig-circuit"}} tags=["hide-input"]
-chapter.figure("figure5_circuit", plots.circuit_picture(found, case.texts, case.genes, last + 1))
-
-# %% [markdown]
-# The same circuit can be explored below: a node opens with its tokens, its feature's gene list and
-# best term, and its edges. Terms are of the library of this case study, tested against the corpus's
-# own genes.
+# %% mystnb={"image": {"alt": "The circuit of the paper's target drawn with layers upwards and tokens along, leading up to the target feature at the last token."}, "figure": {"caption": "The circuit of the paper's target (its Figure 5), drawn as the one above.", "name": "fig-circuit"}} tags=["hide-input"]
+chapter.figure("figure5_circuit", plots.circuit_picture(traced.circuit, case.texts, case.genes,
+                                                        last + 1))
 
 # %% tags=["hide-input"]
-library = chapter.library(settings.case_library)
-details = feature_details(found, chapter.statistics, corpus, settings, library)
-chapter.circuit("case_study", circuit_view(found, case.texts, case.genes, details),
-                caption="The circuit to explore: layers upwards, tokens along; the larger a node, "
-                "the more of the target's contributions pass through it")
-
-# %% tags=["hide-input"]
-chapter.table("circuit_nodes", nodes, rows=20, caption="The most influential nodes")
-
-# %% tags=["hide-input"]
-chapter.table("circuit_edges", circuit.edge_table(found), rows=0)
-chapter.table("circuit_expansions", circuit.expansion_table(found), rows=6, digits=5,
-              caption="Closure: kept edges, biases and the parts not kept add up to each node's "
-              "value")
+details = feature_details(traced.circuit, chapter.statistics, corpus, settings, library)
+chapter.circuit("case_study", circuit_view(traced.circuit, case.texts, case.genes, details),
+                caption="The circuit of the paper's target to explore")
 
 # %% tags=["remove-input"]
-scan = f"scfm-{settings.name}"
-exports.save_both(settings.results, "case_study", found, case.texts, case.genes,
+exports.save_both(settings.results, "case_study", traced.circuit, case.texts, case.genes,
                   slug=f"{settings.name}-case", scan=scan)
-named = circuit.circuit_genes(nodes)
-chapter.values({"nodes": len(nodes), "edges": len(found.edges), "gene_nodes": len(named)},
-               prefix="case.")
-chapter.value("case.closure_max", found.closure_max_relative, f"{found.closure_max_relative:.1e}")
-chapter.percent("case.prompt_token_share", float((nodes["gene"] == "").mean()))
+chapter.values(traced.values(), prefix="case.")
+chapter.p_value("case.p_random", traced.genes.p)
+chapter.value("case.closure_max", traced.circuit.closure_max_relative,
+              f"{traced.circuit.closure_max_relative:.1e}")
+chapter.percent("case.prompt_token_share", float((traced.nodes["gene"] == "").mean()))
 chapter.value("case.prompt_share_of_tokens", case.genes.count(None) / len(case.genes))
-chapter.percent("case.kept_share", circuit.share_kept(found))
+chapter.percent("case.kept_share", circuit.share_kept(traced.circuit))
 
 # %% [markdown]
-# The circuit has {glue:text}`case.nodes` nodes and {glue:text}`case.edges` edges. Its direct edges
-# hold {glue:text}`case.kept_share` of the target's absolute contributions; the rest is in the table
-# above, not lost. The largest rounding error of any extended node is {glue:text}`case.closure_max`
-# of its absolute contributions. As in the paper, many nodes stand on words of the prompt and not on
-# genes: {glue:text}`case.prompt_token_share` of them.
-
-# %% [markdown]
-# ## How much of the model is in the picture
+# Its circuit has {glue:text}`case.nodes` nodes and {glue:text}`case.edges` edges; its direct edges
+# hold {glue:text}`case.kept_share` of the target's absolute contributions,
+# {glue:text}`case.prompt_token_share` of its nodes stand on words of the prompt, and the largest
+# rounding error of any extended node is {glue:text}`case.closure_max`.
 #
-# The search above follows the strongest contributors only. The graph below starts from the same
-# target and takes everything upstream of it as a source, whatever attention paths lead there, in the
-# manner of circuit-tracer: an edge is what one node gives another through all heads and layers in
-# between. The features with most influence on the target get a row of their own; edges to the
-# others, and those too weak to keep, are counted as dropped. Each row adds up as before.
-
-# %%
-graph = graph_study(frozen, *target, max_features=settings.graph_features)
+# ## What the circuits say, side by side
+#
+# Nodes on tokens of genes, with heads counted at the token they read, name genes of the
+# {glue:text}`case.n_prompt_genes` in the prompt: {glue:text}`call.gene_nodes` in the circuit of the
+# call, {glue:text}`case.gene_nodes` in that of the paper's target. Their terms stand beside those of
+# as many random genes of the same sentence ({glue:text}`case.random_draws` draws): `p` is how often
+# such genes reach as small a p-value for whichever term is their best, and `random_below` how many
+# terms they bring below FDR {glue:text}`case.fdr_cut` on average.
+#
+# The last three columns are the target's value in the whole model, with the circuit's features alone,
+# and with no circuit at all, where every other feature is held at its mean over tokens of its own
+# kind in training cells. Transcoder errors stay as they are, and attention reads the genes in all
+# three, so what no circuit keeps is no zero.
 
 # %% tags=["hide-input"]
-chapter.table("circuit_graph", graph.table(), caption="The graph, before and after pruning to the "
-              "nodes that hold 80 % of all influence and the edges that hold 98 % of it")
-
-# %% tags=["remove-input"]
-whole = graph.whole
-exports.save_both(settings.results, "case_study_graph", graph.pruned, case.texts, case.genes,
-                  slug=f"{settings.name}-case-graph", scan=scan)
-chapter.values(graph.counts(greedy=found.feature_ids()), prefix="graph.")
-chapter.value("graph.memory", graph.memory, f"{graph.memory / 2**20:,.0f} MiB")
-chapter.value("graph.closure_max", whole.closure_max_relative, f"{whole.closure_max_relative:.1e}")
-chapter.rounded("graph.replacement", graph.replacement, 2)
-chapter.rounded("graph.completeness", graph.completeness, 2)
-for end, share in graph.ends.items():
-    chapter.percent(f"graph.ends.{end}", share)
-
-# %% [markdown]
-# Of {glue:text}`graph.active` active features upstream of the target, {glue:text}`graph.rows` have a
-# row; the memory that this may take at most, {glue:text}`graph.memory`, is known before anything is
-# computed. Followed back through the graph, {glue:text}`graph.ends.tokens` of the target's absolute
-# contributions start at the prompt's tokens, {glue:text}`graph.ends.errors` at what the transcoders
-# leave unexplained, {glue:text}`graph.ends.constant` at biases, which the text does not touch, and
-# {glue:text}`graph.ends.dropped` were dropped. Circuit-tracer's two scores see neither biases nor
-# what was dropped: replacement, tokens against tokens and errors, is
-# {glue:text}`graph.replacement`, and completeness, the share of the nodes' input that is no error,
-# {glue:text}`graph.completeness`; 1 would be best for both. A high score says that the transcoders
-# stand in well for the MLPs on this text, not that the picture is small or easy to read. The largest
-# rounding error of any row is {glue:text}`graph.closure_max` of its absolute contributions.
-#
-# Pruning leaves {glue:text}`graph.pruned_features` features besides the target and
-# {glue:text}`graph.pruned_edges` edges. Of the {glue:text}`graph.greedy_features` features of the
-# greedy circuit above, {glue:text}`graph.shared_features` are among them: the two searches rank
-# differently, because one follows single heads and the other sums over them. Both are kept under
-# `results/<profile>/circuits/` as Neuronpedia's JSON and as GraphML, which Cytoscape, Gephi and
-# networkx read.
-
-# %% [markdown]
-# ## The circuit's genes
-#
-# Nodes on tokens of genes, with heads counted at the token they read, name
-# {glue:text}`case.gene_nodes` genes of the {glue:text}`case.n_prompt_genes` in the prompt.
+traced_all = {"the call": call, **({"the call's feature": by_type} if by_type else {}),
+              "the paper's target": traced}
+chapter.table("case_targets", pd.DataFrame([one.row(name) for name, one in traced_all.items()]),
+              digits=3, caption="Three targets of one text: genes of their circuits, and what is "
+              f"left of each. {targets.rule.statement}")
 
 # %% tags=["hide-input"]
-chapter.table("circuit_genes", circuit.gene_table(nodes), rows=15,
-              caption="Genes on whose tokens the circuit's nodes stand")
+def of_all(parts):
+    return pd.concat([part.assign(target=name)[["target", *part]] for name, part in parts.items()],
+                     ignore_index=True)
+
+
+chapter.table("circuit_nodes", of_all({name: one.nodes for name, one in traced_all.items()}),
+              rows=20, caption="The most influential nodes of each circuit")
+
+# %% tags=["hide-input"]
+chapter.table("circuit_edges", of_all({
+    name: circuit.edge_table(one.circuit) for name, one in traced_all.items()}), rows=0)
+chapter.table("circuit_expansions", of_all({
+    name: circuit.expansion_table(one.circuit) for name, one in traced_all.items()}), rows=6,
+    digits=5, caption="Closure: kept edges, biases and the parts not kept add up to each node's "
+    "value")
+
+# %% tags=["hide-input"]
+chapter.table("circuit_genes", of_all({
+    name: circuit.gene_table(one.nodes) for name, one in traced_all.items()}), rows=15,
+    caption="Genes on whose tokens the circuits' nodes stand")
 
 # %%
-rule = RULES[settings.enrichment_rule]
-symbols = set(corpus.symbols[corpus.occurring].tolist())
-enriched, everything = (rule.terms(some, library, symbols) for some in (named, genes))
+everything = targets.rule.terms(genes, library, targets.symbols)
 
 # %% tags=["hide-input"]
 chapter.values({
-    "best_term": enriched["Term"].iloc[0] if len(enriched) else None, "library": library.name,
-    "stand_in": chapter.stand_in(settings.case_library),
+    "library": library.name, "stand_in": chapter.stand_in(settings.case_library),
     "best_term_all": everything["Term"].iloc[0] if len(everything) else None,
-    "statement": rule.statement}, prefix="case.")
-chapter.table("circuit_enrichment", enriched.assign(rule=rule.name, library=library.name), rows=12,
-              caption=f"Terms of {library.name} enriched among the circuit's genes. "
-              f"{rule.statement}")
+    "statement": targets.rule.statement, "random_draws": DRAWS,
+    "fdr_cut": settings.fdr}, prefix="case.")
+chapter.table("circuit_enrichment", of_all({
+    name: one.genes.terms for name, one in traced_all.items()}).assign(
+    rule=targets.rule.name, library=library.name), rows=12,
+    caption=f"Terms of {library.name} enriched among the circuits' genes. {targets.rule.statement}")
 
 # %% [markdown]
-# {glue:text}`case.statement` The best term is "{glue:text}`case.best_term`". The whole prompt's
-# genes, with no circuit at all, give "{glue:text}`case.best_term_all`": they are the cell's own most
-# expressed genes, so a term that fits the cell shows that the prompt fits the cell before it shows
-# anything about the circuit.
+# {glue:text}`case.statement` For the call the best term is "{glue:text}`call.best_term`"
+# (p = {glue:text}`call.p_random` against random genes of the sentence;
+# {glue:text}`call.terms_below` terms below the cut, random genes {glue:text}`call.random_below`),
+# for the paper's target "{glue:text}`case.best_term`" (p = {glue:text}`case.p_random`;
+# {glue:text}`case.terms_below` and {glue:text}`case.random_below`). The whole prompt's genes, with no
+# circuit at all, give "{glue:text}`case.best_term_all`": they are the cell's own most expressed
+# genes, so a term that fits the cell shows that the prompt fits the cell before it shows anything
+# about the circuit.
+#
+# Of the call's contrast of {glue:text}`call.whole` the circuit alone keeps {glue:text}`call.keeps`,
+# and no circuit at all {glue:text}`call.nothing_keeps`. Of the paper's target,
+# {glue:text}`case.whole`, they keep {glue:text}`case.keeps` and {glue:text}`case.nothing_keeps`.
 #
 # ## The paper's own case
 #
@@ -305,7 +460,7 @@ chapter.table("circuit_enrichment", enriched.assign(rule=rule.name, library=libr
 
 # %%
 heart = chapter.library(printed_case.LIBRARY)
-printed = printed_case.paper_case(heart, symbols, chapter.paper)
+printed = printed_case.paper_case(heart, targets.symbols, chapter.paper)
 
 # %% tags=["hide-input"]
 chapter.table("paper_case", printed.table, caption="Endothelial cell: heart, for the paper's genes, "
@@ -399,59 +554,26 @@ chapter.value("paper_case.nulls_said", bool(words),
 # meaning, and the ledger says "not comparable at this scale".
 
 # %% tags=["hide-input"]
-present = {gene: gene in named for gene in printed.nine}
-chapter.values(present, prefix="case.gene_node.")
+present = {name: {gene: gene in one.genes.genes for gene in printed.nine}
+           for name, one in (("case", traced), ("call", call))}
+for name, there in present.items():
+    chapter.values(there, prefix=f"{name}.gene_node.")
 chapter.value("case.nine_in_prompt", len({*printed.nine} & {*genes}))
-chapter.values(printed_case.term_overlap(library, stated["term"], named, genes), "case.term.")
+chapter.values(printed_case.term_overlap(library, stated["term"], traced.genes.genes, genes),
+               "case.term.")
 chapter.show(chapter.paper.circuit.assign(
-    in_prompt=[gene in genes for gene in printed.nine], in_circuit=list(present.values())),
-    caption="The paper's nine genes in this run's prompt and circuit")
+    in_prompt=[gene in genes for gene in printed.nine],
+    in_circuit=list(present["case"].values()), in_the_calls_circuit=list(present["call"].values())),
+    caption="The paper's nine genes in this run's prompt and circuits")
 
 # %% [markdown]
-# ## Beyond the paper: the call itself
-#
-# The call is made where the answer begins: at the last token of the question, the model gives the
-# answer's first token, {glue:text}`call.token`, its probability. That token's logit, less the mean
-# logit, is a reading like any other and has the same exact sum. Attention heads bring in what stands
-# at the genes' tokens, so adding up their contributions by gene says which genes speak for this
-# answer directly and which against it.
-
-# %%
-asked, answer = case.answer_start - 1, int(case.encoded.tokens[case.answer_start])
-call = attribution.logit_direction(frozen, answer, asked)
-call_parts = attribution.contributions(frozen, call)
-by_gene = search.gene_contributions(call_parts, case.genes)
-
-# %% tags=["remove-input"]
-chapter.value("call.token", case.texts[case.answer_start])
-chapter.percent("call.probability", float(frozen.logits[asked].softmax(-1)[answer]))
-call_gap = abs(float(call_parts.total() - call.value)) / abs(float(call.value))
-chapter.value("call.closure", call_gap, f"{call_gap:.1e}")
-
-# %% mystnb={"image": {"alt": "Bars of the signed contributions to the logit of the answer's first token: features, attention heads on genes and on other tokens, embedding, error, constant."}, "figure": {"caption": "The logit of the answer's first token as a sum of its direct sources, with attention split by whether the token read belongs to a gene.", "name": "fig-call"}} tags=["hide-input"]
-chapter.figure("case_call", plots.contribution_kinds(
-    search.sums_by_gene_or_not(call_parts, by_gene)))
-
-# %% mystnb={"image": {"alt": "The cell's sentence, gene by gene, tinted by the direct contribution of its tokens to the call; above it the circuit of the call, layers upwards, with the answer on top."}, "figure": {"caption": "The cell as the model read it. Blue genes speak for the call and orange ones against it, the darker the more (direct attention). Above, the circuit of the call: heads (diamonds, with a dotted line to what they read), features (circles) and what the transcoders leave unexplained (crosses), layers upwards.", "name": "fig-call-sentence"}} tags=["hide-input"]
-answer_node = Node.of_logit(answer, asked, last + 1, call.value)
-call_circuit = search.trace(frozen, answer_node, call, branches=settings.circuit_branches,
-                            depth=settings.circuit_depth, max_nodes=settings.circuit_nodes)
-chapter.figure("call_sentence", call_sentence(
-    genes, dict(zip(by_gene["gene"], by_gene["contribution"], strict=True)), study.prediction,
-    Traced(call_circuit, case.genes)))
-
-# %% tags=["hide-input"]
-chapter.table("case_call_genes", by_gene, rows=12,
-              caption="Direct attention contributions to the answer's logit, by gene")
-
-# %% [markdown]
-# The model gives the token a probability of {glue:text}`call.probability`; the sum differs from the
-# logit by {glue:text}`call.closure` of it. These are direct contributions: what a gene does through
-# features on the way is in the features' bar.
-#
 # ```{admonition} Key points
-# - Each of its features can be looked up in {doc}`features`.
-# - Every number of this circuit adds up, to rounding; what was not kept is stated.
-# - An enriched term among circuit genes has to be read against the terms of the prompt itself.
+# - A call is read where the answer parts from the other labels, and against them.
+# - The strongest feature of the last token may be a feature of that place, in any text; whether it is
+#   can be counted.
+# - Each of a circuit's features can be looked up in {doc}`features`.
+# - Every number of these circuits adds up, to rounding; what was not kept is stated.
+# - An enriched term among circuit genes has to be read against random genes of the same sentence, and
+#   what a circuit keeps against what is kept without any.
 # - The paper's FDR and score for its nine genes do not follow from any known formula.
 # ```

@@ -118,17 +118,3 @@ def test_each_of_the_nine_genes_maps_back_from_its_tokens():
     for gene in pd.read_csv(ROOT / "data" / "paper" / "circuit_genes.csv")["gene"]:
         own = encoded.tokens[encoded.gene == sentence.index(gene)]
         assert tokenizer.decode(own.tolist()).strip() == gene
-
-
-def test_a_target_elsewhere_is_counted_by_cells_and_types(corpus, monkeypatch, tmp_path):
-    profile = tiny_profile(monkeypatch, tmp_path)
-    held_out = np.flatnonzero(corpus.held_out)
-    strongest = np.where(np.arange(len(held_out)) % 2, 5, 7)
-    monkeypatch.setattr(case_study, "strongest_at_end", lambda model, transcoders, corpus, cells,
-                        *given: strongest[:len(cells)])
-    found = case_study.target_elsewhere(None, None, corpus, profile, 1, 7)
-    assert found.share == (strongest == 7).mean()
-    assert found.types == len(set(corpus.labels[held_out]))
-    assert found.same_types == len(set(corpus.labels[held_out[strongest == 7]]))
-    one = case_study.target_elsewhere(None, None, corpus, profile, 1, 5, most=1)
-    assert one == (0, 1, 0)

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scfm_circuits import InputError
-from scfm_circuits.circuits.attribution import Frozen, freeze
-from scfm_circuits.circuits.circuit import Circuit
+from scfm_circuits.circuits.attribution import Frozen, freeze, logit_direction
+from scfm_circuits.circuits.circuit import Circuit, Node
 from scfm_circuits.circuits.exports import (
     Output,
     neuronpedia_graph,
@@ -25,7 +25,7 @@ from scfm_circuits.circuits.exports import (
 )
 from scfm_circuits.circuits.graph import AttributionGraph, attribution_graph, feature_target
 from scfm_circuits.circuits.graph_scores import influence, prune
-from scfm_circuits.circuits.search import trace_feature
+from scfm_circuits.circuits.search import trace, trace_feature
 
 TEXTS = [f"t{i}" for i in range(8)]
 GENES = ["VWF", None, "MT-CO1", "VWF", None, "PTPRB", None, None]
@@ -309,3 +309,12 @@ def test_both_files_are_written(tmp_path):
     assert written == json.loads(json.dumps(neuronpedia_graph(circuit, TEXTS, slug="s", scan="x")))
     graph = nx.read_graphml(tmp_path / "circuits" / "one.graphml")
     assert set(graph.nodes) == set(circuit.nodes)
+    # A circuit of a call ends in a logit, whose text and probability the viewer wants.
+    logit = Node.of_logit(7, 7, 3, 1.5)
+    call = trace(frozen, logit, logit_direction(frozen, 7, 7, [3, 9]), branches=6, depth=2,
+                 max_nodes=20)
+    save_both(tmp_path, "two", call, TEXTS, GENES, slug="s", scan="x",
+              outputs={logit.id: Output("_CD", 0.25)})
+    nodes = json.loads((tmp_path / "circuits" / "two.json").read_text())["nodes"]
+    assert [node["clerp"] for node in nodes if node["feature_type"] == "logit"] == [
+        'Output "_CD" (p=0.250)']

@@ -430,8 +430,8 @@ def test_a_target_may_be_any_reading(frozen):
 def test_the_study_is_the_graph_pruned_and_counted():
     frozen, _ = run("gpt_neox")
     layer, position = N_LAYERS - 1, N_POS - 1
-    study = graph_study(frozen, layer, 3, position, max_features=20)
     start = [feature_target(frozen, layer, 3, position)]
+    study = graph_study(frozen, start[0], max_features=20)
     whole = attribution_graph(frozen, start, max_features=20)
     assert study.whole.nodes == whole.nodes and study.ends == effect_ends(whole)
     assert study.memory == graph_memory(frozen, start, max_features=20)

@@ -16,12 +16,14 @@ from scfm_circuits.circuits.attribution import (
     freeze,
     head_direction,
 )
+from scfm_circuits.circuits.contrast import Contrast
 from scfm_circuits.circuits.interventions import (
     FeatureAt,
     circuit_alone,
     compare_interventions,
     frozen_change,
     held_at_means,
+    kept_alone,
     matched_features,
     scale_each,
     scale_features,
@@ -242,6 +244,24 @@ def test_with_all_features_the_circuit_alone_is_the_whole_model(family):
     assert effect.measured_change == pytest.approx(0, abs=1e-10)
     part = circuit_alone(model, run, every_feature(run)[::2], TARGET, reading, held)
     assert abs(part.measured_change) > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_left_of_a_call(family):
+    """The call is read from the real model's logits, with every layer's MLP edited."""
+    model = tiny(family)
+    run = freeze(model, tiny_transcoders(model), tokens(9))
+    held = held_at_means(run, Means(torch.ones(3, 1, 24, dtype=torch.float64), torch.ones(1)),
+                         np.zeros(9, int))
+    contrast = Contrast(7, 5, (2, 9, 30))
+    _, reading = contrast.start(run)
+    kept = kept_alone(model, run, every_feature(run), contrast, reading, held)
+    assert kept.whole == pytest.approx(float(contrast.of(run.logits[7])))
+    assert kept.circuit == pytest.approx(kept.whole, abs=1e-9)
+    with replaced_mlps(model, lambda layer, x: held.mlp_out[layer][None]), torch.no_grad():
+        logits = model(input_ids=run.tokens[None]).logits[0, 7]
+    assert kept.nothing == pytest.approx(float(contrast.of(logits)), abs=1e-9)
+    assert abs(kept.nothing - kept.whole) > 1e-3
 
 
 @pytest.mark.parametrize("n", [0, 3])

@@ -1,7 +1,8 @@
 """The prompt whose call is traced: a held-out cell's, or a sentence from a file (Figure 4).
 
 The paper traces one prompt, which its Figure 4 prints. With the paper's model and tokenizer that
-very sentence can be traced; any other run takes a cell of its own.
+very sentence can be traced; any other run takes a cell of its own. What may be traced in it, how
+special that is and what its circuit says is in `case_targets`.
 """
 
 from pathlib import Path
@@ -13,7 +14,6 @@ import pandas as pd
 from scfm_circuits import InputError
 from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt, answered_sentence
 from scfm_circuits.cells.tokens import encode_prompt, question
-from scfm_circuits.circuits.search import strongest_at_end
 from scfm_circuits.common.profile import ROOT, located
 from scfm_circuits.models.answers import answer_prompts, label_probability, predict_answers
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from scfm_circuits.cells.corpus import Corpus
     from scfm_circuits.common.profile import Profile
-    from scfm_circuits.transcoders.transcoder import Transcoders
 
 _CANDIDATES = 100
 """Held-out cells of the type, in the file's order, among which one is chosen."""
@@ -104,25 +103,3 @@ def read_sentence(name: str, root: Path = ROOT) -> list[str]:
         raise InputError(f"The sentence {path} holds {wrong}; each row is one gene without a "
                          "space, and no gene comes twice.")
     return genes
-
-
-class TargetElsewhere(NamedTuple):
-    """How often a feature is the strongest of its layer at the same place in other cells.
-
-    share: of the cells; types: among the cells; same_types: among those where it is.
-    """
-
-    share: float
-    types: int
-    same_types: int
-
-
-def target_elsewhere(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
-                     profile: "Profile", layer: int, feature: int, most: int = 200
-                     ) -> TargetElsewhere:
-    """Read the first `most` held-out cells where the profile reads its case."""
-    cells = np.flatnonzero(corpus.held_out)[:most]
-    same = strongest_at_end(model, transcoders, corpus, cells, layer, profile.case_position,
-                            profile.forward_cells) == feature
-    return TargetElsewhere(float(same.mean()), len(np.unique(corpus.labels[cells])),
-                           len(np.unique(corpus.labels[cells[same]])))

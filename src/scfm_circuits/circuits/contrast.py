@@ -20,11 +20,16 @@ import numpy as np
 from torch import Tensor
 
 from scfm_circuits.cells.prompts import AnsweredPrompt
+from scfm_circuits.cells.tokens import token_texts
 from scfm_circuits.circuits.attribution import Frozen, Reading, logit_direction
 from scfm_circuits.circuits.circuit import Circuit, Node
 from scfm_circuits.circuits.search import trace
+from scfm_circuits.common.labels import listed
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedTokenizerFast
+
     from scfm_circuits.cells.corpus import Corpus
     from scfm_circuits.common.profile import Profile
 
@@ -52,6 +57,18 @@ class Contrast(NamedTuple):
         if not self.others:
             return own - logits.mean(dim=-1)
         return own - logits[..., list(self.others)].logsumexp(dim=-1)
+
+    def table(self, frozen: Frozen, tokenizer: "PreTrainedTokenizerFast") -> "pd.DataFrame":
+        """The tokens where the call is read, the answer's own first: token, labels that have it,
+        logit, and share, its probability among them."""
+        import pandas as pd
+
+        tokens = [self.token, *self.others]
+        logits = frozen.logits[self.position, tokens].double()
+        return pd.DataFrame({
+            "token": token_texts(tokenizer, tokens),
+            "labels": ["the answer", *map(listed, self.labels)],
+            "logit": logits.tolist(), "share": logits.softmax(-1).tolist()})
 
     def start(self, frozen: Frozen) -> tuple[Node, Reading]:
         """The node at which a circuit of the call ends, and its reading in the linear model."""

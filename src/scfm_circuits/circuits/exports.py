@@ -209,8 +209,11 @@ def save_graphml(path: Path, circuit: Circuit | AttributionGraph, texts: Sequenc
 
 
 def save_both(results: Path, name: str, circuit: Circuit | AttributionGraph, texts: Sequence[str],
-              genes: Sequence[str | None], *, slug: str, scan: str) -> None:
-    """Write `circuits/<name>.json` for Neuronpedia and `circuits/<name>.graphml` under results."""
+              genes: Sequence[str | None], *, slug: str, scan: str,
+              outputs: Mapping[str, Output] | None = None) -> None:
+    """Write `circuits/<name>.json` for Neuronpedia and `circuits/<name>.graphml` under results;
+    outputs: as in `neuronpedia_graph`."""
     folder = Path(results) / "circuits"
-    save_graph(folder / f"{name}.json", neuronpedia_graph(circuit, texts, slug=slug, scan=scan))
+    save_graph(folder / f"{name}.json", neuronpedia_graph(circuit, texts, slug=slug, scan=scan,
+                                                          outputs=outputs))
     save_graphml(folder / f"{name}.graphml", circuit, texts, genes)

@@ -16,8 +16,8 @@ from scfm_circuits import InputError
 from scfm_circuits.circuits.attribution import Frozen
 from scfm_circuits.circuits.graph import (
     AttributionGraph,
+    Target,
     attribution_graph,
-    feature_target,
     graph_memory,
 )
 
@@ -159,11 +159,11 @@ def _restricted(graph: AttributionGraph, keep: np.ndarray, kept: np.ndarray) -> 
         dropped_absolute=dropped_absolute[keep])
 
 
-# --- of a feature --------------------------------------------------------------------------------
+# --- of a target ---------------------------------------------------------------------------------
 
 
 class GraphStudy(NamedTuple):
-    """The graph of one feature at one token, whole and pruned."""
+    """The graph of one target, whole and pruned."""
 
     whole: AttributionGraph
     pruned: AttributionGraph
@@ -199,17 +199,17 @@ class GraphStudy(NamedTuple):
     def counts(self, greedy: set[str]) -> dict[str, int]:
         """Active features, features with a row, those left by pruning, and what the ids `greedy` of
         another circuit's features share with them; the target does not count."""
+        def features(graph: AttributionGraph) -> int:
+            return int((graph.of_kind("feature") & (graph.weights == 0)).sum())
+
         shared = greedy & {node.id for node in self.pruned.nodes}
-        return {"active": self.whole.n_active, "rows": int(self.whole.of_kind("feature").sum()) - 1,
-                "pruned_features": int(self.pruned.of_kind("feature").sum()) - 1,
-                "pruned_edges": self.pruned.n_edges, "greedy_features": len(greedy),
-                "shared_features": len(shared)}
+        return {"active": self.whole.n_active, "rows": features(self.whole),
+                "pruned_features": features(self.pruned), "pruned_edges": self.pruned.n_edges,
+                "greedy_features": len(greedy), "shared_features": len(shared)}
 
 
-def graph_study(frozen: Frozen, layer: int, feature: int, position: int, *, max_features: int
-                ) -> GraphStudy:
-    """Everything upstream of a feature, as `graph.attribution_graph` has it, and pruned."""
-    start = [feature_target(frozen, layer, feature, position)]
-    whole = attribution_graph(frozen, start, max_features=max_features)
+def graph_study(frozen: Frozen, target: Target, *, max_features: int) -> GraphStudy:
+    """Everything upstream of a target, as `graph.attribution_graph` has it, and pruned."""
+    whole = attribution_graph(frozen, [target], max_features=max_features)
     return GraphStudy(whole, prune(whole), effect_ends(whole),
-                      graph_memory(frozen, start, max_features=max_features))
+                      graph_memory(frozen, [target], max_features=max_features))

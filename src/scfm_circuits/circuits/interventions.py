@@ -15,7 +15,7 @@ on. `matched_features` draws circuits to compare with.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -40,8 +40,18 @@ class FeatureAt(NamedTuple):
     position: int
 
 
+class Call(Protocol):
+    """What is read of the logits at a position, such as `contrast.Contrast`."""
+
+    @property
+    def position(self) -> int: ...
+
+    def of(self, logits: Tensor) -> Tensor: ...
+
+
 class Effect(NamedTuple):
-    """A target's pre-activation before, and how it changes: as predicted and as measured."""
+    """A target's value before (a pre-activation, or a call's), and how it changes: as predicted and
+    as measured."""
 
     before: float
     predicted_change: float
@@ -85,22 +95,27 @@ def frozen_change(frozen: Frozen, change: Tensor, reading: Reading) -> float:
 
 
 @torch.no_grad()
-def _read_with(model: nn.Module, frozen: Frozen, edits: Mapping[int, Edit], target: FeatureAt
-               ) -> float:
-    """The target's pre-activation in the real model with MLP outputs edited on the way."""
+def _read_with(model: nn.Module, frozen: Frozen, edits: Mapping[int, Edit],
+               target: FeatureAt | Call) -> float:
+    """The target in the real model with MLP outputs edited on the way."""
     seen: list[Tensor] = []
     modules = mlps(model)
 
     def hook(edit: Edit):  # type: ignore[no-untyped-def]
         return lambda module, args, output: edit(args[0][0], output[0])[None]
 
-    with hooked([modules[target.layer].register_forward_pre_hook(
-            lambda module, args: seen.append(args[0][0, target.position])),
-            *(modules[layer].register_forward_hook(hook(edit)) for layer, edit in edits.items())]):
-        # Without the unembedding, which nothing here reads.
-        model.base_model(  # type: ignore[operator]
-            input_ids=frozen.tokens[None], use_cache=False)
-    return float(frozen.transcoders.layer_pre_activations(target.layer, seen[0])[target.feature])
+    handles = [modules[layer].register_forward_hook(hook(edit)) for layer, edit in edits.items()]
+    if isinstance(target, FeatureAt):
+        handles.append(modules[target.layer].register_forward_pre_hook(
+            lambda module, args: seen.append(args[0][0, target.position])))
+    with hooked(handles):
+        # Without the unembedding, of which no more than one token's is read.
+        final = model.base_model(  # type: ignore[operator]
+            input_ids=frozen.tokens[None], use_cache=False).last_hidden_state[0]
+    if isinstance(target, FeatureAt):
+        t = frozen.transcoders
+        return float(t.layer_pre_activations(target.layer, seen[0])[target.feature])
+    return float(target.of(frozen.unembedding @ final[target.position]))
 
 
 class _Rows(NamedTuple):
@@ -238,7 +253,7 @@ def held_at_means(frozen: Frozen, means: Means, kinds: np.ndarray) -> HeldAtMean
 
 
 def circuit_alone(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt],
-                  target: FeatureAt, reading: Reading, held: HeldAtMeans) -> Effect:
+                  target: FeatureAt | Call, reading: Reading, held: HeldAtMeans) -> Effect:
     """Run the circuit's features, hold all others at their means, and read the target.
 
     A change of 0 says that the circuit gives the target all of its pre-activation. Errors are
@@ -264,8 +279,27 @@ def circuit_alone(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt
         z = frozen.activations[layer, rows.positions, rows.indices]
         clean[layer] = freed(layer, rows, z, clean[layer])
     before = float(reading.value)
-    after = _read_with(model, frozen, {layer: edit(layer) for layer in range(target.layer)}, target)
+    after = _read_with(model, frozen, {layer: edit(layer) for layer in range(reading.mlp_limit)},
+                       target)
     return Effect(before, frozen_change(frozen, clean - frozen.mlp_out, reading), after - before)
+
+
+class Kept(NamedTuple):
+    """What is left of a target: in the whole model, with the circuit's features alone, and with no
+    circuit at all, where every feature is held at its mean; in the target's own units."""
+
+    whole: float
+    circuit: float
+    nothing: float
+
+
+def kept_alone(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt],
+               target: FeatureAt | Call, reading: Reading, held: HeldAtMeans) -> Kept:
+    """`circuit_alone`, beside the same without any feature of the circuit."""
+    circuit, nothing = (circuit_alone(model, frozen, some, target, reading, held)
+                        for some in (features, ()))
+    return Kept(circuit.before, circuit.before + circuit.measured_change,
+                nothing.before + nothing.measured_change)
 
 
 # --- circuits to compare with --------------------------------------------------------------------

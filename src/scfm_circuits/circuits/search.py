@@ -132,10 +132,12 @@ def strongest_features(frozen: Frozen, layer: int, position: int, n: int) -> lis
 
 
 @torch.no_grad()
-def strongest_at_end(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
-                     cells: np.ndarray, layer: int, place: str, forward_cells: int) -> np.ndarray:
-    """(n_cells,) the most active feature of a layer where each cell's case would be read; -1 if
-    none is active. place: `answer` or `query`, as the profile's `case_position`."""
+def activations_at_end(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
+                       cells: np.ndarray, layer: int, place: str, forward_cells: int) -> np.ndarray:
+    """(n_cells, n_features) activations of a layer where each cell's case would be read.
+
+    place: `answer` or `query`, as the profile's `case_position`.
+    """
     ends = corpus.answer_end if place == "answer" else corpus.answer_start - 1
     found = []
     for rows, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
@@ -143,9 +145,15 @@ def strongest_at_end(model: "PreTrainedModel", transcoders: Transcoders, corpus:
         starts = np.concatenate([[0], np.cumsum(corpus.lengths[rows])[:-1]])
         chosen = torch.from_numpy(starts + ends[rows]).to(tokens.device)
         inputs = mlp_sites(model, tokens, mask).inputs[layer][chosen]
-        strongest = transcoders.layer_activations(layer, inputs).max(dim=1)
-        found.append(torch.where(strongest.values > 0, strongest.indices, -1).cpu().numpy())
+        found.append(transcoders.layer_activations(layer, inputs).cpu().numpy())
     return np.concatenate(found)
+
+
+def strongest_at_end(*where: Any) -> np.ndarray:
+    """(n_cells,) the most active feature of a layer, -1 if none is active; `activations_at_end`
+    says where, and takes the same arguments."""
+    found = activations_at_end(*where)
+    return np.where(found.max(axis=1) > 0, found.argmax(axis=1), -1)
 
 
 def gene_contributions(parts: Contributions, genes: list[str | None]) -> pd.DataFrame:

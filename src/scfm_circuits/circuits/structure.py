@@ -20,6 +20,7 @@ import pandas as pd
 from scfm_circuits import InputError
 from scfm_circuits.circuits.attribution import Contributions
 from scfm_circuits.circuits.circuit import Circuit, Node
+from scfm_circuits.circuits.interventions import FeatureAt
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.features.contexts import FeatureOf
 
@@ -149,6 +150,12 @@ def inhibition(circuit: Circuit) -> Inhibition:
 
 
 # --- supernodes ----------------------------------------------------------------------------------
+
+
+def features_at(circuit: Circuit) -> list[FeatureAt]:
+    """The circuit's features (without the target), each at its token."""
+    return [FeatureAt(node.layer, node.index, node.position) for node in circuit.nodes.values()
+            if node.kind == "feature" and node.id != circuit.target]
 
 
 def circuit_features(circuit: Circuit) -> dict[FeatureOf, list[Node]]:

@@ -35,6 +35,7 @@ from scfm_circuits.circuits.structure import (
     ENDS,
     OverlapTest,
     circuit_features,
+    features_at,
     flow_table,
     head_table,
     inhibition,
@@ -45,7 +46,12 @@ from scfm_circuits.circuits.structure import (
     similarity,
     supernodes,
 )
-from scfm_circuits.circuits.token_means import Means, mean_activations, token_kinds
+from scfm_circuits.circuits.token_means import (
+    Means,
+    cells_averaged,
+    mean_activations,
+    token_kinds,
+)
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.features.contexts import token_families
 from scfm_circuits.features.statistics import FeatureStatistics
@@ -56,9 +62,9 @@ if TYPE_CHECKING:
 
     from scfm_circuits.common.profile import Profile
 
-PER_TYPE, MOST, DRAWS, MEAN_CELLS = 3, 30, 5, 100
-"""Held-out cells of each type, and of all types at most; random circuits of either kind for each;
-training cells that means are taken over."""
+PER_TYPE, MOST, DRAWS = 3, 30, 5
+"""Held-out cells of each type, and of all types at most; random circuits of either kind for
+each."""
 KEYS = ["cell", "cell_type", "target"]
 """Columns that name a cell's circuit: the cell, its type, the feature traced."""
 RANDOM = ("same token", "same size")
@@ -123,7 +129,7 @@ def circuit_study(model: "PreTrainedModel", transcoders: Transcoders, corpus: Co
         InputError: no cell has one.
     """
     rng = generator(profile.seed, "interventions")
-    training = np.sort(rng.permutation(np.flatnonzero(~corpus.held_out))[:MEAN_CELLS])
+    training = cells_averaged(corpus, rng)
     means = mean_activations(model, transcoders, corpus, training, profile.forward_cells)
     found = [_of_cell(model, transcoders, corpus, profile, int(cell), means, rng)
              for cell in studied_cells(corpus)]
@@ -162,8 +168,7 @@ def _of_cell(model: "PreTrainedModel", transcoders: Transcoders, corpus: Corpus,
     target = FeatureAt(last, strongest[0], case.position)
     circuit = trace_feature(frozen, *target, branches=profile.circuit_branches,
                             depth=profile.circuit_depth, max_nodes=profile.circuit_nodes)
-    chosen = [FeatureAt(node.layer, node.index, node.position) for node in circuit.nodes.values()
-              if node.kind == "feature" and node.id != circuit.target]
+    chosen = features_at(circuit)
     reading = feature_direction(frozen, *target)
     kinds = token_kinds(case.encoded.gene, case.encoded.place, case.answer_start)
     compared = compare_interventions(model, frozen, chosen, target, reading, means, kinds, rng,

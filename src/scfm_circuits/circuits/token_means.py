@@ -17,6 +17,8 @@ from scfm_circuits.transcoders.transcoder import Transcoders
 if TYPE_CHECKING:
     from scfm_circuits.cells.corpus import Corpus
 
+MEAN_CELLS = 100
+"""Training cells that means are taken over."""
 _FIRST_PIECE, _LATER_PIECE, _ANSWER, _ANSWER_END, _FIRST_WORD = range(5)
 
 
@@ -69,6 +71,11 @@ class Means(NamedTuple):
         share = (self.counts / self.counts.sum()).to(self.activations.dtype)
         return Means(torch.einsum("k,lkf->lf", share, self.activations)[:, None],
                      self.counts.sum()[None])
+
+
+def cells_averaged(corpus: "Corpus", rng: np.random.Generator) -> np.ndarray:
+    """Up to `MEAN_CELLS` training cells, drawn at random, in the corpus's order."""
+    return np.sort(rng.permutation(np.flatnonzero(~corpus.held_out))[:MEAN_CELLS])
 
 
 def kinds_of(corpus: "Corpus", cells: np.ndarray) -> np.ndarray:

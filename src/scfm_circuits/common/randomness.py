@@ -61,6 +61,8 @@ STREAMS: Mapping[str, Stream] = {
     "simulated logic": Stream(45),
     "cells that known truth is scored on": Stream(46),
     "task circuit": Stream(61, ("part",)),
+    "random gene nodes": Stream(63),
+    "knock-outs": Stream(62, ("use",)),
 }
 
 

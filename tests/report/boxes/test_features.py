@@ -118,17 +118,21 @@ def test_logit_effects_are_those_of_a_circuit_but_for_the_norms_division(
 
 def test_where_circuits_name_a_feature() -> None:
     nodes = pd.DataFrame([
-        {"kind": "feature", "layer": "1", "feature": "20", "position": "4", "token": "_CD",
-         "influence": "0.25"},
-        {"kind": "error", "layer": "0", "feature": "", "position": "4", "token": "_CD",
-         "influence": "1"},
+        {"target": "the call", "kind": "feature", "layer": "1", "feature": "20", "position": "4",
+         "token": "_CD", "influence": "0.25"},
+        {"target": "the paper's target", "kind": "feature", "layer": "1", "feature": "20",
+         "position": "9", "token": ".", "influence": "0.5"},
+        {"target": "the call", "kind": "error", "layer": "0", "feature": "", "position": "4",
+         "token": "_CD", "influence": "1"},
     ])
     groups = pd.DataFrame([{"cell": "c", "cell_type": HOSTILE, "target": "7", "supernode": "1",
                             "features": "1.20 0.110"}])
     found = circuit_membership(nodes, groups)
     assert set(found) == {(1, 20), (0, 110)}  # not 0.11, a number
-    assert found[1, 20][0] == ("07_endothelial_case_study.html",
-                               "case study: token 5 (_CD, influence 0.25)")
+    page = "07_endothelial_case_study.html"
+    assert found[1, 20][:2] == [
+        (page, "case study, circuit of the call: token 5 (_CD, influence 0.25)"),
+        (page, "case study, circuit of the paper's target: token 10 (., influence 0.5)")]
     assert HOSTILE in found[0, 110][0][1]
 
 

@@ -130,6 +130,13 @@ def task_curves() -> tuple[Figure, list[str]]:
     return circuits.task_curves(frame.assign(kept_lower_95=4.0, kept_upper_95=np.nan)), []
 
 
+def knock_outs() -> tuple[Figure, list[str]]:
+    ends = ("", "_low", "_high", "_null_low", "_null_high")
+    measures = [f"{one}{end}" for one in ("spearman", "spearman_size", "overlap") for end in ends]
+    return circuits.knock_outs(pd.DataFrame({"score": ODD, "what": ODD,
+                                             **dict.fromkeys(measures, 0.5)}), ODD[:1]), ODD
+
+
 def circuit_flow() -> tuple[Figure, list[str]]:
     frame = pd.DataFrame({"kind": ["attention", "features"], "layer": [0, 1]})
     return circuits.circuit_flow(frame.assign(share=0.5, passing=0.5, cell=ODD[0])), []
@@ -226,7 +233,8 @@ def both_tokenizers() -> tuple[Figure, list[str]]:
 
 FIGURES: dict[str, Callable[[], tuple[Figure, list[str]]]] = {one.__name__: one for one in (
     cells_per_type, circuit_picture, circuit_overlap, planted_recovery, contribution_kinds,
-    faithfulness, predictions, task_curves, circuit_flow, training_curve, transcoder_curves,
+    faithfulness, predictions, task_curves, knock_outs, circuit_flow, training_curve,
+    transcoder_curves,
     loss_comparison, layer_alone,
     share_with_controls, beyond_controls, explained_per_layer, prediction_by_kind, l0_per_layer,
     frequency_distribution, confusion_matrix, answers_by_layer,

@@ -80,19 +80,20 @@ def circuit_membership(nodes: pd.DataFrame, supernodes: pd.DataFrame
                        ) -> dict[Key, list[tuple[str, str]]]:
     """For each feature the circuits it is in, as (page, text).
 
-    nodes: `circuit_nodes.csv` of the case study; supernodes: `circuit_supernodes.csv`, whose
-    `features` are `layer.feature` pairs. Both as texts.
+    nodes: `circuit_nodes.csv` of the case study, by `target`; supernodes:
+    `circuit_supernodes.csv`, whose `features` are `layer.feature` pairs. Both as texts.
     """
     found: dict[Key, list[tuple[str, str]]] = defaultdict(list)
-    if "kind" in nodes:
+    if "target" in nodes:
         own = nodes[nodes["kind"] == "feature"]
-        places: dict[Key, list[str]] = defaultdict(list)
+        places: dict[tuple[str, Key], list[str]] = defaultdict(list)
         for row in own.to_dict("records"):
-            places[int(row["layer"]), int(row["feature"])].append(
+            places[row["target"], (int(row["layer"]), int(row["feature"]))].append(
                 f"token {int(row['position']) + 1} ({row['token']}, influence "
                 f"{float(row['influence']):.2g})")
-        for key, said in places.items():
-            found[key].append((_PAGES["case"], f"case study: {', '.join(said)}"))
+        for (target, key), said in places.items():
+            found[key].append((_PAGES["case"], f"case study, circuit of {target}: "
+                                               f"{', '.join(said)}"))
     if "features" in supernodes:
         for row in supernodes.to_dict("records"):
             for text in row["features"].split():

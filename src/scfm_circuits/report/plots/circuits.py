@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from scfm_circuits.circuits.circuit import Circuit, Node
 
 
-def contribution_kinds(shares: Mapping[str, float]) -> Figure:
-    """How a pre-activation adds up, by kind of source (signed sums)."""
+def contribution_kinds(shares: Mapping[str, float], of: str = "the target's pre-activation"
+                       ) -> Figure:
+    """How a reading adds up, by kind of source (signed sums). of: what the reading is."""
     figure, (axis,) = panels(1, width=6.5, height=0.6 + 0.42 * len(shares))
     names, values = list(shares), list(shares.values())
     colours = [BLUE if value >= 0 else ORANGE for value in values]
@@ -36,7 +37,7 @@ def contribution_kinds(shares: Mapping[str, float]) -> Figure:
     axis.bar_label(bars, fmt="%.3f", padding=4)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.margins(x=0.18)
-    axis.set(xlabel="contribution to the target's pre-activation")
+    axis.set(xlabel=f"contribution to {of}")
     axis.grid(axis="y", visible=False)
     return figure
 
@@ -291,4 +292,28 @@ def planted_recovery(summary: pd.DataFrame) -> Figure:
         ax.set(xlim=(0, 100), title=f"circuits of the {literal(target)}",
                xlabel="planted for the cell's type, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def knock_outs(summary: pd.DataFrame, circuits: Sequence[str]) -> Figure:
+    """How well each score orders the genes by what taking them out does.
+
+    summary: `knock_out.summarised`; circuits: the scores that a circuit gives, in blue. Points are
+    means over cells with their 95 % intervals, the grey band what shuffled genes reach.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(12.5, 0.9 + 0.42 * len(summary)), sharey=True,
+                                constrained_layout=True)
+    places = np.arange(len(summary))[::-1]
+    colours = [BLUE if name in circuits else ORANGE for name in summary["score"]]
+    titles = {"spearman": "rank correlation, with signs", "spearman_size": "of sizes",
+              "overlap": "shared among the largest"}
+    for axis, (measure, title) in zip(axes, titles.items(), strict=True):
+        low, high = (summary[f"{measure}_null_{end}"] for end in ("low", "high"))
+        axis.axvspan(low.min(), high.max(), color="0.85", zorder=0)
+        axis.hlines(places, summary[f"{measure}_low"], summary[f"{measure}_high"], color=colours,
+                    linewidth=2)
+        axis.scatter(summary[measure], places, color=colours, s=36, zorder=3)
+        axis.set(title=title, xlabel="mean over cells")
+        axis.grid(axis="y", visible=False)
+    axes[0].set_yticks(places, [literal(what) for what in summary["what"]])
     return figure

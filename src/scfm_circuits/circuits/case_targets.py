@@ -1,0 +1,275 @@
+"""What a circuit of the case may be traced from, and what such a circuit says.
+
+1. The call: its `contrast`.
+2. A feature of the last layer where the call is made, chosen by `call_features`: by how far it
+   tells the cell's type from the others, in training cells.
+3. The paper's: the strongest feature of the last layer at the last token. `target_elsewhere` says
+   whether it is anything of this cell.
+
+`CaseTargets` traces each in the same way: its circuit, the genes of its nodes with their terms
+beside those of random genes of the sentence (`gene_nodes`), and what it keeps of its target.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+
+from scfm_circuits.cells.prompts import AnsweredPrompt
+from scfm_circuits.circuits.attribution import Frozen, freeze
+from scfm_circuits.circuits.case_study import CaseStudy
+from scfm_circuits.circuits.circuit import Circuit, circuit_genes, node_table
+from scfm_circuits.circuits.contrast import Contrast
+from scfm_circuits.circuits.graph import Target, feature_target
+from scfm_circuits.circuits.interventions import (
+    Call,
+    FeatureAt,
+    HeldAtMeans,
+    Kept,
+    held_at_means,
+    kept_alone,
+)
+from scfm_circuits.circuits.search import activations_at_end, strongest_at_end, trace
+from scfm_circuits.circuits.structure import features_at
+from scfm_circuits.circuits.token_means import (
+    Means,
+    cells_averaged,
+    mean_activations,
+    token_kinds,
+)
+from scfm_circuits.common.randomness import generator
+from scfm_circuits.enrichment.background import prepare_background
+from scfm_circuits.enrichment.over_representation import over_representation
+from scfm_circuits.enrichment.rules import RULES, Rule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from scfm_circuits.cells.corpus import Corpus
+    from scfm_circuits.common.profile import Profile
+    from scfm_circuits.enrichment.gene_sets import GeneSets
+    from scfm_circuits.transcoders.transcoder import Transcoders
+
+PLACE = "a feature of this place in the text"
+"""What a feature is called that is the strongest at its place in most cells of all types."""
+PER_TYPE, DRAWS = 20, 1_000
+"""Training cells of each type that features are compared in, and held-out cells they are checked
+in; draws of random gene nodes."""
+
+
+# --- how special is a feature? -------------------------------------------------------------------
+
+
+class TargetElsewhere(NamedTuple):
+    """How often a feature is the strongest of its layer at the same place in other cells.
+
+    share: of the cells; types: among the cells; same_types: among those where it is.
+    """
+
+    share: float
+    types: int
+    same_types: int
+
+    @property
+    def called(self) -> str:
+        """What the feature is: `PLACE`, if it is the strongest in over half of the cells."""
+        return PLACE if self.share > 0.5 else "not a feature of this place in most texts"
+
+
+def target_elsewhere(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
+                     profile: "Profile", layer: int, feature: int, most: int = 200
+                     ) -> TargetElsewhere:
+    """Read the first `most` held-out cells where the profile reads its case."""
+    cells = np.flatnonzero(corpus.held_out)[:most]
+    same = strongest_at_end(model, transcoders, corpus, cells, layer, profile.case_position,
+                            profile.forward_cells) == feature
+    return TargetElsewhere(float(same.mean()), len(np.unique(corpus.labels[cells])),
+                           len(np.unique(corpus.labels[cells[same]])))
+
+
+def call_features(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
+                  profile: "Profile", label: str) -> pd.DataFrame:
+    """The last layer's features at the question's last token, the most specific to `label` first.
+
+    In the first `PER_TYPE` training cells of every type. Columns: feature; own and others, mean
+    activation in cells of the type and in those of other types (mean over types); auroc, the chance
+    that a cell of the type has the higher activation of the two (ties count half) than one of
+    another type, whichever that is (mean over types); held_out_auroc, the same in as many held-out
+    cells, which had no say in the order (missing if there are none). Sorted by auroc, ties by the
+    difference of the means. Empty if there is no other type, or no training cell of this one.
+    """
+    last, found = transcoders.n_layers - 1, {}
+    for part, wanted in (("auroc", ~corpus.held_out), ("held_out_auroc", corpus.held_out)):
+        cells = np.flatnonzero(wanted)
+        turn = pd.Series(corpus.labels[cells]).groupby(corpus.labels[cells]).cumcount().to_numpy()
+        cells = cells[turn < PER_TYPE]
+        z = activations_at_end(model, transcoders, corpus, cells, last, "query",
+                               profile.forward_cells)
+        found[part] = {str(one): z[corpus.labels[cells] == one]
+                       for one in np.unique(corpus.labels[cells])}
+    columns = ["feature", "own", "others", "auroc", "held_out_auroc"]
+    trained = found["auroc"]
+    if label not in trained or len(trained) < 2:
+        return pd.DataFrame(columns=columns)
+    others = np.mean([z.mean(axis=0) for one, z in trained.items() if one != label], axis=0)
+    table = pd.DataFrame({
+        "feature": np.arange(transcoders.n_features), "own": trained[label].mean(axis=0),
+        "others": others, **{part: _auroc(by_type, label) for part, by_type in found.items()}})
+    order = np.lexsort((others - table["own"], -table["auroc"]))
+    return table.iloc[order].reset_index(drop=True)[columns]
+
+
+def _auroc(by_type: dict[str, np.ndarray], label: str) -> np.ndarray | float:
+    """(n_features,) AUROC of a type's cells against each other type's, mean over types."""
+    own = by_type.get(label)
+    if own is None or len(by_type) < 2:
+        return np.nan
+    n, areas = len(own), []
+    for other in (z for one, z in by_type.items() if one != label):
+        ranks = rankdata(np.concatenate([own, other]), axis=0)[:n].sum(axis=0)
+        areas.append((ranks - n * (n + 1) / 2) / (n * len(other)))
+    return np.mean(areas, axis=0)
+
+
+# --- what do its genes say? ----------------------------------------------------------------------
+
+
+class GeneNodes(NamedTuple):
+    """The genes that a circuit's nodes stand on, and their terms beside those of random genes.
+
+    genes: the most influential first. terms: `Rule.terms` of them. significant: terms below the
+    profile's FDR; random_significant: mean over draws of as many random genes of the sentence;
+    random_share: draws with any such term; p: share of draws whose smallest p is as small as the
+    circuit's (the circuit's own genes counted as one draw). Missing without genes or draws.
+    """
+
+    genes: list[str]
+    terms: pd.DataFrame
+    significant: int
+    random_significant: float
+    random_share: float
+    p: float
+
+    @property
+    def best_term(self) -> str | None:
+        """The term of smallest p."""
+        return str(self.terms["Term"].iloc[0]) if len(self.terms) else None
+
+    @property
+    def best_fdr(self) -> float:
+        """Its adjusted p; missing without a term."""
+        return float(self.terms["Adjusted P-value"].iloc[0]) if len(self.terms) else np.nan
+
+
+def gene_nodes(genes: Sequence[str], sentence: Sequence[str], library: "GeneSets", rule: Rule,
+               symbols: set[str], *, fdr: float, seed: int, draws: int = DRAWS) -> GeneNodes:
+    """Test a circuit's genes, and `draws` times as many random genes of the same sentence.
+
+    symbols: those of the corpus, for rules that need them.
+    """
+    terms = rule.terms(genes, library, symbols)
+    significant = int((terms["Adjusted P-value"] < fdr).sum())
+    if not genes or draws < 1:
+        return GeneNodes(list(genes), terms, significant, np.nan, np.nan, np.nan)
+    rng, names = generator(seed, "random gene nodes"), np.array(sentence)
+    lists = [names[np.sort(rng.permutation(len(names))[:len(genes)])].tolist()
+             for _ in range(draws)]
+    universe = prepare_background(library, rule.background_for(symbols))
+    found = over_representation([list(genes), *lists], library, background=universe,
+                                family=rule.family, alpha=fdr)
+    own, random = found.min_p[0], found.min_p[1:]
+    below = found.n_significant[1:]
+    # The same p can differ in its last digit where it is summed up in another order.
+    return GeneNodes(list(genes), terms, significant, float(below.mean()),
+                     float((below > 0).mean()),
+                     float((1 + (random <= own * (1 + 1e-9)).sum()) / (1 + draws)))
+
+
+# --- traced --------------------------------------------------------------------------------------
+
+
+class Traced(NamedTuple):
+    """One target's circuit, its nodes and genes, and what is left of the target with the circuit
+    alone and without, all other features held at means of their own kind of token or of all."""
+
+    target: Target
+    circuit: Circuit
+    nodes: pd.DataFrame
+    genes: GeneNodes
+    own_kind: Kept
+    all_tokens: Kept
+
+    def row(self, name: str) -> dict[str, object]:
+        """Its row in a table of targets."""
+        genes, kept = self.genes, self.own_kind
+        return {"target": name, "nodes": len(self.nodes), "genes": len(genes.genes),
+                "best_term": genes.best_term, "FDR": genes.best_fdr, "p": genes.p,
+                "terms_below": genes.significant, "random_below": genes.random_significant,
+                "whole": kept.whole, "circuit": kept.circuit, "no_circuit": kept.nothing}
+
+    def values(self) -> dict[str, object]:
+        """What a page says of it: counts, its genes' terms, and what is left of the target."""
+        genes = self.genes
+        return {"nodes": len(self.nodes), "edges": len(self.circuit.edges),
+                "gene_nodes": len(genes.genes), "best_term": genes.best_term,
+                "terms_below": genes.significant, "random_below": genes.random_significant,
+                "whole": self.own_kind.whole, "keeps": self.own_kind.circuit,
+                "nothing_keeps": self.own_kind.nothing}
+
+
+class CaseTargets(NamedTuple):
+    """What all targets of one text share.
+
+    sentence: the text's genes; means: `token_means.mean_activations`; symbols: the corpus's.
+    """
+
+    model: "PreTrainedModel"
+    frozen: Frozen
+    case: AnsweredPrompt
+    sentence: Sequence[str]
+    profile: "Profile"
+    means: Means
+    library: "GeneSets"
+    rule: Rule
+    symbols: set[str]
+
+    def call(self, contrast: Contrast) -> Traced:
+        """The circuit of the call."""
+        return self._of(Target(*contrast.start(self.frozen), 1.0), contrast)
+
+    def feature(self, layer: int, feature: int, position: int) -> Traced:
+        """The circuit of a feature at a token."""
+        return self._of(feature_target(self.frozen, layer, feature, position),
+                        FeatureAt(layer, feature, position))
+
+    def _of(self, target: Target, asked: FeatureAt | Call) -> Traced:
+        """asked: how the model is asked for the target."""
+        profile, case = self.profile, self.case
+        circuit = trace(self.frozen, target.node, target.reading, branches=profile.circuit_branches,
+                        depth=profile.circuit_depth, max_nodes=profile.circuit_nodes)
+        nodes = node_table(circuit, case.texts, case.genes)
+        kinds = token_kinds(case.encoded.gene, case.encoded.place, case.answer_start)
+
+        def kept(held: HeldAtMeans) -> Kept:
+            return kept_alone(self.model, self.frozen, features_at(circuit), asked, target.reading,
+                              held)
+
+        return Traced(
+            target, circuit, nodes,
+            gene_nodes(circuit_genes(nodes), self.sentence, self.library, self.rule, self.symbols,
+                       fdr=profile.fdr, seed=profile.seed),
+            kept(held_at_means(self.frozen, self.means, kinds)),
+            kept(held_at_means(self.frozen, self.means.over_all_tokens(), np.zeros_like(kinds))))
+
+
+def case_targets(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
+                 profile: "Profile", study: CaseStudy, library: "GeneSets") -> CaseTargets:
+    """The case, frozen, with means over the training cells that chapter 08 takes them over."""
+    averaged = cells_averaged(corpus, generator(profile.seed, "interventions"))
+    return CaseTargets(
+        model, freeze(model, transcoders, study.prompt.encoded.tokens), study.prompt,
+        study.sentence, profile,
+        mean_activations(model, transcoders, corpus, averaged, profile.forward_cells), library,
+        RULES[profile.enrichment_rule], set(corpus.symbols[corpus.occurring].tolist()))

@@ -10,10 +10,10 @@
 #     name: python3
 #   scfm:
 #     after: [07_endothelial_case_study]
-#     produces: [tables/circuit_faithfulness.csv, tables/circuit_predictions.csv, tables/circuit_flow.csv,
-#       tables/circuit_heads.csv, tables/circuit_overlap.csv, tables/task_circuit.csv]
+#     produces: [tables/circuit_faithfulness.csv, tables/circuit_predictions.csv, tables/knock_out.csv,
+#       tables/circuit_flow.csv, tables/circuit_heads.csv, tables/circuit_overlap.csv, tables/task_circuit.csv]
 #     exhibits: "beyond the paper"
-#     modules: [circuits/attribution, circuits/circuit, circuits/interventions, circuits/prediction, circuits/task_circuit, circuits/structure, cells/simulated, circuits/planted_genes, features/known_truth]
+#     modules: [circuits/attribution, circuits/circuit, circuits/interventions, circuits/prediction, circuits/contrast, circuits/knock_out, circuits/task_circuit, circuits/structure, cells/simulated, circuits/planted_genes, features/known_truth]
 # ---
 
 # %% [markdown]
@@ -29,7 +29,7 @@ profile = "demo"
 overrides: dict = {}
 
 # %%
-from scfm_circuits.circuits import prediction, studies, task_curves
+from scfm_circuits.circuits import knock_out, prediction, studies, task_curves
 from scfm_circuits.circuits.planted_genes import known_truth
 from scfm_circuits.circuits.task_circuit import CHOSEN_BY, MEAN, ZERO, task_circuit
 from scfm_circuits.features.known_truth import known_truth_study, verdict
@@ -159,6 +159,61 @@ chapter.value("prediction.key_point", int((tested["verdict"] == prediction.HOLDS
 # Where a prediction is off, attention, LayerNorm and features outside the circuit have responded. Cells
 # that share a target ({glue:text}`faithfulness.targets` different ones here) are not independent, so
 # the intervals are narrower than they would be over targets.
+
+# %% [markdown]
+# ## Genes taken out
+#
+# What a gene does to the call can be had without any circuit: take it out of the sentence and ask
+# again. For {glue:text}`knock_out.cells` held-out cells of {glue:text}`knock_out.types` types (the
+# first of each type in turn), every gene is taken out, nothing is put in its place, the prompt is
+# encoded again, and the contrast of the cell's label is read ({doc}`07_endothelial_case_study`; in
+# {glue:text}`knock_out.ahead` of the cells the label's token is ahead of all others together). What
+# the contrast loses is the gene's effect. Against it stand
+#
+# - *all paths*: what the gene's own embedding gives the contrast along all paths of the frozen model,
+#   through attention and active features, with its sign;
+# - *all that is written at its tokens*: embedding, features and errors there, each with what attention
+#   alone carries of it to the contrast. Over all tokens, with biases, this adds up to the contrast;
+# - *nodes*: the influence of the greedy circuit's nodes on the gene's tokens, and its signed share;
+# - and what is had for less: the place in the sentence, attention (rollout), and the model's own
+#   gradients: input times gradient, and integrated gradients from a text whose genes all have their
+#   mean embedding ({glue:text}`knock_out.steps` steps).
+#
+# Over the genes of a cell the order by a score is held against the order by effect: with signs, by
+# size, and by what they share of the {glue:text}`knock_out.k` largest. The interval is over cells, the
+# grey band is what genes dealt out at random within each cell reach.
+
+# %%
+taken_out = knock_out.knock_out_study(chapter.model, chapter.transcoders, corpus, settings)
+
+# %% mystnb={"image": {"alt": "Three panels with a row for each score: rank correlation with the effects of taking genes out, the same by size, and the share of the largest effects found, each with its interval and the band of shuffled genes."}, "figure": {"caption": "How well circuits (blue) and cheap rivals (orange) say what taking each gene out of the sentence does to the call: means over cells with 95 % intervals; grey is what shuffled genes reach.", "name": "fig-knock-out"}} tags=["hide-input"]
+chapter.figure("knock_out", plots.knock_outs(taken_out.summary, knock_out.CIRCUITS))
+
+# %% tags=["hide-input"]
+chapter.table("knock_out", taken_out.summary, digits=3, caption="Each score against the effects of "
+              "taking genes out: means over cells, 95 % intervals, and those of shuffled genes")
+chapter.table("knock_out_cells", taken_out.cells, rows=0)
+chapter.table("knock_out_kept", taken_out.kept, rows=0)
+chapter.table("knock_out_genes", taken_out.genes, rows=10, digits=3, caption="Every gene of every "
+              "cell: what taking it out takes from the contrast (nats), and its scores")
+
+# %% tags=["remove-input"]
+chapter.values(knock_out.numbers(taken_out, settings.seed), prefix="knock_out.")
+
+# %% [markdown]
+# - With signs: {glue:text}`knock_out.spearman`.
+# - By size: {glue:text}`knock_out.spearman_size`.
+# - Of the largest: {glue:text}`knock_out.overlap`.
+#
+# Both of a pair are the best of several, chosen after the fact. A gene taken out also moves all genes
+# behind it forward, and its effect is that of the model as it then is: what attention, norms and
+# features do in response is in it, and in no score that holds them still.
+#
+# **What the circuit of the call keeps.** The contrast is {glue:text}`knock_out.whole` nats on average.
+# With the features of the greedy circuit alone, all others held at the means of their own kind of
+# token, {glue:text}`knock_out.circuit` are left, and with no circuit at all
+# {glue:text}`knock_out.nothing`. Errors stay as they are and attention still reads the genes, so the
+# circuit has only the distance between the last number and the first to explain.
 
 # %% [markdown]
 # ## What several circuits have in common
@@ -416,6 +471,7 @@ if found:
 # - Closing to rounding is arithmetic; only that the model's own value moves as predicted is evidence.
 #   Of the predictions made here {glue:text}`prediction.key_point`.
 # - A circuit is a claim about the model, and can be tested in the model: without it, and with it alone.
+# - What a circuit says of a gene can be held against taking the gene out, and against cheap rivals.
 # - A circuit for the whole task is worth what it keeps beyond no feature at all, and beyond random ones:
 #   with every MLP at its mean {glue:text}`task.none_mean` of the right answers stay.
 # - A feature in every cell's circuit does not tell, by being there, what type a cell is.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.circuits import circuit as circuits
-from scfm_circuits.circuits import structure
+from scfm_circuits.circuits import knock_out, structure
 from scfm_circuits.circuits.attribution import (
     closure,
     contributions,
@@ -255,6 +255,16 @@ def test_interventions(gpu: torch.device, variant: Variant) -> None:
             feature_direction(frozen, 2, feature, position), means, kinds,
             np.random.default_rng(1), draws=2)]
     on_both(gpu, work, variant=variant, relative=1e-7)
+
+
+def test_knock_outs(gpu: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    profile = tiny_profile(monkeypatch, tmp_path, circuit_branches=6, circuit_nodes=40,
+                           forward_cells=3)
+
+    def work(model: Any, t: Transcoders, corpus: Corpus) -> Any:
+        study = knock_out.knock_out_study(model, t, corpus, profile, most=2)
+        return study.genes.filter(like="score_"), study.genes[["effect"]], study.kept
+    on_both(gpu, work, relative=1e-4)  # attention's softmax is in float32
 
 
 # --- other dictionaries --------------------------------------------------------------------------

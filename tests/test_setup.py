@@ -151,7 +151,7 @@ def test_clean_needs_no_environment(tmp_path: Path, given: str) -> None:
 CONTRACT = {
     *(f"tables/{name}.csv" for name in (
         "table1", "table2", "l0", "live_features", "human_eval_sample", "table4", "circuit_nodes",
-        "circuit_enrichment")),
+        "circuit_enrichment", "knock_out")),
     "figures/*.png", "figures/*.svg", "transcoders/config.yaml", "transcoders/layer_*.safetensors",
     "circuits/*.json", "claims.csv",
 }

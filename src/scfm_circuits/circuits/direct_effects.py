@@ -121,6 +121,33 @@ def _read_mlp(frozen: Frozen, sources: Sources, layer: int, pull: Tensor, effect
     constant += pull.sum(dim=1) @ t.b_dec[layer]
 
 
+@torch.no_grad()
+def all_paths(frozen: Frozen, reading: Reading) -> Tensor:
+    """(n_pos,) what each token's own embedding gives a reading along all paths of the frozen model.
+
+    Paths run through attention and through features, where each active one passes on what its
+    encoder reads: its row of W_enc, pulled back through the frozen norm, times its decoder. Which
+    features are active, patterns and scales stay as they are on this text. Biases and errors start
+    paths of their own, which are not counted here. The product of the embeddings with the gradient
+    of the linear replacement model.
+    """
+    t = frozen.transcoders
+    pull = torch.zeros_like(frozen.residual[:1])
+    pull[0, reading.position] = reading.vector
+    ignored = pull.new_zeros(1)
+    for layer in range(reading.attention_limit - 1, -1, -1):
+        through = 0.0 * pull
+        if layer < reading.mlp_limit:
+            at_features = pull[0] @ t.W_dec[layer].T * (frozen.activations[layer] > 0)
+            read = frozen.weights[layer].ln2_gain * (at_features @ t.W_enc[layer])
+            through = (frozen.centre(read) / frozen.sigma2[layer][:, None])[None]
+        if not frozen.parallel:  # the MLP reads what this layer's attention wrote
+            pull, through = pull + through, 0.0 * pull
+        _pull_through_attention(frozen, layer, pull, ignored)
+        pull = pull + through
+    return torch.einsum("sd,sd->s", pull[0], frozen.residual[0])
+
+
 def _pull_through_attention(frozen: Frozen, layer: int, pull: Tensor, constant: Tensor) -> None:
     """Add to each pull what it reads through one layer's attention; add that layer's biases."""
     w, n_pos = frozen.weights[layer], pull.shape[1]

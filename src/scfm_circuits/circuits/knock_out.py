@@ -1,0 +1,386 @@
+"""Ground truth at the input: take a gene out of the sentence, and see what the call does.
+
+For some held-out cells, each answered with its label, every gene in turn is taken out: the prompt
+is encoded again without it, token for token, nothing stands in its place, and the `contrast` is
+read again at the same token of the same answer.
+
+    effect(gene) = contrast(whole sentence) - contrast(without the gene),  in nats
+
+so a gene that speaks for the call has a positive effect. `gene_scores` has what circuits say of
+each gene, and what is had for less. Over the genes of one cell a score and the effect are compared
+by rank correlation (with signs, and by size), and by how many of the k largest by size they share.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+from tqdm import tqdm
+
+from scfm_circuits import InputError
+from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt, answered_sentence
+from scfm_circuits.circuits.attribution import Frozen, freeze
+from scfm_circuits.circuits.contrast import Contrast, contrast_of, trace_contrast
+from scfm_circuits.circuits.direct_effects import all_paths, direct_effects, sources_of
+from scfm_circuits.circuits.interventions import Kept, held_at_means, kept_alone
+from scfm_circuits.circuits.structure import features_at
+from scfm_circuits.circuits.studies import studied_cells
+from scfm_circuits.circuits.token_means import (
+    Means,
+    cells_averaged,
+    mean_activations,
+    token_kinds,
+)
+from scfm_circuits.common.randomness import generator
+from scfm_circuits.models.mlp_sites import device_of, faster_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from scfm_circuits.cells.corpus import Corpus
+    from scfm_circuits.circuits.circuit import Circuit
+    from scfm_circuits.common.profile import Profile
+    from scfm_circuits.transcoders.transcoder import Transcoders
+
+CELLS, TOP, STEPS, DRAWS = 30, 10, 8, 1_000
+"""Cells; the k of top-k; steps of integrated gradients; resamples of cells, and shuffles."""
+LEAST = 4
+"""Genes that a sentence has at least, for ranks to say anything."""
+SCORES = {
+    "paths": "circuit: all paths from the gene's embedding, signed",
+    "written": "circuit: all that is written at the gene's tokens, signed",
+    "nodes_signed": "greedy circuit: influence of nodes on the gene, signed",
+    "nodes": "greedy circuit: influence of nodes on the gene",
+    "rank": "place in the sentence, first genes first",
+    "attention": "attention rollout from the token that is read",
+    "input_x_gradient": "input x gradient of the model",
+    "integrated_gradients": "integrated gradients of the model",
+}
+"""What each score of `gene_scores` is."""
+CIRCUITS = ("paths", "written", "nodes_signed", "nodes")
+"""Those that a circuit gives; the others are rivals that need none."""
+
+
+# --- the truth -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def knock_outs(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile", cell: int
+               ) -> np.ndarray:
+    """(n_genes,) effect of each gene of a cell's sentence on the contrast, in rank order."""
+    label, device = str(corpus.labels[cell]), device_of(model)
+    whole = answered_prompt(corpus, profile, cell, label)
+    contrast = contrast_of(corpus, whole)
+    behind = contrast.position - whole.answer_start
+    genes, ids = corpus.genes_of(cell), corpus.gene_ids_of(cell)
+    texts = [whole.encoded.tokens[: contrast.position + 1]]
+    for gone in range(len(genes)):
+        kept = np.arange(len(genes)) != gone
+        prompt = answered_sentence(corpus.tokenizer, profile, np.array(genes)[kept].tolist(),
+                                   ids[kept], label)
+        texts.append(prompt.encoded.tokens[: prompt.answer_start + behind + 1])
+    values = []
+    with faster_attention(model):
+        for start in range(0, len(texts), profile.forward_cells):
+            some = texts[start : start + profile.forward_cells]
+            ends = torch.tensor([len(text) - 1 for text in some], device=device)
+            # Padded on the right, where causal attention does not look.
+            padded = torch.nn.utils.rnn.pad_sequence(
+                [torch.from_numpy(np.asarray(text)) for text in some], batch_first=True).to(device)
+            values.append(_contrasts(model, contrast, ends, input_ids=padded))
+    found = torch.cat(values).double().cpu().numpy()
+    return found[0] - found[1:]
+
+
+def _contrasts(model: "PreTrainedModel", contrast: Contrast, ends: Tensor, **inputs: Tensor
+               ) -> Tensor:
+    """(n,) the contrast of each text, read at its last token `ends`; no other logit is computed."""
+    hidden = model.base_model(use_cache=False, **inputs).last_hidden_state  # type: ignore[operator]
+    at = hidden[torch.arange(len(ends), device=ends.device), ends]
+    return contrast.of(model.get_output_embeddings()(at))  # type: ignore[operator]
+
+
+# --- what is held against it ---------------------------------------------------------------------
+
+
+def gene_scores(model: "PreTrainedModel", frozen: Frozen, prompt: AnsweredPrompt,
+                contrast: Contrast, circuit: "Circuit", ids: Sequence[int] | np.ndarray
+                ) -> dict[str, np.ndarray]:
+    """(n_genes,) of each of `SCORES`, in the order of `ids`, the sentence's genes.
+
+    paths: `direct_effects.all_paths` of the gene's own tokens. written: what embedding, active
+    features and errors at the gene's tokens give the contrast through attention alone; with biases
+    and all other tokens this adds up to the contrast. nodes: `Circuit.influence` of nodes on the
+    gene's tokens, heads where they read. rank: the first
+    gene highest. attention: rollout (Abnar and
+    Zuidema 2020): per layer half of the mean pattern and half of the identity, multiplied.
+    input_x_gradient, integrated_gradients: by the real model's gradient in the token embeddings;
+    the latter from a text whose genes' tokens all have the mean embedding of these, in `STEPS`
+    steps.
+    """
+    _, reading = contrast.start(frozen)
+    sources, n = sources_of(frozen, [reading]), contrast.position + 1
+    [row], _ = direct_effects(frozen, sources, [reading])
+    effects = row.double().cpu().numpy()
+    written = np.bincount(sources.position, effects[: sources.errors], n)
+    written += effects[sources.errors : sources.embeddings].reshape(-1, n).sum(axis=0)
+    written += effects[sources.embeddings :]
+    own = prompt.encoded.gene[:n]
+    gradient, integrated = _by_gradient(model, frozen, contrast, torch.from_numpy(own >= 0))
+    by_token: dict[str, Tensor | np.ndarray] = {
+        "paths": all_paths(frozen, reading)[:n], "written": written,
+        "nodes_signed": _by_source(circuit, n, signed=True),
+        "nodes": _by_source(circuit, n, signed=False),
+        "attention": _rollout(frozen)[contrast.position][:n],
+        "input_x_gradient": gradient, "integrated_gradients": integrated}
+    at = [np.flatnonzero(own == gene) for gene in ids]
+    found = {"rank": np.arange(len(at), 0, -1, dtype=float)}
+    for name, values in by_token.items():
+        array = values.double().cpu().numpy() if isinstance(values, Tensor) else values
+        found[name] = np.array([array[places].sum() for places in at])
+    return {name: found[name] for name in SCORES}
+
+
+def _by_source(circuit: "Circuit", n: int, *, signed: bool) -> np.ndarray:
+    influence, found = circuit.influence(signed=signed), np.zeros(n)
+    for node in circuit.nodes.values():
+        if node.id != circuit.target:
+            found[node.source] += influence[node.id]
+    return found
+
+
+def _rollout(frozen: Frozen) -> Tensor:
+    """(n_pos, n_pos) attention rollout, rows are destinations."""
+    whole = torch.eye(len(frozen.tokens), dtype=frozen.patterns.dtype, device=frozen.tokens.device)
+    for pattern in frozen.patterns.mean(dim=1):
+        whole = 0.5 * (pattern @ whole + whole)
+    return whole
+
+
+def _by_gradient(model: "PreTrainedModel", frozen: Frozen, contrast: Contrast, on_gene: Tensor
+                 ) -> tuple[Tensor, Tensor]:
+    """(n,) each token's input x gradient, and its integrated gradient."""
+    n = contrast.position + 1
+    x = frozen.residual[0, :n]
+    base = torch.where(on_gene.to(x.device)[:, None], x[on_gene].mean(dim=0), x)
+    along = (torch.arange(STEPS, device=x.device, dtype=x.dtype) + 0.5) / STEPS
+    mean = torch.zeros_like(x)
+    with faster_attention(model):
+        plain = _gradient(model, contrast, x[None])[0]
+        for some in along.split(4):  # a few texts at once: their activations are kept
+            mean += _gradient(model, contrast, base + some[:, None, None] * (x - base)).sum(dim=0)
+    return (x * plain).sum(dim=-1), ((x - base) * mean / STEPS).sum(dim=-1)
+
+
+@torch.enable_grad()
+def _gradient(model: "PreTrainedModel", contrast: Contrast, embedded: Tensor) -> Tensor:
+    """Gradient of each text's contrast in its embeddings, both (n, n_tokens, d_model)."""
+    leaf = embedded.detach().requires_grad_()
+    ends = torch.full((len(leaf),), leaf.shape[1] - 1, device=leaf.device)
+    value = _contrasts(model, contrast, ends, inputs_embeds=leaf).sum()
+    return torch.autograd.grad(value, leaf)[0]
+
+
+# --- all cells -----------------------------------------------------------------------------------
+
+
+class KnockOuts(NamedTuple):
+    """Knock-outs of some cells, and what circuits and rivals say of them."""
+
+    genes: pd.DataFrame
+    """A row per cell and gene: cell, cell_type, gene, rank (from 1), effect (nats), then `score_`
+    with each of `SCORES`."""
+    cells: pd.DataFrame
+    """A row per cell and score: cell, cell_type, score, genes, spearman, spearman_size, k,
+    overlap."""
+    summary: pd.DataFrame
+    """A row per score, see `summarised`."""
+    kept: pd.DataFrame
+    """A row per cell: cell, cell_type, and `interventions.Kept` of its contrast (own kind)."""
+
+
+def knock_out_study(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
+                    profile: "Profile", most: int = CELLS) -> KnockOuts:
+    """Knock out every gene of the first `most` held-out cells, taken from each type in turn.
+
+    Each cell's circuit is the greedy one of its contrast, with the label as the answer. Cells with
+    fewer than `LEAST` genes are left out. Raises InputError if none has as many.
+    """
+    averaged = cells_averaged(corpus, generator(profile.seed, "interventions"))
+    means = mean_activations(model, transcoders, corpus, averaged, profile.forward_cells)
+    chosen = [int(cell) for cell in studied_cells(corpus, most, most)
+              if len(corpus.gene_ids_of(cell)) >= LEAST]
+    if not chosen:
+        raise InputError(f"No held-out cell has {LEAST} genes, so none can be taken out; raise "
+                         "`genes_per_cell`.")
+    genes, kept = [], []
+    for cell in tqdm(chosen, desc="knock-outs", unit="cell"):
+        keys = {"cell": str(corpus.cell_ids[cell]), "cell_type": str(corpus.labels[cell])}
+        scores, left = _of_cell(model, transcoders, corpus, profile, cell, means)
+        names = corpus.genes_of(cell)
+        genes.append(pd.DataFrame({
+            **keys, "gene": names, "rank": np.arange(1, len(names) + 1),
+            "effect": knock_outs(model, corpus, profile, cell),
+            **{f"score_{name}": values for name, values in scores.items()}}))
+        kept.append({**keys, **left._asdict()})
+    table = pd.concat(genes, ignore_index=True)
+    return KnockOuts(table, *compared(table, profile.seed), pd.DataFrame(kept))
+
+
+def _of_cell(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
+             profile: "Profile", cell: int, means: Means) -> tuple[dict[str, np.ndarray], Kept]:
+    prompt = answered_prompt(corpus, profile, cell, str(corpus.labels[cell]))
+    contrast = contrast_of(corpus, prompt)
+    frozen = freeze(model, transcoders, prompt.encoded.tokens)
+    circuit = trace_contrast(frozen, contrast, profile)
+    kinds = token_kinds(prompt.encoded.gene, prompt.encoded.place, prompt.answer_start)
+    left = kept_alone(model, frozen, features_at(circuit), contrast, contrast.start(frozen)[1],
+                      held_at_means(frozen, means, kinds))
+    return gene_scores(model, frozen, prompt, contrast, circuit, corpus.gene_ids_of(cell)), left
+
+
+# --- compared ------------------------------------------------------------------------------------
+
+
+def compared(genes: pd.DataFrame, seed: int, draws: int = DRAWS
+             ) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`KnockOuts.cells` and `KnockOuts.summary` of its `genes`.
+
+    k is `TOP`, or half of the genes of a sentence with fewer than twice as many. Summary: score,
+    what (`SCORES`), and for each of spearman, spearman_size and overlap the mean over cells, with
+    `_low` and `_high`, its 95 % interval over resampled cells, and `_null_low`, `_null_high`, the
+    range of the mean in 95 % of draws that deal each cell's effects out to its genes at random. A
+    score that is the same for all genes of a cell has no order: its correlation counts as 0.
+    """
+    rows, rng = [], generator(seed, "knock-outs", 0)
+    null = {name: np.zeros((len(MEASURES), draws)) for name in SCORES}
+    by_cell = genes.groupby(["cell", "cell_type"], sort=False)
+    for (cell, kind), part in by_cell:
+        n, effect = len(part), part["effect"].to_numpy()
+        k, shuffled = min(TOP, n // 2), effect[rng.permuted(np.tile(np.arange(n), (draws, 1)),
+                                                            axis=1)]
+        for name in SCORES:
+            score = part[f"score_{name}"].to_numpy()
+            found = _measured(score, effect[None], k)[:, 0]
+            rows.append((cell, kind, name, n, k, *found))
+            null[name] += _measured(score, shuffled, k) / len(by_cell)
+    cells = pd.DataFrame(rows, columns=["cell", "cell_type", "score", "genes", "k", *MEASURES])
+    return cells, summarised(cells, null, seed, draws)
+
+
+MEASURES = ("spearman", "spearman_size", "overlap")
+"""Rank correlation of score and effect; of their sizes; shared among the k largest, of k."""
+
+
+def _measured(score: np.ndarray, effects: np.ndarray, k: int) -> np.ndarray:
+    """(3, n_draws) `MEASURES` of one score with each row of effects (n_draws, n_genes)."""
+    def ranks(values: np.ndarray) -> np.ndarray:
+        centred = rankdata(values, axis=-1) - (values.shape[-1] + 1) / 2
+        return centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-30)
+
+    def largest(values: np.ndarray) -> np.ndarray:
+        # Of equals those that stand first in the sentence.
+        order = np.argsort(-np.abs(values), axis=-1, kind="stable")[..., :k]
+        chosen = np.zeros(values.shape)
+        np.put_along_axis(chosen, order, 1.0, axis=-1)
+        return chosen
+
+    return np.stack([ranks(effects) @ ranks(score), ranks(np.abs(effects)) @ ranks(np.abs(score)),
+                     largest(effects) @ largest(score) / k])
+
+
+def summarised(cells: pd.DataFrame, null: Mapping[str, np.ndarray], seed: int, draws: int
+               ) -> pd.DataFrame:
+    """`compared`'s summary; null: by score (3, draws) means over cells of shuffled effects."""
+    rng, rows = generator(seed, "knock-outs", 1), []
+    n = cells["cell"].nunique()
+    drawn = rng.integers(n, size=(draws, n))  # the same resamples for every score
+    for name, what in SCORES.items():
+        part = cells[cells["score"] == name]
+        row: dict[str, object] = {"score": name, "what": what}
+        for measure, shuffled in zip(MEASURES, null[name], strict=True):
+            values = part[measure].to_numpy()
+            low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
+            lowest, highest = np.percentile(shuffled, [2.5, 97.5])
+            row |= {measure: values.mean(), f"{measure}_low": low, f"{measure}_high": high,
+                    f"{measure}_null_low": lowest, f"{measure}_null_high": highest}
+        rows.append(row)
+    return pd.DataFrame(rows).assign(cells=n)
+
+
+class Winner(NamedTuple):
+    """The best score of circuits and the best rival by one measure, and how far they are apart.
+
+    difference: circuit less rival, mean over cells, with its 95 % interval over resampled cells.
+    """
+
+    circuit: str
+    rival: str
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """Which is ahead by the whole interval: the circuit, the rival, or neither."""
+        return "the circuit" if self.low > 0 else "the rival" if self.high < 0 else "neither"
+
+
+def winners(cells: pd.DataFrame, summary: pd.DataFrame, seed: int, draws: int = DRAWS
+            ) -> dict[str, Winner]:
+    """By measure, the best of `CIRCUITS` against the best of the others.
+
+    Both are chosen after the fact, so the difference flatters neither; the interval is that of the
+    pair chosen.
+    """
+    rng, by_score = generator(seed, "knock-outs", 2), summary.set_index("score")
+    n, found = cells["cell"].nunique(), {}
+    drawn = rng.integers(n, size=(draws, n))
+    is_circuit = by_score.index.isin(CIRCUITS)
+    for measure in MEASURES:
+        means = by_score[measure]
+        circuit, rival = str(means[is_circuit].idxmax()), str(means[~is_circuit].idxmax())
+        one, other = (cells.loc[cells["score"] == name, measure].to_numpy()
+                      for name in (circuit, rival))
+        low, high = np.percentile((one - other)[drawn].mean(axis=1), [2.5, 97.5])
+        found[measure] = Winner(circuit, rival, float((one - other).mean()), float(low),
+                                float(high))
+    return found
+
+
+def numbers(study: KnockOuts, seed: int) -> dict[str, str | int | float]:
+    """What a page says: cells, types, genes and k (medians), cells whose label is ahead of all
+    others; per measure a sentence on its `winners`; and the contrast, mean over cells with its
+    interval, in the whole model, with the greedy circuit alone and with no circuit."""
+    by_score, cells = study.summary.set_index("score"), study.cells
+    found: dict[str, str | int | float] = {
+        "cells": len(study.kept), "types": int(study.kept["cell_type"].nunique()),
+        "genes": float(cells["genes"].median()), "k": float(cells["k"].median()),
+        "ahead": int((study.kept["whole"] > 0).sum()), "steps": STEPS}
+    for measure, one in winners(cells, study.summary, seed).items():
+        said = {name: _with_interval(*by_score.loc[name, [measure, f"{measure}_low",
+                                                          f"{measure}_high"]])
+                for name in (one.circuit, one.rival)}
+        ahead = {"neither": "neither is ahead of the other by its whole interval",
+                 "the circuit": "the circuit is ahead", "the rival": "the rival is ahead"}
+        low, high = by_score[f"{measure}_null_low"].min(), by_score[f"{measure}_null_high"].max()
+        found[measure] = (
+            f"best of the circuit's scores is \"{SCORES[one.circuit]}\" with {said[one.circuit]}, "
+            f"best of the rivals \"{SCORES[one.rival]}\" with {said[one.rival]}; the difference is "
+            f"{_with_interval(one.difference, one.low, one.high)}, so {ahead[one.verdict]} "
+            f"(shuffled genes: {low:.2f} to {high:.2f})")
+    rng, n = generator(seed, "knock-outs", 3), len(study.kept)
+    drawn = rng.integers(n, size=(DRAWS, n))
+    for name in Kept._fields:
+        values = study.kept[name].to_numpy()
+        found[name] = _with_interval(values.mean(), *np.percentile(values[drawn].mean(axis=1),
+                                                                   [2.5, 97.5]))
+    return found
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"

@@ -3,7 +3,8 @@
    shown: features.html#L3.F123&q=cd14&layer=3&sort=-log10_E_f. All texts are set as text. */
 "use strict";
 window.companionParts = window.companionParts ?? [];
-window.companionParts.push(({ element, loaded, whenNear }) => {
+window.companionParts.push((tools) => {
+  const { element, loaded, whenNear } = tools;
   const ROW = 34;
   const BEYOND = 8;
   const NAME = /^L(\d+)\.F(\d+)$/;
@@ -54,7 +55,7 @@ window.companionParts.push(({ element, loaded, whenNear }) => {
       this.scroll.addEventListener("scroll", () => this.draw());
       this.panel = element("section", { className: "feature-panel", hidden: true,
         "aria-label": "Chosen feature" });
-      this.box.replaceChildren(this.controls(), this.status, this.scroll, this.panel);
+      this.box.replaceChildren(this.curated(), this.controls(), this.status, this.scroll, this.panel);
       window.addEventListener("hashchange", () => this.read(false));
       window.addEventListener("resize", () => this.draw());
       this.read(true);
@@ -71,6 +72,18 @@ window.companionParts.push(({ element, loaded, whenNear }) => {
       });
       return element("th", { scope: "col", className: kind === "number" ? "number" : kind,
         "data-column": column }, button);
+    }
+
+    /** Features to start with, each with the rule that chose it. */
+    curated() {
+      const all = this.manifest.curated ?? [];
+      return element("section", { className: "feature-start", hidden: !all.length,
+        "aria-label": "Features to start with" }, element("p", {},
+        element("strong", {}, `Start with these ${all.length}`),
+        ", each chosen by a rule and not by hand:"), element("ul", {},
+        ...all.map(([layer, feature, title, rule]) => element("li", {},
+          element("a", { href: `#${name(layer, feature)}` }, title), ` (${
+            name(layer, feature)}): ${rule}`))));
     }
 
     controls() {
@@ -278,6 +291,7 @@ window.companionParts.push(({ element, loaded, whenNear }) => {
         ["score says", panel.scores.verdict ?? ""],
       ];
       return [
+        this.label(panel.scores.levels ?? []),
         element("dl", {}, ...facts.filter(([, text]) => text).flatMap(([term, text]) =>
           [element("dt", {}, term), element("dd", {}, text)])),
         this.part("Strongest contexts", panel.contexts.length && element("ol",
@@ -286,12 +300,20 @@ window.companionParts.push(({ element, loaded, whenNear }) => {
               element("span", { className: "feature-note" },
                 `${number(activation)} · ${cell} · ${label}`),
               element("br"), before, element("mark", {}, token), after)))),
-        this.part("Activations", this.histogram(panel.histogram)),
+        this.part("Contexts of several strengths", panel.samples?.length
+          && tools.heat(panel.samples), "The firing nearest to the middle of each third of its "
+          + "activations, in the cells looked at; every token is tinted by its activation."),
+        this.part("Active, by cell type", panel.types?.length && tools.bars(panel.types),
+          this.manifest.types_note),
+        this.part("Activations", this.histogram(panel.histogram), "Tokens by the size of the "
+          + "activation; each bar is half an octave wide."),
         this.part("Tokens", this.list(["token", "active", "share", "rate", "in genes"],
           panel.tokens, [String, number, percent, percent, String]),
         "Share: of the feature's activations. Rate: of the token's occurrences."),
-        this.part("Genes", this.list(["gene", "active", "share"], panel.genes,
-          [String, number, percent]), "Activations inside the gene's own name."),
+        this.part("Genes", this.list(["gene", "active", "share"], panel.genes.map(
+          ([gene, ...rest]) => [gene === "" ? "" : element("a", { rel: "noreferrer", href:
+            `https://www.genecards.org/cgi-bin/carddisp.pl?gene=${encodeURIComponent(gene)}` },
+          gene), ...rest]), [(one) => one, number, percent]), "Activations inside the gene's own name."),
         this.part("Terms", this.list(["library", "term", "genes", "p", "FDR", "which"],
           panel.terms, [String, String, String, number, number, String]),
         "The three of smallest p in each library, under the rule corpus."),
@@ -310,6 +332,16 @@ window.companionParts.push(({ element, loaded, whenNear }) => {
           ([page, text]) => element("li", {}, /^[\w-]+\.html$/.test(page)
             ? element("a", { href: page }, text) : text)))),
       ].filter(Boolean);
+    }
+
+    /** The description that predicts best where it fires, with its score. */
+    label(levels) {
+      const best = levels.reduce((one, other) => ((other[2] ?? 0) > (one?.[2] ?? 0) ? other : one),
+        null);
+      return best && element("p", { className: "feature-label" }, "Best description: ",
+        element("strong", {}, best[1]), ` (as ${best[0] === "token" ? "sub-words"
+          : best[0] === "family" ? "gene families" : "genes"}; F1 ${number(best[2])} on held-out `
+        + "cells)");
     }
 
     part(title, content, note = "") {

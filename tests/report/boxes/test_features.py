@@ -29,6 +29,7 @@ from scfm_circuits.report.boxes.features import (
     WINDOW,
     RunTables,
     circuit_membership,
+    curated,
     feature_panels,
     index_table,
     logit_effects,
@@ -216,7 +217,9 @@ def synthetic_panels(rows: int) -> Iterator[dict[str, Any]]:
                "terms": [["Library", text, "2/3", 0.01, 0.02, "A;B;C"]] * 6,
                "nearest": [[i % 24, 7, 0.9]] * 5, "raises": [[text, 0.1]] * 8,
                "lowers": [[text, -0.1]] * 8, "circuits": [["08_controls.html", text]],
-               "scores": {"verdict": text, "levels": [["gene", text, 0.5]]}}
+               "types": [["B cell", 0.5, 20], [text, 0.25, 20]],
+               "samples": [[1.5, "B cell", [["_CD", 1.5, "CD14"], [text, 0.0, ""]]]],
+               "scores": {"verdict": text, "levels": [["token", text, 0.25], ["gene", text, 0.5]]}}
 
 
 DRIVER = r"""
@@ -269,6 +272,15 @@ async function drive() {
     document.body.offsetHeight; return performance.now() - t; }));
   press("Reset");
   location.hash = "#L0.F5"; await until(() => all(".feature-part").length);
+  told.panel = all(".feature-panel")[0].textContent;
+  told.start = all(".feature-start li")[0].textContent;
+  told.sticky = (() => {
+    all("#feature-index > .table-scroll")[0].scrollLeft = 1e4;
+    const [frame, name] = [all("#feature-index > .table-scroll")[0], rows()[0].children[0]]
+      .map((one) => one.getBoundingClientRect().left);
+    return Math.abs(frame - name) < 3;
+  })();
+  told.beside = all(".feature-panel")[0].getBoundingClientRect().top < innerHeight / 2;
   told.hostile = { marked: all("mark")[0].textContent, row: cells(rows()[5])[3],
     images: all("#feature-index :is(img, script, b)").length, title: document.title };
   all(".feature-panel a[href^='#L']")[0].click();
@@ -295,15 +307,18 @@ def make_page(folder: Path) -> Path:
     """A page with an index of ROWS synthetic features that opens one and drives itself."""
     columns, frame = synthetic(ROWS)
     data = folder / "downloads" / "feature_pages"
-    write_pages(data, columns, frame, synthetic_panels(ROWS), activation_edges())
-    for name in ("features.js", "dom.js", "custom.css", "features.css"):
+    write_pages(data, columns, frame, synthetic_panels(ROWS), activation_edges(),
+                curated=[[0, 5, HOSTILE, "the rule"]], types_note="The note.")
+    for name in ("features.js", "evidence.js", "dom.js", "custom.css", "features.css",
+                 "evidence.css"):
         shutil.copy(ROOT / "book" / "_static" / name, folder)
     page = folder / "page.html"
     page.write_text(
         '<!doctype html><html><head><meta charset="utf-8"><title>Features</title>'
         '<link rel="stylesheet" href="custom.css"><link rel="stylesheet" href="features.css">'
         "<script>location.hash = '#L2.F10&q=cd14&layer=2&sort=-log10_E_f';</script>"
-        '<script src="features.js"></script><script src="dom.js"></script></head><body>'
+        '<link rel="stylesheet" href="evidence.css"><script src="features.js"></script>'
+        '<script src="evidence.js"></script><script src="dom.js"></script></head><body>'
         f"{index_box(data)}<script>{ANSWER}{DRIVER}</script></body></html>", encoding="utf-8")
     return page
 
@@ -380,3 +395,28 @@ def test_markup_stays_text_and_links_lead_on(told: dict[str, Any]) -> None:
 
 def test_nothing_is_fetched_and_nothing_is_wider_than_the_page(told: dict[str, Any]) -> None:
     assert told["requests"] == [] and told["control"] and told["wide"]
+
+
+def test_a_panel_says_where_it_fires_and_names_stay_in_sight(told: dict[str, Any]) -> None:
+    panel = told["panel"]
+    assert f"Best description: {HOSTILE} (as genes; F1 0.5" in panel
+    assert "B cell" in panel and "The note." in panel and "20 cells" in panel
+    assert told["start"] == f"{HOSTILE} (L0.F5): the rule"
+    assert told["sticky"] and told["beside"]
+
+
+def test_six_are_chosen_by_rule_and_none_twice() -> None:
+    index = pd.DataFrame({
+        "layer": range(6), "feature": 7, "circuits": [9, 9, 0, 1, 0, 0],
+        "verdict": ["gene", "gene", "family", "sub-word", "none", "none"],
+        "q_corpus": [0.1, 0.2, 0.3, 0.4, 1e-9, np.nan],
+        "beyond_all_controls": [False, False, False, False, True, None]})
+    levels = [["gene", "A", 0.9], ["family", "B", 0.8], ["token", "C", 0.7]]
+    panels = [{"scores": {"levels": levels}, "types": [["a", 0.2, 5], ["b", 0.1 * i, 5]]}
+              for i in range(6)]
+    found = curated(index, panels)
+    assert [(one[0], one[2]) for one in found] == [
+        (0, "In most circuits"), (1, "A gene's feature"), (2, "A gene family's feature"),
+        (3, "A sub-word's feature"), (5, "Of one cell type")]
+    assert curated(index[["layer", "feature", "circuits"]].assign(circuits=0),
+                   [{"scores": {}}] * 6) == []

@@ -109,12 +109,17 @@ def read_activity(model: "PreTrainedModel", transcoders: Transcoders,
 def _keep_nearest(z: torch.Tensor, wanted: torch.Tensor, best: torch.Tensor,
                   places: np.ndarray, cell: np.ndarray, position: np.ndarray) -> None:
     """Keep each feature's firings nearest to its levels; z: (n_tokens, n_features)."""
+    token, feature = z.nonzero(as_tuple=True)
     for part in range(STRATA):
-        away = torch.where(z > 0, (z - wanted[:, part]).abs(), torch.inf)
-        nearest, where = away.min(dim=0)
+        away = (z[token, feature] - wanted[feature, part]).abs()
+        nearest = torch.full((z.shape[1],), torch.inf).scatter_reduce(0, feature, away, "amin")
+        # Of equals the first token: backwards, the last one written is the first.
+        hits = (away == nearest[feature]).nonzero()[:, 0].flip(0)
+        where = np.zeros(z.shape[1], np.int64)
+        where[feature[hits].numpy()] = token[hits].numpy()
         better = nearest < best[:, part]
         best[better, part] = nearest[better]
-        chosen = where[better].numpy()
+        chosen = where[better.numpy()]
         places[better.numpy(), part] = np.stack([cell[chosen], position[chosen]], axis=1)
 
 

@@ -36,11 +36,13 @@ class IndexColumn(NamedTuple):
 
 
 def write_pages(folder: Path, columns: Sequence[IndexColumn], index: "pd.DataFrame",
-                panels: Iterable[Mapping[str, Any]], edges: Iterable[float]) -> dict[str, Any]:
+                panels: Iterable[Mapping[str, Any]], edges: Iterable[float], *,
+                curated: Sequence[Sequence[Any]] = (), types_note: str = "") -> dict[str, Any]:
     """Write the parts and `manifest.js` into `folder`, in one step; returns the manifest.
 
     index: one row per panel, in the panels' order, with `layer`, `feature` and all columns.
-    edges: bounds of the bins of the panels' histograms.
+    edges: bounds of the bins of the panels' histograms. curated: features to start with, [layer,
+    feature, title, the rule that chose it]; types_note: how activity by cell type was read.
     """
     # Enough digits that the order is that of the numbers; the page shows four.
     records = [[plain(float(f"{value:.9g}")) if isinstance(value, float) else plain(value)
@@ -51,6 +53,7 @@ def write_pages(folder: Path, columns: Sequence[IndexColumn], index: "pd.DataFra
         manifest: dict[str, Any] = {
             "rows": len(index), "columns": [one._asdict() for one in columns],
             "edges": [short(edge) for edge in edges],
+            "curated": [list(one) for one in curated], "types_note": types_note,
             "index": _write_parts(temporary, "index", records, len(records)),
             "panels": _write_parts(temporary, "panels", panels, PANELS_PER_PART),
         }

@@ -5,7 +5,7 @@ of chapters 05 to 08, nearest features and logits from the weights. `feature_fil
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,7 @@ from scfm_circuits.features.counting import activation_edges
 from scfm_circuits.features.gene_lists import ranked_genes
 from scfm_circuits.features.statistics import FeatureStatistics
 from scfm_circuits.models.architectures import architecture_of, final_norm
+from scfm_circuits.report.boxes.activity import Activity, FeaturePlace, contexts_at, read_activity
 from scfm_circuits.report.boxes.feature_files import FOLDER, IndexColumn, cut, short, write_pages
 from scfm_circuits.transcoders.transcoder import Transcoders
 
@@ -275,6 +276,66 @@ def index_table(statistics: FeatureStatistics, keys: np.ndarray,
     return columns, frame
 
 
+def curated(index: "pd.DataFrame", panels: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Up to six features to start with, one by each rule: [layer, feature, title, the rule].
+
+    index, panels: as `index_table` and `feature_panels` make them. No feature comes twice; of
+    equals the first in layer and index; a rule that finds none is left out.
+    """
+    empty = pd.Series(np.nan, index=index.index)
+
+    def f1(level: str, verdict: str) -> pd.Series:
+        said = index.get("verdict", empty) == verdict
+        best = [next((one[2] for one in panel["scores"].get("levels", ()) if one[0] == level),
+                     None) for panel in panels]
+        return pd.Series(best, index=index.index, dtype=float).where(said)
+
+    shares = [sorted((row[1] for row in panel.get("types", ())), reverse=True)[:2] or [0.0]
+              for panel in panels]
+    apart = pd.Series([one[0] - one[-1] for one in shares], index=index.index)
+    behind = ~index.get("beyond_all_controls", empty).astype("boolean").fillna(True)
+    rules = [
+        ("In most circuits", "the feature with most entries in circuits",
+         index["circuits"].where(index["circuits"] > 0)),
+        ("A gene's feature", "scored gene-level, with the best F1 of its description",
+         f1("gene", "gene")),
+        ("A gene family's feature", "scored family-level, with the best F1",
+         f1("family", "family")),
+        ("A sub-word's feature", "scored sub-word, with the best F1", f1("token", "sub-word")),
+        ("Enriched, and so are its controls", "the lowest FDR among features that are not ahead of "
+         "all controls", -index.get("q_corpus", empty).where(behind)),
+        ("Of one cell type", "the largest distance between the two types in which it is active on "
+         "most tokens", apart.where(apart > 0)),
+    ]
+    found: list[list[Any]] = []
+    keys = list(zip(index["layer"], index["feature"], strict=True))
+    for title, rule, value in rules:
+        taken = {(one[0], one[1]) for one in found}
+        free = value[[key not in taken for key in keys]].dropna()
+        if len(free):
+            place: Any = free.idxmax()
+            row = index.loc[place]
+            found.append([int(row["layer"]), int(row["feature"]), title, rule])
+    return found
+
+
+def add_activity(panels: Sequence[dict[str, Any]], keys: np.ndarray, activity: Activity,
+                 read: Callable[[Sequence[FeaturePlace]], list[list[Any]]]) -> None:
+    """Give each panel `types` ([cell type, share of tokens, cells]) and `samples` (contexts of
+    several strengths, with every token's activation, as `contexts_at` reads them)."""
+    places: list[FeaturePlace] = []
+    owners: list[int] = []
+    for place, (layer, feature) in enumerate(keys.tolist()):
+        panels[place].update(types=[[cut(name), short(share), cells] for name, share, cells in
+                                    activity.of(layer, feature)], samples=[])
+        for cell, position in activity.samples[layer, feature].tolist():
+            if cell >= 0:
+                places.append((layer, feature, cell, position))
+                owners.append(place)
+    for place, (strength, label, pieces) in zip(owners, read(places), strict=True):
+        panels[place]["samples"].append([strength, cut(label), pieces])
+
+
 def make_pages(model: "PreTrainedModel", transcoders: Transcoders, statistics: FeatureStatistics,
                corpus: Corpus, run: "Profile") -> tuple[pd.DataFrame, list[dict[str, Any]]]:
     """Collect and write `results/<profile>/feature_pages`; returns the index and the panels."""
@@ -288,6 +349,10 @@ def make_pages(model: "PreTrainedModel", transcoders: Transcoders, statistics: F
                          "nothing to compare; train longer or lower the live cut.")
     panels = list(tqdm(feature_panels(model, transcoders, statistics, corpus, keys, tables),
                        total=len(keys), desc="features", unit="feature"))
+    activity = read_activity(model, transcoders, statistics, corpus, run)
+    add_activity(panels, keys, activity, lambda places: contexts_at(
+        model, transcoders, corpus, places, run.forward_cells))
     columns, index = index_table(statistics, keys, panels, tables)
-    write_pages(run.results / FOLDER, columns, index, panels, activation_edges())
+    write_pages(run.results / FOLDER, columns, index, panels, activation_edges(),
+                curated=curated(index, panels), types_note=activity.note)
     return index, panels

@@ -88,6 +88,8 @@ def add_to_page(
 ) -> None:
     """Give the theme this page's banner and footer."""
     data = app.companion  # type: ignore[attr-defined]
+    # A list of references has list items; docutils gives them a role that browsers no longer know.
+    context["body"] = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
     # Without it the theme writes an error on the first visit.
     context["default_mode"] = "auto"
     context["theme_announcement"] = banner(data["run"], data["model"])

@@ -1,5 +1,5 @@
-/* What every page has: the switch that shows its code, tables that say whose column a number is
-   where the page is narrow, and what the run adds to the search. */
+/* What every page has: the switch that shows its code, tables that can be read where the page is
+   narrow, and what the run adds to the search. */
 "use strict";
 (() => {
   const CODE = "companion-code";
@@ -32,15 +32,32 @@
     place.prepend(button);
   }
 
-  /* A table that holds the paper's numbers, and is wider than a phone, has a line per number. */
+  const LONG = 40;  // rows; a longer table is scrolled, or the page would have no end
+
+  /* On a phone a table that holds the paper's numbers has a line per number. */
   function stackTables() {
     for (const table of document.querySelectorAll(".table-scroll > table.dataframe")) {
       const heads = [...table.querySelectorAll("thead th")].map((head) => head.textContent);
-      if (table.closest(".browse") || !heads.some((head) => /paper/i.test(head))) continue;
+      if (table.closest(".browse") || table.rows.length > LONG
+        || !heads.some((head) => /paper/i.test(head))) continue;
       for (const row of table.tBodies[0]?.rows ?? []) {
         [...row.cells].forEach((cell, i) => { cell.dataset.label = heads[i] ?? ""; });
       }
       table.classList.add("stacks");
+    }
+  }
+
+  /* What is wider than its box and not scrolled to its end says so. */
+  function fadeWhatGoesOn() {
+    const look = (box) => box.classList.toggle(
+      "goes-on", box.scrollLeft + box.clientWidth < box.scrollWidth - 4);
+    const sizes = new ResizeObserver((seen) => seen.forEach(({ target }) =>
+      look(target.closest(".may-go-on"))));
+    for (const box of document.querySelectorAll(
+      ".table-scroll, .pst-scrollable-table-container, .bd-article div.math")) {
+      box.classList.add("may-go-on");
+      box.addEventListener("scroll", () => look(box), { passive: true });
+      [box, ...box.children].forEach((part) => sizes.observe(part));
     }
   }
 
@@ -91,6 +108,7 @@
   document.addEventListener("DOMContentLoaded", () => {
     codeSwitch();
     stackTables();
+    fadeWhatGoesOn();
     searchRun();
   });
 })();

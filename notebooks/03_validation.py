@@ -28,6 +28,8 @@ profile = "demo"
 overrides: dict = {}
 
 # %%
+import numpy as np
+
 from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.plots import cells_and_training as plots
 from scfm_circuits.transcoders import validation
@@ -41,6 +43,7 @@ asked = (chapter.model, chapter.transcoders, chapter.corpus, chapter.held_out,
 found = validation.compare_configurations(*asked)
 scores = found.scores
 fvu = validation.fraction_of_variance_unexplained(*asked)
+fvu_without_first = validation.fraction_of_variance_unexplained(*asked, skip=1)
 
 # %% [markdown]
 # ## Table 1: validation loss
@@ -155,14 +158,23 @@ chapter.percent("mlps.right.worst_later", alone[alone.index > 0].min(), 1)
 #
 # Errors of early layers are fed to later ones, so the tables above do not say which transcoders are
 # good. Replacing one layer alone does, and so does each layer's fraction of variance unexplained
-# (FVU), measured on the original model's activations.
+# (FVU), measured on the original model's activations. A model may rest its attention on a text's first
+# token, and write there what it writes nowhere else; so FVU stands in the table without it, too.
 
 # %% mystnb={"image": {"alt": "Left: KL against layer when one layer is replaced, at its mean, or removed. Right: bars of fraction of variance unexplained per layer."}, "figure": {"caption": "Each layer alone: what replacing it, holding it at its mean or removing it does to the predictions, and how much of its output its transcoder leaves unexplained.", "name": "fig-layers"}} tags=["hide-input"]
 chapter.figure("validation_layers", plots.layer_alone(scores, fvu))
 
 # %% tags=["hide-input"]
-chapter.table("validation_layers", validation.each_layer(found, fvu), digits=3,
+chapter.table("validation_layers", validation.each_layer(found, fvu, fvu_without_first), digits=3,
               caption="Each layer alone: its MLP replaced, at its mean, and removed")
+
+# %% tags=["remove-input"]
+chapter.rounded("validation.fvu_mean", float(np.mean(fvu)), 3)
+chapter.rounded("validation.fvu_without_first_mean", float(np.mean(fvu_without_first)), 3)
+
+# %% [markdown]
+# Over the layers FVU is {glue:text}`validation.fvu_mean` on average, and without the first token
+# {glue:text}`validation.fvu_without_first_mean`.
 
 # %% [markdown]
 # ```{admonition} Key points

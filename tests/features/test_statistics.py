@@ -16,6 +16,7 @@ from scipy.stats import binom
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.tokens import token_texts
+from scfm_circuits.circuits.attribution import freeze
 from scfm_circuits.features import statistics as features_module
 from scfm_circuits.features.contexts import draw_features, feature_contexts, token_table
 from scfm_circuits.features.gene_lists import (
@@ -441,3 +442,17 @@ def test_pairs_are_those_of_all_tokens_at_once(monkeypatch, cells):
     unique, inverse, expected = np.unique(both, axis=1, return_inverse=True, return_counts=True)
     assert (np.stack([tokens, genes]) == unique).all() and (counts == expected).all()
     assert (index[corpus.mask] == inverse.ravel()).all() and (index[~corpus.mask] == -1).all()
+
+
+def test_features_that_fire_mostly_outside_genes_by_counting():
+    corpus = tiny_corpus(9)
+    model = model_for(corpus)
+    transcoders = tiny_transcoders(model)
+    found = count_features(model, transcoders, corpus, 4, progress=False).mostly_outside_genes
+    inside, fired = np.zeros(found.shape, int), np.zeros(found.shape, int)
+    for cell in range(len(corpus)):
+        tokens = corpus.tokens[cell][corpus.mask[cell]]
+        active = freeze(model, transcoders, tokens).activations.numpy() > 0
+        fired += active.sum(axis=1)
+        inside += active[:, corpus.gene[cell][corpus.mask[cell]] >= 0].sum(axis=1)
+    assert np.array_equal(found, 2 * inside < fired) and found.any() and not found.all()

@@ -239,14 +239,15 @@ def test_the_model_is_left_as_it_was(model, transcoders, corpus):
 # --- FVU -----------------------------------------------------------------------------------------
 
 
-def test_fvu_is_one_minus_r2_of_each_layer(model, transcoders, corpus):
-    found = fraction_of_variance_unexplained(model, transcoders, corpus, CELLS, 2)
+@pytest.mark.parametrize("skip", [0, 1])
+def test_fvu_is_one_minus_r2_of_each_layer(model, transcoders, corpus, skip):
+    found = fraction_of_variance_unexplained(model, transcoders, corpus, CELLS, 2, skip)
     xs, ys = [], []
     for cell in CELLS:
         ids = torch.from_numpy(corpus.tokens[cell][corpus.mask[cell]])[None]
         x, y = mlp_sites(model, ids, torch.ones_like(ids, dtype=torch.bool))
-        xs.append(x)
-        ys.append(y)
+        xs.append(x[:, skip:])
+        ys.append(y[:, skip:])
     x, y = torch.cat(xs, dim=1), torch.cat(ys, dim=1)
     for layer in range(2):
         estimate = transcoders.replacement(layer, x[layer])
@@ -296,10 +297,11 @@ def test_the_papers_tables_have_its_rows_beside_ours(table: pd.DataFrame) -> Non
 
 
 def test_each_layer_has_its_own_row(compared: Compared) -> None:
-    found = each_layer(compared, np.array([0.25, 0.5]))
+    found = each_layer(compared, np.array([0.25, 0.5]), np.array([0.5, 0.75]))
+    assert found["fvu_without_first"].tolist() == [0.5, 0.75]
     ways = {"replaced": "transcoder", "at_mean": "mean", "removed": "no_mlp"}
-    assert list(found) == ["layer", "fvu", *(f"{measure}_{way}" for measure in (
-        "loss", "kl", "right") for way in ways)]
+    assert list(found) == ["layer", "fvu", "fvu_without_first", *(
+        f"{measure}_{way}" for measure in ("loss", "kl", "right") for way in ways)]
     for one in found.to_dict("records"):
         for done, name in ways.items():
             scores = row(compared.scores, name, one["layer"])

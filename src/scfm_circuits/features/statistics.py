@@ -78,6 +78,15 @@ class FeatureStatistics:
         return self.log10_frequency >= cut
 
     @property
+    def mostly_outside_genes(self) -> np.ndarray:
+        """(n_layers, n_features) bool: under half of the tokens that a feature is active on stand
+        in genes; the rest are the question, the answer and the text's end. False if it is silent.
+        """
+        genes = (self.pair_gene >= 0).astype(np.int64)
+        inside = np.stack([one.astype(np.int64) @ genes for one in self.counts])
+        return 2 * inside < self.fired
+
+    @property
     def mean_activation(self) -> np.ndarray:
         """(n_layers, n_features) mean over the tokens a feature is active on; 0 if there are none.
 

@@ -174,13 +174,13 @@ def _as_printed(scores: pd.DataFrame, measure: str, name: str, paper: Mapping[st
         "paper": [paper[NAMES[key]] for key in keys]})
 
 
-def each_layer(found: Compared, fvu: np.ndarray) -> pd.DataFrame:
-    """Each layer alone: layer, fvu, and loss, KL and percentage of right answers with its MLP
-    replaced, at its mean and removed."""
+def each_layer(found: Compared, fvu: np.ndarray, without_first: np.ndarray) -> pd.DataFrame:
+    """Each layer alone: layer, fvu, fvu_without_first (token of each text), and loss, KL and
+    percentage of right answers with its MLP replaced, at its mean and removed."""
     both = found.scores.assign(right=found.answers["percentage"])
     single = both[both["layer"] >= 0].pivot(index="layer", columns="configuration",
                                             values=["loss", "kl", "right"])
-    return pd.DataFrame({"layer": single.index, "fvu": fvu, **{
+    return pd.DataFrame({"layer": single.index, "fvu": fvu, "fvu_without_first": without_first, **{
         f"{measure}_{done}": single[measure, name] for measure in ("loss", "kl", "right")
         for name, done in REPLACED.items()}})
 
@@ -356,17 +356,20 @@ def output_variance(model: nn.Module, corpus: "Corpus", cells: np.ndarray, forwa
 
 @torch.no_grad()
 def fraction_of_variance_unexplained(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
-                                     corpus: "Corpus", cells: np.ndarray, forward_cells: int
-                                     ) -> np.ndarray:
+                                     corpus: "Corpus", cells: np.ndarray, forward_cells: int,
+                                     skip: int = 0) -> np.ndarray:
     """(n_layers,) FVU: sum ||y_hat - y||^2 / sum ||y - mean(y)||^2 over the cells' tokens.
 
-    Each layer sees the original model's inputs, so errors of other layers do not enter.
+    Each layer sees the original model's inputs, so errors of other layers do not enter. skip: how
+    many tokens at a text's beginning are left out of both sums; where a model rests its attention
+    on the first token, what an MLP writes there can be most of the variance.
     """
     error = np.zeros(transcoders.n_layers)
     variance = OutputVariance(transcoders.n_layers, transcoders.d_model)
     for _, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
+        mask[:, :skip] = False
         with counting_precision(model):
-            x, y = mlp_sites(model, tokens, mask)
+            x, y = mlp_sites(model, tokens, mask, masked=not skip)  # what is left out is seen
             variance.add(y)
             for layer in range(transcoders.n_layers):  # the activations of one layer at a time
                 missed = transcoders.layer_estimate(layer, x[layer]) - y[layer]

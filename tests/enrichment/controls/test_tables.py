@@ -12,6 +12,7 @@ from scfm_circuits.enrichment.controls.tables import (
     detectable,
     pooled,
     share_table,
+    single_controls,
     table4,
     verdict_table,
 )
@@ -118,3 +119,17 @@ def test_top_tokens_are_those_of_the_token_table():
         table = token_table(statistics, 0, int(feature), corpus).head(3)
         assert text == ", ".join(f"{token} {100 * share:.0f} %" for token, share in
                                  zip(table["token"], table["share"], strict=True))
+
+
+def test_the_largest_of_several_p_hides_how_each_control_does():
+    # No better than any control: each p is uniform. Ahead of all three at once are one in 8,000.
+    p = np.random.default_rng(0).random((3, 4_000))
+    table = pd.DataFrame({"layer": 0, "p": 0.5, "p_uniform": p[0], "p_frequency_matched": p[1],
+                          "p_controls": p.max(axis=0), "p_untrained_encoder": p[2]})
+    table.loc[:9, "p_uniform"] = np.nan  # no control there
+    found = single_controls(table, 0.05).set_index("control")
+    assert found.index.tolist() == ["uniform", "frequency matched", "untrained encoder",
+                                    "all, and a term"]
+    assert found["percentage"][:3].between(4, 6).all() and found["percentage"].iloc[3] < 0.2
+    assert found.loc["uniform", "features"] == 3_990
+    assert found.loc["uniform", "ahead"] == (p[0, 10:] < 0.05).sum()

@@ -100,6 +100,24 @@ def verdict_table(layers: Sequence[LayerControls], baselines: Sequence[str], pro
     return table
 
 
+def single_controls(verdicts: pd.DataFrame, fdr: float) -> pd.DataFrame:
+    """How many features are ahead of each control by itself: control, features (that it can judge),
+    ahead (p below `fdr`, uncorrected), percentage; last the largest p of all controls.
+
+    A feature that is no better than a control is ahead of it with probability `fdr`. Ahead of all
+    at once it is far more rarely, unless the controls are equally strong, so a share below `fdr` of
+    all together says nothing of each.
+    """
+    names = [str(name) for name in verdicts if str(name).startswith("p_")]
+    rows = []
+    for name in sorted(names, key=lambda one: one == "p_controls"):
+        p = verdicts[name].dropna()
+        shown = "all, and a term" if name == "p_controls" else name[2:].replace("_", " ")
+        rows.append({"control": shown, "features": len(p), "ahead": int((p < fdr).sum()),
+                     "percentage": 100 * float((p < fdr).mean()) if len(p) else np.nan})
+    return pd.DataFrame(rows)
+
+
 def detectable(verdicts: pd.DataFrame, p: float, fdr: float) -> int | None:
     """How many more features with p_controls = p the table would need for these to be beyond all
     controls after correction; None if even as many as there are would not do."""

@@ -59,12 +59,12 @@ if TYPE_CHECKING:
 
 NULLS = ("uniform", "frequency-matched", "token-preserving")
 """Kinds of null lists, each holding one more thing fixed."""
-BAND_DRAWS = 100
+BAND_DRAWS = 50
 """Draws of a whole layer that the null bands are taken from."""
 ENOUGH = 20
 """Null lists as good as the feature after which no more are drawn for it."""
 FREQUENCY_BINS = 50
-_STAGES = (BAND_DRAWS, 300, 1000)
+_STAGES = (BAND_DRAWS, 100, 300, 1000)
 _IDS_AT_ONCE = 1_000_000
 _FIELDS = ("seed", "live_cut_table4", "fdr", "gene_rule", "gene_score", "containment", "list_rule",
            "list_size", "list_share", "null_draws", "enrichment_rule")

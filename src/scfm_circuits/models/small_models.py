@@ -78,7 +78,7 @@ def train_small_model(corpus: "Corpus", profile: "Profile", *, progress: bool = 
     moved_to(model, best_device()).train()
     model.set_attn_implementation("sdpa")  # a fifth faster; `eager` again for those who look inside
     optimizer = torch.optim.AdamW(model.parameters(), lr=profile.model_learning_rate,
-                                  betas=(0.9, 0.95), weight_decay=0.1)
+                                  betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     steps = profile.model_steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=profile.model_learning_rate, total_steps=steps, pct_start=0.1,
@@ -92,7 +92,8 @@ def train_small_model(corpus: "Corpus", profile: "Profile", *, progress: bool = 
         tokens, mask, weight = (
             torch.from_numpy(np.ascontiguousarray(one[:, :length])).to(device_of(model))
             for one in (batch.tokens, batch.mask, _weights(batch, profile.model_answer_weight)))
-        each = next_token_loss(model(input_ids=tokens, attention_mask=mask).logits, tokens, mask)
+        # No token attends to the padding behind it: without a mask attention is faster.
+        each = next_token_loss(model(input_ids=tokens).logits, tokens, mask)
         weight = weight[:, 1:][mask[:, 1:]]
         loss = (each * weight).sum() / weight.sum()
         optimizer.zero_grad(set_to_none=True)

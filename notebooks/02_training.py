@@ -69,7 +69,10 @@ chapter.not_comparable()
 
 # %% tags=["hide-input"]
 chapter.value("training.loss", settings.loss)
-chapter.table("loss_units", pd.DataFrame(loss_units(model, corpus, settings)),
+units = pd.DataFrame(loss_units(model, corpus, settings))
+chapter.rounded("training.units_least", units["times_equation_4"].min(), 1)
+chapter.rounded("training.units_most", units["times_equation_4"].max(), 1)
+chapter.table("loss_units", units,
               caption="What the L1 coefficient of this run would be in the paper's Equation 4")
 
 # %% [markdown]
@@ -162,7 +165,8 @@ shown_benchmark(chapter)
 
 # %% [markdown]
 # ```{admonition} Key points
-# - A coefficient without its loss says nothing: the same $\lambda$ differs about a thousandfold
-#   between the paper's formula and the code its settings come from.
+# - A coefficient without its loss says nothing: in this run's loss $\lambda$ weighs
+#   {glue:text}`training.units_least` to {glue:text}`training.units_most` times, layer by layer, what it
+#   would in the paper's formula.
 # - The files in `transcoders/` have the layout that circuit-tracer loads.
 # ```

@@ -284,7 +284,7 @@ chapter.show(checks.judged, caption="The paper's judgement against the verdict")
 
 # %% [markdown]
 # ```{admonition} Key points
-# - A rate without decoys has no zero: raters find patterns in features that mean nothing, too.
+# - A rate without decoys has no zero: it does not say how often a pattern is found where none is.
 # - Whether a feature reads a gene or a sub-word can be measured, if both get the same freedom.
 # - Where a token stands in one gene alone, nothing can tell the two apart, a rater included.
 # ```

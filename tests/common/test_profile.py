@@ -43,6 +43,16 @@ def test_paper_profile_has_the_papers_settings() -> None:
     assert (paper.training_tokens, paper.model_layers, paper.human_layer) == (60_000_000, 24, 12)
 
 
+def test_paper_profile_documents_both_readings_of_the_prompt() -> None:
+    """The one that Figure 4 prints, and the form of the model's own templates, in a comment."""
+    text = (PROFILES / "paper.yml").read_text(encoding="utf-8")
+    (line,) = (one for one in text.splitlines() if one.startswith("# prompt: "))
+    other = yaml.safe_load(line.removeprefix("# "))["prompt"]
+    assert load_profile("paper").prompt == "{genes}.\n\nThe corresponding cell type is:"
+    assert load_profile("paper", {"prompt": other}).prompt == other
+    assert "{num_genes}" in other and "{organism}" in other
+
+
 def test_every_field_says_what_it_is() -> None:
     assert not [name for name, field in Profile.model_fields.items() if not field.description]
 

@@ -142,7 +142,7 @@ class Profile(BaseModel):
     """Transcoder width over model width (the paper: 8192 / 1024 = 8)."""
     loss: Literal["normalized", "equation4"] = "normalized"
     """`equation4`: the paper's formula. `normalized`: the code its settings come from, where the
-    same coefficient weighs about a thousand times more."""
+    same coefficient weighs more by the width times the target's norm."""
     l1_coefficient: Annotated[float, Field(ge=0)] = 1.4e-4
     """Weight of the L1 penalty, in the units of the chosen loss."""
     l1_warmup_steps: Annotated[int, Field(ge=0)] = 0

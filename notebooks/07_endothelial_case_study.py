@@ -45,8 +45,8 @@ from scfm_circuits.circuits.case_targets import (
 )
 from scfm_circuits.circuits.contrast import ONE_TYPE, contrast_of
 from scfm_circuits.circuits.graph_scores import graph_study
-from scfm_circuits.circuits.view import circuit_view, feature_details
 from scfm_circuits.paper import case as printed_case
+from scfm_circuits.report.boxes.explorer import Explored, explore, further_calls
 from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.plots import circuits as plots
 from scfm_circuits.report.plots.sentence import Traced, call_sentence
@@ -174,14 +174,18 @@ chapter.figure("call_circuit", plots.circuit_picture(call.circuit, case.texts, c
 
 # %% [markdown]
 # The same circuit can be explored below: a node opens with its tokens, its feature's gene list and
-# best term, and its edges. Terms are of the library of this case study, tested against the corpus's
-# own genes.
+# best term, its strongest contexts, how active it is in each cell type, and its edges. Terms are of
+# the library of this case study, tested against the corpus's own genes. The calls of other cells can
+# be chosen too: of each other type, commonest first, the first held-out cell that the model names to
+# the letter.
 
 # %% tags=["hide-input"]
-details = feature_details(call.circuit, chapter.statistics, corpus, settings, library)
-chapter.circuit("call", circuit_view(call.circuit, case.texts, case.genes, details),
-                caption="The circuit of the call to explore: layers upwards, tokens along; the "
-                "larger a node, the more of the target's contributions pass through it")
+explore(chapter, [
+    Explored("call", f"{study.prediction}: the call of this chapter", "The cell of this chapter: "
+             "what led to its call.", call.circuit, case.texts, case.genes,
+             f"call: {study.prediction}"), *further_calls(chapter, but=study.prediction)], library,
+        caption="The circuit of the call to explore: layers upwards, tokens along; the "
+        "larger a node, the more of the target's contributions pass through it")
 
 # %% tags=["remove-input"]
 scan = f"scfm-{settings.name}"
@@ -359,9 +363,9 @@ chapter.figure("figure5_circuit", plots.circuit_picture(traced.circuit, case.tex
                                                         last + 1))
 
 # %% tags=["hide-input"]
-details = feature_details(traced.circuit, chapter.statistics, corpus, settings, library)
-chapter.circuit("case_study", circuit_view(traced.circuit, case.texts, case.genes, details),
-                caption="The circuit of the paper's target to explore")
+explore(chapter, [Explored("case_study", "the paper's target", "", traced.circuit, case.texts,
+                           case.genes)], library,
+        caption="The circuit of the paper's target to explore")
 
 # %% tags=["remove-input"]
 exports.save_both(settings.results, "case_study", traced.circuit, case.texts, case.genes,

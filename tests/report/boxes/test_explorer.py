@@ -1,8 +1,12 @@
 """The explorer of circuits in a browser: another cell, pins, groups, names, search, the address."""
 
+import html
+import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 from urllib.parse import parse_qs
 
 import numpy as np
@@ -15,8 +19,11 @@ from scfm_circuits.circuits.attribution import freeze
 from scfm_circuits.circuits.search import trace_feature
 from scfm_circuits.circuits.view import Detail, circuit_view
 from scfm_circuits.common.profile import ROOT, load_profile
+from scfm_circuits.enrichment.gene_sets import parse_gmt
 from scfm_circuits.features.counting import activation_edges
 from scfm_circuits.features.statistics import count_features
+from scfm_circuits.models import answers
+from scfm_circuits.report.boxes import explorer
 from scfm_circuits.report.boxes.activity import (
     STRATA,
     WINDOW,
@@ -93,6 +100,51 @@ def test_activity_is_what_the_transcoders_say(
         np.testing.assert_allclose([one[1] for one in pieces],
                                    z[begin : position + WINDOW + 1], rtol=5e-3)
     assert contexts_at(model, transcoders, corpus, [], 2) == []
+
+
+class Chapter(Report):
+    """As much of a chapter as the explorer asks."""
+
+    def __init__(self, profile: Any) -> None:
+        super().__init__(profile, "07_endothelial_case_study")
+        self.corpus = tiny_corpus(16)
+        self.model = model_for(self.corpus)
+        self.transcoders = tiny_transcoders(self.model)
+        self.statistics = count_features(self.model, self.transcoders, self.corpus, 4,
+                                         progress=False)
+
+
+def test_other_cells_are_those_that_the_model_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    chapter = Chapter(tiny_profile(monkeypatch, tmp_path, circuit_nodes=20))
+    labels, held_out = chapter.corpus.labels, np.flatnonzero(chapter.corpus.held_out)
+    wrong = held_out[0]
+    monkeypatch.setattr(answers, "predict_answers", lambda _model, corpus, cells: [
+        "?" if cell == wrong else str(corpus.labels[cell]) for cell in cells])
+    types = sorted(set(labels[held_out]), key=lambda one: -int((labels == one).sum()))
+    but = types[-1]
+    expected = []
+    for name in types[:-1]:
+        expected += [cell for cell in held_out if labels[cell] == name and cell != wrong][:1]
+    found = explorer.further_cells(cast(Any, chapter), but)
+    assert sorted(found) == sorted(expected) and all(labels[cell] != but for cell in found)
+    calls = explorer.further_calls(cast(Any, chapter), but="none")
+    assert 0 < len(calls) <= explorer.MOST_CELLS
+    library = parse_gmt(b"T cells\t\tCD3D\tCD8A\n", "Cells", "user", "The library")
+    shown = explorer.explore(cast(Any, chapter), calls, library, "All")
+    names = [one.name for one in calls]
+    for name in names:
+        files = {path.suffix for path in (chapter.profile.results / "circuits").glob(f"{name}.*")}
+        assert files == {".js", ".json", ".graphml"}
+    (listed,) = re.findall(r'data-choices="([^"]*)"', shown.bundle["text/html"])
+    assert [one[0] for one in json.loads(html.unescape(listed))] == names
+    text = (chapter.profile.results / "circuits" / f"{names[0]}.js").read_text()
+    view = json.loads(text.removeprefix(f'companionCircuit("{names[0]}", ').removesuffix(");\n"))
+    by_id = {node["id"]: node for node in view["nodes"]}
+    assert by_id[view["target"]]["name"] == calls[0].target and view["about"] == calls[0].about
+    features = [node for node in view["nodes"] if node["kind"] == "feature"]
+    assert features and all(node["types"] and node["contexts"] for node in features)
 
 
 # --- the page -------------------------------------------------------------------------------------

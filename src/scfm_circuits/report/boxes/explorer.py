@@ -1,17 +1,19 @@
 """What the explorer of circuits shows: several circuits, and what their features fire on."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from scfm_circuits.circuits.circuit import Circuit
 from scfm_circuits.circuits.view import Detail, circuit_view, feature_details
-from scfm_circuits.report.boxes.activity import FeaturePlace, contexts_at, read_activity
+from scfm_circuits.report.boxes.activity import Activity, FeaturePlace, contexts_at, read_activity
 
 if TYPE_CHECKING:
     from scfm_circuits.enrichment.gene_sets import GeneSets
     from scfm_circuits.report.chapter import Chapter
+    from scfm_circuits.report.report import Shown
 
 CONTEXTS = 3
 """Strongest contexts of a feature, each from another cell."""
@@ -57,18 +59,26 @@ def further_cells(chapter: "Chapter", but: str) -> list[int]:
 
 
 def further_calls(chapter: "Chapter", but: str) -> list[Explored]:
-    """The circuits of the calls of `further_cells`, traced as the case's own call is."""
+    """The circuits of the calls of `further_cells`, traced as the case's own call is.
+
+    Writes their files beside the case's (`exports.save_both`).
+    """
     from scfm_circuits.cells.prompts import answered_prompt
     from scfm_circuits.circuits.attribution import freeze
     from scfm_circuits.circuits.contrast import contrast_of, trace_contrast
+    from scfm_circuits.circuits.exports import Output, save_both
 
     corpus, profile, found = chapter.corpus, chapter.profile, []
     for place, cell in enumerate(further_cells(chapter, but), start=1):
         label = str(corpus.labels[cell])
         prompt = answered_prompt(corpus, profile, cell, label)
         contrast = contrast_of(corpus, prompt)
-        circuit = trace_contrast(freeze(chapter.model, chapter.transcoders, prompt.encoded.tokens),
-                                 contrast, profile)
+        frozen = freeze(chapter.model, chapter.transcoders, prompt.encoded.tokens)
+        circuit = trace_contrast(frozen, contrast, profile)
+        chance = frozen.logits[contrast.position].softmax(-1)[contrast.token]
+        save_both(profile.results, f"call_{place}", circuit, prompt.texts, prompt.genes,
+                  slug=f"{profile.name}-call-{place}", scan=f"scfm-{profile.name}",
+                  outputs={circuit.target: Output(label, float(chance))})
         found.append(Explored(
             f"call_{place}", f"{label}: the call of another cell",
             f"Cell {corpus.cell_ids[cell]}, the first held-out cell of type {label} that the model "
@@ -80,8 +90,7 @@ def further_calls(chapter: "Chapter", but: str) -> list[Explored]:
 def explorer_views(chapter: "Chapter", circuits: Sequence[Explored], library: "GeneSets"
                    ) -> list[dict[str, Any]]:
     """The view of each circuit, with what its features fire on."""
-    activity = read_activity(chapter.model, chapter.transcoders, chapter.statistics,
-                             chapter.corpus, chapter.profile, samples=False)
+    activity = _activity(chapter)
     features = sorted({(node.layer, node.index) for one in circuits
                        for node in one.circuit.nodes.values() if node.kind == "feature"})
     contexts = strongest_contexts(chapter, features)
@@ -99,6 +108,22 @@ def explorer_views(chapter: "Chapter", circuits: Sequence[Explored], library: "G
         views.append(circuit_view(one.circuit, one.texts, one.genes, details, about=one.about,
                                   types_note=activity.note))
     return views
+
+
+@lru_cache(maxsize=1)
+def _activity(chapter: "Chapter") -> Activity:
+    """By cell type alone; a chapter shows several explorers."""
+    return read_activity(chapter.model, chapter.transcoders, chapter.statistics, chapter.corpus,
+                         chapter.profile, samples=False)
+
+
+def explore(chapter: "Chapter", circuits: Sequence[Explored], library: "GeneSets", caption: str
+            ) -> "Shown":
+    """The explorer of some circuits, the first of which is shown."""
+    views = explorer_views(chapter, circuits, library)
+    others = [(one.name, one.title, view) for one, view in zip(circuits, views, strict=True)]
+    return chapter.circuit(circuits[0].name, views[0], caption=caption, title=circuits[0].title,
+                           others=others[1:])
 
 
 def strongest_contexts(chapter: "Chapter", features: Sequence[tuple[int, int]]

@@ -100,7 +100,8 @@ def picture(profile: Profile) -> str:
         rows = [row for row in csv.DictReader(handle) if float(row["contribution"]) > 0]
     rows.sort(key=lambda row: -float(row["contribution"]))
     genes = [escape(row["gene"]) for row in rows[:4]]
-    label = escape(str(_values(profile.results, CHAPTERS["case"]).get("case.prediction", "")))
+    label = escape(str(_values(profile.results, CHAPTERS["case"]).get("case.prediction")
+                       or "(nothing)"))
     leading = f"{', '.join(genes[:-1])} and {genes[-1]}" if len(genes) > 1 else "".join(genes)
     told = (f"Which genes made the model say “{label}”: {leading} speak for it most."
             if genes else f"What made the model say “{label}”.")

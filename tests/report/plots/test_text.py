@@ -302,3 +302,11 @@ def test_a_sentence_is_tinted_by_what_its_genes_contribute() -> None:
     assert first[2] > first[0] and second[0] > second[2] and first.sum() < second.sum()
     assert all((tint == 1).all() for tint in others)
     assert any("7 more genes" in text for text in drawn(figure))
+
+
+def test_a_task_without_right_answers_is_drawn() -> None:
+    """A small model may give none: then no share of them is kept, and the scale has no point."""
+    chosen = ["all features", "no feature", "influence", "random"]
+    drawn(circuits.task_curves(pd.DataFrame({
+        "chosen": chosen, "others": "zero", "kept": np.nan, "draw": 0,
+        "share": [1, 0, 0.25, 0.25], "kept_lower_95": np.nan, "kept_upper_95": np.nan})))

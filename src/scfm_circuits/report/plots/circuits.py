@@ -203,6 +203,8 @@ def task_curves(curve: pd.DataFrame) -> Figure:
                     axis.fill_between(some["share"], some["kept_lower_95"], some["kept_upper_95"],
                                       color=colour, alpha=0.12, linewidth=0)
         shares = sorted(set(rows.loc[rows["chosen"].isin(list(_CHOICE_COLOURS)), "share"]))
+        # A scale without a point (no answer was right) has no limits of its own.
+        axis.set_xlim(min(shares) / 1.3, max(shares) * 1.3)
         axis.set_xscale("log", base=2)
         axis.set_xticks(shares, [f"1/{round(1 / share)}" for share in shares])
         axis.set(title=f"others at {others}", xlabel="share of the firing features kept",

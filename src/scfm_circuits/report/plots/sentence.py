@@ -58,8 +58,9 @@ def call_sentence(genes: Sequence[str], contributions: Mapping[str, float], answ
     largest = max((abs(value) for value in contributions.values()), default=0.0) or 1.0
     for gene, (x, y) in boxes.items():
         _draw_gene(axis, gene, x, y, contributions.get(gene, 0.0) / largest)
-    axis.text(COLUMNS / 2, top + 0.45, f"the model says: {literal(answer)}", ha="center",
-              va="center", fontsize=14, fontweight="bold")
+    said = literal(answer) or "(nothing)"
+    axis.text(COLUMNS / 2, top + 0.45, f"the model says: {said}", ha="center", va="center",
+              fontsize=14, fontweight="bold")
     rest = f"{len(genes) - len(shown)} more genes; " if len(genes) > len(shown) else ""
     for x, colour, text in ((0.05, BLUE, "speaks for it"), (1.5, ORANGE, "speaks against it")):
         axis.add_patch(plt.Rectangle((x, -rows - 0.75), 0.15, 0.45, color=colour))

@@ -10,7 +10,7 @@
 #     name: python3
 #   scfm:
 #     after: [01_cells_and_model, 02_training, 03_validation, 04_sparsity, 05_human_evaluation, 06_enrichment, 07_endothelial_case_study, 08_controls, 09_variants, 10_sub_words, 11_features]
-#     produces: [claims.csv]
+#     produces: [claims.csv, tables/every_claim.csv, tables/every_claim.js]
 #     libraries: [libraries, case_library]
 #     exhibits: "every exhibit"
 #     modules: [paper/claims]
@@ -79,34 +79,17 @@ judged = own["verdict"].isin(JUDGED)
 chapter.show(own.loc[judged, columns], caption="Claims that this profile can judge")
 
 # %% [markdown]
-# ## Recomputed from what the paper prints
+# ## Every claim
 #
-# These need no run: do the printed numbers agree with each other, with what they are said to be, and
-# with what their formulas give for the printed genes? Nothing here speaks for the model.
+# By what it stands on, then by exhibit: choose a verdict, an exhibit or a standing, or search. What is
+# recomputed from the paper's print speaks for the print and not for the model. A setting that differs
+# is *off*; one that agrees is no finding.
 
 # %% tags=["hide-input"]
-printed = claims[claims["standing"] == "recomputed"]
-chapter.show(printed[columns].sort_values("verdict", key=lambda verdict: verdict == "match",
-                                          kind="stable"),
-             caption="The paper against itself; first what does not come out as printed")
-
-# %% [markdown]
-# ## Not comparable at this scale, not judged, or not measured
-
-# %% tags=["hide-input"]
-chapter.show(own.loc[~judged, ["exhibit", "verdict", "claim", "paper", "ours"]],
-             caption="Claims about the paper's own model and cells")
-
-# %% [markdown]
-# ## Settings and transcriptions
-#
-# They say that the run was set up as the paper describes, or that a row was copied as it is printed.
-# A setting that differs is *off*; one that agrees is no finding.
-
-# %% tags=["hide-input"]
-rest = claims[claims["standing"].isin(["setting", "transcription"])]
-chapter.show(rest[["standing", "exhibit", "verdict", "claim", "paper", "ours"]],
-             caption="No test of anything")
+place = {standing: i for i, standing in enumerate(STANDINGS)}
+everything = claims.sort_values(["standing", "exhibit"], kind="stable", key=lambda column: (
+    column.map(place) if column.name == "standing" else column))
+chapter.browse("every_claim", everything[["standing", *columns]], caption="All claims")
 
 # %% [markdown]
 # ## What the paper names as future work, and what this book has of it

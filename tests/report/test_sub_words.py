@@ -1,5 +1,6 @@
 """Two tokenizers measured alike: the same cells and steps, intervals over seeds, what is judged."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from helpers import TRAINING, tiny_corpus, tiny_profile
 from scipy import stats
 
+from scfm_circuits import InputError
 from scfm_circuits.common.profile import load_profile
 from scfm_circuits.enrichment.gene_sets import load_library
 from scfm_circuits.models import loading
@@ -123,7 +125,7 @@ def test_a_small_run_is_measured_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
         **TRAINING, "model_steps": 3, "case_type": str(corpus.labels[corpus.held_out][0])})
     monkeypatch.setattr(sub_words, "SEEDS", 2)
     libraries = [load_library("GO_Biological_Process_2025", str(tmp_path))]
-    found = compare_tokenizers(corpus, profile, libraries)
+    found = compare_tokenizers(corpus, profile, libraries, processes=1)
     counts = found.runs.groupby(["where", "measure"])["value"].size()
     assert (counts == 4).all() and set(QUOTED.values()) <= set(counts.index)
     assert set(found.runs["seed"]) == {profile.seed, profile.seed + 1}
@@ -144,7 +146,34 @@ def test_a_small_run_is_measured_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert set(judged(found)) == {"fragments", "dip_shrinks", "lead_grows"}
     # What was made is read again.
     monkeypatch.setattr(loading, "train_small_model", None)
-    again = compare_tokenizers(corpus, profile, libraries)
+    again = compare_tokenizers(corpus, profile, libraries, processes=1)
     pd.testing.assert_frame_equal(again.runs, found.runs)
     axes = both_tokenizers(found.runs).axes
     assert len(axes) == 4 and all(len(axis.get_xticks()) == 4 for axis in axes)
+
+
+class Deadly:
+    """A process that unpickles it dies."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (9,)
+
+
+def test_runs_side_by_side_are_those_one_after_another(monkeypatch: pytest.MonkeyPatch,
+                                                       tmp_path: Path) -> None:
+    corpus = tiny_corpus(30)
+    monkeypatch.setattr(sub_words, "SEEDS", 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    libraries = [load_library("GO_Biological_Process_2025", str(tmp_path))]
+    found = []
+    for processes in (1, 2):
+        profile = tiny_profile(monkeypatch, tmp_path / str(processes), **{
+            **TRAINING, "model_steps": 3, "case_type": str(corpus.labels[corpus.held_out][0])})
+        found.append(compare_tokenizers(corpus, profile, libraries, processes=processes).runs)
+    pd.testing.assert_frame_equal(*found)
+
+
+def test_a_run_whose_process_dies_is_told() -> None:
+    runs: Any = [(Deadly(), None, [])] * 2
+    with pytest.raises(InputError, match="has died"):
+        sub_words._in_processes(runs, 2)

@@ -8,13 +8,20 @@ the rooms that make them. It stands in this room as it asks both `circuits` and 
 """
 
 import math
+import multiprocessing
+import os
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import stats
 
+from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus, with_tokenizer
 from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.circuits.attribution import freeze
@@ -233,18 +240,60 @@ class Compared(NamedTuple):
     profile: Profile
 
 
-def compare_tokenizers(corpus: Corpus, profile: Profile, libraries: Sequence[GeneSets]) -> Compared:
-    """Train and measure with either tokenizer for each seed, one run in memory at a time."""
+def compare_tokenizers(corpus: Corpus, profile: Profile, libraries: Sequence[GeneSets],
+                       processes: int | None = None) -> Compared:
+    """Train and measure with either tokenizer for each seed.
+
+    processes: that many runs at a time, each in a process with one thread, which such small models
+    keep busier than two threads one model; by default 2, where there are two cores and no GPU. With
+    1 the runs are made here, one after another. Raises InputError where a process dies.
+    """
     cells = same_cells(corpus, profile)
     ready = [one for one in testers(libraries, cells["train"], profile) if one.rule == _RULE]
-    frames = []
-    for seed in range(SEEDS):
-        for kind, label in KINDS.items():
-            used = study_profile(profile, kind, seed, float(cells[kind].lengths.mean()))
-            found = measured(Parts(used, cells[kind]), ready)
-            frames.append(found.assign(tokenizer=label, seed=used.seed))
-    runs = pd.concat(frames, ignore_index=True)
-    return Compared(runs, differences(runs), len(cells["train"]), used)
+    runs = [(kind, study_profile(profile, kind, seed, float(cells[kind].lengths.mean())))
+            for seed in range(SEEDS) for kind in KINDS]
+    at_once = processes or (1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
+    if at_once == 1:
+        found = [_run(used, cells[kind], ready) for kind, used in runs]
+    else:
+        found = _in_processes([(used, cells[kind], ready) for kind, used in runs], at_once)
+    frames = [frame.assign(tokenizer=KINDS[kind], seed=used.seed)
+              for (kind, used), frame in zip(runs, found, strict=True)]
+    table = pd.concat(frames, ignore_index=True)
+    return Compared(table, differences(table), len(cells["train"]), runs[-1][1])
+
+
+def _run(profile: Profile, corpus: Corpus, ready: Sequence[Tester]) -> pd.DataFrame:
+    return measured(Parts(profile, corpus), ready)
+
+
+def _in_processes(runs: Sequence[tuple[Profile, Corpus, Sequence[Tester]]], at_once: int
+                  ) -> list[pd.DataFrame]:
+    """What `_run` gives for each, in order; what is kept by then is kept if one fails."""
+    # Started afresh: a fork would share locks, and lack threads, of this process.
+    pool = ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn"), _begin)
+    try:
+        return list(pool.map(_run, *zip(*runs, strict=True)))
+    except BrokenProcessPool:
+        raise InputError("A process that trains a small model has died, most likely because memory "
+                         "ran out; what was finished is kept, so run the same command again."
+                         ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin() -> None:
+    """Before a process takes its first run."""
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        # A killed parent tells nobody, and what waits for its next run would wait for ever.
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
 
 
 def differences(runs: pd.DataFrame) -> pd.DataFrame:

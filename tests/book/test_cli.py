@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -735,7 +736,7 @@ def test_a_value_belongs_to_one_chapter(project: Project) -> None:
 
 # A feature on a hostile token gives the target three of its four units.
 CIRCUIT = (
-    "from scfm_circuits.circuits.exports import neuronpedia_graph, save_graph\n"
+    "from scfm_circuits.circuits.exports import save_both\n"
     "from scfm_circuits.circuits.view import circuit_view\n"
     "from scfm_circuits.circuits.circuit import Circuit, Edge, Expansion, Node\n"
     f"texts = [{HOSTILE!r}, '.']\n"
@@ -746,8 +747,8 @@ CIRCUIT = (
     "sums = {'L1_F7_P1': Expansion('L1_F7_P1', 4.0, 3.0, 1.0, 0.0, 0.0, 0.0, 0.0, 4.0),\n"
     "        'L0_F3_P1': Expansion('L0_F3_P1', 2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0)}\n"
     "circuit = Circuit('L1_F7_P1', nodes, edges, sums)\n"
-    "save_graph(report.profile.results / 'circuits' / 'case.json',\n"
-    "           neuronpedia_graph(circuit, texts, slug='case', scan='scfm-tiny'))\n"
+    "save_both(report.profile.results, 'case', circuit, texts, [None, None], slug='case',\n"
+    "          scan='scfm-tiny')\n"
     "display(report.circuit('case', circuit_view(circuit, texts, [None, None]), caption='All'))\n"
 )
 
@@ -836,16 +837,20 @@ def test_a_circuit_finds_its_script_its_library_and_its_data(built: Project) -> 
     html = built.root / "book" / "_build" / "html"
     chapter = (html / "01_first.html").read_text(encoding="utf-8")
     (box,) = re.findall(r'<[^>]* data-library="[^"]*"[^>]*>', chapter)
-    files = [name.partition("?")[0] for name in
-             re.findall(r'data-(?:source|library)="([^"]*)"', box)]
-    assert sorted(files) == ["downloads/circuits/case.js", "vendor/d3/d3.min.js"]
-    files += re.findall(r'<script src="(_static/(?:circuit|dom)\.js)[?"]', chapter)
-    files += re.findall(r'href="(downloads/circuits/[^"]*)"', chapter)
-    assert len(files) == 5 and all((html / name).is_file() for name in files)
+    (choices,) = re.findall(r'data-choices="([^"]*)"', box)
+    ((name, _, source),) = json.loads(unescape(choices))
+    files = [source.partition("?")[0], *re.findall(r'data-library="([^"]*)"', box)]
+    assert name == "case" and files == ["downloads/circuits/case.js", "vendor/d3/d3.min.js"]
+    scripts = re.findall(r'<script src="(_static/(?:circuit\w*|dom|evidence)\.js)[?"]', chapter)
+    links = re.findall(r'href="(downloads/circuits/[^"]*)"', chapter)
+    assert len(scripts) == 5 and len(links) == 2
+    files += scripts + links
+    assert all((html / name).is_file() for name in files)
     assert (html / "vendor" / "d3" / "LICENSE").is_file()
-    # For people there is the JSON.
+    # For people there are the exports.
     listed = re.findall(r'href="(downloads/circuits/[^"]*)"', (html / "intro.html").read_text())
-    assert listed == ["downloads/circuits/case.json"] and listed[0] in files
+    assert listed == ["downloads/circuits/case.graphml", "downloads/circuits/case.json"]
+    assert {*listed} <= {*files}
 
 
 def test_a_circuit_is_drawn_in_the_built_page(built: Project, tmp_path: Path) -> None:

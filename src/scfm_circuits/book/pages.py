@@ -38,8 +38,8 @@ from scfm_circuits.report.boxes.rating import rating_box
 BOOK = ROOT / "book"
 STAMP = "built.json"
 DOWNLOADS = ("tables/*.csv", "tables/*.js", "figures/*.png", "figures/*.svg", "circuits/*.json",
-             "circuits/*.js", "feature_pages/*.js", "values/*.json", "claims.csv",
-             "provenance.json")
+             "circuits/*.graphml", "circuits/*.js", "feature_pages/*.js", "values/*.json",
+             "claims.csv", "provenance.json")
 """Results that are copied beside the pages; transcoder weights stay where they are."""
 ONLY_IF = "only-if:"
 """Begins a tag: the cell is shown only if a value of its chapter, named behind it, is true."""

@@ -46,7 +46,6 @@ STREAMS: Mapping[str, Stream] = {
     "jitter of points": Stream(19),
     "simulated cells": Stream(20),
     "random genes of a prompt": Stream(21),
-    "null lists of programs": Stream(22, ("layer", "kind")),
     "scores of random tokens": Stream(31, ("layer",)),
     "scored features of the untrained encoder": Stream(32, ("layer",)),
     "cards": Stream(33),

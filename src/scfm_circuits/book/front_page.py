@@ -17,7 +17,7 @@ from scfm_circuits.common.profile import ROOT, Profile
 
 PICTURE = "figures/call_sentence.png"
 CHAPTERS = {"enrichment": "06_enrichment", "human": "05_human_evaluation",
-            "case": "07_endothelial_case_study", "controls": "08_controls"}
+            "case": "07_endothelial_case_study"}
 
 
 def model_box(profile: Profile) -> str:
@@ -49,7 +49,7 @@ def findings(profile: Profile) -> str:
         ("People find 7 of 20 features (35 %) interpretable at the level of genes.",
          _on_people(values["human"]), CHAPTERS["human"]),
         ("The circuit behind one call finds the cell type's own genes (“Endothelial cell: "
-         "heart”, FDR 0.0013).", _on_circuit(values["controls"]), CHAPTERS["controls"]),
+         "heart”, FDR 0.0013).", _on_circuit(values["case"]), CHAPTERS["case"]),
     )
     items = "".join(
         f'<li><p class="claim"><span>The paper</span> {claim}</p>'
@@ -83,12 +83,17 @@ def _on_people(values: Mapping[str, Any]) -> str:
 
 
 def _on_circuit(values: Mapping[str, Any]) -> str:
-    kept, none = (values.get(f"faithfulness.own_kind_{name}") for name in ("circuit", "none"))
-    if kept is None or none is None:
+    whole, kept, none = (values.get(f"call.{name}") for name in ("whole", "keeps", "nothing_keeps"))
+    if whole is None or kept is None or none is None:
         return ""
-    return (f"Alone, our circuits keep <strong>{100 * kept:.0f} %</strong> of their target; "
-            f"no circuit at all, every feature at the mean of its kind of token, keeps "
-            f"<strong>{100 * none:.0f} %</strong>.")
+    term, p = values.get("call.best_term"), values.get("call.p_random")
+    judged = term and p is not None and not values.get("case.stand_in")
+    found = ("The genes of our call's circuit are most enriched for "
+             f"“{escape(str(term))}” (p = <strong>{p:.2g}</strong> against random genes of the "
+             "same sentence). " if judged else "")
+    return (f"{found}Alone, the circuit keeps <strong>{kept:.1f}</strong> of the call's "
+            f"{whole:.1f} nats; no circuit at all, every feature at the mean of its kind of token, "
+            f"keeps <strong>{none:.1f}</strong>.")
 
 
 def picture(profile: Profile) -> str:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from scfm_circuits.circuits.attribution import freeze
+from scfm_circuits.circuits.circuit import Circuit
 from scfm_circuits.circuits.search import strongest_features, trace_feature
 from scfm_circuits.features.known_truth import ALWAYS, TRANSCODERS
 from scfm_circuits.features.unit_scores import AUROC, F1
@@ -69,12 +70,17 @@ def cells_per_type() -> tuple[Figure, list[str]]:
     return cells_and_training.cells_per_type(labels, np.arange(len(labels)) % 3 == 0), ODD
 
 
-def circuit_picture() -> tuple[Figure, list[str]]:
+def odd_circuit() -> Circuit:
+    """A circuit over as many tokens as there are odd texts."""
     model = tiny_model()
     n = len(ODD)
     run = freeze(model, tiny_transcoders(model), tokens(n))
     target = strongest_features(run, 2, n - 1, 1)[0]
-    circuit = trace_feature(run, 2, target, n - 1, branches=40, depth=3, max_nodes=300)
+    return trace_feature(run, 2, target, n - 1, branches=40, depth=3, max_nodes=300)
+
+
+def circuit_picture() -> tuple[Figure, list[str]]:
+    circuit = odd_circuit()
     places = {place for node in circuit.nodes.values() for place in (node.position, node.source)}
     figure = circuits.circuit_picture(circuit, ODD, [None, *ODD[:-1]], 3, max_edges=10_000)
     texts = [ODD[i] + (f" ({ODD[i - 1]})" if i and ODD[i - 1] else "") for i in sorted(places)]
@@ -83,11 +89,7 @@ def circuit_picture() -> tuple[Figure, list[str]]:
 
 
 def call_sentence() -> tuple[Figure, list[str]]:
-    model = tiny_model()
-    n = len(ODD)
-    run = freeze(model, tiny_transcoders(model), tokens(n))
-    target = strongest_features(run, 2, n - 1, 1)[0]
-    circuit = trace_feature(run, 2, target, n - 1, branches=40, depth=3, max_nodes=300)
+    circuit = odd_circuit()
     figure = sentence.call_sentence(ODD, {ODD[0]: 2.0, ODD[1]: -1.0}, ODD[2],
                                     sentence.Traced(circuit, ODD))
     cut = [text if len(text) <= sentence.LONGEST_GENE else text[:sentence.LONGEST_GENE - 1] + "…"

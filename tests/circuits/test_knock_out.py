@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders, tokens
+from helpers import tiny_profile, tiny_transcoders, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
@@ -21,13 +21,6 @@ from scfm_circuits.circuits.direct_effects import all_paths, direct_effects, sou
 from scfm_circuits.transcoders.transcoder import Variant
 
 OPTIONS = {"circuit_branches": 64, "circuit_depth": 3, "circuit_nodes": 200, "forward_cells": 3}
-
-
-@pytest.fixture(scope="module")
-def parts() -> Any:
-    corpus = tiny_corpus(24)
-    model = model_for(corpus)
-    return model, tiny_transcoders(model), corpus
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,10 @@
 """What is said of several circuits is what each of them says, counted and averaged."""
 
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
+from helpers import tiny_profile, tiny_transcoders
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.prompts import answered_prompt
@@ -23,13 +22,6 @@ from scfm_circuits.circuits.structure import (
 from scfm_circuits.features.statistics import count_features
 
 OPTIONS = {"circuit_branches": 8, "circuit_depth": 3, "circuit_nodes": 30}
-
-
-@pytest.fixture(scope="module")
-def parts() -> Any:
-    corpus = tiny_corpus(24)
-    model = model_for(corpus)
-    return model, tiny_transcoders(model), corpus
 
 
 @pytest.fixture(scope="module")

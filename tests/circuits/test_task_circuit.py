@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders, tokens
+from helpers import tiny_profile, tiny_transcoders, tokens
 from tiny_architectures import FAMILIES, tiny
 
 from scfm_circuits.cells.prompts import answered_prompt
@@ -14,16 +14,6 @@ from scfm_circuits.circuits.direct_effects import direct_effects, sources_of, to
 from scfm_circuits.circuits.token_means import kinds_of, mean_activations
 from scfm_circuits.models.mlp_sites import mlp_sites
 from scfm_circuits.transcoders.transcoder import Variant
-
-
-@pytest.fixture(scope="module")
-def parts():
-    corpus = tiny_corpus(24)
-    model = model_for(corpus)
-    transcoders = tiny_transcoders(model)
-    means = mean_activations(model, transcoders, corpus, np.flatnonzero(~corpus.held_out), 5)
-    return model, transcoders, corpus, means
-
 
 # --- choosing ------------------------------------------------------------------------------------
 
@@ -61,7 +51,7 @@ def test_total_effects_are_the_sums_over_all_paths(family):
 
 
 def test_gradients_are_those_of_the_model(parts):
-    model, transcoders, corpus, _ = parts
+    model, transcoders, corpus = parts
     prompt = answered_prompt(corpus, tiny_profile_of(), 3, str(corpus.labels[3]))
     contrast = contrast_of(corpus, prompt)
     ids = torch.as_tensor(prompt.encoded.tokens)
@@ -114,7 +104,7 @@ def test_random_features_fire_as_often_layer_by_layer():
 
 @pytest.mark.parametrize("variant", [Variant(), Variant("topk", 5), Variant(skip=True)], ids=str)
 def test_what_stands_in_an_mlps_place(parts, variant):
-    model, _, corpus, _ = parts
+    model, _, corpus = parts
     t = tiny_transcoders(model, variant=variant)
     cells = np.arange(4)
     means = mean_activations(model, t, corpus, np.arange(len(corpus)), 5)
@@ -157,7 +147,7 @@ def test_what_stands_in_an_mlps_place(parts, variant):
 
 def test_the_task_is_asked_of_held_out_cells_and_comes_out_the_same_again(
         parts, monkeypatch, tmp_path):
-    model, transcoders, corpus, _ = parts
+    model, transcoders, corpus = parts
     profile = tiny_profile(monkeypatch, tmp_path, forward_cells=4)
     monkeypatch.setattr(task, "SCORED_CELLS", 5)
     first = task.task_circuit(model, transcoders, corpus, profile)
@@ -180,7 +170,7 @@ def test_the_task_is_asked_of_held_out_cells_and_comes_out_the_same_again(
 
 
 def test_an_answer_is_right_if_each_of_its_tokens_is(parts, monkeypatch):
-    model, _, corpus, _ = parts
+    model, _, corpus = parts
     cells = np.arange(3)
     ids = torch.from_numpy(corpus.tokens[cells])
     profile = tiny_profile_of()

@@ -19,7 +19,7 @@ from scfm_circuits.enrichment.null_lists import (
     token_preserving_null,
     uniform_null,
 )
-from scfm_circuits.enrichment.significance import benjamini_hochberg, empirical_p, wilson_interval
+from scfm_circuits.enrichment.significance import benjamini_hochberg, empirical_p
 from scfm_circuits.features.gene_lists import MIN_FIRINGS, rescored
 
 
@@ -201,15 +201,3 @@ def test_empirical_p_is_never_zero_and_counts_ties() -> None:
     assert float(empirical_p(0.25, null[0])) == 3 / 5
     with pytest.raises(InputError, match="at least one null"):
         empirical_p([0.1], np.empty((1, 0)))
-
-
-def test_wilson_interval_solves_its_equation() -> None:
-    # The limits are where the score statistic equals the normal quantile.
-    z = 1.959963984540054
-    for k, n in [(3, 20), (18, 20), (50, 1000)]:
-        for limit in wilson_interval(k, n):
-            assert abs((k / n - limit) / np.sqrt(limit * (1 - limit) / n)) == pytest.approx(z)
-    assert wilson_interval(0, 20)[0] == pytest.approx(0, abs=1e-12)
-    assert wilson_interval(0, 0) == (0.0, 1.0)
-    with pytest.raises(InputError, match="5 of 4"):
-        wilson_interval(5, 4)

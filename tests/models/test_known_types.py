@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from scfm_circuits.cells.corpus import Corpus
-from scfm_circuits.enrichment.significance import wilson_interval
+from scfm_circuits.common.intervals import wilson_interval
 from scfm_circuits.models import known_types as asking
 from scfm_circuits.models.known_types import (
     COMMONEST,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from scfm_circuits.cells.corpus import Corpus
-from scfm_circuits.enrichment.significance import wilson_interval
+from scfm_circuits.common.intervals import wilson_interval
 from scfm_circuits.models.answers import predict_answers
 from scfm_circuits.models.mlp_sites import (
     batches,

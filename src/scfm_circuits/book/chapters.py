@@ -56,6 +56,7 @@ class Notebook:
 
     @property
     def name(self) -> str:
+        """Its file's name without the ending."""
         return self.path.stem
 
     @property

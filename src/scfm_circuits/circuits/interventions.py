@@ -44,9 +44,13 @@ class Call(Protocol):
     """What is read of the logits at a position, such as `contrast.Contrast`."""
 
     @property
-    def position(self) -> int: ...
+    def position(self) -> int:
+        """The token whose logits are read."""
+        ...
 
-    def of(self, logits: Tensor) -> Tensor: ...
+    def of(self, logits: Tensor) -> Tensor:
+        """What is read of logits (..., n_vocab): (...)."""
+        ...
 
 
 class Effect(NamedTuple):

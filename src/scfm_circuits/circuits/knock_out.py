@@ -12,7 +12,7 @@ by rank correlation (with signs, and by size), and by how many of the k largest 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, SupportsFloat
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,7 @@ from scfm_circuits.circuits.token_means import (
     mean_activations,
     token_kinds,
 )
+from scfm_circuits.common.intervals import bootstrap_interval
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.mlp_sites import device_of, faster_attention
 
@@ -296,20 +297,24 @@ def _measured(score: np.ndarray, effects: np.ndarray, k: int) -> np.ndarray:
 def summarised(cells: pd.DataFrame, null: Mapping[str, np.ndarray], seed: int, draws: int
                ) -> pd.DataFrame:
     """`compared`'s summary; null: by score (3, draws) means over cells of shuffled effects."""
-    rng, rows = generator(seed, "knock-outs", 1), []
-    n = cells["cell"].nunique()
-    drawn = rng.integers(n, size=(draws, n))  # the same resamples for every score
+    n, rows = cells["cell"].nunique(), []
+    counts = _resampled(seed, 1, n, draws)  # the same for every score
     for name, what in SCORES.items():
         part = cells[cells["score"] == name]
         row: dict[str, object] = {"score": name, "what": what}
-        for measure, shuffled in zip(MEASURES, null[name], strict=True):
-            values = part[measure].to_numpy()
-            low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
+        means = np.transpose(bootstrap_interval(part[[*MEASURES]].to_numpy().T, counts))
+        for measure, (mean, low, high), shuffled in zip(MEASURES, means, null[name], strict=True):
             lowest, highest = np.percentile(shuffled, [2.5, 97.5])
-            row |= {measure: values.mean(), f"{measure}_low": low, f"{measure}_high": high,
+            row |= {measure: mean, f"{measure}_low": low, f"{measure}_high": high,
                     f"{measure}_null_low": lowest, f"{measure}_null_high": highest}
         rows.append(row)
     return pd.DataFrame(rows).assign(cells=n)
+
+
+def _resampled(seed: int, use: int, n: int, draws: int) -> np.ndarray:
+    """(n_draws, n_cells) how often each resample of n cells has each."""
+    drawn = generator(seed, "knock-outs", use).integers(n, size=(draws, n))
+    return np.stack([np.bincount(one, minlength=n) for one in drawn])
 
 
 class Winner(NamedTuple):
@@ -337,18 +342,16 @@ def winners(cells: pd.DataFrame, summary: pd.DataFrame, seed: int, draws: int = 
     Both are chosen after the fact, so the difference flatters neither; the interval is that of the
     pair chosen.
     """
-    rng, by_score = generator(seed, "knock-outs", 2), summary.set_index("score")
-    n, found = cells["cell"].nunique(), {}
-    drawn = rng.integers(n, size=(draws, n))
+    by_score, found = summary.set_index("score"), {}
+    counts = _resampled(seed, 2, cells["cell"].nunique(), draws)
     is_circuit = by_score.index.isin(CIRCUITS)
     for measure in MEASURES:
         means = by_score[measure]
         circuit, rival = str(means[is_circuit].idxmax()), str(means[~is_circuit].idxmax())
         one, other = (cells.loc[cells["score"] == name, measure].to_numpy()
                       for name in (circuit, rival))
-        low, high = np.percentile((one - other)[drawn].mean(axis=1), [2.5, 97.5])
-        found[measure] = Winner(circuit, rival, float((one - other).mean()), float(low),
-                                float(high))
+        difference = bootstrap_interval(one - other, counts)
+        found[measure] = Winner(circuit, rival, *map(float, difference))
     return found
 
 
@@ -373,14 +376,11 @@ def numbers(study: KnockOuts, seed: int) -> dict[str, str | int | float]:
             f"best of the rivals \"{SCORES[one.rival]}\" with {said[one.rival]}; the difference is "
             f"{_with_interval(one.difference, one.low, one.high)}, so {ahead[one.verdict]} "
             f"(shuffled genes: {low:.2f} to {high:.2f})")
-    rng, n = generator(seed, "knock-outs", 3), len(study.kept)
-    drawn = rng.integers(n, size=(DRAWS, n))
+    counts = _resampled(seed, 3, len(study.kept), DRAWS)
     for name in Kept._fields:
-        values = study.kept[name].to_numpy()
-        found[name] = _with_interval(values.mean(), *np.percentile(values[drawn].mean(axis=1),
-                                                                   [2.5, 97.5]))
+        found[name] = _with_interval(*bootstrap_interval(study.kept[name].to_numpy(), counts))
     return found
 
 
-def _with_interval(value: float, low: float, high: float) -> str:
+def _with_interval(value: SupportsFloat, low: SupportsFloat, high: SupportsFloat) -> str:
     return f"{value:.2f} ({low:.2f} to {high:.2f})"

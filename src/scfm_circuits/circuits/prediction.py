@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
 
+from scfm_circuits.common.intervals import bootstrap_interval, wilson_interval
 from scfm_circuits.common.randomness import generator
 
 DRAWS = 2_000
@@ -83,28 +83,18 @@ def agreement(predicted: np.ndarray, measured: np.ndarray, cells: np.ndarray, se
     drawn = generator(seed, "resampled predictions").multinomial(n, np.full(n, 1 / n), DRAWS)
     # Where all that was predicted or measured is 0 there is no slope or R2.
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        (slope, r2), resampled = _on_the_line(sums.sum(axis=1)), _on_the_line(sums @ drawn.T)
-        (slope_low, r2_low), (slope_high, r2_high) = np.percentile(resampled, [2.5, 97.5], axis=1)
+        line = np.transpose(bootstrap_interval(sums, drawn, _on_the_line))
     varied = len(of) > 1 and predicted.std() > 0 and measured.std() > 0
-    return Agreement(
-        n, len(of), float(right.mean()), *_wilson(right.sum(), n), float(slope),
-        float(slope_low), float(slope_high), float(r2), float(r2_low), float(r2_high),
-        float(np.corrcoef(predicted, measured)[0, 1]) if varied else np.nan)
+    pearson = float(np.corrcoef(predicted, measured)[0, 1]) if varied else np.nan
+    return Agreement._make([n, len(of), float(right.mean()), *wilson_interval(right.sum(), n),
+                            *map(float, line.flat), pearson])
 
 
-def _on_the_line(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slope and R2 of sums (4, ...): predicted * measured, predicted^2, missed^2, measured^2."""
-    both, squares, missed, whole = sums
-    return both / squares, 1 - missed / whole
-
-
-def _wilson(right: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of right / n; `right` may be a sum of shares."""
-    z = float(norm.ppf(0.975))
-    share, of = right / n, 1 + z**2 / n
-    middle = (share + z**2 / (2 * n)) / of
-    half = z / of * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+def _on_the_line(means: np.ndarray) -> np.ndarray:
+    """Slope and R2, (2, ...), of means over cells, (4, ...): predicted * measured, predicted^2,
+    missed^2, measured^2."""
+    both, squares, missed, whole = means
+    return np.stack([both / squares, 1 - missed / whole])
 
 
 # --- the predictions of a circuit study ----------------------------------------------------------

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
 from scfm_circuits.circuits.task_circuit import (
     ALL,
@@ -24,6 +23,7 @@ from scfm_circuits.circuits.task_circuit import (
     ZERO,
     TaskCircuit,
 )
+from scfm_circuits.common.intervals import bootstrap_interval, wilson_interval
 from scfm_circuits.common.randomness import generator
 
 RIGHT, CONTRAST = "right answers", "contrast"
@@ -52,9 +52,9 @@ def curve(found: TaskCircuit) -> pd.DataFrame:
 def _percentage(name: str, prefix: str, right: np.ndarray) -> dict[str, float]:
     if not len(right):
         return dict.fromkeys((name, f"{prefix}lower_95", f"{prefix}upper_95"), np.nan)
-    interval = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
-    return {name: 100 * float(right.mean()), f"{prefix}lower_95": 100 * float(interval.low),
-            f"{prefix}upper_95": 100 * float(interval.high)}
+    low, high = wilson_interval(int(right.sum()), len(right))
+    return {name: 100 * float(right.mean()), f"{prefix}lower_95": 100 * low,
+            f"{prefix}upper_95": 100 * high}
 
 
 def compare_choices(found: TaskCircuit, seed: int) -> pd.DataFrame:
@@ -96,12 +96,15 @@ def _beside_influence(by_draw: dict[str, np.ndarray], whole: np.ndarray, seed: i
     for name, each in by_draw.items():
         draws = 100 * each.mean(axis=1) / whole.mean()
         more = by_draw[INFLUENCE][0] - each.mean(axis=0)
-        low, high = np.percentile(100 * (drawn @ more) / np.maximum(drawn @ whole, 1e-30),
-                                  [2.5, 97.5])
+        difference = bootstrap_interval(np.stack([more, whole]), drawn, _percentage_of_whole)
         rows.append({"chosen": name, **dict(zip(columns, (
-            draws.mean(), draws.min(), draws.max(), 100 * more.mean() / whole.mean(), low, high),
-            strict=True))})
+            draws.mean(), draws.min(), draws.max(), *difference), strict=True))})
     return rows
+
+
+def _percentage_of_whole(means: np.ndarray) -> np.ndarray:
+    part, whole = means
+    return 100 * part / np.maximum(whole, 1e-30)
 
 
 # --- in words ------------------------------------------------------------------------------------

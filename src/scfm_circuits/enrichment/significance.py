@@ -1,4 +1,4 @@
-"""Adjusted and empirical p-values, intervals of shares."""
+"""Adjusted and empirical p-values; shares, and how they are written."""
 
 from typing import Any
 
@@ -37,25 +37,11 @@ def empirical_p(observed: ArrayLike, null: ArrayLike) -> FloatArray:
     return (1 + below.sum(axis=-1)) / (1 + draws.shape[-1])
 
 
-def wilson_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of the share k / n; (0, 1) when nothing was counted.
-
-    Raises:
-        InputError: counts that are negative or k > n.
-    """
-    if not 0 <= k <= n:
-        raise InputError(f"{k} of {n} is not a share; give 0 <= k <= n.")
-    if n == 0:
-        return 0.0, 1.0
-    from statsmodels.stats.proportion import proportion_confint
-
-    low, high = proportion_confint(k, n, alpha=1 - confidence, method="wilson")
-    return float(low), float(high)
-
-
 def ratio(part: float, whole: float) -> float:
+    """part / whole; nan where there is no whole."""
     return float(part) / whole if whole else np.nan
 
 
 def percent(share: float) -> str:
+    """A share as a whole percentage; "none" for nan."""
     return "none" if np.isnan(share) else f"{100 * share:.0f} %"

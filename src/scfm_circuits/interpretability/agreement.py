@@ -12,7 +12,7 @@ from statsmodels.stats.power import NormalIndPower
 from statsmodels.stats.proportion import proportion_effectsize
 
 from scfm_circuits import InputError
-from scfm_circuits.enrichment.significance import wilson_interval
+from scfm_circuits.common.intervals import wilson_interval
 from scfm_circuits.interpretability.deck import FEATURE, SOURCES
 from scfm_circuits.interpretability.ratings import ANSWERS, card_verdicts
 

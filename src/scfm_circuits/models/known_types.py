@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import nn
 
+from scfm_circuits.common.intervals import wilson_interval
 from scfm_circuits.common.kept import kept_arrays
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.answers import predict_answers
@@ -153,13 +154,11 @@ def better_by_luck(ours: int, theirs: int) -> float:
 
 def _shares(right: list[np.ndarray]) -> Columns:
     """right, percentage, lower_95 and upper_95 (Wilson) of each, which has a bool for each cell."""
-    from scipy.stats import binomtest
-
-    found = [binomtest(int(one.sum()), len(one)) for one in right]
-    intervals = [one.proportion_ci(method="wilson") for one in found]
-    return {"right": [one.k for one in found], "percentage": [100 * one.k / one.n for one in found],
-            "lower_95": [100 * one.low for one in intervals],
-            "upper_95": [100 * one.high for one in intervals]}
+    found = [(int(one.sum()), len(one)) for one in right]
+    intervals = [wilson_interval(*one) for one in found]
+    return {"right": [k for k, _ in found], "percentage": [100 * k / n for k, n in found],
+            "lower_95": [100 * low for low, _ in intervals],
+            "upper_95": [100 * high for _, high in intervals]}
 
 
 def commonest_text(texts: np.ndarray) -> str:

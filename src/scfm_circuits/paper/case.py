@@ -22,13 +22,13 @@ import pandas as pd
 from scipy import stats
 
 from scfm_circuits import InputError
+from scfm_circuits.common.intervals import wilson_interval
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.background import Background, Encoded, encode_ids, prepare_background
 from scfm_circuits.enrichment.gene_sets import GeneSets
 from scfm_circuits.enrichment.null_lists import Ragged, uniform_null
 from scfm_circuits.enrichment.over_representation import over_representation
 from scfm_circuits.enrichment.rules import RULES, Rule
-from scfm_circuits.enrichment.significance import wilson_interval
 from scfm_circuits.enrichment.terms import term_fdr, term_table
 from scfm_circuits.paper.exhibits import PAPER, PaperTables
 

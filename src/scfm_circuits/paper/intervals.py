@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from scfm_circuits.enrichment.significance import wilson_interval
+from scfm_circuits.common.intervals import wilson_interval
 
 
 class Estimate(NamedTuple):

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from scfm_circuits.common.intervals import wilson_interval
 from scfm_circuits.models.architectures import decoder, decoder_layers
 from scfm_circuits.models.mlp_sites import (
     Replacement,
@@ -143,10 +143,9 @@ def _by_kind(found: "CellScores") -> pd.DataFrame:
 def _answers(right: np.ndarray) -> dict[str, Any]:
     """Columns of `Compared.answers` from (n_configurations, n_cells) bool, the original first."""
     counts, n = right.sum(axis=1), right.shape[1]
-    intervals = [binomtest(int(k), n).proportion_ci(method="wilson") for k in counts]
+    low, high = 100 * np.array([wilson_interval(k, n) for k in counts]).T
     return {"cells": n, "right": counts, "percentage": 100 * counts / n,
-            "lower_95": [100 * one.low for one in intervals],
-            "upper_95": [100 * one.high for one in intervals],
+            "lower_95": low, "upper_95": high,
             "lost": (right[0] & ~right).sum(axis=1), "gained": (~right[0] & right).sum(axis=1)}
 
 

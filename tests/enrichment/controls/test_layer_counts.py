@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
+from helpers import tiny_profile
 from plain_enrichment import plain_over_representation
 
 from scfm_circuits import InputError
@@ -21,25 +21,12 @@ from scfm_circuits.enrichment.gene_sets import gene_sets_from_dict
 from scfm_circuits.enrichment.null_lists import ragged
 from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.features.gene_lists import gene_list_ids
-from scfm_circuits.features.statistics import count_features
 
 
 @pytest.fixture
 def profile(monkeypatch, tmp_path):
     return tiny_profile(monkeypatch, tmp_path, live_cut_table4=-4.0, list_size=5, null_draws=19,
                         fdr=0.3)
-
-
-@pytest.fixture(scope="module")
-def parts():
-    corpus = tiny_corpus(20)
-    model = model_for(corpus).float()
-    statistics = count_features(model, tiny_transcoders(model), corpus, 8, progress=False)
-    other = count_features(model, tiny_transcoders(model, 10, seed=5), corpus, 8, progress=False)
-    genes = corpus.symbols.tolist()
-    libraries = [gene_sets_from_dict("first", {"a": genes[:4], "b": genes[3:9]}),
-                 gene_sets_from_dict("second", {"c": genes[9:14], "d": [*genes[1:3], "ELSEWHERE"]})]
-    return corpus, statistics, other, libraries
 
 
 def source_of(parts, profile, layer=0):

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-from helpers import MadeUp, model_for, tiny_corpus, tiny_profile, tiny_transcoders
+from helpers import MadeUp, tiny_corpus, tiny_profile
 
 from scfm_circuits.enrichment.controls import studies
 from scfm_circuits.enrichment.gene_sets import gene_sets_from_dict
@@ -14,25 +14,13 @@ from scfm_circuits.enrichment.prerank import prerank_study
 from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.enrichment.terms import term_table
 from scfm_circuits.features.gene_lists import gene_lists
-from scfm_circuits.features.statistics import FeatureStatistics, count_features
+from scfm_circuits.features.statistics import FeatureStatistics
 
 
 @pytest.fixture
 def profile(monkeypatch, tmp_path):
     return tiny_profile(monkeypatch, tmp_path, live_cut_table4=-4.0, list_size=10, null_draws=19,
                         fdr=0.3, list_rule="top")
-
-
-@pytest.fixture(scope="module")
-def parts():
-    corpus = tiny_corpus(20)
-    model = model_for(corpus).float()
-    statistics = count_features(model, tiny_transcoders(model), corpus, 8, progress=False)
-    other = count_features(model, tiny_transcoders(model, 10, seed=5), corpus, 8, progress=False)
-    genes = corpus.symbols.tolist()
-    libraries = [gene_sets_from_dict("first", {"a": genes[:4], "b": genes[3:9]}),
-                 gene_sets_from_dict("second", {"c": genes[9:14], "d": [*genes[1:3], "ELSEWHERE"]})]
-    return statistics, {"untrained encoder": other}, corpus, libraries
 
 
 def made_up(rows: np.ndarray) -> tuple[MadeUp, FeatureStatistics]:
@@ -46,15 +34,16 @@ def made_up(rows: np.ndarray) -> tuple[MadeUp, FeatureStatistics]:
 
 
 def study_of(parts, profile):
-    statistics, baselines, corpus, libraries = parts
-    return studies.table4_study(statistics, baselines, corpus, profile, libraries)
+    corpus, statistics, other, libraries = parts
+    return studies.table4_study(statistics, {"untrained encoder": other}, corpus, profile,
+                                libraries)
 
 
 # --- Table 4 -------------------------------------------------------------------------------------
 
 
 def test_table4_and_every_choice_count_the_same_features(parts, profile):
-    statistics, _, corpus, libraries = parts
+    corpus, statistics, other, libraries = parts
     study = study_of(parts, profile)
     live = statistics.live(profile.live_cut_table4)
     assert study.table["live"].tolist() == live.sum(axis=1).tolist()
@@ -62,7 +51,7 @@ def test_table4_and_every_choice_count_the_same_features(parts, profile):
     # 19 null lists of each kind; the fewest features of the baseline in a layer may be fewer.
     fewest = min(one.baseline_min_p[0].size for one in study.counted)
     assert study.smallest_possible_p == max(1 / 20, 1 / (1 + fewest))
-    kinds = {"features": statistics, **parts[1]}
+    kinds = {"features": statistics, "untrained encoder": other}
     choices = studies.choices(kinds, corpus, profile, libraries).set_index("choice")
     called = study.table["interpretable"].sum()
     # The profile's own choice is among those tried, once as a list and once as a background.
@@ -175,7 +164,7 @@ def test_demands_only_take_away():
 
 
 def test_every_feature_has_its_best_term(parts, profile):
-    statistics, _, corpus, libraries = parts
+    corpus, statistics, _, libraries = parts
     found = studies.feature_tables(study_of(parts, profile), statistics, corpus, profile, libraries)
     live = statistics.live(profile.live_cut_table4)
     assert len(found.features) == live.sum()

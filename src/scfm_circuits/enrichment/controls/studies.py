@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.common.intervals import wilson_interval
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.background import (
     Background,
@@ -45,7 +46,6 @@ from scfm_circuits.enrichment.gene_sets import GeneSets
 from scfm_circuits.enrichment.null_lists import Ragged, ragged, uniform_null
 from scfm_circuits.enrichment.over_representation import over_representation
 from scfm_circuits.enrichment.rules import RULES
-from scfm_circuits.enrichment.significance import wilson_interval
 from scfm_circuits.enrichment.terms import top_terms
 from scfm_circuits.features.baselines import DIRECTIONS
 from scfm_circuits.features.contexts import top_tokens

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from scfm_circuits.common.intervals import wilson_interval
 from scfm_circuits.enrichment.controls.layer_counts import NULLS, LayerControls, rules_shown
-from scfm_circuits.enrichment.significance import benjamini_hochberg, empirical_p, wilson_interval
+from scfm_circuits.enrichment.significance import benjamini_hochberg, empirical_p
 from scfm_circuits.features.baselines import DIRECTIONS
 
 if TYPE_CHECKING:

@@ -108,5 +108,6 @@ def short(number: Any) -> float | None:
 
 
 def cut(text: Any) -> str:
+    """A text of at most `MAX_TEXT` characters; empty for a missing one."""
     text = "" if text is None or text != text else str(text)
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"

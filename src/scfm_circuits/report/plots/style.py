@@ -18,15 +18,18 @@ LONGEST = 60
 
 
 def panels(n: int, *, width: float = 4.4, height: float = 3.4) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of n panels side by side; width and height of one in inches."""
     figure, axes = plt.subplots(1, n, figsize=(width * n, height), constrained_layout=True)
     return figure, np.atleast_1d(axes).tolist()
 
 
 def layer_colours(n: int) -> list[Any]:
+    """A colour for each of n layers, from dark to light."""
     return sns.color_palette("viridis", n)
 
 
 def ticks(n: int) -> list[int]:
+    """Layers to mark on an axis of n: all, or every other one of more than 12."""
     return list(range(0, n, 1 if n <= 12 else 2))
 
 

@@ -1,0 +1,45 @@
+"""Intervals of 95 %: Wilson's of a share, and the bootstrap's of what is a mean over cells."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from scfm_circuits import InputError
+
+
+def wilson_interval(k: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of the share k / n (statsmodels); (0, 1) when nothing was counted.
+
+    `k` may be a sum of n shares.
+
+    Raises:
+        InputError: counts that are negative or k > n.
+    """
+    if not 0 <= k <= n:
+        raise InputError(f"{k} of {n} is not a share; give 0 <= k <= n.")
+    if n == 0:
+        return 0.0, 1.0
+    from statsmodels.stats.proportion import proportion_confint
+
+    low, high = proportion_confint(k, n, method="wilson")
+    return float(low), float(high)
+
+
+def bootstrap_interval(
+        values: np.ndarray, counts: np.ndarray,
+        statistic: Callable[[np.ndarray], np.ndarray] = np.asarray,
+        ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A statistic of means over cells, and both ends of its 95 % interval over resampled cells.
+
+    Args:
+        values: (..., n_cells).
+        counts: (n_draws, n_cells) how often each resample has each cell; `n_cells` in all.
+        statistic: of means over cells, (..., n) or (...), in the unit of what it returns for each
+            of n; the means themselves unless given.
+
+    Returns:
+        The statistic of the cells as they are, and percentiles 2.5 and 97.5 of its resamples.
+    """
+    resampled = statistic(values @ counts.T / values.shape[-1])
+    low, high = np.percentile(resampled, [2.5, 97.5], axis=-1)
+    return statistic(values.mean(axis=-1)), low, high

@@ -434,6 +434,8 @@ def test_make_plan_says_everything_and_does_nothing(empty: Path, capsys: pytest.
     ({"label_column": "none"}, "set `label_column`"),
     ({"gene_groups": "nowhere.tsv"}, "nowhere.tsv cannot be read"),
     ({"gene_groups": "~nobody-here/groups.tsv"}, "home folder"),
+    ({"encoding": "maxtoki", "token_dictionary": "x", "gene_medians": "y", "model_thinning": 1.0},
+     "nothing is asked in words"),
 ])
 def test_what_will_fail_is_told_before_any_work(empty: Path, changes: dict[str, Any], told: str
                                                 ) -> None:

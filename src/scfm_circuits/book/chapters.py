@@ -31,6 +31,8 @@ from scfm_circuits.common.profile import ROOT, Profile, cells_path, load_profile
 
 NOTEBOOKS = ROOT / "notebooks"
 SHOWN = {"name", "title", "seed", "cells_are", "cells_name"}
+_CHECKED = {"profile", "profile_files"}
+"""Files of `common` that name fields only to define and check them."""
 """Profile fields that every page shows."""
 CACHED = "gene-set cache"
 """The kind of input that a notebook may make itself, by a download."""
@@ -191,7 +193,7 @@ def inputs_of(run: Run, notebook: Notebook) -> dict[str, str]:
             if readers & modules}
     # A field's name may also stand in a table, as in that of the paper's settings.
     words = reach.words_of([notebook.path, *(file for files in read.values() for file in files),
-                            *used - {kept.PACKAGE / "common" / "profile.py"}])
+                            *(path for path in used if path.stem not in _CHECKED)])
     fields = {field: value for field, value in profile.model_dump(mode="json").items()
               if field in words | SHOWN}
     asked = [("cells", profile.cells), ("models", profile.model), *(

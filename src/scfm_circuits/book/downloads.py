@@ -15,7 +15,8 @@ from scfm_circuits.common import manifest
 from scfm_circuits.common.fetch import Remote, fetch, missing_bytes
 from scfm_circuits.common.files import first_line
 from scfm_circuits.common.labels import names_no_type
-from scfm_circuits.common.profile import MADE_HERE, ROOT, Profile, cells_path, model_source
+from scfm_circuits.common.profile import ROOT, Profile, cells_path, model_source
+from scfm_circuits.common.profile_files import MADE_HERE
 from scfm_circuits.enrichment.background import prepare_background
 from scfm_circuits.enrichment.gene_sets import (
     BUNDLED_LIBRARY,

@@ -34,6 +34,7 @@ from scfm_circuits.book.sizes import (
 )
 from scfm_circuits.circuits.attribution import NO_CIRCUITS
 from scfm_circuits.circuits.case_study import read_sentence
+from scfm_circuits.common.encodings import CELL_SENTENCE
 from scfm_circuits.common.files import time_in_words
 from scfm_circuits.common.profile import Profile
 from scfm_circuits.enrichment.gene_sets import downloads_are_off
@@ -102,10 +103,14 @@ def run_cost(profile: Profile, wanted: Collection[str], chapters: int) -> Cost:
 
     Raises InputError for what will fail in any case: cells, a model, a folder of gene sets or a
     sentence that cannot be had, no cell for the case study, layers that the model lacks, a
-    single layer, and autoencoders.
+    single layer, autoencoders, and an encoding that has no answer.
     """
     if profile.site != "transcoder":
         raise InputError(NO_CIRCUITS)
+    if profile.encoding != CELL_SENTENCE:
+        raise InputError("The book's chapters ask the model for a cell's type in words, and under "
+                         f"`encoding: {profile.encoding}` nothing is asked in words; transcoders "
+                         "alone are trained by `python -m scfm_circuits train`.")
     if profile.case_sentence is not None:
         read_sentence(profile.case_sentence)
     sizes, device, libraries = run_sizes(profile), best_device(), missing_libraries(profile)

@@ -1,9 +1,9 @@
-"""Cell sentences: genes in order of expression, as text, as tokens, and back to genes.
+"""Cells as tokens: genes in order of expression, as text or as tokens, and back to genes.
 
-The encoding is Cell2Sentence's (Levine et al. 2024): the genes a cell expresses, most expressed
-first, ties in random order, upper case, joined by spaces. The prompt is the paper's Figure 4.
-Every token knows the gene it is part of and its place in it; words of the prompt and of the
-answer belong to no gene.
+The paper's encoding is Cell2Sentence's (Levine et al. 2024): the genes a cell expresses, most
+expressed first, ties in random order, upper case, joined by spaces. The prompt is its Figure 4.
+The others are in `rank_value`. Every token knows the gene it is part of and its place in it; words
+of the prompt and of the answer, and special tokens, belong to no gene.
 """
 
 import dataclasses
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from scfm_circuits import InputError
+from scfm_circuits.cells.dictionaries import files_stamp, read_gene_tokens
+from scfm_circuits.cells.rank_value import encode_ranked, gene_tokenizer
 from scfm_circuits.cells.tokens import (
     Made,
     Prompts,
@@ -27,6 +29,7 @@ from scfm_circuits.cells.tokens import (
     train_gene_tokenizer,
     train_tokenizer,
 )
+from scfm_circuits.common.encodings import CELL_SENTENCE
 from scfm_circuits.common.files import atomic_folder
 from scfm_circuits.common.kept import Stamp, read_record, stamp_of, write_record
 from scfm_circuits.common.labels import listed
@@ -41,7 +44,8 @@ if TYPE_CHECKING:
 _FIELDS = (
     "seed", "cells", "matrix", "symbol_column", "symbol_rule", "duplicate_symbols", "label_column",
     "max_cells", "sampling", "validation_share", "genes_per_cell", "prompt", "organism",
-    "response", "tokenizer", "vocabulary_size", "model_revision",
+    "response", "tokenizer", "vocabulary_size", "model_revision", "encoding", "token_dictionary",
+    "gene_medians", "gene_mapping", "ensembl_column",
 )
 _ROOMS = ("cells",)
 _STAMP, _TOKENIZER = "corpus.json", "tokenizer.json"
@@ -59,7 +63,8 @@ class Corpus:
     gene: (n_cells, length) int32 index into `symbols`, -1 where a token belongs to no gene.
     place: (n_cells, length) int16 position of the token within its gene, -1 outside genes.
     answer_start: (n_cells,) index of the answer's first token; the token before it asks.
-    answer_end: (n_cells,) index of the answer's last token, the full stop.
+    answer_end: (n_cells,) index of the answer's last token, the full stop. Cells under a rank-value
+    encoding have no answer: `answer_start` is their length, `answer_end` one less.
     labels, cell_ids: (n_cells,) text; held_out: (n_cells,) True for validation cells.
     symbols: the corpus's genes; decisions: sentences for the page.
     """
@@ -84,6 +89,11 @@ class Corpus:
     def lengths(self) -> np.ndarray:
         """(n_cells,) tokens of each cell without padding."""
         return self.mask.sum(axis=1)
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether the cells' types are written behind their genes."""
+        return bool((self.answer_end >= self.answer_start).all())
 
     @property
     def has_sub_words(self) -> bool:
@@ -148,11 +158,14 @@ def build_corpus(cells: "RankedCells", profile: Profile, made: Made = in_memory,
     made: where the large arrays are to be (`tokens.encode_all`). held_out: (n_cells,) the split;
     without it, `split_cells`.
 
-    Raises InputError if the tokenizer cannot be had, there are too few cells to split, or a label
-    or symbol holds a token that has a meaning of its own, such as the end of a text.
+    Raises InputError if the tokenizer or a dictionary cannot be had, there are too few cells to
+    split, or a label or symbol holds a token that has a meaning of its own, such as the end of a
+    text.
     """
     if held_out is None:
         held_out = split_cells(len(cells), profile.validation_share, profile.seed)
+    if profile.encoding != CELL_SENTENCE:
+        return _ranked_corpus(cells, profile, made, held_out)
     symbols, asked = np.array(cells.symbols), question(profile)
     answers = [profile.response.replace("{label}", label) for label in cells.labels]
     if profile.tokenizer == "train":
@@ -175,6 +188,17 @@ def build_corpus(cells: "RankedCells", profile: Profile, made: Made = in_memory,
         **prompts._asdict(), labels=cells.labels, cell_ids=cells.cell_ids, held_out=held_out,
         symbols=symbols, decisions=np.array(decisions), tokenizer=tokenizer,
     )
+
+
+def _ranked_corpus(cells: "RankedCells", profile: Profile, made: Made, held_out: np.ndarray
+                   ) -> Corpus:
+    """The corpus of cells whose genes are the model's tokens: no prompt, and no answer."""
+    prompts = encode_ranked(profile.encoding, read_gene_tokens(profile), cells.tokens,
+                            cells.ranking, made)
+    return Corpus(
+        **prompts._asdict(), labels=cells.labels, cell_ids=cells.cell_ids, held_out=held_out,
+        symbols=np.array(cells.symbols), decisions=np.array(cells.decisions),
+        tokenizer=gene_tokenizer(profile, cells.symbols, cells.tokens))
 
 
 def _check_special(tokenizer: "PreTrainedTokenizerFast", labels: np.ndarray, symbols: np.ndarray
@@ -246,7 +270,7 @@ def _corpus_stamp(profile: Profile) -> Stamp:
     """What the corpus depends on; its cells' file, by size and time."""
     path = cells_path(profile, ROOT)
     about = None if path is None or not path.is_file() else path.stat()
-    return stamp_of(profile, _FIELDS, _ROOMS,
+    return stamp_of(profile, _FIELDS, _ROOMS, dictionaries=files_stamp(profile),
                     file=about and [about.st_size, about.st_mtime_ns])
 
 

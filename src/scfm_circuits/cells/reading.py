@@ -6,7 +6,7 @@ centred or scaled per gene. Negative values give that away and are refused.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ import scipy.sparse as sp
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.h5ad import Opened, in_memory, open_h5ad, part_of, row_chunks
+from scfm_circuits.cells.rank_value import as_ranks, coded_genes
 from scfm_circuits.cells.ranking import top_genes
 from scfm_circuits.cells.symbols import (
     MOST_LEFT_OUT,
@@ -21,6 +22,7 @@ from scfm_circuits.cells.symbols import (
     hyphens_restored,
     merge_duplicates,
 )
+from scfm_circuits.common.encodings import CELL_SENTENCE
 from scfm_circuits.common.labels import listed, normal_label, normal_labels
 from scfm_circuits.common.profile import (
     CELLS_NAMES,
@@ -40,13 +42,15 @@ class About:
     """What is known of cells beside their expression.
 
     symbols: n_genes upper-case gene symbols, unique. labels, cell_ids: (n_cells,) cell types and
-    identifiers. decisions: one sentence for each choice made while reading, for the page.
+    identifiers. decisions: one sentence for each choice made while reading, for the page. tokens:
+    the model's token of each gene, where genes are tokens; else empty.
     """
 
     symbols: tuple[str, ...]
     labels: np.ndarray
     cell_ids: np.ndarray
     decisions: tuple[str, ...]
+    tokens: tuple[int, ...] = field(default=(), kw_only=True)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,12 +80,14 @@ def read_ranked(profile: Profile) -> RankedCells:
     """
     parts: list[np.ndarray] = []
     about = read_chunks(profile, lambda rows, part: parts.append(
-        top_genes(part, rows, profile.genes_per_cell, profile.seed)))
+        top_genes(part, rows, profile.genes_per_cell, profile.seed)), over_medians=True)
     return RankedCells(**vars(about), ranking=np.concatenate(parts))
 
 
-def read_chunks(profile: Profile, take: Take) -> About:
+def read_chunks(profile: Profile, take: Take, *, over_medians: bool = False) -> About:
     """Hand the profile's cells to `take`, chunk by chunk, and say what else is known of them.
+
+    over_medians: under a rank-value encoding, values are what genes are ranked by, not counts.
 
     Cells are chosen from obs alone, and only chunks of the file that hold a chosen one are read,
     and only these cells' values checked. Raises InputError for a file that is missing, truncated or
@@ -89,7 +95,7 @@ def read_chunks(profile: Profile, take: Take) -> About:
     """
     data = _open(profile)
     try:
-        return _read_opened(data, profile, take)
+        return _read_opened(data, profile, take, over_medians)
     finally:
         data.close()
 
@@ -97,7 +103,8 @@ def read_chunks(profile: Profile, take: Take) -> About:
 class _Parts(NamedTuple):
     """What of opened cells can be checked without reading their expression.
 
-    join: as from `merge_duplicates`. decisions: sentences for the page.
+    join: as from `merge_duplicates`. decisions: sentences for the page. tokens, medians: of each
+    gene, where genes are tokens.
     """
 
     matrix: Any
@@ -105,6 +112,8 @@ class _Parts(NamedTuple):
     join: sp.csr_matrix | None
     labels: np.ndarray
     decisions: list[str]
+    tokens: tuple[int, ...] = ()
+    medians: np.ndarray | None = None
 
 
 def _parts(data: Opened, profile: Profile) -> _Parts:
@@ -122,11 +131,14 @@ def _parts(data: Opened, profile: Profile) -> _Parts:
     if 0 in matrix.shape:
         raise InputError(f"{where} holds {matrix.shape[0]} cells and {matrix.shape[1]} genes; "
                          "there is nothing to read.")
+    aside = [f"Left aside, as it cannot be read: {unread}." for unread in [
+        "; ".join(f"{part} ({why})" for part, why in data.aside.items())] if unread] + rewritten
+    if profile.encoding != CELL_SENTENCE:
+        coded = coded_genes(variables, symbols, profile, where)
+        return _Parts(matrix, coded.symbols, coded.join, labels,
+                      decisions + coded.decisions + aside, coded.tokens, coded.medians)
     symbols, join, merged = merge_duplicates(symbols, profile.duplicate_symbols, where)
-    if data.aside:
-        unread = "; ".join(f"{part} ({why})" for part, why in data.aside.items())
-        merged.append(f"Left aside, as it cannot be read: {unread}.")
-    return _Parts(matrix, symbols, join, labels, decisions + merged + rewritten)
+    return _Parts(matrix, symbols, join, labels, decisions + merged + aside)
 
 
 def _readable(data: Opened, part: str, field: str, where: str) -> None:
@@ -166,27 +178,48 @@ def _drawn(labels: np.ndarray, profile: Profile) -> np.ndarray:
     return draw_cells(labels, profile.max_cells, profile.sampling, profile.seed)
 
 
-def _read_opened(data: Opened, profile: Profile, take: Take) -> About:
+def _read_opened(data: Opened, profile: Profile, take: Take, over_medians: bool) -> About:
     where = profile.cells
-    matrix, symbols, join, labels, decisions = _parts(data, profile)
+    parts = _parts(data, profile)
+    symbols, labels, decisions = parts.symbols, parts.labels, parts.decisions
+    medians = parts.medians
+    if medians is not None:
+        take = _counted(take, medians if over_medians else None, where)
     cell_ids, repeated = _cell_ids(data.obs.index)
     decisions = [*decisions, *repeated]
     chosen = _drawn(labels, profile)
     if len(chosen) < len(labels):
         how = "at random" if profile.sampling == "uniform" else "equally from each cell type"
         decisions.append(f"{len(chosen):,} of {len(labels):,} cells were drawn {how}.")
-    n_seen, counts, empty = _expression(matrix, chosen, join, where, len(symbols), take)
+    n_seen, counts, empty = _expression(parts.matrix, chosen, parts.join, where, len(symbols), take)
     if len(empty):
         decisions.append(f"{len(empty):,} of {len(chosen):,} cells were left out, as no gene is "
                          f"expressed in them (the first is row {empty[0]}).")
         chosen = chosen[~np.isin(chosen, empty)]
     if n_seen < len(symbols):
         decisions.append(f"{len(symbols) - n_seen:,} genes are not seen in any of these cells.")
-    decisions.append(("The values are whole numbers, so raw counts. " if counts else
-                      "The values are not whole numbers, so normalised already. ")
-                     + "Genes are ranked within each cell, which no library-size scaling or log "
-                     "changes; the values are used as they are.")
-    return About(tuple(symbols), labels[chosen], cell_ids[chosen], tuple(decisions))
+    if medians is None:
+        decisions.append(("The values are whole numbers, so raw counts. " if counts else
+                          "The values are not whole numbers, so normalised already. ")
+                         + "Genes are ranked within each cell, which no library-size scaling or "
+                         "log changes; the values are used as they are.")
+    return About(tuple(symbols), labels[chosen], cell_ids[chosen], tuple(decisions),
+                 tokens=parts.tokens)
+
+
+def _counted(take: Take, medians: np.ndarray | None, where: str) -> Take:
+    """`take` that refuses what is no raw count, and gets, with medians, what genes are ranked by.
+    """
+    def checked(rows: np.ndarray, part: sp.csr_matrix) -> None:
+        odd = part.data != np.rint(part.data)
+        if odd.any():
+            raise InputError(f"{where} has values that are not whole numbers "
+                             f"({_first(part, odd, rows)}), and rank-value encoding divides raw "
+                             "counts by medians, which logged or scaled values must not be; set "
+                             "`matrix` in the profile to the counts.")
+        take(rows, part if medians is None else as_ranks(part, medians))
+
+    return checked
 
 
 def _cell_ids(index: "pd.Index") -> tuple[np.ndarray, list[str]]:

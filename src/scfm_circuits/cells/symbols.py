@@ -12,13 +12,12 @@ import numpy as np
 import scipy.sparse as sp
 
 from scfm_circuits import InputError
+from scfm_circuits.common.encodings import ENSEMBL
 from scfm_circuits.common.labels import listed, normal_label
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ENSEMBL = re.compile(r"^ENS[A-Z]*G\d{6,}", re.IGNORECASE)
-"""The beginning of a gene's Ensembl identifier, of any species."""
 SYMBOL_COLUMNS = ("gene_name-new", "feature_name", "gene_symbol", "gene_symbols", "symbol",
                   "symbols", "hgnc_symbol", "gene_name", "gene_names", "gene_short_name", "name",
                   "names")

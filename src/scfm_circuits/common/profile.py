@@ -17,10 +17,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
+from scfm_circuits.common.encodings import CELL_SENTENCE
 from scfm_circuits.common.files import own, owner_of
 from scfm_circuits.common.kept import PACKAGE
-from scfm_circuits.common.labels import normal_label, template_problem
-from scfm_circuits.common.profile_files import explained, read_fields
+from scfm_circuits.common.labels import normal_label
+from scfm_circuits.common.profile_files import explained, misfit, read_fields
 
 ROOT = Path(os.environ.get("SCFM_ROOT", PACKAGE.parents[1]))
 PROFILES = ROOT / "notebooks" / "profiles"
@@ -33,8 +34,6 @@ CELLS_NAMES = {
     PLANTED_CELLS: "simulated heart cells with planted gene programs",
 }
 """What the pages call cells that are at hand without a file."""
-MADE_HERE = ("train", "genes")
-"""Models and tokenizers that a run makes itself; other names are loaded."""
 PLANTED_PROGRAMS = Path("data") / "planted" / "programs.yml"
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -88,9 +87,22 @@ class Profile(BaseModel):
     """Share of the cells held out: never seen by the small model or the transcoders."""
 
     # --- sentences ---------------------------------------------------------------------------
+    encoding: Literal["cell_sentence", "geneformer_v1", "geneformer_v2", "maxtoki"] = CELL_SENTENCE
+    """How a cell becomes tokens: a sentence of gene names (Cell2Sentence), or the rank-value
+    encoding of one of these models, in which a gene is a token and no text is asked."""
+    token_dictionary: str | None = None
+    """Path of the model's tokens by Ensembl identifier, as JSON or a pickle; rank-value only."""
+    gene_medians: str | None = None
+    """Path of the medians that counts are divided by, as JSON or a pickle; rank-value only."""
+    gene_mapping: str | None = None
+    """Path of a dictionary from symbols, aliases and retired identifiers to Ensembl identifiers;
+    rank-value only. Null: the cells must have Ensembl identifiers."""
+    ensembl_column: str | None = None
+    """The `var` column with the genes' Ensembl identifiers; null takes the index if it holds them,
+    else symbols through `gene_mapping`. Columns that have one token are added up."""
     genes_per_cell: Positive = 64
-    """The k most expressed genes make the cell's sentence (64 in the paper's case study; of the
-    sentences that it trains on it does not say)."""
+    """The k first genes make the cell's sentence (64 in the paper's case study; of the sentences
+    that it trains on it does not say; Geneformer V2 and MaxToki take 4,094, V1 2,048)."""
     prompt: str = "{genes}.\n\nThe corresponding cell type is:"
     """The question put to the model (by default the paper's Figure 4); `{genes}` is the cell
     sentence. `{num_genes}` and `{organism}`, as the model's own templates have, may stand in it."""
@@ -278,37 +290,12 @@ class Profile(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Profile":
+        problem = misfit(self)
         if self.cells == PLANTED_CELLS and self.cells_are != "simulated":
-            raise ValueError(f"cells_are: the cells `{PLANTED_CELLS}` are made up, so this must be "
-                             "`simulated`")
-        if self.model == "train":
-            if self.model_layers is None:
-                raise ValueError("model_layers: a model that is trained needs a number of layers")
-            if self.model_width % self.model_heads:
-                raise ValueError(
-                    f"model_heads: {self.model_heads} heads do not divide model_width "
-                    f"{self.model_width}"
-                )
-        elif self.tokenizer in MADE_HERE:
-            raise ValueError("tokenizer: a loaded model needs its own tokenizer, not "
-                             f"`{self.tokenizer}`")
-        if self.model_layers is not None and self.human_layer >= self.model_layers:
-            raise ValueError(
-                f"human_layer: layer {self.human_layer} asked of a model with "
-                f"{self.model_layers} layers; allowed are 0 to {self.model_layers - 1}"
-            )
-        asked = template_problem(self.prompt, "{genes}", ("{num_genes}", "{organism}"))
-        told = template_problem(self.response, "{label}")
-        if asked or told:
-            raise ValueError(f"prompt: {asked}" if asked else f"response: {told}")
-        if (1 + self.null_draws) * self.fdr <= 1:
-            raise ValueError(f"null_draws: with {self.null_draws} null lists no p-value can be "
-                             f"below the fdr of {self.fdr:g}; use more than {1 / self.fdr:.0f}")
-        if self.list_rule == "share" and self.gene_score != "count":
-            raise ValueError(f"list_rule: a share of the activations needs genes ranked by "
-                             f"`gene_score: count`, not `{self.gene_score}`; use `top` or `all`")
-        if self.buffer_tokens < self.batch_tokens:
-            raise ValueError("buffer_tokens: must be at least batch_tokens")
+            problem = (f"cells_are: the cells `{PLANTED_CELLS}` are made up, so this must be "
+                       "`simulated`")
+        if problem:
+            raise ValueError(problem)
         return self
 
     @property

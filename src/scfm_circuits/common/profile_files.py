@@ -12,10 +12,17 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from scfm_circuits import InputError
+from scfm_circuits.common.encodings import CELL_SENTENCE, RANK_VALUE
+from scfm_circuits.common.labels import template_problem
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
     from pydantic.fields import FieldInfo
+
+    from scfm_circuits.common.profile import Profile
+
+MADE_HERE = ("train", "genes")
+"""Models and tokenizers that a run makes itself; other names are loaded."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -105,3 +112,51 @@ def explained(error: "ValidationError", path: Path, overrides: Mapping[str, Any]
     about = (fields[key].description or "") if key in fields else ""
     about = " ".join(about.split())
     return f"Profile field `{key}` in {source}: {message}{got}. {about}".rstrip()
+
+
+def misfit(profile: "Profile") -> str | None:
+    """What of a profile's fields does not fit together, as `field: why`; None if all do."""
+    if profile.model == "train":
+        if profile.model_layers is None:
+            return "model_layers: a model that is trained needs a number of layers"
+        if profile.model_width % profile.model_heads:
+            return (f"model_heads: {profile.model_heads} heads do not divide model_width "
+                    f"{profile.model_width}")
+    elif profile.tokenizer in MADE_HERE and profile.encoding == CELL_SENTENCE:
+        return f"tokenizer: a loaded model needs its own tokenizer, not `{profile.tokenizer}`"
+    if profile.model_layers is not None and profile.human_layer >= profile.model_layers:
+        return (f"human_layer: layer {profile.human_layer} asked of a model with "
+                f"{profile.model_layers} layers; allowed are 0 to {profile.model_layers - 1}")
+    asked = template_problem(profile.prompt, "{genes}", ("{num_genes}", "{organism}"))
+    told = template_problem(profile.response, "{label}")
+    if asked or told:
+        return f"prompt: {asked}" if asked else f"response: {told}"
+    if (1 + profile.null_draws) * profile.fdr <= 1:
+        return (f"null_draws: with {profile.null_draws} null lists no p-value can be below the fdr "
+                f"of {profile.fdr:g}; use more than {1 / profile.fdr:.0f}")
+    if profile.list_rule == "share" and profile.gene_score != "count":
+        return ("list_rule: a share of the activations needs genes ranked by `gene_score: count`, "
+                f"not `{profile.gene_score}`; use `top` or `all`")
+    if profile.buffer_tokens < profile.batch_tokens:
+        return "buffer_tokens: must be at least batch_tokens"
+    return _wrong_encoding(profile)
+
+
+def _wrong_encoding(profile: "Profile") -> str | None:
+    """What of a profile does not fit its `encoding`, as of `misfit`."""
+    if profile.encoding == CELL_SENTENCE:
+        given = [field for field in ("token_dictionary", "gene_medians", "gene_mapping",
+                                     "ensembl_column") if getattr(profile, field) is not None]
+        return (f"{given[0]}: cell sentences need none; set `encoding` to one of "
+                f"{', '.join(RANK_VALUE)}, or leave it out") if given else None
+    for field in ("token_dictionary", "gene_medians"):
+        if getattr(profile, field) is None:
+            return f"{field}: `encoding: {profile.encoding}` needs the model's own"
+    way = RANK_VALUE[profile.encoding]
+    genes = way.most - len(way.before + way.after)
+    if profile.genes_per_cell > genes:
+        return (f"genes_per_cell: `encoding: {profile.encoding}` takes {genes:,} genes at most, "
+                f"not {profile.genes_per_cell:,}")
+    if profile.model_thinning < 1:
+        return "model_thinning: cells are thinned as cell sentences only; set it to 1"
+    return None

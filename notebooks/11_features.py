@@ -11,16 +11,25 @@
 #   scfm:
 #     after: [05_human_evaluation, 06_enrichment, 07_endothelial_case_study, 08_controls]
 #     produces: [feature_pages/manifest.js, feature_pages/index_*.js, feature_pages/panels_*.js]
+#     page: features
 #     exhibits: "beyond the paper"
 #     modules: [report/boxes/features, report/boxes/feature_files]
 # ---
 
 # %% [markdown]
-# # Every feature, one by one
+# # Explore the features
 #
-# The chapters before judge features by the hundred. This one puts together what they found about each,
-# so that a reader can look one up: {doc}`features` is the index. Two things are added here that ask the
-# weights alone:
+# Every live feature of this run, and every feature of a circuit. Start with those that rules have
+# chosen, or search for a gene, a token, a term or a name such as `L1.F20`; sort by a column, and open
+# a feature by its name. An address such as `features.html#L1.F20` leads to one feature.
+#
+# <!-- generated: features -->
+#
+# ## Where the columns come from
+#
+# {doc}`05_human_evaluation` has the score, {doc}`06_enrichment` terms and controls,
+# {doc}`07_endothelial_case_study` and {doc}`08_controls` the circuits. Two things are added here that
+# ask the weights alone:
 #
 # - **nearest features**: the features, of any layer, whose decoder rows point the same way;
 # - **logits**: the tokens that a feature's decoder row raises and lowers if it is read by the
@@ -40,7 +49,6 @@ from scfm_circuits.report.boxes.features import make_pages
 from scfm_circuits.report.chapter import open_chapter
 
 chapter = open_chapter("11_features", profile, overrides)
-chapter.not_comparable()
 
 # %%
 index, panels = make_pages(chapter.model, chapter.transcoders, chapter.statistics, chapter.corpus,

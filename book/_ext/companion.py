@@ -56,7 +56,7 @@ def footer(
     kind = "real" if run["cells_are"] == "real" else "simulated"
     lines = []
     if chapter is not None:
-        source = f"{page}.py"
+        source = chapter.get("source", f"{page}.py")
         lines.append(
             f'This page: <a href="{escape(link(f"downloads/notebooks/{source}"), quote=True)}">'
             f"notebooks/{escape(source)}</a>, executed {escape(chapter['executed_at'])} "

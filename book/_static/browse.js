@@ -5,6 +5,10 @@
    a page opened from disk may load a script but not fetch a file. Each column has its distinct
    `values` in sorting order and, for every row, a code: an index into them, -1 if missing.
 
+   A box may name a column to group its rows by and columns that a row shows only when it is opened.
+   What is searched, chosen and sorted is kept in the page's address, if the page has one such table:
+   #q=blood&verdict=match&sort=-paper.
+
    Texts come from strangers: they reach the page through textContent only. */
 "use strict";
 (window.companionParts ??= []).push(({ element, loaded, whenNear }) => {
@@ -48,6 +52,13 @@
       this.page = 0;
       this.chosen = new Map();
       this.sorted = null;
+      const named = (name) => this.columns.find((column) => column.name === name);
+      const { by, folded, filters } = JSON.parse(box.dataset.grouped ?? "{}");
+      this.group = named(by);
+      this.folded = (folded ?? []).map(named);
+      this.filters = this.columns.filter((one) => one.choose
+        && (filters === undefined || filters.includes(one.name)));
+      this.seen = this.columns.filter((one) => one !== this.group && !this.folded.includes(one));
       this.order = Int32Array.from({ length: this.rows }, (_, row) => row);
       this.scroll = box.querySelector(".table-scroll");
       this.body = box.querySelector("tbody");
@@ -55,11 +66,60 @@
     }
 
     start() {
-      this.heads.forEach((head, index) => this.addSorting(head, this.columns[index]));
+      this.heads.forEach((head, index) => {
+        this.addSorting(head, this.columns[index]);
+        head.hidden = !this.seen.includes(this.columns[index]);
+      });
+      if (this.group) this.box.querySelector("table").classList.add("stacks");
+      if (this.folded.length) {
+        this.heads[0].parentElement.append(element("th", { scope: "col", className: "opens" },
+          element("span", { className: "visually-hidden" }, "Details")));
+      }
       this.scroll.before(this.controls());
       this.scroll.after(this.pager());
       this.box.querySelector(".table-count")?.remove();
+      this.alone = document.querySelectorAll(".browse[data-source], .circuit").length === 1;
+      if (this.alone) window.addEventListener("hashchange", () => this.read());
+      this.read();
       this.select();
+    }
+
+    // --- the address ---
+
+    /** Take search, choices and order from the address if it has any of this table's. */
+    read() {
+      if (!this.alone) return;
+      const state = new URLSearchParams(location.hash.slice(1));
+      const known = ["q", "sort", ...this.choices.keys()].some((name) => state.has(name));
+      if (!known) return;
+      this.search.value = state.get("q") ?? "";
+      for (const [name, list] of this.choices) {
+        const wanted = state.get(name);
+        const option = [...list.options].find((one) => one.value && one.text === wanted);
+        list.value = option?.value ?? "";
+        this.choose(name);
+      }
+      const sort = state.get("sort") ?? "";
+      const column = this.columns.find(({ name }) => name === sort.replace(/^-/, ""));
+      this.sorted = column ? { column, down: sort.startsWith("-") } : null;
+      this.arrange();
+      this.select();
+      this.box.scrollIntoView();
+    }
+
+    write() {
+      if (!this.alone) return;
+      const state = new URLSearchParams();
+      if (this.search.value) state.set("q", this.search.value);
+      for (const [name, list] of this.choices) {
+        if (list.value) state.set(name, list.selectedOptions[0].text);
+      }
+      if (this.sorted) state.set("sort", `${this.sorted.down ? "-" : ""}${this.sorted.column.name}`);
+      // Another anchor of the page stays until something is chosen.
+      if (String(state) || /=/.test(location.hash)) {
+        history.replaceState(null, "", `${location.pathname}${location.search}${
+          String(state) && "#"}${state}`);
+      }
     }
 
     // --- what the reader handles ---
@@ -77,8 +137,8 @@
       const group = element("div", {
         className: "browse-controls", role: "group", "aria-label": "Search and filter",
       }, element("label", { className: "browse-search" }, "Search ", this.search));
-      this.choices = this.columns.filter((column) => column.choose)
-        .map((column) => this.choice(column, group));
+      this.choices = new Map(this.filters
+        .map((column) => [column.name, this.choice(column, group)]));
       if (this.columns.some((column) => column.kind === "long")) group.append(this.unclamping());
       const reset = element("button", { type: "button" }, "Reset");
       reset.addEventListener("click", () => this.reset());
@@ -92,12 +152,18 @@
       if (column.incomplete) options.push(new Option("(none)", "-1"));
       const list = element("select", {}, new Option("all", ""), ...options);
       list.addEventListener("change", () => {
-        if (list.value === "") this.chosen.delete(column);
-        else this.chosen.set(column, Number(list.value));
+        this.choose(column.name);
         this.select();
       });
       group.append(element("label", {}, element("span", {}, column.name), " ", list));
       return list;
+    }
+
+    choose(name) {
+      const column = this.columns.find((one) => one.name === name);
+      const { value } = this.choices.get(name);
+      if (value === "") this.chosen.delete(column);
+      else this.chosen.set(column, Number(value));
     }
 
     unclamping() {
@@ -134,7 +200,7 @@
 
     reset() {
       this.search.value = "";
-      for (const list of this.choices) list.value = "";
+      for (const list of this.choices.values()) list.value = "";
       this.chosen.clear();
       this.sort(null);
     }
@@ -147,13 +213,19 @@
       const down = column !== null && before?.column === column && !before.down;
       const again = column === null || (before?.column === column && before.down);
       this.sorted = again ? null : { column, down };
-      this.order.sort((a, b) => a - b);
-      if (this.sorted) {
-        const { codes } = column;
-        const sign = down ? -1 : 1;
-        this.order.sort((a, b) => (codes[a] < 0 || codes[b] < 0
-          ? (codes[a] < 0) - (codes[b] < 0) : sign * (codes[a] - codes[b])) || a - b);
-      }
+      this.arrange();
+      this.select();
+    }
+
+    /** Put the rows in the order that is asked for, which leaves groups together. */
+    arrange() {
+      const { column, down } = this.sorted ?? {};
+      const groups = this.sorted && this.group ? this.group.codes : null;
+      const { codes } = column ?? {};
+      const sign = down ? -1 : 1;
+      this.order.sort((a, b) => (groups ? groups[a] - groups[b] : 0) || (codes
+        ? (codes[a] < 0 || codes[b] < 0 ? (codes[a] < 0) - (codes[b] < 0)
+          : sign * (codes[a] - codes[b])) : 0) || a - b);
       this.heads.forEach((head, index) => {
         if (this.columns[index] === this.sorted?.column) {
           head.setAttribute("aria-sort", down ? "descending" : "ascending");
@@ -161,7 +233,6 @@
           head.removeAttribute("aria-sort");
         }
       });
-      this.select();
     }
 
     /** Apply search and choices, and go to the first page. */
@@ -177,6 +248,7 @@
       }
       this.selected = this.order.filter((row) => keep[row]);
       this.page = 0;
+      this.write();
       this.show();
     }
 
@@ -186,7 +258,8 @@
       const total = this.selected.length;
       const first = this.page * this.size;
       const rows = [...this.selected.subarray(first, first + this.size)];
-      this.body.replaceChildren(...rows.map((row) => this.line(row)));
+      this.body.replaceChildren(...rows.flatMap((row, i) =>
+        [...this.heading(row, rows[i - 1]), this.line(row)]));
       this.scroll.scrollTop = 0;
       this.previous.setAttribute("aria-disabled", String(first === 0));
       this.next.setAttribute("aria-disabled", String(first + this.size >= total));
@@ -196,9 +269,41 @@
         : `rows ${counted(first + 1)} to ${counted(first + rows.length)} of ${of}`;
     }
 
+    /** The heading above the first row of a group, with how many of its rows are selected. */
+    heading(row, before) {
+      if (!this.group) return [];
+      const { codes } = this.group;
+      if (before !== undefined && codes[before] === codes[row]) return [];
+      const n = this.selected.reduce((sum, one) => sum + (codes[one] === codes[row]), 0);
+      return [element("tr", { className: "group" }, element("th", {
+        scope: "rowgroup", colSpan: this.seen.length + (this.folded.length > 0),
+      }, this.group.text(row) || "(none)", element("span", {}, ` ${n}`)))];
+    }
+
+    /** The cell that opens what a row has folded. */
+    opening(row) {
+      const button = element("button", { type: "button", "aria-expanded": "false",
+        "aria-label": "Details" }, "+");
+      button.addEventListener("click", () => {
+        const line = button.closest("tr");
+        const open = button.getAttribute("aria-expanded") === "true";
+        button.setAttribute("aria-expanded", String(!open));
+        button.textContent = open ? "+" : "\u2212";
+        if (open) {
+          line.nextSibling.remove();
+          return;
+        }
+        const said = this.folded.filter((column) => column.text(row));
+        line.after(element("tr", { className: "unfolded" },
+          element("td", { colSpan: this.seen.length + 1 }, element("dl", {}, ...said.flatMap(
+            (column) => [element("dt", {}, column.name), element("dd", {}, column.text(row))])))));
+      });
+      return element("td", { className: "opens" }, button);
+    }
+
     line(row) {
-      return element("tr", {}, ...this.columns.map((column) => {
-        const cell = element("td", { className: column.kind });
+      const cells = this.seen.map((column) => {
+        const cell = element("td", { className: column.kind, "data-label": column.name });
         const text = column.text(row);
         const address = text && column.link ? this.address(column.link, row) : null;
         const shown = address ? element("a", { href: address }, text) : text;
@@ -208,7 +313,8 @@
           cell.append(shown);
         }
         return cell;
-      }));
+      });
+      return element("tr", {}, ...cells, ...(this.folded.length ? [this.opening(row)] : []));
     }
 
     /** A row's address; null if a text that belongs in it is missing. */

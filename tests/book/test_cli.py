@@ -512,13 +512,27 @@ def test_a_cell_is_shown_only_if_its_value_holds(project: Project, holds: bool |
     values.parent.mkdir(parents=True, exist_ok=True)
     values.write_text(json.dumps({"a.tested": holds, "b": 1}))
     (project.root / "staged").mkdir()
-    pages._stage_notebook(run, "01_first", project.root / "staged")
+    pages._stage_notebook(run, run.notebooks[0], project.root / "staged")
     staged = (project.root / "staged" / "01_first.ipynb").read_text()
     assert ("The text" in staged) == ("the_code" in staged) == bool(holds)
     assert "after = 2" in staged and "The text" in run.output("01_first").read_text()
     values.write_text("{}")
     with pytest.raises(InputError, match=r"01_first is to be shown only if 'a\.tested' holds"):
-        pages._stage_notebook(run, "01_first", project.root / "staged")
+        pages._stage_notebook(run, run.notebooks[0], project.root / "staged")
+
+
+def test_a_notebook_may_be_shown_on_a_page_of_another_name(project: Project) -> None:
+    project.notebook("01_first", "# %% [markdown]\n# <!-- generated: features -->\n",
+                     header="{page: all}")
+    project.command("execute")
+    run = load_run("tiny")
+    staged = project.root / "staged"
+    staged.mkdir()
+    (run.profile.results / "values").mkdir(exist_ok=True)
+    (run.profile.results / "values" / "01_first.json").write_text("{}")
+    pages._stage_notebook(run, run.notebooks[0], staged)
+    assert [path.name for path in staged.iterdir()] == ["all.ipynb"]
+    assert "This run has no feature pages." in (staged / "all.ipynb").read_text()
 
 
 def test_the_last_line_says_which_gene_sets_are_missing(

@@ -11,14 +11,14 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 import pytest
-from browser import ANSWER, answer_in, opened
+from browser import ANSWER, answer_in, driven, opened
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scfm_circuits import InputError
 from scfm_circuits.common.profile import load_profile
-from scfm_circuits.report.report import Report
-from scfm_circuits.report.tables import data_script, shown_columns
+from scfm_circuits.report.report import Report, Shown
+from scfm_circuits.report.tables import Grouped, data_script, shown_columns
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = ("</script><img src=x onerror=\"document.title='broken'\">' \\ \u2028 \u2029 <!-- ]]> "
@@ -225,18 +225,25 @@ drive().catch((error) => String(error)).then(answered);
 """
 
 
+def paged(shown: Shown, folder: Path, root: Path, scripts: str = "") -> str:
+    """The address of a page with this table and these scripts."""
+    shutil.copytree(folder, root / "downloads" / "tables")
+    for name in ("browse.js", "dom.js"):
+        shutil.copy(ROOT / "book" / "_static" / name, root)
+    page = root / "page.html"
+    page.write_text(
+        '<!doctype html><meta charset="utf-8"><title>Features</title>'
+        '<script src="dom.js"></script><script src="browse.js"></script>'
+        f'{shown.bundle["text/html"]}{scripts}')
+    return page.as_uri()
+
+
 def test_a_browser_searches_sorts_chooses_and_pages(
     report: Report, folder: Path, tmp_path: Path
 ) -> None:
     frame = features(60)
     shown = report.browse("features", frame, rows=25, links={"term": "https://a.org/{go}"})
-    shutil.copytree(folder, tmp_path / "downloads" / "tables")
-    for name in ("browse.js", "dom.js"):
-        shutil.copy(ROOT / "book" / "_static" / name, tmp_path)
-    (tmp_path / "page.html").write_text(
-        '<!doctype html><meta charset="utf-8"><title>Features</title>'
-        '<script src="dom.js"></script><script src="browse.js"></script>'
-        f'{shown.bundle["text/html"]}<script>{ANSWER}{DRIVER}</script>')
+    paged(shown, folder, tmp_path, f"<script>{ANSWER}{DRIVER}</script>")
     page = opened(tmp_path / "page.html", marker="<title>Features</title>", budget=60_000)
     answer = answer_in(page)
     assert isinstance(answer, dict), answer
@@ -259,3 +266,54 @@ def test_a_browser_searches_sorts_chooses_and_pages(
     assert told["layer"] == ["rows 1 to 20 of 20 found in 60", texts[1::3]]
     assert links == [f"https://a.org/{quote(text)}" for text in frame["go"][:25].dropna()]
     assert answer["foreign"] == 0 and answer["title"] == "Features"
+
+
+def test_groups_stay_together_rows_open_and_the_address_keeps_the_choice(
+    report: Report, folder: Path, tmp_path: Path
+) -> None:
+    frame = features(30).drop(2).sort_values("layer", kind="stable")[
+        ["layer", "q", "go", "genes", "beyond"]]
+    shown = report.browse("claims", frame, rows=30, grouped=Grouped("layer", ["genes", "beyond"],
+                                                                    ["go", "beyond"]))
+    address = paged(shown, folder, tmp_path)
+    rows = "[...document.querySelectorAll('tbody tr')].map((row) => row.textContent)"
+    listed = "document.querySelector('[role=status]')?.textContent"
+    with driven(tmp_path / "browser") as tab:
+        tab.open(address)
+        tab.until(listed)
+        texts = tab.run(rows)
+        assert [text for text in texts if len(text) < 6] == ["0 10", "1 10", "2 9"]
+        assert len(texts) == 32 and tab.run("location.hash") == ""
+        assert tab.run("[...document.querySelectorAll('select')].length") == 2
+        # Sorted, each group by itself: the smallest q of each stands below its heading.
+        tab.run("[...document.querySelectorAll('thead button')][1].click()")
+        texts = tab.run(rows)
+        (column,) = (one for one in shown_columns(frame, 4) if one.name == "q")
+        for layer, heading in enumerate(("0 10", "1 10", "2 9")):
+            first = texts[texts.index(heading) + 1]
+            least = frame.loc[frame["layer"] == layer, "q"].min()
+            assert first.startswith(column.texts[column.values.index(least)])
+        tab.run("document.querySelectorAll('td.opens button')[0].click()")
+        assert "GENE" in tab.run("document.querySelector('tr.unfolded').textContent")
+        tab.run("document.querySelectorAll('td.opens button')[0].click()")
+        assert tab.run("!document.querySelector('tr.unfolded')")
+        tab.run("""{ const [list] = document.querySelectorAll('select');
+            list.value = '1'; list.dispatchEvent(new Event('change')); }""")
+        chosen = tab.run(rows)
+        assert tab.run("location.hash") == "#go=GO%3A0000001&sort=q" and len(chosen) < 12
+        tab.open("about:blank")
+        tab.open(f"{address}#go=GO%3A0000001&sort=q")
+        tab.until(listed)
+        assert tab.run(rows) == chosen
+        # A link in the page leads to rows as well; what the table does not know is left alone.
+        tab.run("location.hash = 'beyond=True'")
+        tab.until(f"{listed}.includes('found')")
+        assert tab.run(rows) != chosen
+        before = tab.run(rows)
+        tab.run("location.hash = 'a-heading'")
+        assert tab.run(rows) == before and tab.errors == []
+
+
+def test_a_table_is_grouped_by_what_it_has(report: Report) -> None:
+    with pytest.raises(InputError, match="fold or filter by 'no'; name a column"):
+        report.browse("claims", features(3), grouped=Grouped("layer", ["no"]))

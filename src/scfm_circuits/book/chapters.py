@@ -55,6 +55,12 @@ class Notebook:
     """The package's modules that do its work, for the exhibit map."""
     libraries: tuple[str, ...] = ()
     """The gene-set libraries it reads: their names, or profile fields that hold them."""
+    shown_as: str = ""
+    """The name of its page, where that is not its own name (`page` in the header)."""
+
+    @property
+    def page(self) -> str:
+        return self.shown_as or self.name
 
     @property
     def name(self) -> str:
@@ -117,7 +123,7 @@ def _read_header(path: Path, before: tuple[str, ...]) -> Notebook:
             f'{path} has no cell tagged "parameters"; start one with `# %% tags=["parameters"]`.'
         )
     own = ((header or {}).get("jupyter") or {}).get("scfm") or {}
-    unknown = set(own) - {"after", "produces", "exhibits", "modules", "libraries"}
+    unknown = set(own) - {"after", "produces", "exhibits", "modules", "libraries", "page"}
     if unknown:
         raise InputError(f"The header of {path} has the unknown key scfm.{min(unknown)}.")
     after = tuple(own.get("after", before))
@@ -128,7 +134,8 @@ def _read_header(path: Path, before: tuple[str, ...]) -> Notebook:
                 "which is no notebook before it."
             )
     return Notebook(path, after, tuple(own.get("produces", ())), str(own.get("exhibits", "")),
-                    tuple(own.get("modules", ())), tuple(own.get("libraries", ())))
+                    tuple(own.get("modules", ())), tuple(own.get("libraries", ())),
+                    str(own.get("page", "")))
 
 
 def _hash_files(paths: Iterable[Path]) -> str:

@@ -27,7 +27,7 @@ import yaml
 
 from scfm_circuits import InputError
 from scfm_circuits.book import front_page, search_words
-from scfm_circuits.book.chapters import Run, plan
+from scfm_circuits.book.chapters import Notebook, Run, plan
 from scfm_circuits.book.execution import ExecutionFailed
 from scfm_circuits.book.gate import without_colours
 from scfm_circuits.common.files import only_one, read_json, sha256_of_file, write_atomic, write_json
@@ -132,7 +132,7 @@ def _check_contents(run: Run) -> None:
     """Every notebook is in the table of contents, and nothing in it is missing."""
     contents = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
     listed = set(_listed(contents))
-    notebooks = {notebook.name for notebook in run.notebooks}
+    notebooks = {notebook.page for notebook in run.notebooks}
     pages = {path.stem for path in BOOK.glob("*.md")}
     unlisted, missing = notebooks - listed, listed - notebooks - pages
     if unlisted:
@@ -159,7 +159,7 @@ def stage(run: Run, source: Path) -> None:
     for page in source.glob("*.md"):
         page.write_text(_filled(run, page.read_text(encoding="utf-8")), encoding="utf-8")
     for notebook in run.notebooks:
-        _stage_notebook(run, notebook.name, source)
+        _stage_notebook(run, notebook, source)
     downloads = source / "_extra" / "downloads"
     for path in _downloads(run):
         target = downloads / path.relative_to(run.profile.results)
@@ -170,7 +170,8 @@ def stage(run: Run, source: Path) -> None:
         shutil.copyfile(notebook.path, downloads / "notebooks" / notebook.path.name)
     write_atomic(source / "_extra" / search_words.FILE, search_words.script(run.profile.results))
     # What the local Sphinx extensions show on the pages.
-    records = {notebook.name: _record(run, notebook.name) for notebook in run.notebooks}
+    records = {notebook.page: {**_record(run, notebook.name), "source": notebook.path.name}
+               for notebook in run.notebooks}
     write_json(source / "companion.json", {
         "run": read_json(run.profile.results / "provenance.json"),
         "chapters": records,
@@ -188,14 +189,15 @@ def _record(run: Run, name: str) -> dict[str, Any]:
     return record
 
 
-def _stage_notebook(run: Run, name: str, source: Path) -> None:
-    """Copy a notebook without the cells that only carry papermill's parameters, and without those
-    of what this run could not test: `only-if:KEY` among their tags names a value of the chapter.
+def _stage_notebook(run: Run, notebook: Notebook, source: Path) -> None:
+    """Copy a notebook with its generated parts filled, without the cells that only carry
+    papermill's parameters, and without those of what this run could not test: `only-if:KEY` among
+    their tags names a value of the chapter.
 
     Raises InputError for a tag whose value the chapter does not keep.
     """
-    executed = run.output(name)
-    node = read_json(executed)
+    name = notebook.name
+    node = read_json(run.output(name))
     values = read_json(run.profile.results / "values" / f"{name}.json")
     cells = []
     for cell in node["cells"]:
@@ -209,9 +211,11 @@ def _stage_notebook(run: Run, name: str, source: Path) -> None:
             if key not in values:
                 raise InputError(f"A cell of {name} is to be shown only if {key!r} holds, and the "
                                  "chapter keeps no such value; correct its tag.")
+        if cell["cell_type"] == "markdown":
+            cell["source"] = _filled(run, "".join(cell["source"]))
         if all(values[key] for key in conditions):
             cells.append(cell)
-    write_atomic(source / executed.name, json.dumps({**node, "cells": cells}, indent=1))
+    write_atomic(source / f"{notebook.page}.ipynb", json.dumps({**node, "cells": cells}, indent=1))
 
 
 # --- generated parts of the prose ----------------------------------------------------------------
@@ -244,7 +248,7 @@ def exhibit_map(run: Run) -> str:
         record = _record(run, notebook.name)
         rows.append([
             notebook.exhibits or "beyond the paper",
-            f"[{_cell(record['title'])}]({notebook.name}.ipynb)",
+            f"[{_cell(record['title'])}]({notebook.page}.ipynb)",
             ", ".join(f"`{module}`" for module in notebook.modules),
             "<br>".join(f"`{pattern}`" for pattern in notebook.produces),
             f"{record['seconds']:.0f} s",

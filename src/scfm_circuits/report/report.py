@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from scfm_circuits import InputError
 from scfm_circuits.common.files import atomic_path, write_atomic, write_json
 from scfm_circuits.common.profile import Profile
-from scfm_circuits.report.tables import browsable, number, plain, table_bundle
+from scfm_circuits.report.tables import Grouped, browsable, number, plain, table_bundle
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,7 +62,7 @@ class Report:
     def browse(
         self, name: str, frame: "pd.DataFrame", *,
         caption: str | None = None, rows: int = 25, digits: int = 4,
-        links: Mapping[str, str] | None = None,
+        links: Mapping[str, str] | None = None, grouped: Grouped | None = None,
     ) -> Shown:
         """Write `tables/<name>.csv` in full and show a table to search, sort, filter and page.
 
@@ -71,13 +71,13 @@ class Report:
 
         links: for a column, the address behind its texts. Other columns' texts are filled in by
         name, as in `{"best_term": "https://amigo.geneontology.org/amigo/term/{go_id}"}`; a row
-        that lacks one of them has no link.
+        that lacks one of them has no link. grouped: headings between the rows, and what is folded.
 
-        Raises InputError if `rows` is not positive, or if a link names a column that is not there
-        or leads anywhere but to a web address or a path in the book.
+        Raises InputError if `rows` is not positive, if a link or `grouped` names a column that is
+        not there, or if a link leads anywhere but to a web address or a path in the book.
         """
         path = self._csv(name)
-        bundle, script = browsable(frame, caption, rows, digits, path, links)
+        bundle, script = browsable(frame, caption, rows, digits, path, links, grouped)
         write_atomic(path, _csv_text(frame))
         write_atomic(path.with_suffix(".js"), script)
         return Shown(bundle)

@@ -51,6 +51,17 @@ class Column(NamedTuple):
     """Whether it holds anything but floating-point numbers."""
 
 
+class Grouped(NamedTuple):
+    """How the rows of a browsable table are put in groups and shortened; all are column names."""
+
+    by: str
+    """The column by which the frame is sorted: its texts are headings between the rows."""
+    folded: Sequence[str] = ()
+    """Columns that a row shows when it is opened."""
+    filters: Sequence[str] = ()
+    """The columns whose values can be chosen, where they are few."""
+
+
 def plain(value: Any) -> Any:
     """A numpy scalar as a Python one; NaN and infinity as None, as JSON has neither."""
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
@@ -111,16 +122,22 @@ def table_bundle(
 
 def browsable(
     frame: "pd.DataFrame", caption: str | None, rows: int, digits: int, path: Path,
-    links: Mapping[str, str] | None,
+    links: Mapping[str, str] | None, grouped: "Grouped | None" = None,
 ) -> tuple[dict[str, str], str]:
     """A table that browse.js takes over: the MIME bundle of its first rows, and the data script.
 
     path: of the CSV; the data script is meant to stand beside it, as `<name>.js`.
-    Raises InputError if `rows` is not positive or `links` are not as `Report.browse` says.
+    Raises InputError if `rows` is not positive, or if `links` or `grouped` are not as
+    `Report.browse` says.
     """
     if rows < 1:
         raise InputError(f"The table {path.stem} must show at least one row, not {rows}.")
     columns = shown_columns(frame, digits)
+    named = [grouped.by, *grouped.folded, *grouped.filters] if grouped else []
+    for name in named:
+        if name not in frame.columns:
+            raise InputError(f"The table {path.stem} is to group, fold or filter by {name!r}; "
+                             "name a column that it has.")
     addresses = _addresses([column.name for column in columns], links or {})
     script = data_script(path.stem, columns, addresses)
     part = frame.head(rows)
@@ -130,11 +147,16 @@ def browsable(
     body = _boxed(_table_html(first, addresses, clamped=True), caption, _counted(part, frame), path)
     source = f"downloads/tables/{path.stem}.js?v={version_of(script)}"
     box = (f'<div class="browse" data-table="{path.stem}" data-source="{source}" '
-           f'data-rows="{rows}">')
+           f'data-rows="{rows}"{_grouping(grouped)}>')
     return {
         "text/html": f"{box}\n{body}\n</div>",
         "text/plain": _plain_text(part, frame, caption, digits, path),
     }, script
+
+
+def _grouping(grouped: "Grouped | None") -> str:
+    """What browse.js is told of a grouped table, as an attribute."""
+    return f' data-grouped="{html.escape(json.dumps(grouped._asdict()))}"' if grouped else ""
 
 
 def data_script(

@@ -20,6 +20,7 @@ from matplotlib.text import Text
 from scfm_circuits.circuits.attribution import freeze
 from scfm_circuits.circuits.circuit import Circuit
 from scfm_circuits.circuits.search import strongest_features, trace_feature
+from scfm_circuits.common.profile import load_profile
 from scfm_circuits.features.known_truth import ALWAYS, TRANSCODERS
 from scfm_circuits.features.unit_scores import AUROC, F1
 from scfm_circuits.interpretability.scores import EITHER, FAMILY, GENE, NONE, SUB_WORD
@@ -186,6 +187,15 @@ def share_with_controls() -> tuple[Figure, list[str]]:
         "$a$\ngenes by by $x$", "b_c^d\ngenes by by $x$", "$null$ x"]
 
 
+def table4_with_nulls() -> tuple[Figure, list[str]]:
+    profile = load_profile("demo")
+    frame = pd.DataFrame([(kind, layer) for kind in ("features", "uniform", "MLP neurons")
+                          for layer in (0, 1)], columns=["lists", "layer"])
+    frame = frame.assign(gene_rule=profile.gene_rule, rule=profile.enrichment_rule,
+                         percentage=5.0, lower_95=4.0, upper_95=6.0)
+    return enrichment.table4_with_nulls(frame, profile, np.full(24, 80.0)), []
+
+
 def beyond_controls() -> tuple[Figure, list[str]]:
     return enrichment.beyond_controls([0, 1], {"a $x$ b": [1.0, 2.0]}), ["a $x$ b"]
 
@@ -238,7 +248,8 @@ FIGURES: dict[str, Callable[[], tuple[Figure, list[str]]]] = {one.__name__: one 
     faithfulness, predictions, task_curves, knock_outs, circuit_flow, training_curve,
     transcoder_curves,
     loss_comparison, layer_alone,
-    share_with_controls, beyond_controls, explained_per_layer, prediction_by_kind, l0_per_layer,
+    share_with_controls, table4_with_nulls, beyond_controls, explained_per_layer,
+    prediction_by_kind, l0_per_layer,
     frequency_distribution, confusion_matrix, answers_by_layer,
     known_truth_scores, both_tokenizers, call_sentence)} | {"variants": all_variants}
 

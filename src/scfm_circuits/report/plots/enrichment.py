@@ -1,6 +1,7 @@
 """Figures of enrichment: Table 4 beside its controls."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,9 @@ from scfm_circuits.report.plots.style import (
     panels,
     ticks,
 )
+
+if TYPE_CHECKING:
+    from scfm_circuits.common.profile import Profile
 
 _RULE_TITLES = {"enrichr": "rule enrichr (the paper's, likely)", "corpus": "rule corpus",
                 "gseapy": "rule gseapy"}
@@ -62,6 +66,42 @@ def share_with_controls(frame: pd.DataFrame, joint: pd.DataFrame,
     named = {label: handle for axis in axes
              for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def table4_with_nulls(shares: pd.DataFrame, profile: "Profile",
+                      paper: np.ndarray | None = None) -> Figure:
+    """Table 4 as one picture: the share called interpretable by layer, beside what it has to beat.
+
+    shares: as for `share_with_controls`, of which the rows of the profile's two rules are drawn. A
+    band goes from the lowest to the highest of its kinds, with their intervals. paper: its
+    percentages, drawn at the same relative depth.
+    """
+    own = shares[(shares["gene_rule"] == profile.gene_rule)
+                 & (shares["rule"] == profile.enrichment_rule)]
+    figure, (axis,) = panels(1, width=6.5, height=4)
+    n_layers = int(own["layer"].max()) + 1
+    random = [kind for kind in _CONTROL_COLOURS if kind not in _MARKERS]
+    for kinds, colour, label in (
+            (random, GREY, "lists of random genes or tokens"),
+            (list(_MARKERS), ORANGE, "untrained features, neurons, components")):
+        band = own[own["lists"].isin(kinds)].groupby("layer")
+        axis.fill_between(sorted(own["layer"].unique()), band["lower_95"].min(),
+                          band["upper_95"].max(), color=colour, alpha=0.35, linewidth=0,
+                          label=label)
+    if paper is not None:
+        axis.plot(np.linspace(0, n_layers - 1, len(paper)), paper, "--", color="black",
+                  linewidth=1.5, label=f"the paper, {len(paper)} layers")
+    features = own[own["lists"] == "features"].sort_values("layer")
+    axis.plot(features["layer"], features["percentage"], "o-", color=BLUE, linewidth=2.5,
+              label="features of this run")
+    axis.axhline(80, color="0.4", linewidth=0.8)
+    axis.text(n_layers - 1, 78.5, "80 %: the paper's claim", va="top", ha="right", fontsize=11,
+              color="0.2")
+    at = "" if paper is None else " (the paper's at the same relative depth)"
+    axis.set(xlabel=f"layer{at}", ylabel="lists called interpretable (%)", ylim=(0, 103),
+             xticks=ticks(n_layers))
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=11)
     return figure
 
 

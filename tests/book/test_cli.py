@@ -22,6 +22,7 @@ from scfm_circuits.book import cli as book
 from scfm_circuits.book import execution, gate, pages
 from scfm_circuits.book.chapters import load_run, plan
 from scfm_circuits.common import files, kept, manifest, profile
+from scfm_circuits.common.files import write_json
 from scfm_circuits.report import tables as report_tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -533,6 +534,53 @@ def test_a_notebook_may_be_shown_on_a_page_of_another_name(project: Project) -> 
     pages._stage_notebook(run, run.notebooks[0], staged)
     assert [path.name for path in staged.iterdir()] == ["all.ipynb"]
     assert "This run has no feature pages." in (staged / "all.ipynb").read_text()
+
+
+def staged_cells(project: Project, body: str, values: dict[str, bool]) -> list[str]:
+    """The sources of a notebook's cells as they are staged."""
+    project.notebook("01_first", body)
+    project.command("execute")
+    run = load_run("tiny")
+    write_json(run.profile.results / "values" / "01_first.json", values)
+    (project.root / "staged").mkdir(exist_ok=True)
+    pages._stage_notebook(run, run.notebooks[0], project.root / "staged")
+    staged = json.loads((project.root / "staged" / "01_first.ipynb").read_text())
+    return ["".join(cell["source"]) for cell in staged["cells"]]
+
+
+def test_a_fold_goes_on_to_the_next_fold_or_heading(project: Project) -> None:
+    cells = staged_cells(project, """
+# %% [markdown] tags=["fold:More & more"]
+# Folded.
+
+# %%
+1 + 1
+
+# %% [markdown] tags=["unfold"]
+# Seen.
+
+# %% tags=["fold:Not to be seen", "only-if:tested"]
+2 + 2
+
+# %% tags=["fold:Nothing in it"]
+x = 3
+
+# %% [markdown]
+# ## A heading
+""", {"tested": False})
+    begin = '<details class="fold"><summary>More &amp; more</summary>'
+    assert cells[-7:] == [begin, "Folded.", "1 + 1", "</details>",
+                          "Seen.", "x = 3", "## A heading"]
+
+
+def test_a_fold_does_not_tear_a_section(project: Project) -> None:
+    with pytest.raises(InputError, match=r"'## Torn' of 01_first is inside the fold 'More'"):
+        staged_cells(project, """
+# %% [markdown] tags=["fold:More"]
+# Folded.
+#
+# ## Torn
+""", {})
 
 
 def test_the_last_line_says_which_gene_sets_are_missing(

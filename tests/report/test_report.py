@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from scfm_circuits import InputError
 from scfm_circuits.common.profile import load_profile
+from scfm_circuits.report.headings import heading
 from scfm_circuits.report.report import Report, readable
 
 
@@ -56,7 +57,7 @@ def test_any_text_stays_text(cell: str, caption: str) -> None:
     shown = Report(load_profile("smoke"), "c").show(
         pd.DataFrame({cell: [cell]}), caption=caption)
     page = Reader(shown.bundle["text/html"])
-    assert page.cells == [caption, cell, cell]
+    assert page.cells == [caption, heading(cell), cell]
     assert [tag for tag, _ in page.tags] == [
         "p", "div", "table", "thead", "tr", "th", "tbody", "tr", "td"]
 
@@ -86,6 +87,23 @@ def test_a_table_is_written_in_full_and_shown_in_part(report: Report, tmp_path: 
                           "2 of 5 rows; numbers.csv"]
     assert ("a", {"href": "downloads/tables/numbers.csv"}) in page.tags
     assert "c  " not in shown.bundle["text/plain"]
+
+
+def test_the_page_has_words_over_columns_and_the_file_their_names(
+    report: Report, tmp_path: Path
+) -> None:
+    frame = pd.DataFrame({"l0": [1.5], "held_out": [2], "T_cell": [3]})
+    page = Reader(report.table("numbers", frame).bundle["text/html"])
+    assert page.cells[:3] == ["L0", "held out", "T_cell"]
+    assert (tmp_path / "smoke" / "tables" / "numbers.csv").read_text().startswith(
+        "l0,held_out,T_cell")
+
+
+def test_a_table_without_rows_is_a_link_to_its_file(report: Report) -> None:
+    shown = report.table("numbers", pd.DataFrame({"x": range(1500)}), rows=0).bundle["text/html"]
+    page = Reader(shown)
+    assert page.cells == ["1,500 rows in numbers.csv"]
+    assert ("a", {"href": "downloads/tables/numbers.csv"}) in page.tags
 
 
 def test_missing_numbers_are_blank(report: Report) -> None:

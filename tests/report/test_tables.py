@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from scfm_circuits import InputError
 from scfm_circuits.common.profile import load_profile
+from scfm_circuits.report.headings import heading
 from scfm_circuits.report.report import Report, Shown
 from scfm_circuits.report.tables import Grouped, data_script, shown_columns
 
@@ -134,7 +135,7 @@ def test_no_text_ends_the_script_or_the_cell(name: str, cell: str, long: str) ->
     script = data_script("t", shown_columns(frame, 4), {})
     assert script.isascii() and not set("<>&") & set(script) and script.count("\n") == 1
     _, table = parsed(script)
-    assert [column["name"] for column in table["columns"]] == [name, HOSTILE]
+    assert [column["name"] for column in table["columns"]] == [heading(name), HOSTILE]
     assert rows_of(table) == [(cell, long + HOSTILE)]
 
 

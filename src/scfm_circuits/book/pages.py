@@ -13,13 +13,14 @@ pages are moved to `html-old/`, and they are removed when the new ones are there
 import csv
 import hashlib
 import html
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ DOWNLOADS = ("tables/*.csv", "tables/*.js", "figures/*.png", "figures/*.svg", "c
 """Results that are copied beside the pages; transcoder weights stay where they are."""
 ONLY_IF = "only-if:"
 """Begins a tag: the cell is shown only if a value of its chapter, named behind it, is true."""
+FOLD, UNFOLD = "fold:", "unfold"
+"""Begin and end a fold: it has the title behind `fold:`, and ends before a heading as well."""
 # In <a> an address is only followed on a click; in these it is fetched with the page.
 _FETCHED = re.compile(
     r"<(?:script|img|iframe|source|audio|video|embed|object|link)\b[^>]*?"
@@ -194,12 +197,17 @@ def _stage_notebook(run: Run, notebook: Notebook, source: Path) -> None:
     papermill's parameters, and without those of what this run could not test: `only-if:KEY` among
     their tags names a value of the chapter.
 
-    Raises InputError for a tag whose value the chapter does not keep.
+    What a cell tagged `fold:TITLE` begins is folded under that title until the next fold, heading
+    or cell tagged `unfold`.
+
+    Raises InputError for a tag whose value the chapter does not keep, or a heading inside a fold.
     """
     name = notebook.name
     node = read_json(run.output(name))
     values = read_json(run.profile.results / "values" / f"{name}.json")
-    cells = []
+    cells: list[dict[str, Any]] = []
+    folds: list[str | None] = []
+    fold = None
     for cell in node["cells"]:
         tags = cell["metadata"].setdefault("tags", [])
         if {"parameters", "injected-parameters"} & set(tags):
@@ -213,9 +221,55 @@ def _stage_notebook(run: Run, notebook: Notebook, source: Path) -> None:
                                  "chapter keeps no such value; correct its tag.")
         if cell["cell_type"] == "markdown":
             cell["source"] = _filled(run, "".join(cell["source"]))
+        fold = _fold_at(cell, fold, name)
         if all(values[key] for key in conditions):
             cells.append(cell)
-    write_atomic(source / f"{notebook.page}.ipynb", json.dumps({**node, "cells": cells}, indent=1))
+            folds.append(fold)
+    write_atomic(source / f"{notebook.page}.ipynb",
+                 json.dumps({**node, "cells": list(_folded(cells, folds))}, indent=1))
+
+
+def _fold_at(cell: dict[str, Any], before: str | None, name: str) -> str | None:
+    """Title of the fold that a cell of the notebook `name` is in; before: its predecessor's.
+
+    Raises InputError for a heading inside a fold: a page's sections cannot be torn apart.
+    """
+    tags = cell["metadata"]["tags"]
+    titles = [tag.removeprefix(FOLD) for tag in tags if tag.startswith(FOLD)]
+    text = "".join(cell["source"]) if cell["cell_type"] == "markdown" else ""
+    headings = re.findall(r"^#+ .*", text, re.MULTILINE)
+    if not titles and (UNFOLD in tags or text.startswith("#")):
+        return None
+    fold = titles[0] if titles else before
+    if fold and headings:
+        raise InputError(f"The heading {headings[0]!r} of {name} is inside the fold {fold!r}; "
+                         "begin a cell with it, without a fold.")
+    return fold
+
+
+def _folded(cells: list[dict[str, Any]], folds: list[str | None]) -> Iterator[dict[str, Any]]:
+    """The cells, with those of a fold in a <details>; a fold that would be empty is left out."""
+    numbers = itertools.count()
+
+    def raw(text: str) -> dict[str, Any]:
+        return {"cell_type": "markdown", "id": f"fold-{next(numbers)}", "metadata": {},
+                "source": text}
+
+    for title, pairs in itertools.groupby(zip(cells, folds, strict=True), lambda pair: pair[1]):
+        group = [cell for cell, _ in pairs]
+        if title and any(map(_to_be_seen, group)):
+            yield raw(f'<details class="fold"><summary>{html.escape(title)}</summary>')
+            yield from group
+            yield raw("</details>")
+        else:
+            yield from group
+
+
+def _to_be_seen(cell: Mapping[str, Any]) -> bool:
+    """Whether a reader sees anything of the cell while code is hidden."""
+    if cell["cell_type"] == "markdown":
+        return bool("".join(cell["source"]).strip())
+    return any("scrapbook" not in output.get("metadata", {}) for output in cell["outputs"])
 
 
 # --- generated parts of the prose ----------------------------------------------------------------

@@ -142,7 +142,7 @@ class Report:
         """Keep a number in `values/<chapter>.json` and make it available to the prose.
 
         The text cells use it as {glue:text}`key`. text: how it reads there; by default integers
-        get thousands separators and other numbers four significant digits. Keys are unique across
+        get thousands separators and other numbers two significant digits. Keys are unique across
         the book.
         """
         # A colon would be read as the start of a format by the glue role.
@@ -150,7 +150,7 @@ class Report:
         kept = plain(value)
         self._values[key] = kept
         write_json(self.profile.results / "values" / f"{self.chapter}.json", self._values)
-        _glue(key, readable(kept) if text is None else text)
+        _glue(key, readable(kept, 2) if text is None else text)
 
     def values(self, mapping: Mapping[str, Any], prefix: str = "") -> None:
         """`value` for each item; `prefix` stands before each key."""
@@ -181,8 +181,9 @@ class Report:
         )
 
 
-def readable(value: Any) -> str:
-    """A number as prose shows it: `1,234`, `0.01235`, `yes`; `n/a` for a missing one."""
+def readable(value: Any, digits: int = 4) -> str:
+    """A number with so many significant digits: `1,234`, `0.01235`, `yes`; `n/a` for a missing one.
+    """
     match value:
         case None:
             return "n/a"
@@ -191,7 +192,7 @@ def readable(value: Any) -> str:
         case int():
             return f"{value:,}"
         case float():
-            return number(4)(value)
+            return number(digits)(value)
         case _:
             return str(value)
 

@@ -23,6 +23,7 @@ from urllib.parse import quote
 
 from scfm_circuits import InputError
 from scfm_circuits.common.profile import ROOT
+from scfm_circuits.report.headings import heading
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +42,7 @@ class Column(NamedTuple):
     """One column as the page shows it."""
 
     name: str
+    """What stands over it, which need not be its name in the file."""
     kind: str
     """`number`, `long` or nothing: the class of its cells."""
     values: list[Any]
@@ -104,18 +106,25 @@ def shown_columns(frame: "pd.DataFrame", digits: int) -> list[Column]:
         # Long texts are given room: a browser would break them into a column of single words.
         kind = ("number" if is_numeric_dtype(column)
                 else "long" if any(len(text) > LONG for text in texts) else "")
-        columns.append(Column(str(name), kind, values, texts, not is_float_dtype(column)))
+        columns.append(Column(heading(str(name)), kind, values, texts, not is_float_dtype(column)))
     return columns
 
 
 def table_bundle(
     frame: "pd.DataFrame", caption: str | None, rows: int | None, digits: int, path: Path | None,
 ) -> dict[str, str]:
-    """MIME bundle of the table's first `rows` rows (all if None), with a link to its file."""
+    """MIME bundle of the table's first `rows` rows (all if None), with a link to its file.
+
+    With no rows and a file it is the link alone.
+    """
     part = frame if rows is None else frame.head(rows)
-    body = _table_html(shown_columns(part, digits))
+    if rows == 0 and path is not None:
+        shown = f'<p class="table-note">{len(frame):,} rows in {_file_link(path)}</p>'
+    else:
+        body = _table_html(shown_columns(part, digits))
+        shown = _boxed(body, caption, _counted(part, frame), path)
     return {
-        "text/html": _boxed(body, caption, _counted(part, frame), path),
+        "text/html": shown,
         "text/plain": _plain_text(part, frame, caption, digits, path),
     }
 
@@ -138,7 +147,7 @@ def browsable(
         if name not in frame.columns:
             raise InputError(f"The table {path.stem} is to group, fold or filter by {name!r}; "
                              "name a column that it has.")
-    addresses = _addresses([column.name for column in columns], links or {})
+    addresses = _addresses([str(name) for name in frame.columns], links or {})
     script = data_script(path.stem, columns, addresses)
     part = frame.head(rows)
     # A text may be long further down: the first rows look as the others will.
@@ -156,7 +165,11 @@ def browsable(
 
 def _grouping(grouped: "Grouped | None") -> str:
     """What browse.js is told of a grouped table, as an attribute."""
-    return f' data-grouped="{html.escape(json.dumps(grouped._asdict()))}"' if grouped else ""
+    if grouped is None:
+        return ""
+    told = {"by": heading(grouped.by), "folded": [heading(one) for one in grouped.folded],
+            "filters": [heading(one) for one in grouped.filters]}
+    return f' data-grouped="{html.escape(json.dumps(told))}"'
 
 
 def data_script(
@@ -295,10 +308,7 @@ def _counted(part: "pd.DataFrame", frame: "pd.DataFrame") -> str:
 
 def _boxed(body: str, caption: str | None, count: str, path: Path | None) -> str:
     """The table in a box that scrolls, its caption above and the count and file below."""
-    link = ""
-    if path is not None:
-        # Beside the built pages, the results stand under downloads/.
-        link = f'<a href="downloads/tables/{path.name}">{html.escape(path.name)}</a>'
+    link = "" if path is None else _file_link(path)
     count = f'<span class="table-count">{count}{"; " if link else ""}</span>' if count else ""
     title, label = "", f'aria-label="{html.escape(path.stem if path else "table", quote=True)}"'
     if caption:
@@ -314,6 +324,11 @@ def _boxed(body: str, caption: str | None, count: str, path: Path | None) -> str
         f"{body}\n</div>"
         + (f'\n<p class="table-note">{count}{link}</p>' if count or link else "")
     )
+
+
+def _file_link(path: Path) -> str:
+    """A link to a file of the results, which stand under downloads/ beside the built pages."""
+    return f'<a href="downloads/tables/{path.name}">{html.escape(path.name)}</a>'
 
 
 def _plain_text(

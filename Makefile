@@ -3,12 +3,14 @@
 # make help    all targets
 PROFILE ?= demo
 PARAMS ?=
+JOBS ?=
 PYTHON ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
 RUN := $(PY) -m scfm_circuits
 OPTIONS = --profile "$(PROFILE)" --params="$$PARAMS"
+AT_ONCE = $(if $(JOBS),--jobs "$(JOBS)")
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 READY_LAB := $(VENV)/.ready-lab
@@ -37,11 +39,11 @@ FIND_PYTHON = for candidate in $(or $(PYTHON),python3 python3.12 python3.13 pyth
 .PHONY: book notebooks plan data check profile test lint types unit smoke bench gpu-check lab clean \
   help
 
-book: $(READY) ## Execute what is stale, check it, build the pages [PROFILE=demo PARAMS="seed=1"]
-	@$(RUN) book $(OPTIONS)
+book: $(READY) ## Execute what is stale, check it, build the pages [PROFILE=demo PARAMS="seed=1" JOBS=2]
+	@$(RUN) book $(OPTIONS) $(AT_ONCE)
 
 notebooks: $(READY) ## Execute the stale notebooks of PROFILE only
-	@$(RUN) book execute $(OPTIONS)
+	@$(RUN) book execute $(OPTIONS) $(AT_ONCE)
 
 plan: $(READY) ## What PROFILE would cost here: downloads, disk, memory, time; runs nothing
 	@$(RUN) plan $(OPTIONS)

@@ -9,7 +9,7 @@
 #     language: python
 #     name: python3
 #   scfm:
-#     after: [07_endothelial_case_study]
+#     after: [04_sparsity]
 #     produces: [tables/circuit_faithfulness.csv, tables/circuit_predictions.csv, tables/knock_out.csv,
 #       tables/circuit_flow.csv, tables/circuit_heads.csv, tables/circuit_overlap.csv, tables/task_circuit.csv]
 #     exhibits: "beyond the paper"

@@ -9,7 +9,7 @@
 #     language: python
 #     name: python3
 #   scfm:
-#     after: [04_sparsity]
+#     after: [01_cells_and_model]
 #     produces: [tables/variants.csv, tables/variants_by_layer.csv]
 #     libraries: [libraries]
 #     exhibits: "beyond the paper"

@@ -43,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     book.add_argument("--cell-seconds", type=int, default=None,
                       help="a cell that runs longer fails (default: $SCFM_CELL_SECONDS, or an hour "
                       "and more if the run is expected to take long)")
+    book.add_argument("--jobs", type=int, default=None,
+                      help="chapters that run at once, where none follows another (default: 2, or "
+                      "1 where cores or memory are few)")
     book.add_argument("--output", type=Path, default=ROOT / "book" / "_build",
                       help="folder that receives html/ (default: book/_build)")
     of_profile("train", "train the transcoders alone, also in several processes with torchrun")
@@ -79,7 +82,7 @@ def _perform(given: argparse.Namespace) -> None:
 
         run = load_run(given.profile, overrides)
         if given.command == "book":
-            book.make(run, given.step, given.output, given.cell_seconds)
+            book.make(run, given.step, given.output, given.cell_seconds, given.jobs)
         else:
             (book.show_cost if given.cost else book.show_plan)(run)
 

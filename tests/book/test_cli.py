@@ -19,7 +19,7 @@ from scfm_circuits import InputError
 from scfm_circuits.__main__ import main
 from scfm_circuits.book import chapters as freshness
 from scfm_circuits.book import cli as book
-from scfm_circuits.book import execution, gate, pages
+from scfm_circuits.book import execution, gate, pages, screen
 from scfm_circuits.book.chapters import load_run, plan
 from scfm_circuits.common import files, kept, manifest, profile
 from scfm_circuits.common.files import write_json
@@ -103,8 +103,8 @@ def test_only_what_is_stale_is_executed(project: Project) -> None:
     project.notebook("01_first")
     project.notebook("02_second", header="{after: [01_first]}")
     project.notebook("03_apart", header="{after: []}")
-    code, told, _ = project.command("execute")
-    assert code == 0 and project.executed() == ["01_first", "02_second", "03_apart"]
+    code, told, _ = project.command("execute", "--jobs", "1")
+    assert code == 0 and sorted(project.executed()) == ["01_first", "02_second", "03_apart"]
     assert "02_second: not executed yet" in told
 
     code, told, _ = project.command("execute")
@@ -163,6 +163,7 @@ def test_an_ending_is_told_in_one_sentence(
     (["-p", "seed"], "key=value"),
     (["-p", "seed=[1"], "cannot be read"),
     (["--cell-seconds", "0"], "at least 1"),
+    (["--jobs", "0"], "at least 1"),
 ])
 def test_wrong_parameters_end_before_anything_runs(
     project: Project, words: list[str], told: str
@@ -305,7 +306,7 @@ def test_a_chapter_stands_on_every_file_that_it_wrote_or_read_again(
         code, _, told = project.command("check")
         assert code == 1 and [line.strip() for line in told.splitlines()[1:]] == [
             f"{name}: {reason}" for name in chapters]
-        assert project.command("execute")[0] == 0
+        assert project.command("execute", "--jobs", "1")[0] == 0
         assert project.executed() == chapters and (results / file).read_bytes() == content
         assert project.command("check")[0] == 0
 
@@ -392,13 +393,13 @@ CHANGE = "# %%\nwith open('package/science.py', 'a') as file:\n    file.write('y
 def test_inputs_that_change_during_the_run_are_noticed(project: Project, changing: str) -> None:
     for name in ("01_first", "02_second", "03_third"):
         project.notebook(name, CHANGE if name == changing else "", header="{after: []}")
-    code, _, told = project.command("all")
+    code, _, told = project.command("all", "--jobs", "1")
     assert code == 1 and told == "Changed while running: package (common); run `make book` again.\n"
     project.notebook(changing, header="{after: []}")
     project.executed()
     # What ran after the change ran with what is there now.
     names = ["01_first", "02_second", "03_third"]
-    assert project.command("execute")[0] == 0
+    assert project.command("execute", "--jobs", "1")[0] == 0
     assert project.executed() == names[: names.index(changing) + 1]
     assert project.command("check")[0] == 0
 
@@ -408,7 +409,7 @@ def test_a_profile_that_changes_during_the_run_ends_it(project: Project) -> None
         "# %%\nwith open('notebooks/profiles/tiny.yml', 'a') as file:\n"
         "    file.write('seed: 3\\n')\n"))
     project.notebook("02_second", header="{after: []}")
-    code, _, told = project.command("execute")
+    code, _, told = project.command("execute", "--jobs", "1")
     assert code == 1 and told == "Changed while running: profile; run `make book` again.\n"
     assert project.executed() == ["01_first"]
 
@@ -432,11 +433,11 @@ def test_bars_and_messages_of_cells_reach_a_terminal_only(
     assert main(["book", "execute", "--profile", "tiny"]) == 0
     told = stderr.getvalue()
     if terminal:
-        assert f"{execution.CLEARED}Downloading\n" in told
-        assert f"{execution.CLEARED}step 1{execution.CLEARED}step 2" in told.replace(
-            2 * execution.CLEARED, execution.CLEARED)
+        assert f"{screen.CLEARED}Downloading\n" in told
+        assert f"{screen.CLEARED}step 1{screen.CLEARED}step 2" in told.replace(
+            2 * screen.CLEARED, screen.CLEARED)
         # The bar that was not ended does not share its line with what follows.
-        assert told.endswith(execution.CLEARED)
+        assert told.endswith(screen.CLEARED)
     else:
         assert told == ""
     assert "shown in the notebook" not in told

@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from scfm_circuits import InputError
 from scfm_circuits.__main__ import main
 from scfm_circuits.book import cli as book
-from scfm_circuits.book import downloads, execution, preflight
+from scfm_circuits.book import downloads, execution, preflight, side_by_side
 from scfm_circuits.book.chapters import NOTEBOOKS, load_run, read_notebooks
 from scfm_circuits.book.preflight import (
     FIELDS,
@@ -326,8 +326,8 @@ def test_limits_of_containers_and_jobs(tmp_path: Path, lines: str, files: dict[s
         (tmp_path / "group" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "group" / name).write_text(content)
     (tmp_path / "own").write_text(lines)
-    assert preflight.group_limits(tmp_path / "group", tmp_path / "own") == found
-    assert preflight.group_limits(tmp_path / "group", tmp_path / "no such file") == []
+    assert side_by_side.group_limits(tmp_path / "group", tmp_path / "own") == found
+    assert side_by_side.group_limits(tmp_path / "group", tmp_path / "no such file") == []
 
 
 # --- time ----------------------------------------------------------------------------------------
@@ -543,12 +543,13 @@ def test_a_cell_may_take_several_times_what_the_run_is_expected_to(
         empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[int] = []
 
-    def executed(run: Any, notebook: Any, limit: int) -> float:
+    def executed(run: Any, notebook: Any, limit: int, kernel: Any) -> float:
         limits.append(limit)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(execution, "_execute_one", executed)
     monkeypatch.delenv("SCFM_CELL_SECONDS", raising=False)
+    monkeypatch.setenv("SCFM_OFFLINE", "1")
     for seconds in (10_000.0, 1.0):
         monkeypatch.setattr(book, "announce", lambda run, told=seconds: told)
         assert main(["book", "execute", "--profile", "smoke"]) == 130

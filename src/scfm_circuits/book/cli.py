@@ -127,13 +127,17 @@ def missing_gene_sets(run: Run) -> str | None:
             "and name it in SCFM_GENE_SETS; then `make book` again.")
 
 
-def make(run: Run, step: str, output: Path, cell_seconds: int | None = None) -> None:
+def make(run: Run, step: str, output: Path, cell_seconds: int | None = None,
+         jobs: int | None = None) -> None:
     """One step of the book, or `all`: `execute` the stale chapters, `check` them, `build` pages.
 
-    output: the folder that receives `html/`. Raises InputError and ExecutionFailed.
+    output: the folder that receives `html/`. cell_seconds, jobs: as for `execute`. Raises
+    InputError and ExecutionFailed.
     """
     if cell_seconds is not None and cell_seconds < 1:
         raise InputError("--cell-seconds must be at least 1.")
+    if jobs is not None and jobs < 1:
+        raise InputError("--jobs must be at least 1.")
     executed: list[str] = []
     expected = announce(run) if step in ("all", "execute") else 0.0
     if step in ("all", "build"):
@@ -142,7 +146,7 @@ def make(run: Run, step: str, output: Path, cell_seconds: int | None = None) -> 
         # From now on there are pages only if this run ends well.
         pages.set_aside_unless_fresh(run, output)
     if step in ("all", "execute"):
-        executed = execute(run, cell_seconds=cell_seconds, expected=expected)
+        executed = execute(run, cell_seconds=cell_seconds, expected=expected, jobs=jobs)
         if not executed and step == "execute":
             print(f"Every notebook of {run.profile.name} is up to date.")
     if step == "execute":

@@ -1,4 +1,6 @@
-"""Executing the stale notebooks of one run, in order, each into its place only when it is good.
+"""Executing the stale notebooks of one run, each into its place only when it is good.
+
+Those that do not follow one another run side by side (`side_by_side`).
 
 A notebook is executed under a temporary name, after its earlier execution has been removed. It
 appears in `results/<profile>/notebooks/` only after it has passed the gate; otherwise the partial
@@ -7,28 +9,31 @@ tries it again.
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import shutil
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any, NamedTuple
 
 from scfm_circuits import InputError
-from scfm_circuits.book import gate, provenance
+from scfm_circuits.book import gate, provenance, side_by_side
 from scfm_circuits.book.chapters import (
     CACHED,
     Notebook,
     Run,
     gene_set_inputs,
     inputs_of,
+    libraries_asked_for,
     plan,
     read_again,
     read_record,
 )
+from scfm_circuits.book.screen import Live, Screen
 from scfm_circuits.common.files import (
     NOTES,
     OWNER,
@@ -47,21 +52,26 @@ CELL_SECONDS = 3600
 TIMES_EXPECTED = 5
 """A run that is expected to take long: a cell of it may take this many times as long."""
 
-CLEARED = "\r\x1b[K"
-"""Back to the start of the terminal's line, and nothing on it."""
+RETRY = "Earlier chapters are kept; run the same command again to retry."
+THREADS = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"
+"""Environment variables that say how many threads a process has."""
 
 
 class ExecutionFailed(Exception):
     """A notebook could not be executed or did not pass the gate; the message is for a person."""
 
 
-def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0) -> list[str]:
-    """Execute the stale notebooks, once the cells and the model are there; returns their names.
+def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0,
+            jobs: int | None = None) -> list[str]:
+    """Execute the stale notebooks, once cells, model and gene sets are there; returns their names.
 
     cell_seconds: how long a cell may take; by default what the environment says, or an hour, or
-    several times `expected`, the seconds that the whole run is expected to take.
-    Raises ExecutionFailed at the first that fails: earlier ones are kept, its partial output is
-    moved to `results/<profile>/failed/`, and the next call tries it again.
+    several times `expected`, the seconds that the whole run is expected to take. jobs: how many run
+    at once; by default as many as the machine allows (`side_by_side`).
+    Raises ExecutionFailed if one fails: those that run are finished and no other is started,
+    finished ones are kept, its partial output is moved to `results/<profile>/failed/`, and the next
+    call tries it again. Raises KeyboardInterrupt on Ctrl-C and SystemExit on SIGTERM, when all
+    kernels have ended.
     """
     limit = cell_seconds or _seconds_from_environment(
         max(CELL_SECONDS, round(TIMES_EXPECTED * expected)))
@@ -77,13 +87,60 @@ def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0)
             fetch_cells(run.profile)
             fetch_model(run.profile)
             sweep(run.profile.results)
-        for number, (notebook, reason) in enumerate(stale, 1):
-            print(f"[{number}/{len(stale)}] {notebook.name}: {reason}", flush=True)
-            seconds = _execute_one(_as_it_is_now(run), notebook, limit)
-            print(f"      done in {seconds:.1f} s", flush=True)
+            _fetch_gene_sets(run, [notebook for notebook, _ in stale])
+            _execute_all(run, dict(stale), limit, jobs or side_by_side.usual_jobs())
         for leftover in _leftovers(run):
             leftover.unlink()
         return [notebook.name for notebook, _ in stale]
+
+
+def _fetch_gene_sets(run: Run, stale: Sequence[Notebook]) -> None:
+    """Have the gene sets that chapters ask for, where they can be had: chapters that fetched the
+    same one at once would be in each other's way."""
+    names = {name for one in stale for name in libraries_asked_for(one, run.profile)}
+    if names:
+        from scfm_circuits.enrichment.gene_sets import load_library
+
+        for name in sorted(names):
+            # A library that cannot be used is an error of the chapter that reads it.
+            with contextlib.suppress(InputError):
+                load_library(name, run.profile.gene_sets)
+
+
+def _execute_all(run: Run, stale: Mapping[Notebook, str], limit: int, jobs: int) -> None:
+    """Execute notebooks, each when those that it follows are done; stale: with the reasons."""
+    from scfm_circuits.transcoders.training.interrupts import stops_heeded
+
+    kernels, threads = side_by_side.Kernels(), side_by_side.threads_of(run.notebooks)
+    begun = itertools.count(1)
+    # Its warning about parameters without a default is no news: the profile has checked them.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    # String hashing differs between processes otherwise, and with it the order of sets.
+    os.environ.setdefault("PYTHONHASHSEED", "0")
+    screen = Screen(sys.stderr)
+    with stops_heeded():
+
+        def work(notebook: Notebook) -> None:
+            screen.say(f"[{next(begun)}/{len(stale)}] {notebook.name}: {stale[notebook]}")
+            try:
+                with kernels.one() as started, screen.of_chapter(notebook.name) as live:
+                    kernel = _Kernel(threads[notebook.name], started, live)
+                    seconds = _execute_one(_as_it_is_now(run), notebook, limit, kernel)
+            except BaseException:
+                if kernels.ending:  # whatever its end looks like from here
+                    raise KeyboardInterrupt from None
+                screen.say(f"      {notebook.name} failed")
+                raise
+            screen.say(f"      {notebook.name} done in {seconds:.1f} s")
+
+        failed = side_by_side.run_all([*stale], side_by_side.before(run.notebooks), jobs, work,
+                                      kernels.end)
+    if not failed:
+        return
+    messages = [str(one).removesuffix(RETRY) for one in failed if isinstance(one, ExecutionFailed)]
+    if len(messages) < len(failed) or len(failed) == 1:
+        raise next((one for one in failed if isinstance(one, KeyboardInterrupt)), failed[0])
+    raise ExecutionFailed("".join(messages) + RETRY)
 
 
 def _leftovers(run: Run) -> list[Path]:
@@ -145,7 +202,16 @@ def _record(run: Run, notebook: Notebook, seconds: float, git: Mapping[str, Any]
     }
 
 
-def _execute_one(run: Run, notebook: Notebook, limit: int) -> float:
+class _Kernel(NamedTuple):
+    """How a chapter's kernel runs: its threads, what is told its process group, and where its bars
+    and messages go, if anybody looks on."""
+
+    threads: int
+    started: Callable[[int], None]
+    live: Live | None
+
+
+def _execute_one(run: Run, notebook: Notebook, limit: int, kernel: _Kernel) -> float:
     """Run one notebook and put it in place if it passes the gate; returns the wall seconds."""
     import nbformat
     import papermill
@@ -161,19 +227,16 @@ def _execute_one(run: Run, notebook: Notebook, limit: int) -> float:
     # From here on files of the earlier execution are overwritten; if this one fails, its record
     # must not vouch for the mixture.
     final.unlink(missing_ok=True)
-    # Its warning about parameters without a default is no news: the profile has checked them.
-    logging.getLogger("papermill").setLevel(logging.ERROR)
-    # String hashing differs between processes otherwise, and with it the order of sets.
-    os.environ.setdefault("PYTHONHASHSEED", "0")
+    live = kernel.live
     started = time.perf_counter()
     try:
-        with open(partial.with_suffix(".log"), "w") as log, _terminal() as live:
+        with open(partial.with_suffix(".log"), "w") as log:
             papermill.execute_notebook(
-                node, str(partial), parameters=_parameters(run), kernel_name="python3",
-                kernel_manager_class=_kernel_manager(log, notes), cwd=str(ROOT),
-                execution_timeout=limit,
-                progress_bar={"leave": False, "desc": notebook.name} if live else False,
-                stderr_file=live,
+                node, str(partial.absolute()), parameters=_parameters(run), kernel_name="python3",
+                kernel_manager_class=_kernel_manager(log, notes, kernel),
+                execution_timeout=limit, stderr_file=live and live.cells,
+                progress_bar={"leave": False, "desc": notebook.name, "file": live.bar,
+                              "position": 0} if live else False,
             )
         executed = nbformat.read(partial, as_version=4)
         seconds = time.perf_counter() - started
@@ -181,6 +244,7 @@ def _execute_one(run: Run, notebook: Notebook, limit: int) -> float:
         # The cache as the notebook leaves it: what it downloads itself is no change.
         inputs[CACHED] = gene_set_inputs(run, notebook)[CACHED]
         executed.metadata["scfm"] = {**_record(run, notebook, seconds, git, inputs),
+                                     "threads": kernel.threads,
                                      "files": _results(run, notebook, notes)}
         problems = gate.problems(executed, known_parameters=_parameters(run))
         problems += gate.missing_products(run.profile.results, notebook.produces)
@@ -217,44 +281,9 @@ def _results(run: Run, notebook: Notebook, notes: Path) -> dict[str, int]:
     return {path.relative_to(top).as_posix(): size_of_file(path) for path in sorted(noted)}
 
 
-class _Live:
-    """What cells write to stderr, on the terminal, as they write it: bars and `Downloading ...`.
-
-    papermill's own bar keeps its line; each line of the kernel's starts on a cleared one.
-    """
-
-    def __init__(self, terminal: TextIO) -> None:
-        self.terminal = terminal
-        self.at_start = True
-
-    def write(self, text: str) -> None:
-        """Write and show the text at once."""
-        if not text:
-            return
-        shown = text.replace("\r\n", "\n").replace("\r", CLEARED)
-        self.terminal.write((CLEARED if self.at_start else "") + shown)
-        self.at_start = text.endswith("\n")
-
-    def flush(self) -> None:
-        """papermill calls this after each piece."""
-        self.terminal.flush()
-
-    def close(self) -> None:
-        """Clear a line that was begun, so that the next message has it for itself."""
-        if not self.at_start:
-            self.terminal.write(CLEARED)
-            self.flush()
-
-
-def _terminal() -> contextlib.AbstractContextManager[_Live | None]:
-    """The terminal, if stderr is one; where nobody watches, cells stay quiet."""
-    return contextlib.closing(_Live(sys.stderr)) if sys.stderr.isatty() else (
-        contextlib.nullcontext())
-
-
-def _kernel_manager(log: IO[str], notes: Path) -> type:
-    """A kernel manager whose kernels write their own messages to `log`, know that nobody looks on,
-    and note their results in `notes`.
+def _kernel_manager(log: IO[str], notes: Path, kernel: _Kernel) -> type:
+    """A kernel manager whose kernels run where the project is, with so many threads, write their
+    own messages to `log`, know that nobody looks on, and note their results in `notes`.
 
     On an interruption or a crash a kernel prints a traceback from inside a library, which would
     bury our one sentence on the terminal. What cells print is in the notebook either way.
@@ -264,8 +293,12 @@ def _kernel_manager(log: IO[str], notes: Path) -> type:
     class Quiet(AsyncKernelManager):
         async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
             options["env"] = {**(options.get("env") or os.environ), UNWATCHED: "1",
-                              NOTES: str(notes.absolute())}
-            await super().start_kernel(**options, stderr=log)
+                              NOTES: str(notes.absolute()),
+                              **dict.fromkeys(THREADS, str(kernel.threads))}
+            # papermill's `cwd` would change the folder of all that run in this process.
+            await super().start_kernel(**{**options, "cwd": str(ROOT)}, stderr=log)
+            local: Any = self.provisioner
+            kernel.started(local.pgid)
 
     return Quiet
 
@@ -320,5 +353,4 @@ def _failure(notebook: Notebook, error: BaseException, kept: Path | None, limit:
     else:
         what = f"{type(error).__name__}: {error}"
     where = f"Its partial output: {os.path.relpath(kept)}\n" if kept else ""
-    return (f"{notebook.name} failed: {what}\n{where}"
-            "Earlier chapters are kept; run the same command again to retry.")
+    return f"{notebook.name} failed: {what}\n{where}{RETRY}"

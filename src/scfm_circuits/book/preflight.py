@@ -20,6 +20,7 @@ from scfm_circuits.book.downloads import (
     missing_libraries,
     notes,
 )
+from scfm_circuits.book.side_by_side import group_limits
 from scfm_circuits.book.sizes import (
     CELLS,
     CONTROLS,
@@ -255,22 +256,6 @@ def memory_available(device: torch.device) -> int:
     import psutil
 
     return min([int(psutil.virtual_memory().available), *group_limits()])
-
-
-def group_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
-                 ) -> list[int]:
-    """The limits in bytes of this process's control groups (containers, batch jobs)."""
-    found = []
-    for line in own.read_text().splitlines() if own.is_file() else ():
-        _, kinds, path = line.split(":", 2)
-        # Version 2 has one tree, version 1 one for each kind.
-        base, name = (root / "memory", "limit_in_bytes") if kinds else (root, "max")
-        place = base / path.strip("/")
-        for folder in (place, *place.parents):
-            limit = folder / f"memory.{name}"
-            if kinds in ("", "memory") and folder.is_relative_to(base) and limit.is_file():
-                found += [int(limit.read_text())] if limit.read_text().strip().isdigit() else []
-    return found
 
 
 def memory_problems(profile: Profile, sizes: Sizes, stages: Sequence[Stage]) -> list[str]:

@@ -6,14 +6,13 @@ cell's row in its file and the gene: as random, but a cell's sentence depends ne
 read beside it nor on the order in which they are read. Only the k largest are ever put in order.
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
 import scipy.sparse as sp
 
-from scfm_circuits.common.compiled import compiled
+from scfm_circuits.common.compiled import compiled, n_threads
 
 _BLOCK = 512
 
@@ -36,7 +35,7 @@ def top_genes(expression: sp.csr_matrix, rows: np.ndarray, k: int, seed: int) ->
         _rank(indptr[start : stop + 1], genes, values, numbers[start:stop], np.uint64(seed),
               found[start:stop])
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+    with ThreadPoolExecutor(n_threads()) as threads:
         list(threads.map(rank, range(0, n, _BLOCK)))
     return found
 

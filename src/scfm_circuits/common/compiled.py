@@ -14,6 +14,14 @@ _pools: dict[int, ThreadPoolExecutor] = {}
 os.register_at_fork(after_in_child=_pools.clear)  # threads do not outlive a fork
 
 
+def n_threads() -> int:
+    """Threads that this process is to use: OMP_NUM_THREADS, or else one for each of its cores."""
+    text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if text.isdigit() and int(text):
+        return int(text)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def share_out(n: int, n_threads: int, work: Callable[[int, int], None]) -> None:
     """Call work(first, last) on shares of 0 to n - 1, one share per thread."""
     if n_threads == 1 or n < 2 * n_threads:

@@ -194,6 +194,25 @@ def only_one(folder: Path, doing: str, *, reads: bool = False) -> Iterator[None]
             return
 
 
+@contextlib.contextmanager
+def in_turn(path: Path) -> Iterator[bool]:
+    """Make what is kept at `path` while no other process does; yields whether one was waited for.
+
+    The kernel lets go of it however a process ends; the empty file beside `path` stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}{LOCK}"), "a") as handle:
+        waited = False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            waited = True
+        except OSError:
+            pass  # a file system without locks
+        yield waited
+
+
 def _is_at(descriptor: int, path: Path) -> bool:
     """Whether the open file is the one at the path."""
     try:

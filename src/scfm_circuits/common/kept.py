@@ -23,6 +23,7 @@ from scfm_circuits.common.files import (
     files_of,
     first_line,
     flush,
+    in_turn,
     lost_file,
     note,
     read_json,
@@ -175,9 +176,16 @@ def if_current(path: Path, stamp: Stamp, made_of: "Callable[[dict[str, np.ndarra
 def kept_arrays(path: Path, stamp: Stamp, make: Callable[[], Made],
                 arrays_of: Callable[[Made], Mapping[str, Any]],
                 made_of: "Callable[[dict[str, np.ndarray]], Made]") -> Made:
-    """`if_current`, or else what `make` gives, kept at `path` as `arrays_of` it."""
+    """`if_current`, or else what `make` gives, kept at `path` as `arrays_of` it.
+
+    Another process that makes the same is waited for, and what it has made is read.
+    """
     made = if_current(path, stamp, made_of)
-    if made is None:
-        made = make()
-        write_arrays(path, stamp, arrays_of(made))
-    return made
+    if made is not None:
+        return made
+    with in_turn(path) as waited:
+        made = if_current(path, stamp, made_of) if waited else None
+        if made is None:
+            made = make()
+            write_arrays(path, stamp, arrays_of(made))
+        return made

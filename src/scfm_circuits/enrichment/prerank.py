@@ -15,7 +15,6 @@ bottom of the ranking is a tie of silent genes. Negative rows are returned and n
 """
 
 import math
-import os
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -26,6 +25,7 @@ import pandas as pd
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.common.compiled import n_threads
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.gene_sets import GeneSets
 from scfm_circuits.features.contexts import draw_features
@@ -97,7 +97,7 @@ def prerank_table(
     import gseapy  # noqa: F401  (threads must not import it side by side)
 
     # gseapy lets other threads run, and leaves at least one core to them.
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // threads)) as pool:
+    with ThreadPoolExecutor(max(1, n_threads() // threads)) as pool:
         found = pool.map(tested, *zip(*product(ordered, libraries), strict=True))
         parts = [one for one in found if one is not None]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))

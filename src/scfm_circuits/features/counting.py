@@ -10,7 +10,6 @@ over the activations, on a GPU by a few operations for all layers, with one sync
 The pass takes minutes at that size; one that was interrupted starts again.
 """
 
-import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from scfm_circuits.common.compiled import n_threads
 from scfm_circuits.features.count_kernels import (
     LOWEST_BIN,
     N_BINS,
@@ -78,7 +78,7 @@ class FeatureTotals:
             "best": torch.zeros(n_layers, n_features, n_contexts, **whole),
             "best_cell": torch.full((n_layers, n_features, n_contexts), -1, **whole),
         }
-        threads = 1 if device.type == "cpu" else os.cpu_count() or 1
+        threads = 1 if device.type == "cpu" else n_threads()
         self.counts = PairCounts(n_layers, n_features, n_pairs, n_tokens, threads=threads)
         self.done = 0
 

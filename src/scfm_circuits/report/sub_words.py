@@ -27,6 +27,7 @@ from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.circuits.attribution import freeze
 from scfm_circuits.circuits.circuit import circuit_genes, node_table, share_kept
 from scfm_circuits.circuits.search import strongest_features, trace_feature
+from scfm_circuits.common.compiled import n_threads
 from scfm_circuits.common.profile import Profile
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.controls.layer_counts import Tester, testers
@@ -245,14 +246,15 @@ def compare_tokenizers(corpus: Corpus, profile: Profile, libraries: Sequence[Gen
     """Train and measure with either tokenizer for each seed.
 
     processes: that many runs at a time, each in a process with one thread, which such small models
-    keep busier than two threads one model; by default 2, where there are two cores and no GPU. With
-    1 the runs are made here, one after another. Raises InputError where a process dies.
+    keep busier than two threads one model; by default 2, where this process is to use two threads
+    and there is no GPU. With 1 the runs are made here, one after another. Raises InputError where a
+    process dies.
     """
     cells = same_cells(corpus, profile)
     ready = [one for one in testers(libraries, cells["train"], profile) if one.rule == _RULE]
     runs = [(kind, study_profile(profile, kind, seed, float(cells[kind].lengths.mean())))
             for seed in range(SEEDS) for kind in KINDS]
-    at_once = processes or (1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
+    at_once = processes or (1 if torch.cuda.is_available() else min(2, n_threads()))
     if at_once == 1:
         found = [_run(used, cells[kind], ready) for kind, used in runs]
     else:

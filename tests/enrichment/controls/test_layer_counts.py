@@ -152,7 +152,7 @@ def test_numbers_do_not_depend_on_threads_and_seeds_matter(parts, profile, monke
     monkeypatch.setattr(layer_counts, "_IDS_AT_ONCE", 500)
 
     def run(threads, used):
-        monkeypatch.setattr(layer_counts.os, "cpu_count", lambda: threads)
+        monkeypatch.setattr(layer_counts, "n_threads", lambda: threads)
         return layer_controls(statistics, {}, 0, corpus, used, ready)
 
     first, second = run(1, profile), run(4, profile)

@@ -9,7 +9,6 @@ between two kinds of features.
 """
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +18,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.common.compiled import n_threads
 from scfm_circuits.common.kept import kept_arrays, stamp_of
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.controls.layer_counts import FREQUENCY_BINS, Tester, testers
@@ -135,7 +135,7 @@ def _relabelled(kinds: tuple[str, ...], n_layers: int, lists: Ragged, group: np.
         return by_group(tester.counted(lists._replace(ids=label[lists.ids]))[0])
 
     own = by_group(tester.counted(lists)[0])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(n_threads()) as pool:
         null = list(tqdm(pool.map(draw, range(profile.null_draws)), "relabellings of all genes",
                          profile.null_draws))
     return JointNull(kinds, np.bincount(group, minlength=n).reshape(own.shape), own,

@@ -15,7 +15,6 @@ Layers are kept on disk as they are done, so an interrupted run goes on where it
 """
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.common.compiled import n_threads
 from scfm_circuits.common.kept import Stamp, kept_arrays, stamp_of
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment import kernels
@@ -294,7 +294,7 @@ def _nulls(source: NullSource, ready: Sequence[Tester], own_p: np.ndarray, corpu
                     called[r, kind, start : start + size] = hits.reshape(size, -1).sum(axis=1)
         return smallest.reshape(size, -1) <= own_p[features]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(n_threads()) as pool:
         start = 0
         for end in sorted({min(stage, draws) for stage in (*_STAGES, draws)}):
             jobs = list(_jobs(races, source, start, end))

@@ -29,6 +29,7 @@ overrides: dict = {}
 import numpy as np
 import pandas as pd
 
+from scfm_circuits.paper.intervals import implied_l0
 from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.plots.features import l0_per_layer
 
@@ -36,9 +37,12 @@ chapter = open_chapter("04_sparsity", profile, overrides)
 statistics, width = chapter.statistics, chapter.transcoders.n_features
 chapter.not_comparable()
 
-# %% mystnb={"image": {"alt": "Line of mean active features per token against layer, with a band from the 10 to the 90 percent quantile over tokens."}, "figure": {"caption": "Mean number of active features per token, as in the paper's Figure 2, with the spread over tokens that the paper does not show.", "name": "fig-l0"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Line of mean active features per token against layer, with a band from the 10 to the 90 percent quantile over tokens; a diamond with its interval is what the paper's tables imply for its layer 12."}, "figure": {"caption": "Mean number of active features per token, as in the paper's Figure 2, with the spread over tokens that the paper does not show. Diamond: what the paper's Tables 3 and 4 imply for its layer 12, at the same relative depth, with a 95 % interval.", "name": "fig-l0"}} tags=["hide-input"]
 quantiles = statistics.l0_quantiles((0.1, 0.5, 0.9))
-chapter.figure("figure2_l0", l0_per_layer(statistics.l0, quantiles))
+printed = chapter.paper.table4.set_index("layer")["total"]
+implied = implied_l0(chapter.paper.table3["log10_E_f"].to_numpy(), printed[12], -3)
+chapter.figure("figure2_l0", l0_per_layer(statistics.l0, quantiles,
+                                          (12 / printed.index.max(), *implied)))
 
 # %% tags=["hide-input"]
 layers = np.arange(len(statistics.l0))
@@ -51,11 +55,15 @@ chapter.table("l0", pd.DataFrame({
 # %% tags=["remove-input"]
 chapter.values({f"layer_{i}": value for i, value in enumerate(statistics.l0)}, prefix="l0.")
 chapter.values({"mean": statistics.l0.mean(), "width": width}, prefix="l0.")
+chapter.rounded("l0.implied", implied.value)
+chapter.value("l0.implied_interval", implied.low, f"{implied.low:.0f} to {implied.high:.0f}")
 
 # %% [markdown]
 # On average over layers {glue:text}`l0.mean` of {glue:text}`l0.width` features are active on a token.
-# The paper prints no numbers for its Figure 2, so there is nothing to hold ours against but its
-# shape.
+# The paper prints no numbers for its Figure 2, but its tables imply one. L0 is the sum of the
+# features' firing rates: Table 4 counts the live features of layer 12, and Table 3 has the rates of a
+# random sample of them. That makes about {glue:text}`l0.implied` features a token
+# (95 % interval {glue:text}`l0.implied_interval`).
 #
 # ## Live features
 #

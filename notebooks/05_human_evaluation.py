@@ -44,9 +44,10 @@ chapter.not_comparable()
 # %% [markdown]
 # ## Figure 3: how often live features fire
 
-# %% mystnb={"image": {"alt": "Histogram of the logarithm of the firing frequency of the live features of one layer, with the live cut marked."}, "figure": {"caption": "Distribution of log10 E(f) over the live features of the rated layer, as in the paper's Figure 3.", "name": "fig-frequency"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Histogram of the logarithm of the firing frequency of the features of one layer, with the live cut marked; below it the 20 frequencies of the paper's Table 3 as dots."}, "figure": {"caption": "How often the features of the rated layer fire, as in the paper's Figure 3; below, the only frequencies that the paper prints, those of the 20 features of its Table 3.", "name": "fig-frequency"}} tags=["hide-input"]
 chapter.figure("figure3_live_features", plots.frequency_distribution(
-    statistics.log10_frequency[layer], settings.live_cut, layer))
+    statistics.log10_frequency[layer], settings.live_cut, layer,
+    chapter.paper.table3["log10_E_f"].to_numpy()))
 
 # %% tags=["remove-input"]
 chapter.values({"layer": layer, "sampled_layer": statistics.live(settings.live_cut)[layer].sum()},

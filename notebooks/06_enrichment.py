@@ -39,7 +39,11 @@ from scfm_circuits.enrichment.controls.layer_counts import ENOUGH
 from scfm_circuits.enrichment.controls.tables import single_controls
 from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.report.chapter import open_chapter
-from scfm_circuits.report.plots.enrichment import beyond_controls, share_with_controls
+from scfm_circuits.report.plots.enrichment import (
+    beyond_controls,
+    share_with_controls,
+    table4_with_nulls,
+)
 
 chapter = open_chapter("06_enrichment", profile, overrides)
 settings = chapter.profile
@@ -100,6 +104,11 @@ chapter.value("table4.layout", "This run alone, with other gene sets than the pa
 chapter.show(studies.beside_paper(table4, paper), caption="Table 4 of this run under the rule "
              f"{settings.enrichment_rule}" + ("" if stand_in else ", and the paper's"))
 
+# %% mystnb={"image": {"alt": "Percentage of gene lists called interpretable against layer: the features of this run, the paper's, a grey band for lists of random genes and tokens, and an orange band for features that no dictionary learning on this model made."}, "figure": {"caption": "Table 4 as one picture, by the paper's likely rule. Bands go from the lowest to the highest of their kind, with 95 % intervals. Orange: an encoder without training, a model with random weights, single neurons, principal components. Grey: lists of random genes and tokens.", "name": "fig-table4"}} tags=["hide-input"]
+shares = studies.by_gene_rule(study, settings)
+percentages = None if paper is None else paper["percentage"].to_numpy()
+chapter.figure("table4", table4_with_nulls(shares, settings, percentages))
+
 # %% tags=["remove-input"]
 for row in table4.itertuples():
     chapter.values({"live": row.live, "interpretable": row.interpretable,
@@ -146,9 +155,7 @@ chapter.value("table4.paper_percentage", printed, "." if printed is None else
 joint = joint_null.joint_study(statistics, others, corpus, settings, libraries)
 
 # %% mystnb={"image": {"alt": "One panel per choice of rules: percentage of lists called interpretable against layer, as a thick line for the trained features, thin lines for three kinds of null lists, points for four kinds of other features, and a band for relabelled genes."}, "figure": {"caption": "Share of lists called interpretable, layer by layer. The thick line is the trained features; thin lines are null lists; points are features that no dictionary learning on this model made, with 95 % intervals; the band holds 95 % of what the trained features' own lists score when the genes have exchanged their names. enrichr is the rule that the paper most likely used, corpus takes the corpus as background and every term into the correction.", "name": "fig-controls"}} tags=["hide-input"]
-shares = studies.by_gene_rule(study, settings)
-chapter.figure("table4_controls", share_with_controls(
-    shares, joint.shares, None if paper is None else paper["percentage"].to_numpy()))
+chapter.figure("table4_controls", share_with_controls(shares, joint.shares, percentages))
 
 # %% tags=["hide-input"]
 chapter.values({"draws": settings.null_draws, "band_draws": study.band_draws, "enough": ENOUGH},

@@ -12,6 +12,7 @@ from scfm_circuits.paper.exhibits import read_paper
 from scfm_circuits.paper.intervals import (
     Shares,
     gap_closed,
+    implied_l0,
     late_less_early,
     layer0_difference,
     layers_above_layer0,
@@ -133,3 +134,22 @@ def test_shares_and_gaps() -> None:
     assert found.high - found.value == pytest.approx(1.96 * drawn.std(), rel=0.02)
     assert math.isnan(gap_closed(1.0, 0.1, 0.0, 0.1).value)
     assert math.isnan(gap_closed(1.0, NAN, 4.0, NAN).low)
+
+
+def test_l0_of_a_layer_from_a_sample_of_its_features() -> None:
+    """A population whose L0 is known: the sample's estimate and its interval hold it."""
+    rng = np.random.default_rng(0)
+    frequency = rng.lognormal(np.log(0.004), 0.8, 900)
+    live = frequency[frequency >= 1e-3]
+    found = [implied_l0(np.log10(rng.choice(live, 40, replace=False)), len(live), -3.0)
+             for _ in range(60)]
+    held = [one.low <= live.sum() <= one.high for one in found]
+    assert np.mean(held) > 0.8, "a bootstrap of 40 skewed values holds a little less than 95 %"
+    assert np.mean([one.value for one in found]) == pytest.approx(live.sum(), rel=0.1)
+    # What is below the cut has no say, and of a single feature there is no interval.
+    assert implied_l0(np.array([-2.0, -2.0, -5.0]), 100, -3.0) == (1.0, 1.0, 1.0)
+    assert math.isnan(implied_l0(np.array([-2.0, -5.0]), 100, -3.0).value)
+    paper = read_paper()
+    [live_features] = paper.table4.loc[paper.table4["layer"] == 12, "total"]
+    printed = implied_l0(paper.table3["log10_E_f"].to_numpy(), int(live_features), -3.0)
+    assert 2 < printed.low < printed.value < printed.high < 15

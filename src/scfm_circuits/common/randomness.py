@@ -62,6 +62,7 @@ STREAMS: Mapping[str, Stream] = {
     "task circuit": Stream(61, ("part",)),
     "random gene nodes": Stream(63),
     "knock-outs": Stream(62, ("use",)),
+    "resampled features of Table 3": Stream(64),
 }
 
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from scfm_circuits.common.intervals import wilson_interval
+from scfm_circuits.common.intervals import bootstrap_interval, wilson_interval
+from scfm_circuits.common.randomness import generator
 
 
 class Estimate(NamedTuple):
@@ -132,6 +133,23 @@ def gap_closed(added: float, error: float, added_none: float, error_none: float)
     value = 1 - added / added_none
     half = 1.96 * math.hypot(error / added_none, added * error_none / added_none**2)
     return Estimate(value, value - half, value + half)
+
+
+def implied_l0(sampled: np.ndarray, live: int, cut: float) -> Estimate:
+    """The L0 that the paper's tables imply for the layer of its Table 3, which prints none.
+
+    A layer's L0 is the sum of E(f) over its features: as many as Table 4 counts, times the mean of
+    those of Table 3's random sample that are above Table 4's cut. What is below the cut is left
+    out. The interval is a bootstrap over the sample.
+
+    sampled: log10 E(f) of Table 3's features; live: Table 4's count for that layer.
+    """
+    frequency = 10.0 ** sampled[sampled >= cut]
+    if len(frequency) < 2:
+        return Estimate(math.nan)
+    n = len(frequency)
+    counts = generator(0, "resampled features of Table 3").multinomial(n, np.full(n, 1 / n), 5000)
+    return Estimate(*(float(live * one) for one in bootstrap_interval(frequency, counts)))
 
 
 class Overlap(NamedTuple):

@@ -40,7 +40,7 @@ from scfm_circuits.report.sub_words import EARLY, KINDS, LATE
 LONG = "hematopoietic multipotent progenitor cell of the bone marrow and of many another place"
 ODD = ["CD4$+$ T", "a_b^c", r"\frac{a}{b}", "$", "$$", r"\$x$ and $\alpha$", r"ends in \ ",
        "_hidden", "%d {x}", "1e3", "2024-01-02", "<b>&amp;", "Müller", LONG, LONG + " too", ""]
-OWN_MATHEMATICS = {r"$\log_{10} E(f)$"}
+OWN_MATHEMATICS = {r"$\log_{10} E(f)$, E(f): share of the tokens on which a feature fires"}
 
 
 @pytest.fixture(autouse=True)
@@ -212,11 +212,12 @@ def prediction_by_kind() -> tuple[Figure, list[str]]:
 
 
 def l0_per_layer() -> tuple[Figure, list[str]]:
-    return features.l0_per_layer(np.arange(3.0), np.ones((3, 3))), []
+    return features.l0_per_layer(np.arange(3.0), np.ones((3, 3)), (0.5, 6.0, 2.0, 12.0)), []
 
 
 def frequency_distribution() -> tuple[Figure, list[str]]:
-    return features.frequency_distribution(np.linspace(-5, -1, 9), -4, 0), []
+    return features.frequency_distribution(np.linspace(-5, -1, 9), -4, 0,
+                                           np.array([-2.5, -2.5])), []
 
 
 def known_truth_scores() -> tuple[Figure, list[str]]:

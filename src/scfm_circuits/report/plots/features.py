@@ -68,27 +68,53 @@ def prediction_by_kind(features: pd.DataFrame, decoys: pd.DataFrame) -> Figure:
     return figure
 
 
-def l0_per_layer(mean: np.ndarray, quantiles: np.ndarray) -> Figure:
-    """Figure 2: mean active features per token, with the 10 and 90 % quantiles over tokens."""
+def l0_per_layer(mean: np.ndarray, quantiles: np.ndarray,
+                 printed: tuple[float, float, float, float] | None = None) -> Figure:
+    """Figure 2: mean active features per token, with the 10 and 90 % quantiles over tokens.
+
+    mean: (n_layers,); quantiles: (n_layers, n). printed: what the paper's tables imply for one of
+    its layers: the layer's relative depth from 0 to 1, the L0, and the ends of its interval.
+    """
     figure, (axis,) = panels(1, width=6.5)
     layers = np.arange(len(mean))
     axis.fill_between(layers, quantiles[:, 0], quantiles[:, -1], color=BLUE, alpha=0.2,
                       label="10 to 90 % of tokens")
-    axis.plot(layers, mean, "o-", color=BLUE, label="mean")
-    axis.set(xlabel="layer", ylabel="active features per token (L0)", ylim=(0, None),
+    axis.plot(layers, mean, "o-", color=BLUE, label="mean of this run")
+    if printed is not None:
+        depth, value, low, high = printed
+        axis.errorbar(depth * layers[-1], value, yerr=[[value - low], [high - value]], fmt="D",
+                      color="black", capsize=4, label="the paper's layer 12, from its tables")
+    axis.set(xlabel="layer", ylabel="active features\nper token (L0)", ylim=(0, None),
              xticks=ticks(len(mean)))
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=11)
     return figure
 
 
-def frequency_distribution(log10_frequency: np.ndarray, cut: float, layer: int) -> Figure:
-    """Figure 3: distribution of log10 E(f) of one layer's live features."""
-    live = log10_frequency[log10_frequency >= cut]
-    figure, (axis,) = panels(1, width=6.5)
-    sns.histplot(live, bins=40, ax=axis, color=BLUE)
-    axis.axvline(cut, color=ORANGE, linestyle="--", label=f"live cut, {cut:g}")
-    axis.set(xlabel=r"$\log_{10} E(f)$", ylabel="features", title=f"layer {layer}")
-    axis.legend()
+def frequency_distribution(log10_frequency: np.ndarray, cut: float, layer: int,
+                           printed: np.ndarray) -> Figure:
+    """Figure 3: distribution of log10 E(f) over one layer's features that ever fired.
+
+    printed: log10 E(f) of the paper's Table 3, a random sample of the live features of its Figure
+    3, a dot each below ours.
+    """
+    figure, (above, below) = plt.subplots(2, 1, figsize=(6.5, 4.2), height_ratios=(4, 1),
+                                          sharex=True, constrained_layout=True)
+    fired = log10_frequency[np.isfinite(log10_frequency)]
+    sns.histplot(fired, bins=40, ax=above, color=BLUE)
+    for axis in (above, below):
+        axis.axvline(cut, color=ORANGE, linestyle="--")
+    above.text(cut, 0.97, " live", color="0.2", va="top", fontsize=11,
+               transform=above.get_xaxis_transform())
+    never = len(log10_frequency) - len(fired)
+    above.set(ylabel="features", title=f"this run, layer {layer}"
+              + (f" ({never:,} never fired)" if never else ""))
+    bins = np.round(np.sort(printed), 1)
+    heights = [int((bins[:i] == one).sum()) for i, one in enumerate(bins)]
+    below.scatter(bins, heights, s=28, color="black")
+    below.set(xlabel=r"$\log_{10} E(f)$, E(f): share of the tokens on which a feature fires",
+              yticks=[], ylim=(-0.7, max(heights) + 0.9))
+    below.set_title(f"the paper, layer 12: {len(printed)} drawn at random (Table 3)")
+    below.grid(axis="y", visible=False)
     return figure
 
 

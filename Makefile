@@ -46,7 +46,7 @@ notebooks: $(READY) ## Execute the stale notebooks of PROFILE only
 	@$(RUN) book execute $(OPTIONS) $(AT_ONCE)
 
 plan: $(READY) ## What PROFILE would cost here: downloads, disk, memory, time; runs nothing
-	@$(RUN) plan $(OPTIONS)
+	@$(RUN) plan $(OPTIONS) $(AT_ONCE)
 
 data: $(READY) ## Fetch and verify the cells, model and gene sets of PROFILE, nothing else
 	@$(RUN) data $(OPTIONS)

@@ -43,14 +43,15 @@ def _parser() -> argparse.ArgumentParser:
     book.add_argument("--cell-seconds", type=int, default=None,
                       help="a cell that runs longer fails (default: $SCFM_CELL_SECONDS, or an hour "
                       "and more if the run is expected to take long)")
-    book.add_argument("--jobs", type=int, default=None,
-                      help="chapters that run at once, where none follows another (default: 2, or "
-                      "1 where cores or memory are few)")
     book.add_argument("--output", type=Path, default=ROOT / "book" / "_build",
                       help="folder that receives html/ (default: book/_build)")
     of_profile("train", "train the transcoders alone, also in several processes with torchrun")
     of_profile("data", "fetch and verify cells, model and gene sets")
     cost = of_profile("plan", "what would be executed, why, and what it would cost")
+    for one in (book, cost):
+        one.add_argument("--jobs", type=int, default=None,
+                         help="chapters that run at once, where none follows another (default: 2, "
+                         "or 1 where cores or memory are few)")
     cost.add_argument("--cost", action="store_true", help="the cost alone, as JSON")
     writer = command("profile", "write a first profile for your own .h5ad file")
     writer.add_argument("h5ad", nargs="?", default=os.environ.get("H5AD", ""))
@@ -80,11 +81,13 @@ def _perform(given: argparse.Namespace) -> None:
     else:
         from scfm_circuits.book import cli as book
 
+        if given.jobs is not None and given.jobs < 1:
+            raise InputError("--jobs must be at least 1.")
         run = load_run(given.profile, overrides)
         if given.command == "book":
             book.make(run, given.step, given.output, given.cell_seconds, given.jobs)
         else:
-            (book.show_cost if given.cost else book.show_plan)(run)
+            (book.show_cost if given.cost else book.show_plan)(run, given.jobs)
 
 
 def main(given: Sequence[str] | None = None) -> int:

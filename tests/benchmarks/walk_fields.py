@@ -93,8 +93,8 @@ def work(profile: str, base: str | None, seconds: float, told: Any) -> None:
         told.send((place, ""))
         from scfm_circuits.book.preflight import run_cost
 
-        wanted = {file for one in run.notebooks if one.path in paths for file in one.produces}
-        cost = run_cost(run.profile, wanted, len(paths))
+        cost = run_cost(run.profile, run.notebooks,
+                        [one.name for one in run.notebooks if one.path in paths])
         if cost.refusal:
             raise InputError(cost.refusal)
         if cost.seconds > seconds + 300:
@@ -143,8 +143,7 @@ def planned(profile: Path) -> tuple[str, str, float]:
     try:
         run = load_run(str(profile))
         place = "plan"
-        cost = preflight.run_cost(run.profile, {file for one in run.notebooks
-                                                for file in one.produces}, len(run.notebooks))
+        cost = preflight.run_cost(run.profile, run.notebooks)
         said = f"sentence: {cost.refusal}" if cost.refusal else f"about {cost.seconds:.0f} seconds"
     except InputError as error:
         said = f"sentence: {error}"

@@ -50,7 +50,8 @@ CPU = torch.device("cpu")
 PYTHIA_410M = 405_334_016
 """Parameters of EleutherAI/pythia-410m, as its authors count them (embeddings included)."""
 TINY = Sizes(12, 12, 16, 114, 86, 12, False, 3, 16, 2, 40, 12_000, 30_000, 50_000)
-EVERYTHING = {file for one in read_notebooks(NOTEBOOKS) for file in one.produces}
+WHOLE = [*read_notebooks(NOTEBOOKS)]
+EVERYTHING = {file for one in WHOLE for file in one.produces}
 
 
 @pytest.fixture
@@ -196,7 +197,7 @@ def test_a_full_disk_is_told_before_anything_is_done(empty: Path, monkeypatch: p
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 5 * 10**9))
     monkeypatch.setattr(preflight, "memory_available", lambda device: 2**50)
     profile = load_profile("paper")
-    problem, hint = run_cost(profile, EVERYTHING, 11).refusal.splitlines()
+    problem, hint = run_cost(profile, WHOLE).refusal.splitlines()
     assert str(empty / "data") in problem and "has 5.0 GB free" in problem  # all on one disk
     assert "SCFM_RESULTS" in problem and "`max_cells`" in problem
     sizes = run_sizes(profile)
@@ -206,7 +207,7 @@ def test_a_full_disk_is_told_before_anything_is_done(empty: Path, monkeypatch: p
     assert needed == pytest.approx(sum(disk.values()) / 1e9, abs=0.06)
     assert hint == "(To try all the same, set SCFM_ANYWAY=1.)"
     monkeypatch.setenv(preflight.ANYWAY, "1")
-    assert run_cost(profile, EVERYTHING, 11).refusal == ""
+    assert run_cost(profile, WHOLE).refusal == ""
 
 
 def test_what_is_there_already_is_not_written_again(empty: Path) -> None:
@@ -228,7 +229,7 @@ def test_what_is_there_already_is_not_written_again(empty: Path) -> None:
 def test_a_folder_that_may_not_be_written_is_told(empty: Path) -> None:
     (empty / "results").mkdir(mode=0o500)
     with pytest.raises(InputError, match=r"Nothing can be written into .*results; name other"):
-        run_cost(load_profile("smoke"), EVERYTHING, 11)
+        run_cost(load_profile("smoke"), WHOLE)
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -313,6 +314,27 @@ def test_each_field_is_named_once_with_a_value_for_all(empty: Path,
     assert memory_problems(helped, sizes, memory_stages(helped, sizes, CPU)) == []
 
 
+def test_two_chapters_run_at_once_where_both_fit(empty: Path, monkeypatch: pytest.MonkeyPatch
+                                                 ) -> None:
+    monkeypatch.setattr(side_by_side, "cores", lambda: 2)
+    monkeypatch.setattr(side_by_side, "memory_total", lambda: 64 * 2**30)
+    profile = load_profile("smoke")
+    stages = memory_stages(profile, run_sizes(profile), CPU)
+    both = preflight.meeting(WHOLE, side_by_side.before(WHOLE), stages)[CPU]
+    assert max(one.bytes for one in stages) < both <= 2 * max(one.bytes for one in stages)
+    # Two chapters of which one follows the other are never there together.
+    assert preflight.meeting(WHOLE[:2], side_by_side.before(WHOLE), stages) == {}
+
+    monkeypatch.setattr(preflight, "memory_available", lambda device: both)
+    two = run_cost(profile, WHOLE)
+    assert two.jobs == 2 and f"two chapters at once {both / 2**30:.1f} GiB" in two.text
+    assert " for 12 chapters, 2 at once" in two.text
+    monkeypatch.setattr(preflight, "memory_available", lambda device: both - 1)
+    one = run_cost(profile, WHOLE)
+    assert one.jobs == 1 and not one.refusal and "at once 0" not in one.text
+    assert run_cost(profile, WHOLE, jobs=2).jobs == 2  # who asks for it gets it
+
+
 @pytest.mark.parametrize(("lines", "files", "found"), [
     ("0::/job/step", {"job/memory.max": "9000\n", "job/step/memory.max": "max\n"}, [9000]),
     ("0::/", {"memory.max": "9000\n"}, [9000]),
@@ -373,7 +395,7 @@ def test_kinds_are_counted_in_the_cells_that_the_profile_says(empty: Path) -> No
 
 def test_the_time_of_the_small_real_profile_on_two_cores(empty: Path, monkeypatch: Any) -> None:
     """Measured there: 176 GFLOP/s in products, ten minutes for everything."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(side_by_side, "cores", lambda: 2)
     profile = load_profile("pbmc")
     reached = preflight.REACHED["cpu"]
     assert {kind for work in works(profile, TINY).values() for kind in work.operations} == {
@@ -440,7 +462,7 @@ def test_make_plan_says_everything_and_does_nothing(empty: Path, capsys: pytest.
 def test_what_will_fail_is_told_before_any_work(empty: Path, changes: dict[str, Any], told: str
                                                 ) -> None:
     with pytest.raises(InputError, match=told):
-        run_cost(load_profile("smoke", changes), EVERYTHING, 11)
+        run_cost(load_profile("smoke", changes), WHOLE)
 
 
 @pytest.mark.parametrize("field", ["model_layers", "model_width"])
@@ -453,10 +475,10 @@ def test_a_model_that_no_machine_holds_is_not_begun(field: str) -> None:
 def test_a_run_of_years_is_refused(empty: Path, monkeypatch: pytest.MonkeyPatch, field: str
                                    ) -> None:
     profile = load_profile("smoke", {field: 10**13})
-    cost = run_cost(profile, EVERYTHING, 11)
+    cost = run_cost(profile, WHOLE)
     assert cost.refusal.startswith("The run would take about ") and field in cost.refusal
     monkeypatch.setenv(preflight.ANYWAY, "1")
-    cost = run_cost(profile, EVERYTHING, 11)
+    cost = run_cost(profile, WHOLE)
     assert not cost.refusal and cost.seconds > preflight.MOST_SECONDS
 
 
@@ -475,7 +497,7 @@ def test_a_library_that_cannot_be_used_is_told_before_any_work(
         load_corpus(profile)
     (empty / "gene_sets" / f"{name}.gmt").write_bytes(content)
     with pytest.raises(InputError, match=told):
-        run_cost(profile, EVERYTHING, 1)
+        run_cost(profile, WHOLE)
 
 
 def test_what_is_read_otherwise_than_it_stands_is_told(empty: Path) -> None:
@@ -488,13 +510,13 @@ def test_what_is_read_otherwise_than_it_stands_is_told(empty: Path) -> None:
     tiny_model(vocabulary=len(tokenizer), dtype=torch.float32).save_pretrained(folder)
     given = {"libraries": ["Mine"], "model": str(folder), "tokenizer": str(folder),
              "model_layers": None, "human_layer": 0}
-    told = run_cost(load_profile("smoke", given), EVERYTHING, 1).text
+    told = run_cost(load_profile("smoke", given), WHOLE).text
     assert "Mine: The file has no column of descriptions" in told
     assert "'<|endoftext|>' before each text" in told
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     with pytest.raises(InputError, match="no token for 'A'"):
-        run_cost(load_profile("smoke", given), EVERYTHING, 1)
+        run_cost(load_profile("smoke", given), WHOLE)
 
 
 def test_what_reading_the_cells_will_leave_out_is_told(empty: Path) -> None:
@@ -503,7 +525,7 @@ def test_what_reading_the_cells_will_leave_out_is_told(empty: Path) -> None:
     cells.write_h5ad(empty / "cells.h5ad")
     given = {"cells": str(empty / "cells.h5ad"), "matrix": "X", "label_column": "bulk_labels",
              "symbol_rule": "as_written", "case_type": "CD14+ Monocyte"}
-    told = run_cost(load_profile("smoke", given), EVERYTHING, 1)
+    told = run_cost(load_profile("smoke", given), WHOLE)
     assert "  note      1 of 765 genes were left out" in told.text and "'1-Mar'" in told.text
     assert not told.refusal
 
@@ -516,10 +538,10 @@ def test_a_case_that_names_no_type_is_told(empty: Path, label: str) -> None:
     cells.write_h5ad(empty / "cells.h5ad")
     given = {"cells": str(empty / "cells.h5ad"), "matrix": "X", "label_column": "bulk_labels",
              "case_type": label}
-    told = run_cost(load_profile("smoke", given), EVERYTHING, 1)
+    told = run_cost(load_profile("smoke", given), WHOLE)
     assert f"`case_type` is {label.strip()!r}, which names no type" in told.text
     assert not told.refusal
-    assert "names no type" not in run_cost(load_profile("smoke"), EVERYTHING, 1).text
+    assert "names no type" not in run_cost(load_profile("smoke"), WHOLE).text
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_executed(
@@ -534,7 +556,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_executed(
 def test_gene_sets_that_will_be_missed_are_told(empty: Path, monkeypatch: pytest.MonkeyPatch
                                                 ) -> None:
     monkeypatch.setenv("SCFM_OFFLINE", "1")
-    told = run_cost(load_profile("smoke"), EVERYTHING, 1).text
+    told = run_cost(load_profile("smoke"), WHOLE, ["06_enrichment"]).text
     assert "download " not in told and "for 1 chapter," in told
     assert "CellMarker_Augmented_2021 are not here and downloads are off" in told
 
@@ -551,7 +573,7 @@ def test_a_cell_may_take_several_times_what_the_run_is_expected_to(
     monkeypatch.delenv("SCFM_CELL_SECONDS", raising=False)
     monkeypatch.setenv("SCFM_OFFLINE", "1")
     for seconds in (10_000.0, 1.0):
-        monkeypatch.setattr(book, "announce", lambda run, told=seconds: told)
+        monkeypatch.setattr(book, "announce", lambda run, jobs, told=seconds: (told, jobs))
         assert main(["book", "execute", "--profile", "smoke"]) == 130
     monkeypatch.setenv("SCFM_CELL_SECONDS", "77")
     assert main(["book", "execute", "--profile", "smoke"]) == 130
@@ -561,5 +583,5 @@ def test_a_cell_may_take_several_times_what_the_run_is_expected_to(
 def test_an_estimate_that_fails_keeps_nobody_from_work(
         empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(book.sys, "executable", "/bin/false")
-    assert book.announce(load_run("smoke")) == 0.0
+    assert book.announce(load_run("smoke")) == (0.0, None)
     assert "cannot be told (no answer)" in capsys.readouterr().out

@@ -211,6 +211,23 @@ def test_any_order_keeps_the_rules(notebooks: list[Notebook], jobs: int, data: s
         assert not any(bad in stands_on[name] for name in done)
 
 
+@given(graphs(), st.integers(1, 4), st.data())
+def test_the_time_side_by_side_is_that_of_the_same_order(notebooks: list[Notebook], jobs: int,
+                                                         data: st.DataObject) -> None:
+    stands_on = side_by_side.before(notebooks)
+    seconds = {one.name: float(data.draw(st.integers(1, 9))) for one in notebooks}
+    path: dict[str, float] = {}  # until a notebook is done, if nothing but its own past counts
+    for one in notebooks:
+        path[one.name] = seconds[one.name] + max((path[name] for name in one.after), default=0.0)
+    total, longest = sum(seconds.values()), max(path.values())
+    found = side_by_side.length(notebooks, stands_on, jobs, seconds)
+    # Graham's bound: no core is idle but where the longest path is under way.
+    assert max(longest, total / jobs) <= found <= total / jobs + longest * (jobs - 1) / jobs + 1e-9
+    assert side_by_side.length(notebooks, stands_on, len(notebooks), seconds) == longest
+    pairs = side_by_side.pairs_at_once(notebooks, stands_on)
+    assert bool(pairs) == (longest < total)
+
+
 def test_what_two_chapters_need_is_made_once(tmp_path: Path) -> None:
     path, stamp, made, second = tmp_path / "shared.npz", {"of": 1}, [], threading.Event()
 

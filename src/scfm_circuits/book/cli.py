@@ -66,15 +66,17 @@ def check(run: Run, just_executed: Sequence[str] = ()) -> None:
         write_json(path, found_now)
 
 
-def announce(run: Run) -> float:
-    """Say what the stale chapters will cost; returns the seconds of them all, 0 without any.
+def announce(run: Run, jobs: int | None = None) -> tuple[float, int | None]:
+    """Say what the stale chapters will cost; returns the seconds of them all, 0 without any, and
+    how many are best run at once, if that is known.
 
     Raises InputError if they cannot fit, or if it is seen already that they will fail.
     """
     if not plan(run):
-        return 0.0
+        return 0.0, jobs
     # In a process of its own, which gives a GPU and the memory of the libraries back.
     words = [sys.executable, "-m", "scfm_circuits", "plan", "--cost", "--profile", run.profile_name]
+    words += ["--jobs", str(jobs)] if jobs else []
     for key, value in run.overrides.items():
         words += ["-p", f"{key}={json.dumps(value)}"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -83,31 +85,30 @@ def announce(run: Run) -> float:
     except (IndexError, ValueError):  # an estimate that fails must not keep anybody from work
         reason = (done.stderr.strip().splitlines() or ["no answer"])[-1]
         print(f"What this run costs cannot be told ({reason}).", flush=True)
-        return 0.0
+        return 0.0, jobs
     if found["text"]:
         print(found["text"], flush=True)
     if found["refusal"]:
         raise InputError(found["refusal"])
-    return float(found["seconds"])
+    return float(found["seconds"]), int(found["jobs"])
 
 
-def show_plan(run: Run) -> None:
+def show_plan(run: Run, jobs: int | None = None) -> None:
     """Print which chapters are stale, why, and what they cost; InputError as `announce`."""
     stale = plan(run)
     for notebook, reason in stale:
         print(f"{notebook.name}: {reason}")
     if not stale:
         print(f"Every notebook of {run.profile.name} is up to date; nothing would be executed.")
-    announce(run)
+    announce(run, jobs)
 
 
-def show_cost(run: Run) -> None:
+def show_cost(run: Run, jobs: int | None = None) -> None:
     """Print `preflight.run_cost` of the stale chapters as JSON."""
     from scfm_circuits.book.preflight import Cost, run_cost
 
-    stale = [notebook for notebook, _ in plan(run)]
     try:
-        cost = run_cost(run.profile, {file for one in stale for file in one.produces}, len(stale))
+        cost = run_cost(run.profile, run.notebooks, [one.name for one, _ in plan(run)], jobs)
     except InputError as error:
         cost = Cost("", str(error), 0.0)
     print(json.dumps(cost._asdict()))
@@ -136,10 +137,8 @@ def make(run: Run, step: str, output: Path, cell_seconds: int | None = None,
     """
     if cell_seconds is not None and cell_seconds < 1:
         raise InputError("--cell-seconds must be at least 1.")
-    if jobs is not None and jobs < 1:
-        raise InputError("--jobs must be at least 1.")
     executed: list[str] = []
-    expected = announce(run) if step in ("all", "execute") else 0.0
+    expected, jobs = announce(run, jobs) if step in ("all", "execute") else (0.0, jobs)
     if step in ("all", "build"):
         from scfm_circuits.book import pages
 

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import torch
 
 from scfm_circuits import InputError
+from scfm_circuits.book import side_by_side
+from scfm_circuits.book.chapters import Notebook
 from scfm_circuits.book.downloads import (
     Download,
     missing,
     missing_libraries,
     notes,
 )
-from scfm_circuits.book.side_by_side import group_limits
 from scfm_circuits.book.sizes import (
     CELLS,
     CONTROLS,
@@ -54,6 +55,8 @@ freed and not given back at once."""
 MOST_SECONDS = 365 * 86400.0
 """A run that would take longer is refused: a field has a wrong number of zeros."""
 STARTED, NULL_SECONDS, LIVE = 8.0, 0.02, 800
+SPEED = 0.7
+"""Work in n times as many threads is done n to this power times as fast, read off likewise."""
 """Read off runs of `demo` on two cores: seconds of a chapter beside its work and of a feature's
 thousand null lists, and live features of a layer."""
 REACHED = {"cuda": {"model": 0.49, "train": 0.49, "count": 0.078, "validate": 0.158},
@@ -92,15 +95,21 @@ class Stage(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Lines for the terminal, why the run is refused (or nothing), and its seconds (or 0)."""
+    """Lines for the terminal, why the run is refused (or nothing), its seconds (or 0), and how many
+    chapters run at once."""
 
     text: str
     refusal: str
     seconds: float
+    jobs: int = 1
 
 
-def run_cost(profile: Profile, wanted: Collection[str], chapters: int) -> Cost:
-    """What the stale chapters cost. wanted: the files that they leave (`produces` in the headers).
+def run_cost(profile: Profile, notebooks: Sequence[Notebook], stale: Collection[str] | None = None,
+             jobs: int | None = None) -> Cost:
+    """What the stale chapters cost.
+
+    notebooks: all of the run. stale: names of those that are, or all. jobs: how many run at once;
+    by default as many as the machine allows, and one if two that would meet do not fit.
 
     Raises InputError for what will fail in any case: cells, a model, a folder of gene sets or a
     sentence that cannot be had, no cell for the case study, layers that the model lacks, a
@@ -118,9 +127,14 @@ def run_cost(profile: Profile, wanted: Collection[str], chapters: int) -> Cost:
     if sizes.layers < 2:
         raise InputError("A model of one layer has no circuit: before its features there is the "
                          "token alone. Set `model_layers` to at least 2, or name another `model`.")
+    chapters = [one for one in notebooks if stale is None or one.name in stale]
+    wanted = {file for one in chapters for file in one.produces}
     found = missing(profile, sizes.parameters)
     disk = disk_needed(profile, sizes, found, wanted)
-    stages = [one for one in memory_stages(profile, sizes, device) if {*one.leaves} & {*wanted}]
+    stages = [one for one in memory_stages(profile, sizes, device) if {*one.leaves} & wanted]
+    together = meeting(chapters, side_by_side.before(notebooks), stages)
+    fits = all(size <= memory_available(place) for place, size in together.items())
+    at_once = jobs or (side_by_side.usual_jobs() if fits else 1)
     problems = [*_disk_problems(disk), *memory_problems(profile, sizes, stages)]
     refused = bool(problems) and not os.environ.get(ANYWAY)
     of = f" of {sizes.cells_in_file:,}" if sizes.cells != sizes.cells_in_file else ""
@@ -142,20 +156,52 @@ def run_cost(profile: Profile, wanted: Collection[str], chapters: int) -> Cost:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in
                           sorted(largest.parts.items(), key=lambda item: -item[1])[:4])
         name = f"{os.cpu_count()} CPU cores" if place == CPU else torch.cuda.get_device_name(place)
+        both = (f"two chapters at once {together[place] / GIB:.1f} GiB; " if at_once > 1
+                and place in together else "")
         lines.append(f"  memory    about {largest.bytes / GIB:.1f} GiB ({largest.name}: {parts}); "
-                     f"{memory_available(place) / GIB:.1f} GiB free on {name}")
+                     f"{both}{memory_available(place) / GIB:.1f} GiB free on {name}")
     hint = f"(To try all the same, set {ANYWAY}=1.)"
     if refused:
         return Cost("\n".join(lines), "\n".join([*problems, hint]), 0.0)
     rate = matrix_rate(profile, sizes, device)
-    seconds = run_seconds(profile, sizes, wanted, chapters, rate, REACHED[device.type])
-    lines.append(f"  time      about {time_in_words(seconds)} for {chapters} chapter"
-                 f"{'s' if chapters != 1 else ''}, if nothing of them is there yet")
+    each = {one.name: run_seconds(profile, sizes, one.produces, 1, rate, REACHED[device.type])
+            for one in chapters}
+    seconds = seconds_at_once(each, chapters, notebooks, at_once, device)
+    lines.append(f"  time      about {time_in_words(seconds)} for {len(chapters)} chapter"
+                 f"{'s' if len(chapters) != 1 else ''}, {at_once} at once, if nothing of them is "
+                 "there yet")
     if seconds > MOST_SECONDS and not os.environ.get(ANYWAY):
         return Cost("\n".join(lines), f"The run would take about {time_in_words(seconds)} here; "
                     "lower what it takes most of (`training_tokens`, `model_steps`, `null_draws`). "
                     + hint, 0.0)
-    return Cost("\n".join(lines), "", seconds)
+    return Cost("\n".join(lines), "", seconds, at_once)
+
+
+def meeting(chapters: Sequence[Notebook], stands_on: Mapping[str, set[str]],
+            stages: Sequence[Stage]) -> dict[torch.device, int]:
+    """By device the most bytes that two chapters hold which may run at once."""
+    found: dict[torch.device, int] = {}
+    for place in {one.device for one in stages}:
+        most = {one.name: max((stage.bytes for stage in stages if stage.device == place
+                               and {*stage.leaves} & {*one.produces}), default=OTHER)
+                for one in chapters}
+        pairs = side_by_side.pairs_at_once(chapters, stands_on)
+        if pairs:
+            found[place] = max(most[one] + most[other] for one, other in pairs)
+    return found
+
+
+def seconds_at_once(each: Mapping[str, float], chapters: Sequence[Notebook],
+                    notebooks: Sequence[Notebook], jobs: int, device: torch.device) -> float:
+    """Seconds of the chapters side by side; each: those of each by itself with all cores."""
+    stands_on, share = side_by_side.before(notebooks), side_by_side.threads_of(notebooks)
+    if device.type == "cpu":
+        # What a chapter does with half of the cores takes longer, though not twice as long.
+        each = {name: STARTED + (seconds - STARTED) * (side_by_side.cores() / share[name]) ** SPEED
+                for name, seconds in each.items()}
+    taken = side_by_side.length(chapters, stands_on, jobs, each)
+    # One GPU does what all ask of it, one after another.
+    return taken if device.type == "cpu" else max(taken, sum(each.values()) - STARTED * len(each))
 
 
 def _size(n: int) -> str:
@@ -255,7 +301,7 @@ def memory_available(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
-    return min([int(psutil.virtual_memory().available), *group_limits()])
+    return min([int(psutil.virtual_memory().available), *side_by_side.group_limits()])
 
 
 def memory_problems(profile: Profile, sizes: Sizes, stages: Sequence[Stage]) -> list[str]:
@@ -317,7 +363,7 @@ def run_seconds(profile: Profile, sizes: Sizes, wanted: Collection[str], chapter
     rate: operations of bare products per second. reached: see `REACHED`.
     """
     live = sizes.layers * min(profile.expansion * sizes.width, LIVE)
-    nulls = live * NULL_SECONDS * profile.null_draws / 1000 * 2 / (os.cpu_count() or 2)
+    nulls = live * NULL_SECONDS * profile.null_draws / 1000 * 2 / side_by_side.cores()
     total = sum(operations / reached[kind] for file, work in works(profile, sizes).items()
                 if file in wanted for kind, operations in work.operations.items())
     small = TOKENIZERS_SECONDS * min(1.0, profile.model_steps / 300) * (TOKENIZERS in wanted)

@@ -9,8 +9,9 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import combinations
 from pathlib import Path
 
 from scfm_circuits.book.chapters import Notebook
@@ -83,6 +84,39 @@ def threads_of(notebooks: Sequence[Notebook]) -> dict[str, int]:
         for name, own in stands_on.items()}
 
 
+def by_need(notebooks: Sequence[Notebook], stands_on: Mapping[str, set[str]]) -> list[Notebook]:
+    """The notebooks, first those that most others wait for."""
+    return sorted(notebooks, key=lambda one: -sum(one.name in own for own in stands_on.values()))
+
+
+def startable(waiting: Sequence[Notebook], running: Iterable[str],
+              stands_on: Mapping[str, set[str]]) -> list[Notebook]:
+    """Those that wait for nothing but their turn."""
+    busy = {*running, *(one.name for one in waiting)}
+    return [one for one in waiting if not busy & stands_on[one.name]]
+
+
+def length(notebooks: Sequence[Notebook], stands_on: Mapping[str, set[str]], jobs: int,
+           seconds: Mapping[str, float]) -> float:
+    """Seconds that `run_all` takes if each notebook takes its `seconds`."""
+    waiting, running, now = by_need(notebooks, stands_on), list[tuple[float, str]](), 0.0
+    while waiting or running:
+        names = [name for _, name in running]
+        for one in startable(waiting, names, stands_on)[: jobs - len(running)]:
+            waiting.remove(one)
+            running.append((now + seconds[one.name], one.name))
+        running.sort()
+        now, _ = running.pop(0)
+    return now
+
+
+def pairs_at_once(notebooks: Sequence[Notebook], stands_on: Mapping[str, set[str]]
+                  ) -> list[tuple[str, str]]:
+    """Names of every two that may run at once."""
+    return [(one.name, other.name) for one, other in combinations(notebooks, 2)
+            if one.name not in stands_on[other.name] and other.name not in stands_on[one.name]]
+
+
 def run_all(notebooks: Sequence[Notebook], stands_on: Mapping[str, set[str]], jobs: int,
             work: Callable[[Notebook], None], end: Callable[[int], None]) -> list[BaseException]:
     """Do the work of each notebook when that of those before it is done, `jobs` at once.
@@ -92,15 +126,14 @@ def run_all(notebooks: Sequence[Notebook], stands_on: Mapping[str, set[str]], jo
     called with a signal's number, it passes that on to all that runs; first SIGINT, and SIGKILL if
     they take their time. Returns what went wrong.
     """
-    waiting = sorted(notebooks, key=lambda one: -sum(one.name in own for own in stands_on.values()))
+    waiting = by_need(notebooks, stands_on)
     running: dict[Future[None], Notebook] = {}
     failed: list[BaseException] = []
     with ThreadPoolExecutor(jobs) as pool:
         try:
             while running or (waiting and not failed):
-                busy = {one.name for one in (*waiting, *running.values())}
-                ready = [one for one in waiting if not failed and not busy & stands_on[one.name]]
-                for one in ready[: jobs - len(running)]:
+                ready = startable(waiting, [one.name for one in running.values()], stands_on)
+                for one in ready[: 0 if failed else jobs - len(running)]:
                     waiting.remove(one)
                     running[pool.submit(work, one)] = one
                 for done in wait(running, return_when=FIRST_COMPLETED).done:

@@ -57,6 +57,11 @@ THREADS = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_N
 """Environment variables that say how many threads a process has."""
 
 
+AT_ONCE = "__import__('atexit').register(__import__('os')._exit, 0);"
+"""A kernel's first line: as the last thing at its end, it goes at once. To take down torch and all
+else that is loaded, piece by piece, takes Python more than a second in each chapter."""
+
+
 class ExecutionFailed(Exception):
     """A notebook could not be executed or did not pass the gate; the message is for a person."""
 
@@ -295,6 +300,8 @@ def _kernel_manager(log: IO[str], notes: Path, kernel: _Kernel) -> type:
             options["env"] = {**(options.get("env") or os.environ), UNWATCHED: "1",
                               NOTES: str(notes.absolute()),
                               **dict.fromkeys(THREADS, str(kernel.threads))}
+            options["extra_arguments"] = [*options.get("extra_arguments", ()),
+                                          f"--IPKernelApp.exec_lines={AT_ONCE}"]
             # papermill's `cwd` would change the folder of all that run in this process.
             await super().start_kernel(**{**options, "cwd": str(ROOT)}, stderr=log)
             local: Any = self.provisioner

@@ -72,7 +72,6 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.files import write_json
-from scfm_circuits.models.architectures import decoder_layers
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer
 from scfm_circuits.transcoders.training.run import TrainingRun
 from scfm_circuits.transcoders.training.settings import precision_of
@@ -89,17 +88,20 @@ CELL_TOKENS = 211
 class Training:
     """Training itself on a random model: forward pass, buffer, batches, steps, bookkeeping."""
 
-    def __init__(self, size: Size, active: int | None) -> None:
+    def __init__(self, size: Size, active: int | None, compiled: bool = True) -> None:
         # A fill is a whole number of batches; cells for three fills, so that each is harvested.
         buffer = PAPER.buffer_tokens if size.device == "cuda" else 4 * size.tokens
         cells = 3 * -(-buffer // CELL_TOKENS) + 1
         self.profile = PAPER.model_copy(update={
             "batch_tokens": size.tokens, "buffer_tokens": buffer, "expansion": size.expansion,
-            "learning_rate": RATE, "warmup_steps": 0})
+            "learning_rate": RATE, "warmup_steps": 0,
+            "training_tokens": PAPER.training_tokens if compiled else size.tokens})
         self.run = TrainingRun(random_model(size), random_corpus(cells), self.profile)
         self.run.start()
         self.run.transcoders.b_in.zero_()  # as it is in `batch`
         activate(self.run.transcoders, self.run.buffer.sites(0).inputs, active)
+        if active is not None:
+            self.run.stepper.expect(active)
         self._batches, self._fill = self.run.buffer.batches(0), 0
         self.steps = 0
 
@@ -313,19 +315,16 @@ def forward_figures(training: Training, size: Size, rounds: int) -> dict[str, An
 
 
 def compiled_forward_figures(size: Size, rounds: int) -> dict[str, Any]:
-    """The model's pass and the buffer with each layer's attention compiled, which nothing uses."""
-    buffer = Training(size, None).run.buffer
-    before = harvest_milliseconds(buffer, size, rounds)
-    began = time.perf_counter()
-    for layer in decoder_layers(buffer._model):
-        layer.attention.compile(dynamic=True)  # type: ignore[operator, union-attr]
-    buffer._held = None
-    buffer.sites(0)
-    wait(size.device)
-    return {"seconds_to_compile_the_forward": time.perf_counter() - began,
-            "milliseconds_part_forward_and_buffer_as_it_is": before,
-            "milliseconds_part_forward_and_buffer_compiled":
-                harvest_milliseconds(buffer, size, rounds)}
+    """The model's pass and the buffer with its attention compiled, and as it is without."""
+    found: dict[str, Any] = {}
+    for name, compiled in (("as_it_is", False), ("compiled", True)):
+        began = time.perf_counter()
+        buffer = Training(size, None, compiled).run.buffer
+        wait(size.device)
+        found[f"seconds_to_begin_{name}"] = time.perf_counter() - began
+        found[f"milliseconds_part_forward_and_buffer_{name}"] = harvest_milliseconds(
+            buffer, size, rounds)
+    return found
 
 
 def memory_figure(name: str, size: Size) -> dict[str, float | None]:

@@ -66,6 +66,8 @@ def ours(size: Size, n_layers: int, variant: Variant, active: int | None = None,
     transcoders = Transcoders(n_layers, size.width, size.features, variant).to(size.device)
     activate(transcoders.initialise(0), x, active)
     stepper = Stepper(transcoders, PAPER.loss, **options)
+    if active is not None:
+        stepper.expect(active)
     silent = torch.zeros(n_layers, size.features, dtype=torch.int64, device=size.device)
 
     def run() -> None:

@@ -9,6 +9,7 @@ of the prompt and of the answer, and special tokens, belong to no gene.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,9 +86,9 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
-        """(n_cells,) tokens of each cell without padding."""
+        """(n_cells,) tokens of each cell without padding; counted once, as there may be many."""
         return self.mask.sum(axis=1)
 
     @property

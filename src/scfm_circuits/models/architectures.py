@@ -195,6 +195,12 @@ def decoder_layers(model: nn.Module) -> list[Any]:
     return list(decoder(model).layers)  # type: ignore[arg-type]
 
 
+def attentions(model: nn.Module) -> list[nn.Module]:
+    """The attention modules, layer by layer."""
+    return [getattr(layer, "attention", None) or layer.self_attn
+            for layer in decoder_layers(model)]
+
+
 def final_norm(model: nn.Module) -> Any:
     """The module of the norm before the unembedding."""
     return getattr(decoder(model), architecture_of(model).final_norm)

@@ -43,6 +43,13 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU's tensor on the device; if that is a GPU, what it is doing is not waited for."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def not_finite(model: nn.Module) -> str | None:
     """The first of the model's weights that holds NaN or an infinite value, if one does."""
     return next((name for name, weight in model.named_parameters()
@@ -178,11 +185,12 @@ def mlp_sites(model: nn.Module, tokens: Tensor, mask: Tensor, into: Sites | None
     tokens, mask: (n, length). into: where they are written as the pass goes, in its type; None: to
     memory of their own. masked: whether the model is told of the padding. Where that stands after
     the tokens, as in a corpus, no token attends to it, so only the choice of attention's kernel
-    (and its last digits) depend on it. No logits are computed.
+    (and its last digits) depend on it; the mask may then be a CPU's, so that a GPU need not be
+    waited for. No logits are computed.
     """
     modules = mlps(model)
     seen: list[tuple[Tensor, Tensor]] = []
-    keep = _kept_tokens(mask)
+    keep = _kept_tokens(mask, tokens.device)
 
     def hook(layer: int) -> Callable:
         def kept(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -203,13 +211,14 @@ def mlp_sites(model: nn.Module, tokens: Tensor, mask: Tensor, into: Sites | None
     return Sites(torch.stack(inputs), torch.stack(outputs))
 
 
-def _kept_tokens(mask: Tensor) -> Callable[..., Tensor]:
-    """keep(part, out=None): the tokens of (n, length, d_model) that are not padding.
+def _kept_tokens(mask: Tensor, device: torch.device) -> Callable[..., Tensor]:
+    """keep(part, out=None): the tokens of (n, length, d_model), on the device, that aren't padding.
 
     Into `out` neighbouring cells of one length, padded on the right, go in one copy: in the
     buffer's order by length there are few such runs, and a GPU takes single rows much slower.
     """
-    where = mask.flatten().nonzero()[:, 0]  # once: a GPU is waited for each time
+    where = mask.flatten().nonzero()[:, 0]  # once: if it is a GPU's, that is waited for each time
+    where = where if mask.is_cuda else sent(where, device)
     lengths = mask.sum(dim=1).tolist()
     right = bool(torch.equal(mask, torch.arange(mask.shape[1], device=mask.device)
                              < mask.sum(dim=1)[:, None]))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.profile import Profile
+from scfm_circuits.models.architectures import attentions
 from scfm_circuits.models.mlp_sites import Sites, mlp_sites
 from scfm_circuits.transcoders.training import activation_buffer
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer, Batch
@@ -150,6 +151,33 @@ def test_a_fill_holds_what_the_model_gives(model, corpus, profile):
         for layer in range(2):
             assert torch.allclose(part[layer][order[0][layer]], wanted[layer][order[1][layer]],
                                   atol=1e-4)
+
+
+def test_with_compiled_attention_a_fill_holds_the_same(corpus, profile, capsys):
+    profile = profile.model_copy(update={"buffer_tokens": 150})
+    plain = ActivationBuffer(model_for(corpus), corpus, profile)
+    compiled = ActivationBuffer(model_for(corpus), corpus, profile, compiled=True)
+    for fill in range(3):  # of other lengths
+        for one, other in zip(compiled.sites(fill), plain.sites(fill), strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+    assert capsys.readouterr().out == ""
+
+
+def test_attention_that_cannot_be_compiled_is_not(corpus, profile, monkeypatch, capsys):
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("no compiler for this\nand more")
+
+    compiled = ActivationBuffer(model_for(corpus), corpus, profile, compiled=True)
+    for attention in attentions(compiled._model)[1:]:  # the second layer's is the first to fail
+        monkeypatch.setattr(attention, "_compiled_call_impl", fail)
+    plain = ActivationBuffer(model_for(corpus), corpus, profile)
+    for one, other in zip(compiled.sites(0), plain.sites(0), strict=True):
+        assert torch.equal(one, other)
+    said = capsys.readouterr().out
+    assert said == ("The model's attention could not be compiled and is done without (no compiler "
+                    "for this).\n")
+    compiled.sites(1)
+    assert capsys.readouterr().out == ""
 
 
 def test_activations_are_kept_in_the_type_asked_for(model, corpus, profile):

@@ -103,15 +103,40 @@ def test_what_is_not_active_is_cut_and_the_rest_is_summed(kernels, shape, kind):
     assert torch.equal(counts.cpu(), (z > 0).sum(dim=1).int())
 
 
+@needs_triton
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 37, 300), (2, 70, 20)], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
+def test_entries_are_all_that_is_not_0_in_order(shape, share):
+    from scfm_circuits.transcoders.training.gpu_entries import entries
+
+    g = torch.Generator().manual_seed(3)
+    z = torch.rand(shape, generator=g) + 0.1
+    z[torch.rand(shape, generator=g) >= share] = 0
+    found = entries(z.to(DEVICE))
+    for layer, token in torch.cartesian_prod(torch.arange(shape[0]), torch.arange(shape[1])):
+        there = found.features[layer, token, : found.of_token[layer, token]].cpu().long()
+        assert torch.equal(there, z[layer, token].nonzero()[:, 0])
+    for layer, feature in torch.cartesian_prod(torch.arange(shape[0]), torch.arange(shape[2])):
+        parts = zip(found.tokens[layer, feature], found.of_feature[layer, feature], strict=True)
+        there = torch.cat([part[:n] for part, n in parts]).cpu().long()
+        assert torch.equal(there, z[layer, :, feature].nonzero()[:, 0])
+
+
 # --- whole steps ---------------------------------------------------------------------------------
 
 
-def taken(t: Transcoders, loss: str, kind: torch.dtype, device: str, **options: Any) -> Stepper:
-    """A stepper after a step that is measured and two that are not, with what it found."""
+def taken(t: Transcoders, loss: str, kind: torch.dtype, device: str, active: int | None = None,
+          **options: Any) -> Stepper:
+    """A stepper after a step that is measured and two that are not, with what it found.
+
+    active: how many features it is told are active.
+    """
     copied = Transcoders(t.n_layers, t.d_model, t.n_features, t.variant).requires_grad_(False)
     copied.to(device, t.W_enc.dtype if device == "cpu" else torch.float32)
     copied.load_state_dict(t.state_dict())
     stepper = Stepper(copied, loss, kind, **options)
+    if active is not None:
+        stepper.expect(active)
     first: Any = None
     for step in (1, 2, 3):
         x, y = (part.to(device) for part in pairs(t.n_layers, 300, t.d_model, step))
@@ -126,6 +151,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "compiled": {"way": "compiled"},
     "fused": {"way": "kernels"},
     "fused, two layers at a time": {"way": "kernels", "layers_at_once": 2},
+    "fused, over entries": {"way": "kernels", "active": 0},
 }
 BOUNDS = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
 """Which features are active is decided by rounding now and then, which a norm shows."""
@@ -172,14 +198,16 @@ class EvenFeatures(Activation):
 
 
 @needs_triton
+@pytest.mark.parametrize("active", [1, 150])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("variant", [*FUSED, Variant("even")], ids=str)
-def test_steps_by_kernels_are_those_without(kernels, variant, loss, monkeypatch):
+def test_steps_by_kernels_are_those_without(kernels, variant, loss, active, monkeypatch):
     monkeypatch.setitem(ACTIVATIONS, "even", EvenFeatures())
     steppers = [Stepper(stack(variant, 3, 6, 150, dtype=torch.float32).to(DEVICE), loss,
                         layers_at_once=at_once, way=way)
                 for way, at_once in (("plain", 3), ("kernels", 2))]
     assert isinstance(steppers[1].way, kernels.GpuSteps)
+    steppers[1].expect(active)  # over entries, or by products: both are right at any number
     x, y = (part.float().to(DEVICE) for part in pairs(3, 37, 6, 3))
     for step, measured in ((1, True), (2, False), (3, True)):
         one, other = (stepper.step(given_sites(x, y), 0.01, 0.1, step, measured)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from scfm_circuits.common.randomness import generator
+from scfm_circuits.models.architectures import attentions
 from scfm_circuits.models.mlp_sites import (
     Sites,
     batches,
@@ -26,6 +27,7 @@ from scfm_circuits.models.mlp_sites import (
     faster_attention,
     mlp_sites,
     mlps,
+    sent,
 )
 from scfm_circuits.transcoders.training.processes import ALONE, Ranks
 
@@ -47,6 +49,11 @@ def taken(part: Tensor, chosen: Tensor) -> Tensor:
     return part[:, chosen]
 
 
+def reason(error: Exception) -> str:
+    """The first line of what an exception says, or else its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 class Batch(NamedTuple):
     """Some tokens of a fill: the fill's activations, and (n_tokens,) which of them."""
 
@@ -63,12 +70,13 @@ class ActivationBuffer:
 
     output_scale: (n_layers,) factors on the outputs, or None. dtype: type they are kept in; the
     model computes in its own. ranks: this process among several, of which each holds the layers
-    that are its own (`layers`).
+    that are its own (`layers`). compiled: whether the model, of which nobody else makes use, has
+    its attention compiled; if that fails, at once or at a later shape, it is done without.
     """
 
     def __init__(self, model: "PreTrainedModel", corpus: "Corpus", profile: "Profile",
                  output_scale: Tensor | None = None, dtype: torch.dtype = torch.float32,
-                 ranks: Ranks = ALONE) -> None:
+                 ranks: Ranks = ALONE, compiled: bool = False) -> None:
         self._model, self._corpus, self._profile = model, corpus, profile
         self._output_scale, self._dtype, self._ranks = output_scale, dtype, ranks
         self.layers = ranks.layers(len(mlps(model)))
@@ -82,9 +90,18 @@ class ActivationBuffer:
         self.cells_per_pass = max(profile.forward_cells, math.ceil(self.cells_per_fill / passes))
         self._held: tuple[int, Sites] | None = None
         self._storage: Sites | None = None
+        self._cells: tuple[int, np.ndarray] = 0, self._cells_of(0)
+        self._compiled = compiled
+        for attention in attentions(model) if compiled else ():
+            attention.compile(dynamic=True)  # dynamic: cells are of many lengths
 
     def cells(self, fill: int) -> np.ndarray:
         """Cells of one fill: the next ones of an endless sequence of seeded permutations."""
+        if self._cells[0] != fill:
+            self._cells = fill, self._cells_of(fill)
+        return self._cells[1]
+
+    def _cells_of(self, fill: int) -> np.ndarray:
         n, size = len(self._train), self.cells_per_fill
         if size == n:
             return self._train
@@ -144,14 +161,32 @@ class ActivationBuffer:
 
     def _forward(self, cells: np.ndarray, into: Sites | None = None) -> Sites:
         """Activations of all layers on some cells, from one pass of the model (see `mlp_sites`)."""
-        for _, tokens, mask in batches(self._corpus, cells, max(1, len(cells)),
-                                       device_of(self._model)):
-            # Told of padding, a GPU would not take its fastest attention.
-            return mlp_sites(self._model, tokens, mask, into, masked=not tokens.is_cuda)
-        none = torch.empty((len(mlps(self._model)), 0, self._model.config.hidden_size),
-                           device=device_of(self._model),
-                           dtype=next(self._model.parameters()).dtype)
-        return Sites(none, none)
+        model, device = self._model, device_of(self._model)
+        if not len(cells):
+            none = torch.empty((len(mlps(model)), 0, model.config.hidden_size), device=device,
+                               dtype=next(model.parameters()).dtype)
+            return Sites(none, none)
+        _, ids, mask = next(batches(self._corpus, cells, len(cells), torch.device("cpu")))
+        tokens = sent(ids, device)
+        # Told of padding, a GPU would not take its fastest attention.
+        return self._passed(lambda: mlp_sites(model, tokens, mask, into,
+                                              masked=device.type != "cuda"))
+
+    def _passed(self, forward: Callable[[], Sites]) -> Sites:
+        """What a pass gives; without compiling, from now on, if that fails."""
+        try:
+            return forward()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler fails in many ways; what is really wrong comes back
+            if not self._compiled:
+                raise
+            print(f"The model's attention could not be compiled and is done without "
+                  f"({reason(error)}).")
+            for attention in attentions(self._model):
+                attention._compiled_call_impl = None
+            self._compiled = False
+            return forward()
 
     def _room(self, n_tokens: int) -> Sites:
         """Memory for a fill: what is there already, if it is enough."""
@@ -174,8 +209,8 @@ class ActivationBuffer:
         while True:
             held = self.sites(fill)
             order = generator(self._profile.seed, "batches of a buffer", fill)
-            permutation = torch.from_numpy(order.permutation(held.inputs.shape[1]))
-            permutation = permutation.to(held.inputs.device)
+            permutation = sent(torch.from_numpy(order.permutation(held.inputs.shape[1])),
+                               held.inputs.device)
             for batch in range(skip, self.n_batches(fill)):
                 yield Batch(held, permutation[batch * size : (batch + 1) * size])
             fill, skip = fill + 1, 0

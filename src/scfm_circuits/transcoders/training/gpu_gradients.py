@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scfm_circuits.transcoders.activations import ACTIVATIONS
+from scfm_circuits.transcoders.training.gpu_entries import Adams, _moved, entries, estimated, moved
 from scfm_circuits.transcoders.training.gradients import (
     BETAS,
     EPSILON,
@@ -40,6 +41,9 @@ WIDE = ("W_enc", "W_dec", "W_skip")
 """The tensors that products read."""
 _FLAT = 1024
 """Numbers that a program of `adam` takes of a tensor whose rows do not matter."""
+
+FEW = 1 / 128
+"""Share of features active on a token up to which going over them takes less time than products."""
 
 Update = Callable[[str, Tensor], None]
 """What is done with the gradient of a trained tensor, by name."""
@@ -60,6 +64,7 @@ class GpuSteps:
                        torch.empty_like(trained[name], dtype=precision)
                        for name in WIDE if name in trained}
         self._seen: dict[str, int] = {}
+        self.few = False
         _try(precision, trained["W_enc"].shape[-1], trained["W_enc"].device)
 
     def copy(self) -> None:
@@ -79,10 +84,39 @@ class GpuSteps:
              y: Tensor, numbers: tuple[float, int], measured: bool) -> Measures:
         """See `optimizer.DenseSteps.step`."""
         self.copy()
+        given = weights, {name: copy[layers] for name, copy in self.copies.items()}, objective
         factors = corrected(*numbers)
-        return gradients(weights, {name: copy[layers] for name, copy in self.copies.items()},
-                         self.variant, objective, x, y, measured,
+        if self.few:
+            return self._by_entries(layers, *given, x, y, factors, measured)
+        return gradients(*given[:2], self.variant, objective, x, y, measured,
                          lambda name, gradient: self._update(layers, name, gradient, factors))
+
+    def expect(self, active: float) -> None:
+        """How many features are active on a token, as last measured: what steps go over."""
+        self.few = active <= FEW * self.trained["W_enc"].shape[1]
+
+    def _by_entries(self, layers: slice, weights: dict[str, Tensor], copies: dict[str, Tensor],
+                    objective: Objective, x: Tensor, y: Tensor, factors: tuple[float, float],
+                    measured: bool) -> Measures:
+        """A step as `gradients` makes it, over active entries."""
+        kind, full, n = x.dtype, weights["b_enc"].dtype, x.shape[1]
+        centred = rows(x, less=weights["b_in"].to(kind))
+        z = encoded(centred, copies["W_enc"], weights["b_enc"].to(kind), self.variant)
+        found, base = entries(z), weights["b_dec"].to(kind)
+        if self.variant.skip:
+            base = torch.baddbmm(base[:, None], centred, copies["W_skip"].mT)
+        residual, outer, inner = estimated(
+            z, found, copies["W_dec"], base, y, objective.loss == "normalized",
+            _penalty(self.variant, objective, n))
+        encoder, decoder = (Adams(*(store[name][layers] for store in (
+            self.trained, self.mean, self.square, self.copies))) for name in ("W_enc", "W_dec"))
+        sums = moved(z, inner, found, centred, outer, encoder, decoder, factors)
+        self._update(layers, "b_dec", outer.sum(dim=1, dtype=full), factors)
+        self._update(layers, "b_enc", sums, factors)
+        if self.variant.skip:
+            self._update(layers, "W_skip", torch.bmm(outer.mT, centred), factors)
+        fired = found.of_feature.sum(dim=-1) > 0
+        return _measures(z, residual, fired, y, self.variant, objective, measured)
 
     def _update(self, layers: slice, name: str, gradient: Tensor, factors: tuple[float, float]
                 ) -> None:
@@ -111,15 +145,25 @@ def gradients(weights: dict[str, Tensor], copies: dict[str, Tensor], variant: Va
     update("b_dec", outer.sum(dim=1, dtype=full))
     if variant.skip:
         update("W_skip", torch.bmm(outer.mT, centred))
-    penalised = ACTIVATIONS[variant.activation].penalised
-    penalty = float(objective.l1_coefficient) / n if penalised == "l1" else 0.0
-    sums, counts = cut(inner, z, penalty)
+    sums, counts = cut(inner, z, _penalty(variant, objective, n))
     update("W_enc", torch.bmm(inner.mT, centred))
     update("b_enc", sums)
+    return _measures(z, residual, counts > 0, y, variant, objective, measured)
+
+
+def _penalty(variant: Variant, objective: Objective, n: int) -> float:
+    """What the penalty adds to the gradient in an active activation, of n tokens."""
+    penalised = ACTIVATIONS[variant.activation].penalised
+    return float(objective.l1_coefficient) / n if penalised == "l1" else 0.0
+
+
+def _measures(z: Tensor, residual: Tensor, fired: Tensor, y: Tensor, variant: Variant,
+              objective: Objective, measured: bool) -> Measures:
+    """Which features fired, and the other measures if they are wanted."""
     if not measured:
-        return unmeasured(counts > 0, sums.new_zeros(len(sums)), residual)
-    y = y.to(full)
-    weight = torch.full((), float(objective.l1_coefficient), device=y.device, dtype=full)
+        return unmeasured(fired, residual.new_zeros(len(residual)), residual)
+    y = y.to(residual.dtype)
+    weight = residual.new_full((), float(objective.l1_coefficient))
     return measure(z, residual, y, token_weights(objective.loss, y), variant, weight, True)
 
 
@@ -272,13 +316,7 @@ def _adam(gradient, weight, mean, square, copy, rate, spread, width, size,  # ty
     w = tl.load(weight + at, mask=within, other=0)
     m = tl.load(mean + at, mask=within, other=0)
     s = tl.load(square + at, mask=within, other=0)
-    if UNIT:
-        g -= w * tl.sum(g * w)
-    m += (g - m) * (1 - BETA1)
-    s = s * BETA2 + g * g * (1 - BETA2)
-    w -= rate * m / (tl.sqrt(s) * spread + EPS)
-    if UNIT:
-        w = w / tl.maximum(tl.sqrt(tl.sum(w * w)), 1e-8)
+    w, m, s = _moved(g, w, m, s, rate, spread, BETA1, BETA2, EPS, UNIT)
     tl.store(mean + at, m, mask=within)
     tl.store(square + at, s, mask=within)
     tl.store(weight + at, w, mask=within)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from scfm_circuits.common.randomness import torch_seed
-from scfm_circuits.transcoders.training.activation_buffer import Take, taken
+from scfm_circuits.transcoders.training.activation_buffer import Take, reason, taken
 from scfm_circuits.transcoders.training.gradients import (
     BETAS,
     EPSILON,
@@ -129,7 +129,7 @@ class CompiledSteps(DenseSteps):
             raise
         except Exception as error:  # a compiler fails in many ways; what is really wrong comes back
             print(f"{function.__name__} could not be compiled and is done without "
-                  f"({_reason(error)}).")
+                  f"({reason(error)}).")
             del self.compiled[function]
             return None
 
@@ -170,7 +170,7 @@ class Stepper:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # see `CompiledSteps`
-                print(f"The kernels for a GPU are done without ({_reason(error)}).")
+                print(f"The kernels for a GPU are done without ({reason(error)}).")
         if way in ("kernels", "compiled"):
             return CompiledSteps(*given)
         if way == "sparse" and self.precision == t.W_enc.dtype and (
@@ -185,6 +185,16 @@ class Stepper:
     def take(self) -> Take:
         """How a batch's tokens are taken out of the buffer."""
         return self.way.take
+
+    def expect(self, active: float) -> None:
+        """How many features are active on a token, as last measured.
+
+        The kernels choose by it how a step is taken; by nothing that depends on time, so that the
+        same run gives the same numbers.
+        """
+        expect = getattr(self.way, "expect", None)
+        if expect is not None:
+            expect(active)
 
     def slices(self) -> Iterator[slice]:
         """The layers that pass together."""
@@ -215,11 +225,6 @@ class Stepper:
             Losses(*(torch.cat(parts) for parts in zip(*(one.losses for one in found),
                                                        strict=True))),
             *(torch.cat(parts) for parts in zip(*(one[1:] for one in found), strict=True)))
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what an exception says, or else its kind."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 @torch.no_grad()

@@ -57,6 +57,9 @@ if TYPE_CHECKING:
     from scfm_circuits.cells.corpus import Corpus
     from scfm_circuits.common.profile import Profile
 
+COMPILED_TOKENS = 20_000_000
+"""Tokens of a training on a GPU from which compiling the model's attention saves more than the five
+seconds that it takes."""
 _AGREE_STEPS = 10
 """Every so many steps, and where measurements are taken, several processes ask one another whether
 to end."""
@@ -65,11 +68,13 @@ to end."""
 def training_buffer(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile",
                     control: Control | None = None, ranks: Ranks = ALONE) -> ActivationBuffer:
     """The activations that a run is trained on, in the type of its products."""
-    precision = precision_of(profile, device_of(model))
-    if precision != next(model.parameters()).dtype:
+    device = device_of(model)
+    precision = precision_of(profile, device)
+    compiled = device.type == "cuda" and profile.training_tokens >= COMPILED_TOKENS
+    if compiled or precision != next(model.parameters()).dtype:
         model = copy.deepcopy(model).to(precision)  # type: ignore[arg-type]
     return ActivationBuffer(model, corpus, profile, None if control is None else
-                            control.output_scale, precision, ranks)
+                            control.output_scale, precision, ranks, compiled)
 
 
 class TrainingRun:
@@ -209,7 +214,10 @@ class TrainingRun:
             resample(self.stepper, dead, self._sites(batch.sites()).inputs, found.residual,
                      self.profile.seed, self.step, self.layers.start)
             self.tokens_since_fired.masked_fill_(dead, 0)
-        return self._row(found) if log else None
+        row = self._row(found) if log else None
+        if row is not None:
+            self.stepper.expect(known_mean(row["l0"]))
+        return row
 
     def _row(self, found: Measures) -> dict[str, Any]:
         """Per-layer measurements of one batch; lists of n_layers numbers, None if not finite."""
@@ -289,6 +297,8 @@ class TrainingRun:
                     tensor.copy_(stored[name])
         self.step, self.history, self._seconds = found.step, found.history, found.seconds
         self._saved_step = found.step
+        if self.history:
+            self.stepper.expect(known_mean(self.history[-1]["l0"]))
         if self.ranks.first:
             print(f"Resuming at step {self.step:,} of {self.steps:,}.")
         return True

@@ -9,8 +9,9 @@ Parts, in this order, each with a limit of its own within `--seconds`:
 - tests: those marked `gpu`, among them a training step against float64;
 - training: `bench_training`, against the bare products and against sparsify;
 - passes: `bench_passes`, what counting features and Tables 1 and 2 take over all cells;
-- rehearsal: the chapters on stand-ins of the paper's size (`rehearsal`), one after another,
-  with seconds and memory of each; one that fails does not keep the later ones from being tried;
+- rehearsal: the chapters on stand-ins of the paper's size (`rehearsal`), several at once, with
+  the seconds of each and the memory of all; one that fails does not keep the others from being
+  tried;
 - suite: the unit tests, which run on the processor wherever they run.
 
 With `--beside` the suite runs while the chapters do: sooner done, and their seconds are then upper
@@ -43,7 +44,7 @@ from machine import cpu_model
 from rehearsal import Size, write_rehearsal
 
 from scfm_circuits import InputError
-from scfm_circuits.book.chapters import Notebook, Run, load_run
+from scfm_circuits.book.chapters import Run, load_run, read_record
 from scfm_circuits.book.execution import ExecutionFailed, execute
 from scfm_circuits.book.gate import without_colours
 from scfm_circuits.common.files import read_json, write_json
@@ -65,6 +66,7 @@ class Options(NamedTuple):
     small: bool
     beside: bool
     workers: int
+    at_once: int
     size: Size
     work: Path
     output: Path
@@ -273,49 +275,71 @@ class Watch:
 
 
 def rehearsal(options: Options, told: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """The chapters one by one; `told` is called with what is known after each."""
+    """The chapters, several at once; `told` is called with what is known when some have ended.
+
+    One that fails is left out, and those that follow it are tried without it.
+    """
     began, until = time.monotonic(), time.monotonic() + options.seconds("rehearsal")
     os.environ.update(environment_of_children(), SCFM_RESULTS=str(options.work / "results"))
     profile = write_rehearsal(options.work / "stand-ins", options.size,
                               os.environ.get("SCFM_TOKENIZER"))
     run = load_run(str(profile))
-    found: dict[str, Any] = {"size": options.size._asdict(), "chapters": {},
+    found: dict[str, Any] = {"size": options.size._asdict(), "at_once": options.at_once,
+                             "chapters": {}, "executed": 0,
                              "seconds_of_stand_ins": round(time.monotonic() - began, 1)}
-    done: tuple[Notebook, ...] = ()
-    for notebook in run.notebooks:
-        left = until - time.monotonic()
-        if left < (1 if options.small else 15):
-            found["chapters"][notebook.name] = {"ok": False, "message": "no time was left"}
-            continue
-        ok, row = chapter(replace(run, notebooks=(*done, notebook)), notebook, int(left))
-        done = (*done, notebook) if ok else done
-        found["chapters"][notebook.name] = row
-        found["executed"] = len(done)
-        found["seconds"] = round(time.monotonic() - began, 1)
-        told(found)
+    bad: dict[str, str] = {}
+    with Watch() as watch:
+        while (left := until - time.monotonic()) > (1 if options.small else 15):
+            message = tried(without(run, bad), int(left), options.at_once)
+            new = {name for name in failures(run) if name not in bad} if message else set()
+            bad |= dict.fromkeys(new, message)
+            found["chapters"] = {one.name: row(run, one.name, bad) for one in run.notebooks}
+            found["executed"] = sum(one["ok"] for one in found["chapters"].values())
+            found |= watch.figures() | {"seconds": round(time.monotonic() - began, 1)}
+            told(found)
+            if not new:
+                break
     return found
 
 
-def chapter(run: Run, notebook: Notebook, limit: int) -> tuple[bool, dict[str, Any]]:
-    """Execute one chapter: whether it went well, its seconds, memory and slowest cells."""
-    began, message = time.monotonic(), ""
-    with Watch() as watch:
-        try:
-            execute(run, cell_seconds=limit)
-        except (ExecutionFailed, InputError) as error:
-            message = str(error)
-    row: dict[str, Any] = {"ok": not message, "seconds": round(time.monotonic() - began, 1),
-                           **watch.figures()}
-    path = run.output(notebook.name)
-    if message:
-        path = run.profile.results / "failed" / path.name
-        row["message"] = message[:TAIL]
+def tried(run: Run, limit: int, at_once: int) -> str:
+    """Execute what is stale; why that failed, or nothing."""
+    try:
+        execute(run, cell_seconds=limit, jobs=at_once)
+    except (ExecutionFailed, InputError) as error:
+        return str(error)
+    return ""
+
+
+def without(run: Run, bad: Mapping[str, str]) -> Run:
+    """The run without chapters that failed."""
+    return replace(run, notebooks=tuple(
+        replace(one, after=tuple(name for name in one.after if name not in bad))
+        for one in run.notebooks if one.name not in bad))
+
+
+def failures(run: Run) -> list[str]:
+    """Chapters whose partial output was kept."""
+    return [path.stem for path in (run.profile.results / "failed").glob("*.ipynb")]
+
+
+def row(run: Run, name: str, bad: Mapping[str, str]) -> dict[str, Any]:
+    """What is known of a chapter: whether it went well, its seconds and slowest cells."""
+    path = run.output(name)
+    record = read_record(path)
+    if record is not None and name not in bad:
+        return {"ok": True, "seconds": record["seconds"], "slowest_cells": slowest(cells_of(path))}
+    found = {"ok": False, "message": bad.get(name, "not reached")[:TAIL]}
+    path = run.profile.results / "failed" / path.name
     if path.is_file():
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        row["slowest_cells"] = slowest(cells)
-        if message:
-            row["traceback"] = traceback_of(cells)[-TAIL:]
-    return not message, row
+        found["traceback"] = traceback_of(cells_of(path))[-TAIL:]
+    return found
+
+
+def cells_of(path: Path) -> list[dict[str, Any]]:
+    """The cells of a notebook's file."""
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return found
 
 
 def slowest(cells: Sequence[Mapping[str, Any]], n: int = 4) -> list[dict[str, Any]]:
@@ -375,9 +399,7 @@ def summary(found: Mapping[str, Any]) -> str:
             lines += [f"  {key}: {value}" for key, value in found[part].items()
                       if isinstance(value, float) and key not in ("seconds",)]
     for name, row in found.get("rehearsal", {}).get("chapters", {}).items():
-        lines.append(f"{name}: {'ok' if row['ok'] else 'FAILED'} {row.get('seconds')} s, GPU "
-                     f"{row.get('peak_gpu_mib')} MiB, {row.get('mean_gpu_percent')} %, host "
-                     f"{row.get('peak_rss_mib')} MiB")
+        lines.append(f"{name}: {'ok' if row['ok'] else 'FAILED'} {row.get('seconds')} s")
         lines += [] if row["ok"] else [f"  {row['message'][:600]}"]
     return "\n".join(lines)
 
@@ -391,6 +413,8 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="tiny stand-ins, a few tests")
     parser.add_argument("--beside", action="store_true", help="the suite beside the chapters")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 4))
+    parser.add_argument("--at-once", type=int, default=max(1, min(6, (os.cpu_count() or 1) // 2)),
+                        help="chapters that run at once")
     parser.add_argument("--cells", type=int, default=Size().cells, help="cells of the rehearsal")
     parser.add_argument("--tokens", type=int, default=Size().tokens, help="tokens it trains on")
     parser.add_argument("--width", type=int, default=Size().width, help="width of its model; a "
@@ -411,7 +435,8 @@ def main(given: Sequence[str] | None = None) -> int:
         work = (chosen.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
         found = check(Options(parts, time.monotonic() + chosen.seconds, chosen.small,
-                              chosen.beside, chosen.workers, size, work, chosen.output.resolve()))
+                              chosen.beside, chosen.workers, chosen.at_once, size, work,
+                              chosen.output.resolve()))
     print(summary(found))
     codes = [figures["exit_code"] for figures in found.values()
              if isinstance(figures, dict) and "exit_code" in figures]

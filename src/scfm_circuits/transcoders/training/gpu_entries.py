@@ -57,7 +57,7 @@ def entries(z: Tensor) -> Entries:
         z.new_empty((n_layers, n), dtype=torch.int32),
         z.new_empty((*segments, length), dtype=_index(n)),
         z.new_empty(segments, dtype=torch.int32))
-    _of_tokens[(n_layers * n,)](z, found.features, found.of_token, n_features, 2048)
+    _of_tokens[(n_layers * n,)](z, found.features, found.of_token, n_features, 1024)
     _of_features[(triton.cdiv(n_features, 256), SEGMENTS, n_layers)](
         z, found.tokens, found.of_feature, n, n_features, length, 16, 256, num_warps=1)
     return found
@@ -120,18 +120,20 @@ def moved(z: Tensor, inner: Tensor, found: Entries, centred: Tensor, outer: Tens
 
 
 @triton.jit
-def _of_tokens(z, features, of_token, n_features, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A token of a layer."""
+def _of_tokens(z, features, of_token, n_features, PIECES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A token of a layer, in pieces of eight features: what is summed over is an eighth as long."""
     row = tl.program_id(0).to(tl.int64)
     before = 0
-    for first in range(0, n_features, BLOCK):
-        at = first + tl.arange(0, BLOCK)
+    for first in range(0, n_features, 8 * PIECES):
+        at = first + 8 * tl.arange(0, PIECES)[:, None] + tl.arange(0, 8)[None, :]
         value = tl.load(z + row * n_features + at, mask=at < n_features, other=0)
         active = (value != 0).to(tl.int32)
-        place = before + tl.cumsum(active, 0) - 1
+        of_piece = tl.sum(active, 1)
+        start = before + tl.cumsum(of_piece, 0) - of_piece
+        place = start[:, None] + tl.cumsum(active, 1) - 1
         tl.store(features + row * n_features + place, at.to(features.dtype.element_ty),
                  mask=active > 0)
-        before += tl.sum(active, 0)
+        before += tl.sum(of_piece, 0)
     tl.store(of_token + row, before)
 
 
@@ -221,6 +223,14 @@ def _feature(z, inner, tokens, of_feature, centred, outer, bias, e_weight, e_mea
     feature = layer * n_features + tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     within = columns < width
+    at_row = feature * width + columns
+    # Asked for before the entries are gone over, which takes as long as these take to come.
+    d_w = tl.load(d_weight + at_row, mask=within, other=0)
+    d_m = tl.load(d_mean + at_row, mask=within, other=0)
+    d_s = tl.load(d_square + at_row, mask=within, other=0)
+    e_w = tl.load(e_weight + at_row, mask=within, other=0)
+    e_m = tl.load(e_mean + at_row, mask=within, other=0)
+    e_s = tl.load(e_square + at_row, mask=within, other=0)
     first_of_1 = tl.load(of_feature + feature * 4)
     first_of_2 = first_of_1 + tl.load(of_feature + feature * 4 + 1)
     first_of_3 = first_of_2 + tl.load(of_feature + feature * 4 + 2)
@@ -247,22 +257,14 @@ def _feature(z, inner, tokens, of_feature, centred, outer, bias, e_weight, e_mea
         e_gradient += tl.sum(slope[:, None] * read, axis=0)
         b_gradient += slope
     tl.store(bias + feature, tl.sum(b_gradient, axis=0))
-    at = feature * width + columns
-    w = tl.load(d_weight + at, mask=within, other=0)
-    m = tl.load(d_mean + at, mask=within, other=0)
-    s = tl.load(d_square + at, mask=within, other=0)
-    w, m, s = _moved(d_gradient, w, m, s, rate, spread, BETA1, BETA2, EPS, True)
-    tl.store(d_weight + at, w, mask=within)
-    tl.store(d_mean + at, m, mask=within)
-    tl.store(d_square + at, s, mask=within)
+    d_w, d_m, d_s = _moved(d_gradient, d_w, d_m, d_s, rate, spread, BETA1, BETA2, EPS, True)
+    tl.store(d_weight + at_row, d_w, mask=within)
+    tl.store(d_mean + at_row, d_m, mask=within)
+    tl.store(d_square + at_row, d_s, mask=within)
+    e_w, e_m, e_s = _moved(e_gradient, e_w, e_m, e_s, rate, spread, BETA1, BETA2, EPS, False)
+    tl.store(e_weight + at_row, e_w, mask=within)
+    tl.store(e_mean + at_row, e_m, mask=within)
+    tl.store(e_square + at_row, e_s, mask=within)
     if COPIED:
-        tl.store(d_copy + at, w.to(d_copy.dtype.element_ty), mask=within)
-    w = tl.load(e_weight + at, mask=within, other=0)
-    m = tl.load(e_mean + at, mask=within, other=0)
-    s = tl.load(e_square + at, mask=within, other=0)
-    w, m, s = _moved(e_gradient, w, m, s, rate, spread, BETA1, BETA2, EPS, False)
-    tl.store(e_weight + at, w, mask=within)
-    tl.store(e_mean + at, m, mask=within)
-    tl.store(e_square + at, s, mask=within)
-    if COPIED:
-        tl.store(e_copy + at, w.to(e_copy.dtype.element_ty), mask=within)
+        tl.store(d_copy + at_row, d_w.to(d_copy.dtype.element_ty), mask=within)
+        tl.store(e_copy + at_row, e_w.to(e_copy.dtype.element_ty), mask=within)

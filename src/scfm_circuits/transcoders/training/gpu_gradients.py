@@ -42,7 +42,7 @@ WIDE = ("W_enc", "W_dec", "W_skip")
 _FLAT = 1024
 """Numbers that a program of `adam` takes of a tensor whose rows do not matter."""
 
-FEW = 1 / 128
+FEW = 1 / 96
 """Share of features active on a token up to which going over them takes less time than products."""
 
 Update = Callable[[str, Tensor], None]

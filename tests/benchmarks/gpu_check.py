@@ -53,6 +53,10 @@ from scfm_circuits.common.profile import ROOT
 PARTS = ("environment", "tests", "training", "passes", "rehearsal", "suite")
 LIMITS = {"tests": 120, "training": 150, "passes": 60, "rehearsal": 360, "suite": 240}
 """Seconds that a part may take at most."""
+IMPORTED = ("scanpy", "gseapy", "papermill", "jupytext", "ipykernel", "seaborn", "statsmodels.api",
+            "sklearn", "numba", "networkx", "myst_nb.ext.glue", "tqdm", "pydantic", "safetensors",
+            "tokenizers", "threadpoolctl")
+"""What chapters need, also deep within: told before anything is measured."""
 TAIL = 4000
 """Characters of output that are kept of what failed."""
 SMALL = Size(cells=60, genes=900, layers=3, width=32, heads=2, tokens=4096)
@@ -127,6 +131,15 @@ def pytest_figures(child: Child, seconds: float) -> dict[str, Any]:
 
 
 # --- parts ----------------------------------------------------------------------------------------
+
+
+def not_there() -> list[str]:
+    """What the chapters import, as their kernels do, and this machine lacks."""
+    code = ("import sys\nfor name in sys.argv[1:]:\n try: __import__(name)\n"
+            " except ImportError as error: print(error)")
+    done = subprocess.run([sys.executable, "-c", code, *IMPORTED], capture_output=True, text=True,
+                          env=environment_of_children(), check=False)
+    return done.stdout.splitlines()
 
 
 def environment(options: Options) -> dict[str, Any]:
@@ -425,6 +438,8 @@ def main(given: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(given)
     if chosen.cells < Size().cells:
         parser.error(f"with fewer than {Size().cells} cells none of the traced type is held out")
+    if "rehearsal" in chosen.parts.split(",") and (lacking := not_there()):
+        parser.error("the chapters need packages that are not here: " + "; ".join(lacking))
     parts = tuple(part for part in PARTS if part in chosen.parts.split(","))
     if unknown := set(chosen.parts.split(",")) - set(PARTS):
         parser.error(f"there is no part {min(unknown)!r}; parts are {', '.join(PARTS)}")

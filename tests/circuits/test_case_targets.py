@@ -1,5 +1,6 @@
 """What a circuit is traced from is called what it is, and its genes stand beside random ones."""
 
+from dataclasses import replace
 from math import comb
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_held_out_cells_have_no_say_in_the_choice(corpus, monkeypatch, tmp_path)
     before = case_targets.call_features(model, transcoders, corpus, profile, label)
     swapped = corpus.labels.copy()
     swapped[corpus.held_out] = np.roll(swapped[corpus.held_out], 1)
-    moved = type(corpus)(**{**vars(corpus), "labels": swapped})
+    moved = replace(corpus, labels=swapped)
     after = case_targets.call_features(model, transcoders, moved, profile, label)
     pd.testing.assert_frame_equal(before.drop(columns="held_out_auroc"),
                                   after.drop(columns="held_out_auroc"))
@@ -92,7 +93,7 @@ def test_held_out_cells_have_no_say_in_the_choice(corpus, monkeypatch, tmp_path)
 
 def test_one_type_has_no_features_of_its_own(corpus, monkeypatch, tmp_path):
     model = model_for(corpus)
-    alone = type(corpus)(**{**vars(corpus), "labels": np.full(len(corpus), "B cell")})
+    alone = replace(corpus, labels=np.full(len(corpus), "B cell"))
     profile = tiny_profile(monkeypatch, tmp_path)
     for label in ("B cell", "a type that no cell has"):
         found = case_targets.call_features(model, tiny_transcoders(model), alone, profile, label)

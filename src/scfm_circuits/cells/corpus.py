@@ -247,10 +247,11 @@ def load_corpus(profile: Profile) -> Corpus:
             return np.lib.format.open_memmap(fresh / f"{name}.npy", "w+", dtype, shape)
 
         corpus = build_corpus(cells, profile, mapped)
-        for key, value in vars(corpus).items():
+        for key in (field.name for field in fields(corpus) if field.name != "tokenizer"):
+            value = getattr(corpus, key)
             if isinstance(value, np.memmap):
                 value.flush()
-            elif key != "tokenizer":
+            else:
                 np.save(fresh / f"{key}.npy", value, allow_pickle=False)
         (fresh / _TOKENIZER).write_text(corpus.tokenizer.backend_tokenizer.to_str(),
                                         encoding="utf-8")

@@ -26,9 +26,11 @@ from scfm_circuits.transcoders.training.gradients import BETAS, EPSILON
 SEGMENTS = 4
 """Parts of a batch's tokens in which a feature's are counted at once; `_feature` knows there are 4.
 """
-TOKEN_ROWS, TOKEN_WARPS = 8, 4
+# These were the fastest of seven each on an H200, at the paper's size; 8 warps took several times
+# as long, and asking for a feature's weights before its entries are gone over a tenth longer.
+TOKEN_ROWS, TOKEN_WARPS = 4, 2
 """Rows of the decoder that a token takes at once, and by how many warps."""
-FEATURE_ROWS, FEATURE_WARPS = 4, 4
+FEATURE_ROWS, FEATURE_WARPS = 2, 4
 """Tokens that a feature takes at once, and by how many warps."""
 
 
@@ -57,7 +59,7 @@ def entries(z: Tensor) -> Entries:
         z.new_empty((n_layers, n), dtype=torch.int32),
         z.new_empty((*segments, length), dtype=_index(n)),
         z.new_empty(segments, dtype=torch.int32))
-    _of_tokens[(n_layers * n,)](z, found.features, found.of_token, n_features, 1024)
+    _of_tokens[(n_layers * n,)](z, found.features, found.of_token, n_features, 256)
     _of_features[(triton.cdiv(n_features, 256), SEGMENTS, n_layers)](
         z, found.tokens, found.of_feature, n, n_features, length, 16, 256, num_warps=1)
     return found
@@ -223,14 +225,6 @@ def _feature(z, inner, tokens, of_feature, centred, outer, bias, e_weight, e_mea
     feature = layer * n_features + tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     within = columns < width
-    at_row = feature * width + columns
-    # Asked for before the entries are gone over, which takes as long as these take to come.
-    d_w = tl.load(d_weight + at_row, mask=within, other=0)
-    d_m = tl.load(d_mean + at_row, mask=within, other=0)
-    d_s = tl.load(d_square + at_row, mask=within, other=0)
-    e_w = tl.load(e_weight + at_row, mask=within, other=0)
-    e_m = tl.load(e_mean + at_row, mask=within, other=0)
-    e_s = tl.load(e_square + at_row, mask=within, other=0)
     first_of_1 = tl.load(of_feature + feature * 4)
     first_of_2 = first_of_1 + tl.load(of_feature + feature * 4 + 1)
     first_of_3 = first_of_2 + tl.load(of_feature + feature * 4 + 2)
@@ -257,14 +251,22 @@ def _feature(z, inner, tokens, of_feature, centred, outer, bias, e_weight, e_mea
         e_gradient += tl.sum(slope[:, None] * read, axis=0)
         b_gradient += slope
     tl.store(bias + feature, tl.sum(b_gradient, axis=0))
-    d_w, d_m, d_s = _moved(d_gradient, d_w, d_m, d_s, rate, spread, BETA1, BETA2, EPS, True)
-    tl.store(d_weight + at_row, d_w, mask=within)
-    tl.store(d_mean + at_row, d_m, mask=within)
-    tl.store(d_square + at_row, d_s, mask=within)
-    e_w, e_m, e_s = _moved(e_gradient, e_w, e_m, e_s, rate, spread, BETA1, BETA2, EPS, False)
-    tl.store(e_weight + at_row, e_w, mask=within)
-    tl.store(e_mean + at_row, e_m, mask=within)
-    tl.store(e_square + at_row, e_s, mask=within)
+    at = feature * width + columns
+    w = tl.load(d_weight + at, mask=within, other=0)
+    m = tl.load(d_mean + at, mask=within, other=0)
+    s = tl.load(d_square + at, mask=within, other=0)
+    w, m, s = _moved(d_gradient, w, m, s, rate, spread, BETA1, BETA2, EPS, True)
+    tl.store(d_weight + at, w, mask=within)
+    tl.store(d_mean + at, m, mask=within)
+    tl.store(d_square + at, s, mask=within)
     if COPIED:
-        tl.store(d_copy + at_row, d_w.to(d_copy.dtype.element_ty), mask=within)
-        tl.store(e_copy + at_row, e_w.to(e_copy.dtype.element_ty), mask=within)
+        tl.store(d_copy + at, w.to(d_copy.dtype.element_ty), mask=within)
+    w = tl.load(e_weight + at, mask=within, other=0)
+    m = tl.load(e_mean + at, mask=within, other=0)
+    s = tl.load(e_square + at, mask=within, other=0)
+    w, m, s = _moved(e_gradient, w, m, s, rate, spread, BETA1, BETA2, EPS, False)
+    tl.store(e_weight + at, w, mask=within)
+    tl.store(e_mean + at, m, mask=within)
+    tl.store(e_square + at, s, mask=within)
+    if COPIED:
+        tl.store(e_copy + at, w.to(e_copy.dtype.element_ty), mask=within)

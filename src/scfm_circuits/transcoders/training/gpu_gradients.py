@@ -43,7 +43,8 @@ _FLAT = 1024
 """Numbers that a program of `adam` takes of a tensor whose rows do not matter."""
 
 FEW = 1 / 96
-"""Share of features active on a token up to which going over them takes less time than products."""
+"""Share of features active on a token up to which going over them takes less time than products: on
+an H200, of 8,192, with 50 active 7.4 ms against 9.1 a step, with 100 active 9.7 against 9.1."""
 
 Update = Callable[[str, Tensor], None]
 """What is done with the gradient of a trained tensor, by name."""

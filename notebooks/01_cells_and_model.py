@@ -19,10 +19,20 @@
 # %% [markdown]
 # # Cells, sentences and the model
 #
-# The paper's model reads a cell as a sentence: the names of the genes it expresses, most expressed
-# first {cite:p}`levine2024cell2sentence`. A question follows, and the model completes it with the
-# cell's type. This chapter makes the sentences of this run's cells, and gets the model that the
-# rest of the book takes apart (the left half of the paper's Figure 1).
+# ```{admonition} In short
+# :class: in-short
+# - **Question.** What does the model read of a cell, and does it know the cell's type?
+# - **The paper says.** A cell is a sentence: the names of the genes it expresses, most expressed
+#   first {cite:p}`levine2024cell2sentence`. A question follows, and the model completes it with the cell's
+#   type (the left half of the paper's Figure 1). The model is used as it is.
+# - **We find.** This run's model has {glue:text}`model.layers` layers of width {glue:text}`model.width`. It
+#   names {glue:text}`model.accuracy_percent` % of {glue:text}`model.asked` {term}`held-out cells
+#   <held-out cell>` rightly ({glue:text}`model.mean_over_types` % as a mean over types).
+# - **What it is worth.** Always naming the commonest type would be right for
+#   {glue:text}`model.majority_percent` %. A logistic regression that sees the same
+#   {glue:text}`cells.k` ranks is right for {glue:text}`model.regression_percent` %: what it knows needs no
+#   layers.
+# ```
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -47,7 +57,7 @@ chapter = open_chapter("01_cells_and_model", profile, overrides)
 corpus = chapter.corpus
 chapter.not_comparable()
 
-# %% tags=["remove-input"]
+# %%
 chapter.only_guesses()
 
 # %% [markdown]
@@ -55,11 +65,9 @@ chapter.only_guesses()
 #
 # The paper uses Heart Cell Atlas v2 {cite:p}`kanemaru2023spatially` and holds out 10 % of it. This run
 # uses {glue:text}`cells.name`: {glue:text}`cells.total` cells, of which {glue:text}`cells.held_out`
-# are held out. The split is by cell, so that nothing of a held-out cell is ever trained on. Labels
-# are read on one line: single spaces, none at the ends, no unseen characters, and letters in Unicode's
-# composed form (NFC). Where that changed a label or made two of them one, the table below says so.
+# are held out. The split is by cell, so that nothing of a held-out cell is ever trained on.
 
-# %% tags=["hide-input"]
+# %% tags=["fold:Cells of each type as a table"]
 chapter.values({"cells.name": chapter.profile.cells_name, "cells.total": len(corpus),
                 "cells.held_out": len(chapter.held_out),
                 "split.train_share": np.mean(~corpus.held_out)})
@@ -68,13 +76,17 @@ types = types.groupby("cell type")["held out"].agg(cells="size", held_out="sum")
 chapter.table("cell_types", types.sort_values("cells", ascending=False, ignore_index=True),
               caption="Cells of each type")
 
-# %% mystnb={"image": {"alt": "Bars of the number of cells of each type, training and held-out cells stacked."}, "figure": {"caption": "Cells of each type, and how many of them are held out.", "name": "fig-cells"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Bars of the number of cells of each type, training and held-out cells stacked."}, "figure": {"caption": "Cells of each type, and how many of them are held out.", "name": "fig-cells"}} tags=["unfold"]
 chapter.figure("cells_per_type", cells_per_type(corpus.labels, corpus.held_out))
 
-# %% tags=["remove-input"]
+# %%
 chapter.warning(caveats(corpus) if chapter.profile.cells == PACKAGED_CELLS else None)
 
-# %% tags=["hide-input"]
+# %% [markdown] tags=["fold:How labels were read"]
+# Labels are read on one line: single spaces, none at the ends, no unseen characters, and letters in
+# Unicode's composed form (NFC). Where that changed a label or made two of them one, it is said here.
+
+# %%
 chapter.show(pd.DataFrame({"what was decided while reading the cells": corpus.decisions}))
 
 # %% [markdown]
@@ -85,7 +97,7 @@ chapter.show(pd.DataFrame({"what was decided while reading the cells": corpus.de
 # the paper's case study; how long the sentences are that its transcoders were trained on, it does not
 # say. Here is one held-out cell, with the answer the model should give.
 
-# %% tags=["hide-input"]
+# %%
 cell = int(np.flatnonzero(corpus.held_out & (corpus.labels == chapter.profile.case_type))[0])
 n_genes = (corpus.place == 0).sum(axis=1)
 chapter.values({"k": chapter.profile.genes_per_cell, "n_genes_in_prompt": n_genes[cell]},
@@ -94,19 +106,20 @@ print(question(chapter.profile).replace("{genes}", " ".join(corpus.genes_of(cell
       + chapter.profile.response.replace("{label}", str(corpus.labels[cell])))
 
 # %% [markdown]
+# {glue:text}`cells.pieces` Every token remembers the gene it came from and its
+# place in it; the words of the question and the answer belong to no gene. A gene of this corpus
+# takes {glue:text}`cells.tokens_per_gene` tokens on average; the paper's sentence takes 3.30 with
+# Pythia's tokenizer.
+
+# %% [markdown] tags=["fold:The paper's prompt and the tokens of that cell"]
 # The paper prints its prompt (Figure 4): the sentence, a full stop, a blank line and "The corresponding
 # cell type is:". None of the 15 templates of the model's own package, cell2sentence
 # {cite:p}`levine2024cell2sentence`, is that. Each begins with an instruction that names the number of
 # genes and the species, and gives the sentence after it. So either the figure is abbreviated, or the
 # model was asked in a way that it was not trained on; the paper does not say which. `prompt` in a
 # profile takes either, and `paper` has both ({doc}`your_cells`).
-#
-# {glue:text}`cells.pieces` Every token remembers the gene it came from and its
-# place in it; the words of the question and the answer belong to no gene. A gene of this corpus
-# takes {glue:text}`cells.tokens_per_gene` tokens on average; the paper's sentence takes 3.30 with
-# Pythia's tokenizer.
 
-# %% tags=["hide-input"]
+# %%
 chapter.values({"tokens_per_gene": (corpus.gene >= 0).sum() / n_genes.sum(),
                 "tokens": corpus.mask.sum()}, prefix="cells.")
 chapter.value("cells.pieces", corpus.has_sub_words,
@@ -133,7 +146,7 @@ model, curve = chapter.model, chapter.model_curve
 chapter.values({"layers": model.config.num_hidden_layers, "width": model.config.hidden_size,
                 "parameters": model.num_parameters()}, prefix="model.")
 
-# %% tags=["hide-input"]
+# %% tags=["fold:How the model was trained"]
 if curve.step:
     trained = chapter.profile
     chapter.show(pd.DataFrame([
@@ -148,28 +161,27 @@ if curve.step:
          f"{100 * trained.model_thinning:.0f} and 100 %; values that are no counts are not thinned"),
     ], columns=["training on the spot", "this run"]), caption="How the model was trained")
 
-# %% mystnb={"image": {"alt": "Line of the language model's training loss falling with steps; empty if the model was loaded."}, "figure": {"caption": "Training loss of the small language model. A model that was loaded has no curve.", "name": "fig-lm"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Line of the language model's training loss falling with steps; empty if the model was loaded."}, "figure": {"caption": "Training loss of the small language model. A model that was loaded has no curve.", "name": "fig-lm"}}
 chapter.figure("language_model_training", training_curve(curve.step, curve.loss))
 
 # %% [markdown]
 # ### What does it know about the cells?
 #
 # The model answers the prompts of {glue:text}`model.asked` held-out cells in its own words, the
-# likeliest token at a time, with room for the longest label. An answer counts as right if it is the
-# cell's label to the letter (a model that was taught other labels than the cells carry cannot be right
-# in this sense). Two other answers stand beside it. Always naming the training cells' commonest type
-# is what can be said without looking at a cell. A logistic regression, trained on the same training
-# cells, sees where each gene stands in the same {glue:text}`cells.k` ranks: what it knows takes no
-# layers.
+# likeliest token at a time, with room for the longest label. An answer is correct only if it matches
+# the cell's label exactly (a model trained with a different label vocabulary would score zero). It is
+# compared with two other answers: always the training cells' commonest type, which needs no look at a
+# cell; and that of a logistic regression, trained on the same training cells, which sees the place of
+# each gene in the same {glue:text}`cells.k` ranks.
 
-# %% tags=["hide-input"]
+# %%
 known = chapter.known_types
 by_type, accuracy = pd.DataFrame(known.by_type), pd.DataFrame(known.accuracy)
 chapter.table("cell_type_accuracy", accuracy, digits=3, caption="Held-out cells answered rightly "
               "(percentage with a 95 % interval; mean over types with "
               f"{ENOUGH} or more of these cells)")
 
-# %% tags=["remove-input"]
+# %%
 accuracy = accuracy.set_index("answers")
 chapter.values({"asked": int(accuracy["cells"][MODEL]),
                 "accuracy": float(accuracy["percentage"][MODEL]) / 100,
@@ -193,21 +205,13 @@ for key, row in (("majority", COMMONEST), ("regression", REGRESSION)):
 # exact one-sided McNemar test); and the model for {glue:text}`model.only.regression.model` and the
 # regression for {glue:text}`model.only.regression.other` (p = {glue:text}`model.p.regression`).
 
-# %% tags=["hide-input"]
+# %% tags=["fold:Answers by type as a table"]
 chapter.table("cell_type_answers", by_type, digits=3, caption="Answers for held-out cells, by true "
               "type")
 
-# %% mystnb={"image": {"alt": "Heat map of true types against the model's answers for held-out cells, each row coloured by its shares, with the numbers of cells."}, "figure": {"caption": "What the model answers (columns, numbered as the rows) for held-out cells of each type (rows, with their number of cells). Colour: share of the row. On the diagonal the answer is right.", "name": "fig-confusion"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Heat map of true types against the model's answers for held-out cells, each row coloured by its shares, with the numbers of cells."}, "figure": {"caption": "What the model answers (columns, numbered as the rows) for held-out cells of each type (rows, with their number of cells). Colour: share of the row. On the diagonal the answer is right.", "name": "fig-confusion"}} tags=["unfold"]
 confusion = pd.DataFrame(known.confusion).set_index("cell type")
 chapter.figure("cell_type_confusion", confusion_matrix(confusion))
 
-# %% tags=["hide-input"]
+# %%
 chapter.table("cell_type_confusion", confusion.reset_index(), rows=0)
-
-# %% [markdown]
-# ```{admonition} Key points
-# - A cell is its expressed genes in order; counts themselves never reach the model.
-# - The MLP of a layer reads the residual stream at the layer's input (parallel residual).
-# - The model is used as it is; from here on, nothing about it is trained.
-# - What a model knows is what it says of cells that it has not seen, less what anybody could say.
-# ```

@@ -18,6 +18,20 @@
 # %% [markdown]
 # # Training a transcoder on every MLP layer
 #
+# ```{admonition} In short
+# :class: in-short
+# - **Question.** Can a sparse, wide layer learn what each MLP of the model does?
+# - **The paper says.** It trains one {term}`transcoder` per layer with the loss of its Equation 4, a squared error
+#   and an L1 penalty {cite:p}`dunefsky2024transcoders`.
+# - **We find.** After {glue:text}`training.tokens` tokens the transcoders leave
+#   {glue:text}`training.final_fvu` of the outputs' variance unexplained ({term}`FVU`), with
+#   {glue:text}`training.final_l0` of {glue:text}`training.width` features active on a token ({term}`L0`).
+# - **What it is worth.** A coefficient without its loss says nothing. The paper's hyperparameters match those
+#   of a published script that uses a different loss. In this run's loss $\lambda$ weighs
+#   {glue:text}`training.units_least` to {glue:text}`training.units_most` times, layer by layer, what it
+#   would in the paper's formula.
+# ```
+#
 # A transcoder reads what an MLP reads and writes an estimate of what it writes, through a wide layer
 # of features of which few are active {cite:p}`dunefsky2024transcoders`:
 #
@@ -61,13 +75,12 @@ chapter.not_comparable()
 # \mathcal{L} = \lVert\hat{\mathbf{y}} - \mathbf{y}\rVert_2^2 + \lambda\lVert\mathbf{z}\rVert_1
 # ```
 #
-# The hyperparameters it lists are those of a published script whose loss is another one: there the
-# squared error is averaged over the $d$ dimensions and divided by the target's norm. The penalty of
+# Its hyperparameters match those of a published script, `train_transcoder.py` of
+# {cite:t}`dunefsky2024transcoders`, which uses a different loss: there the squared error is averaged over the $d$ dimensions and divided by the target's norm. The penalty of
 # the same $\lambda$ then weighs $d\,\lVert\mathbf{y}\rVert$ times more. Both are here by name
-# (`equation4`, `normalized`); this run uses {glue:text}`training.loss`. The table says what its
-# coefficient means in the units of Equation 4, layer by layer.
+# (`equation4`, `normalized`); this run uses {glue:text}`training.loss`.
 
-# %% tags=["hide-input"]
+# %% tags=["fold:What the coefficient means in the units of Equation 4"]
 chapter.value("training.loss", settings.loss)
 units = pd.DataFrame(loss_units(model, corpus, settings))
 chapter.rounded("training.units_least", units["times_equation_4"].min(), 1)
@@ -78,14 +91,16 @@ chapter.table("loss_units", units,
 # %% [markdown]
 # ## Settings
 #
-# The paper's settings beside this run's, and what else can be trained: each is a profile field, set
-# as in `make book PARAMS="activation=topk"`. Adam has betas 0.9 and 0.999; the learning rate rises
+# Adam has betas 0.9 and 0.999; the learning rate rises
 # linearly over {glue:text}`training.warmup` steps and then stays, unless it is told to fall. After
 # each step the features' writing directions are brought back to norm 1; the part of the gradient
 # that would only change the norm is removed first. The input bias is the mean input, and the output
 # bias starts at the mean output.
 
-# %% tags=["hide-input"]
+# %% [markdown] tags=["fold:Settings of the paper and of this run"]
+# Each is a profile field, set as in `make book PARAMS="activation=topk"`.
+
+# %%
 rows = settings_table(model, settings, chapter.paper.settings)
 short = {"training_tokens": "tokens", "l1_coefficient": "l1", "learning_rate": "lr"}
 chapter.values({short.get(one.name, one.name): one.ours for one in rows[:7]}, prefix="training.")
@@ -95,7 +110,8 @@ chapter.show(pd.DataFrame(rows, columns=["setting", "what it is", "paper", "this
 
 # %% [markdown]
 # ### What the paper does not say
-#
+
+# %% [markdown] tags=["fold:The published script and this book"]
 # The listed settings are those of `train_transcoder.py` in the code of {cite:t}`dunefsky2024transcoders`;
 # the paper names neither the script nor any of the following. Where it is silent, this book does what
 # the last column says, which need not be what the authors did.
@@ -110,7 +126,8 @@ chapter.show(pd.DataFrame(rows, columns=["setting", "what it is", "paper", "this
 #
 # Ghost gradients act on features that would otherwise stay dead, and by Table 4 fewer than one feature
 # in ten is live, so this may matter for its counts. It has not been measured here.
-#
+
+# %% [markdown]
 # ## The run
 #
 # In a notebook that is run by hand the curves are drawn while it trains; with `tensorboard: true` in
@@ -120,21 +137,21 @@ chapter.show(pd.DataFrame(rows, columns=["setting", "what it is", "paper", "this
 # %%
 transcoders, history = get_transcoders(model, corpus, settings, logged=watcher(settings))
 
-# %% mystnb={"image": {"alt": "Four panels against training tokens, one line per layer: reconstruction loss, active features per token, fraction of variance unexplained, share of dead features."}, "figure": {"caption": "Training of all layers at once. Each line is a layer.", "name": "fig-training"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Four panels against training tokens, one line per layer: reconstruction loss, active features per token, fraction of variance unexplained, share of dead features."}, "figure": {"caption": "Training of all layers at once. Each line is a layer.", "name": "fig-training"}}
 chapter.figure("training_curves", transcoder_curves(history))
 
-# %% tags=["hide-input"]
+# %% tags=["fold:The last training batch per layer"]
 last = history[-1]
 chapter.table("training", pd.DataFrame({
     "layer": np.arange(transcoders.n_layers),
     **{key: last[key] for key in ("reconstruction", "sparsity", "l0", "fvu", "dead")},
 }), caption="The last training batch, per layer")
 
-# %% tags=["remove-input"]
+# %%
 chapter.values({"dead_share": known_mean(last["dead"]), "final_l0": known_mean(last["l0"]),
                 "final_fvu": known_mean(last["fvu"])}, prefix="training.")
 
-# %% [markdown]
+# %% [markdown] tags=["unfold"]
 # At the end {glue:text}`training.final_l0` features are active per token on average over layers,
 # {glue:text}`training.final_fvu` of the outputs' variance is left unexplained, and a share of
 # {glue:text}`training.dead_share` of the features is dead (it has not fired for
@@ -142,12 +159,13 @@ chapter.values({"dead_share": known_mean(last["dead"]), "final_l0": known_mean(l
 
 # %% [markdown]
 # ## What it costs
-#
+
+# %% [markdown] tags=["fold:Cost of this run and of one of the paper's size"]
 # For each token and layer, a step multiplies five times by a matrix of a transcoder's size (twice
 # forward, three times backward, as nothing is differentiated in the input), and the token passes the
 # model once. All layers share that pass; layer by layer it would be repeated.
 
-# %% tags=["hide-input"]
+# %%
 cost = training_cost(model, corpus, settings)
 projected = paper_cost(chapter.paper.settings, cost)
 chapter.value("training.paper_operations", projected.operations, f"{projected.operations:.3g}")
@@ -160,13 +178,5 @@ chapter.show(cost_table(cost, projected),
 # than the paper's: small products do not fill a processor, and the rest of a step weighs more. The
 # benchmark measures the paper's layer size on the machine at hand.
 
-# %% tags=["remove-input"]
+# %%
 shown_benchmark(chapter)
-
-# %% [markdown]
-# ```{admonition} Key points
-# - A coefficient without its loss says nothing: in this run's loss $\lambda$ weighs
-#   {glue:text}`training.units_least` to {glue:text}`training.units_most` times, layer by layer, what it
-#   would in the paper's formula.
-# - The files in `transcoders/` have the layout that circuit-tracer loads.
-# ```

@@ -19,9 +19,20 @@
 # %% [markdown]
 # # What replacing the MLPs costs
 #
-# Tables 1 and 2 of the paper: the loss on held-out cells of the original model, of the model with
-# every MLP replaced by its transcoder, and of the model without MLPs; and how far the two move the
-# model's predictions. Then what the paper does not ask: what do the MLPs do for the answer?
+# ```{admonition} In short
+# :class: in-short
+# - **Question.** How much of the model is lost if every MLP is replaced by its {term}`transcoder`?
+# - **The paper says.** The loss on {term}`held-out cells <held-out cell>` rises from 2.48 to 4.63 nats per token;
+#   without MLPs it is 12.67 (Table 1). Of what removing the MLPs costs, that recovers
+#   {glue:text}`table1.paper_recovered`.
+# - **We find.** It rises from {glue:text}`table1.original` to {glue:text}`table1.transcoder`; without MLPs
+#   it is {glue:text}`table1.no_mlp`. The transcoders recover {glue:text}`table1.recovered`, and the model
+#   still names {glue:text}`mlps.right.transcoder` of the cells rightly
+#   ({glue:text}`mlps.right.original` untouched).
+# - **What it is worth.** With every MLP held at its mean, which tells nothing of the cell, it names
+#   {glue:text}`mlps.right.mean`. A mean over all tokens says little about what the model knows of the cell,
+#   and a small model on few cells is no evidence about the paper's.
+# ```
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -53,16 +64,16 @@ fvu_without_first = validation.fraction_of_variance_unexplained(*asked, skip=1)
 # ablation); a model so crippled can do worse than a uniform guess, as the paper's 12.67 does
 # ($\ln 50304 = 10.83$).
 
-# %% tags=["hide-input"]
+# %%
 table1 = validation.table1(scores, chapter.paper.loss)
 loss, printed = (table1.set_index("configuration")[name] for name in ("validation_loss", "paper"))
 chapter.values(dict(zip(validation.NAMES, loss, strict=True)), prefix="table1.")
 chapter.table("table1", table1, caption="Table 1: validation loss (standard error over cells)")
 
-# %% mystnb={"image": {"alt": "Two bar charts of validation loss for original, transcoders and no MLP: this run and the paper."}, "figure": {"caption": "Table 1 as a picture. The two panels have different models and data and are not to be compared bar by bar.", "name": "fig-table1"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Two bar charts of validation loss for original, transcoders and no MLP: this run and the paper."}, "figure": {"caption": "Table 1 as a picture. The two panels have different models and data and are not to be compared bar by bar.", "name": "fig-table1"}}
 chapter.figure("table1", plots.loss_comparison(table1))
 
-# %% tags=["remove-input"]
+# %%
 chapter.percent("table1.recovered", validation.recovered(loss), 1)
 chapter.percent("table1.paper_recovered", validation.recovered(printed), 1)
 order = loss["Original"] < loss["Transcoder"] < loss["No MLP"]
@@ -79,7 +90,7 @@ chapter.value("table1.order", order, "holds" if order else "does not hold")
 # KL(original || modified) of the next-token distributions, in float32 log-softmax over the same
 # tokens.
 
-# %% tags=["hide-input"]
+# %%
 table2 = validation.table2(scores, chapter.paper.kl)
 chapter.values(dict(zip(("transcoder", "no_mlp"), table2["mean_kl"], strict=True)), "table2.")
 chapter.table("table2", table2, caption="Table 2: KL(original || modified) in nats per token")
@@ -93,7 +104,7 @@ chapter.table("table2", table2, caption="Table 2: KL(original || modified) in na
 #
 # Table 1 is a mean over tokens of very different kinds, of which few are the answer.
 
-# %% tags=["hide-input"]
+# %%
 whole = scores[scores["layer"] == -1].set_index("configuration")["loss"].rename(validation.NAMES)
 better = whole["mean"] < whole["No MLP"]
 chapter.values({"mean_cells": min(validation.MEAN_CELLS, int((~chapter.corpus.held_out).sum())),
@@ -107,7 +118,7 @@ names = found.kinds.rename(columns=validation.SHOWN)
 chapter.table("table1_kinds", names, digits=3,
               caption="Loss in nats per token by kind of predicted token; the last row is Table 1's")
 
-# %% tags=["remove-input"]
+# %%
 kinds = found.kinds.set_index("tokens")
 for key, kind in (("first", "first piece of a gene"), ("later", "later pieces"),
                   ("answer", "answer")):
@@ -125,7 +136,7 @@ for key, kind in (("first", "first piece of a gene"), ("later", "later pieces"),
 # those before it: then the model, asked, says just that. Intervals are Wilson's; *lost* and *gained*
 # count cells whose answer the change has made wrong or right.
 
-# %% tags=["hide-input"]
+# %%
 answers = found.answers
 together = answers[answers["layer"] < 0].replace({
     "configuration": validation.SHOWN,
@@ -134,10 +145,10 @@ chapter.table("mlp_answers", answers, rows=0)
 chapter.show(together.rename(columns={"layer": "layers"}), digits=3,
              caption="Held-out cells answered rightly when several MLPs are changed together")
 
-# %% mystnb={"image": {"alt": "Percentage of held-out cells answered rightly against layer when one layer's MLP is replaced, at its mean or removed, beside several layers together; a line marks the untouched model."}, "figure": {"caption": "Held-out cells answered rightly when the MLP of one layer, of all but the first, or of all, is replaced by its transcoder, held at its mean, or removed, with 95 % intervals. Grey: the untouched model.", "name": "fig-answers"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Percentage of held-out cells answered rightly against layer when one layer's MLP is replaced, at its mean or removed, beside several layers together; a line marks the untouched model."}, "figure": {"caption": "Held-out cells answered rightly when the MLP of one layer, of all but the first, or of all, is replaced by its transcoder, held at its mean, or removed, with 95 % intervals. Grey: the untouched model.", "name": "fig-answers"}}
 chapter.figure("mlp_answers", plots.answers_by_layer(answers))
 
-# %% tags=["remove-input"]
+# %%
 right = answers.set_index(["layer", "configuration"])["percentage"] / 100
 for name, share in right[validation.ALL].items():
     chapter.percent(f"mlps.right.{name}", share, 1)
@@ -159,28 +170,19 @@ chapter.percent("mlps.right.worst_later", alone[alone.index > 0].min(), 1)
 # Errors of early layers are fed to later ones, so the tables above do not say which transcoders are
 # good. Replacing one layer alone does, and so does each layer's fraction of variance unexplained
 # (FVU), measured on the original model's activations. A model may rest its attention on a text's first
-# token, and write there what it writes nowhere else; so FVU stands in the table without it, too.
+# token, and write there what it writes nowhere else; so the table has FVU without it, too.
 
-# %% mystnb={"image": {"alt": "Left: KL against layer when one layer is replaced, at its mean, or removed. Right: bars of fraction of variance unexplained per layer."}, "figure": {"caption": "Each layer alone: what replacing it, holding it at its mean or removing it does to the predictions, and how much of its output its transcoder leaves unexplained.", "name": "fig-layers"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Left: KL against layer when one layer is replaced, at its mean, or removed. Right: bars of fraction of variance unexplained per layer."}, "figure": {"caption": "Each layer alone: what replacing it, holding it at its mean or removing it does to the predictions, and how much of its output its transcoder leaves unexplained.", "name": "fig-layers"}}
 chapter.figure("validation_layers", plots.layer_alone(scores, fvu))
 
-# %% tags=["hide-input"]
+# %% tags=["fold:Each layer alone as a table"]
 chapter.table("validation_layers", validation.each_layer(found, fvu, fvu_without_first), digits=3,
               caption="Each layer alone: its MLP replaced, at its mean, and removed")
 
-# %% tags=["remove-input"]
+# %%
 chapter.rounded("validation.fvu_mean", float(np.mean(fvu)), 3)
 chapter.rounded("validation.fvu_without_first_mean", float(np.mean(fvu_without_first)), 3)
 
-# %% [markdown]
-# Over the layers FVU is {glue:text}`validation.fvu_mean` on average, and without the first token
+# %% [markdown] tags=["unfold"]
+# Over the layers {term}`FVU` is {glue:text}`validation.fvu_mean` on average, and without the first token
 # {glue:text}`validation.fvu_without_first_mean`.
-
-# %% [markdown]
-# ```{admonition} Key points
-# - The order of the three losses says that transcoders are better than nothing. The share of the gap
-#   they close says how good they are.
-# - A mean over all tokens says little about what the model knows of the cell: the answer is a few
-#   tokens of each. What a constant in the MLPs' place costs is the other zero to measure from.
-# - Replacing one layer alone separates a transcoder's own error from what earlier layers pass on.
-# ```

@@ -20,13 +20,23 @@
 # %% [markdown]
 # # Which features are called biologically interpretable
 #
-# The paper lists each feature's genes, most active first, and calls the feature biologically
-# interpretable if one GO or KEGG term is enriched among them at FDR below 0.05. It says "GSEA"; what
-# its words and numbers describe is over-representation analysis (ORA), a test of the overlap between
-# two lists, as the Enrichr service computes it {cite:p}`kuleshov2016enrichr`. This book says ORA.
-#
-# A percentage of "interpretable" features means little alone. This chapter makes the paper's table,
-# and then asks what gene lists score that no trained feature made.
+# ```{admonition} In short
+# :class: in-short
+# - **Question.** For how many features is a gene-set term enriched among their genes, and for how many gene
+#   lists that no trained feature made?
+# - **The paper says.** In most layers over 80 % of the {term}`live features <live feature>` are
+#   "biologically interpretable": one GO or KEGG term is enriched at {term}`FDR` below 0.05. It gives no
+#   control.
+# - **We find.** By the paper's most likely rule {glue:text}`controls.enrichr.features` of our features are
+#   called interpretable. So are {glue:text}`controls.enrichr.untrained-encoder` of features of an
+#   {term}`untrained encoder`, and {glue:text}`controls.enrichr.uniform` of lists of random genes.
+# - **What it is worth.** A percentage says something about features only by as much as it is above its
+#   controls. {glue:text}`controls.nominal` of {glue:text}`table4.total.live` features are
+#   {term}`ahead of all controls`; after correction over all features it is {glue:text}`controls.beyond`.
+#   What dictionary learning adds to directions that the model has anyway:
+#   {glue:text}`ahead.occurrence.learning`. Between choices that the paper does not state, the same features
+#   come out anywhere from {glue:text}`enrichment.lowest` to {glue:text}`enrichment.highest` %.
+# ```
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -50,38 +60,19 @@ settings = chapter.profile
 stand_in = chapter.stand_in()
 chapter.not_comparable()
 
-# %% tags=["remove-input"]
+# %%
 chapter.library_warnings()
-
-# %% [markdown]
-# ## Gene sets
 
 # %%
 corpus, libraries = chapter.corpus, chapter.libraries
 symbols = studies.occurring_symbols(corpus)
-
-# %% tags=["hide-input"]
-chapter.table("gene_set_libraries", studies.library_table(libraries, symbols),
-              caption="Libraries used on this page; symbols are compared in upper case, terms of "
-              "every size are tested")
-
-# %% [markdown]
-# ## The lists and the test
-#
-# Two choices decide this table, and the paper states neither. **Which genes make the list:** under
-# the gene rule {glue:text}`enrichment.gene_rule` and the list rule {glue:text}`enrichment.list_rule`
-# of this run, lists have a median of {glue:text}`enrichment.median_length` genes. **What they are
-# tested against:** {glue:text}`enrichment.statement`
-#
-# Next to it stands the rule that a statistician would ask for, `corpus`, with the corpus's own genes
-# as background and every term in the correction.
 
 # %%
 statistics, baselines = chapter.statistics, chapter.baselines
 others = {**baselines, **chapter.directions}
 study = studies.table4_study(statistics, others, corpus, settings, libraries)
 
-# %% tags=["remove-input"]
+# %%
 chapter.value("enrichment.gene_rule", settings.gene_rule)
 chapter.value("enrichment.list_rule", settings.list_rule if settings.list_rule != "top"
               else f"top {settings.list_size}")
@@ -92,9 +83,12 @@ chapter.value("enrichment.statement", RULES[settings.enrichment_rule].statement)
 # %% [markdown]
 # ## Table 4
 #
-# {glue:text}`table4.layout`
+# The paper lists each feature's genes, most active first, and tests the list against GO and KEGG. It says
+# "GSEA"; what its words and numbers describe is {term}`over-representation analysis (ORA)
+# <over-representation (ORA)>`, as the Enrichr service computes it {cite:p}`kuleshov2016enrichr`. This book
+# says ORA. {glue:text}`table4.layout`
 
-# %% tags=["hide-input"]
+# %%
 table4, paper = study.table, None if stand_in else chapter.paper.table4
 chapter.table("table4", table4, rows=0)
 chapter.values({"stand_in": stand_in, "libraries": ", ".join(one.name for one in libraries)},
@@ -104,12 +98,12 @@ chapter.value("table4.layout", "This run alone, with other gene sets than the pa
 chapter.show(studies.beside_paper(table4, paper), caption="Table 4 of this run under the rule "
              f"{settings.enrichment_rule}" + ("" if stand_in else ", and the paper's"))
 
-# %% mystnb={"image": {"alt": "Percentage of gene lists called interpretable against layer: the features of this run, the paper's, a grey band for lists of random genes and tokens, and an orange band for features that no dictionary learning on this model made."}, "figure": {"caption": "Table 4 as one picture, by the paper's likely rule. Bands go from the lowest to the highest of their kind, with 95 % intervals. Orange: an encoder without training, a model with random weights, single neurons, principal components. Grey: lists of random genes and tokens.", "name": "fig-table4"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Percentage of gene lists called interpretable against layer: the features of this run, the paper's, a grey band for lists of random genes and tokens, and an orange band for features that no dictionary learning on this model made."}, "figure": {"caption": "Table 4 as one picture, by the paper's likely rule. Bands go from the lowest to the highest of their kind, with 95 % intervals. Orange: an encoder without training, a model with random weights, single neurons, principal components. Grey: lists of random genes and tokens.", "name": "fig-table4"}}
 shares = studies.by_gene_rule(study, settings)
 percentages = None if paper is None else paper["percentage"].to_numpy()
 chapter.figure("table4", table4_with_nulls(shares, settings, percentages))
 
-# %% tags=["remove-input"]
+# %%
 for row in table4.itertuples():
     chapter.values({"live": row.live, "interpretable": row.interpretable,
                     "percentage": row.percentage}, prefix=f"table4.layer_{row.layer}.")
@@ -123,19 +117,53 @@ chapter.value("table4.paper_percentage", printed, "." if printed is None else
 # %% [markdown]
 # Of {glue:text}`table4.total.live` live features {glue:text}`table4.total.percentage` % are called
 # interpretable under this run's rule{glue:text}`table4.paper_percentage`
+
+# %% [markdown] tags=["fold:How the lists are made and tested"]
+# Two choices decide this table, and the paper states neither. **Which genes make the list:** under
+# the {term}`gene rule` {glue:text}`enrichment.gene_rule` and the list rule
+# {glue:text}`enrichment.list_rule` of this run, lists have a median of
+# {glue:text}`enrichment.median_length` genes. **What they are tested against:**
+# {glue:text}`enrichment.statement`
 #
+# Next to it is the rule that a statistician would ask for, {term}`corpus <rule corpus>`, with the corpus's
+# own genes as {term}`background` and every term in the correction. Libraries:
+# {glue:text}`controls.libraries`, {glue:text}`enrichment.n_terms` terms.
+
+# %%
+chapter.table("gene_set_libraries", studies.library_table(libraries, symbols),
+              caption="Libraries used on this page; symbols are compared in upper case, terms of "
+              "every size are tested")
+
+# %% [markdown]
 # ## What would anything else have scored?
 #
-# Each live feature's gene list is set beside lists that owe nothing to a trained feature
-# ({glue:text}`controls.band_draws` draws for each null):
-#
+# Each live feature's gene list is compared with lists that owe nothing to a trained feature: random genes,
+# genes as common, random tokens, features of an untrained encoder and of a model with random weights, and
+# the model's own directions.
+
+# %%
+joint = joint_null.joint_study(statistics, others, corpus, settings, libraries)
+
+# %% mystnb={"image": {"alt": "One panel per choice of rules: percentage of lists called interpretable against layer, as a thick line for the trained features, thin lines for three kinds of null lists, points for four kinds of other features, and a band for relabelled genes."}, "figure": {"caption": "Share of lists called interpretable, layer by layer. The thick line is the trained features; thin lines are null lists; points are features that no dictionary learning on this model made, with 95 % intervals; the band holds 95 % of what the trained features' own lists score when the genes have exchanged their names. enrichr is the rule that the paper most likely used, corpus takes the corpus as background and every term into the correction.", "name": "fig-controls"}}
+chapter.figure("table4_controls", share_with_controls(shares, joint.shares, percentages))
+
+# %% [markdown]
+# Under the rule `enrichr`, the paper's most likely one, {glue:text}`controls.enrichr.features` of the
+# features are called interpretable, {glue:text}`controls.enrichr.uniform` of lists of random genes, and
+# {glue:text}`controls.enrichr.MLP-neurons` of the model's MLP neurons. Under the rule `corpus` it is
+# {glue:text}`controls.corpus.features`, {glue:text}`controls.corpus.uniform` and
+# {glue:text}`controls.corpus.MLP-neurons`. Does dictionary learning add to directions that the model has
+# anyway? By this measure {glue:text}`ahead.occurrence.learning` when a token counts for the gene in which
+# it was read, and {glue:text}`ahead.token.learning` by the paper's gene rule.
+
+# %% [markdown] tags=["fold:The controls one by one"]
 # - **uniform**: as many genes of the corpus, drawn at random. Under a correct rule at most about 5 %
 #   of them are called interpretable for each library: this tests the rule, not the features.
 # - **frequency-matched**: genes as common in the corpus as the feature's own. A feature that fires
 #   anywhere at random lists the commonest genes of the tissue.
-# - **token-preserving**: as many genes of as many random tokens as the feature fires on, as common and
-#   contained in as many genes, fired on as often, whichever of its genes a token stands in. Pieces of
-#   gene names are gene families, and gene families are terms.
+# - **token-preserving**: random tokens matched to the feature's own in number, frequency and number of
+#   containing genes; the list is built from them by the same rule. Pieces of gene names are gene families,
+#   and gene families are terms.
 # - **untrained encoder**: features that read random directions of the real model, with thresholds
 #   such that they fire as often as the trained ones.
 # - **re-initialised model**: features of transcoders trained the same way on a model whose weights
@@ -144,20 +172,15 @@ chapter.value("table4.paper_percentage", printed, "." if printed is None else
 #   which fire as often. They may know all that the model knows; what a trained feature adds to them
 #   is what dictionary learning adds.
 #
-# All of this is done twice. Under the gene rule `token` a feature is given every gene whose name
-# contains its tokens, as the paper's words say; under `occurrence` the gene in which it fired.
+# There are {glue:text}`controls.band_draws` draws for each null. All of this is done twice. Under the gene
+# rule `token` a feature is given every gene whose name contains its tokens, as the paper's words say; under
+# `occurrence` the gene in which it fired.
 #
 # Features of a layer share genes, so their share varies more than if each had genes of its own. To
 # see by how much, the genes exchange their names, commoner ones with commoner ones, once for all
 # lists of a layer together ({glue:text}`controls.draws` times).
 
-# %%
-joint = joint_null.joint_study(statistics, others, corpus, settings, libraries)
-
-# %% mystnb={"image": {"alt": "One panel per choice of rules: percentage of lists called interpretable against layer, as a thick line for the trained features, thin lines for three kinds of null lists, points for four kinds of other features, and a band for relabelled genes."}, "figure": {"caption": "Share of lists called interpretable, layer by layer. The thick line is the trained features; thin lines are null lists; points are features that no dictionary learning on this model made, with 95 % intervals; the band holds 95 % of what the trained features' own lists score when the genes have exchanged their names. enrichr is the rule that the paper most likely used, corpus takes the corpus as background and every term into the correction.", "name": "fig-controls"}} tags=["hide-input"]
-chapter.figure("table4_controls", share_with_controls(shares, joint.shares, percentages))
-
-# %% tags=["hide-input"]
+# %% tags=["fold:Every control in numbers"]
 chapter.values({"draws": settings.null_draws, "band_draws": study.band_draws, "enough": ENOUGH},
                prefix="controls.")
 chapter.table("table4_shares", shares, rows=0)
@@ -169,17 +192,17 @@ chapter.show(studies.every_rule(study, settings), digits=3,
              caption="Mean over the layers of the percentage of lists called interpretable. "
              + " ".join(f"{rule}: {RULES[rule].statement}" for rule in by_rule))
 
-# %% tags=["hide-input"]
+# %%
 chapter.show(joint.for_reading(), digits=3, caption="The rule corpus, mean over the layers, beside "
              "relabelled genes. p: how often relabelled genes score as much. Ahead: percentage "
              "points by which the trained features are ahead of the kind, and how often relabelled "
              "genes set the two as far apart: whether two kinds that know nothing of gene sets would "
              "differ so, not how surely two that do differ")
 
-# %% tags=["remove-input"]
+# %%
 for rule, column in by_rule.items():
     for kind, value in column.items():
-        chapter.value(f"controls.{rule}.{kind.replace(' ', '-')}", float(value), f"{value:.1f} %")
+        chapter.value(f"controls.{rule}.{kind.replace(' ', '-')}", float(value), f"{value:.0f} %")
     chapter.value(f"controls.highest.{rule}", together.highest[rule])
     chapter.rounded(f"controls.lead.{rule}", float(together.lead[rule]), 1)
 chapter.rounded("table4.corpus_percentage", float(by_rule.loc["features", "corpus"]), 1)
@@ -194,11 +217,7 @@ for gene_rule in ("token", "occurrence"):
                   else "it does not show")
 
 # %% [markdown]
-# Libraries: {glue:text}`controls.libraries`.
-#
-# Under the rule `enrichr`, the paper's most likely one, {glue:text}`controls.enrichr.features` of the
-# features are called interpretable; so are {glue:text}`controls.enrichr.uniform` of lists of random
-# genes. The rest of this page is about the rule `corpus`.
+# The rule `corpus`, with the features' lead in percentage points:
 #
 # | | genes by `token` | genes by `occurrence` |
 # | --- | --- | --- |
@@ -209,37 +228,32 @@ for gene_rule in ("token", "occurrence"):
 # | ahead of its principal components | {glue:text}`ahead.token.principal-components` | {glue:text}`ahead.occurrence.principal-components` |
 #
 # The second row asks what the *language model* has learnt. The last three ask what *dictionary
-# learning* adds to directions that the same model has anyway: by this measure
-# {glue:text}`ahead.occurrence.learning` when a token counts for the gene in which it stood, and
-# {glue:text}`ahead.token.learning` by the paper's gene rule (it shows if the features are ahead of all
-# three, each at p < {glue:text}`enrichment.level`).
-#
-# ### Is the test itself right?
-#
-# Random lists of stated lengths, library by library. At a nominal level of
-# {glue:text}`enrichment.fdr`, a correct rule calls about that share of them or fewer.
+# learning* adds to directions that the same model has anyway. It shows if the features are ahead of all
+# three, each at p < {glue:text}`enrichment.level`.
 
 # %%
 machinery = studies.nominal_level(libraries, corpus, settings)
 
-# %% tags=["hide-input"]
+# %% [markdown] tags=["fold:Is the test itself right?"]
+# Random lists of stated lengths, library by library. At a nominal level of
+# {glue:text}`enrichment.fdr`, a correct rule calls about that share of them or fewer.
+
+# %%
 chapter.percent("enrichment.fdr", settings.fdr)
 chapter.table("table4_machinery", machinery, digits=3,
               caption="Uniformly random lists of the corpus's genes called interpretable")
 
-# %% [markdown]
-# ### How the choices move the number
-#
-# The same features, one choice changed at a time: longer and shorter lists, which genes a token
-# counts for, what genes are ranked by, background and BH family. The paper's sentence ("listing genes
-# in descending order of activation frequency ... genes that specifically activate the feature") can
-# be read as a count, the commonest genes first, or as E(f, t) for a probability, like its E(f): then
-# genes come first on which the feature fires at a higher *rate*.
-
 # %%
 choices = studies.choices({"features": statistics, **others}, corpus, settings, libraries)
 
-# %% tags=["hide-input"]
+# %% [markdown] tags=["fold:How the choices move the number"]
+# The same features, one choice changed at a time: longer and shorter lists, which genes a token
+# counts for, what genes are ranked by, background and {term}`BH family`. The paper's sentence ("listing
+# genes in descending order of activation frequency ... genes that specifically activate the feature") can
+# be read as a count, the commonest genes first, or as {term}`E(f, t) <E(f)>` for a probability, like its
+# E(f): then genes come first on which the feature fires at a higher *rate*.
+
+# %%
 chapter.values({"lowest": float(choices["percentage"].min()),
                 "highest": float(choices["percentage"].max()),
                 "n_terms": sum(len(one) for one in libraries)}, prefix="enrichment.")
@@ -250,63 +264,16 @@ chapter.table("table4_choices", choices, digits=3, caption="Share called interpr
 # %% [markdown]
 # ## Which features beat all controls?
 #
-# Now feature by feature, under the rule `corpus` and the gene rule `occurrence`, where a token counts
-# for the gene in which it stood. A feature's smallest p-value is set beside those of
-# up to {glue:text}`controls.draws` null lists of each kind made for it, and beside those of the
-# features of its layer that learnt nothing; the share that does as well is its empirical p-value
-# against that control. (Drawing stops once {glue:text}`controls.enough` null lists have done as well,
-# which gives a valid p-value {cite:p}`besag1991sequential`.) The largest of them counts, since a
-# feature has to beat every control, and these are corrected over all features
-# (Benjamini-Hochberg).
-
-# %% [markdown] tags=["only-if:planted.tested"]
-# ### Would a good feature pass?
-#
-# Controls that nothing can beat would say nothing. So features are planted: each fires on every token
-# of the genes of one term, drawn at random from the libraries, and nowhere else; diluted ones fire on
-# other genes as well. They go through the same lists, tests and controls (those of layer
-# {glue:text}`planted.layer`), under both gene rules.
-
-# %% tags=["only-if:planted.tested"]
-planted = studies.planted_passing(statistics, baselines, corpus, settings, libraries,
-                                  study.verdicts)
-
-# %% tags=["hide-input", "only-if:planted.tested"]
-chapter.table("planted_features", planted.table, digits=3, caption="Planted features against the "
-              f"same controls, uncorrected (p < {settings.fdr:g} against every control)")
-
-# %% tags=["remove-input"]
-chapter.values({"tested": planted.tested, "layer": settings.human_layer,
-                "genes": planted.median_genes}, prefix="planted.")
-told = {rule: f"{ahead} of {planted.planted[rule]}" for rule, ahead in planted.ahead.items()}
-for gene_rule in ("token", "occurrence"):
-    chapter.value(f"planted.{gene_rule}", planted.ahead.get(gene_rule), told.get(gene_rule, "none"))
-chapter.value("planted.told", planted.tested, (
-    f": {told['token']} planted features are told from random tokens under it, "
-    f"{told['occurrence']} under the rule that takes the gene in which it fired."
-    if planted.tested else "."))
-chapter.value("planted.needed", planted.needed,
-              "no number" if planted.needed is None else f"{planted.needed:,}")
-
-# %% [markdown] tags=["only-if:planted.tested"]
-# Pure planted features (a median of {glue:text}`planted.genes` genes each) that are ahead of all
-# controls: {glue:text}`planted.token` under the gene rule `token`, {glue:text}`planted.occurrence`
-# under `occurrence`, where a token counts for the gene in which it stood. The paper's words describe
-# `token`, under which a feature that fires on the CD of one gene is given all genes with CD in their
-# names: what it knew about the gene is lost before the test begins. The features are therefore tested
-# under `occurrence`.
-#
-# After correction over so many features a few good ones cannot be told from luck: as things stand it
-# would take {glue:text}`planted.needed` more features as good as a pure planted one to be beyond all
-# controls. Below that, the uncorrected share is what to look at.
+# Now feature by feature, under the rule `corpus` and the gene rule `occurrence`: a feature has to have a
+# smaller p-value than its null lists and than features that learnt nothing, for every kind of them.
 
 # %%
 left = studies.demands(study.verdicts, len(table4), settings.fdr)
 
-# %% mystnb={"image": {"alt": "Bars per layer: percentage of live features left as more is demanded, from a term under the paper's likely rule to beating all controls."}, "figure": {"caption": "What is left of the live features, layer by layer, as more is demanded of them (gene rule occurrence).", "name": "fig-beyond"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Bars per layer: percentage of live features left as more is demanded, from a term under the paper's likely rule to beating all controls."}, "figure": {"caption": "What is left of the live features, layer by layer, as more is demanded of them (gene rule occurrence).", "name": "fig-beyond"}}
 chapter.figure("table4_beyond", beyond_controls(list(range(len(table4))), left))
 
-# %% tags=["remove-input"]
+# %%
 p = study.verdicts["p_controls"]
 beyond, nominal = int(study.verdicts["beyond_all_controls"].sum()), int((p < settings.fdr).sum())
 chapter.values({"beyond": beyond, "beyond_percentage": 100 * beyond / total if total else None,
@@ -314,41 +281,84 @@ chapter.values({"beyond": beyond, "beyond_percentage": 100 * beyond / total if t
                 "smallest_p": float(p.min()), "smallest_possible": study.smallest_possible_p},
                prefix="controls.")
 
-# %% tags=["hide-input"]
+# %%
+found = studies.feature_tables(study, statistics, corpus, settings, libraries)
+
+# %%
+ahead = found.features[found.features["p_controls"] < settings.fdr]
+commonest = ahead["Term"].value_counts()
+chapter.value("controls.commonest_term", commonest.index[0] if len(ahead) else None)
+chapter.value("controls.commonest_count", int(commonest.iloc[0]) if len(ahead) else None)
+
+# %% [markdown]
+# {glue:text}`controls.nominal` of {glue:text}`table4.total.live` features
+# ({glue:text}`controls.nominal_percentage` %) are ahead of every control, uncorrected
+# (p < {glue:text}`enrichment.fdr`); the best term of {glue:text}`controls.commonest_count` of them is
+# "{glue:text}`controls.commonest_term`". {glue:text}`controls.beyond`
+# ({glue:text}`controls.beyond_percentage` %) are beyond all controls after correction over the features.
+
+# %% tags=["fold:Each control by itself"]
 singles = single_controls(study.verdicts, settings.fdr)
 chapter.table("table4_single_controls", singles, digits=3, caption="Features ahead of each control by "
               f"itself, uncorrected (p < {settings.fdr:g})")
 
 # %% [markdown]
-# {glue:text}`controls.nominal` of {glue:text}`table4.total.live` features
-# ({glue:text}`controls.nominal_percentage` %) have a term under the rule `corpus` and an uncorrected
-# p below {glue:text}`enrichment.fdr` against every control; among features no better than one of the
-# controls it would be up to {glue:text}`enrichment.fdr`, and as a rule far less, because the controls
-# are not equally strong: the table above has each by itself. {glue:text}`controls.beyond`
-# ({glue:text}`controls.beyond_percentage` %) are beyond all controls after correction over the
-# features. The smallest p against all controls is {glue:text}`controls.smallest_p`; with these numbers
+# A feature's smallest p-value is compared with those of up to {glue:text}`controls.draws` null lists of each
+# kind made for it, and with those of the features of its layer that learnt nothing; the share that does as
+# well is its empirical p-value against that control. (Drawing stops once {glue:text}`controls.enough` null
+# lists have done as well, which gives a valid p-value {cite:p}`besag1991sequential`.) The largest of them
+# counts, since a feature has to beat every control, and these are corrected over all features
+# (Benjamini-Hochberg).
+#
+# Among features no better than one of the controls the uncorrected share would be up to
+# {glue:text}`enrichment.fdr`, and as a rule far less, because the controls are not equally strong. The
+# smallest p against all controls is {glue:text}`controls.smallest_p`; with these numbers
 # of null lists and of features that learnt nothing it could have been
 # {glue:text}`controls.smallest_possible`.
 
+# %% tags=["only-if:planted.tested", "fold:Would a good feature pass?"]
+planted = studies.planted_passing(statistics, baselines, corpus, settings, libraries,
+                                  study.verdicts)
+
+# %% [markdown] tags=["only-if:planted.tested"]
+# A control is useful only if a truly good feature can beat it. We therefore construct
+# {term}`features known to be good <planted feature>`: each fires on every token of the genes of one term,
+# drawn at random from the libraries, and nowhere else; diluted ones fire on other genes as well. They go
+# through the same lists, tests and controls (those of layer {glue:text}`planted.layer`), under both gene
+# rules.
+
+# %% tags=["only-if:planted.tested"]
+chapter.table("planted_features", planted.table, digits=3, caption="Planted features against the "
+              f"same controls, uncorrected (p < {settings.fdr:g} against every control)")
+
 # %%
-found = studies.feature_tables(study, statistics, corpus, settings, libraries)
+chapter.values({"tested": planted.tested, "layer": settings.human_layer,
+                "genes": planted.median_genes}, prefix="planted.")
+told = {rule: f"{ahead} of {planted.planted[rule]}" for rule, ahead in planted.ahead.items()}
+for gene_rule in ("token", "occurrence"):
+    chapter.value(f"planted.{gene_rule}", planted.ahead.get(gene_rule), told.get(gene_rule, "none"))
+chapter.value("planted.needed", planted.needed,
+              "no number" if planted.needed is None else f"{planted.needed:,}")
 
-# %% tags=["hide-input"]
-chapter.show(found.features.loc[:14, ["layer", "feature", "p_controls", "q_corpus", "Term",
-                                      "Overlap", "tokens"]], digits=3,
-             caption="The features that are furthest ahead of their controls, with their best term "
-             "under the rule corpus and the tokens they fire on most")
-
-# %% [markdown]
-# ## Feature by feature
+# %% [markdown] tags=["only-if:planted.tested"]
+# Pure planted features (a median of {glue:text}`planted.genes` genes each) that are ahead of all
+# controls: {glue:text}`planted.token` under the gene rule `token`, {glue:text}`planted.occurrence`
+# under `occurrence`, where a token counts for the gene in which it was read. The paper's words describe
+# `token`, under which a feature that fires on the CD of one gene is given all genes with CD in their
+# names: what it knew about the gene is lost before the test begins. The features are therefore tested
+# under `occurrence`.
 #
+# With these numbers of null lists, {glue:text}`planted.needed` further features as good as a pure planted
+# one would be needed for any to survive the correction. Until then, read the uncorrected share.
+
+# %% [markdown] tags=["fold:Feature by feature: every live feature and its best term"]
 # Every live feature, furthest ahead of the controls first: search for a gene, a token or a term, or
-# choose a layer. Genes, terms and `q_` columns (the smallest BH-adjusted p under that rule) are those
-# of the gene rule `occurrence`; `table4_interpretable` is the verdict of Table 4 above. The file has
+# choose a layer. Genes, terms and FDR columns (the smallest BH-adjusted p under that rule) are those
+# of the gene rule `occurrence`; "interpretable (Table 4)" is the verdict of Table 4 above. The file has
 # all columns; `feature_terms.csv` has the three best terms of each library for every feature. A
 # feature's number leads to everything known about it, in {doc}`features`.
 
-# %% tags=["hide-input"]
+# %%
 chapter.table("feature_terms", found.terms, rows=0)
 chapter.browse("features", found.page(), caption="Live features and their best terms", digits=3,
                links={"feature": "features.html#L{layer}.F{feature}"})
@@ -357,16 +367,17 @@ chapter.browse("features", found.page(), caption="Live features and their best t
 # ## What GSEA itself would say
 #
 # Gene set enrichment analysis proper takes no list but a ranking of all genes, and asks whether a
-# term's genes gather at its top. For the first {glue:text}`prerank.n` features of the human evaluation
-# ({doc}`05_human_evaluation`), genes are ranked by the feature's activations and tested by gseapy's
-# `prerank` {cite:p}`fang2023gseapy`, by order alone: with its default weights the few genes with
-# large counts would decide every score. Beside each stands the same ranking with the genes' names
-# shuffled.
+# term's genes gather at its top. By gseapy's `prerank` {cite:p}`fang2023gseapy`,
+# {glue:text}`prerank.called` of the first {glue:text}`prerank.n` features of the human evaluation
+# ({doc}`05_human_evaluation`) have a term below the FDR, and {glue:text}`prerank.shuffled` of the same
+# rankings with shuffled names do. It tests another claim than Table 4 and cannot be compared with it: fewer
+# terms (those with 15 to 500 genes in the corpus), another null (shuffled names, so that frequent genes and
+# token families count as findings here as well).
 
 # %% tags=["only-if:prerank.tested"]
 ranked = prerank.prerank_study(statistics, corpus, settings, libraries)
 
-# %% tags=["hide-input", "only-if:prerank.tested"]
+# %% tags=["only-if:prerank.tested", "fold:Every ranking"]
 chapter.table("prerank", ranked.terms, rows=0)
 chapter.values({"tested": len(ranked.terms) > 0, "n": ranked.n, "called": ranked.called, "shuffled": ranked.shuffled},
                prefix="prerank.")
@@ -374,19 +385,6 @@ chapter.show(ranked.best, caption=f"prerank for features of layer {settings.huma
              "shuffled names")
 
 # %% [markdown] tags=["only-if:prerank.tested"]
-# By `prerank`, {glue:text}`prerank.called` of the {glue:text}`prerank.n` features have a term below the
-# FDR, and {glue:text}`prerank.shuffled` of the shuffled rankings do. It tests another claim than Table
-# 4 and cannot be put beside it: fewer terms (those with 15 to 500 genes in the corpus), another null
-# (shuffled names, so that frequent genes and token families count as findings here as well).
-
-# %% [markdown]
-# ```{admonition} Key points
-# - What the paper calls GSEA is over-representation analysis: at least one of
-#   {glue:text}`enrichment.n_terms` terms below the FDR.
-# - Between the choices tried above, the same features come out anywhere from
-#   {glue:text}`enrichment.lowest` to {glue:text}`enrichment.highest` %; the paper states none of
-#   them.
-# - A percentage says something about features only by as much as it is above its controls.
-# - A gene rule that gives a feature every gene whose name contains its tokens hides what the feature
-#   knows about genes{glue:text}`planted.told`
-# ```
+# Genes are ranked by the feature's activations and tested by order alone: with prerank's default weights
+# the few genes with large counts would decide every score. Beside each is the same ranking with the genes'
+# names shuffled.

@@ -19,12 +19,25 @@
 # %% [markdown]
 # # The circuit behind one call
 #
-# The paper takes one endothelial cell, asks the model for its type, and traces what made one feature
-# fire at the last token. Nodes on gene names give nine genes; their enrichment in CellMarker gives
-# "Endothelial cell: heart". By the last token the call has been made. This chapter traces the call
-# itself first, where the answer parts from the other labels; then the paper's target for a cell of
-# this run, with contributions that add up; and it works through the paper's own case from the inputs
-# it prints.
+# ```{admonition} In short
+# :class: in-short
+# - **Question.** Which genes made the model call one cell "{glue:text}`case.prediction`", and through
+#   which features?
+# - **The paper says.** It traces one feature at the last {term}`token <sub-word token>` of an endothelial
+#   cell's prompt. Nine genes on the nodes of its {term}`circuit` give the term "Endothelial cell: heart",
+#   with an {term}`FDR` of {glue:text}`paper_case.printed_fdr` and a score of
+#   {glue:text}`paper_case.printed_score`.
+# - **We find.** The circuit of the call itself has {glue:text}`call.nodes` nodes, on
+#   {glue:text}`call.gene_nodes` genes. Their best term is "{glue:text}`call.best_term`"
+#   (p = {glue:text}`call.p_random` against random genes of the same sentence). The paper's kind of target
+#   is the same feature in {glue:text}`case.same_target` of the held-out cells: it is
+#   {glue:text}`case.target_is`.
+# - **What it is worth.** Of the call's {glue:text}`call.whole` nats the circuit alone keeps
+#   {glue:text}`call.keeps`, and no circuit at all keeps
+#   {glue:text}`call.nothing_keeps`{glue:text}`call.worth`
+#   The paper's FDR does not follow from its nine genes: the same test gives
+#   {glue:text}`paper_case.fdr`.
+# ```
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -55,24 +68,17 @@ chapter = open_chapter("07_endothelial_case_study", profile, overrides, exact=Tr
 settings, corpus = chapter.profile, chapter.corpus
 chapter.not_comparable()
 
-# %% tags=["remove-input"]
+# %%
 chapter.only_guesses()
 
-# %% tags=["remove-input"]
+# %%
 chapter.library_warnings(settings.case_library, printed_case.LIBRARY)
-
-# %% [markdown]
-# ## The cell and the call
-#
-# The case-study type of this profile is {glue:text}`case.type`. The sentence traced is
-# {glue:text}`case.origin`. The prompt is below; the one that the paper prints in its Figure 4 is none of
-# the model's own templates ({doc}`01_cells_and_model`).
 
 # %%
 study = case_study(chapter.model, corpus, settings)
 case, genes, position = study.prompt, study.sentence, study.prompt.position
 
-# %% tags=["hide-input"]
+# %%
 end = repr(case.texts[position])
 chapter.values({
     "type": settings.case_type, "prediction": study.prediction, "truth": study.truth,
@@ -80,15 +86,87 @@ chapter.values({
     else f"end of the question, {end}",
     "origin": study.origin, "n_prompt_genes": len(genes), "n_tokens": len(case.texts),
 }, prefix="case.")
+
+# %%
+library = chapter.library(settings.case_library)
+targets = case_targets(chapter.model, chapter.transcoders, corpus, settings, study, library)
+frozen, contrast = targets.frozen, contrast_of(corpus, case)
+call = targets.call(contrast)
+call_parts = attribution.contributions(frozen, call.target.reading)
+by_gene = search.gene_contributions(call_parts, case.genes)
+
+# %%
+[own] = token_texts(corpus.tokenizer, [contrast.token])
+asked = case.texts[contrast.position]
+said = (f"Here the answer's token is \"{own}\", predicted at the token \"{asked}\"; "
+        f"{sum(map(len, contrast.labels))} other labels part from it there, with "
+        f"{len(contrast.others)} different tokens." if contrast.others else ONE_TYPE)
+chapter.value("call.said", said)
+chapter.value("call.token", own)
+chapter.percent("call.probability", float(frozen.logits[contrast.position].softmax(-1)[
+    contrast.token]))
+chapter.value("call.contrast", float(call.target.reading.value))
+
+# %%
+call_gap = attribution.closure(frozen, call.target.reading)
+chapter.value("call.closure", call_gap, f"{call_gap:.1e}")
+chapter.value("call.closure_max", call.circuit.closure_max_relative,
+              f"{call.circuit.closure_max_relative:.1e}")
+kept = call.values()
+chapter.values(kept, prefix="call.")
+chapter.value("call.worth", worth := kept["keeps"] > kept["nothing_keeps"],
+              "; the difference is what it explains." if worth else
+              ": it explains nothing of this cell that the form of the text does not give as well.")
+chapter.p_value("call.p_random", call.genes.p)
+chapter.percent("call.kept_share", circuit.share_kept(call.circuit))
+chapter.percent("call.prompt_token_share", float((call.nodes["gene"] == "").mean()))
+
+# %% [markdown]
+# ## The call, and what led to it
+#
+# The model's answer for this cell is "{glue:text}`case.prediction`"; its label is
+# "{glue:text}`case.truth`". {glue:text}`call.said` The call is read as its {term}`contrast`: the log-odds
+# of that token against those of the other labels. It is {glue:text}`call.contrast` nats here; above 0 the
+# model prefers the answer to all others together.
+#
+# Explore its circuit: a node opens with its tokens, its feature's gene list and best term, its
+# strongest contexts, how active it is in each cell type, and its edges. The calls of other cells can be
+# chosen too.
+
+# %%
+explore(chapter, [
+    Explored("call", f"{study.prediction}: the call of this chapter", "The cell of this chapter: "
+             "what led to its call.", call.circuit, case.texts, case.genes,
+             f"call: {study.prediction}"), *further_calls(chapter, but=study.prediction)], library,
+        caption="The circuit of the call to explore: layers upwards, tokens along; the "
+        "larger a node, the more of the target's contributions pass through it")
+
+# %%
+scan = f"scfm-{settings.name}"
+outputs = {call.target.node.id: exports.Output(own, float(
+    frozen.logits[contrast.position].softmax(-1)[contrast.token]))}
+exports.save_both(settings.results, "call", call.circuit, case.texts, case.genes,
+                  slug=f"{settings.name}-call", scan=scan, outputs=outputs)
+
+# %% mystnb={"image": {"alt": "The cell's sentence, gene by gene, tinted by the direct contribution of its tokens to the call; above it the circuit of the call, layers upwards, with the answer on top."}, "figure": {"caption": "The cell as the model read it. Blue genes speak for the call and orange ones against it, the darker the more (direct attention). Above, the circuit of the call: heads (diamonds, with a dotted line to what they read), features (circles) and what the transcoders leave unexplained (crosses), layers upwards.", "name": "fig-call-sentence"}}
+chapter.figure("call_sentence", call_sentence(
+    genes, dict(zip(by_gene["gene"], by_gene["contribution"], strict=True)), study.prediction,
+    Traced(call.circuit, case.genes)))
+
+# %% [markdown]
+# The figure shows *direct* {term}`contributions <contribution>`: what attention brings from a gene's
+# tokens straight to the answer. What a gene does through features on the way is not in its tint.
+# {doc}`08_controls` compares all of it with what happens when a gene is taken out.
+
+# %% tags=["fold:The prompt and where the call is read in it"]
 print(question(settings).replace("{genes}", " ".join(genes))
       + settings.response.replace("{label}", study.prediction))
 
 # %% [markdown]
-# The model's answer is "{glue:text}`case.prediction`"; its label is
-# "{glue:text}`case.truth`". Its {glue:text}`case.n_prompt_genes` genes and the words around them take
-# {glue:text}`case.n_tokens` tokens.
-#
-# ## Where the call is made
+# The type of the case study in this profile is {glue:text}`case.type`. The sentence traced is
+# {glue:text}`case.origin`. Its {glue:text}`case.n_prompt_genes` genes and the words around them take
+# {glue:text}`case.n_tokens` tokens. The prompt that the paper prints in its Figure 4 is none of the
+# model's own templates ({doc}`01_cells_and_model`).
 #
 # Labels may begin alike, and a token that most of them share decides nothing. So the call is read
 # where the answer parts from most of the run's other labels, as the log-odds of its token $a$
@@ -98,125 +176,62 @@ print(question(settings).replace("{genes}", " ".join(genes))
 # \text{contrast} = \ell_a - \log \sum_{b \in B} e^{\ell_b} .
 # ```
 #
-# Above 0 the model prefers the answer's token to all others together. With attention patterns and
-# norms held at their values, it is a linear reading: the gradient in the logits is the answer's
-# token less the others, weighted by their softmax among themselves, and the entropy of these weights
-# belongs to the constant. {glue:text}`call.said`
+# With attention patterns and norms held at their values, it is a linear reading: the gradient in the
+# logits is the answer's token less the others, weighted by their softmax among themselves, and the
+# entropy of these weights belongs to the constant. In the explorer, each other cell is the first held-out
+# cell of its type that the model names to the letter, commonest type first. Terms are of the library of
+# this case study, tested against the corpus's own genes.
 
 # %%
-library = chapter.library(settings.case_library)
-targets = case_targets(chapter.model, chapter.transcoders, corpus, settings, study, library)
-frozen, contrast = targets.frozen, contrast_of(corpus, case)
-call = targets.call(contrast)
-
-# %% tags=["remove-input"]
-[own] = token_texts(corpus.tokenizer, [contrast.token])
-asked = case.texts[contrast.position]
-said = (f"Here the answer's token is {own}, predicted at the token {asked}; "
-        f"{sum(map(len, contrast.labels))} other labels part from it there, with "
-        f"{len(contrast.others)} different tokens." if contrast.others else ONE_TYPE)
-chapter.value("call.said", said)
-chapter.value("call.token", own)
-chapter.percent("call.probability", float(frozen.logits[contrast.position].softmax(-1)[
-    contrast.token]))
-chapter.value("call.contrast", float(call.target.reading.value))
-
-# %% tags=["hide-input"]
 chapter.table("call_contrast", contrast.table(frozen, corpus.tokenizer), rows=20, digits=3,
               caption="The answer's token and those of the other labels; share is the probability "
               "among them")
 
-# %% [markdown]
-# The contrast is {glue:text}`call.contrast` nats. It is a sum over everything that was written into
-# the residual stream at that token. Attention heads bring in what stands at the genes' tokens, so
-# adding up their contributions by gene says which genes speak for this answer directly and which
-# against it.
+# %% [markdown] tags=["fold:Every gene's direct contribution and the sum"]
+# The contrast is a sum over everything that was written into the {term}`residual stream` at that token.
+# Attention heads bring in what is written at the genes' tokens, so adding up their contributions by gene
+# says which genes speak for this answer directly and which against it.
 
-# %% mystnb={"image": {"alt": "Bars of the signed contributions to the contrast of the call: features, attention heads on genes and on other tokens, embedding, error, constant."}, "figure": {"caption": "The call's contrast as a sum of its direct sources, with attention split by whether the token read belongs to a gene. Error is what the transcoders leave unexplained of the MLPs.", "name": "fig-call"}} tags=["hide-input"]
-call_parts = attribution.contributions(frozen, call.target.reading)
-by_gene = search.gene_contributions(call_parts, case.genes)
+# %% mystnb={"image": {"alt": "Bars of the signed contributions to the contrast of the call: features, attention heads on genes and on other tokens, embedding, error, constant."}, "figure": {"caption": "The call's contrast as a sum of its direct sources, with attention split by whether the token read belongs to a gene. Error is what the transcoders leave unexplained of the MLPs.", "name": "fig-call"}}
 chapter.figure("case_call", plots.contribution_kinds(
     search.sums_by_gene_or_not(call_parts, by_gene), "the call's contrast, nats"))
 
-# %% mystnb={"image": {"alt": "The cell's sentence, gene by gene, tinted by the direct contribution of its tokens to the call; above it the circuit of the call, layers upwards, with the answer on top."}, "figure": {"caption": "The cell as the model read it. Blue genes speak for the call and orange ones against it, the darker the more (direct attention). Above, the circuit of the call: heads (diamonds, with a dotted line to what they read), features (circles) and what the transcoders leave unexplained (crosses), layers upwards.", "name": "fig-call-sentence"}} tags=["hide-input"]
-chapter.figure("call_sentence", call_sentence(
-    genes, dict(zip(by_gene["gene"], by_gene["contribution"], strict=True)), study.prediction,
-    Traced(call.circuit, case.genes)))
-
-# %% tags=["hide-input"]
+# %%
 chapter.table("case_call_genes", by_gene, rows=12,
               caption="Direct attention contributions to the call's contrast, by gene")
 
-# %% tags=["remove-input"]
-call_gap = attribution.closure(frozen, call.target.reading)
-chapter.value("call.closure", call_gap, f"{call_gap:.1e}")
-chapter.value("call.closure_max", call.circuit.closure_max_relative,
-              f"{call.circuit.closure_max_relative:.1e}")
-chapter.values(call.values(), prefix="call.")
-chapter.p_value("call.p_random", call.genes.p)
-chapter.percent("call.kept_share", circuit.share_kept(call.circuit))
-chapter.percent("call.prompt_token_share", float((call.nodes["gene"] == "").mean()))
-
 # %% [markdown]
 # The sum differs from the model's own contrast by {glue:text}`call.closure` of its largest part.
-# These are direct contributions: what a gene does through features on the way is in the features'
-# bar. {doc}`08_controls` holds all of it against what happens when a gene is taken out.
-#
-# ## The circuit of the call
-#
-# The search is the paper's: take the strongest contributors, extend them upstream, iterate. A
-# feature is extended by its own sum, and an attention head by what it read at its source token.
-# Negative contributions are kept.
 
-# %% mystnb={"image": {"alt": "The circuit of the call drawn with layers upwards and tokens along: nodes by kind, edges by sign and strength, leading up to the logit of the answer's token."}, "figure": {"caption": "The circuit of the call: layers upwards, tokens along; only tokens with a node have a place. Line width is the size of a contribution; blue adds, orange takes away; the larger a node, the more of the target's contributions pass through it.", "name": "fig-call-circuit"}} tags=["hide-input"]
+# %% [markdown] tags=["fold:How the circuit is found and the circuit as a static figure"]
+# The search is the paper's: take the strongest contributors, extend them upstream, repeat. A
+# feature is extended by its own sum, and an attention head by what it read at its source token.
+# Negative contributions are kept. The circuit has {glue:text}`call.nodes` nodes and
+# {glue:text}`call.edges` edges. Its direct edges hold {glue:text}`call.kept_share` of the target's
+# absolute contributions; the rest is counted, not lost. The largest rounding error of any extended node
+# is {glue:text}`call.closure_max` of its absolute contributions. As in the paper, some nodes are at words
+# of the prompt and not at genes: {glue:text}`call.prompt_token_share` of them. The others name
+# {glue:text}`call.gene_nodes` genes.
+
+# %% mystnb={"image": {"alt": "The circuit of the call drawn with layers upwards and tokens along: nodes by kind, edges by sign and strength, leading up to the logit of the answer's token."}, "figure": {"caption": "The circuit of the call: layers upwards, tokens along; only tokens with a node have a place. Line width is the size of a contribution; blue adds, orange takes away; the larger a node, the more of the target's contributions pass through it.", "name": "fig-call-circuit"}}
 last = chapter.transcoders.n_layers - 1
 chapter.figure("call_circuit", plots.circuit_picture(call.circuit, case.texts, case.genes, last + 1))
 
-# %% [markdown]
-# The same circuit can be explored below: a node opens with its tokens, its feature's gene list and
-# best term, its strongest contexts, how active it is in each cell type, and its edges. Terms are of
-# the library of this case study, tested against the corpus's own genes. The calls of other cells can
-# be chosen too: of each other type, commonest first, the first held-out cell that the model names to
-# the letter.
-
-# %% tags=["hide-input"]
-explore(chapter, [
-    Explored("call", f"{study.prediction}: the call of this chapter", "The cell of this chapter: "
-             "what led to its call.", call.circuit, case.texts, case.genes,
-             f"call: {study.prediction}"), *further_calls(chapter, but=study.prediction)], library,
-        caption="The circuit of the call to explore: layers upwards, tokens along; the "
-        "larger a node, the more of the target's contributions pass through it")
-
-# %% tags=["remove-input"]
-scan = f"scfm-{settings.name}"
-outputs = {call.target.node.id: exports.Output(own, float(
-    frozen.logits[contrast.position].softmax(-1)[contrast.token]))}
-exports.save_both(settings.results, "call", call.circuit, case.texts, case.genes,
-                  slug=f"{settings.name}-call", scan=scan, outputs=outputs)
+# %% tags=["fold:How much of the model is in the picture"]
+graph = graph_study(frozen, call.target, max_features=settings.graph_features)
 
 # %% [markdown]
-# The circuit has {glue:text}`call.nodes` nodes and {glue:text}`call.edges` edges. Its direct edges
-# hold {glue:text}`call.kept_share` of the target's absolute contributions; the rest is counted, not
-# lost. The largest rounding error of any extended node is {glue:text}`call.closure_max` of its
-# absolute contributions. As in the paper, many nodes stand on words of the prompt and not on genes:
-# {glue:text}`call.prompt_token_share` of them. The others name {glue:text}`call.gene_nodes` genes.
-#
-# ## How much of the model is in the picture
-#
 # The search above follows the strongest contributors only. The graph below starts from the same
-# target and takes everything upstream of it as a source, whatever attention paths lead there, in the
-# manner of circuit-tracer: an edge is what one node gives another through all heads and layers in
+# target and takes everything upstream of it as a source, whatever attention paths lead there, as
+# circuit-tracer does: an edge is what one node gives another through all heads and layers in
 # between. The features with most influence on the target get a row of their own; edges to the
 # others, and those too weak to keep, are counted as dropped. Each row adds up as before.
 
 # %%
-graph = graph_study(frozen, call.target, max_features=settings.graph_features)
-
-# %% tags=["hide-input"]
 chapter.table("circuit_graph", graph.table(), caption="The graph, before and after pruning to the "
               "nodes that hold 80 % of all influence and the edges that hold 98 % of it")
 
-# %% tags=["remove-input"]
+# %%
 whole = graph.whole
 exports.save_both(settings.results, "call_graph", graph.pruned, case.texts, case.genes,
                   slug=f"{settings.name}-call-graph", scan=scan, outputs=outputs)
@@ -235,11 +250,10 @@ for end, share in graph.ends.items():
 # contributions start at the prompt's tokens, {glue:text}`graph.ends.errors` at what the transcoders
 # leave unexplained, {glue:text}`graph.ends.constant` at biases, which the text does not touch, and
 # {glue:text}`graph.ends.dropped` were dropped. Circuit-tracer's two scores see neither biases nor
-# what was dropped: replacement, tokens against tokens and errors, is
-# {glue:text}`graph.replacement`, and completeness, the share of the nodes' input that is no error,
-# {glue:text}`graph.completeness`; 1 would be best for both. A high score says that the transcoders
-# stand in well for the MLPs on this text, not that the picture is small or easy to read. The largest
-# rounding error of any row is {glue:text}`graph.closure_max` of its absolute contributions.
+# what was dropped: the {term}`replacement score` is {glue:text}`graph.replacement`, and the
+# {term}`completeness score` {glue:text}`graph.completeness`; 1 would be best for both. A high score says
+# that the transcoders replace the MLPs well on this text, not that the picture is small or easy to read.
+# The largest rounding error of any row is {glue:text}`graph.closure_max` of its absolute contributions.
 #
 # Pruning leaves {glue:text}`graph.pruned_features` features and
 # {glue:text}`graph.pruned_edges` edges. Of the {glue:text}`graph.greedy_features` features of the
@@ -248,27 +262,25 @@ for end, share in graph.ends.items():
 # `results/<profile>/circuits/` as Neuronpedia's JSON and as GraphML, which Cytoscape, Gephi and
 # networkx read.
 
-# %% [markdown]
-# ## A feature of the call
-#
-# A feature of the last layer at the question's last token can carry the call. It is chosen by how far
-# it tells the cell's type from the others, not by its size: of the features that are active there in
-# this text, the one that is most often higher in the type's training cells than in another type's
-# (the mean of its AUROC over types). Held-out cells have no say; they check the choice.
-
-# %%
+# %% tags=["fold:A feature of the last layer that tells this type from the others"]
 specific = call_features(chapter.model, chapter.transcoders, corpus, settings, study.truth)
 asking = case.answer_start - 1
 active = frozen.activations[last, asking, specific["feature"].to_numpy(int)].cpu().numpy() > 0
 chosen = specific[active].head(1)
 by_type = targets.feature(last, int(chosen["feature"].iloc[0]), asking) if len(chosen) else None
 
-# %% tags=["hide-input"]
+# %% [markdown]
+# A feature of the last layer at the question's last token can carry the call. It is chosen by how well
+# it tells the cell's type from the others, not by its size: of the features that are active there in
+# this text, the one that is most often higher in the type's training cells than in another type's
+# (the mean of its AUROC over types). Held-out cells are not used for the choice; they check it.
+
+# %%
 chapter.table("call_features", specific[active].head(8), digits=3,
               caption="Features of the last layer at the question's last token that tell the "
               "cell's type from the others best, of those active in this text")
 
-# %% tags=["remove-input"]
+# %%
 chapter.value("call.feature", int(chosen["feature"].iloc[0]) if len(chosen) else None)
 for name in ("auroc", "held_out_auroc"):
     chapter.rounded(f"call.feature_{name}", float(chosen[name].iloc[0]) if len(chosen) else None, 2)
@@ -277,21 +289,26 @@ for name in ("auroc", "held_out_auroc"):
 # The choice is feature {glue:text}`call.feature`: AUROC {glue:text}`call.feature_auroc` in training
 # cells, where it was chosen as the best of many, and {glue:text}`call.feature_held_out_auroc` in
 # held-out cells.
-#
+
+# %% [markdown]
 # ## The paper's target, and a caution
 #
-# The paper traces the strongest feature of the last layer at the last token. It is read here at the
-# {glue:text}`case.position`.
+# The paper traces the strongest feature of the last layer at the last token, here the
+# {glue:text}`case.position`. In this run that is feature {glue:text}`case.target`. It is the strongest at
+# the same place in {glue:text}`case.same_target` of the held-out cells, of
+# {glue:text}`case.same_target_types` different types among {glue:text}`case.n_types`: it is
+# {glue:text}`case.target_is`. A feature that is strongest for every cell type marks a position in the
+# text, not a cell type. The paper does not report this check for its feature 2692. And the full stop that
+# ends an answer comes after the call, so no feature there can have made it.
 
 # %%
-position = case.position
 strongest = search.strongest_features(frozen, last, position, 8)
 if not strongest:
     raise InputError("No feature of the last layer is active at the target token; lower "
                      "`l1_coefficient` or train on more tokens.")
 traced = targets.feature(last, strongest[0], position)
 
-# %% tags=["hide-input"]
+# %% tags=["fold:The target's contributions add up; those of the paper's Equation 5 do not"]
 reading = traced.target.reading
 chapter.value("case.target", strongest[0], str(strongest[0]))
 chapter.values({"target_layer": last, "pre_activation": float(reading.value)}, prefix="case.")
@@ -300,7 +317,7 @@ chapter.table("case_features", pd.DataFrame({
     "activation": frozen.activations[last, position, strongest].tolist(),
 }), caption="Most active features of the last layer at that token")
 
-# %% tags=["remove-input"]
+# %%
 elsewhere = target_elsewhere(chapter.model, chapter.transcoders, corpus, settings, last,
                              strongest[0])
 chapter.percent("case.same_target", elsewhere.share)
@@ -308,17 +325,9 @@ chapter.values({"n_types": elsewhere.types, "same_target_types": elsewhere.same_
                 "target_is": elsewhere.called}, prefix="case.")
 
 # %% [markdown]
-# Feature {glue:text}`case.target` is {glue:text}`case.target_is`: it is the strongest of the last
-# layer at the same place in {glue:text}`case.same_target` of the held-out cells, which have
-# {glue:text}`case.same_target_types` different types (labels of {glue:text}`case.n_types` types are
-# among them). A feature that is strongest whatever the type only says that the model has come to this
-# place of the text; one that is strongest for a single type may carry it. The paper does not report
-# this check for its feature 2692. And the full stop that ends an answer comes after the call, so no
-# feature there can have made it.
-#
 # With attention patterns and LayerNorm scales held at their values on this text, the model is linear
-# between features, and a feature's pre-activation is a sum over everything that was written into the
-# residual stream at its token. With $\mathbf{u} = C(\mathbf{g} \odot \mathbf{f}) / \sigma$, the
+# between features, and a feature's {term}`pre-activation` is a sum over everything that was written into
+# the residual stream at its token. With $\mathbf{u} = C(\mathbf{g} \odot \mathbf{f}) / \sigma$, the
 # encoder row pulled back through LayerNorm,
 #
 # ```{math}
@@ -333,12 +342,12 @@ chapter.values({"n_types": elsewhere.types, "same_target_types": elsewhere.same_
 # checked: it differs from the model's own pre-activation, {glue:text}`case.pre_activation`, by
 # {glue:text}`case.closure` of it.
 
-# %% mystnb={"image": {"alt": "Bars of the signed contributions to the target's pre-activation: features, attention heads, embedding, error, constant."}, "figure": {"caption": "The target feature's pre-activation as a sum of its sources. Error is what the transcoders leave unexplained of earlier layers' MLPs.", "name": "fig-sum"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Bars of the signed contributions to the target's pre-activation: features, attention heads, embedding, error, constant."}, "figure": {"caption": "The target feature's pre-activation as a sum of its sources. Error is what the transcoders leave unexplained of earlier layers' MLPs.", "name": "fig-sum"}}
 parts = attribution.contributions(frozen, reading)
 sums = search.sums_by_source(parts)
 chapter.figure("case_sum", plots.contribution_kinds(sums))
 
-# %% tags=["hide-input"]
+# %%
 total, value = float(parts.total()), float(reading.value)
 closing = abs(float(parts.total() - reading.value)) / abs(value)
 chapter.value("case.closure", closing, f"{closing:.1e}")
@@ -347,7 +356,7 @@ chapter.table("case_sum", pd.DataFrame({
     "contribution": [*sums.values(), total, value],
 }), caption="The sum, and what the model itself computes", digits=7)
 
-# %% tags=["remove-input"]
+# %%
 as_printed = attribution.compare_equation_5(frozen, parts, last, strongest[0], position)
 chapter.rounded("case.equation5_correlation", as_printed.correlation, 2)
 chapter.rounded("case.equation5_ratio", as_printed.ratio, 2)
@@ -356,18 +365,18 @@ chapter.rounded("case.equation5_ratio", as_printed.ratio, 2)
 # Over the features active at this token, Equation 5 as printed and the exact contributions have a
 # correlation of {glue:text}`case.equation5_correlation`, which does not see scale: the sum over
 # features by Equation 5 is {glue:text}`case.equation5_ratio` times the exact one, so its terms
-# cannot be set against attention, error and bias.
+# cannot be compared with attention, error and bias.
 
-# %% mystnb={"image": {"alt": "The circuit of the paper's target drawn with layers upwards and tokens along, leading up to the target feature at the last token."}, "figure": {"caption": "The circuit of the paper's target (its Figure 5), drawn as the one above.", "name": "fig-circuit"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "The circuit of the paper's target drawn with layers upwards and tokens along, leading up to the target feature at the last token."}, "figure": {"caption": "The circuit of the paper's target (its Figure 5), drawn as the one above.", "name": "fig-circuit"}} tags=["fold:The circuit of the paper's target as a figure and to explore"]
 chapter.figure("figure5_circuit", plots.circuit_picture(traced.circuit, case.texts, case.genes,
                                                         last + 1))
 
-# %% tags=["hide-input"]
+# %%
 explore(chapter, [Explored("case_study", "the paper's target", "", traced.circuit, case.texts,
                            case.genes)], library,
         caption="The circuit of the paper's target to explore")
 
-# %% tags=["remove-input"]
+# %%
 exports.save_both(settings.results, "case_study", traced.circuit, case.texts, case.genes,
                   slug=f"{settings.name}-case", scan=scan)
 chapter.values(traced.values(), prefix="case.")
@@ -381,31 +390,34 @@ chapter.percent("case.kept_share", circuit.share_kept(traced.circuit))
 # %% [markdown]
 # Its circuit has {glue:text}`case.nodes` nodes and {glue:text}`case.edges` edges; its direct edges
 # hold {glue:text}`case.kept_share` of the target's absolute contributions,
-# {glue:text}`case.prompt_token_share` of its nodes stand on words of the prompt, and the largest
+# {glue:text}`case.prompt_token_share` of its nodes are at words of the prompt, and the largest
 # rounding error of any extended node is {glue:text}`case.closure_max`.
-#
+
+# %% [markdown]
 # ## What the circuits say, side by side
 #
-# Nodes on tokens of genes, with heads counted at the token they read, name genes of the
-# {glue:text}`case.n_prompt_genes` in the prompt: {glue:text}`call.gene_nodes` in the circuit of the
-# call, {glue:text}`case.gene_nodes` in that of the paper's target. Their terms stand beside those of
-# as many random genes of the same sentence ({glue:text}`case.random_draws` draws): `p` is how often
-# such genes reach as small a p-value for whichever term is their best, and `random_below` how many
-# terms they bring below FDR {glue:text}`case.fdr_cut` on average.
-#
-# The last three columns are the target's value in the whole model, with the circuit's features alone,
-# and with no circuit at all, where every other feature is held at its mean over tokens of its own
-# kind in training cells. Transcoder errors stay as they are, and attention reads the genes in all
-# three, so what no circuit keeps is no zero.
+# Nodes on tokens of genes name {glue:text}`call.gene_nodes` of the sentence's
+# {glue:text}`case.n_prompt_genes` genes in the circuit of the call, and {glue:text}`case.gene_nodes` in
+# that of the paper's target. Their terms are compared with those of as many random genes of the same
+# sentence. The last three columns are the target's value in the whole model, with the circuit's features
+# alone, and with no circuit at all.
 
-# %% tags=["hide-input"]
+# %%
 traced_all = {"the call": call, **({"the call's feature": by_type} if by_type else {}),
               "the paper's target": traced}
 chapter.table("case_targets", pd.DataFrame([one.row(name) for name, one in traced_all.items()]),
-              digits=3, caption="Three targets of one text: genes of their circuits, and what is "
+              digits=2, caption="Three targets of one text: genes of their circuits, and what is "
               f"left of each. {targets.rule.statement}")
 
-# %% tags=["hide-input"]
+# %% [markdown]
+# For the call the best term is "{glue:text}`call.best_term`"
+# (p = {glue:text}`call.p_random` against random genes of the sentence), for the paper's target
+# "{glue:text}`case.best_term`" (p = {glue:text}`case.p_random`). The whole prompt's genes, with no
+# circuit at all, give "{glue:text}`case.best_term_all`": they are the cell's own most expressed
+# genes, so a term that fits the cell shows that the prompt fits the cell before it shows anything
+# about the circuit.
+
+# %% tags=["fold:The nodes and genes of each circuit"]
 def of_all(parts):
     return pd.concat([part.assign(target=name)[["target", *part]] for name, part in parts.items()],
                      ignore_index=True)
@@ -414,7 +426,7 @@ def of_all(parts):
 chapter.table("circuit_nodes", of_all({name: one.nodes for name, one in traced_all.items()}),
               rows=20, caption="The most influential nodes of each circuit")
 
-# %% tags=["hide-input"]
+# %%
 chapter.table("circuit_edges", of_all({
     name: circuit.edge_table(one.circuit) for name, one in traced_all.items()}), rows=0)
 chapter.table("circuit_expansions", of_all({
@@ -422,15 +434,15 @@ chapter.table("circuit_expansions", of_all({
     digits=5, caption="Closure: kept edges, biases and the parts not kept add up to each node's "
     "value")
 
-# %% tags=["hide-input"]
+# %%
 chapter.table("circuit_genes", of_all({
     name: circuit.gene_table(one.nodes) for name, one in traced_all.items()}), rows=15,
     caption="Genes on whose tokens the circuits' nodes stand")
 
-# %%
+# %% tags=["fold:How the columns are computed and every term"]
 everything = targets.rule.terms(genes, library, targets.symbols)
 
-# %% tags=["hide-input"]
+# %%
 chapter.values({
     "library": library.name, "stand_in": chapter.stand_in(settings.case_library),
     "best_term_all": everything["Term"].iloc[0] if len(everything) else None,
@@ -442,39 +454,43 @@ chapter.table("circuit_enrichment", of_all({
     caption=f"Terms of {library.name} enriched among the circuits' genes. {targets.rule.statement}")
 
 # %% [markdown]
-# {glue:text}`case.statement` For the call the best term is "{glue:text}`call.best_term`"
-# (p = {glue:text}`call.p_random` against random genes of the sentence;
-# {glue:text}`call.terms_below` terms below the cut, random genes {glue:text}`call.random_below`),
-# for the paper's target "{glue:text}`case.best_term`" (p = {glue:text}`case.p_random`;
-# {glue:text}`case.terms_below` and {glue:text}`case.random_below`). The whole prompt's genes, with no
-# circuit at all, give "{glue:text}`case.best_term_all`": they are the cell's own most expressed
-# genes, so a term that fits the cell shows that the prompt fits the cell before it shows anything
-# about the circuit.
+# {glue:text}`case.statement` Heads are counted at the token they read. The column p is how often
+# {glue:text}`case.random_draws` draws of random genes reach as small a p-value for whichever term is their
+# best. Of the call, {glue:text}`call.terms_below` terms are below FDR {glue:text}`case.fdr_cut` (random
+# genes: {glue:text}`call.random_below`); of the paper's target, {glue:text}`case.terms_below` (random
+# genes: {glue:text}`case.random_below`).
 #
-# Of the call's contrast of {glue:text}`call.whole` the circuit alone keeps {glue:text}`call.keeps`,
-# and no circuit at all {glue:text}`call.nothing_keeps`. Of the paper's target,
-# {glue:text}`case.whole`, they keep {glue:text}`case.keeps` and {glue:text}`case.nothing_keeps`.
-#
+# With the circuit alone, or with none, every other feature is held at its mean over tokens of its own
+# kind in training cells. Transcoder errors stay as they are, and attention reads the genes in all
+# three, so what no circuit keeps is not zero. Of the paper's target, {glue:text}`case.whole`, the circuit
+# keeps {glue:text}`case.keeps` and no circuit {glue:text}`case.nothing_keeps`.
+
+# %% [markdown]
 # ## The paper's own case
 #
 # The paper prints its prompt (Figure 4, {glue:text}`paper_case.n_prompt` genes) and the nine genes
-# of its circuit, so its enrichment can be computed again. It reports "Endothelial cell: heart" with
-# FDR {glue:text}`paper_case.printed_fdr` and a score of {glue:text}`paper_case.printed_score`, the
-# highest of all terms with FDR below 0.05.
+# of its circuit, so its enrichment can be computed again. The qualitative finding is reproduced: by
+# p-value ({glue:text}`paper_case.p`) the term {glue:text}`paper_case.best_term_is_endothelial_heart`,
+# carried by VWF and PTPRB. The two printed numbers are not: the server's formula gives an FDR of
+# {glue:text}`paper_case.fdr` where the paper has {glue:text}`paper_case.printed_fdr`, and a score of
+# {glue:text}`paper_case.score` where it has {glue:text}`paper_case.printed_score`.
 
 # %%
 heart = chapter.library(printed_case.LIBRARY)
 printed = printed_case.paper_case(heart, targets.symbols, chapter.paper)
 
-# %% tags=["hide-input"]
+# %% [markdown] tags=["only-if:paper_case.nulls_said"]
+# {glue:text}`paper_case.nulls_said`
+
+# %% tags=["fold:Endothelial cell: heart under every rule"]
 chapter.table("paper_case", printed.table, caption="Endothelial cell: heart, for the paper's genes, "
               "under each rule")
 
-# %% tags=["remove-input"]
+# %%
 ours, stated = printed.ours, chapter.paper.case
 chapter.rounded("paper_case.fdr", float(ours["FDR"]), 4)
 chapter.rounded("paper_case.score", float(ours["score"]), 2)
-chapter.value("paper_case.p", float(ours["p"]), f"{ours['p']:.2e}")
+chapter.p_value("paper_case.p", float(ours["p"]))
 chapter.value("paper_case.best_term_is_endothelial_heart", bool(ours["rank by p"] == 1),
               "ranks first" if ours["rank by p"] == 1 else "does not rank first")
 chapter.value("paper_case.score_is_highest", printed.score_is_highest,
@@ -493,22 +509,17 @@ chapter.value("paper_case.corpus_rule_left_out", printed.corpus_left_out, exchan
               "from overlap counts.")
 
 # %% [markdown]
-# The finding is there in kind: by p-value ({glue:text}`paper_case.p`) the term
-# {glue:text}`paper_case.best_term_is_endothelial_heart`, carried by VWF and PTPRB. The two printed
-# numbers are not: the server's formula gives an FDR of {glue:text}`paper_case.fdr` where the paper
-# has {glue:text}`paper_case.printed_fdr`, and a score of {glue:text}`paper_case.score` where it has
-# {glue:text}`paper_case.printed_score`; no formula we know of gives both. With two of nine genes in
-# a term, a score of 315.17 goes with a *p-value* near 0.0013 whatever the term's size, so the
-# printed FDR may be a p-value; that is a guess. Nor does "the highest score among all pathways"
-# hold: its score {glue:text}`paper_case.score_is_highest` the highest below FDR 0.05, which is
+# No formula we know of gives both printed numbers. With two of nine genes in a term, a score of
+# {glue:text}`paper_case.printed_score` goes with a *p-value* near {glue:text}`paper_case.printed_fdr`
+# whatever the term's size, so the printed FDR may be a p-value; that is
+# a guess. Nor does "the highest score among all pathways" hold: its score
+# {glue:text}`paper_case.score_is_highest` the highest below FDR 0.05, which is
 # {glue:text}`paper_case.highest`. And being below 0.05 says little here: of
 # {glue:text}`paper_case.terms_hit` terms that hold any of the nine genes,
 # {glue:text}`paper_case.terms_below` are, {glue:text}`paper_case.single_gene` of them by a single
 # gene. {glue:text}`paper_case.corpus_rule_left_out`
 
-# %% [markdown] tags=["only-if:paper_case.nulls_said"]
-# ### Would other genes have done as well?
-#
+# %% [markdown] tags=["fold:Would other genes have done as well?", "only-if:paper_case.nulls_said"]
 # Nothing in the table above says how easily the term is reached. So the same test is run on lists
 # that owe less and less to the circuit: VWF with random genes, VWF with other genes of the same
 # prompt, any genes of the prompt, and random genes alone, {glue:text}`paper_case.draws` draws each.
@@ -519,22 +530,19 @@ chapter.value("paper_case.corpus_rule_left_out", printed.corpus_left_out, exchan
 draws = 2_000
 nulls = printed.nulls(draws, settings.seed)
 
-# %% tags=["remove-input"]
-nulls_file = chapter.table("paper_case_nulls", nulls, rows=0, caption="The same rates as numbers")
+# %%
 chapter.value("paper_case.draws", draws)
 for kind in ("anchor_random", "anchor_prompt", "prompt", "random"):
     for family in ("hit", "all"):
         row = printed_case.null_row(nulls, kind, family=family) if len(nulls) else {"percent": None}
         chapter.value(f"paper_case.null.{kind}.{family}", row["percent"])
+chapter.table("paper_case_nulls", nulls, rows=0)
 
-# %% tags=["hide-input"]
+# %%
 chapter.show(printed_case.rates_by_rule(nulls, printed.settings), caption="How often the term named "
              "is below FDR 0.05, with a 95 % interval") if len(nulls) else None
 
-# %% tags=["remove-input"]
-nulls_file if len(nulls) else None
-
-# %% tags=["remove-input"]
+# %%
 said = """
 The circuit's genes bring the term below FDR 0.05 under {called} of the {rules} rules shown. So do
 {anchor_random}, with no model behind them, in {anchor_random_hit} of {draws} draws under the
@@ -548,16 +556,11 @@ words = printed_case.words_of(nulls) if len(nulls) else {}
 chapter.value("paper_case.nulls_said", bool(words),
               " ".join(said.format(**words).split()) if words else "no rates")
 
-# %% [markdown] tags=["only-if:paper_case.nulls_said"]
-# {glue:text}`paper_case.nulls_said`
+# %% [markdown] tags=["fold:The paper's nine genes in this run's circuits", "only-if:case.nine_in_prompt"]
+# Whether the paper's genes are the circuit's genes can only be said on the paper's own prompt and model.
+# On any other cell the question has no meaning, and the ledger says "not comparable at this scale".
 
-# %% [markdown]
-# ### Are the paper's genes the circuit's genes here?
-#
-# Only a run on the paper's own prompt and model can say. On any other cell the question has no
-# meaning, and the ledger says "not comparable at this scale".
-
-# %% tags=["hide-input"]
+# %% tags=["only-if:case.nine_in_prompt"]
 present = {name: {gene: gene in one.genes.genes for gene in printed.nine}
            for name, one in (("case", traced), ("call", call))}
 for name, there in present.items():
@@ -569,15 +572,3 @@ chapter.show(chapter.paper.circuit.assign(
     in_prompt=[gene in genes for gene in printed.nine],
     in_circuit=list(present["case"].values()), in_the_calls_circuit=list(present["call"].values())),
     caption="The paper's nine genes in this run's prompt and circuits")
-
-# %% [markdown]
-# ```{admonition} Key points
-# - A call is read where the answer parts from the other labels, and against them.
-# - The strongest feature of the last token may be a feature of that place, in any text; whether it is
-#   can be counted.
-# - Each of a circuit's features can be looked up in {doc}`features`.
-# - Every number of these circuits adds up, to rounding; what was not kept is stated.
-# - An enriched term among circuit genes has to be read against random genes of the same sentence, and
-#   what a circuit keeps against what is kept without any.
-# - The paper's FDR and score for its nine genes do not follow from any known formula.
-# ```

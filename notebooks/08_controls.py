@@ -19,10 +19,23 @@
 # %% [markdown]
 # # Is the circuit what the model uses?
 #
-# The paper has no control. {doc}`06_enrichment` sets its features beside gene lists that no trained
-# feature made. This chapter asks the same of its circuit: does the target change when the circuit is
-# taken away, by as much as predicted, and more than when other active features are taken away? Is the
-# circuit enough by itself? And what do the circuits of several cells have in common?
+# ```{admonition} In short
+# :class: in-short
+# - **Question.** Does the target change as a {term}`circuit` predicts, and by more than if other features
+#   are changed? Is the circuit enough by itself?
+# - **The paper says.** It has no control for its circuit, and leaves what circuits have in common to
+#   future work.
+# - **We find.** Taking the circuit away changes its target by {glue:text}`faithfulness.circuit` (median
+#   over {glue:text}`faithfulness.cells` cells); taking away other features at the same tokens changes it
+#   by {glue:text}`faithfulness.random`. Of {glue:text}`prediction.made` kinds of prediction
+#   {glue:text}`prediction.held` hold and {glue:text}`prediction.failed` failed. What taking a gene out does,
+#   circuits tell better than cheap rivals by {glue:text}`knock_out.won` of {glue:text}`knock_out.measures`
+#   measures ({term}`knock-out`).
+# - **What it is worth.** With every other feature at the mean of its own kind of token, the circuit keeps
+#   {glue:text}`faithfulness.own_kind_circuit` of its target, and no circuit at all keeps
+#   {glue:text}`faithfulness.own_kind_none`. For the whole task, with every MLP at its mean,
+#   {glue:text}`task.none_mean` of the right answers stay without any feature.
+# ```
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -41,88 +54,102 @@ chapter = open_chapter("08_controls", profile, overrides, exact=True)
 settings, corpus = chapter.profile, chapter.corpus
 chapter.not_comparable()
 
-# %% tags=["remove-input"]
+# %%
 chapter.only_guesses()
+
+# %%
+study = studies.circuit_study(chapter.model, chapter.transcoders, corpus, settings)
 
 # %% [markdown]
 # ## Taking the circuit away
 #
-# For up to {glue:text}`faithfulness.per_type` held-out cells of every type, the strongest feature of
-# the last layer is traced at the place where the case study reads its target
-# ({glue:text}`faithfulness.targets` different features over {glue:text}`faithfulness.cells` cells).
-# Then the circuit's features are changed in the real model, and the target's pre-activation is read
-# again; attention, LayerNorm and the MLPs in between respond as they will.
+# For up to {glue:text}`faithfulness.per_type` {term}`held-out cells <held-out cell>` of every type, the
+# strongest feature of the last layer is traced, as the paper does. Then the circuit's features are changed
+# in the real model, and the target's {term}`pre-activation` is read again.
+
+# %% mystnb={"image": {"alt": "Left: predicted against measured change of the target when circuit features or random features are taken away. Right: measured changes when they are taken away, doubled, or left alone."}, "figure": {"caption": "What changing features does to the circuit's target, as a share of its pre-activation; -1 means that the target is gone. Each point is a cell; for random features it is the mean of several circuits, with their range as a line (left). Black: medians.", "name": "fig-faithfulness"}}
+chapter.figure("circuit_faithfulness", plots.faithfulness(study.effects))
+
+# %% tags=["fold:The same in numbers and by cell type"]
+found = studies.faithfulness(study)
+chapter.show(found.medians, caption="Medians over cells: changes as shares of the target's "
+             "pre-activation, and what the features write relative to the circuit's")
+
+# %%
+chapter.show(found.by_type, caption="Taken away, by cell type: medians over cells, the smallest and "
+             "the largest change, and the medians of random circuits")
+
+# %%
+chapter.table("circuit_faithfulness", study.effects, rows=10, caption="The same for every cell: for "
+              "random features the mean of several circuits, with the lowest and highest measured "
+              "change")
+
+# %%
+for name, number in {**found.numbers, **found.ratios}.items():
+    share = isinstance(number, float) and name != "n_features" and not name.startswith("size_")
+    (chapter.percent if share else chapter.value)(f"faithfulness.{name}", number)
+
+# %% [markdown] tags=["unfold"]
+# - **Taken away**, the circuit's features (a median of {glue:text}`faithfulness.n_features`) change the
+#   target by {glue:text}`faithfulness.circuit`; others at the same tokens by
+#   {glue:text}`faithfulness.random`, others of the same size by {glue:text}`faithfulness.random_size`.
+#   In {glue:text}`faithfulness.cells_beyond_random` of {glue:text}`faithfulness.cells` cells the circuit
+#   lowers the target by more than every random circuit of either kind.
+# - **Doubled**, they change it by {glue:text}`faithfulness.doubling_circuit` (others:
+#   {glue:text}`faithfulness.doubling_random` and {glue:text}`faithfulness.doubling_random_size`).
+# - **Alone**, with all other features at their mean over all tokens, they keep
+#   {glue:text}`faithfulness.alone_circuit` of the target; no circuit at all leaves
+#   {glue:text}`faithfulness.alone_none`.
+# - **Alone, own kind**, with all other features at their mean over tokens of the same kind, they keep
+#   {glue:text}`faithfulness.own_kind_circuit`; no circuit at all leaves
+#   {glue:text}`faithfulness.own_kind_none`. The nearer that last number is to 100 %, the less of the target
+#   depends on this cell: the circuit explains why the feature fires in any such text, not why in this one.
+
+# %% [markdown] tags=["fold:How features are changed and with what they are compared"]
+# The {glue:text}`faithfulness.cells` cells are of {glue:text}`faithfulness.types` types and have
+# {glue:text}`faithfulness.targets` different targets. In the model, attention, LayerNorm and the MLPs in
+# between respond as they will.
 #
-# - **Taken away:** what they write is taken out. **Doubled:** they write twice as much. The prediction
-#   holds attention and LayerNorm still and lets only attention carry the difference on.
+# - **Taken away:** what the features write is taken out. **Doubled:** they write twice as much. The
+#   prediction holds attention and LayerNorm still and lets only attention carry the difference on.
 # - **Alone:** they run, and every feature outside the circuit is held at its mean over all tokens of
 #   {glue:text}`faithfulness.mean_cells` training cells. MLPs are replaced by their transcoders, with
 #   the error that these make on the unchanged text.
 # - **Alone, own kind:** the same with means over tokens of one kind: first pieces of genes, later
 #   pieces, each word of the question, the answer's last token, its other tokens. What the form of any
-#   cell's text brings is then left in; what is lost is this cell's own.
+#   cell's text brings is then left in; what is lost is specific to this cell.
 #
 # Each is done with as many other active features, {glue:text}`faithfulness.draws` times for either
 # kind. *Others at the same tokens* are those of the same layer and token that come nearest in how much
 # they write. They write {glue:text}`faithfulness.size_same_token` times as much as the circuit, which
 # tends to hold what is strong where its target is read. *Others of the same size* are those of the
 # same layer that come nearest at any token up to the target's; they write
-# {glue:text}`faithfulness.size_same_size` times as much.
-
-# %%
-study = studies.circuit_study(chapter.model, chapter.transcoders, corpus, settings)
-
-# %% mystnb={"image": {"alt": "Left: predicted against measured change of the target when circuit features or random features are taken away. Right: measured changes when they are taken away, doubled, or left alone."}, "figure": {"caption": "What changing features does to the circuit's target, as a share of its pre-activation; -1 means that the target is gone. Each point is a cell; for random features it is the mean of several circuits, with their range as a line (left). Black: medians.", "name": "fig-faithfulness"}} tags=["hide-input"]
-chapter.figure("circuit_faithfulness", plots.faithfulness(study.effects))
-
-# %% tags=["hide-input"]
-found = studies.faithfulness(study)
-chapter.show(found.medians, caption="Medians over cells: changes as shares of the target's "
-             "pre-activation, and what the features write relative to the circuit's")
-
-# %% tags=["hide-input"]
-chapter.show(found.by_type, caption="Taken away, by cell type: medians over cells, the smallest and "
-             "the largest change, and the medians of random circuits")
-
-# %% tags=["hide-input"]
-chapter.table("circuit_faithfulness", study.effects, rows=10, caption="The same for every cell: for "
-              "random features the mean of several circuits, with the lowest and highest measured "
-              "change")
-
-# %% tags=["remove-input"]
-chapter.values(found.numbers, prefix="faithfulness.")
-for name, ratio in found.ratios.items():
-    chapter.rounded(f"faithfulness.{name}", ratio, 2)
-
-# %% [markdown]
-# Over {glue:text}`faithfulness.cells` cells of {glue:text}`faithfulness.types` types, taking away the
-# circuit's features (a median of {glue:text}`faithfulness.n_features`) changes the target by a median
-# of {glue:text}`faithfulness.circuit` of its pre-activation; others at the same tokens change it by
-# {glue:text}`faithfulness.random`, others of the same size by
-# {glue:text}`faithfulness.random_size`. In {glue:text}`faithfulness.cells_beyond_random` of the cells
-# the circuit lowers the target by more than every random circuit of either kind. Doubling changes it
-# by {glue:text}`faithfulness.doubling_circuit` (others {glue:text}`faithfulness.doubling_random` and
-# {glue:text}`faithfulness.doubling_random_size`).
-#
-# The circuit alone keeps {glue:text}`faithfulness.alone_circuit` of the target's pre-activation. No
-# circuit at all, every feature at its mean, leaves {glue:text}`faithfulness.alone_none`; random
-# features alone leave {glue:text}`faithfulness.alone_same_token` (same tokens) and
-# {glue:text}`faithfulness.alone_same_size` (same size). With means of the token's own kind, the
-# circuit keeps {glue:text}`faithfulness.own_kind_circuit` and no circuit at all leaves
-# {glue:text}`faithfulness.own_kind_none`. The nearer that last number is to 1, the less of the target
-# is this cell's own: the form of the text alone would make it fire, and the circuit explains why it
-# fires in any such text, not why in this cell.
+# {glue:text}`faithfulness.size_same_size` times as much. Alone, they leave
+# {glue:text}`faithfulness.alone_same_token` (same tokens) and {glue:text}`faithfulness.alone_same_size`
+# (same size) of the target.
 #
 # Neither kind of random circuit is perfect: one has the circuit's places, the other its size. Features
-# of the same size stand mostly on other tokens, from which only attention reaches the target. A
-# circuit that beats both has neither place nor size alone to thank.
+# of the same size are mostly on other tokens, from which only attention reaches the target. If a circuit
+# outperforms both controls, neither position nor size alone explains it.
 
 # %% [markdown]
 # ## Did the predictions come true?
 #
 # A correlation over cells does not say so: it can be high where every sign is wrong. What counts is
-# the sign, and the distance from the line of identity, measured = predicted:
-#
+# the sign, and the distance from the line measured = predicted. Of the predictions made here
+# {glue:text}`prediction.key_point`.
+
+# %%
+tested = prediction.predictions(study.effects, study.singles, settings.seed)
+chapter.table("circuit_single_features", study.singles, rows=0)
+chapter.show(tested[["done", "features", "same_sign", "slope", "r2", "verdict"]], digits=2,
+             caption="Predicted against measured changes of the target")
+
+# %% tags=["fold:How a prediction is judged"]
+chapter.table("circuit_predictions", tested, digits=2, caption="Every prediction; shares of right "
+              "signs are means over cells, intervals are over cells")
+
+# %% [markdown]
 # $$\text{slope} = \frac{\sum p\,m}{\sum p^2}, \qquad
 # R^2 = 1 - \frac{\sum (m - p)^2}{\sum m^2},$$
 #
@@ -132,23 +159,7 @@ for name, ratio in found.ratios.items():
 # above a half; with the signs right and a lower $R^2$ it has the *right sign, wrong size*; else it has
 # *failed*. The features are changed all at once, and one at a time with all others left alone: the
 # smaller the change, the fairer the test of a linear prediction.
-
-# %% tags=["hide-input"]
-tested = prediction.predictions(study.effects, study.singles, settings.seed)
-chapter.table("circuit_single_features", study.singles, rows=0)
-chapter.table("circuit_predictions", tested, digits=3, caption="Predictions held against what was "
-              "measured (same_sign: share of right signs, mean over cells; intervals of 95 % over "
-              "cells)")
-
-# %% mystnb={"image": {"alt": "Measured against predicted change of the target when circuit features are taken away (left) and doubled (right), all at once and one at a time, with the line on which both are equal."}, "figure": {"caption": "Measured against predicted changes of the target, as shares of its pre-activation: all of a circuit's features at once (a point per cell) and one at a time (a point per feature). On the dotted line both are equal.", "name": "fig-predictions"}} tags=["hide-input"]
-chapter.figure("circuit_predictions", plots.predictions(study.effects, study.singles))
-
-# %% tags=["remove-input"]
-chapter.values(prediction.sentences(tested), prefix="prediction.")
-chapter.value("prediction.key_point", int((tested["verdict"] == prediction.HOLDS).sum()),
-              prediction.key_point(tested))
-
-# %% [markdown]
+#
 # - Taken away all at once: {glue:text}`prediction.taken-away-all-at-once`.
 # - Taken away one at a time: {glue:text}`prediction.taken-away-one-at-a-time`.
 # - Doubled all at once: {glue:text}`prediction.doubled-all-at-once`.
@@ -160,15 +171,56 @@ chapter.value("prediction.key_point", int((tested["verdict"] == prediction.HOLDS
 # that share a target ({glue:text}`faithfulness.targets` different ones here) are not independent, so
 # the intervals are narrower than they would be over targets.
 
+# %% mystnb={"image": {"alt": "Measured against predicted change of the target when circuit features are taken away (left) and doubled (right), all at once and one at a time, with the line on which both are equal."}, "figure": {"caption": "Measured against predicted changes of the target, as shares of its pre-activation: all of a circuit's features at once (a point per cell) and one at a time (a point per feature). On the dotted line both are equal.", "name": "fig-predictions"}}
+chapter.figure("circuit_predictions", plots.predictions(study.effects, study.singles))
+
+# %%
+chapter.values(prediction.sentences(tested), prefix="prediction.")
+chapter.values({"made": len(tested), "held": int((tested["verdict"] == prediction.HOLDS).sum()),
+                "failed": int((tested["verdict"] == prediction.FAILED).sum())}, prefix="prediction.")
+chapter.value("prediction.key_point", int((tested["verdict"] == prediction.HOLDS).sum()),
+              prediction.key_point(tested))
+
+# %%
+taken_out = knock_out.knock_out_study(chapter.model, chapter.transcoders, corpus, settings)
+
 # %% [markdown]
 # ## Genes taken out
 #
 # What a gene does to the call can be had without any circuit: take it out of the sentence and ask
-# again. For {glue:text}`knock_out.cells` held-out cells of {glue:text}`knock_out.types` types (the
-# first of each type in turn), every gene is taken out, nothing is put in its place, the prompt is
-# encoded again, and the contrast of the cell's label is read ({doc}`07_endothelial_case_study`; in
-# {glue:text}`knock_out.ahead` of the cells the label's token is ahead of all others together). What
-# the contrast loses is the gene's effect. Against it stand
+# again. For {glue:text}`knock_out.cells` held-out cells of {glue:text}`knock_out.types` types every gene
+# is taken out, and what the call's {term}`contrast` loses is the gene's effect. How well does a circuit
+# say so, and how well do cheaper scores?
+
+# %% mystnb={"image": {"alt": "Three panels with a row for each score: rank correlation with the effects of taking genes out, the same by size, and the share of the largest effects found, each with its interval and the band of shuffled genes."}, "figure": {"caption": "How well circuits (blue) and cheap rivals (orange) say what taking each gene out of the sentence does to the call: means over cells with 95 % intervals; grey is what shuffled genes reach.", "name": "fig-knock-out"}}
+chapter.figure("knock_out", plots.knock_outs(taken_out.summary, knock_out.CIRCUITS))
+
+# %% [markdown]
+# With the features of the greedy circuit alone, all others held at the means of their own kind of token,
+# {glue:text}`knock_out.circuit` of the contrast's {glue:text}`knock_out.whole` nats are left, and with no
+# circuit at all {glue:text}`knock_out.nothing`. Errors stay as they are and attention still reads the
+# genes, so the circuit has only the distance between the last number and the first to explain.
+
+# %% tags=["fold:Every score and every gene"]
+chapter.table("knock_out", taken_out.summary, digits=3, caption="Each score against the effects of "
+              "taking genes out: means over cells, 95 % intervals, and those of shuffled genes")
+chapter.table("knock_out_cells", taken_out.cells, rows=0)
+chapter.table("knock_out_kept", taken_out.kept, rows=0)
+chapter.table("knock_out_genes", taken_out.genes, rows=10, digits=3, caption="Every gene of every "
+              "cell: what taking it out takes from the contrast (nats), and its scores")
+
+# %%
+chapter.values(knock_out.numbers(taken_out, settings.seed), prefix="knock_out.")
+
+# %% [markdown]
+# - With signs: {glue:text}`knock_out.spearman`.
+# - By size: {glue:text}`knock_out.spearman_size`.
+# - Of the largest: {glue:text}`knock_out.overlap`.
+#
+# Both of a pair are the best of several, chosen after the fact. The first cells of each type are taken in
+# turn. Nothing is put in a gene's place, the prompt is encoded again, and the contrast of the cell's label
+# is read ({doc}`07_endothelial_case_study`; in {glue:text}`knock_out.ahead` of the cells the label's token
+# is ahead of all others together). The scores are
 #
 # - *all paths*: what the gene's own embedding gives the contrast along all paths of the frozen model,
 #   through attention and active features, with its sign;
@@ -179,163 +231,134 @@ chapter.value("prediction.key_point", int((tested["verdict"] == prediction.HOLDS
 #   gradients: input times gradient, and integrated gradients from a text whose genes all have their
 #   mean embedding ({glue:text}`knock_out.steps` steps).
 #
-# Over the genes of a cell the order by a score is held against the order by effect: with signs, by
+# Over the genes of a cell the order by a score is compared with the order by effect: with signs, by
 # size, and by what they share of the {glue:text}`knock_out.k` largest. The interval is over cells, the
-# grey band is what genes dealt out at random within each cell reach.
-
-# %%
-taken_out = knock_out.knock_out_study(chapter.model, chapter.transcoders, corpus, settings)
-
-# %% mystnb={"image": {"alt": "Three panels with a row for each score: rank correlation with the effects of taking genes out, the same by size, and the share of the largest effects found, each with its interval and the band of shuffled genes."}, "figure": {"caption": "How well circuits (blue) and cheap rivals (orange) say what taking each gene out of the sentence does to the call: means over cells with 95 % intervals; grey is what shuffled genes reach.", "name": "fig-knock-out"}} tags=["hide-input"]
-chapter.figure("knock_out", plots.knock_outs(taken_out.summary, knock_out.CIRCUITS))
-
-# %% tags=["hide-input"]
-chapter.table("knock_out", taken_out.summary, digits=3, caption="Each score against the effects of "
-              "taking genes out: means over cells, 95 % intervals, and those of shuffled genes")
-chapter.table("knock_out_cells", taken_out.cells, rows=0)
-chapter.table("knock_out_kept", taken_out.kept, rows=0)
-chapter.table("knock_out_genes", taken_out.genes, rows=10, digits=3, caption="Every gene of every "
-              "cell: what taking it out takes from the contrast (nats), and its scores")
-
-# %% tags=["remove-input"]
-chapter.values(knock_out.numbers(taken_out, settings.seed), prefix="knock_out.")
-
-# %% [markdown]
-# - With signs: {glue:text}`knock_out.spearman`.
-# - By size: {glue:text}`knock_out.spearman_size`.
-# - Of the largest: {glue:text}`knock_out.overlap`.
-#
-# Both of a pair are the best of several, chosen after the fact. A gene taken out also moves all genes
+# grey band is what genes permuted within each cell reach. A gene taken out also moves all genes
 # behind it forward, and its effect is that of the model as it then is: what attention, norms and
 # features do in response is in it, and in no score that holds them still.
-#
-# **What the circuit of the call keeps.** The contrast is {glue:text}`knock_out.whole` nats on average.
-# With the features of the greedy circuit alone, all others held at the means of their own kind of
-# token, {glue:text}`knock_out.circuit` are left, and with no circuit at all
-# {glue:text}`knock_out.nothing`. Errors stay as they are and attention still reads the genes, so the
-# circuit has only the distance between the last number and the first to explain.
 
 # %% [markdown]
 # ## What several circuits have in common
 #
 # The paper shows one circuit and leaves its structure to future work. Here the circuits just tested
-# are taken apart. All shares are of the absolute contributions to the target, so that nothing
-# cancels.
+# are taken apart.
+#
+# - **What drives the target.** {glue:text}`structure.direct_features` of what is written straight to it
+#   comes from features of earlier layers, {glue:text}`structure.direct_attention` from attention. Followed
+#   upstream, {glue:text}`structure.ends_errors` ends in errors and {glue:text}`structure.ends_not_kept` in
+#   contributions too small to be kept: that much the circuit does not explain.
+# - **Which head carries the genes.** Of what attention brings to the target's token,
+#   {glue:text}`structure.attention_to_genes` was read at tokens of genes. Head
+#   {glue:text}`structure.top_head` (layer.head) brings {glue:text}`structure.top_head_share` of that part.
+# - **Features that say the same.** {glue:text}`structure.features` different features (median) make
+#   {glue:text}`structure.supernodes` {term}`supernodes <supernode>`.
+# - **What a type's circuits share.** Two circuits of one type share {glue:text}`structure.within` of their
+#   features, two of different types {glue:text}`structure.between` (permutation test over cells, p =
+#   {glue:text}`structure.overlap_p`). {glue:text}`structure.in_every_circuit` of
+#   {glue:text}`structure.all_features` features are in every circuit, whatever the cell: by being there
+#   they do not tell what type a cell is.
 
-# %% mystnb={"image": {"alt": "Stacked bars by layer: shares of the target's contributions from attention, features and errors, directly and through the circuit, with token embedding and biases beside them."}, "figure": {"caption": "What drives the targets, mean over cells. Left: what each layer writes straight to the target's token adds up to 100 %. Right: how much passes through the circuit's nodes of each layer on its way; a path passes several layers.", "name": "fig-flow"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Stacked bars by layer: shares of the target's contributions from attention, features and errors, directly and through the circuit, with token embedding and biases beside them."}, "figure": {"caption": "What drives the targets, mean over cells. Left: what each layer writes straight to the target's token adds up to 100 %. Right: how much passes through the circuit's nodes of each layer on its way; a path passes several layers.", "name": "fig-flow"}} tags=["fold:What flows where"]
 chapter.figure("circuit_flow", plots.circuit_flow(study.flow))
 
-# %% tags=["hide-input"]
+# %%
 chapter.table("circuit_flow", study.flow, rows=0)
 chapter.show(studies.end_table(study), caption="Where the target's contributions end when the "
              "circuit is followed upstream (mean over cells)")
 
-# %% tags=["remove-input"]
+# %%
 for name, share in studies.flow_shares(study).items():
     chapter.percent(f"structure.{name}", share)
 
 # %% [markdown]
-# **What flows where.** Of what is written straight to the target, {glue:text}`structure.direct_features`
-# comes from features of earlier layers, {glue:text}`structure.direct_attention` from attention,
-# {glue:text}`structure.direct_errors` from the transcoders' errors,
-# {glue:text}`structure.direct_embedding` from the token itself and
-# {glue:text}`structure.direct_biases` from biases. Followed upstream through the circuit,
-# {glue:text}`structure.ends_errors` ends in errors and {glue:text}`structure.ends_not_kept` in
-# contributions too small to be kept: that much of the target the circuit does not explain.
-# {glue:text}`structure.negative_edges` of the edges are negative and carry
-# {glue:text}`structure.negative_carried` of the flow: a drawing of positive edges alone would leave
-# them out.
+# All shares are of the absolute contributions to the target, so that nothing cancels. Besides features and
+# attention, {glue:text}`structure.direct_errors` of what is written straight to the target comes from the
+# transcoders' errors, {glue:text}`structure.direct_embedding` from the token itself and
+# {glue:text}`structure.direct_biases` from biases. {glue:text}`structure.negative_edges` of the edges are
+# negative and carry {glue:text}`structure.negative_carried` of the flow: a drawing of positive edges alone
+# would leave them out.
 
-# %% tags=["hide-input"]
+# %% tags=["fold:Heads and genes"]
 heads = studies.head_summary(study)
 chapter.table("circuit_heads", heads.listed, rows=10, caption="Which head brings which gene to the "
               "target's token: for every cell the 20 strongest pairs by direct share")
 
-# %% tags=["remove-input"]
+# %%
 chapter.percent("structure.attention_to_genes", heads.to_genes)
 chapter.percent("structure.top_head_share", heads.top_share)
 chapter.values({"top_head": heads.top, "top_head_cells": heads.top_cells}, prefix="structure.")
 
 # %% [markdown]
-# **Which head carries the genes.** Of what attention brings straight to the target's token,
-# {glue:text}`structure.attention_to_genes` was read at tokens of genes, the rest at words of the
-# prompt and of the answer. Head {glue:text}`structure.top_head` (layer.head) brings more of
-# the genes' part than any other, {glue:text}`structure.top_head_share` of it; it is the strongest
-# head on genes in {glue:text}`structure.top_head_cells` of the {glue:text}`faithfulness.cells` cells. The table's last
-# columns add what arrives through features on the way.
+# Head {glue:text}`structure.top_head` is the strongest head on genes in
+# {glue:text}`structure.top_head_cells` of the {glue:text}`faithfulness.cells` cells. What attention did not
+# read at genes it read at words of the prompt and of the answer. The table's last columns add what
+# arrives through features on the way.
 
 # %%
 groups = studies.supernode_table(study, chapter.statistics, corpus)
 
-# %% tags=["hide-input"]
+# %% tags=["fold:Supernodes of one circuit"]
 chapter.table("circuit_supernodes", groups.table, rows=0)
 chapter.show(groups.of_one(settings.case_type), rows=6, caption="Supernodes of one circuit: features "
              "joined if the tokens that hold half of their activations overlap by half or more")
 
-# %% tags=["remove-input"]
+# %%
 chapter.values({"features": groups.features, "supernodes": groups.supernodes}, prefix="structure.")
 chapter.percent("structure.largest_supernode", groups.largest)
 
 # %% [markdown]
-# **Features that say the same.** Grouped by the tokens that they fire on most, the median of
-# {glue:text}`structure.features` different features of a circuit make
-# {glue:text}`structure.supernodes` supernodes; the largest holds
+# Features are joined if the tokens that they fire on most overlap. The largest supernode holds
 # {glue:text}`structure.largest_supernode` of a circuit's features.
 
-# %% mystnb={"image": {"alt": "Heat map of the overlap of every pair of circuits, cells sorted by type, with the pairs of one type boxed."}, "figure": {"caption": "Features that two cells' circuits share, of all features of either (Jaccard index); boxes hold the pairs of one type.", "name": "fig-overlap"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Heat map of the overlap of every pair of circuits, cells sorted by type, with the pairs of one type boxed."}, "figure": {"caption": "Features that two cells' circuits share, of all features of either (Jaccard index); boxes hold the pairs of one type.", "name": "fig-overlap"}} tags=["fold:Overlap of every two circuits"]
 common = studies.overlap_study(study, settings.seed)
 chapter.figure("circuit_overlap", plots.circuit_overlap(common.overlap, study.types))
 
-# %% tags=["hide-input"]
+# %%
 chapter.table("circuit_overlap", common.pairs, rows=0)
 chapter.table("circuit_shared_features", common.shared, rows=0)
 chapter.show(common.tests(), caption="Mean overlap of pairs of one type and of two, and how often "
              "types dealt out at random differ as much")
 
-# %% tags=["remove-input"]
+# %%
 for name, test in (("", common.of_all), ("_same_target", common.same_target)):
-    chapter.rounded(f"structure.within{name}", test.within, 2)
-    chapter.rounded(f"structure.between{name}", test.between, 2)
+    chapter.percent(f"structure.within{name}", test.within)
+    chapter.percent(f"structure.between{name}", test.between)
     chapter.p_value(f"structure.overlap_p{name}", test.p)
 chapter.values(common.counts(), prefix="structure.")
 
 # %% [markdown]
-# **What a type's circuits share.** Two circuits of one type share {glue:text}`structure.within` of
-# their features, two of different types {glue:text}`structure.between`; types dealt out at random
-# differ as much with p = {glue:text}`structure.overlap_p`. Circuits of one target resemble each other
-# whatever the type, and types may differ in their targets. Among pairs with the same target the two
-# numbers are {glue:text}`structure.within_same_target` and
-# {glue:text}`structure.between_same_target` (p = {glue:text}`structure.overlap_p_same_target`).
-# Of {glue:text}`structure.all_features` features in any circuit,
-# {glue:text}`structure.in_every_circuit` are in every one, whatever the cell, and
-# {glue:text}`structure.one_type_only` are in more than one circuit but of a single type.
+# Circuits of one target resemble each other whatever the type, and types may differ in their targets.
+# Among pairs with the same target the two shares are {glue:text}`structure.within_same_target` and
+# {glue:text}`structure.between_same_target` (p = {glue:text}`structure.overlap_p_same_target`). Cells that
+# share a target are not independent. {glue:text}`structure.one_type_only` features are in several circuits
+# of one type only.
 
 # %% [markdown]
 # ## One circuit for the whole task
 #
 # So far every circuit was of one cell. How few features, the same for all cells, name the cells' types
 # as often as all of them do? Features are chosen on {glue:text}`task.choice_cells` training cells and
-# tried on {glue:text}`task.cells` held-out cells, of every type as many as there are up to a bound. All
-# MLPs are replaced by the features kept. What is not kept stands at its mean over tokens of the same
-# kind, and so does the transcoders' error: what these miss of a cell cannot help. Beside it the harder
-# test, as in Tables 1 and 2: features that are not kept are silent, and no error is added.
-#
-# - **By influence:** what a feature's taking away would do to the contrast of the call (the label's
-#   token against the other labels', where they part; {doc}`07_endothelial_case_study`), on all paths
-#   of the linear model, mean size over training cells.
-# - **By gradient:** the same with the gradient in the original model. **By activation:** what a
-#   feature writes on average.
-# - **Random:** the scores of the first choice dealt out anew among features of a layer that fire
-#   about as often, {glue:text}`task.draws` times.
+# tried on {glue:text}`task.cells` held-out cells. Features that are not kept are held at their mean over
+# tokens of the same kind (left), or silent as in Tables 1 and 2 (right).
 
 # %%
 task = task_circuit(chapter.model, chapter.transcoders, corpus, settings)
 
-# %% mystnb={"image": {"alt": "Percentage of right answers kept against the share of features kept, for features chosen by influence, gradient, activation and at random; left with the other features at their mean, right with them silent."}, "figure": {"caption": "Right answers of the original model that are right still with a share of the features, chosen once for all cells. Bands: 95 % intervals over cells. Lines across: all features and none.", "name": "fig-task"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Percentage of right answers kept against the share of features kept, for features chosen by influence, gradient, activation and at random; left with the other features at their mean, right with them silent."}, "figure": {"caption": "Right answers of the original model that are right still with a share of the features, chosen once for all cells. Bands: 95 % intervals over cells. Lines across: all features and none.", "name": "fig-task"}}
 curve = task_curves.curve(task)
 chapter.figure("task_circuit", plots.task_curves(curve))
 
-# %% tags=["hide-input"]
+# %% [markdown]
+# Of the original model's right answers, all {glue:text}`task.firing` features that fire keep
+# {glue:text}`task.all_mean`. None of them, every MLP at its mean for the kind of token, keeps
+# {glue:text}`task.none_mean`: for so much of the task no feature is needed, whatever a circuit shows.
+# With nothing in the MLPs' place it is {glue:text}`task.none_zero`.
+#
+# - **Others at their mean**, of the features that fire: {glue:text}`task.fewest_mean`.
+# - **Others silent**, of the features that fire: {glue:text}`task.fewest_zero`.
+
+# %% tags=["fold:How features are chosen and what each choice keeps"]
 choices = task_curves.compare_choices(task, settings.seed)
 chapter.table("task_circuit", curve, rows=0)
 beside = curve[~curve["chosen"].isin(CHOSEN_BY)]
@@ -344,7 +367,7 @@ chapter.show(beside.drop(columns=["draw", "share"]), digits=3, caption="What sta
 chapter.table("task_choices", choices, digits=3, caption="What the circuits keep, in percent, mean "
               "over the sizes tried, and by how many points the choice by influence is ahead")
 
-# %% tags=["remove-input"]
+# %%
 chapter.values({"choice_cells": task.choice_cells, "cells": len(task.cells), "firing": task.firing,
                 "draws": int(curve["draw"].max()) + 1}, prefix="task.")
 kept = beside.set_index(["chosen", "others"])["kept"] / 100
@@ -356,52 +379,56 @@ for key, others in (("mean", MEAN), ("zero", ZERO)):
         chapter.value(f"task.{name}_{key}", task_curves.comparison(choices, measure, others))
 
 # %% [markdown]
-# Of the original model's right answers, all {glue:text}`task.firing` features that fire keep
-# {glue:text}`task.all_mean`, and none of them, every MLP at its mean for the kind of token, keeps
-# {glue:text}`task.none_mean`: for so much of the task no feature is needed, whatever a circuit shows.
-# With nothing in the MLPs' place it is {glue:text}`task.none_zero`.
+# Cells are of every type as many as there are up to a bound. All MLPs are replaced by the features kept.
+# Where the others are at their mean, so is the transcoders' error: what these miss of a cell cannot help.
+# Where they are silent, no error is added.
 #
-# - **Others at their mean.** Of the features, {glue:text}`task.fewest_mean`. Over all sizes, choice by
-#   influence keeps of the right answers {glue:text}`task.right_mean`. Of what features add to the
-#   contrast it wins back {glue:text}`task.contrast_mean`.
-# - **Others silent.** Of the features, {glue:text}`task.fewest_zero`. Over all sizes, choice by
-#   influence keeps of the right answers {glue:text}`task.right_zero`. Of what features add to the
-#   contrast it wins back {glue:text}`task.contrast_zero`.
+# - **By influence:** what a feature's taking away would do to the contrast of the call (the label's
+#   token against the other labels', where they part; {doc}`07_endothelial_case_study`), on all paths
+#   of the linear model, mean size over training cells.
+# - **By gradient:** the same with the gradient in the original model. **By activation:** what a
+#   feature writes on average.
+# - **Random:** the scores of the first choice permuted among features of a layer that fire
+#   about as often, {glue:text}`task.draws` times.
+#
+# Over all sizes, choice by influence keeps of the right answers {glue:text}`task.right_mean` (others at
+# their mean) and {glue:text}`task.right_zero` (others silent). Of what features add to the contrast it
+# wins back {glue:text}`task.contrast_mean`, and {glue:text}`task.contrast_zero`.
+#
+# What circuits should find is known for simulated cells only. The book of the profile `planted`
+# (`make book PROFILE=planted`) has a further section here: how much of what was planted do circuits find,
+# and do transcoders' features find it better than directions that no dictionary learning made? Small
+# models are trained for that, which takes about ten minutes.
 
-# %% [markdown]
+# %% [markdown] tags=["only-if:truth.known"]
 # ## Known truth
 #
 # {glue:text}`truth.known`
 
-# %% tags=["remove-input"]
+# %%
 plan = chapter.plan  # None unless the cells are simulated
 known = """
 In this profile the right answer is known. Cells of each type express a program of genes that was
 planted for it, besides programs shared with another type, states that any type can be in, and a
 background that all express alike (data/planted/programs.yml). Does the method find what was
 planted?"""
-unknown = """
-What should be found is known for simulated cells only. The profile planted makes such cells (make
-book PROFILE=planted). In its book this section says how much of what was planted circuits find, and
-whether transcoders' features find it better than directions that no dictionary learning made; small
-models are trained for that, which takes about ten minutes."""
-chapter.value("truth.known", bool(plan), " ".join((known if plan else unknown).split()))
+chapter.value("truth.known", bool(plan), " ".join(known.split()) if plan else "")
 
 # %%
 truth = known_truth(chapter.model, chapter.transcoders, corpus, plan, settings) if plan else None
 
-# %% mystnb={"image": {"alt": "Two panels, circuits of the feature and of the call: for each cell type, the percentage of planted genes among the circuit's most influential genes, the prompt's most expressed genes, and random genes of the prompt."}, "figure": {"caption": "Among as many genes as are planted in the prompt for the cell's type: how many are planted, if the circuit's most influential genes are taken, the prompt's most expressed, or random ones.", "name": "fig-planted"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Two panels, circuits of the feature and of the call: for each cell type, the percentage of planted genes among the circuit's most influential genes, the prompt's most expressed genes, and random genes of the prompt."}, "figure": {"caption": "Among as many genes as are planted in the prompt for the cell's type: how many are planted, if the circuit's most influential genes are taken, the prompt's most expressed, or random ones.", "name": "fig-planted"}} tags=["only-if:truth.known"]
 chapter.figure("planted_recovery", plots.planted_recovery(truth.summary)) if truth else None
 
-# %% tags=["hide-input"]
+# %% tags=["only-if:truth.known"]
 chapter.table("planted_recovery", truth.summary, digits=3, caption="Planted genes among the "
               "circuits' genes, by target and cell type") if truth else None
 
-# %% tags=["hide-input"]
+# %% tags=["only-if:truth.known"]
 chapter.table("planted_roles", truth.roles, digits=3, caption="What the genes of prompts and "
               "circuits are to the cell's type") if truth else None
 
-# %% tags=["remove-input"]
+# %%
 said = """
 Circuits of {traced} ({circuits} cells): of their genes {precision} were planted for the cell's
 type, where random genes of the same prompts give {random_precision} (p = {p}) and the most
@@ -424,7 +451,7 @@ if truth:
 chapter.table("planted_circuits", truth.circuits, rows=6, digits=3,
               caption="The same for every circuit") if truth else None
 
-# %% [markdown]
+# %% [markdown] tags=["only-if:truth.known"]
 # {glue:text}`truth.circuits`
 
 # %% [markdown] tags=["only-if:truth.known"]
@@ -444,18 +471,18 @@ chapter.table("planted_circuits", truth.circuits, rows=6, digits=3,
 # %%
 found = known_truth_study(settings) if plan else None
 
-# %% mystnb={"image": {"alt": "For three kinds of truth and two tokenizers: the held-out AUROC and F1 of the best feature of three kinds of transcoders, of the best of four kinds of other directions, of the best single gene, and of a linear probe of all that MLPs read."}, "figure": {"caption": "How well the best unit tells a planted truth on held-out cells: mean over seeds with its 95 % interval. Dotted: the same answer for every cell.", "name": "fig-known-truth"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "For three kinds of truth and two tokenizers: the held-out AUROC and F1 of the best feature of three kinds of transcoders, of the best of four kinds of other directions, of the best single gene, and of a linear probe of all that MLPs read."}, "figure": {"caption": "How well the best unit tells a planted truth on held-out cells: mean over seeds with its 95 % interval. Dotted: the same answer for every cell.", "name": "fig-known-truth"}} tags=["only-if:truth.known"]
 chapter.figure("known_truth", known_truth_scores(found.summary())) if found else None
 
-# %% tags=["hide-input"]
+# %% tags=["only-if:truth.known"]
 chapter.show(found.means(), digits=3, caption="Scores on held-out cells, means over seeds: of the best "
              "unit, and of probes of one, two and five units") if found else None
 
-# %% tags=["hide-input"]
+# %% tags=["only-if:truth.known"]
 chapter.table("known_truth_comparisons", found.comparisons, rows=12, digits=2, caption="Transcoders "
               "less the rival over which they lead least, with its interval over seeds") if found else None
 
-# %% tags=["remove-input"]
+# %%
 chapter.values(found.words() if found else dict.fromkeys(
     ("seeds", "fold", "right_genes", "right_sub_words")), prefix="truth.")
 chapter.value("truth.verdict", bool(found), verdict(found.comparisons) if found else "")
@@ -463,16 +490,5 @@ if found:
     chapter.table("known_truth", found.summary(), rows=0)
     chapter.table("known_truth_models", found.models(), rows=0)
 
-# %% [markdown]
+# %% [markdown] tags=["only-if:truth.known"]
 # {glue:text}`truth.verdict`
-
-# %% [markdown]
-# ```{admonition} Key points
-# - Closing to rounding is arithmetic; only that the model's own value moves as predicted is evidence.
-#   Of the predictions made here {glue:text}`prediction.key_point`.
-# - A circuit is a claim about the model, and can be tested in the model: without it, and with it alone.
-# - What a circuit says of a gene can be held against taking the gene out, and against cheap rivals.
-# - A circuit for the whole task is worth what it keeps beyond no feature at all, and beyond random ones:
-#   with every MLP at its mean {glue:text}`task.none_mean` of the right answers stay.
-# - A feature in every cell's circuit does not tell, by being there, what type a cell is.
-# ```

@@ -19,6 +19,20 @@
 # %% [markdown]
 # # Other dictionaries on the same sites
 #
+# ```{admonition} In short
+# :class: in-short
+# - **Question.** Would another kind of dictionary have told the same story?
+# - **The paper says.** It trains one kind: a {term}`transcoder` with ReLU and an L1 penalty.
+# - **We find.** At the same {term}`L0` the eight kinds leave different shares of the variance unexplained
+#   ({term}`FVU`): {glue:text}`variants.relu_normalized.fvu` with ReLU and
+#   {glue:text}`variants.topk.fvu` with TopK. Between {glue:text}`variants.percentage_min` and
+#   {glue:text}`variants.percentage_max` % of their live features are called interpretable.
+# - **What it is worth.** That is {glue:text}`variants.above_null_min` to {glue:text}`variants.above_null_max` points
+#   more than {term}`lists of random tokens <null list>`. A measure that hardly differs between a kind and
+#   its own null lists cannot rank the kinds. An autoencoder's fit and a transcoder's answer different
+#   questions.
+# ```
+#
 # The paper trains one kind of dictionary: a transcoder with ReLU and an L1 penalty
 # {cite:p}`dunefsky2024transcoders`. Would another have told the same story? Here eight kinds are
 # trained on the same layers, the same tokens in the same order, from the same seed:
@@ -58,8 +72,8 @@ chapter.not_comparable()
 # factor. Where an L1 penalty decides, its weight is steered while training: after each logged step it is raised or lowered according to how far the mean L0 over layers
 # is from the reference's at the same step, and to the sum of all such differences so far. The table
 # gives the weight at the end and the L0 that came out on held-out cells, between
-# {glue:text}`variants.l0_ratio_min` and {glue:text}`variants.l0_ratio_max` times the reference's. What
-# is matched is the mean: how it is shared out over layers is each kind's own affair.
+# {glue:text}`variants.l0_ratio_min` and {glue:text}`variants.l0_ratio_max` times the reference's. Only
+# the mean L0 is matched; its distribution over layers may differ.
 #
 # All of these are trained for {glue:text}`variants.steps` steps of {glue:text}`variants.batch` tokens,
 # fewer than the transcoders of the other chapters, so the numbers here compare with each other and not
@@ -72,13 +86,13 @@ trained = get_variants(model, corpus, chapter.profile)
 compared = compare_dictionaries(trained, model, corpus, chapter.libraries, chapter.profile)
 table, layers = compared.table, compared.layers
 
-# %% tags=["remove-input"]
+# %%
 chapter.library_warnings()
 
-# %% mystnb={"image": {"alt": "Above: fraction of variance unexplained against active features per token, for eight kinds of dictionary. Below, a row per kind: loss added by replacing one layer, live features, and share of them called interpretable beside that of null lists."}, "figure": {"caption": "Eight kinds of dictionary at the same mean L0. Above: large symbols are means over layers, small ones single layers; lower is better. Below: grey bars are lists made from random tokens.", "name": "fig-variants"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Above: fraction of variance unexplained against active features per token, for eight kinds of dictionary. Below, a row per kind: loss added by replacing one layer, live features, and share of them called interpretable beside that of null lists."}, "figure": {"caption": "Eight kinds of dictionary at the same mean L0. Above: large symbols are means over layers, small ones single layers; lower is better. Below: grey bars are lists made from random tokens.", "name": "fig-variants"}}
 chapter.figure("variants", plots.variants(table, layers, rule))
 
-# %% tags=["hide-input"]
+# %%
 chapter.table("variants", table, rows=0)
 shown = {"label": "kind", "k": "k", "l1_coefficient": "penalty", "l0": "L0", "fvu": "FVU",
          "loss_increase": "loss +, one layer", "loss_increase_all": "loss +, all layers",
@@ -88,18 +102,18 @@ chapter.show(table[list(shown)].rename(columns=shown), digits=3, caption=f"Means
             f"{compared.cells} held-out cells; live features of all layers; time relative to the "
             "reference's")
 
-# %% tags=["hide-input"]
+# %%
 shares = {"label": "kind"}
 for name in compared.rules:
     shares |= {f"percentage_{name}": f"{name}: %", f"null_{name}": f"{name}: null lists, %"}
 chapter.show(table[list(shares)].rename(columns=shares), digits=3, caption="Live features called "
             "interpretable as in Table 4, and null lists of as many random tokens, one for each feature")
 
-# %% tags=["hide-input"]
+# %% tags=["fold:The same per layer"]
 chapter.table("variants_by_layer", layers, rows=len(layers) // len(table), caption="The same per layer "
              "(here the reference; the file has all kinds)")
 
-# %% tags=["remove-input"]
+# %%
 chapter.values({"steps": trained[0].history[-1]["step"], "batch": trained[0].profile.batch_tokens,
                 "k": table["k"].dropna().astype(int).iloc[0], "cells": compared.cells,
                 "counted": compared.counted}, prefix="variants.")
@@ -143,7 +157,9 @@ for key, values in (("percentage", own), ("above_null", own - table[f"null_{rule
 # as many random tokens (a negative number: fewer). A measure that hardly differs between a kind and its
 # own null lists cannot rank the kinds.
 #
-# Four differences forbid reading one column alone:
+# Four differences forbid reading one column alone.
+
+# %% [markdown] tags=["fold:Four differences between the kinds"]
 #
 # - **The losses have different units.** `normalized` weighs every token's error by its output's norm,
 #   so tokens with small outputs count more, and FVU, which does not, counts them less.
@@ -160,10 +176,3 @@ for key, values in (("percentage", own), ("above_null", own - table[f"null_{rule
 # Paulo et al. {cite:p}`paulo2025transcoders` find transcoders' features more interpretable than
 # autoencoders' in language models, and better fits with a skip path. They judge interpretability by
 # explanations in words, not by gene sets.
-#
-# ```{admonition} Key points
-# - Compare kinds at the same L0, and say what L0 came out.
-# - Which kind fits best and which is called interpretable are separate questions; the second needs its
-#   own null.
-# - An autoencoder's fit and a transcoder's fit answer different questions.
-# ```

@@ -19,6 +19,22 @@
 # %% [markdown]
 # # What sub-words cost
 #
+# ```{admonition} In short
+# :class: in-short
+# - **Question.** Does it hurt that the tokenizer cuts gene names into {term}`sub-words <sub-word token>`?
+# - **The paper says.** It does: "Subword tokenization fragments gene symbols", which depresses layer 0, and
+#   "domain-specific tokenizers" should help. It does not try.
+# - **We find.** With a token for each gene the small model is right for {glue:text}`sub_words.right_genes` %
+#   of the held-out cells, with sub-words for {glue:text}`sub_words.right_sub_words` %. That the first layer fires on
+#   fragments {glue:text}`sub_words.fragments`; that a token a gene lifts it
+#   {glue:text}`sub_words.dip_shrinks`; that it gains on what learnt nothing:
+#   {glue:text}`sub_words.lead_grows`.
+# - **What it is worth.** The lead over the best control changes by {glue:text}`sub_words.lead_difference` points
+#   ({glue:text}`sub_words.lead_low` to {glue:text}`sub_words.lead_high`), and features of an
+#   {term}`untrained encoder` show the dip as well. There are {glue:text}`sub_words.seeds` seeds, and models
+#   far smaller than those of the other chapters.
+# ```
+#
 # The paper finds a dip in layer 0 and names a cause: "Subword tokenization fragments gene symbols",
 # so "Layer-0 features often fire on token fragments", "depressing GSEA yields". It expects of
 # "domain-specific tokenizers" that they "could improve mechanistic interpretability", and leaves that
@@ -52,6 +68,9 @@ chapter.not_comparable()
 # chapters, so that {glue:text}`sub_words.seeds` seeds of everything that is drawn (weights, order of
 # cells, controls) fit in: numbers here compare with each other and not with those.
 #
+# With a token for each gene a cell's text is {glue:text}`sub_words.shorter` times shorter.
+
+# %% [markdown] tags=["fold:Measures"]
 # The measures are those of the chapters before: loss and right answers ({doc}`01_cells_and_model`,
 # {doc}`03_validation`), FVU and L0, Table 4's percentage under the rule `corpus` with its controls
 # ({doc}`06_enrichment`), the score without raters ({doc}`05_human_evaluation`), and a circuit
@@ -61,19 +80,19 @@ chapter.not_comparable()
 # %%
 compared = sub_words.compare_tokenizers(chapter.corpus, chapter.profile, chapter.libraries)
 
-# %% tags=["remove-input"]
+# %%
 chapter.library_warnings()
 
-# %% mystnb={"image": {"alt": "Four panels, layer 0 and the later layers side by side, each with sub-words and with a token a gene: FVU, L0, percentage of features called interpretable with three controls, and shares of the automatic score."}, "figure": {"caption": "Both tokenizers, measured alike. Points are seeds, lines their means.", "name": "fig-sub-words"}} tags=["hide-input"]
+# %% mystnb={"image": {"alt": "Four panels, layer 0 and the later layers side by side, each with sub-words and with a token a gene: FVU, L0, percentage of features called interpretable with three controls, and shares of the automatic score."}, "figure": {"caption": "Both tokenizers, measured alike. Points are seeds, lines their means.", "name": "fig-sub-words"}} tags=["unfold"]
 chapter.figure("sub_words", both_tokenizers(compared.runs))
 
-# %% tags=["hide-input"]
+# %% tags=["fold:Every measure in numbers"]
 chapter.table("sub_words_runs", compared.runs, rows=0)
 chapter.table("sub_words", compared.table, rows=len(compared.table), digits=3,
               caption="Means over seeds; the difference is a token a gene less sub-words, with a "
               "95 % interval over the seeds (Student's t)")
 
-# %% tags=["remove-input"]
+# %%
 used, found = compared.profile, compared.table.set_index(["where", "measure"])
 chapter.values({"cells": compared.cells, "layers": used.model_layers, "width": used.model_width,
                 "steps": used.model_steps, "model_cells": used.model_batch_cells,
@@ -90,12 +109,14 @@ for key, verdict in sub_words.judged(compared).items():
 tokens = found.loc[sub_words.QUOTED["tokens"]]
 chapter.rounded("sub_words.shorter", tokens["sub-words"] / tokens["a token a gene"], 1)
 
-# %% [markdown]
-# The models are small, and are right for {glue:text}`sub_words.right_sub_words` % (sub-words) and
+# %% [markdown] tags=["unfold"]
+# Replacing all MLPs by transcoders adds {glue:text}`sub_words.added_sub_words` nats to a cell's text
+# with sub-words and {glue:text}`sub_words.added_genes` with a token a gene. The models are small, and are right for {glue:text}`sub_words.right_sub_words` % (sub-words) and
 # {glue:text}`sub_words.right_genes` % (a token a gene) of the held-out cells asked, where the commonest
 # type would be for {glue:text}`sub_words.commonest_genes` %. A cell's text costs them
 # {glue:text}`sub_words.loss_sub_words` and {glue:text}`sub_words.loss_genes` nats.
-#
+
+# %% [markdown]
 # ## Does the paper's expectation hold?
 #
 # What is expected was fixed before a run was looked at; it **holds** if the whole interval lies on the
@@ -123,15 +144,6 @@ chapter.rounded("sub_words.shorter", tokens["sub-words"] / tokens["a token a gen
 # sub-words and {glue:text}`sub_words.untrained_dip_genes` with a token a gene. What they show as well
 # is in the model's representation, and no property of transcoders.
 #
-# Nor does a percentage compare tokenizers by itself. Under the gene rule `token` a fragment stands for
+# Nor does a percentage compare tokenizers by itself. Under the gene rule `token` a fragment counts for
 # all genes that contain it and a gene's own token for one, whoever fires on it, so controls move with
 # the tokenizer too. Under `occurrence` that choice is gone, and with a token a gene both rules are one.
-#
-# ```{admonition} Key points
-# - With a token for each gene a cell's text is {glue:text}`sub_words.shorter` times shorter, and every
-#   gene is one token wherever it stands.
-# - Replacing all MLPs by transcoders adds {glue:text}`sub_words.added_sub_words` nats to a cell's text
-#   with sub-words and {glue:text}`sub_words.added_genes` with a token a gene.
-# - Where genes are tokens, "gene or sub-word" is no question any more. Whether a feature is more than
-#   its controls still is.
-# ```

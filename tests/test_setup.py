@@ -11,13 +11,15 @@ from fnmatch import fnmatch
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import jupytext
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from scfm_circuits.book.chapters import NOTEBOOKS, read_notebooks
+from scfm_circuits.book import pages
+from scfm_circuits.book.chapters import NOTEBOOKS, Notebook, read_notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -166,6 +168,29 @@ def test_notebooks_declare_every_file_of_the_contract() -> None:
         if not any(fnmatch(name, pattern) or fnmatch(pattern, name) for name in declared)
     }
     assert not missing
+
+
+BOX = ["Question", "The paper says", "We find", "What it is worth"]
+
+
+@pytest.mark.parametrize("notebook", [
+    one for one in read_notebooks(NOTEBOOKS) if int(one.name[:2]) <= 10], ids=lambda one: one.name)
+def test_a_chapter_begins_with_its_box_and_folds_whole_sections(notebook: Notebook) -> None:
+    """What is found comes from the run: no number is typed there."""
+    cells = jupytext.read(notebook.path).cells  # nbformat checks the tags
+    box = re.search(r"```\{admonition\} In short\n:class: in-short\n(.*?)\n```", cells[0].source,
+                    re.DOTALL)
+    assert box, "the chapter's first cell has no box"
+    parts = dict(re.findall(r"(?ms)^- \*\*(.+?)\.\*\* (.+?)(?=\n- \*\*|\Z)", box[1]))
+    assert list(parts) == BOX
+    found = parts["We find"]
+    assert "{glue:text}" in found
+    assert not re.search(r"\d", re.sub(r"\{[\w:]+\}`.*?`|Table \d", "", found))
+    assert "Key points" not in notebook.path.read_text(encoding="utf-8")
+    fold = None
+    for cell in cells:
+        cell.metadata.setdefault("tags", [])
+        fold = pages._fold_at(cell, fold, notebook.name)
 
 
 def test_the_neighbouring_data_folder_is_named_in_one_place() -> None:

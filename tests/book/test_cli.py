@@ -600,6 +600,14 @@ x = 3
                           "Seen.", "x = 3", "## A heading"]
 
 
+def test_a_page_has_what_a_cell_prints_but_no_log_lines(project: Project) -> None:
+    staged_cells(project, "\n# %%\nprint('the prompt')\n\n# %%\nimport sys\n"
+                          "_ = sys.stdout.write('a log line')\n", {})
+    staged = (project.root / "staged" / "01_first.ipynb").read_text()
+    outputs = [output for cell in json.loads(staged)["cells"] for output in cell.get("outputs", [])]
+    assert [output["text"] for output in outputs] == [["the prompt\n"]]
+
+
 def test_a_fold_does_not_tear_a_section(project: Project) -> None:
     with pytest.raises(InputError, match=r"'## Torn' of 01_first is inside the fold 'More'"):
         staged_cells(project, """

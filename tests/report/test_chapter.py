@@ -141,6 +141,7 @@ def test_numbers_read_as_asked_and_are_kept_in_full(monkeypatch: pytest.MonkeyPa
     opened = chapter(monkeypatch, tmp_path)
     opened.percent("share", 1 / 3)
     opened.percent("share.fine", 1 / 3, 1)
+    opened.percent("share.below", -0.001)
     opened.percent("share.none", None, missing="nobody")
     opened.percent("share.nan", np.float64("nan"))
     opened.rounded("many", 12345.678)
@@ -150,10 +151,12 @@ def test_numbers_read_as_asked_and_are_kept_in_full(monkeypatch: pytest.MonkeyPa
     opened.p_value("p.none", None)
     opened.values({"a": np.int64(4646), "b": True}, prefix="of.")
     assert said == {
-        "share": "33 %", "share.fine": "33.3 %", "share.none": "nobody", "share.nan": "n/a",
+        "share": "33 %", "share.fine": "33.3 %", "share.below": "0 %",
+        "share.none": "nobody", "share.nan": "n/a",
         "many": "12,346", "few": "0.26", "unknown": "n/a", "p": "0.012", "p.none": "n/a",
         "of.a": "4,646", "of.b": "yes"}
     kept = json.loads((opened.profile.results / "values" / "04_sparsity.json").read_text())
-    assert kept == {"share": 1 / 3, "share.fine": 1 / 3, "share.none": None, "share.nan": None,
+    assert kept == {"share": 1 / 3, "share.fine": 1 / 3, "share.below": -0.001,
+                    "share.none": None, "share.nan": None,
                     "many": 12345.678, "few": 0.256, "unknown": None, "p": 0.012345,
                     "p.none": None, "of.a": 4646, "of.b": True}

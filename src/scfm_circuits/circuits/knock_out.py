@@ -357,14 +357,18 @@ def winners(cells: pd.DataFrame, summary: pd.DataFrame, seed: int, draws: int = 
 
 def numbers(study: KnockOuts, seed: int) -> dict[str, str | int | float]:
     """What a page says: cells, types, genes and k (medians), cells whose label is ahead of all
-    others; per measure a sentence on its `winners`; and the contrast, mean over cells with its
-    interval, in the whole model, with the greedy circuit alone and with no circuit."""
+    others; measures, and in how many of them the circuit's best score is ahead; per measure a
+    sentence on its `winners`; and the contrast, mean over cells with its interval, in the whole
+    model, with the greedy circuit alone and with no circuit."""
     by_score, cells = study.summary.set_index("score"), study.cells
     found: dict[str, str | int | float] = {
         "cells": len(study.kept), "types": int(study.kept["cell_type"].nunique()),
         "genes": float(cells["genes"].median()), "k": float(cells["k"].median()),
         "ahead": int((study.kept["whole"] > 0).sum()), "steps": STEPS}
-    for measure, one in winners(cells, study.summary, seed).items():
+    best = winners(cells, study.summary, seed)
+    found |= {"measures": len(best),
+              "won": sum(one.verdict == "the circuit" for one in best.values())}
+    for measure, one in best.items():
         said = {name: _with_interval(*by_score.loc[name, [measure, f"{measure}_low",
                                                           f"{measure}_high"]])
                 for name in (one.circuit, one.rival)}

@@ -191,12 +191,12 @@ class Chapter(Report):
     def percent(self, key: str, share: float | None, digits: int = 0,
                 missing: str = "n/a") -> None:
         """`value` of a share between 0 and 1, which reads as a percentage, or as `missing`."""
-        text = missing if share is None or np.isnan(share) else f"{100 * share:.{digits}f} %"
+        text = missing if share is None or np.isnan(share) else f"{100 * share:z.{digits}f} %"
         self.value(key, share, text)
 
     def rounded(self, key: str, number: float | None, digits: int = 0) -> None:
         """`value` of a number that reads with so many decimals and commas between thousands."""
-        text = "n/a" if number is None or np.isnan(number) else f"{number:,.{digits}f}"
+        text = "n/a" if number is None or np.isnan(number) else f"{number:z,.{digits}f}"
         self.value(key, number, text)
 
     def p_value(self, key: str, p: float | None) -> None:

@@ -148,13 +148,14 @@ chapter.table("training", pd.DataFrame({
 }), caption="The last training batch, per layer")
 
 # %%
-chapter.values({"dead_share": known_mean(last["dead"]), "final_l0": known_mean(last["l0"]),
-                "final_fvu": known_mean(last["fvu"])}, prefix="training.")
+chapter.value("training.final_l0", known_mean(last["l0"]))
+for key, name in (("dead_share", "dead"), ("final_fvu", "fvu")):
+    chapter.percent(f"training.{key}", known_mean(last[name]), 1)
 
 # %% [markdown] tags=["unfold"]
 # At the end {glue:text}`training.final_l0` features are active per token on average over layers,
-# {glue:text}`training.final_fvu` of the outputs' variance is left unexplained, and a share of
-# {glue:text}`training.dead_share` of the features is dead (it has not fired for
+# {glue:text}`training.final_fvu` of the outputs' variance is left unexplained, and
+# {glue:text}`training.dead_share` of the features are dead (they have not fired for
 # `dead_after_tokens` tokens).
 
 # %% [markdown]

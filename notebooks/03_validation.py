@@ -180,8 +180,8 @@ chapter.table("validation_layers", validation.each_layer(found, fvu, fvu_without
               caption="Each layer alone: its MLP replaced, at its mean, and removed")
 
 # %%
-chapter.rounded("validation.fvu_mean", float(np.mean(fvu)), 3)
-chapter.rounded("validation.fvu_without_first_mean", float(np.mean(fvu_without_first)), 3)
+chapter.percent("validation.fvu_mean", float(np.mean(fvu)), 1)
+chapter.percent("validation.fvu_without_first_mean", float(np.mean(fvu_without_first)), 1)
 
 # %% [markdown] tags=["unfold"]
 # Over the layers {term}`FVU` is {glue:text}`validation.fvu_mean` on average, and without the first token

@@ -112,9 +112,9 @@ call_gap = attribution.closure(frozen, call.target.reading)
 chapter.value("call.closure", call_gap, f"{call_gap:.1e}")
 chapter.value("call.closure_max", call.circuit.closure_max_relative,
               f"{call.circuit.closure_max_relative:.1e}")
-kept = call.values()
-chapter.values(kept, prefix="call.")
-chapter.value("call.worth", worth := kept["keeps"] > kept["nothing_keeps"],
+chapter.values(call.values(), prefix="call.")
+whole, alone, none = call.own_kind
+chapter.value("call.worth", worth := abs(whole - alone) < abs(whole - none),
               "; the difference is what it explains." if worth else
               ": it explains nothing of this cell that the form of the text does not give as well.")
 chapter.p_value("call.p_random", call.genes.p)

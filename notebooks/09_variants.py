@@ -128,8 +128,8 @@ chapter.values({"original_loss": original, "no_mlp_most": increase.max(),
                prefix="variants.")
 for row in table.to_dict("records"):
     prefix = f"variants.{row['variant']}."
-    chapter.values({key: row[key] for key in ("l0", "fvu", "loss_increase", "live",
-                                              "live_table4")}, prefix)
+    chapter.values({key: row[key] for key in ("l0", "loss_increase", "live", "live_table4")}, prefix)
+    chapter.percent(f"{prefix}fvu", row["fvu"], 1)
     chapter.rounded(f"{prefix}percentage", row[f"percentage_{rule}"], 1)
     chapter.rounded(f"{prefix}null", row[f"null_{rule}"], 1)
 own = table[f"percentage_{rule}"]

@@ -5,6 +5,7 @@ built. All of its text is escaped: titles and names come from profiles that anyb
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
@@ -83,13 +84,29 @@ def load(app: Sphinx) -> None:
     app.companion = json.loads(path.read_text(encoding="utf-8"))  # type: ignore[attr-defined]
 
 
+def with_narrow(body: str, narrow: Mapping[str, str], link: Callable[[str], str]) -> str:
+    """The page with pictures that are another file where the screen is narrow.
+
+    narrow: paths below the book's root by the file names of the wide ones, without `.png`.
+    """
+    def either(match: re.Match[str]) -> str:
+        if match[1] not in narrow:
+            return match[0]
+        return (f'<picture><source media="(max-width: 600px)" '
+                f'srcset="{escape(link(narrow[match[1]]), quote=True)}">{match[0]}</picture>')
+
+    return re.sub(r'<img [^>]*src="[^"]*_images/([0-9a-f]{64})\.png"[^>]*>', either, body)
+
+
 def add_to_page(
     app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: object
 ) -> None:
     """Give the theme this page's banner and footer."""
     data = app.companion  # type: ignore[attr-defined]
     # A list of references has list items; docutils gives them a role that browsers no longer know.
-    context["body"] = context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"')
+    context["body"] = with_narrow(
+        context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"'),
+        data["narrow"], lambda path: context["pathto"](path, 1))
     # Without it the theme writes an error on the first visit.
     context["default_mode"] = "auto"
     context["theme_announcement"] = banner(data["run"], data["model"])

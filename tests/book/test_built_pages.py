@@ -7,6 +7,7 @@ The pages are a book of all chapters' titles over the real prose, or the book th
 import json
 import os
 import re
+from base64 import b64encode
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from importlib.util import find_spec
@@ -36,8 +37,9 @@ def executed(title: str, outputs: list[Shown]) -> dict[str, Any]:
     def code(tag: str, shown: list[Shown]) -> dict[str, Any]:
         return {"cell_type": "code", "id": tag, "metadata": {"tags": [tag]}, "execution_count": 1,
                 "source": "x = 1\ny = 2", "outputs": [
-                    {"output_type": "display_data", "data": one.bundle, "metadata": {}}
-                    for one in shown]}
+                    {"output_type": "display_data", "metadata": one.metadata, "data": {
+                        kind: b64encode(data).decode() if isinstance(data, bytes) else data
+                        for kind, data in one.bundle.items()}} for one in shown]}
 
     return {"nbformat": 4, "nbformat_minor": 5, "cells": [
         {"cell_type": "markdown", "id": "t", "metadata": {}, "source": f"# {title}\n\nText.\n"},
@@ -51,6 +53,9 @@ def write_run(run: Run) -> None:
     report = Report(run.profile, "03_validation")
     for notebook in run.notebooks:
         outputs = [report.show(WIDE, caption="The paper's beside ours")]
+        if notebook.name == "03_validation":
+            figure, _ = plt.subplots(1, 3, figsize=(12, 3), constrained_layout=True)
+            outputs.append(report.figure("wide", figure))
         write_json(run.output(notebook.name), executed(notebook.title, outputs))
         write_json(run.profile.results / "values" / f"{notebook.name}.json", {})
     write_json(run.profile.results / "values" / "06_enrichment.json", {
@@ -238,6 +243,24 @@ def test_a_table_that_goes_on_says_so(book: Path, tab: Tab) -> None:
     tab.until(f"{box}.classList.contains('goes-on')")
     tab.run(f"{box}.scrollTo(99999, 0)")
     tab.until(f"!{box}.classList.contains('goes-on')")
+
+
+def test_a_phone_gets_the_narrow_figure_and_the_dark_mode_light_lines(book: Path, tab: Tab
+                                                                       ) -> None:
+    wide = sorted(path.name for path in (book / "downloads" / "figures" / "narrow").glob("*.png"))
+    page = book / ("03_validation.html" if "wide.png" in wide else "06_enrichment.html")
+    shown = "[...document.querySelectorAll('picture img')].map((one) => one.currentSrc)"
+    for width, dark in ((390, False), (1280, True)):
+        tab.screen(width, dark=dark)
+        tab.open(page.as_uri())
+        tab.run("Promise.all([...document.images].map((one) => one.decode())).then(() => 0)")
+        sources = tab.run(shown)
+        assert wide and sources
+        assert all(("/narrow/" in source) == (width == 390) for source in sources)
+        assert tab.run("[...document.querySelectorAll('picture img')].every((one) => "
+                       "one.getBoundingClientRect().right <= innerWidth)")
+        assert ("invert" in tab.run("getComputedStyle(document.querySelector('picture img')).filter"
+                                    )) == dark
 
 
 # --- the front page and the search ---------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from scfm_circuits import InputError
 from scfm_circuits.common.profile import load_profile
@@ -122,6 +124,20 @@ def test_figures_are_the_same_bytes_every_time(report: Report, tmp_path: Path) -
     first = drawn()
     assert first == drawn()
     assert first[0].startswith(b"\x89PNG") and b"<svg" in first[1]
+    corner = imread(BytesIO(first[0]))[0, 0]
+    assert corner[3] == 0, "the page's own ground is seen through it"
+
+
+def test_a_wide_figure_has_a_narrow_file_as_long_as_it_is_wide(report: Report, tmp_path: Path
+                                                               ) -> None:
+    narrow = tmp_path / "smoke" / "figures" / "narrow" / "line.png"
+    for width, there in ((12, True), (3, False)):
+        figure = Figure(figsize=(width, 3), layout="constrained")
+        figure.subplots(1, 2)
+        shown = report.figure("line", figure)
+        assert narrow.exists() == there
+        # The page's picture is the wide one.
+        assert shown.metadata["image/png"]["width"] == pytest.approx(100 * width, abs=40)
 
 
 def test_a_figure_is_shown_once(report: Report) -> None:

@@ -38,9 +38,9 @@ from scfm_circuits.report.boxes.rating import rating_box
 
 BOOK = ROOT / "book"
 STAMP = "built.json"
-DOWNLOADS = ("tables/*.csv", "tables/*.js", "figures/*.png", "figures/*.svg", "circuits/*.json",
-             "circuits/*.graphml", "circuits/*.js", "feature_pages/*.js", "values/*.json",
-             "claims.csv", "provenance.json")
+DOWNLOADS = ("tables/*.csv", "tables/*.js", "figures/*.png", "figures/*.svg",
+             "figures/narrow/*.png", "circuits/*.json", "circuits/*.graphml", "circuits/*.js",
+             "feature_pages/*.js", "values/*.json", "claims.csv", "provenance.json")
 """Results that are copied beside the pages; transcoder weights stay where they are."""
 ONLY_IF = "only-if:"
 """Begins a tag: the cell is shown only if a value of its chapter, named behind it, is true."""
@@ -179,7 +179,15 @@ def stage(run: Run, source: Path) -> None:
         "run": read_json(run.profile.results / "provenance.json"),
         "chapters": records,
         "model": _own_model(run.profile),
+        "narrow": _narrow_figures(run.profile.results / "figures"),
     })
+
+
+def _narrow_figures(folder: Path) -> dict[str, str]:
+    """Where the phone's version of a figure is, by the name that the builder gives the figure's
+    file: the SHA-256 of its content."""
+    return {sha256_of_file(folder / path.name): f"downloads/figures/narrow/{path.name}"
+            for path in folder.glob("narrow/*.png") if (folder / path.name).is_file()}
 
 
 def _own_model(profile: Profile) -> str | None:
@@ -339,8 +347,9 @@ def download_list(run: Run) -> str:
     """Links to the result files, one list for each folder."""
     groups: dict[str, list[str]] = {}
     for path in sorted(_downloads(run)):
-        if path.suffix == ".js":
-            # What a browsable table or a circuit loads; its CSV or JSON is for people.
+        if path.suffix == ".js" or path.parent.name == "narrow":
+            # What a browsable table or a circuit loads, and a figure on a phone: the CSV, the JSON
+            # and the figure itself are for people.
             continue
         name = path.relative_to(run.profile.results)
         groups.setdefault(str(name.parent), []).append(name.as_posix())

@@ -95,19 +95,29 @@ class Report:
     def figure(self, name: str, figure: "Figure") -> Shown:
         """Write `figures/<name>.png` and `.svg`, the same bytes on every run, and show the PNG.
 
-        The page takes its caption and alternative text from the cell's `mystnb` metadata.
+        Their ground is transparent. Of a wide figure `figures/narrow/<name>.png` is a version for
+        phones, which the page takes there (`style.narrow` changes the figure to it). The page has
+        its caption and alternative text from the cell's `mystnb` metadata.
         """
         import matplotlib as mpl
 
+        from scfm_circuits.report.plots.style import narrow
+
         folder = self.profile.results / "figures"
         _checked_name(name, "figure")
-        undated: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None}}
-        for suffix, metadata in undated.items():
-            with (
-                atomic_path(folder / f"{name}.{suffix}") as path,
-                mpl.rc_context({"svg.hashsalt": name}),
-            ):
-                figure.savefig(path, dpi=200, bbox_inches="tight", metadata=metadata)
+        undated: dict[str, dict[str, Any]] = {".png": {"Software": None}, ".svg": {"Date": None}}
+
+        def save(path: Path) -> None:
+            with atomic_path(path) as part, mpl.rc_context({"svg.hashsalt": name}):
+                figure.savefig(part, dpi=200, bbox_inches="tight", transparent=True,
+                               metadata=undated[path.suffix])
+
+        for suffix in undated:
+            save(folder / f"{name}{suffix}")
+        if narrow(figure):
+            save(folder / "narrow" / f"{name}.png")
+        else:  # of an earlier run
+            (folder / "narrow" / f"{name}.png").unlink(missing_ok=True)
         _let_go(figure)
         png = (folder / f"{name}.png").read_bytes()
         # A PNG's header holds its width in pixels; at 200 dots per inch, half of it is the natural

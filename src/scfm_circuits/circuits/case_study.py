@@ -14,7 +14,7 @@ import pandas as pd
 from scfm_circuits import InputError
 from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt, answered_sentence
 from scfm_circuits.cells.tokens import encode_prompt, question
-from scfm_circuits.common.profile import ROOT, located
+from scfm_circuits.common.profile import located
 from scfm_circuits.models.answers import answer_prompts, label_probability, predict_answers
 
 if TYPE_CHECKING:
@@ -77,13 +77,13 @@ def case_study(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile") -
                      f"({chances[middle]:.2g}) among the {which}")
 
 
-def read_sentence(name: str, root: Path = ROOT) -> list[str]:
+def read_sentence(name: str) -> list[str]:
     """The genes of a CSV file's column `gene`, top to bottom, upper case.
 
-    name: its path, from `root` if relative. Raises InputError for a file without such a column, or
-    in which a gene is empty, repeated or holds a space.
+    name: its path, from the project's root if relative. Raises InputError for a file without such a
+    column, or in which a gene is empty, repeated or holds a space.
     """
-    path = located("case_sentence", name, root)
+    path = located("case_sentence", name)
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except FileNotFoundError:

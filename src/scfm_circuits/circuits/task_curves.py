@@ -126,9 +126,9 @@ def comparison(table: pd.DataFrame, kept: str, others: str) -> str:
     return f"{rows.loc[INFLUENCE, 'percentage']:.0f} %, " + ", ".join(said)
 
 
-def fewest(table: pd.DataFrame, others: str, chosen: str = INFLUENCE, enough: float = 90.0) -> str:
+def fewest(table: pd.DataFrame, others: str, enough: float = 90.0) -> str:
     """The smallest circuit of `curve` that keeps `enough` percent of right answers, in words."""
-    rows = table[(table["chosen"] == chosen) & (table["others"] == others)
+    rows = table[(table["chosen"] == INFLUENCE) & (table["others"] == others)
                  & (table["kept"] >= enough)]
     if not len(rows):
         return f"no circuit of up to {max(SHARES):.0%} of them keeps {enough:.0f} %"

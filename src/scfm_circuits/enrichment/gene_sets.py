@@ -137,7 +137,7 @@ def _dropped(n_empty: int) -> str | None:
     return f"{n_empty} term(s) without a gene were left out." if n_empty else None
 
 
-def read_gmt(path: str | Path, name: str | None = None) -> GeneSets:
+def read_gmt(path: str | Path) -> GeneSets:
     """Read a GMT file: one term a line, as `term <tab> description <tab> gene <tab> gene ...`.
 
     Quotes, a byte-order mark, any line ends and tabs at the end of a line are harmless; a weight
@@ -145,9 +145,7 @@ def read_gmt(path: str | Path, name: str | None = None) -> GeneSets:
     terms without any gene, which are dropped, and says what else was not read as it stands
     (`gmt.members`: no column of descriptions, several genes in one place, identifiers).
 
-    Args:
-        path: the file.
-        name: the library's name; the file's stem by default.
+    The library's name is the file's stem.
 
     Raises:
         InputError: no such file, not UTF-8 text, not GMT, one term with two sets of genes, or no
@@ -162,7 +160,7 @@ def read_gmt(path: str | Path, name: str | None = None) -> GeneSets:
             f"The gene-set file {path} cannot be read ({reason}); check the path, or remove it "
             "from the profile to use another source."
         ) from error
-    return parse_gmt(content, name or path.stem, source="file", where=f"The gene-set file {path}")
+    return parse_gmt(content, path.stem, source="file", where=f"The gene-set file {path}")
 
 
 def parse_gmt(content: bytes, name: str, source: str, where: str) -> GeneSets:

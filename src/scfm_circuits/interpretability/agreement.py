@@ -17,6 +17,8 @@ from scfm_circuits.interpretability.deck import FEATURE, SOURCES
 from scfm_circuits.interpretability.ratings import ANSWERS, card_verdicts
 
 POOLED = "all raters"
+POWER = 0.8
+"""Chance that a study shall have to find a difference."""
 
 
 class Rated(NamedTuple):
@@ -117,10 +119,10 @@ def _fleiss(common: pd.DataFrame) -> tuple[float, float]:
     return same, float(fleiss_kappa(counts, method="fleiss"))
 
 
-def cards_to_separate(rate: float, other: float, power: float = 0.8, alpha: float = 0.05) -> int:
-    """Cards of each of two kinds that a two-sided test needs to tell their rates apart.
+def cards_to_separate(rate: float, other: float) -> int:
+    """Cards of each of two kinds that a two-sided test at 5 % needs to tell their rates apart.
 
-    Normal approximation with Cohen's effect size h (statsmodels).
+    With a power of `POWER`; normal approximation with Cohen's effect size h (statsmodels).
 
     Raises:
         InputError: rates that are equal or no shares.
@@ -129,16 +131,16 @@ def cards_to_separate(rate: float, other: float, power: float = 0.8, alpha: floa
         raise InputError(f"No number of cards separates the rates {rate:g} and {other:g}; give two "
                          "different shares.")
     needed = NormalIndPower().solve_power(effect_size=abs(proportion_effectsize(rate, other)),
-                                          power=power, alpha=alpha, alternative="two-sided")
+                                          power=POWER, alpha=0.05, alternative="two-sided")
     return max(2, math.ceil(float(needed)))
 
 
-def separation_table(rate: float, others: dict[str, float], power: float = 0.8) -> pd.DataFrame:
+def separation_table(rate: float, others: dict[str, float]) -> pd.DataFrame:
     """`cards_to_separate` for a rate against several others by name.
 
     Columns: against, rate, other_rate, cards_of_each (missing where the rates are equal), power.
     """
-    rows = [(name, rate, other, None if rate == other else cards_to_separate(rate, other, power),
-             power) for name, other in others.items()]
+    rows = [(name, rate, other, None if rate == other else cards_to_separate(rate, other), POWER)
+            for name, other in others.items()]
     frame = pd.DataFrame(rows, columns=["against", "rate", "other_rate", "cards_of_each", "power"])
     return frame.astype({"cards_of_each": "Int64"})

@@ -147,19 +147,18 @@ class Explained(NamedTuple):
         return (self.items >= 0).sum(axis=1)
 
 
-def explain(train: Mentions, held_out: Mentions, items: Items, at_most: int = AT_MOST
-            ) -> Explained:
+def explain(train: Mentions, held_out: Mentions, items: Items) -> Explained:
     """Choose items for each feature on the training mentions and score them on the held-out ones.
 
     The prediction is that the feature fires on every mention of the items' genes and on no other.
     Items are added one by one, each time the one with the best F1 on the training mentions, while
-    that rises, up to `at_most`; of equals the first. AUROC: a mention's score is the feature's
+    that rises, up to `AT_MOST`; of equals the first. AUROC: a mention's score is the feature's
     firing rate in training on the genes that the first item that holds it has brought, and on the
     rest for all others; ties count half.
     """
     n, n_genes, n_items = len(train.indptr) - 1, len(train.present), len(items.names)
-    choice = _Choice(np.full((n, at_most), -1, np.int64),
-                     *(np.zeros((n, at_most + 1)) for _ in range(3)))
+    choice = _Choice(np.full((n, AT_MOST), -1, np.int64),
+                     *(np.zeros((n, AT_MOST + 1)) for _ in range(3)))
     item = np.repeat(np.arange(n_items), np.diff(items.item_indptr))
     size = np.bincount(item, train.present[items.item_genes], n_items).astype(np.float64)
     _choose(train, held_out, _Index(*items[1:]), _Scratch(

@@ -148,7 +148,7 @@ def score_counts(train: sp.csr_matrix, held_out: sp.csr_matrix, kinds: Kinds) ->
     return frame
 
 
-def verdicts(scores: pd.DataFrame, margin: float = MARGIN, enough: float = ENOUGH_F1) -> np.ndarray:
+def verdicts(scores: pd.DataFrame, margin: float = MARGIN) -> np.ndarray:
     """What explains each feature, by F1 on held-out cells; one of `VERDICTS`.
 
     - `gene` or `family`: naming genes or families predicts better than naming sub-words, by the
@@ -157,7 +157,7 @@ def verdicts(scores: pd.DataFrame, margin: float = MARGIN, enough: float = ENOUG
     - `sub-word`: naming sub-words predicts better than either, by the margin.
     - `either`: something explains it, but these cells do not tell which, as where a token stands in
       the genes of one family alone.
-    - `none`: no explanation reaches `enough`, or none beats "fires on every gene" by the margin.
+    - `none`: no explanation reaches `ENOUGH_F1`, or none beats "fires on every gene" by the margin.
     - `too rare`: it fires on fewer than `MIN_FIRED` held-out mentions.
 
     Where genes are tokens (`gene_kinds`) no feature is `sub-word` or `either`.
@@ -165,7 +165,7 @@ def verdicts(scores: pd.DataFrame, margin: float = MARGIN, enough: float = ENOUG
     gene, family, token = (scores[f"{kind}_f1"].fillna(0).to_numpy() for kind in KINDS)
     rate = scores["held_out_rate"].to_numpy()
     level = np.maximum(gene, family)
-    needed = np.maximum(enough, 2 * rate / (1 + rate) + margin)
+    needed = np.maximum(ENOUGH_F1, 2 * rate / (1 + rate) + margin)
     return np.select(
         [scores["held_out_fired"].to_numpy() < MIN_FIRED, np.maximum(level, token) < needed,
          (level >= token + margin) & (family >= gene + margin), level >= token + margin,

@@ -14,7 +14,6 @@ number, from as many genes as it says, of which those beyond the library's own m
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -233,20 +232,19 @@ def combined_score(overlap: int, term: int, query: int, population: int) -> tupl
     return -math.log(p) * odds, p
 
 
-def server_case(folder: str | Path | None = None, population: int = 20_000) -> pd.DataFrame:
+def server_case() -> pd.DataFrame:
     """The paper's nine genes under the Enrichr server's formula, from overlap counts alone.
 
     `cellmarker_overlaps.csv` has, for each of the terms of CellMarker_Augmented_2021 that hold one
     of the nine, the overlap and the term's size; only the paper's term is named. So the case can be
     computed where the library, which may not be passed on, is not at hand.
 
-    Returns one row per term: overlap, term_size, term, p (one-sided Fisher, N = population), FDR
+    Returns one row per term: overlap, term_size, term, p (one-sided Fisher, N = 20,000), FDR
     (BH over these terms), score; smallest p first.
     """
-    folder = Path(folder) if folder is not None else PAPER
-    nine = len(pd.read_csv(folder / "circuit_genes.csv"))
-    table = pd.read_csv(folder / "cellmarker_overlaps.csv", keep_default_na=False)
-    scored = [combined_score(int(x), int(size), nine, population)
+    nine = len(pd.read_csv(PAPER / "circuit_genes.csv"))
+    table = pd.read_csv(PAPER / "cellmarker_overlaps.csv", keep_default_na=False)
+    scored = [combined_score(int(x), int(size), nine, 20_000)
               for x, size in zip(table["overlap"], table["term_size"], strict=True)]
     table["score"], table["p"] = [score for score, _ in scored], [p for _, p in scored]
     table["FDR"] = stats.false_discovery_control(table["p"])

@@ -62,9 +62,9 @@ def benchmark_table(path: Path) -> tuple[pd.DataFrame, str] | None:
     return pd.DataFrame(rows, columns=["measure", "value"]), where
 
 
-def shown_benchmark(report: "Report", path: Path = BENCHMARK) -> "Shown | None":
+def shown_benchmark(report: "Report") -> "Shown | None":
     """The benchmark's figures as a table with its machine, or how to get them."""
-    found = benchmark_table(path)
+    found = benchmark_table(BENCHMARK)
     if found is None:
         return report.warning("It was not run on this machine: `make bench BENCH=training` does, "
                               "in a few minutes.")

@@ -136,8 +136,8 @@ def nearest_features(rows: Tensor, k: int = NEAREST, batch: int = 1024
 
 
 @torch.no_grad()
-def logit_effects(model: "PreTrainedModel", rows: Tensor, vocabulary: int, k: int = LOGITS,
-                  batch: int = 512) -> tuple[np.ndarray, np.ndarray]:
+def logit_effects(model: "PreTrainedModel", rows: Tensor, vocabulary: int, k: int = LOGITS
+                  ) -> tuple[np.ndarray, np.ndarray]:
     """The tokens whose logits each row (n, d_model) raises and lowers most when it is written.
 
     Token ids and effects, (n, 2 k): the k largest, then the k smallest, smallest first. The effect
@@ -150,7 +150,7 @@ def logit_effects(model: "PreTrainedModel", rows: Tensor, vocabulary: int, k: in
     unembedding = unembedding - unembedding.mean(dim=0)
     k = min(k, vocabulary // 2)
     ids, values = [], []
-    for some in rows.to(unembedding.dtype).split(batch):
+    for some in rows.to(unembedding.dtype).split(512):
         centred = some - some.mean(dim=1, keepdim=True) if norm.centred else some
         effect = (centred * norm.gain) @ unembedding.T
         high, low = effect.topk(k), effect.topk(k, largest=False)

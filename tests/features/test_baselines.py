@@ -190,7 +190,8 @@ def test_the_control_is_trained_and_counted_once(model, corpus, profile, worked,
     assert len(worked) == 15 and same(first, again)
     # The files are those of the transcoders that were trained on the other model.
     folder = profile.results / "reinitialised"
-    assert {path.name for path in folder.iterdir()} == {"transcoders", "features.npz"}
+    names = {path.name for path in folder.iterdir()}  # a lock on one of them may stay
+    assert {name for name in names if not name.startswith(".")} == {"transcoders", "features.npz"}
     stored = load_transcoders(folder / "transcoders")
     other = reinitialised_model(model, profile.seed)
     scale = output_scale(model, other, corpus, profile)

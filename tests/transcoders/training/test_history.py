@@ -53,7 +53,7 @@ def test_the_kernels_of_the_book_know_that_nobody_looks_on(tmp_path: Path) -> No
     import papermill
     from nbformat.v4 import new_code_cell, new_notebook
 
-    from scfm_circuits.book.execution import _kernel_manager
+    from scfm_circuits.book.execution import _Kernel, _kernel_manager
 
     node = new_notebook(cells=[new_code_cell(
         "import IPython\n"
@@ -61,7 +61,9 @@ def test_the_kernels_of_the_book_know_that_nobody_looks_on(tmp_path: Path) -> No
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
     said = []
     with open(tmp_path / "log", "w") as log:
-        for options in ({"kernel_manager_class": _kernel_manager(log, tmp_path / "notes")}, {}):
+        kernel = _Kernel(1, lambda group: None, None)
+        ours = _kernel_manager(log, tmp_path / "notes", kernel)
+        for options in ({"kernel_manager_class": ours}, {}):
             done = papermill.execute_notebook(node, str(tmp_path / "out.ipynb"), progress_bar=False,
                                               kernel_name="python3", **options)
             said.append(done.cells[-1].outputs[0].text.strip())

@@ -48,7 +48,7 @@ import pandas as pd
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.tokens import question, token_texts
-from scfm_circuits.circuits import attribution, circuit, exports, search
+from scfm_circuits.circuits import attribution, circuit, equation_5, exports, search
 from scfm_circuits.circuits.case_study import case_study
 from scfm_circuits.circuits.case_targets import (
     DRAWS,
@@ -357,7 +357,7 @@ chapter.table("case_sum", pd.DataFrame({
 }), caption="The sum, and what the model itself computes", digits=7)
 
 # %%
-as_printed = attribution.compare_equation_5(frozen, parts, last, strongest[0], position)
+as_printed = equation_5.compare_equation_5(frozen, parts, last, strongest[0], position)
 chapter.rounded("case.equation5_correlation", as_printed.correlation, 2)
 chapter.rounded("case.equation5_ratio", as_printed.ratio, 2)
 

@@ -14,8 +14,9 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from scfm_circuits.cells.corpus import Corpus, build_corpus
 from scfm_circuits.cells.ranking import top_genes
 from scfm_circuits.cells.reading import About, RankedCells, read_chunks
-from scfm_circuits.circuits.attribution import Frozen, logit_direction
+from scfm_circuits.circuits.attribution import logit_direction
 from scfm_circuits.circuits.circuit import Node
+from scfm_circuits.circuits.frozen import Frozen
 from scfm_circuits.circuits.graph import Target
 from scfm_circuits.common.profile import Profile, load_profile
 from scfm_circuits.transcoders.training.run import TrainingRun

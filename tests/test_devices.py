@@ -24,11 +24,11 @@ from scfm_circuits.circuits import knock_out, structure
 from scfm_circuits.circuits.attribution import (
     closure,
     contributions,
-    equation_5,
     feature_direction,
-    freeze,
     logit_direction,
 )
+from scfm_circuits.circuits.equation_5 import equation_5
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.graph import attribution_graph, feature_target
 from scfm_circuits.circuits.graph_scores import completeness_score, effect_ends, prune
 from scfm_circuits.circuits.interventions import FeatureAt, compare_interventions

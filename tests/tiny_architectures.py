@@ -6,6 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
+    BertConfig,
+    BertForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -16,10 +20,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from scfm_circuits.circuits.attribution import Frozen
+from scfm_circuits.circuits.frozen import Frozen
+from scfm_circuits.models.architectures import decoder_layers
 
 LLAMA_TYPE = ("llama", "llama-biases", "mistral", "qwen2")
 FAMILIES = ("parallel", "sequential", "neox-no-biases", *LLAMA_TYPE)
+BERT_TYPE = ("bert", "bert-gelu")
+ALL_FAMILIES = (*FAMILIES, "gemma2", *BERT_TYPE)
+"""With those whose norms stand elsewhere than in front of a branch."""
 
 
 def tiny(family: str, *, layers: int = 3, width: int = 16, heads: int = 4, value_heads: int = 2,
@@ -42,6 +50,14 @@ def tiny(family: str, *, layers: int = 3, width: int = 16, heads: int = 4, value
         model = GPTNeoXForCausalLM(GPTNeoXConfig(
             **shared, use_parallel_residual=family != "sequential",
             attention_bias=family != "neox-no-biases"))
+    elif family == "gemma2":
+        model = Gemma2ForCausalLM(Gemma2Config(
+            **shared, **grouped, query_pre_attn_scalar=8, attn_logit_softcapping=5.0,
+            final_logit_softcapping=3.0, sliding_window=4))
+    elif family in BERT_TYPE:
+        model = BertForMaskedLM(BertConfig(
+            **shared | {"hidden_size": heads * (width // heads)}, layer_norm_eps=1e-12,
+            hidden_act="gelu" if family == "bert-gelu" else "relu", pad_token_id=0))
     elif family == "mistral":
         model = MistralForCausalLM(MistralConfig(**shared, **grouped, sliding_window=4))
     elif family == "qwen2":
@@ -52,21 +68,31 @@ def tiny(family: str, *, layers: int = 3, width: int = 16, heads: int = 4, value
                                              mlp_bias=biases))
     model.to(dtype).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
-        scale = 0.3 if name.endswith("bias") or "norm" in name else 0.0
+        scale = 0.3 if name.endswith("bias") or "norm" in name.lower() else 0.0
         parameter.mul_(8 if parameter.ndim > 1 else 1).add_(
             scale * torch.randn(parameter.shape, dtype=dtype))
+    if family in ("gemma2", *BERT_TYPE):  # the padding's embedding begins as zeros
+        model.get_input_embeddings().weight[0] = torch.randn(model.config.hidden_size, dtype=dtype)
     if not native_norms:
         for module in model.modules():
-            if hasattr(module, "variance_epsilon"):
+            if type(module).__name__.endswith("RMSNorm"):
                 module.forward = _unrounded(module)
     return model
 
 
 def _unrounded(norm: Any) -> Any:
     def forward(x: Tensor) -> Tensor:
-        return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True)
-                                             + norm.variance_epsilon)
+        return gain_of(norm) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps_of(norm))
     return forward
+
+
+def gain_of(norm: Any) -> Tensor:
+    """An RMSNorm's gain, which Gemma keeps less 1."""
+    return norm.weight + ("Gemma" in type(norm).__name__)
+
+
+def eps_of(norm: Any) -> float:
+    return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
 
 
 class Read(NamedTuple):
@@ -99,23 +125,45 @@ class LinearModel:
         self.model, self.frozen = model, frozen
         self._sources: Tensor | None = None
         self._read: list[Tensor] = []
-        self._body = model.base_model
+        self._frozen_functions()
         model.set_attn_implementation("frozen_pattern")
-        final = getattr(self._body, "norm", None) or self._body.final_layer_norm
-        self._freeze_norm(final, frozen.final)
-        mid = self._second_norm_inputs(frozen)
-        for index, layer in enumerate(self._body.layers):
+        model.config.final_logit_softcapping = None
+        for index, layer in enumerate(decoder_layers(model)):
             attention = getattr(layer, "self_attn", None) or layer.attention
-            attention.frozen_pattern = frozen.patterns[index]
-            self._freeze_norm(layer.input_layernorm, frozen.residual[index])
-            self._freeze_norm(layer.post_attention_layernorm, mid[index])
-            layer.mlp.forward = self._source(index)
+            (attention if not hasattr(attention, "self") else attention.self).frozen_pattern = (
+                frozen.patterns[index])
+            self._own_mlp(index, layer)
 
-    @staticmethod
-    def _second_norm_inputs(frozen: Frozen) -> Tensor:
-        """h of a parallel block, and of a sequential one what it leaves less what its MLP wrote."""
-        after = torch.cat([frozen.residual[1:], frozen.final[None]])
-        return frozen.residual if frozen.parallel else after - frozen.mlp_out
+    def _frozen_functions(self) -> None:
+        """Norms, and the function of a head, as they are in a run of the model itself."""
+        clean: dict[Any, Tensor] = {}
+        kinds = [one for one in self.model.modules() if isinstance(one, nn.LayerNorm)
+                 or type(one).__name__.endswith("RMSNorm")]
+        head = getattr(getattr(self.model, "cls", None), "predictions", None)
+        kinds += [head.transform.transform_act_fn] if head else []
+        handles = [one.register_forward_pre_hook(
+            lambda module, args: clean.update({module: args[0][0]})) for one in kinds]
+        gates: list[Tensor] = []
+        if head:
+            handles.append(head.transform.transform_act_fn.register_forward_hook(
+                lambda module, args, output: gates.append(output[0] / args[0][0])))
+        self.model(input_ids=self.frozen.tokens[None])
+        for handle in handles:
+            handle.remove()
+        for one in kinds[: len(kinds) - bool(head)]:
+            self._freeze_norm(one, clean[one])
+        if head:  # may be shared by layers, whose MLPs are not run
+            head.transform.transform_act_fn = nn.Identity()
+            head.transform.transform_act_fn.forward = lambda x: x * gates[-1]
+
+    def _own_mlp(self, index: int, layer: Any) -> None:
+        if hasattr(layer, "mlp"):
+            layer.mlp.forward = self._source(index)
+        else:
+            layer.intermediate.forward = self._source(index)
+            layer.output.dense.forward = lambda x: x
+        if hasattr(layer, "post_feedforward_layernorm"):
+            layer.post_feedforward_layernorm.forward = lambda x: x
 
     @staticmethod
     def _freeze_norm(norm: Any, clean: Tensor) -> None:
@@ -125,8 +173,8 @@ class LinearModel:
             norm.forward = lambda x: ((x - x.mean(-1, keepdim=True)) / scale[:, None] * norm.weight
                                       + norm.bias)
         else:
-            scale = (clean.norm(dim=-1).square() / clean.shape[-1] + norm.variance_epsilon).sqrt()
-            norm.forward = lambda x: x / scale[:, None] * norm.weight
+            scale = (clean.norm(dim=-1).square() / clean.shape[-1] + eps_of(norm)).sqrt()
+            norm.forward = lambda x: x / scale[:, None] * gain_of(norm)
 
     def _source(self, layer: int) -> Any:
         def forward(x: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ from machine import MIB, above, cpu_model, part, peak_mib, reset_peak
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scfm_circuits.cells.tokens import load_tokenizer
-from scfm_circuits.circuits.attribution import Frozen, contributions, feature_direction, freeze
+from scfm_circuits.circuits.attribution import contributions, feature_direction
+from scfm_circuits.circuits.frozen import Frozen, freeze
 from scfm_circuits.circuits.graph import attribution_graph, feature_target, graph_memory
 from scfm_circuits.circuits.graph_scores import prune
 from scfm_circuits.circuits.search import strongest_features, trace_feature

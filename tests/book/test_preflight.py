@@ -185,6 +185,11 @@ def test_a_cache_with_a_configuration_alone_lacks_the_model(empty: Path) -> None
         (snapshot / file).write_text("{}")
         assert downloads._is_here("some/model", None, weights=True) == model
         assert downloads._is_here("some/model", None, weights=False) == tokenizer
+    # One of several models in a repository, in a folder of its own.
+    assert not downloads._is_here("some/model", None, weights=True, inside="small")
+    (snapshot / "small").mkdir()
+    (snapshot / "small" / "a.safetensors").write_text("{}")
+    assert downloads._is_here("some/model", None, weights=True, inside="small")
 
 
 def test_a_full_disk_is_told_before_anything_is_done(empty: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,8 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
+from helpers import TRAINING
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_architectures import tiny
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import load_corpus
@@ -20,9 +23,12 @@ from scfm_circuits.cells.dictionaries import read_gene_tokens
 from scfm_circuits.cells.packaged import open_packaged
 from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.cells.rank_value import as_ranks
+from scfm_circuits.circuits.attribution import closure, feature_direction, logit_direction
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.common.encodings import RANK_VALUE
 from scfm_circuits.common.profile import Profile, load_profile
 from scfm_circuits.models.loading import get_model
+from scfm_circuits.transcoders.training.run import TrainingRun
 
 GENES = [f"ENSG{i:011d}" for i in range(1, 9)]
 NAMES = ["VWF", "PECAM1", "INS", "GCG", "B2M", "TMSB4X", "PLVAP", "FLT1"]
@@ -162,6 +168,24 @@ def test_an_answer_is_asked_for_and_there_is_none(tmp_path):
     profile = profile_of(cells(tmp_path, counts()), dictionaries(tmp_path))
     with pytest.raises(InputError, match="`encoding: geneformer_v2` has no answer"):
         answered_prompt(load_corpus(profile), profile, 0, "a")
+
+
+@pytest.mark.parametrize(("encoding", "family"), [("geneformer_v2", "bert"), ("maxtoki", "llama")])
+def test_transcoders_and_exact_circuits_of_a_model_of_gene_tokens(tmp_path, encoding, family):
+    """From counts to a closed sum, with a model of the family that the encoding belongs to."""
+    tiny(family, vocabulary=12, dtype=torch.float32, native_norms=True).save_pretrained(
+        tmp_path / "hub" / "small")
+    profile = profile_of(cells(tmp_path, counts()), dictionaries(tmp_path, encoding),
+                         model=str(tmp_path / "hub"), model_subfolder="small", model_layers=3,
+                         human_layer=1, **TRAINING)
+    corpus = load_corpus(profile)
+    model, _ = get_model(profile, corpus)
+    run = TrainingRun(model, corpus, profile)
+    run.run(progress=False)
+    frozen = freeze(model, run.transcoders, corpus.tokens[0][corpus.mask[0]])
+    for reading in (feature_direction(frozen, 2, 3, 2), logit_direction(frozen, 5, 2)):
+        assert closure(frozen, reading) < 1e-5
+    assert frozen.causal == (family == "llama")
 
 
 # --- the reference ------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ from scipy.stats import mannwhitneyu
 
 from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.circuits import case_targets
-from scfm_circuits.circuits.attribution import freeze
 from scfm_circuits.circuits.case_study import CaseStudy
 from scfm_circuits.circuits.circuit import circuit_genes, node_table
 from scfm_circuits.circuits.contrast import contrast_of, trace_contrast
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.search import trace_feature
 from scfm_circuits.enrichment.gene_sets import gene_sets_from_dict
 from scfm_circuits.enrichment.rules import RULES

@@ -12,13 +12,7 @@ from helpers import model_for, tiny_corpus, tiny_model, tiny_transcoders, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scfm_circuits.circuits.attribution import (
-    Frozen,
-    contributions,
-    feature_direction,
-    freeze,
-    logit_direction,
-)
+from scfm_circuits.circuits.attribution import contributions, feature_direction, logit_direction
 from scfm_circuits.circuits.circuit import (
     Circuit,
     Node,
@@ -30,6 +24,7 @@ from scfm_circuits.circuits.circuit import (
     share_kept,
 )
 from scfm_circuits.circuits.exports import Output, collapsed_edges, neuronpedia_graph, save_graph
+from scfm_circuits.circuits.frozen import Frozen, freeze
 from scfm_circuits.circuits.search import (
     gene_contributions,
     strongest_at_end,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_architectures import FAMILIES, LinearModel, tiny
 
 from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt
-from scfm_circuits.circuits.attribution import contributions, freeze, logit_direction
+from scfm_circuits.circuits.attribution import contributions, logit_direction
 from scfm_circuits.circuits.contrast import (
     Contrast,
     answers_by_label,
@@ -20,6 +20,7 @@ from scfm_circuits.circuits.contrast import (
     trace_contrast,
 )
 from scfm_circuits.circuits.direct_effects import direct_effects, sources_of
+from scfm_circuits.circuits.frozen import freeze
 
 END = 0
 

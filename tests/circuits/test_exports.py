@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scfm_circuits import InputError
-from scfm_circuits.circuits.attribution import Frozen, freeze, logit_direction
+from scfm_circuits.circuits.attribution import logit_direction
 from scfm_circuits.circuits.circuit import Circuit, Node
 from scfm_circuits.circuits.exports import (
     Output,
@@ -23,6 +23,7 @@ from scfm_circuits.circuits.exports import (
     save_graph,
     save_graphml,
 )
+from scfm_circuits.circuits.frozen import Frozen, freeze
 from scfm_circuits.circuits.graph import AttributionGraph, attribution_graph, feature_target
 from scfm_circuits.circuits.graph_scores import influence, prune
 from scfm_circuits.circuits.search import trace, trace_feature

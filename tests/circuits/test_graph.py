@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_architectures import FAMILIES, LinearModel, tiny
 
 from scfm_circuits import InputError
-from scfm_circuits.circuits.attribution import Frozen, freeze
+from scfm_circuits.circuits.frozen import Frozen, freeze
 from scfm_circuits.circuits.graph import (
     AttributionGraph,
     Target,

@@ -9,14 +9,9 @@ from hypothesis import strategies as st
 from tiny_architectures import FAMILIES, tiny
 
 from scfm_circuits import InputError
-from scfm_circuits.circuits.attribution import (
-    Frozen,
-    contributions,
-    feature_direction,
-    freeze,
-    head_direction,
-)
+from scfm_circuits.circuits.attribution import contributions, feature_direction, head_direction
 from scfm_circuits.circuits.contrast import Contrast
+from scfm_circuits.circuits.frozen import Frozen, freeze
 from scfm_circuits.circuits.interventions import (
     FeatureAt,
     circuit_alone,

@@ -15,9 +15,10 @@ from tiny_architectures import FAMILIES, LinearModel, tiny
 from scfm_circuits import InputError
 from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.circuits import knock_out
-from scfm_circuits.circuits.attribution import contributions, feature_direction, freeze
+from scfm_circuits.circuits.attribution import contributions, feature_direction
 from scfm_circuits.circuits.contrast import Contrast, contrast_of, trace_contrast
 from scfm_circuits.circuits.direct_effects import all_paths, direct_effects, sources_of
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.transcoders.transcoder import Variant
 
 OPTIONS = {"circuit_branches": 64, "circuit_depth": 3, "circuit_nodes": 200, "forward_cells": 3}

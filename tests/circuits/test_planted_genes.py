@@ -13,8 +13,8 @@ from scfm_circuits import InputError
 from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.cells.simulated import Plan, Program, plan_of
 from scfm_circuits.circuits import planted_genes
-from scfm_circuits.circuits.attribution import freeze
 from scfm_circuits.circuits.circuit import node_table
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.planted_genes import (
     KnownTruth,
     circuit_gene_table,

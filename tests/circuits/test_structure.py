@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from scipy.stats import permutation_test
 
 from scfm_circuits import InputError
-from scfm_circuits.circuits.attribution import contributions, feature_direction, freeze
+from scfm_circuits.circuits.attribution import contributions, feature_direction
 from scfm_circuits.circuits.circuit import Circuit, Edge, Expansion, Node
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.search import trace_feature
 from scfm_circuits.circuits.structure import (
     circuit_features,

@@ -9,7 +9,8 @@ from helpers import tiny_profile, tiny_transcoders
 from scfm_circuits import InputError
 from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.circuits import studies
-from scfm_circuits.circuits.attribution import contributions, feature_direction, freeze
+from scfm_circuits.circuits.attribution import contributions, feature_direction
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.interventions import FeatureAt, frozen_change, written_by
 from scfm_circuits.circuits.search import strongest_features, trace_feature
 from scfm_circuits.circuits.structure import (

@@ -8,9 +8,10 @@ from tiny_architectures import FAMILIES, tiny
 
 from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.circuits import task_circuit as task
-from scfm_circuits.circuits.attribution import feature_direction, freeze
+from scfm_circuits.circuits.attribution import feature_direction
 from scfm_circuits.circuits.contrast import contrast_of
 from scfm_circuits.circuits.direct_effects import direct_effects, sources_of, total_pulls
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.token_means import kinds_of, mean_activations
 from scfm_circuits.models.mlp_sites import mlp_sites
 from scfm_circuits.transcoders.transcoder import Variant

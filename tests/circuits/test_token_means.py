@@ -6,7 +6,7 @@ import torch
 from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
 
 from scfm_circuits.cells.prompts import answered_prompt
-from scfm_circuits.circuits.attribution import freeze
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.interventions import held_at_means
 from scfm_circuits.circuits.token_means import mean_activations, token_kinds
 from scfm_circuits.transcoders.transcoder import Variant

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scfm_circuits import InputError
-from scfm_circuits.circuits.attribution import freeze, logit_direction
+from scfm_circuits.circuits.attribution import logit_direction
 from scfm_circuits.circuits.circuit import Circuit, Edge, Expansion, Node
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.search import trace, trace_feature
 from scfm_circuits.circuits.view import MAX_GENES, MAX_TEXT, Detail, circuit_view, feature_details
 from scfm_circuits.common.profile import load_profile

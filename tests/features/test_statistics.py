@@ -16,7 +16,7 @@ from scipy.stats import binom
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.tokens import token_texts
-from scfm_circuits.circuits.attribution import freeze
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.features import statistics as features_module
 from scfm_circuits.features.contexts import draw_features, feature_contexts, token_table
 from scfm_circuits.features.gene_lists import (

@@ -1,15 +1,13 @@
 """Parts and weights of every supported family, and what is refused."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from helpers import tiny_corpus, tiny_profile, tiny_transcoders, tokens
-from tiny_architectures import FAMILIES, LLAMA_TYPE, tiny
+from tiny_architectures import BERT_TYPE, FAMILIES, LLAMA_TYPE, tiny
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -19,7 +17,7 @@ from transformers import (
 )
 
 from scfm_circuits import InputError
-from scfm_circuits.circuits.attribution import freeze
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.search import trace_feature
 from scfm_circuits.models.architectures import (
     architecture_of,
@@ -30,6 +28,7 @@ from scfm_circuits.models.architectures import (
     layer_weights,
     neuron_rows,
 )
+from scfm_circuits.models.mlp_sites import mlp_sites, mlps, replaced_mlps, zero_ablation
 from scfm_circuits.transcoders.training.run import TrainingRun
 from scfm_circuits.transcoders.validation import (
     compare_configurations,
@@ -148,10 +147,8 @@ def test_weights_are_views_of_the_models_own():
 OTHERS = {
     "GPT2LMHeadModel": lambda: GPT2LMHeadModel(
         GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=20, n_positions=8)),
-    "BertForMaskedLM": lambda: BertForMaskedLM(BertConfig(**SHARED)),
-    # Like Llama, but they scale by 1 + gain, normalise what is written, or normalise q and k.
+    # Like Llama, but they scale by 1 + gain in one place, or normalise q and k.
     "GemmaForCausalLM": lambda: GemmaForCausalLM(GemmaConfig(**SHARED, head_dim=4)),
-    "Gemma2ForCausalLM": lambda: Gemma2ForCausalLM(Gemma2Config(**SHARED, head_dim=4)),
     "Qwen3ForCausalLM": lambda: Qwen3ForCausalLM(Qwen3Config(**SHARED, head_dim=4)),
     "Linear": lambda: torch.nn.Linear(2, 2),
 }
@@ -161,11 +158,13 @@ OTHERS = {
 def test_another_family_is_refused_by_name(name):
     model = OTHERS[name]()
     for use in (architecture_of, decoder_layers, lambda m: freeze(m, None, [1, 2])):
-        with pytest.raises(InputError, match=rf"{name}.*GPT-NeoX.*Llama.*Mistral and Qwen2 only"):
+        with pytest.raises(InputError, match=rf"{name}.*GPT-NeoX.*Llama.*BERT"):
             use(model)
 
 
 def test_a_model_without_a_head_is_refused():
+    with pytest.raises(InputError, match=r"BertModel.*AutoModelForMaskedLM"):
+        architecture_of(tiny("bert").bert)
     with pytest.raises(InputError, match=r"LlamaModel.*AutoModelForCausalLM"):
         architecture_of(tiny("llama").model)
 
@@ -181,6 +180,78 @@ def test_freezing_needs_eager_attention(family):
     model.set_attn_implementation("sdpa")
     with pytest.raises(InputError, match="attn_implementation='eager'"):
         freeze(model, tiny_transcoders(model), tokens(4))
+
+
+# --- norms elsewhere than in front of a branch ----------------------------------------------------
+
+
+def _parts_of(model: Any, ids: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    """What went into and came out of named modules of each layer."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    for layer in decoder_layers(model):
+        for name, part in (("", layer), *layer.named_modules()):
+            def keep(module, args, kwargs, output, name=name):
+                read = args[0] if args else kwargs.get("hidden_states")
+                seen.setdefault(f"{name}.in", []).append(read)
+                seen.setdefault(f"{name}.out", []).append(
+                    output[0] if isinstance(output, tuple) else output)
+            part.register_forward_hook(keep, with_kwargs=True)
+    model(input_ids=ids)
+    return seen
+
+
+def test_gemma_2_normalises_what_it_reads_and_what_it_writes():
+    ids = torch.from_numpy(tokens(7))[None]
+    seen = _parts_of(tiny("gemma2"), ids)
+    sites = mlp_sites(tiny("gemma2"), ids, torch.ones_like(ids, dtype=torch.bool))
+    for layer in range(3):
+        middle = seen["pre_feedforward_layernorm.in"][layer][0]
+        assert torch.equal(sites.inputs[layer], seen["mlp.in"][layer][0])
+        # What is added is what the site writes, behind its norm.
+        assert torch.allclose(middle + sites.outputs[layer], seen[".out"][2 * layer][0])
+        assert torch.allclose(seen["input_layernorm.in"][layer][0]
+                              + seen["post_attention_layernorm.out"][layer][0], middle)
+
+
+def test_bert_normalises_the_stream():
+    ids = torch.from_numpy(tokens(7))[None]
+    model = tiny("bert")
+    sites = mlp_sites(tiny("bert"), ids, torch.ones_like(ids, dtype=torch.bool))
+    seen = _parts_of(model, ids)
+    for layer in range(3):
+        stream = seen["attention.output.LayerNorm.out"][layer][0]
+        assert torch.equal(sites.inputs[layer], stream)
+        assert torch.allclose(seen["output.LayerNorm.in"][layer][0], stream + sites.outputs[layer])
+
+
+@pytest.mark.parametrize("family", ["gemma2", *BERT_TYPE])
+def test_replaced_mlps_pass_the_norms_that_are_not_theirs(family):
+    model, ids = tiny(family), torch.from_numpy(tokens(9))[None]
+    clean, parts = model(input_ids=ids).logits, mlps(model)
+    with replaced_mlps(model, lambda layer, x: parts[layer](x)):
+        assert torch.allclose(model(input_ids=ids).logits, clean, atol=1e-12)
+    with replaced_mlps(model, zero_ablation, [1]):
+        without = model(input_ids=ids).logits
+    assert not torch.allclose(without, clean, atol=1e-3)
+    assert torch.equal(model(input_ids=ids).logits, clean)
+    silent = [one for name, one in decoder_layers(model)[1].named_parameters()
+              if name.startswith(("output.dense", "post_feedforward"))]
+    for one in silent:  # gemma's gain is this and 1
+        one.fill_(-1.0 if family == "gemma2" else 0.0)
+    assert torch.allclose(model(input_ids=ids).logits, without, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", BERT_TYPE)
+def test_sites_of_an_encoder_do_not_see_the_padding(family):
+    """Whoever asks, and however many padded tokens stand behind."""
+    model = tiny(family)
+    ids = torch.from_numpy(tokens(12))[None].repeat(2, 1)
+    mask = torch.arange(12) < torch.tensor([[7], [12]])
+    ids[0, 7:] = 0
+    alone = mlp_sites(model, ids[:1, :7], mask[:1, :7])
+    for masked in (True, False):
+        together = mlp_sites(model, ids, mask, masked=masked)
+        assert (together.inputs[:, :7] - alone.inputs).abs().max() < 1e-12
 
 
 # --- what needs only the MLP sites ---------------------------------------------------------------

@@ -351,7 +351,7 @@ def test_another_architecture_is_refused_before_its_weights_are_read(tmp_path):
     GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=20, n_positions=8)
                     ).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"GPT2LMHeadModel.*GPT-NeoX.*Llama, Mistral and Qwen2"):
+    with pytest.raises(InputError, match=r"GPT2LMHeadModel.*GPT-NeoX.*Llama.*BERT"):
         load_model(tmp_path)
 
 
@@ -371,6 +371,43 @@ def test_pickled_weights_are_refused(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InputError, match="safetensors"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "bert", "llama"])
+def test_a_model_in_a_folder_of_its_repository(tmp_path, family):
+    model = tiny(family, dtype=torch.float32, native_norms=True)
+    model.save_pretrained(tmp_path / "one" / "of-two")
+    loaded = load_model(tmp_path, subfolder="one/of-two")
+    ids = torch.from_numpy(tokens(6))[None]
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert loaded.config._attn_implementation == "eager"
+    with pytest.raises(InputError, match="check `model`"):
+        load_model(tmp_path, subfolder="other")
+
+
+@pytest.mark.parametrize("family", ["bert", "gemma2", "llama"])
+def test_weights_of_layers_that_would_not_be_used_are_refused(tmp_path, family):
+    """An adapter's, say; those of another head are left aside."""
+    tiny(family, dtype=torch.float32, native_norms=True).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["classifier.weight"] = torch.zeros(2, 16)
+    save_file(tensors, path, metadata={"format": "pt"})
+    load_model(tmp_path)
+    name = next(one for one in tensors if ".1." in one and one.endswith("weight"))
+    tensors[name.replace("weight", "lora_A.weight")] = torch.zeros(2, 16)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"which would not be used: .*lora_A\.weight"):
+        load_model(tmp_path)
+
+
+def test_a_model_that_answers_nothing_is_not_asked(monkeypatch, tmp_path):
+    tiny("bert", dtype=torch.float32, vocabulary=2000).save_pretrained(tmp_path / "bert")
+    corpus = tiny_corpus()
+    profile = tiny_profile(monkeypatch, tmp_path, model=str(tmp_path / "bert"), tokenizer="x",
+                           model_layers=None, human_layer=1)
+    with pytest.raises(InputError, match="fills in what is masked and writes no answer"):
+        get_model(profile, corpus)
 
 
 def truncate(folder: Path) -> None:

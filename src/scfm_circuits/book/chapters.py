@@ -31,9 +31,9 @@ from scfm_circuits.common.profile import ROOT, Profile, cells_path, load_profile
 
 NOTEBOOKS = ROOT / "notebooks"
 SHOWN = {"name", "title", "seed", "cells_are", "cells_name"}
+"""Profile fields that every page shows."""
 _CHECKED = {"profile", "profile_files"}
 """Files of `common` that name fields only to define and check them."""
-"""Profile fields that every page shows."""
 CACHED = "gene-set cache"
 """The kind of input that a notebook may make itself, by a download."""
 LARGE = 2**25

@@ -55,7 +55,8 @@ def missing(profile: Profile, parameters: int) -> list[Download]:
         left = missing_bytes(int(listed["bytes"]), path)
         found += [Download(path.name, left, path.parent)] if left else []
     for name in _on_the_hub(profile):
-        if not _is_here(name, profile.model_revision, name == profile.model):
+        inside = profile.model_subfolder if name == profile.model else ""
+        if not _is_here(name, profile.model_revision, name == profile.model, inside):
             size = 4 * parameters if name == profile.model else 3 * 2**20
             found.append(Download(name, size, Path(constants.HF_HUB_CACHE), exact=False))
     for name in () if downloads_are_off() else missing_libraries(profile):
@@ -120,16 +121,21 @@ def _on_the_hub(profile: Profile) -> list[str]:
         if name not in MADE_HERE and not Path(model_source(field, name)).is_dir()))
 
 
-def _is_here(name: str, revision: str | None, weights: bool) -> bool:
-    """Whether a model (with its weights) or a tokenizer is in Hugging Face's cache."""
+def _files_in(inside: str) -> list[str]:
+    """What is fetched of a repository, from one folder of it."""
+    return [f"{inside}/{one}" if inside else one for one in MODEL_FILES]
+
+
+def _is_here(name: str, revision: str | None, weights: bool, inside: str = "") -> bool:
+    """Whether a model (with its weights, in a folder) or a tokenizer is in Hugging Face's cache."""
     from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(name, revision=revision, local_files_only=True,
-                                   allow_patterns=MODEL_FILES)
+                                   allow_patterns=_files_in(inside))
     except Exception:  # huggingface_hub raises many kinds
         return False
-    return any(Path(folder).glob("*.safetensors" if weights else "tokenizer*"))
+    return any(Path(folder, inside).glob("*.safetensors" if weights else "tokenizer*"))
 
 
 def fetch_cells(profile: Profile) -> Path | None:
@@ -157,9 +163,10 @@ def fetch_model(profile: Profile) -> list[Path]:
     for name in _on_the_hub(profile):
         from huggingface_hub import snapshot_download
 
+        inside = profile.model_subfolder if name == profile.model else ""
         try:
             folder = Path(snapshot_download(name, revision=profile.model_revision,
-                                            allow_patterns=MODEL_FILES))
+                                            allow_patterns=_files_in(inside)), inside)
         except Exception as error:  # huggingface_hub raises many kinds
             raise InputError(f"{name!r} cannot be fetched from Hugging Face ({first_line(error)}); "
                              "check the "

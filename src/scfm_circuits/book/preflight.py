@@ -34,8 +34,8 @@ from scfm_circuits.book.sizes import (
     run_sizes,
     works,
 )
-from scfm_circuits.circuits.attribution import NO_CIRCUITS
 from scfm_circuits.circuits.case_study import read_sentence
+from scfm_circuits.circuits.frozen import NO_CIRCUITS
 from scfm_circuits.common.encodings import CELL_SENTENCE
 from scfm_circuits.common.files import time_in_words
 from scfm_circuits.common.profile import Profile

@@ -108,7 +108,7 @@ def model_config(profile: Profile, corpus: Corpus | None, length: int, genes: in
     listed = manifest.entry("models", profile.model)
     try:
         config = load_config(profile.model, profile.model_revision,
-                             local_files_only=listed is not None)
+                             subfolder=profile.model_subfolder, local_files_only=listed is not None)
     except InputError:
         if listed is None:
             raise

@@ -9,82 +9,25 @@ so a pre-activation is a sum over what was written into the residual stream:
 2. `feature_direction` and `logit_direction` pull an encoder row or an unembedding row back through
    its norm to the residual stream: u = C(g * f) / sigma, with C subtracting the mean in LayerNorm
    and doing nothing in RMSNorm. This is what the paper's Equation 5 leaves out.
-3. `contributions` gives every node's share of u . residual, and the constant from the biases.
+3. `contributions` gives every node's share of u . residual, and the constant from the biases. Where
+   a norm stands on the stream itself (BERT), u changes at it in the same way, and its bias counts.
 4. `head_direction` goes one attention hop further: what a head read at its source token.
 
 The constant is computed from the biases, never as the rest, so the sum can be checked.
 In a parallel block (GPT-NeoX) attention and MLP of one layer read the same residual, so an MLP's
 features see attention of earlier layers only; in a sequential one (Llama) they see their own
-layer's too. Which models there are, and where their parts stand, is in `architectures`.
+layer's too. Which models there are, and where their parts and norms stand, is in `architectures`.
 The sums are exact in the model's precision. transformers' RMSNorm rounds to float32, so in a
 float64 model with RMSNorm they are as good as float32.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from scfm_circuits import InputError
-from scfm_circuits.models.architectures import (
-    LayerWeights,
-    architecture_of,
-    decoder_layers,
-    final_norm,
-    layer_weights,
-)
-from scfm_circuits.models.mlp_sites import device_of, hooked
-from scfm_circuits.transcoders.transcoder import Transcoders
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-NO_CIRCUITS = ("Circuits are traced through transcoders, and the profile asks for autoencoders of "
-               "MLP outputs (`site: sae`); set `site: transcoder`.")
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """One text, run once, with all that the linear view needs.
-
-    tokens: (n_pos,). residual: (n_layers, n_pos, d_model) entering each layer; final: (n_pos,
-    d_model) leaving the last. patterns: (n_layers, n_heads, n_pos, n_pos) attention, rows are
-    destinations. sigma1, sigma2: (n_layers, n_pos) and sigma_final: (n_pos,) the norms' scales.
-    mlp_in, mlp_out: (n_layers, n_pos, d_model). pre, activations: (n_layers, n_pos, n_features)
-    before and after the transcoders' activation function. error: (n_layers, n_pos, d_model) MLP
-    output minus what the features and the output bias write (what a skip connection writes is part
-    of it).
-    parallel: an MLP does not see its layer's attention. centred: the norms subtract the mean
-    (LayerNorm), or do not (RMSNorm).
-    """
-
-    tokens: Tensor
-    residual: Tensor
-    final: Tensor
-    patterns: Tensor
-    sigma1: Tensor
-    sigma2: Tensor
-    sigma_final: Tensor
-    mlp_in: Tensor
-    mlp_out: Tensor
-    pre: Tensor
-    activations: Tensor
-    error: Tensor
-    logits: Tensor
-    weights: tuple[LayerWeights, ...]
-    transcoders: Transcoders
-    final_gain: Tensor
-    final_bias: Tensor
-    unembedding: Tensor
-    parallel: bool
-    centred: bool
-
-    def centre(self, x: Tensor) -> Tensor:
-        """C x: what the norms do to x (..., d_model) before they scale it; C is symmetric."""
-        return x - x.mean(dim=-1, keepdim=True) if self.centred else x
+from scfm_circuits.circuits.frozen import AtTokens, Frozen
 
 
 class Reading(NamedTuple):
@@ -121,69 +64,6 @@ class Contributions(NamedTuple):
                 + self.constant)
 
 
-# --- the frozen run ------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def freeze(model: "PreTrainedModel", transcoders: Transcoders, tokens: np.ndarray | Tensor
-           ) -> Frozen:
-    """Run one text (n_pos,) and keep what the linear view needs; attention must be `eager`.
-
-    Raises InputError for a model of another family than `architectures` knows, for one whose
-    attention gives no patterns, and for autoencoders, which do not read what an MLP reads.
-    """
-    family = architecture_of(model)
-    if transcoders.variant.site != "transcoder":
-        raise InputError(NO_CIRCUITS)
-    ids = torch.as_tensor(tokens).to(device_of(model))[None]
-    output, seen = _recorded(model, ids)
-    if not output.attentions or output.attentions[0] is None:
-        raise InputError("The model returns no attention patterns; load it with "
-                         "attn_implementation='eager'.")
-    stacked = {key: torch.stack(values) for key, values in seen.items()}
-    layers, last = decoder_layers(model), family.norm(final_norm(model))
-    sigma1 = [family.norm(layer.input_layernorm).scale(x)
-              for layer, x in zip(layers, seen["residual"], strict=True)]
-    sigma2 = [family.norm(layer.post_attention_layernorm).scale(x)
-              for layer, x in zip(layers, seen["mid"], strict=True)]
-    pre = transcoders.pre_activations(stacked["in"])
-    z = transcoders.activate(pre)
-    unembedding: Any = model.get_output_embeddings()
-    return Frozen(
-        tokens=ids[0], residual=stacked["residual"], final=stacked["final"][0],
-        patterns=torch.stack(list(output.attentions))[:, 0],
-        sigma1=torch.stack(sigma1), sigma2=torch.stack(sigma2),
-        sigma_final=last.scale(stacked["final"][0]), mlp_in=stacked["in"], mlp_out=stacked["out"],
-        pre=pre, activations=z, error=stacked["out"] - transcoders.decode(z),
-        logits=output.logits[0],
-        weights=layer_weights(model), transcoders=transcoders,
-        final_gain=last.gain, final_bias=last.bias, unembedding=unembedding.weight,
-        parallel=family.parallel(model.config), centred=last.centred,
-    )
-
-
-def _recorded(model: "PreTrainedModel", ids: Tensor) -> tuple[Any, dict[str, list[Tensor]]]:
-    """The model's output with attention patterns, and what passed through its parts, by layer:
-    residual (entering the layer), mid (entering the second norm), in and out of the MLP; final."""
-    seen: dict[str, list[Tensor]] = {key: [] for key in ("residual", "mid", "in", "out", "final")}
-
-    def keep(key: str):  # type: ignore[no-untyped-def]
-        return lambda module, args, kwargs: seen[key].append(
-            (args[0] if args else kwargs["hidden_states"])[0])
-
-    handles = [final_norm(model).register_forward_pre_hook(keep("final"), with_kwargs=True)]
-    for layer in decoder_layers(model):
-        handles += [
-            layer.register_forward_pre_hook(keep("residual"), with_kwargs=True),
-            layer.post_attention_layernorm.register_forward_pre_hook(keep("mid"), with_kwargs=True),
-            layer.mlp.register_forward_pre_hook(keep("in"), with_kwargs=True),
-            layer.mlp.register_forward_hook(
-                lambda module, args, output: seen["out"].append(output[0])),
-        ]
-    with hooked(handles):
-        return model(input_ids=ids, use_cache=False, output_attentions=True), seen
-
-
 # --- readings ------------------------------------------------------------------------------------
 
 
@@ -210,19 +90,23 @@ def logit_direction(frozen: Frozen, token: int, position: int, minus: Sequence[i
     unembedding less the others', weighted by their softmax p among themselves. Because
     logsumexp(l) = sum(p l) + H(p), the constant holds the entropy H(p), and the sum stays exact.
     """
-    unembed, logits = frozen.unembedding, frozen.logits[position]
+    unembed, bias, logits = frozen.unembedding, frozen.unembedding_bias, frozen.logits[position]
     if minus:
         others = torch.as_tensor(list(minus), device=unembed.device)
         among = logits[others].softmax(dim=-1)
         f_minus, entropy = among @ unembed[others], torch.special.entr(among).sum()
-        value = logits[token] - logits[others].logsumexp(dim=-1)
+        value, bias_minus = logits[token] - logits[others].logsumexp(dim=-1), among @ bias[others]
     else:
         f_minus, entropy = unembed.mean(dim=0), torch.zeros_like(logits[token])
-        value = logits[token] - logits.mean()
+        value, bias_minus = logits[token] - logits.mean(), bias.mean()
     f = unembed[token] - f_minus
-    u = frozen.centre(frozen.final_gain * f) / frozen.sigma_final[position]
+    u = frozen.last.back(f, position)
+    constant = f @ frozen.last.norm.bias - entropy + (bias[token] - bias_minus)
+    if frozen.head is not None:
+        gated = u * frozen.head.gate[position]
+        u, constant = gated @ frozen.head.weight, constant + gated @ frozen.head.bias
     n_layers = len(frozen.weights)
-    return Reading(u, position, n_layers, n_layers, f @ frozen.final_bias - entropy, value)
+    return Reading(u, position, n_layers, n_layers, constant, value)
 
 
 @torch.no_grad()
@@ -232,7 +116,7 @@ def head_direction(frozen: Frozen, of: Reading, layer: int, head: int, source: i
     Its value is the head's contribution to `of` from that token; its biases were already counted
     in `of`'s constant, so its own constant is zero. It sees layers below `layer` only.
     """
-    v = _value_direction(frozen, of.vector, layer)[head]
+    v = _value_direction(frozen, seen_by(frozen, of).attention[layer], layer)[head]
     scale = frozen.patterns[layer, head, of.position, source] / frozen.sigma1[layer, source]
     u = scale * v
     return Reading(u, source, layer, layer, torch.zeros_like(of.constant),
@@ -260,24 +144,66 @@ def through_attention(frozen: Frozen, layer: int, change: Tensor) -> Tensor:
     normed = frozen.centre(change) / frozen.sigma1[layer][:, None] * weights.ln1_gain
     values = torch.einsum("hkd,sd->hsk", weights.w_v, normed)
     mixed = torch.einsum("hts,hsk->htk", frozen.patterns[layer], values)
-    return torch.einsum("htk,hok->to", mixed, weights.w_o)
+    return frozen.across(frozen.behind[layer], torch.einsum("htk,hok->to", mixed, weights.w_o))
 
 
 # --- contributions -------------------------------------------------------------------------------
 
 
+class SeenBy(NamedTuple):
+    """A reading's vector (d_model,) where each part writes into the stream, and its constant.
+
+    mlps, attention: by layer, as far as it sees them; start: where the stream begins, before
+    `entry`. The same vector everywhere but behind norms.
+    """
+
+    mlps: dict[int, Tensor]
+    attention: dict[int, Tensor]
+    start: Tensor
+    constant: Tensor
+
+
+@torch.no_grad()
+def seen_by(frozen: Frozen, reading: Reading) -> SeenBy:
+    """Follow a reading down the stream at its token, back through the norms that stand on it."""
+    u, constant, position = reading.vector, reading.constant, reading.position
+
+    def before(norm: AtTokens | None, u: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
+        return (u, constant) if norm is None else (
+            norm.back(u, position), constant + u @ norm.norm.bias)
+
+    of_mlps, of_attention = dict[int, Tensor](), dict[int, Tensor]()
+    for layer in range(max(reading.mlp_limit, reading.attention_limit) - 1, -1, -1):
+        if layer < reading.mlp_limit:
+            u, constant = before(frozen.end[layer], u, constant)
+            of_mlps[layer] = u
+        if layer < reading.attention_limit:
+            u, constant = before(frozen.middle[layer], u, constant)
+            of_attention[layer], constant = before(frozen.behind[layer], u, constant)
+    u, constant = before(frozen.entry, u, constant)
+    if frozen.same is not None:
+        constant = constant + u @ frozen.same[position]
+    return SeenBy(of_mlps, of_attention, u, constant)
+
+
 @torch.no_grad()
 def contributions(frozen: Frozen, reading: Reading) -> Contributions:
     """Every node's contribution to a reading; they sum to its value exactly."""
-    u, position, t = reading.vector, reading.position, frozen.transcoders
+    position, t = reading.position, frozen.transcoders
     n_mlp, n_attention = reading.mlp_limit, reading.attention_limit
-    written = torch.einsum("lfd,d->lf", t.W_dec[:n_mlp], u)
-    features = frozen.activations[:n_mlp, position] * written
-    errors = frozen.error[:n_mlp, position] @ u
-    constant = reading.constant + (t.b_dec[:n_mlp] @ u).sum()
+    seen = seen_by(frozen, reading)
+    error = frozen.error[:n_mlp, position]
+    if any(frozen.end) or any(frozen.middle):
+        u = torch.stack([seen.mlps[layer] for layer in range(n_mlp)] or [reading.vector])[:n_mlp]
+        written = torch.einsum("lfd,ld->lf", t.W_dec[:n_mlp], u)
+        errors, biases = (error * u).sum(dim=-1), (t.b_dec[:n_mlp] * u).sum()
+    else:  # one vector for all layers
+        written = torch.einsum("lfd,d->lf", t.W_dec[:n_mlp], reading.vector)
+        errors, biases = error @ reading.vector, (t.b_dec[:n_mlp] @ reading.vector).sum()
+    features, constant = frozen.activations[:n_mlp, position] * written, seen.constant + biases
     heads = []
     for layer in range(n_attention):
-        weights = frozen.weights[layer]
+        weights, u = frozen.weights[layer], seen.attention[layer]
         pulled = _pulled_to_norm(frozen, u, layer)
         v = frozen.centre(weights.ln1_gain * pulled)
         read = frozen.residual[layer] @ v.T / frozen.sigma1[layer][:, None]
@@ -289,19 +215,16 @@ def contributions(frozen: Frozen, reading: Reading) -> Contributions:
             torch.einsum("hok,o->hk", weights.w_o, u) * weights.b_v).sum(dim=-1)
         constant = constant + weights.b_o @ u + arriving @ from_values
     n_heads, n_positions = frozen.patterns.shape[1], frozen.patterns.shape[2]
-    stacked = torch.stack(heads) if heads else u.new_zeros(0, n_heads, n_positions)
-    return Contributions(features, errors, frozen.residual[0, position] @ u, stacked, constant)
+    stacked = torch.stack(heads) if heads else reading.vector.new_zeros(0, n_heads, n_positions)
+    return Contributions(features, errors, leaves_of(frozen, reading).sum(), stacked, constant)
 
 
 @torch.no_grad()
-def equation_5(frozen: Frozen, layer: int, feature: int, position: int) -> Tensor:
-    """The paper's Equation 5 as printed: z * (f_dec . f_enc), (layer, n_features).
-
-    It reads the residual stream as if there were no norm before the MLP; kept for comparison.
-    """
-    t = frozen.transcoders
-    return frozen.activations[:layer, position] * torch.einsum(
-        "lfd,d->lf", t.W_dec[:layer], t.W_enc[layer, feature])
+def leaves_of(frozen: Frozen, reading: Reading) -> Tensor:
+    """(n_leaves,) of which the embedding's contribution is the sum: what the token itself gives,
+    and what its position does where that is embedded too."""
+    start = seen_by(frozen, reading).start
+    return torch.stack([leaf[reading.position] @ start for leaf in frozen.leaves])
 
 
 def closure(frozen: Frozen, reading: Reading) -> float:
@@ -314,24 +237,3 @@ def closure(frozen: Frozen, reading: Reading) -> float:
     largest = max(float(part.abs().max()) for part in parts if part.numel())
     scale = max(abs(float(reading.value)), largest, 1e-30)
     return abs(float(parts.total() - reading.value)) / scale
-
-
-class Equation5(NamedTuple):
-    """The paper's Equation 5 beside the exact contributions, over the features active at a token.
-
-    correlation: NaN for fewer than three of them. ratio: of the sums over all features; NaN if the
-    exact one is 0.
-    """
-
-    correlation: float
-    ratio: float
-
-
-def compare_equation_5(frozen: Frozen, parts: Contributions, layer: int, feature: int,
-                       position: int) -> Equation5:
-    """Equation 5 as printed against `parts`, the exact contributions to the same feature."""
-    raw = equation_5(frozen, layer, feature, position).flatten().cpu().numpy()
-    exact = parts.features.flatten().cpu().numpy()
-    active = frozen.activations[:layer, position].flatten().cpu().numpy() > 0
-    agreement = np.corrcoef(raw[active], exact[active])[0, 1] if active.sum() > 2 else np.nan
-    return Equation5(float(agreement), float(raw.sum() / exact.sum()) if exact.sum() else np.nan)

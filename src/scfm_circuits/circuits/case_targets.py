@@ -18,10 +18,10 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from scfm_circuits.cells.prompts import AnsweredPrompt
-from scfm_circuits.circuits.attribution import Frozen, freeze
 from scfm_circuits.circuits.case_study import CaseStudy
 from scfm_circuits.circuits.circuit import Circuit, circuit_genes, node_table
 from scfm_circuits.circuits.contrast import Contrast
+from scfm_circuits.circuits.frozen import Frozen, freeze
 from scfm_circuits.circuits.graph import Target, feature_target
 from scfm_circuits.circuits.interventions import (
     Call,

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from scfm_circuits.cells.prompts import AnsweredPrompt
 from scfm_circuits.cells.tokens import token_texts
-from scfm_circuits.circuits.attribution import Frozen, Reading, logit_direction
+from scfm_circuits.circuits.attribution import Reading, logit_direction
 from scfm_circuits.circuits.circuit import Circuit, Node
+from scfm_circuits.circuits.frozen import Frozen
 from scfm_circuits.circuits.search import trace
 from scfm_circuits.common.labels import listed
 

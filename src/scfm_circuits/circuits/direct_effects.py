@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scfm_circuits.circuits.attribution import Frozen, Reading
+from scfm_circuits.circuits.attribution import Reading
+from scfm_circuits.circuits.frozen import AtTokens, Frozen
 
 # --- sources -------------------------------------------------------------------------------------
 
@@ -59,15 +60,16 @@ class Sources:
         return self.embeddings + self.n_pos
 
 
-def extent(readings: Sequence[Reading]) -> tuple[int, int]:
+def extent(frozen: Frozen, readings: Sequence[Reading]) -> tuple[int, int]:
     """Layers and positions that can reach any of the readings."""
-    return (max(one.mlp_limit for one in readings), max(one.position for one in readings) + 1)
+    last = max(one.position for one in readings) if frozen.causal else len(frozen.tokens) - 1
+    return max(one.mlp_limit for one in readings), last + 1
 
 
 @torch.no_grad()
 def sources_of(frozen: Frozen, readings: Sequence[Reading]) -> Sources:
     """Everything upstream of the readings."""
-    n_layers, n_pos = extent(readings)
+    n_layers, n_pos = extent(frozen, readings)
     z = frozen.activations[:n_layers, :n_pos]
     places = torch.nonzero(z > 0)
     layer, position, feature = (column.cpu().numpy() for column in places.unbind(dim=1))
@@ -89,7 +91,7 @@ def direct_effects(frozen: Frozen, sources: Sources, readings: Sequence[Reading]
     order = sorted(range(len(readings)), reverse=True, key=lambda i: (
         readings[i].attention_limit, readings[i].mlp_limit))
     deep = [readings[i] for i in order]
-    n_pos = max(one.position for one in deep) + 1
+    n_pos = extent(frozen, deep)[1]
     pull = deep[0].vector.new_zeros(len(deep), n_pos, len(deep[0].vector))
     for row, one in enumerate(deep):
         pull[row, one.position] = one.vector
@@ -97,13 +99,32 @@ def direct_effects(frozen: Frozen, sources: Sources, readings: Sequence[Reading]
     constant = torch.stack([one.constant for one in deep])
     for layer in range(deep[0].attention_limit - 1, -1, -1):
         if seen := sum(one.mlp_limit > layer for one in deep):
+            _across(frozen.end[layer], pull[:seen], constant[:seen])
             _read_mlp(frozen, sources, layer, pull[:seen], effects[:seen], constant[:seen])
         seen = sum(one.attention_limit > layer for one in deep)
+        _across(frozen.middle[layer], pull[:seen], constant[:seen])
         _pull_through_attention(frozen, layer, pull[:seen], constant[:seen])
     at = sources.embeddings
-    effects[:, at:at + n_pos] = torch.einsum("bsd,sd->bs", pull, frozen.residual[0, :n_pos])
+    effects[:, at:at + n_pos] = _leaf_effects(frozen, pull, constant).sum(dim=0)
     back = torch.tensor(np.argsort(order), device=pull.device)
     return effects[back], constant[back]
+
+
+def _across(norm: AtTokens | None, pull: Tensor, constant: Tensor) -> None:
+    """Take each pull back through a norm that may stand on the stream; add what its bias gives."""
+    if norm is not None:
+        constant += pull.sum(dim=1) @ norm.norm.bias
+        pull.copy_(norm.back(pull))
+
+
+def _leaf_effects(frozen: Frozen, pull: Tensor, constant: Tensor) -> Tensor:
+    """(n_leaves, n_readings, n_pos) what the leaves give pulls on the stream that enters the first
+    layer; add what is the same for all tokens."""
+    n_pos, pull = pull.shape[1], pull.clone() if frozen.entry else pull
+    _across(frozen.entry, pull, constant)
+    if frozen.same is not None:
+        constant += torch.einsum("bsd,sd->b", pull, frozen.same[:n_pos])
+    return torch.stack([torch.einsum("bsd,sd->bs", pull, leaf[:n_pos]) for leaf in frozen.leaves])
 
 
 def _read_mlp(frozen: Frozen, sources: Sources, layer: int, pull: Tensor, effects: Tensor,
@@ -138,24 +159,29 @@ def all_paths(frozen: Frozen, reading: Reading) -> Tensor:
     for layer in range(reading.attention_limit - 1, -1, -1):
         through = 0.0 * pull
         if layer < reading.mlp_limit:
+            _across(frozen.end[layer], pull, ignored)
             at_features = pull[0] @ t.W_dec[layer].T * (frozen.activations[layer] > 0)
             read = frozen.weights[layer].ln2_gain * (at_features @ t.W_enc[layer])
             through = (frozen.centre(read) / frozen.sigma2[layer][:, None])[None]
         if not frozen.parallel:  # the MLP reads what this layer's attention wrote
             pull, through = pull + through, 0.0 * pull
+        _across(frozen.middle[layer], pull, ignored)
         _pull_through_attention(frozen, layer, pull, ignored)
         pull = pull + through
-    return torch.einsum("sd,sd->s", pull[0], frozen.residual[0])
+    return _leaf_effects(frozen, pull, ignored).sum(dim=0)[0]
 
 
 def _pull_through_attention(frozen: Frozen, layer: int, pull: Tensor, constant: Tensor) -> None:
     """Add to each pull what it reads through one layer's attention; add that layer's biases."""
     w, n_pos = frozen.weights[layer], pull.shape[1]
     pattern = frozen.patterns[layer, :, :n_pos, :n_pos]
-    arriving = torch.einsum("btd,hdk->bhtk", pull, w.w_o)
+    # What attention writes may pass a norm of its own.
+    written = pull.clone() if frozen.behind[layer] else pull
+    _across(frozen.behind[layer], written, constant)
+    arriving = torch.einsum("btd,hdk->bhtk", written, w.w_o)
     reads = torch.einsum("hts,bhtk->bhsk", pattern, arriving)
     at_norm = torch.einsum("bhsk,hkd->bsd", reads, w.w_v)
-    constant += (pull.sum(dim=1) @ w.b_o + torch.einsum("bhsk,hk->b", reads, w.b_v)
+    constant += (written.sum(dim=1) @ w.b_o + torch.einsum("bhsk,hk->b", reads, w.b_v)
                  + at_norm.sum(dim=1) @ w.ln1_bias)
     pull += frozen.centre(w.ln1_gain * at_norm) / frozen.sigma1[layer, :n_pos, None]
 
@@ -180,6 +206,7 @@ def total_pulls(frozen: Frozen, reading: Reading) -> Tensor:
     def through_mlp(layer: int) -> Tensor:
         if layer >= reading.mlp_limit:
             return torch.zeros_like(pull)
+        _across(frozen.end[layer], pull, unused)
         pulls[layer] = pull[0]
         active = (frozen.activations[layer] > 0).to(pull)
         at_norm = (pull[0] @ t.W_dec[layer].T * active) @ t.W_enc[layer]
@@ -191,6 +218,7 @@ def total_pulls(frozen: Frozen, reading: Reading) -> Tensor:
         if not frozen.parallel:
             pull = pull + through
         if layer < reading.attention_limit:
+            _across(frozen.middle[layer], pull, unused)
             _pull_through_attention(frozen, layer, pull, unused)
         if frozen.parallel:
             pull = pull + through

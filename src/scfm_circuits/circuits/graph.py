@@ -22,9 +22,10 @@ import torch
 from scipy.sparse import csr_array
 
 from scfm_circuits import InputError
-from scfm_circuits.circuits.attribution import Frozen, Reading, feature_direction
+from scfm_circuits.circuits.attribution import Reading, feature_direction
 from scfm_circuits.circuits.circuit import Kind, Node
 from scfm_circuits.circuits.direct_effects import Sources, direct_effects, extent, sources_of
+from scfm_circuits.circuits.frozen import Frozen
 
 
 class Target(NamedTuple):
@@ -155,7 +156,7 @@ def graph_memory(frozen: Frozen, targets: Sequence[Target], *, max_features: int
                  edges_per_row: int = 2_000, batch: int = 32) -> int:
     """Bytes that `attribution_graph` will take at most beside what `frozen` holds already."""
     _check(targets, max_features=max_features, edges_per_row=edges_per_row, batch=batch)
-    n_layers, n_pos = extent([one.reading for one in targets])
+    n_layers, n_pos = extent(frozen, [one.reading for one in targets])
     upstream = frozen.activations[:n_layers, :n_pos]
     n_active = int((upstream > 0).sum())
     count = n_active + n_layers * n_pos + n_pos

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from scfm_circuits import InputError
-from scfm_circuits.circuits.attribution import Frozen
+from scfm_circuits.circuits.frozen import Frozen
 from scfm_circuits.circuits.graph import (
     AttributionGraph,
     Target,

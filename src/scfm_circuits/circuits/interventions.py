@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from scfm_circuits import InputError
-from scfm_circuits.circuits.attribution import Frozen, Reading, through_attention
+from scfm_circuits.circuits.attribution import Reading, through_attention
 from scfm_circuits.circuits.direct_effects import direct_effects, sources_of
+from scfm_circuits.circuits.frozen import Frozen
 from scfm_circuits.circuits.token_means import Means
-from scfm_circuits.models.mlp_sites import hooked, mlps
+from scfm_circuits.models.mlp_sites import hooked, site_hooks
 from scfm_circuits.transcoders.transcoder import Transcoders
 
 Edit = Callable[[Tensor, Tensor], Tensor]
@@ -89,9 +90,9 @@ def frozen_change(frozen: Frozen, change: Tensor, reading: Reading) -> float:
     for layer in range(max(reading.mlp_limit, reading.attention_limit)):
         from_attention = through_attention(frozen, layer, stream)
         if layer < reading.attention_limit:
-            stream = stream + from_attention
+            stream = frozen.across(frozen.middle[layer], stream + from_attention)
         if layer < reading.mlp_limit:
-            stream = stream + change[layer]
+            stream = frozen.across(frozen.end[layer], stream + change[layer])
     return float(stream[reading.position] @ reading.vector)
 
 
@@ -103,15 +104,11 @@ def _read_with(model: nn.Module, frozen: Frozen, edits: Mapping[int, Edit],
                target: FeatureAt | Call) -> float:
     """The target in the real model with MLP outputs edited on the way."""
     seen: list[Tensor] = []
-    modules = mlps(model)
-
-    def hook(edit: Edit):  # type: ignore[no-untyped-def]
-        return lambda module, args, output: edit(args[0][0], output[0])[None]
-
-    handles = [modules[layer].register_forward_hook(hook(edit)) for layer, edit in edits.items()]
+    handles = site_hooks(model, lambda layer, read, wrote: edits[layer](read[0], wrote[0])[None],
+                         edits)
     if isinstance(target, FeatureAt):
-        handles.append(modules[target.layer].register_forward_pre_hook(
-            lambda module, args: seen.append(args[0][0, target.position])))
+        handles += site_hooks(model, lambda layer, read, wrote: seen.append(
+            read[0, target.position]), [target.layer])
     with hooked(handles):
         # Without the unembedding, of which no more than one token's is read.
         final = model.base_model(  # type: ignore[operator]
@@ -192,27 +189,23 @@ def scale_each(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt],
 def _scaled_copies(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt], factor: float,
                    target: FeatureAt) -> list[float]:
     """The target's pre-activation in copies of the text, in each of which one feature is scaled."""
-    t, modules, seen = frozen.transcoders, mlps(model), []
+    t, seen = frozen.transcoders, list[Tensor]()
 
-    def edit(layer: int, copies: list[int]) -> Callable[..., Tensor]:
+    def edited(layer: int, read: Tensor, output: Tensor) -> Tensor:
+        copies = by_layer[layer]
         at, indices = _by_layer(frozen, [features[copy] for copy in copies])[layer]
         rows = _Rows(torch.arange(len(copies), device=at.device), indices)
-
-        def edited(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            z = _live(t, layer, rows, args[0][copies, at])
-            output = output.clone()
-            output[copies, at] += (factor - 1) * z[:, None] * t.W_dec[layer, indices]
-            return output
-
-        return edited
+        z = _live(t, layer, rows, read[copies, at])
+        output = output.clone()
+        output[copies, at] += (factor - 1) * z[:, None] * t.W_dec[layer, indices]
+        return output
 
     by_layer: dict[int, list[int]] = {}
     for copy, feature in enumerate(features):
         by_layer.setdefault(feature.layer, []).append(copy)
-    with hooked([modules[target.layer].register_forward_pre_hook(
-            lambda module, args: seen.append(args[0][:, target.position])),
-            *(modules[layer].register_forward_hook(edit(layer, copies))
-              for layer, copies in by_layer.items())]):
+    with hooked([*site_hooks(model, edited, by_layer), *site_hooks(
+            model, lambda layer, read, wrote: seen.append(read[:, target.position]),
+            [target.layer])]):
         model.base_model(  # type: ignore[operator]
             input_ids=frozen.tokens.expand(len(features), -1), use_cache=False)
     return t.layer_pre_activations(target.layer, seen[0])[:, target.feature].tolist()

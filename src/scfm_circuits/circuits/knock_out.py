@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt, answered_sentence
-from scfm_circuits.circuits.attribution import Frozen, freeze
 from scfm_circuits.circuits.contrast import Contrast, contrast_of, trace_contrast
 from scfm_circuits.circuits.direct_effects import all_paths, direct_effects, sources_of
+from scfm_circuits.circuits.frozen import Frozen, freeze
 from scfm_circuits.circuits.interventions import Kept, held_at_means, kept_alone
 from scfm_circuits.circuits.structure import features_at
 from scfm_circuits.circuits.studies import studied_cells

@@ -15,14 +15,10 @@ from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt
 from scfm_circuits.cells.simulated import Plan
-from scfm_circuits.circuits.attribution import (
-    Frozen,
-    Reading,
-    feature_direction,
-    freeze,
-)
+from scfm_circuits.circuits.attribution import Reading, feature_direction
 from scfm_circuits.circuits.circuit import Node, node_table
 from scfm_circuits.circuits.contrast import contrast_of
+from scfm_circuits.circuits.frozen import Frozen, freeze
 from scfm_circuits.circuits.search import strongest_features, trace
 from scfm_circuits.common.profile import Profile
 from scfm_circuits.common.randomness import generator

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from scfm_circuits.circuits.attribution import (
     Contributions,
-    Frozen,
     Reading,
     contributions,
     feature_direction,
     head_direction,
 )
 from scfm_circuits.circuits.circuit import Circuit, Edge, Expansion, Kind, Node
+from scfm_circuits.circuits.frozen import Frozen
 from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
 from scfm_circuits.transcoders.transcoder import Transcoders
 

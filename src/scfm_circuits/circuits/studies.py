@@ -17,14 +17,9 @@ from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.cells.tokens import token_texts
-from scfm_circuits.circuits.attribution import (
-    Frozen,
-    Reading,
-    contributions,
-    feature_direction,
-    freeze,
-)
+from scfm_circuits.circuits.attribution import Reading, contributions, feature_direction
 from scfm_circuits.circuits.circuit import Circuit
+from scfm_circuits.circuits.frozen import Frozen, freeze
 from scfm_circuits.circuits.interventions import (
     FeatureAt,
     compare_interventions,

@@ -20,7 +20,7 @@ ProtoMech (arXiv:2602.12026) draws such curves for proteins; random features are
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +28,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scfm_circuits.cells.prompts import answered_prompt
-from scfm_circuits.circuits.attribution import freeze
 from scfm_circuits.circuits.contrast import Contrast, contrast_of
 from scfm_circuits.circuits.direct_effects import total_pulls
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.studies import studied_cells
 from scfm_circuits.circuits.token_means import Means, kinds_of, mean_activations, token_kinds
 from scfm_circuits.common.randomness import generator
@@ -41,8 +41,8 @@ from scfm_circuits.models.mlp_sites import (
     device_of,
     faster_attention,
     hooked,
-    mlps,
     replaced_mlps,
+    site_hooks,
 )
 from scfm_circuits.transcoders.transcoder import Transcoders
 
@@ -147,13 +147,13 @@ def choose(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
 
 def output_gradients(model: "PreTrainedModel", tokens: Tensor, contrast: Contrast) -> Tensor:
     """(n_layers, n_pos, d_model) gradient of a text's contrast in its MLPs' outputs."""
-    modules, added = mlps(model), []
+    added: list[Tensor] = []
 
-    def hook(module: Any, args: tuple, output: Tensor) -> Tensor:
+    def hook(layer: int, read: Tensor, output: Tensor) -> Tensor:
         added.append(torch.zeros_like(output, requires_grad=True))
         return output + added[-1]
 
-    with torch.enable_grad(), hooked(module.register_forward_hook(hook) for module in modules):
+    with torch.enable_grad(), hooked(site_hooks(model, hook)):
         logits = model(input_ids=tokens[None], use_cache=False).logits[0, contrast.position]
         gradients = torch.autograd.grad(contrast.of(logits), added)
     return torch.cat(gradients)

@@ -38,6 +38,7 @@ PLANTED_PROGRAMS = Path("data") / "planted" / "programs.yml"
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+Folder = Annotated[str, Field(pattern=r"^([A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*)?$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)]
 
 
@@ -119,9 +120,11 @@ class Profile(BaseModel):
     # --- language model ----------------------------------------------------------------------
     model: str = "train"
     """`train` (a small GPT-NeoX on the run's own cells), or a Hugging Face id or the folder of a
-    GPT-NeoX, Llama, Mistral or Qwen2."""
+    GPT-NeoX, Llama, Mistral, Qwen2, Gemma 2 or BERT."""
     model_revision: str | None = None
     """The commit of a Hugging Face model to use."""
+    model_subfolder: Folder = ""
+    """The folder in the model's repository that holds it; empty: its root."""
     model_layers: Annotated[int, Field(ge=1, le=1000)] | None = 6
     """Layers of the model that is trained, or the number a loaded one must have (null: any)."""
     model_width: Annotated[int, Field(ge=1, le=100_000)] = 128

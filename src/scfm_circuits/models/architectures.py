@@ -1,20 +1,25 @@
 """Where the parts of a language model are: one description for each family that can be traced.
 
-A family fits if a layer reads and writes one residual stream, in transformers' own classes:
+A family fits if its layers read and write one residual stream h, in transformers' own classes. A
+layer is then a list of steps on the stream: a branch (attention or MLP) adds to it, or a norm takes
+its place. The norm may stand at four places:
 
-    sequential:  h' = h + attention(norm1(h));  h'' = h' + mlp(norm2(h'))
-    parallel:    h' = h + attention(norm1(h)) + mlp(norm2(h))
+    in front of a branch       h + attention(norm(h))     GPT-NeoX, Llama, Mistral, Qwen2, Gemma 2
+    behind a branch            h + norm(attention(h))     Gemma 2, which has both
+    on the stream, afterwards  norm(h + attention(h))     BERT (Geneformer)
+    on the stream, before      the same as afterwards, one branch later
 
-GPT-NeoX has LayerNorm, a setting for either arrangement, and q, k and v in one matrix, interleaved
-by head. Llama, Mistral and Qwen2 have RMSNorm, are sequential, and several heads may share one
-value head (grouped-query attention). In all of them norm2 is called `post_attention_layernorm`,
-and nothing but a rotation of q and k depends on the position. A family that normalises what
-attention or the MLP writes (Gemma 2) or scales by 1 + gain (Gemma) does not fit: it is refused.
+GPT-NeoX has LayerNorm, q, k and v in one matrix, interleaved by head, and a setting by which
+attention and MLP of a layer read the same h (parallel). Llama, Mistral and Qwen2 have RMSNorm, and
+several heads may share one value head (grouped-query attention); so has Gemma 2, which scales by
+1 + gain. In these nothing but a rotation of q and k depends on the position. BERT's attention sees
+all tokens, its stream begins as the norm of a token's, a position's and a type's embedding, and
+behind its last layer stands one more map (the head of its masked language model).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +31,24 @@ if TYPE_CHECKING:
 
 class Norm(NamedTuple):
     """LayerNorm (centred) or RMSNorm: gain * C(x) / scale(x) + bias; C subtracts the mean if
-    centred. gain, bias: (d_model,); an RMSNorm's bias is zero."""
+    centred. gain, bias: (d_model,); an RMSNorm's bias is zero. absent: there is none, and x stays
+    as it is."""
 
     gain: Tensor
     bias: Tensor
     eps: float
     centred: bool
+    absent: bool = False
+
+    def centre(self, x: Tensor) -> Tensor:
+        """C x, of x (..., d_model); C is symmetric."""
+        return x - x.mean(dim=-1, keepdim=True) if self.centred else x
 
     def scale(self, x: Tensor) -> Tensor:
         """The divisor of x (..., d_model): sqrt(variance + eps), of RMSNorm sqrt(mean square +
         eps)."""
+        if self.absent:
+            return torch.ones_like(x[..., 0])
         if self.centred:
             return (x.var(dim=-1, unbiased=False) + self.eps).sqrt()
         return (x.square().mean(dim=-1) + self.eps).sqrt()
@@ -59,8 +72,8 @@ class LayerWeights:
     """What one layer's linear parts look like from the residual stream.
 
     values: (n_value_heads, d_head, d_model); value_bias: (n_value_heads, d_head); w_o: (n_heads,
-    d_model, d_head); b_o, ln1_gain, ln1_bias, ln2_gain, ln2_bias: (d_model,). Biases that the
-    model does not have are zero.
+    d_model, d_head); b_o, ln1_gain, ln1_bias, ln2_gain, ln2_bias: (d_model,), of the norms in front
+    of attention and MLP. Biases that the model does not have are zero, gains of norms one.
     """
 
     values: Tensor
@@ -89,14 +102,41 @@ class LayerWeights:
         return x if shared == 1 else x.repeat_interleave(shared, dim=0)
 
 
+class Step(NamedTuple):
+    """What a layer does to the stream next: a branch adds to it, or a norm takes its place.
+
+    norm: in a layer, the norm in front of the branch, or the norm itself; behind: the norm on what
+    attention writes. Empty: there is none.
+    """
+
+    does: Literal["attention", "mlp", "norm"]
+    norm: str = ""
+    behind: str = ""
+
+
+class Embedded(NamedTuple):
+    """What the stream begins with, (n_pos, d_model) each: what tells the token, what its position,
+    and what is the same for all; `norm` of their sum enters the first layer."""
+
+    token: Tensor
+    position: Tensor
+    same: Tensor
+    norm: Norm
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The names of a family's parts, and how to read its weights.
 
-    body: attribute of the causal model that holds `layers`; final_norm: the norm in `body` before
-    the unembedding. norm: from a norm's module to its description. heads: from a layer. neurons:
-    attribute of an MLP, the linear map whose rows drive its neurons (of a gated MLP, the gates).
-    parallel: from the configuration, whether MLP and attention of a layer read the same residual.
+    body: attribute of the model that holds the layers, at `layers` in it; final_norm: the norm
+    before the unembedding, in the model. norm: from a norm's module to its description. heads: from
+    a layer. neurons: in a layer, the linear map whose rows drive its MLP's neurons (of a gated MLP,
+    the gates). parallel: from the configuration, whether MLP and attention of a layer read the same
+    residual. steps: of a layer, in order. mlp: in a layer, the modules through which what the MLP
+    reads becomes what it writes to the stream, one after the other. causal: a token sees those
+    before it alone. auto: transformers' class that loads it. embedded: from the body and (n_pos,)
+    tokens, where a norm stands on the embeddings. head: in the model, a map between the stream and
+    the final norm.
     """
 
     family: str
@@ -105,7 +145,15 @@ class Architecture:
     norm: Callable[[Any], Norm]
     heads: Callable[[Any], Heads]
     neurons: str
-    parallel: Callable[[Any], bool]
+    parallel: Callable[[Any], bool] = lambda config: False
+    layers: str = "layers"
+    steps: tuple[Step, ...] = (Step("attention", "input_layernorm"),
+                               Step("mlp", "post_attention_layernorm"))
+    mlp: tuple[str, ...] = ("mlp",)
+    causal: bool = True
+    auto: str = "AutoModelForCausalLM"
+    embedded: Callable[[Any, Tensor], Embedded] | None = None
+    head: str = ""
 
 
 # --- reading weights -----------------------------------------------------------------------------
@@ -118,6 +166,10 @@ def _layer_norm(module: nn.LayerNorm) -> Norm:
 def _rms_norm(module: Any) -> Norm:
     return Norm(module.weight, torch.zeros_like(module.weight), module.variance_epsilon,
                 centred=False)
+
+
+def _gemma_norm(module: Any) -> Norm:
+    return Norm(1 + module.weight, torch.zeros_like(module.weight), module.eps, centred=False)
 
 
 def _bias(linear: nn.Linear) -> Tensor:
@@ -146,18 +198,44 @@ def _llama_heads(layer: Any) -> Heads:
                  _output(out, size), _bias(out))
 
 
+def _bert_heads(layer: Any) -> Heads:
+    v, out = layer.attention.self.value, layer.attention.output.dense
+    size = layer.attention.self.attention_head_size
+    return Heads(v.weight.view(-1, size, v.in_features), _bias(v).view(-1, size),
+                 _output(out, size), _bias(out))
+
+
+def _bert_embedded(body: Any, tokens: Tensor) -> Embedded:
+    parts = body.embeddings
+    word = parts.word_embeddings(tokens)
+    return Embedded(word, parts.position_embeddings.weight[: len(tokens)],
+                    parts.token_type_embeddings.weight[0].expand_as(word),
+                    _layer_norm(parts.LayerNorm))
+
+
 def _llama_type(family: str) -> Architecture:
-    return Architecture(family, "model", "norm", _rms_norm, _llama_heads, "gate_proj",
-                        lambda config: False)
+    return Architecture(family, "model", "model.norm", _rms_norm, _llama_heads, "mlp.gate_proj")
 
 
 _ARCHITECTURES = {
-    "gpt_neox": Architecture("GPT-NeoX (Pythia, C2S-Pythia)", "gpt_neox", "final_layer_norm",
-                             _layer_norm, _neox_heads, "dense_h_to_4h",
-                             lambda config: bool(config.use_parallel_residual)),
-    "llama": _llama_type("Llama"),
+    "gpt_neox": Architecture(
+        "GPT-NeoX (Pythia, C2S-Pythia)", "gpt_neox", "gpt_neox.final_layer_norm", _layer_norm,
+        _neox_heads, "mlp.dense_h_to_4h", lambda config: bool(config.use_parallel_residual)),
+    "llama": _llama_type("Llama (MaxToki)"),
     "mistral": _llama_type("Mistral"),
     "qwen2": _llama_type("Qwen2"),
+    "gemma2": Architecture(
+        "Gemma 2 (C2S-Scale)", "model", "model.norm", _gemma_norm, _llama_heads, "mlp.gate_proj",
+        steps=(Step("attention", "input_layernorm", "post_attention_layernorm"),
+               Step("mlp", "pre_feedforward_layernorm")),
+        mlp=("mlp", "post_feedforward_layernorm")),
+    "bert": Architecture(
+        "BERT (Geneformer)", "bert", "cls.predictions.transform.LayerNorm", _layer_norm,
+        _bert_heads, "intermediate.dense", layers="encoder.layer",
+        steps=(Step("attention"), Step("norm", "attention.output.LayerNorm"),
+               Step("mlp"), Step("norm", "output.LayerNorm")),
+        mlp=("intermediate", "output.dense"), causal=False, auto="AutoModelForMaskedLM",
+        embedded=_bert_embedded, head="cls.predictions.transform"),
 }
 """By `model_type` of the configuration."""
 
@@ -176,12 +254,12 @@ def check_supported(model_type: str | None, name: str) -> Architecture:
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """The family of a causal language model; InputError, naming those supported, if none."""
+    """The family of a language model; InputError, naming those supported, if none."""
     config: Any = getattr(model, "config", None)
     found = check_supported(getattr(config, "model_type", None), type(model).__name__)
     if not hasattr(model, found.body):
         raise InputError(f"The model is a {type(model).__name__}, which has no `{found.body}`; "
-                         "load it as a causal language model (AutoModelForCausalLM).")
+                         f"load it as a language model ({found.auto}).")
     return found
 
 
@@ -191,8 +269,9 @@ def decoder(model: nn.Module) -> nn.Module:
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:
-    """The layers, which have `input_layernorm`, `post_attention_layernorm` and `mlp`."""
-    return list(decoder(model).layers)  # type: ignore[arg-type]
+    """The layers."""
+    layers: Any = decoder(model).get_submodule(architecture_of(model).layers)
+    return list(layers)
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:
@@ -203,22 +282,30 @@ def attentions(model: nn.Module) -> list[nn.Module]:
 
 def final_norm(model: nn.Module) -> Any:
     """The module of the norm before the unembedding."""
-    return getattr(decoder(model), architecture_of(model).final_norm)
+    return model.get_submodule(architecture_of(model).final_norm)
+
+
+def norm_in(layer: nn.Module, family: Architecture, path: str, width: int) -> Norm:
+    """A layer's norm of that name; for no name, the one that leaves x as it is."""
+    if path:
+        return family.norm(layer.get_submodule(path))
+    weight = next(layer.parameters())
+    return Norm(weight.new_ones(width), weight.new_zeros(width), 0.0, centred=False, absent=True)
 
 
 def neuron_rows(model: nn.Module) -> list[Tensor]:
     """(n_neurons, d_model) of each layer: the directions in its MLP's input that drive neurons."""
     name = architecture_of(model).neurons
-    return [getattr(layer.mlp, name).weight for layer in decoder_layers(model)]
+    return [layer.get_submodule(name).weight for layer in decoder_layers(model)]
 
 
 def layer_weights(model: "PreTrainedModel") -> tuple[LayerWeights, ...]:
     """The weights of every layer; views of the model's own where they can be."""
-    family = architecture_of(model)
+    family, width = architecture_of(model), model.config.hidden_size
+    names = [step.norm for step in family.steps if step.does != "norm"]
     weights = []
     for layer in decoder_layers(model):
-        first, second = (family.norm(norm) for norm in
-                         (layer.input_layernorm, layer.post_attention_layernorm))
+        first, second = (norm_in(layer, family, name, width) for name in names)
         weights.append(LayerWeights(*family.heads(layer), first.gain, first.bias, second.gain,
                                     second.bias))
     return tuple(weights)

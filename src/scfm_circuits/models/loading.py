@@ -1,5 +1,6 @@
 """Loading the model that is explained, or having it trained on the spot, with checks before use."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
+from scfm_circuits.common.encodings import CELL_SENTENCE
 from scfm_circuits.common.files import atomic_folder, first_line
 from scfm_circuits.common.kept import Stamp, read_record, stamp_of, write_record
 from scfm_circuits.common.profile import model_source
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
     from scfm_circuits.cells.corpus import Corpus
     from scfm_circuits.common.profile import Profile
 
-_FIELDS = ("seed", "model", "model_revision", *TRAINING_FIELDS)
+_FIELDS = ("seed", "model", "model_revision", "model_subfolder", *TRAINING_FIELDS)
+_OF_A_LAYER = re.compile(r"\.layers?\.\d+\..*weight$")
+"""Names of a layer's weights in a checkpoint; old ones hold masks too, which end in `bias`."""
 
 
 def _without_widgets() -> None:
@@ -38,8 +42,8 @@ def load_config(name: str | Path, revision: str | None = None, **options: Any
                 ) -> "PreTrainedConfig":
     """A model's configuration, which says its size before its weights are there.
 
-    options: as for transformers, such as `local_files_only`. Raises InputError if it cannot be had,
-    or if the model is of no supported family or quantized.
+    options: as for transformers, such as `local_files_only` or `subfolder`. Raises InputError if
+    it cannot be had, or if the model is of no supported family or quantized.
     """
     from transformers import AutoConfig
 
@@ -68,27 +72,32 @@ def check_layers(profile: "Profile", found: int) -> None:
 
 
 def load_model(name: str | Path, revision: str | None = None,
-               dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
-    """A causal language model from a Hugging Face id or folder, in evaluation mode.
+               dtype: torch.dtype = torch.float32, subfolder: str = "") -> "PreTrainedModel":
+    """A language model from a Hugging Face id or folder, in evaluation mode.
 
-    Only safetensors weights are read and no code of the repository is run. Attention is `eager`,
-    because the tracer reads its patterns. Raises InputError as `load_config` does, before weights
-    are read, or if weights are missing or no finite numbers.
+    subfolder: where in it the model is. Only safetensors weights are read and no code of the
+    repository is run. Attention is `eager`, because the tracer reads its patterns. Raises
+    InputError as `load_config` does, before weights are read, or if weights are missing or no
+    finite numbers, or layers have some that the family does not know.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     _without_widgets()
-    load_config(name, revision)
+    config = load_config(name, revision, subfolder=subfolder)
     source = model_source("model", str(name))
+    kind: Any = getattr(transformers, check_supported(config.model_type, "").auto)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=dtype, use_safetensors=True,
+        model, loading = kind.from_pretrained(
+            source, revision=revision, dtype=dtype, use_safetensors=True, subfolder=subfolder,
             trust_remote_code=False, attn_implementation="eager", output_loading_info=True,
         )
-        model, loading = loaded
         # transformers fills missing weights with random numbers and only warns.
         if loading["missing_keys"]:
             raise ValueError(f"it lacks the weights {', '.join(sorted(loading['missing_keys']))}")
+        foreign = sorted(one for one in loading["unexpected_keys"] if _OF_A_LAYER.search(one))
+        if foreign:
+            raise ValueError(f"its layers have weights that a {config.model_type} has not, and "
+                             f"which would not be used: {', '.join(foreign[:3])}")
         odd = not_finite(model)
         if odd is not None:
             raise ValueError(f"its weight {odd} holds a value that is no finite number")
@@ -117,8 +126,13 @@ def get_model(profile: "Profile", corpus: "Corpus", *, exact: bool = False
     """
     dtype = torch.float32 if exact else model_dtype(profile)
     if profile.model != "train":
-        check_layers(profile, load_config(profile.model, profile.model_revision).num_hidden_layers)
-        model = load_model(profile.model, profile.model_revision, dtype)
+        config = load_config(profile.model, profile.model_revision,
+                             subfolder=profile.model_subfolder)
+        check_layers(profile, config.num_hidden_layers)
+        if profile.encoding == CELL_SENTENCE and not check_supported(config.model_type, "").causal:
+            raise InputError(f"The model {profile.model!r} fills in what is masked and writes no "
+                             "answer, so it reads genes as tokens; set `encoding` to its own.")
+        model = load_model(profile.model, profile.model_revision, dtype, profile.model_subfolder)
         manifest.check_model(profile.model, model.config, len(corpus.tokenizer))
         check_vocabulary(model, corpus)
         moved_to(model, best_device())

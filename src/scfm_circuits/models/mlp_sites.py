@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from scfm_circuits.models.architectures import decoder, decoder_layers
+from scfm_circuits.models.architectures import architecture_of, decoder, decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,8 +66,33 @@ def best_device() -> torch.device:
 
 
 def mlps(model: nn.Module) -> list[nn.Module]:
-    """The MLP modules, layer by layer; InputError for a model of no supported family."""
-    return [layer.mlp for layer in decoder_layers(model)]
+    """What makes of an MLP's input what it writes to the stream, layer by layer, to be called:
+    the MLP's module where it is one. InputError for a model of no supported family."""
+    return [parts[0] if len(parts) == 1 else nn.Sequential(*parts) for parts in _parts(model)]
+
+
+def _parts(model: nn.Module) -> list[list[nn.Module]]:
+    names = architecture_of(model).mlp
+    return [[layer.get_submodule(name) for name in names] for layer in decoder_layers(model)]
+
+
+def site_hooks(model: nn.Module, hook: Callable[[int, Tensor, Tensor], Tensor | None],
+               layers: Iterable[int] | None = None) -> list[RemovableHandle]:
+    """Have `hook(layer, input, output)` called after each MLP of `layers` (default: all); what it
+    returns takes the output's place, unless None."""
+    parts, handles = _parts(model), []
+    for layer in range(len(parts)) if layers is None else layers:
+        first, last, read = parts[layer][0], parts[layer][-1], list[Tensor]()
+
+        def before(module: nn.Module, args: tuple, read: list[Tensor] = read) -> None:
+            read[:] = [args[0]]
+
+        def after(module: nn.Module, args: tuple, output: Tensor, layer: int = layer,
+                  read: list[Tensor] = read) -> Tensor | None:
+            return hook(layer, read.pop(), output)
+
+        handles += [first.register_forward_pre_hook(before), last.register_forward_hook(after)]
+    return handles
 
 
 # --- forward passes ------------------------------------------------------------------------------
@@ -126,16 +151,23 @@ def replaced_mlps(model: nn.Module, replacement: Replacement,
 
     Raises KeyError for a layer that the model does not have.
     """
-    blocks = dict(enumerate(decoder_layers(model)))
+    blocks, names = dict(enumerate(decoder_layers(model))), architecture_of(model).mlp
     chosen = {layer: blocks[layer] for layer in (blocks if layers is None else layers)}
-    before = {layer: block.mlp for layer, block in chosen.items()}
+    before = {layer: [block.get_submodule(name) for name in names]
+              for layer, block in chosen.items()}
     try:
-        for layer, block in chosen.items():
-            block.mlp = _StandIn(layer, replacement)
+        for layer, block in chosen.items():  # the input passes the others as it is
+            _put(block, names, [*(nn.Identity() for _ in names[1:]), _StandIn(layer, replacement)])
         yield
     finally:
         for layer, block in chosen.items():
-            block.mlp = before[layer]
+            _put(block, names, before[layer])
+
+
+def _put(block: nn.Module, names: Sequence[str], modules: Sequence[nn.Module]) -> None:
+    for name, module in zip(names, modules, strict=True):
+        owner, _, last = name.rpartition(".")
+        setattr(block.get_submodule(owner), last, module)
 
 
 def zero_ablation(layer: int, inputs: Tensor) -> Tensor:
@@ -188,22 +220,19 @@ def mlp_sites(model: nn.Module, tokens: Tensor, mask: Tensor, into: Sites | None
     (and its last digits) depend on it; the mask may then be a CPU's, so that a GPU need not be
     waited for. No logits are computed.
     """
-    modules = mlps(model)
     seen: list[tuple[Tensor, Tensor]] = []
     keep = _kept_tokens(mask, tokens.device)
 
-    def hook(layer: int) -> Callable:
-        def kept(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if into is None:
-                seen.append((keep(args[0]), keep(output)))
-                return
-            for part, to in zip((args[0], output), into, strict=True):
-                keep(part, to[layer])
+    def hook(layer: int, read: Tensor, output: Tensor) -> None:
+        if into is None:
+            seen.append((keep(read), keep(output)))
+            return
+        for part, to in zip((read, output), into, strict=True):
+            keep(part, to[layer])
 
-        return kept
-
-    with hooked(module.register_forward_hook(hook(layer)) for layer, module in enumerate(modules)):
-        decoder(model)(input_ids=tokens, attention_mask=mask if masked else None,
+    told = masked or not architecture_of(model).causal  # else a token attends to the padding
+    with hooked(site_hooks(model, hook)):
+        decoder(model)(input_ids=tokens, attention_mask=mask.to(tokens.device) if told else None,
                        use_cache=False)
     if into is not None:
         return into

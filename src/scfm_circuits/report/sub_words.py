@@ -24,8 +24,8 @@ from scipy import stats
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus, with_tokenizer
 from scfm_circuits.cells.prompts import answered_prompt
-from scfm_circuits.circuits.attribution import freeze
 from scfm_circuits.circuits.circuit import circuit_genes, node_table, share_kept
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.search import strongest_features, trace_feature
 from scfm_circuits.common.compiled import n_threads
 from scfm_circuits.common.profile import Profile

@@ -15,7 +15,7 @@ import torch
 from browser import Tab, driven
 from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
 
-from scfm_circuits.circuits.attribution import freeze
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.search import trace_feature
 from scfm_circuits.circuits.view import Detail, circuit_view
 from scfm_circuits.common.profile import ROOT, load_profile

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from sklearn.metrics.pairwise import cosine_similarity
 
 from scfm_circuits import InputError
-from scfm_circuits.circuits.attribution import freeze, logit_direction
+from scfm_circuits.circuits.attribution import logit_direction
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.features.contexts import feature_contexts, token_table
 from scfm_circuits.features.counting import activation_edges
 from scfm_circuits.features.gene_lists import gene_scores

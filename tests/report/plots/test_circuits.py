@@ -9,7 +9,7 @@ import pytest
 from helpers import tiny_model, tiny_transcoders, tokens
 from matplotlib.collections import PathCollection
 
-from scfm_circuits.circuits.attribution import freeze
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.search import strongest_features, trace_feature
 from scfm_circuits.report.plots import circuits as plots
 from scfm_circuits.report.plots.cells_and_training import (

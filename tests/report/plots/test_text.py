@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from scfm_circuits.circuits.attribution import freeze
 from scfm_circuits.circuits.circuit import Circuit
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.search import strongest_features, trace_feature
 from scfm_circuits.common.profile import load_profile
 from scfm_circuits.features.known_truth import ALWAYS, TRANSCODERS

@@ -64,9 +64,9 @@ def further_calls(chapter: "Chapter", but: str) -> list[Explored]:
     Writes their files beside the case's (`exports.save_both`).
     """
     from scfm_circuits.cells.prompts import answered_prompt
-    from scfm_circuits.circuits.attribution import freeze
     from scfm_circuits.circuits.contrast import contrast_of, trace_contrast
     from scfm_circuits.circuits.exports import Output, save_both
+    from scfm_circuits.circuits.frozen import freeze
 
     corpus, profile, found = chapter.corpus, chapter.profile, []
     for place, cell in enumerate(further_cells(chapter, but), start=1):

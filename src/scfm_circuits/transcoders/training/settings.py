@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 FIELDS = ("seed", "expansion", "loss", "l1_coefficient", "l1_warmup_steps", "learning_rate",
           "warmup_steps", "decay_steps", "activation", "active_features", "skip", "site",
           "resample_steps", "precision", "batch_tokens", "training_tokens", "buffer_tokens",
-          "dead_after_tokens", "model", "model_revision", "model_precision", "forward_cells")
+          "dead_after_tokens", "model", "model_revision", "model_subfolder",
+          "model_precision", "forward_cells")
 _ROOMS = ("cells", "models", "transcoders/active_entries", "transcoders/transcoder",
           "transcoders/training")
 

@@ -1,0 +1,253 @@
+"""One text run once, with attention patterns, norms' scales and activations as they were.
+
+With these held, the model is linear; `attribution` says how a reading adds up. Where a family's
+norms stand is in `models.architectures`: here each is kept with its scales, read at its very place.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scfm_circuits import InputError
+from scfm_circuits.models.architectures import (
+    Architecture,
+    LayerWeights,
+    Norm,
+    architecture_of,
+    decoder,
+    decoder_layers,
+    final_norm,
+    layer_weights,
+    norm_in,
+)
+from scfm_circuits.models.mlp_sites import device_of, hooked, site_hooks
+from scfm_circuits.transcoders.transcoder import Transcoders
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NO_CIRCUITS = ("Circuits are traced through transcoders, and the profile asks for autoencoders of "
+               "MLP outputs (`site: sae`); set `site: transcoder`.")
+
+
+class AtTokens(NamedTuple):
+    """A norm with its scales on a text, sigma: (n_pos,): linear but for its bias."""
+
+    norm: Norm
+    sigma: Tensor
+
+    def back(self, u: Tensor, position: int | None = None) -> Tensor:
+        """A reading of the norm's output as one of its input: C(g * u) / sigma. u: (d_model,) at a
+        token, or (..., n, d_model) at the first n tokens."""
+        sigma = self.sigma[: u.shape[-2], None] if position is None else self.sigma[position]
+        return self.norm.centre(self.norm.gain * u) / sigma
+
+    def onward(self, change: Tensor) -> Tensor:
+        """What a change of its input (n_pos, d_model) does to its output."""
+        return self.norm.centre(change) / self.sigma[:, None] * self.norm.gain
+
+
+class Head(NamedTuple):
+    """The map between the stream and the final norm, its nonlinearity frozen as a factor: gate *
+    (W x + b). weight: (d_model, d_model); bias: (d_model,); gate: (n_pos, d_model)."""
+
+    weight: Tensor
+    bias: Tensor
+    gate: Tensor
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """One text, run once, with all that the linear view needs.
+
+    tokens: (n_pos,). residual: (n_layers, n_pos, d_model) entering each layer; final: (n_pos,
+    d_model) leaving the last. patterns: (n_layers, n_heads, n_pos, n_pos) attention, rows are
+    destinations. sigma1, sigma2: (n_layers, n_pos) scales of the norms in front of attention and
+    MLP; last: the norm before the unembedding.
+    mlp_in, mlp_out: (n_layers, n_pos, d_model). pre, activations: (n_layers, n_pos, n_features)
+    before and after the transcoders' activation function. error: (n_layers, n_pos, d_model) MLP
+    output minus what the features and the output bias write (what a skip connection writes is part
+    of it).
+    parallel: an MLP does not see its layer's attention. centred: the norms in front of attention
+    and MLPs subtract the mean (LayerNorm), or do not (RMSNorm, or none).
+    middle, end: of each layer, the norm on the stream behind its attention and behind its MLP;
+    behind: the norm on what its attention writes; entry: the norm on the embeddings; None where
+    there is none. leaves: (n_leaves, n_pos, d_model) what the stream begins with, before `entry`:
+    the token's embedding and, where there is one, its position's; same: (n_pos, d_model) what
+    stands beside them whatever the token. causal: no token sees a later one.
+    """
+
+    tokens: Tensor
+    residual: Tensor
+    final: Tensor
+    patterns: Tensor
+    sigma1: Tensor
+    sigma2: Tensor
+    mlp_in: Tensor
+    mlp_out: Tensor
+    pre: Tensor
+    activations: Tensor
+    error: Tensor
+    logits: Tensor
+    weights: tuple[LayerWeights, ...]
+    transcoders: Transcoders
+    last: AtTokens
+    unembedding: Tensor
+    unembedding_bias: Tensor
+    parallel: bool
+    centred: bool
+    middle: tuple[AtTokens | None, ...]
+    end: tuple[AtTokens | None, ...]
+    behind: tuple[AtTokens | None, ...]
+    entry: AtTokens | None
+    leaves: Tensor
+    same: Tensor | None
+    head: Head | None
+    causal: bool
+
+    def centre(self, x: Tensor) -> Tensor:
+        """C x: what the norms in front of branches do to x (..., d_model) before they scale it; C
+        is symmetric."""
+        return x - x.mean(dim=-1, keepdim=True) if self.centred else x
+
+    def across(self, norm: AtTokens | None, change: Tensor) -> Tensor:
+        """A change (n_pos, d_model) of the stream, behind a norm that may stand on it."""
+        return change if norm is None else norm.onward(change)
+
+
+# --- the run ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def freeze(model: "PreTrainedModel", transcoders: Transcoders, tokens: np.ndarray | Tensor,
+           mask: np.ndarray | Tensor | None = None) -> Frozen:
+    """Run one text (n_pos,) and keep what the linear view needs; attention must be `eager`.
+
+    mask: (n_pos,) False on padding, to which no token then attends; default: there is none. Raises
+    InputError for a model of another family than `architectures` knows, for one whose attention
+    gives no patterns, and for autoencoders, which do not read what an MLP reads.
+    """
+    family = architecture_of(model)
+    if transcoders.variant.site != "transcoder":
+        raise InputError(NO_CIRCUITS)
+    ids = torch.as_tensor(tokens).to(device_of(model))[None]
+    output, seen = _recorded(model, family, ids, mask)
+    if not output.attentions or output.attentions[0] is None:
+        raise InputError("The model returns no attention patterns; load it with "
+                         "attn_implementation='eager'.")
+    stacked = {key: torch.stack(seen[key]) for key in ("residual", "in", "out")}
+    weights, norms = layer_weights(model), _stream_norms(model, family, seen)
+    first, second = (step.norm for step in family.steps if step.does != "norm")
+    last = family.norm(final_norm(model))
+    pre = transcoders.pre_activations(stacked["in"])
+    z = transcoders.activate(pre)
+    unembedding: Any = model.get_output_embeddings()
+    bias = getattr(unembedding, "bias", None)
+    entry, leaves, same = _beginning(model, family, ids[0], stacked["residual"][0])
+    return Frozen(
+        tokens=ids[0], residual=stacked["residual"], final=seen["final"][0],
+        patterns=torch.stack(list(output.attentions))[:, 0],
+        sigma1=_scales(model, family, first, seen), sigma2=_scales(model, family, second, seen),
+        last=AtTokens(last, last.scale(seen["last"][0])), mlp_in=stacked["in"],
+        mlp_out=stacked["out"], pre=pre, activations=z,
+        error=stacked["out"] - transcoders.decode(z), logits=seen["logits"][0], weights=weights,
+        transcoders=transcoders, unembedding=unembedding.weight,
+        unembedding_bias=unembedding.weight[:, 0] * 0 if bias is None else bias,
+        parallel=family.parallel(model.config),
+        centred=norm_in(decoder_layers(model)[0], family, first, pre.shape[-1]).centred, **norms,
+        entry=entry, leaves=leaves, same=same, head=_head(model, family, seen),
+        causal=family.causal)
+
+
+def _recorded(model: "PreTrainedModel", family: Architecture, ids: Tensor,
+              mask: np.ndarray | Tensor | None) -> tuple[Any, dict[str, list[Tensor]]]:
+    """The model's output with attention patterns, and what passed through its parts, by layer:
+    residual (entering the layer), what each norm read, by its name, in and out of the MLP; final
+    (leaving the last layer), last (what the last norm read), logits (as the unembedding gives
+    them), and what the head's linear map gave and its function made of that."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def note(key: str, value: Tensor) -> None:
+        seen.setdefault(key, []).append(value[0])
+
+    def keep(key: str):  # type: ignore[no-untyped-def]
+        return lambda module, args, kwargs: note(key, args[0] if args else kwargs["hidden_states"])
+
+    def given(key: str):  # type: ignore[no-untyped-def]
+        return lambda module, args, output: note(key, output)
+
+    def reads(module: Any, key: str) -> Any:
+        return module.register_forward_pre_hook(keep(key), with_kwargs=True)
+
+    def site(layer: int, read: Tensor, wrote: Tensor) -> None:
+        note("in", read)
+        note("out", wrote)
+
+    unembedding: Any = model.get_output_embeddings()
+    handles = [reads(final_norm(model), "last"), unembedding.register_forward_hook(given("logits"))]
+    handles += site_hooks(model, site)
+    for layer in decoder_layers(model):
+        handles += [reads(layer, "residual"), *(
+            reads(layer.get_submodule(name), name) for step in family.steps
+            for name in (step.norm, step.behind) if name)]
+    if family.head:
+        head: Any = model.get_submodule(family.head)
+        handles += [reads(head, "final"), head.dense.register_forward_hook(given("mapped"))]
+    with hooked(handles):
+        output = model(input_ids=ids, use_cache=False, output_attentions=True,
+                       **({} if mask is None else {"attention_mask": torch.as_tensor(
+                           mask).to(ids)[None]}))
+    seen.setdefault("final", seen["last"])
+    return output, seen
+
+
+def _scales(model: "PreTrainedModel", family: Architecture, name: str,
+            seen: dict[str, list[Tensor]]) -> Tensor:
+    """(n_layers, n_pos) scales of the norms of that name in front of a branch; 1 without one."""
+    read = seen[name or "residual"]
+    return torch.stack([norm_in(layer, family, name, x.shape[-1]).scale(x)
+                        for layer, x in zip(decoder_layers(model), read, strict=True)])
+
+
+def _stream_norms(model: "PreTrainedModel", family: Architecture, seen: dict[str, list[Tensor]]
+                  ) -> dict[str, tuple[AtTokens | None, ...]]:
+    """`middle`, `end` and `behind` of a Frozen."""
+    places, branch = {"middle": "", "end": "", "behind": ""}, "attention"
+    for step in family.steps:
+        if step.does == "norm":
+            places["middle" if branch == "attention" else "end"] = step.norm
+        else:
+            branch = step.does
+            places["behind"] = places["behind"] or step.behind
+
+    def at(index: int, layer: Any, name: str) -> AtTokens | None:
+        norm = family.norm(layer.get_submodule(name)) if name else None
+        return norm and AtTokens(norm, norm.scale(seen[name][index]))
+
+    return {place: tuple(at(index, layer, name)
+                         for index, layer in enumerate(decoder_layers(model)))
+            for place, name in places.items()}
+
+
+def _beginning(model: "PreTrainedModel", family: Architecture, tokens: Tensor, residual: Tensor
+               ) -> tuple[AtTokens | None, Tensor, Tensor | None]:
+    """`entry`, `leaves` and `same` of a Frozen."""
+    if family.embedded is None:
+        return None, residual[None], None
+    parts = family.embedded(decoder(model), tokens)
+    scale = parts.norm.scale(parts.token + parts.position + parts.same)
+    return (AtTokens(parts.norm, scale), torch.stack([parts.token, parts.position]), parts.same)
+
+
+def _head(model: "PreTrainedModel", family: Architecture, seen: dict[str, list[Tensor]]
+          ) -> Head | None:
+    if not family.head:
+        return None
+    head: Any = model.get_submodule(family.head)
+    mapped = seen["mapped"][0]
+    # What the function makes of its input, as a factor; 0 of 0 is 0 for ReLU and GELU.
+    gate = torch.where(mapped == 0, 0.0, seen["last"][0] / mapped)
+    return Head(head.dense.weight, head.dense.bias, gate)

@@ -3,8 +3,9 @@
 On a CPU a step goes through the layers one at a time: the gradients of one layer are used up before
 the next one's are made, so memory does not grow with depth; and where few features are active, it
 goes over these alone (`sparse_gradients`). On a GPU all layers pass together, so that the host is
-never waited for, and what is not a product is done by kernels of its own (`gpu_gradients`); where
-these cannot be had or do not fit the variant, the two functions of `gradients` are compiled.
+never waited for, and what is not a product is done by kernels of its own (`gpu_gradients`), which
+go over active entries where these are few (`gpu_entries`); where kernels cannot be had or do not
+fit the variant, the two functions of `gradients` are compiled.
 Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 

@@ -191,6 +191,19 @@ def test_counts_stay_below_their_bound_and_are_exact(threads):
     assert held < 8 * 400 * n_keys / 4 and held < 2.2 * 8 * entries + 8 * 8192
 
 
+def test_keys_are_copied_and_may_be_more_than_the_buffer_holds():
+    counts = PairCounts(1, 3, 4, 100, buffer_keys=5)
+    keys = torch.arange(12)
+    for _ in range(2):
+        given = keys.clone()
+        counts.add(given)
+        given.zero_()  # so the caller's memory is free again at once
+    counts.add(keys[3:5])
+    expected = np.full((3, 4), 2)
+    expected.reshape(-1)[3:5] += 1
+    assert counts.matrices()[0].toarray().tolist() == expected.tolist()
+
+
 def test_counts_are_wide_enough_for_the_corpus():
     few, many = (PairCounts(1, 2, 3, n) for n in (2**31 - 1, 2**31))
     for counts in (few, many):

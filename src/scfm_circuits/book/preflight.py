@@ -49,7 +49,7 @@ from scfm_circuits.transcoders.training.settings import precision_of, training_m
 ANYWAY = "SCFM_ANYWAY"
 """Environment variable that turns refusals into warnings."""
 GIB, CPU = 2**30, torch.device("cpu")
-OTHER, KEPT = 2 * GIB, 0.2
+OTHER, KEPT = 3 * GIB // 2, 0.2
 """A chapter's memory beside the parts (libraries, tables, figures), and the share of it all that is
 freed and not given back at once."""
 MOST_SECONDS = 365 * 86400.0

@@ -34,27 +34,38 @@ class PairCounts:
         # No count is larger than the number of tokens.
         self._type = np.int32 if n_tokens < 2**31 else np.int64
         self._waiting: list[Tensor] = []
+        # On the host one buffer: small arrays that are kept, among large ones that are not, would
+        # leave the memory of all the large ones in pieces that fit no other.
+        self._buffer = np.zeros(0, np.int64)
         self._n_waiting = 0
         self._runs: list[list[sp.csr_matrix]] = [[] for _ in range(n_layers)]
 
     def add(self, keys: Tensor) -> None:
         """Count (n,) int64 keys, (layer * n_features + feature) * n_pairs + pair, in any order."""
-        limit = self._buffer_keys * (8 if keys.is_cuda else 1)
-        if self._n_waiting + len(keys) > limit:
-            self.flush()
-        self._waiting.append(keys)
-        self._n_waiting += len(keys)
+        if keys.is_cuda:
+            if self._n_waiting + len(keys) > 8 * self._buffer_keys:
+                self.flush()
+            self._waiting.append(keys)
+            self._n_waiting += len(keys)
+            return
+        for part in keys.split(self._buffer_keys):
+            if self._n_waiting + len(part) > self._buffer_keys:
+                self.flush()
+            if not self._buffer.size:
+                self._buffer = np.empty(self._buffer_keys, np.int64)
+            self._buffer[self._n_waiting : self._n_waiting + len(part)] = part.numpy()
+            self._n_waiting += len(part)
 
     def flush(self) -> None:
         """Sort what waits into the matrices."""
         if not self._n_waiting:
             return
-        waiting = torch.cat(self._waiting)
-        self._waiting, self._n_waiting = [], 0
-        if waiting.is_cuda:
+        if self._waiting:
+            waiting, self._waiting = torch.cat(self._waiting), []
             keys, counts = (one.cpu().numpy() for one in waiting.unique(return_counts=True))
         else:
-            keys, counts = _count_distinct(waiting.numpy())
+            keys, counts = _count_distinct(self._buffer[: self._n_waiting])
+        self._n_waiting = 0
         per_layer = self.shape[0] * self.shape[1]
         ends = np.searchsorted(keys, per_layer * np.arange(self.n_layers + 1))
         jobs = [(layer, keys[a:b], counts[a:b]) for layer, (a, b) in enumerate(pairwise(ends))
@@ -80,6 +91,7 @@ class PairCounts:
     def matrices(self) -> tuple[sp.csr_matrix, ...]:
         """The counts so far, (n_features, n_pairs) for each layer, sorted."""
         self.flush()
+        self._buffer = np.zeros(0, np.int64)
         for runs in self._runs:
             while len(runs) > 1:
                 last = runs.pop()

@@ -92,7 +92,7 @@ chapter.show(pd.DataFrame({"what was decided while reading the cells": corpus.de
 # %% [markdown]
 # ## Sentences
 #
-# Each cell becomes the names of its {glue:text}`cells.k` most expressed genes. Genes of equal
+# Each cell becomes a {term}`cell sentence`, the names of its {glue:text}`cells.k` most expressed genes. Genes of equal
 # expression come in random order, and genes that are not expressed are left out. 64 is the length of
 # the paper's case study; how long the sentences are that its transcoders were trained on, it does not
 # say. Here is one held-out cell, with the answer the model should give.

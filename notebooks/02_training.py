@@ -42,7 +42,7 @@
 # ```
 #
 # The layer's input is the second LayerNorm's output, and the target is what the MLP adds to the
-# residual stream. One forward pass of the model feeds the transcoders of all layers.
+# {term}`residual stream`. One forward pass of the model feeds the transcoders of all layers.
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -83,8 +83,8 @@ chapter.not_comparable()
 # %% tags=["fold:What the coefficient means in the units of Equation 4"]
 chapter.value("training.loss", settings.loss)
 units = pd.DataFrame(loss_units(model, corpus, settings))
-chapter.rounded("training.units_least", units["times_equation_4"].min(), 1)
-chapter.rounded("training.units_most", units["times_equation_4"].max(), 1)
+chapter.rounded("training.units_least", units["times_equation_4"].min())
+chapter.rounded("training.units_most", units["times_equation_4"].max())
 chapter.table("loss_units", units,
               caption="What the L1 coefficient of this run would be in the paper's Equation 4")
 
@@ -92,7 +92,7 @@ chapter.table("loss_units", units,
 # ## Settings
 #
 # Adam has betas 0.9 and 0.999; the learning rate rises
-# linearly over {glue:text}`training.warmup` steps and then stays, unless it is told to fall. After
+# linearly over {glue:text}`training.warmup` steps and then stays, unless the profile lets it fall. After
 # each step the features' writing directions are brought back to norm 1; the part of the gradient
 # that would only change the norm is removed first. The input bias is the mean input, and the output
 # bias starts at the mean output.

@@ -60,22 +60,23 @@ fvu_without_first = validation.fraction_of_variance_unexplained(*asked, skip=1)
 # ## Table 1: validation loss
 #
 # Mean cross-entropy of the next token in nats, over every prediction of the held-out cells that is
-# not padding, prompt and answer included. "No MLP" means that the MLPs write nothing (zero
-# ablation); a model so crippled can do worse than a uniform guess, as the paper's 12.67 does
+# not padding, prompt and answer included. "No MLP" means that the MLPs write nothing
+# ({term}`zero ablation`); a model so crippled can do worse than a uniform guess, as the paper's 12.67 does
 # ($\ln 50304 = 10.83$).
 
 # %%
 table1 = validation.table1(scores, chapter.paper.loss)
 loss, printed = (table1.set_index("configuration")[name] for name in ("validation_loss", "paper"))
-chapter.values(dict(zip(validation.NAMES, loss, strict=True)), prefix="table1.")
+for name, value in zip(validation.NAMES, loss, strict=True):
+    chapter.rounded(f"table1.{name}", value, 2)
 chapter.table("table1", table1, caption="Table 1: validation loss (standard error over cells)")
 
 # %% mystnb={"image": {"alt": "Two bar charts of validation loss for original, transcoders and no MLP: this run and the paper."}, "figure": {"caption": "Table 1 as a picture. The two panels have different models and data and are not to be compared bar by bar.", "name": "fig-table1"}}
 chapter.figure("table1", plots.loss_comparison(table1))
 
 # %%
-chapter.percent("table1.recovered", validation.recovered(loss), 1)
-chapter.percent("table1.paper_recovered", validation.recovered(printed), 1)
+chapter.percent("table1.recovered", validation.recovered(loss))
+chapter.percent("table1.paper_recovered", validation.recovered(printed))
 order = loss["Original"] < loss["Transcoder"] < loss["No MLP"]
 chapter.value("table1.order", order, "holds" if order else "does not hold")
 
@@ -87,7 +88,7 @@ chapter.value("table1.order", order, "holds" if order else "does not hold")
 #
 # ## Table 2: KL divergence
 #
-# KL(original || modified) of the next-token distributions, in float32 log-softmax over the same
+# {term}`KL(original || modified)` of the next-token distributions, in float32 log-softmax over the same
 # tokens.
 
 # %%
@@ -99,17 +100,17 @@ chapter.table("table2", table2, caption="Table 2: KL(original || modified) in na
 # ## Beyond the paper: what the MLPs do for the model
 #
 # "No MLP" takes two things away: what an MLP says about the token at hand, and the constant that it
-# writes on any token. Under *mean ablation* the constant stays: every MLP writes its mean output over
+# writes on any token. Under {term}`mean ablation` the constant stays: every MLP writes its mean output over
 # the tokens of {glue:text}`mlps.mean_cells` training cells. {glue:text}`mlps.constant`
 #
 # Table 1 is a mean over tokens of very different kinds, of which few are the answer.
 
-# %%
+# %% tags=["fold:The loss by kind of predicted token"]
 whole = scores[scores["layer"] == -1].set_index("configuration")["loss"].rename(validation.NAMES)
 better = whole["mean"] < whole["No MLP"]
 chapter.values({"mean_cells": min(validation.MEAN_CELLS, int((~chapter.corpus.held_out).sum())),
                 "loss_at_mean": float(whole["mean"])}, prefix="mlps.")
-chapter.percent("mlps.recovered_from_mean", validation.recovered(whole, "mean"), 1)
+chapter.percent("mlps.recovered_from_mean", validation.recovered(whole, "mean"))
 chapter.value("mlps.constant", bool(better), (
     f"The loss is then {whole['mean']:.2f}; with nothing written it is {whole['No MLP']:.2f}: "
     + ("a constant repairs that part of the damage, and no more." if better else
@@ -125,7 +126,7 @@ for key, kind in (("first", "first piece of a gene"), ("later", "later pieces"),
     share = kinds["share"].get(kind, 0.0)
     chapter.percent(f"mlps.share.{key}", share, 1 if share < 0.1 else 0)
 
-# %% [markdown]
+# %% [markdown] tags=["unfold"]
 # Of the predictions {glue:text}`mlps.share.later` are later pieces of a gene's name,
 # {glue:text}`mlps.share.first` first pieces and {glue:text}`mlps.share.answer` the answer. From mean
 # ablation the transcoders recover {glue:text}`mlps.recovered_from_mean` of the loss.
@@ -136,7 +137,7 @@ for key, kind in (("first", "first piece of a gene"), ("later", "later pieces"),
 # those before it: then the model, asked, says just that. Intervals are Wilson's; *lost* and *gained*
 # count cells whose answer the change has made wrong or right.
 
-# %%
+# %% tags=["fold:Right answers when several MLPs are changed together"]
 answers = found.answers
 together = answers[answers["layer"] < 0].replace({
     "configuration": validation.SHOWN,
@@ -145,16 +146,16 @@ chapter.table("mlp_answers", answers, rows=0)
 chapter.show(together.rename(columns={"layer": "layers"}), digits=3,
              caption="Held-out cells answered rightly when several MLPs are changed together")
 
-# %% mystnb={"image": {"alt": "Percentage of held-out cells answered rightly against layer when one layer's MLP is replaced, at its mean or removed, beside several layers together; a line marks the untouched model."}, "figure": {"caption": "Held-out cells answered rightly when the MLP of one layer, of all but the first, or of all, is replaced by its transcoder, held at its mean, or removed, with 95 % intervals. Grey: the untouched model.", "name": "fig-answers"}}
+# %% mystnb={"image": {"alt": "Percentage of held-out cells answered rightly against layer when one layer's MLP is replaced, at its mean or removed, beside several layers together; a line marks the untouched model."}, "figure": {"caption": "Held-out cells answered rightly when the MLP of one layer, of all but the first, or of all, is replaced by its transcoder, held at its mean, or removed, with 95 % intervals. Grey: the untouched model.", "name": "fig-answers"}} tags=["unfold"]
 chapter.figure("mlp_answers", plots.answers_by_layer(answers))
 
 # %%
 right = answers.set_index(["layer", "configuration"])["percentage"] / 100
 for name, share in right[validation.ALL].items():
-    chapter.percent(f"mlps.right.{name}", share, 1)
+    chapter.percent(f"mlps.right.{name}", share)
 alone = right.xs("mean", level="configuration")
-chapter.percent("mlps.right.later", alone.get(validation.LATER, alone.get(1)), 1)
-chapter.percent("mlps.right.worst_later", alone[alone.index > 0].min(), 1)
+chapter.percent("mlps.right.later", alone.get(validation.LATER, alone.get(1)))
+chapter.percent("mlps.right.worst_later", alone[alone.index > 0].min())
 
 # %% [markdown]
 # The untouched model is right about {glue:text}`mlps.right.original` of the held-out cells, with
@@ -163,7 +164,7 @@ chapter.percent("mlps.right.worst_later", alone[alone.index > 0].min(), 1)
 # a case of its own, as it alone reads tokens before any attention. With all later MLPs at their mean
 # the model is right about {glue:text}`mlps.right.later`, with one of them alone about
 # {glue:text}`mlps.right.worst_later` at worst. Where single layers cost little and all together much,
-# they stand in for each other, and what one does by itself does not tell what it is for.
+# they replace each other, and what one does alone does not show what it is needed for.
 #
 # ## Beyond the paper: one layer at a time
 #

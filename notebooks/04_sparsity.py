@@ -25,7 +25,7 @@
 #   {glue:text}`l0.implied` for one layer.
 # - **We find.** On average over layers {glue:text}`l0.mean` of {glue:text}`l0.width` features are active on
 #   a token. {glue:text}`live.table4` features are live by the cut of Table 4.
-# - **What it is worth.** L0 alone says little: it can be had at any value by the choice of $\lambda$, so it belongs
+# - **What it is worth.** L0 alone says little: any value can be reached by the choice of $\lambda$, so it belongs
 #   beside the loss of {doc}`03_validation`. What counts as live depends on the size of the corpus, not only
 #   on the features.
 # ```

@@ -225,7 +225,8 @@ chapter.value("score.pieces", corpus.has_sub_words,
               corpus.has_sub_words else "Here every gene is one token. There is no sub-word to be "
               "named, so no feature can be scored sub-word or either.")
 for key, share in scores.level_shares(shares).items():
-    chapter.percent(f"score.{key}", share, 1, missing="none scored")
+    digits = int(share is not None and share < 0.1)
+    chapter.percent(f"score.{key}", share, digits, missing="none scored")
 
 # %% [markdown]
 # ### Could the score detect a gene-specific feature?

@@ -111,7 +111,7 @@ for name, number in {**found.numbers, **found.ratios}.items():
 # between respond as they will.
 #
 # - **Taken away:** what the features write is taken out. **Doubled:** they write twice as much. The
-#   prediction holds attention and LayerNorm still and lets only attention carry the difference on.
+#   prediction holds attention and LayerNorm still, so that only attention passes the difference on.
 # - **Alone:** they run, and every feature outside the circuit is held at its mean over all tokens of
 #   {glue:text}`faithfulness.mean_cells` training cells. MLPs are replaced by their transcoders, with
 #   the error that these make on the unchanged text.
@@ -187,7 +187,7 @@ taken_out = knock_out.knock_out_study(chapter.model, chapter.transcoders, corpus
 # %% [markdown]
 # ## Genes taken out
 #
-# What a gene does to the call can be had without any circuit: take it out of the sentence and ask
+# What a gene does to the call can be measured without any circuit: take it out of the sentence and ask
 # again. For {glue:text}`knock_out.cells` held-out cells of {glue:text}`knock_out.types` types every gene
 # is taken out, and what the call's {term}`contrast` loses is the gene's effect. How well does a circuit
 # say so, and how well do cheaper scores?
@@ -234,7 +234,7 @@ chapter.values(knock_out.numbers(taken_out, settings.seed), prefix="knock_out.")
 # Over the genes of a cell the order by a score is compared with the order by effect: with signs, by
 # size, and by what they share of the {glue:text}`knock_out.k` largest. The interval is over cells, the
 # grey band is what genes permuted within each cell reach. A gene taken out also moves all genes
-# behind it forward, and its effect is that of the model as it then is: what attention, norms and
+# behind it forward, and its effect includes all responses of the model: what attention, norms and
 # features do in response is in it, and in no score that holds them still.
 
 # %% [markdown]
@@ -318,7 +318,7 @@ chapter.figure("circuit_overlap", plots.circuit_overlap(common.overlap, study.ty
 chapter.table("circuit_overlap", common.pairs, rows=0)
 chapter.table("circuit_shared_features", common.shared, rows=0)
 chapter.show(common.tests(), caption="Mean overlap of pairs of one type and of two, and how often "
-             "types dealt out at random differ as much")
+             "permuted types differ as much")
 
 # %%
 for name, test in (("", common.of_all), ("_same_target", common.same_target)):

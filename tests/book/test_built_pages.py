@@ -26,7 +26,7 @@ from scfm_circuits.book.chapters import Run, load_run
 from scfm_circuits.common.files import write_json
 from scfm_circuits.report.report import Report, Shown
 
-WIDE = pd.DataFrame({"model": ["a", "b"], "paper": [0.5, 0.25],
+WIDE = pd.DataFrame({"model": ["a", "b"], "paper": [0.5, 0.25], "held_out": [1, 2],
                      **{f"a column with a long name, {i}": [i, i + 1] for i in range(9)}})
 # What axe complains about in the theme: a rule and a class.
 THEIR_LOGO = ("region", "navbar-brand")
@@ -178,6 +178,13 @@ def test_chapters_carry_the_numbers_of_their_files(book: Path) -> None:
     for path in (book / f"{name}.html" for name in chapters):
         title = re.search(r"<title>(.*?)</title>", path.read_text(encoding="utf-8"))
         assert title and title[1].startswith(f"{int(path.stem[:2])}. "), title
+
+
+def test_columns_and_headings_have_words_and_not_names_of_the_code(book: Path) -> None:
+    heads = [(path.stem, head) for path in sorted(book.glob("[0-9]*.html")) for head in re.findall(
+        r"<(?:th|h[1-4])\b[^>]*>([^<]*)<", path.read_text(encoding="utf-8"))]
+    assert len(heads) > 20
+    assert [one for one in heads if re.search(r"[a-z0-9]_[a-z0-9]", one[1])] == []
 
 
 # --- the code switch and the banner --------------------------------------------------------------

@@ -16,6 +16,7 @@ from matplotlib.image import imread
 from scfm_circuits import InputError
 from scfm_circuits.common.profile import load_profile
 from scfm_circuits.report.headings import heading
+from scfm_circuits.report.plots.style import panels
 from scfm_circuits.report.report import Report, readable
 
 
@@ -115,8 +116,8 @@ def test_missing_numbers_are_blank(report: Report) -> None:
 
 def test_figures_are_the_same_bytes_every_time(report: Report, tmp_path: Path) -> None:
     def drawn() -> tuple[bytes, bytes]:
-        figure = Figure(figsize=(3, 2))
-        figure.subplots().plot([1, 2, 4], label="a")
+        figure, [axes] = panels(1)  # a figure of the book has its theme from the start
+        axes.plot([1, 2, 4], label="a")
         report.figure("line", figure)
         folder = tmp_path / "smoke" / "figures"
         return (folder / "line.png").read_bytes(), (folder / "line.svg").read_bytes()
@@ -169,6 +170,16 @@ def test_values_are_kept_as_plain_json(report: Report, tmp_path: Path) -> None:
 ])
 def test_readable(value: object, text: str) -> None:
     assert readable(value) == text
+
+
+@pytest.mark.parametrize(("value", "digits", "text"), [
+    (99.78, 2, "100"), (-99.78, 2, "-100"), (99.4, 2, "99"), (9999.7, 4, "10,000"),
+    (0.996, 2, "1"), (2e12, 2, "2e+12"), (float("inf"), 2, "inf"),
+])
+def test_a_number_is_not_written_as_a_power_where_it_rounds_up(
+    value: float, digits: int, text: str
+) -> None:
+    assert readable(value, digits) == text
 
 
 @pytest.mark.parametrize("name", ["a/b", "../x", "", "a:b", ".hidden"])

@@ -79,7 +79,8 @@ def number(digits: int) -> Callable[[float], str]:
     def as_text(value: float) -> str:
         if math.isnan(value):
             return ""
-        if 10**digits <= abs(value) < 1e9:
+        # As it will read: 99.8 with two digits is 100, not 1e+02.
+        if 10**digits <= abs(float(f"{value:.{digits}g}")) < 1e9:
             return f"{value:,.0f}"
         return f"{value:.{digits}g}"
 

@@ -7,16 +7,13 @@ from helpers import tiny_model, tiny_transcoders, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_architectures import (
-    ALL_FAMILIES,
-    BERT_TYPE,
     FAMILIES,
     LLAMA_TYPE,
-    LinearModel,
-    Read,
     tiny,
 )
 from torch import Tensor
 from torch.func import functional_call, grad
+from traced import SHAPES, Case, Collected
 
 from scfm_circuits import InputError
 from scfm_circuits.circuits.attribution import (
@@ -25,7 +22,6 @@ from scfm_circuits.circuits.attribution import (
     contributions,
     feature_direction,
     head_direction,
-    leaves_of,
     logit_direction,
     through_attention,
 )
@@ -195,81 +191,6 @@ def test_functional_call_is_not_needed_to_patch_the_model():
 
 # --- every family --------------------------------------------------------------------------------
 
-SHAPES = {"family": st.sampled_from(ALL_FAMILIES), "layers": st.integers(1, 3),
-          "heads": st.sampled_from([(1, 1, 16), (2, 1, 6), (4, 4, 4), (4, 2, 4), (4, 1, 8)]),
-          "n": st.integers(1, 8), "seed": st.integers(0, 10_000)}
-
-
-class Case:
-    """A random model of a family, a run of it, a target, and the linear oracle of that run."""
-
-    def __init__(self, family: str, layers: int, heads: tuple[int, int, int], n: int, seed: int
-                 ) -> None:
-        shape = {"layers": layers, "heads": heads[0], "value_heads": heads[1],
-                 "head_size": heads[2], "seed": seed}
-        self.model = tiny(family, **shape)
-        self.run = freeze(self.model, tiny_transcoders(self.model, seed=seed), tokens(n, seed=seed))
-        self.linear = LinearModel(tiny(family, **shape), self.run)
-        rng = np.random.default_rng(seed)
-        self.layer, self.feature, self.position = (
-            int(rng.integers(size)) for size in (layers, 24, n))
-        self.reading = feature_direction(self.run, self.layer, self.feature, self.position)
-        self.clean = (self.run.leaves[0], self.run.mlp_out)
-        self.zero = tuple(torch.zeros_like(part) for part in self.clean)
-
-    def target(self, read: Read) -> Tensor:
-        """The target's pre-activation, from what the oracle's MLPs read."""
-        return self.pre(read)[self.layer, self.position, self.feature]
-
-    def pre(self, read: Read) -> Tensor:
-        t = self.run.transcoders
-        return torch.einsum("lfd,lnd->lnf", t.W_enc, read.mlp_in - t.b_in[:, None]) \
-            + t.b_enc[:, None]
-
-    def gradient(self) -> tuple[Tensor, Tensor]:
-        """d target / d (embeddings, MLP outputs), by autograd through transformers' code."""
-        leaves = [part.clone().requires_grad_() for part in self.clean]
-        return torch.autograd.grad(self.target(self.linear(*leaves)), leaves, allow_unused=True,
-                                   materialize_grads=True)
-
-
-class Collected:
-    """All that reaches a reading through any number of heads: `contributions` of the reading, and
-    of each head it sees, and so on; heads at the same layer and token are read as one."""
-
-    def __init__(self, run: Frozen, reading: Reading) -> None:
-        self.features = torch.zeros_like(run.pre)
-        self.errors = torch.zeros_like(run.pre[..., 0])
-        self.leaves = torch.zeros_like(run.leaves[..., 0])
-        self.constant = torch.zeros(())
-        waiting: dict[tuple[int, int], Tensor] = {}
-        self._take(run, reading, waiting)
-        while waiting:
-            layer, source = max(waiting)
-            vector = waiting.pop((layer, source))
-            self._take(run, Reading(vector, source, layer, layer, vector.new_zeros(()),
-                                      vector @ run.residual[layer, source]), waiting)
-
-    def _take(self, run: Frozen, reading: Reading, waiting: dict[tuple[int, int], Tensor]
-              ) -> None:
-        parts = contributions(run, reading)
-        assert abs(parts.total() - reading.value) < 1e-10
-        self.features[: reading.mlp_limit, reading.position] += parts.features
-        self.errors[: reading.mlp_limit, reading.position] += parts.errors
-        self.leaves[:, reading.position] += leaves_of(run, reading)
-        self.constant = self.constant + parts.constant
-        for layer in range(reading.attention_limit):
-            for source in range(reading.position + 1 if run.causal else len(run.tokens)):
-                hops = [head_direction(run, reading, layer, head, source)
-                        for head in range(run.patterns.shape[1])]
-                for head, hop in enumerate(hops):
-                    assert abs(hop.value - parts.heads[layer, head, source]) < 1e-11
-                vector = sum(hop.vector for hop in hops)
-                waiting[layer, source] = waiting.get((layer, source), 0) + vector
-
-    def total(self) -> Tensor:
-        return (self.features.sum() + self.errors.sum() + self.leaves.sum() + self.constant)
-
 
 @settings(max_examples=80, deadline=None)
 @given(**SHAPES)
@@ -412,58 +333,3 @@ def test_freezing_leaves_no_hook(family):
     with pytest.raises(IndexError):
         freeze(model, tiny_transcoders(model), tokens(5) + 1000)
     assert hooks() == before
-
-
-# --- encoders: padding, and what the leaves mean --------------------------------------------------
-
-
-@settings(max_examples=25, deadline=None)
-@given(family=st.sampled_from(BERT_TYPE), n=st.integers(1, 7), more=st.integers(1, 5),
-       seed=st.integers(0, 1000))
-def test_padding_moves_nothing(family, n, more, seed):
-    model = tiny(family, seed=seed)
-    t = tiny_transcoders(model, seed=seed)
-    text = tokens(n, seed=seed)
-    alone = freeze(model, t, text)
-    padded = freeze(model, t, np.append(text, np.zeros(more, int)), np.arange(n + more) < n)
-    for one, other in ((feature_direction(alone, 2, 5, n - 1), feature_direction(padded, 2, 5,
-                                                                                 n - 1)),
-                       (logit_direction(alone, 7, 0), logit_direction(padded, 7, 0))):
-        a, b = contributions(alone, one), contributions(padded, other)
-        assert (b.heads[..., n:] == 0).all()
-        assert (a.heads - b.heads[..., :n]).abs().max() < 1e-11
-        assert (a.features - b.features).abs().max() < 1e-11
-        assert abs(b.total() - one.value) < 1e-10
-        effects, _ = direct_effects(padded, sources_of(padded, [other]), [other])
-        at = sources_of(padded, [other]).embeddings
-        assert effects[0, at + n :].abs().max() == 0
-
-
-@settings(max_examples=25, deadline=None)
-@given(family=st.sampled_from(BERT_TYPE), seed=st.integers(0, 1000), others=st.integers(1, 5))
-def test_a_masked_genes_log_odds_close_with_the_heads_bias(family, seed, others):
-    model = tiny(family, seed=seed)
-    run = freeze(model, tiny_transcoders(model, seed=seed), tokens(6, seed=seed))
-    reading = logit_direction(run, 3, 2, minus=list(range(4, 4 + others)))
-    logits = model(input_ids=run.tokens[None]).logits[0, 2]
-    wanted = logits[3] - logits[4 : 4 + others].logsumexp(0)
-    assert abs(reading.value - wanted) < 1e-12
-    assert abs(contributions(run, reading).total() - wanted) < 1e-10
-
-
-def test_the_leaves_of_an_encoder_are_its_tokens_and_their_ranks():
-    model = tiny("bert")
-    run = freeze(model, tiny_transcoders(model), tokens(6))
-    reading = feature_direction(run, 0, 5, 3)
-    leaves = leaves_of(run, reading)
-    assert run.entry is not None and leaves.shape == (2,)
-    embeddings = model.bert.embeddings
-    assert torch.equal(run.leaves[0], embeddings.word_embeddings(run.tokens))
-    assert torch.equal(run.leaves[1], embeddings.position_embeddings.weight[:6])
-    assert abs(leaves.sum() - contributions(run, reading).embedding) < 1e-12
-    # Without ranks, all else frozen, the reading loses what they give through all paths.
-    linear = LinearModel(tiny("bert"), run)
-    linear.model.bert.embeddings.position_embeddings.weight.zero_()
-    without = linear(run.leaves[0], run.mlp_out).mlp_in[0, 3] @ run.transcoders.W_enc[0, 5]
-    whole = run.mlp_in[0, 3] @ run.transcoders.W_enc[0, 5]
-    assert abs(Collected(run, reading).leaves[1].sum() - (whole - without)) < 1e-10

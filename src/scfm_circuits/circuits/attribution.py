@@ -110,6 +110,19 @@ def logit_direction(frozen: Frozen, token: int, position: int, minus: Sequence[i
 
 
 @torch.no_grad()
+def stream_direction(frozen: Frozen, vector: Tensor, position: int, layer: int) -> Reading:
+    """A direction (d_model,) of the stream that enters a layer, at a position; for the number of
+    layers, of the stream that leaves the last.
+
+    A direction between two states of a cell, read on the mean embedding of its genes as in-silico
+    perturbation does (Theodoris et al. 2023), is the mean of these over the genes: linear, so
+    exact. With a norm on the stream (BERT) it is read behind that.
+    """
+    stream = frozen.final if layer == len(frozen.weights) else frozen.residual[layer]
+    return Reading(vector, position, layer, layer, vector.new_zeros(()), vector @ stream[position])
+
+
+@torch.no_grad()
 def head_direction(frozen: Frozen, of: Reading, layer: int, head: int, source: int) -> Reading:
     """What a head carried from `source` into the reading `of`, as a reading at the source.
 

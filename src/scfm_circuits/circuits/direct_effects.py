@@ -11,6 +11,7 @@ the features, as if those that are active were linear.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -87,6 +88,47 @@ def direct_effects(frozen: Frozen, sources: Sources, readings: Sequence[Reading]
     """(n_readings, sources.count) effects of all sources on each reading through all attention
     paths, and (n_readings,) what the biases give. Exact: the gradient of the frozen linear model,
     times what each source wrote."""
+    effects, constant, _ = _swept(frozen, sources, readings)
+    return effects, constant
+
+
+class WholeSum(NamedTuple):
+    """What adds up to a reading, or to the sum of some, through all attention paths, by where it
+    was written.
+
+    leaves: (n_leaves, n_pos) of tokens' embeddings and, where there are any, of positions'. Of an
+    encoder of rank values that is which gene, and which rank. features, errors: (n_layers, n_pos);
+    constant: () biases, and what is embedded whatever the token.
+    """
+
+    leaves: Tensor
+    features: Tensor
+    errors: Tensor
+    constant: Tensor
+
+    def total(self) -> Tensor:
+        """The sum of all parts: the readings' values, added up."""
+        return self.leaves.sum() + self.features.sum() + self.errors.sum() + self.constant
+
+
+@torch.no_grad()
+def whole_sum(frozen: Frozen, readings: Sequence[Reading]) -> WholeSum:
+    """Split the sum of some readings by what was written where; exact."""
+    sources = sources_of(frozen, readings)
+    effects, constant, leaves = _swept(frozen, sources, readings)
+    shape = sources.n_layers, sources.n_pos
+    place = torch.from_numpy(sources.layer * sources.n_pos + sources.position).to(effects.device)
+    summed = effects.sum(dim=0)
+    features = summed.new_zeros(shape[0] * shape[1]).index_add(
+        0, place, summed[: sources.n_active])
+    return WholeSum(leaves.sum(dim=1), features.view(shape),
+                    summed[sources.errors : sources.embeddings].view(shape), constant.sum())
+
+
+def _swept(frozen: Frozen, sources: Sources, readings: Sequence[Reading]
+           ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `direct_effects`, and (n_leaves, n_readings, n_pos) of which those of embeddings are the
+    sum."""
     # Deep readings first, so that those that see a layer are always the leading ones.
     order = sorted(range(len(readings)), reverse=True, key=lambda i: (
         readings[i].attention_limit, readings[i].mlp_limit))
@@ -104,10 +146,10 @@ def direct_effects(frozen: Frozen, sources: Sources, readings: Sequence[Reading]
         seen = sum(one.attention_limit > layer for one in deep)
         _across(frozen.middle[layer], pull[:seen], constant[:seen])
         _pull_through_attention(frozen, layer, pull[:seen], constant[:seen])
-    at = sources.embeddings
-    effects[:, at:at + n_pos] = _leaf_effects(frozen, pull, constant).sum(dim=0)
+    at, leaves = sources.embeddings, _leaf_effects(frozen, pull, constant)
+    effects[:, at:at + n_pos] = leaves.sum(dim=0)
     back = torch.tensor(np.argsort(order), device=pull.device)
-    return effects[back], constant[back]
+    return effects[back], constant[back], leaves[:, back]
 
 
 def _across(norm: AtTokens | None, pull: Tensor, constant: Tensor) -> None:

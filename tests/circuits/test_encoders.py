@@ -1,0 +1,101 @@
+"""Encoders, and readings beyond a call: padding, ranks, masked genes, directions between states."""
+
+import numpy as np
+import torch
+from helpers import tiny_transcoders, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_architectures import BERT_TYPE, LinearModel, tiny
+from traced import SHAPES, Case, Collected
+
+from scfm_circuits.circuits.attribution import (
+    contributions,
+    feature_direction,
+    leaves_of,
+    logit_direction,
+    stream_direction,
+)
+from scfm_circuits.circuits.direct_effects import direct_effects, sources_of, whole_sum
+from scfm_circuits.circuits.frozen import freeze
+
+
+@settings(max_examples=25, deadline=None)
+@given(family=st.sampled_from(BERT_TYPE), n=st.integers(1, 7), more=st.integers(1, 5),
+       seed=st.integers(0, 1000))
+def test_padding_moves_nothing(family, n, more, seed):
+    model = tiny(family, seed=seed)
+    t = tiny_transcoders(model, seed=seed)
+    text = tokens(n, seed=seed)
+    alone = freeze(model, t, text)
+    padded = freeze(model, t, np.append(text, np.zeros(more, int)), np.arange(n + more) < n)
+    for one, other in ((feature_direction(alone, 2, 5, n - 1), feature_direction(padded, 2, 5,
+                                                                                 n - 1)),
+                       (logit_direction(alone, 7, 0), logit_direction(padded, 7, 0))):
+        a, b = contributions(alone, one), contributions(padded, other)
+        assert (b.heads[..., n:] == 0).all()
+        assert (a.heads - b.heads[..., :n]).abs().max() < 1e-11
+        assert (a.features - b.features).abs().max() < 1e-11
+        assert abs(b.total() - one.value) < 1e-10
+        effects, _ = direct_effects(padded, sources_of(padded, [other]), [other])
+        at = sources_of(padded, [other]).embeddings
+        assert effects[0, at + n :].abs().max() == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(family=st.sampled_from(BERT_TYPE), seed=st.integers(0, 1000), others=st.integers(1, 5))
+def test_a_masked_genes_log_odds_close_with_the_heads_bias(family, seed, others):
+    model = tiny(family, seed=seed)
+    run = freeze(model, tiny_transcoders(model, seed=seed), tokens(6, seed=seed))
+    reading = logit_direction(run, 3, 2, minus=list(range(4, 4 + others)))
+    logits = model(input_ids=run.tokens[None]).logits[0, 2]
+    wanted = logits[3] - logits[4 : 4 + others].logsumexp(0)
+    assert abs(reading.value - wanted) < 1e-12
+    assert abs(contributions(run, reading).total() - wanted) < 1e-10
+
+
+def test_the_leaves_of_an_encoder_are_its_tokens_and_their_ranks():
+    model = tiny("bert")
+    run = freeze(model, tiny_transcoders(model), tokens(6))
+    reading = feature_direction(run, 0, 5, 3)
+    leaves = leaves_of(run, reading)
+    assert run.entry is not None and leaves.shape == (2,)
+    embeddings = model.bert.embeddings
+    assert torch.equal(run.leaves[0], embeddings.word_embeddings(run.tokens))
+    assert torch.equal(run.leaves[1], embeddings.position_embeddings.weight[:6])
+    assert abs(leaves.sum() - contributions(run, reading).embedding) < 1e-12
+    # Without ranks, all else frozen, the reading loses what they give through all paths.
+    linear = LinearModel(tiny("bert"), run)
+    linear.model.bert.embeddings.position_embeddings.weight.zero_()
+    without = linear(run.leaves[0], run.mlp_out).mlp_in[0, 3] @ run.transcoders.W_enc[0, 5]
+    whole = run.mlp_in[0, 3] @ run.transcoders.W_enc[0, 5]
+    assert abs(Collected(run, reading).leaves[1].sum() - (whole - without)) < 1e-10
+
+
+# --- directions between states --------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(**SHAPES, below=st.integers(0, 1))
+def test_a_direction_between_states_closes_on_the_mean_embedding(family, layers, heads, n, seed,
+                                                                  below):
+    """Read on the mean over tokens, of the last layer's stream or the one before, in one hop and
+    through all paths; the parts of tokens, of their ranks and of MLPs are autograd's."""
+    case = Case(family, layers, heads, n, seed)
+    run, layer = case.run, layers - below
+    direction = torch.randn(16, generator=torch.Generator().manual_seed(seed),
+                            dtype=torch.float64) / n
+    stream = run.final if layer == layers else run.residual[layer]
+    value = stream.sum(dim=0) @ direction
+    readings = [stream_direction(run, direction, position, layer) for position in range(n)]
+    assert abs(sum(one.value for one in readings) - value) < 1e-10
+    assert abs(sum(contributions(run, one).total() for one in readings) - value) < 1e-10
+    if layer == 0:  # nothing but what the stream begins with
+        return
+    found = whole_sum(run, readings)
+    assert abs(found.total() - value) < 1e-10
+    every = [Collected(run, one) for one in readings]
+    leaves, features, errors = (sum(getattr(one, name) for one in every)
+                                for name in ("leaves", "features", "errors"))
+    assert (found.leaves - leaves).abs().max() < 1e-10
+    assert (found.features - features.sum(dim=-1)[:layer]).abs().max() < 1e-10
+    assert (found.errors - errors[:layer]).abs().max() < 1e-10

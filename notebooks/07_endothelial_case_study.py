@@ -213,7 +213,7 @@ chapter.table("case_call_genes", by_gene, rows=12,
 # of the prompt and not at genes: {glue:text}`call.prompt_token_share` of them. The others name
 # {glue:text}`call.gene_nodes` genes.
 
-# %% mystnb={"image": {"alt": "The circuit of the call drawn with layers upwards and tokens along: nodes by kind, edges by sign and strength, leading up to the logit of the answer's token."}, "figure": {"caption": "The circuit of the call: layers upwards, tokens along; only tokens with a node have a place. Line width is the size of a contribution; blue adds, orange takes away; the larger a node, the more of the target's contributions pass through it.", "name": "fig-call-circuit"}}
+# %% mystnb={"image": {"alt": "The circuit of the call drawn with layers upwards and tokens along: nodes by kind, edges by sign and strength, leading up to the logit of the answer's token."}, "figure": {"caption": "The circuit of the call: layers upwards, tokens along; only tokens with a node have a place. Line width is the size of a contribution; blue adds, orange takes away; the larger a node, the more of the target's contributions pass through it. A number such as ×11 counts the nodes of a kind that are drawn as one.", "name": "fig-call-circuit"}}
 last = chapter.transcoders.n_layers - 1
 chapter.figure("call_circuit", plots.circuit_picture(call.circuit, case.texts, case.genes, last + 1))
 

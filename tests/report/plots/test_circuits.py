@@ -1,6 +1,7 @@
 """Figures show what they are given, and are the same on every run."""
 
 import io
+from collections import Counter
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from helpers import tiny_model, tiny_transcoders, tokens
 from matplotlib.collections import PathCollection
 
+from scfm_circuits.circuits.circuit import Node
 from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.search import strongest_features, trace_feature
 from scfm_circuits.report.plots import circuits as plots
@@ -49,7 +51,7 @@ def test_the_same_data_gives_the_same_picture_whatever_the_global_generator():
     assert drawn(plots.faithfulness(effects())) == first
 
 
-def test_every_circuit_node_that_is_drawn_has_a_place_and_the_target_is_among_them():
+def test_every_circuit_node_that_is_drawn_has_a_place_and_the_target_is_among_them(monkeypatch):
     model = tiny_model()
     run = freeze(model, tiny_transcoders(model), tokens(7))
     target = strongest_features(run, 2, 6, 1)[0]
@@ -61,9 +63,30 @@ def test_every_circuit_node_that_is_drawn_has_a_place_and_the_target_is_among_th
     def lines(figure):
         return sum(len(line.get_xdata()) == 2 for line in figure.axes[0].lines)
 
-    assert lines(few) == 5
-    assert lines(many) == len(circuit.edges)
+    def marks(figure):
+        return sum(len(points.get_offsets()) for points in figure.axes[0].collections)
+
+    assert lines(few) == 5 and lines(many) == len(circuit.edges)  # at one token there is room
+    monkeypatch.setattr(plots, "_SIDE_BY_SIDE", 1)
+    few = plots.circuit_picture(circuit, texts, genes, 3, max_edges=5)
+    many = plots.circuit_picture(circuit, texts, genes, 3, max_edges=500)
+    # Nodes of one kind, layer and token are one supernode now, and so are edges between two.
+    place = {node.id: (node.kind, node.layer, node.source) for node in circuit.nodes.values()}
+    merged = {(place[edge.source], place[edge.target], edge.weight > 0) for edge in circuit.edges}
+    assert 0 < lines(few) <= lines(many) == len(merged) < len(circuit.edges)
+    assert marks(many) == len(set(place.values())) < len(place)
+    largest = max(Counter(place.values()).items(), key=lambda pair: pair[1])
+    assert f"×{largest[1]}" in [text.get_text() for text in many.axes[0].texts]
     drawn(many)  # a dollar sign in a gene is not mathematics
+
+
+def test_nodes_stand_side_by_side_where_there_is_room():
+    nodes = [Node.of_feature(0, feature, 3, 1.0) for feature in range(5)]
+    placed, positions = plots._supernodes(nodes, 2)
+    assert positions == [3] and [len(members) for members, _ in placed] == [1] * 5
+    assert len({where for _, where in placed}) == 5
+    apart = [*nodes, *(Node.of_feature(1, 7, position, 1.0) for position in range(9))]
+    assert sorted(len(members) for members, _ in plots._supernodes(apart, 2)[0]) == [1] * 9 + [5]
 
 
 def test_a_layer_axis_of_24_layers_is_not_crowded():

@@ -42,66 +42,97 @@ def contribution_kinds(shares: Mapping[str, float], of: str = "the target's pre-
     return figure
 
 
+_MARKERS = {"feature": ("o", GREEN), "head": ("D", PURPLE), "embedding": ("s", GREY),
+            "error": ("X", RED), "logit": ("*", "black")}
+_SIDE_BY_SIDE = 12
+"""Nodes that fit beside each other across a picture of a circuit."""
+_NAMED = 12
+"""Supernodes whose names are drawn: those with most influence."""
+
+
 def circuit_picture(circuit: "Circuit", texts: Sequence[str], genes: Sequence[str | None],
                     n_layers: int, max_edges: int = 150) -> Figure:
     """Figure 5: layers upwards, tokens along, width by weight, colour by sign.
 
     The edges that carry most of the target's contributions are drawn, with the nodes they join;
-    only tokens that carry such a node have a place. A head stands at the token it read.
+    only tokens that carry such a node have a place. A head stands at the token it read. Nodes of
+    one kind that would crowd their place are one supernode, and edges between two places are one
+    line for each sign.
     """
     influence = circuit.influence()
     carried = dict(zip(circuit.edges, circuit.carried(), strict=True))
     strongest = sorted(circuit.edges, key=lambda edge: -carried[edge])[:max_edges]
     shown = {circuit.target, *(e.source for e in strongest), *(e.target for e in strongest)}
-    nodes = [node for node in circuit.nodes.values() if node.id in shown]
-    place, positions = _places(nodes, n_layers)
-    figure, axis = plt.subplots(figsize=(max(8.0, 0.3 * len(positions)), 6),
+    supernodes, positions = _supernodes(
+        [node for node in circuit.nodes.values() if node.id in shown], n_layers)
+    place = {node.id: where for members, where in supernodes for node in members}
+    figure, axis = plt.subplots(figsize=(max(6.8, 0.3 * len(positions)), 6.4),
                                 constrained_layout=True)
-    top = max(carried[edge] for edge in strongest)
-    for edge in reversed(strongest):
-        (x0, y0), (x1, y1) = place[edge.source], place[edge.target]
-        axis.plot([x0, x1], [y0, y1], color=BLUE if edge.weight > 0 else ORANGE, alpha=0.55,
-                  linewidth=0.5 + 4.5 * (carried[edge] / top) ** 0.5, zorder=1)
-    markers = {"feature": ("o", GREEN), "head": ("D", PURPLE), "embedding": ("s", GREY),
-               "error": ("X", RED), "logit": ("*", "black")}
-    for kind, (marker, colour) in markers.items():
-        chosen = [node for node in nodes if node.kind == kind]
+    lines: dict[tuple[tuple[float, float], tuple[float, float], bool], float] = {}
+    for edge in strongest:
+        ends = place[edge.source], place[edge.target], edge.weight > 0
+        lines[ends] = lines.get(ends, 0.0) + carried[edge]
+    top = max(lines.values())
+    for (start, end, adds), share in sorted(lines.items(), key=lambda line: line[1]):
+        axis.plot(*zip(start, end, strict=True), color=BLUE if adds else ORANGE, alpha=0.55,
+                  linewidth=0.5 + 6 * (share / top) ** 0.5, zorder=1)
+    sizes = [sum(influence[node.id] for node in members) for members, _ in supernodes]
+    for kind, (marker, colour) in _MARKERS.items():
+        chosen = [(where, size) for (members, where), size in zip(supernodes, sizes, strict=True)
+                  if members[0].kind == kind]
         if chosen:
-            axis.scatter([place[n.id][0] for n in chosen], [place[n.id][1] for n in chosen],
-                         s=[22 + 220 * influence[n.id] for n in chosen], marker=marker,
-                         color=colour, edgecolor="white", linewidth=0.6, zorder=2)
+            axis.scatter([x for (x, _), _ in chosen], [y for (_, y), _ in chosen], marker=marker,
+                         s=[26 + 220 * size for _, size in chosen], color=colour,
+                         edgecolor="white", linewidth=0.6, zorder=2)
             # The legend's marks are of one size, whatever the first node's influence.
             axis.scatter([], [], s=45, marker=marker, color=colour, label=kind)
+    ranked = sorted(zip(sizes, supernodes, strict=True), key=lambda pair: -pair[0])
+    for _, (members, (x, y)) in [one for one in ranked if _name(one[1][0])][:_NAMED]:
+        axis.annotate(_name(members), (x, y), xytext=(8, 2), textcoords="offset points",
+                      fontsize=10, zorder=3)
     for sign, colour in (("adds", BLUE), ("takes away", ORANGE)):
         axis.plot([], [], color=colour, linewidth=3, label=sign)
     labels = [f"{texts[p]} ({genes[p]})" if genes[p] else texts[p] for p in positions]
     axis.set_xticks(range(len(positions)), [literal(label) for label in labels], rotation=90,
-                    fontsize=8)
+                    fontsize=10)
     axis.set_yticks([-1, *range(n_layers)], ["embedding", *(f"layer {i}" for i in range(n_layers))])
+    axis.set_xlim(-0.6, len(positions) - 0.4)
     axis.grid(axis="x", visible=False)
-    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=11)
     return figure
 
 
-def _places(nodes: Sequence["Node"], n_layers: int
-            ) -> tuple[dict[str, tuple[float, float]], list[int]]:
-    """Where each node is drawn, and the token positions in use.
+def _supernodes(nodes: Sequence["Node"], n_layers: int
+                ) -> tuple[list[tuple[list["Node"], tuple[float, float]]], list[int]]:
+    """What is drawn as one node, where it is drawn, and the token positions in use.
 
-    Heads stand below the MLP nodes of their layer; nodes that share a place are set side by side.
+    Heads stand below the MLP nodes of their layer; what shares a place is set side by side.
     """
     positions = sorted({p for node in nodes for p in (node.position, node.source)})
     column = {position: i for i, position in enumerate(positions)}
     heights = {"embedding": -1.0, "logit": float(n_layers)}
-    groups: dict[tuple[int, float], list[str]] = {}
+    groups: dict[tuple[int, float], dict[str, list[Node]]] = {}
     for node in nodes:
         y = heights.get(node.kind, node.layer + (-0.15 if node.kind == "head" else 0.25))
-        groups.setdefault((column[node.source], y), []).append(node.id)
-    place = {}
-    for (x, y), members in groups.items():
-        offsets = (np.arange(len(members)) - (len(members) - 1) / 2) / max(len(members), 4)
-        place.update({name: (x + 0.8 * offset, y) for name, offset in
-                      zip(members, offsets, strict=True)})
-    return place, positions
+        groups.setdefault((column[node.source], y), {}).setdefault(node.kind, []).append(node)
+    room = max(1, _SIDE_BY_SIDE // len(positions))
+    placed = []
+    for (x, y), kinds in groups.items():
+        drawn = [one for members in kinds.values()
+                 for one in ([members] if len(members) > room else [[node] for node in members])]
+        offsets = (np.arange(len(drawn)) - (len(drawn) - 1) / 2) / max(len(drawn), 4)
+        placed += [(members, (float(x + 0.8 * offset), y))
+                   for members, offset in zip(drawn, offsets, strict=True)]
+    return placed, positions
+
+
+def _name(members: Sequence["Node"]) -> str:
+    """A node's name, or how many a supernode has; nothing where its mark says all."""
+    first = members[0]
+    if len(members) > 1:
+        return f"×{len(members)}"
+    return {"feature": f"L{first.layer}.F{first.index}",
+            "head": f"head {first.layer}.{first.index}"}.get(first.kind, "")
 
 
 _CIRCUIT_COLOURS = {"circuit": BLUE, "same token": GREEN, "same size": GREY, "none": ORANGE}

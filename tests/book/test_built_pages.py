@@ -244,7 +244,7 @@ def test_the_papers_numbers_are_in_sight_on_a_phone(book: Path, tab: Tab) -> Non
 
 
 def test_a_table_that_goes_on_says_so(book: Path, tab: Tab) -> None:
-    tab.screen(600)
+    tab.screen(390)
     tab.open((book / "exhibits.html").as_uri())
     box = "document.querySelector('.pst-scrollable-table-container')"
     tab.until(f"{box}.classList.contains('goes-on')")
@@ -268,6 +268,17 @@ def test_a_phone_gets_the_narrow_figure_and_the_dark_mode_light_lines(book: Path
                        "one.getBoundingClientRect().right <= innerWidth)")
         assert ("invert" in tab.run("getComputedStyle(document.querySelector('picture img')).filter"
                                     )) == dark
+
+
+def test_no_caption_of_the_sidebar_runs_over_its_edge(book: Path, tab: Tab) -> None:
+    for width in (1280, 1000):
+        tab.screen(width)
+        tab.open((book / "intro.html").as_uri())
+        over = tab.run("""(() => { const edge = document.querySelector('.bd-sidebar-primary')
+          .getBoundingClientRect().right;
+          return [...document.querySelectorAll('.bd-sidebar-primary .caption-text')].filter((one) =>
+            one.getBoundingClientRect().right > edge - 6).map((one) => one.textContent); })()""")
+        assert over == []
 
 
 # --- the front page and the search ---------------------------------------------------------------

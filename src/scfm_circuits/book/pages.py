@@ -306,18 +306,20 @@ def _filled(run: Run, text: str) -> str:
 
 
 def exhibit_map(run: Run) -> str:
-    """Exhibit, chapter, modules, files and run time of every notebook, as a Markdown table."""
+    """Exhibit, chapter and run time of every notebook as a Markdown table, with its modules and
+    files folded."""
     rows = []
     for notebook in run.notebooks:
         record = _record(run, notebook.name)
+        made = [", ".join(f"`{module}`" for module in notebook.modules),
+                *(f"`{pattern}`" for pattern in notebook.produces)]
         rows.append([
             notebook.exhibits or "beyond the paper",
             f"[{_cell(record['title'])}]({notebook.page}.ipynb)",
-            ", ".join(f"`{module}`" for module in notebook.modules),
-            "<br>".join(f"`{pattern}`" for pattern in notebook.produces),
             f"{record['seconds']:.0f} s",
+            f"<details><summary>modules and files</summary>{'<br>'.join(made)}</details>",
         ])
-    return _markdown_table(["Paper", "Chapter", "Modules", "Files", "Run time"], rows)
+    return _markdown_table(["Paper", "Chapter", "Run time", "Made by"], rows)
 
 
 def verdict_counts(run: Run) -> str:

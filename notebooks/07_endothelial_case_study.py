@@ -13,7 +13,7 @@
 #     produces: [tables/circuit_nodes.csv, tables/circuit_enrichment.csv, tables/paper_case.csv, tables/paper_case_nulls.csv, circuits/*.json, circuits/*.js, circuits/*.graphml]
 #     libraries: [case_library, CellMarker_Augmented_2021]
 #     exhibits: "Figures 4 and 5, the case study"
-#     modules: [circuits/contrast, circuits/attribution, circuits/case_targets, circuits/graph, enrichment/over_representation]
+#     modules: [circuits/contrast, circuits/attribution, circuits/equation_5, circuits/case_targets, circuits/graph, enrichment/over_representation]
 # ---
 
 # %% [markdown]

@@ -53,8 +53,7 @@ asked = (chapter.model, chapter.transcoders, chapter.corpus, chapter.held_out,
          chapter.profile.forward_cells)
 found = validation.compare_configurations(*asked)
 scores = found.scores
-fvu = validation.fraction_of_variance_unexplained(*asked)
-fvu_without_first = validation.fraction_of_variance_unexplained(*asked, skip=1)
+fvu, fvu_without_first = validation.fraction_of_variance_unexplained(*asked, skips=(0, 1))
 
 # %% [markdown]
 # ## Table 1: validation loss

@@ -268,10 +268,10 @@ def test_transcoders_learn_the_mlps_of_a_llama(monkeypatch, tmp_path, family):
     run = TrainingRun(model, corpus, profile)
     run.run(until=1, progress=False)
     held_out = np.flatnonzero(corpus.held_out)
-    before = fraction_of_variance_unexplained(model, run.transcoders, corpus, held_out, 4)
+    [before] = fraction_of_variance_unexplained(model, run.transcoders, corpus, held_out, 4)
     run = TrainingRun(model, corpus, profile)
     run.run(progress=False)
-    after = fraction_of_variance_unexplained(model, run.transcoders, corpus, held_out, 4)
+    [after] = fraction_of_variance_unexplained(model, run.transcoders, corpus, held_out, 4)
     assert (after < 0.8 * before).all()
     table = compare_configurations(model, run.transcoders, corpus, held_out, 4).scores
     table = table[table["layer"] == -1].set_index("configuration")

@@ -86,7 +86,7 @@ def test_a_model_in_bfloat16_is_close_to_itself(model: Any, transcoders: Transco
     found = compare_configurations(half, float32, corpus, CELLS, 2).scores
     np.testing.assert_allclose(found["loss"], table["loss"], rtol=0.02)
     np.testing.assert_allclose(found["kl"], table["kl"], rtol=0.1, atol=0.02)
-    fvu, exact = (fraction_of_variance_unexplained(*given, corpus, CELLS, 2)
+    fvu, exact = (fraction_of_variance_unexplained(*given, corpus, CELLS, 2)[0]
                   for given in ((half, float32), (model, transcoders)))
     np.testing.assert_allclose(fvu, exact, rtol=0.02)
 
@@ -100,7 +100,7 @@ def test_outputs_far_from_zero_are_measured_in_full_precision(
     given = [mlp_sites(half, ids, mask)
              for _, ids, mask in batches(corpus, CELLS, 2, torch.device("cpu"))]
     x, y = (torch.cat([one[i].double() for one in given], dim=1) for i in (0, 1))
-    found = fraction_of_variance_unexplained(half, transcoders, corpus, CELLS, 2)
+    [found] = fraction_of_variance_unexplained(half, transcoders, corpus, CELLS, 2)
     for layer in range(transcoders.n_layers):
         explained = r2_score(y[layer], transcoders.layer_estimate(layer, x[layer]),
                              multioutput="variance_weighted")
@@ -241,7 +241,7 @@ def test_the_model_is_left_as_it_was(model, transcoders, corpus):
 
 @pytest.mark.parametrize("skip", [0, 1])
 def test_fvu_is_one_minus_r2_of_each_layer(model, transcoders, corpus, skip):
-    found = fraction_of_variance_unexplained(model, transcoders, corpus, CELLS, 2, skip)
+    found = fraction_of_variance_unexplained(model, transcoders, corpus, CELLS, 2, (0, 1))[skip]
     xs, ys = [], []
     for cell in CELLS:
         ids = torch.from_numpy(corpus.tokens[cell][corpus.mask[cell]])[None]
@@ -262,15 +262,15 @@ def test_fvu_of_the_mean_is_one(model, corpus):
     parts = [mlp_sites(model, ids, mask).outputs
              for _, ids, mask in batches(corpus, CELLS, 2, torch.device("cpu"))]
     t.b_dec.copy_(torch.cat(parts, dim=1).mean(dim=1))
-    found = fraction_of_variance_unexplained(model, t, corpus, CELLS, 2)
+    [found] = fraction_of_variance_unexplained(model, t, corpus, CELLS, 2)
     assert found == pytest.approx([1, 1], rel=1e-9)
 
 
 def test_fvu_of_a_layer_does_not_see_the_others(model, transcoders, corpus):
-    before = fraction_of_variance_unexplained(model, transcoders, corpus, CELLS, 2)
+    [before] = fraction_of_variance_unexplained(model, transcoders, corpus, CELLS, 2)
     other = tiny_transcoders(model)
     other.W_dec[0].mul_(50)
-    after = fraction_of_variance_unexplained(model, other, corpus, CELLS, 2)
+    [after] = fraction_of_variance_unexplained(model, other, corpus, CELLS, 2)
     assert after[1] == before[1] and after[0] > 10 * before[0]
 
 

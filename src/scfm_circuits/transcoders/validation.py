@@ -356,24 +356,28 @@ def output_variance(model: nn.Module, corpus: "Corpus", cells: np.ndarray, forwa
 @torch.no_grad()
 def fraction_of_variance_unexplained(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
                                      corpus: "Corpus", cells: np.ndarray, forward_cells: int,
-                                     skip: int = 0) -> np.ndarray:
-    """(n_layers,) FVU: sum ||y_hat - y||^2 / sum ||y - mean(y)||^2 over the cells' tokens.
+                                     skips: Sequence[int] = (0,)) -> np.ndarray:
+    """(len(skips), n_layers) FVU: sum ||y_hat - y||^2 / sum ||y - mean(y)||^2 over the cells'
+    tokens.
 
-    Each layer sees the original model's inputs, so errors of other layers do not enter. skip: how
+    Each layer sees the original model's inputs, so errors of other layers do not enter. skips: how
     many tokens at a text's beginning are left out of both sums; where a model rests its attention
     on the first token, what an MLP writes there can be most of the variance.
     """
-    error = np.zeros(transcoders.n_layers)
-    variance = OutputVariance(transcoders.n_layers, transcoders.d_model)
+    n_layers = transcoders.n_layers
+    error = np.zeros((len(skips), n_layers))
+    variances = [OutputVariance(n_layers, transcoders.d_model) for _ in skips]
     for _, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
-        mask[:, :skip] = False
+        place = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask]
         with counting_precision(model):
-            x, y = mlp_sites(model, tokens, mask, masked=not skip)  # what is left out is seen
-            variance.add(y)
-            for layer in range(transcoders.n_layers):  # the activations of one layer at a time
+            x, y = mlp_sites(model, tokens, mask)
+            for skip, variance in zip(skips, variances, strict=True):
+                variance.add(y[:, place >= skip])
+            for layer in range(n_layers):  # the activations of one layer at a time
                 missed = transcoders.layer_estimate(layer, x[layer]) - y[layer]
-                error[layer] += float(missed.double().square().sum())
-    return error / variance.value()
+                each = missed.double().square().sum(dim=1)
+                error[:, layer] += [float(each[place >= skip].sum()) for skip in skips]
+    return error / np.stack([variance.value() for variance in variances])
 
 
 Load = Callable[[], Transcoders]

@@ -114,7 +114,7 @@ def test_transcoders_measures_are_those_of_the_validation_chapter(model: Any, co
                                                                   ) -> None:
     transcoders = tiny_transcoders(model)
     found = measured(model, corpus, own=transcoders)
-    fvu = fraction_of_variance_unexplained(model, transcoders, corpus, CELLS, 3)
+    [fvu] = fraction_of_variance_unexplained(model, transcoders, corpus, CELLS, 3)
     assert found.loc["own", "fvu"].loc[0:].to_numpy() == pytest.approx(fvu, rel=1e-6)
     scores = compare_configurations(model, transcoders, corpus, CELLS, 3).scores.set_index(
         ["configuration", "layer"])["loss"]

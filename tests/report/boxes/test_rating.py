@@ -73,6 +73,13 @@ Blob.prototype.text = async () => given;
 window.Blob = function blob(parts) { saved.push(parts.join("")); };
 URL.createObjectURL = () => "#saved";
 window.confirm = () => true;
+/** Answer a card: the next one's title, and whether its top is in the window, however high the last
+    one was. */
+function rate(key) {
+  press(key);
+  const { top } = all(".rating-card h2")[0].getBoundingClientRect();
+  return [title(), top >= 0 && top < innerHeight / 2];
+}
 async function first() {
   await until(() => all(".rating-card h2").length);
   const told = { images: all("#rating :is(img, script, b)").length, title: document.title,
@@ -82,13 +89,7 @@ async function first() {
   told.typed = all(".rating-count")[0].textContent;
   click("Save answers"); told.nothing = status();
   press("k"); told.before = status();
-  told.tops = [];
-  for (const key of ANSWERS.slice(0, 5)) {
-    press(key);
-    // The new card's top is in the window, whatever the height of the last one.
-    const { top } = all(".rating-card h2")[0].getBoundingClientRect();
-    told.tops.push([title(), top >= 0 && top < innerHeight / 2]);
-  }
+  told.tops = [...ANSWERS.slice(0, 5)].map(rate);
   told.said = status();
   press("l"); told.label = document.activeElement === field("What it fires on");
   type("What it fires on", HOSTILE); type("Note", "=1+1");
@@ -101,7 +102,7 @@ async function second() {
   await until(() => all(".rating-card h2").length);
   const told = { title: title(), rater: field("Your name").value, label:
     field("What it fires on").value, count: all(".rating-count")[0].textContent };
-  for (const key of ANSWERS.slice(5)) press(key);
+  told.tops = [...ANSWERS.slice(5)].map(rate);
   told.end = all(".rating-card")[0].textContent; press("y"); press("j"); told.over = status();
   const mail = all(".rating a").find((one) => one.textContent === "Mail answers");
   mail.addEventListener("click", (event) => event.preventDefault());
@@ -195,6 +196,9 @@ def test_a_reload_loses_nothing(told: Any) -> None:
     second = told[1]
     assert second["title"] == "Card 6 of 12" and second["rater"] == "A. B."
     assert second["label"] == HOSTILE and second["count"] == "5 of 12 answered"
+    # The last one is followed by the end, at the same place.
+    *cards, (_, end_in_view) = second["tops"]
+    assert cards == [[f"Card {i} of 12", True] for i in range(7, 13)] and end_in_view
 
 
 def test_what_is_saved_gives_the_rate_and_the_kappa(told: Any, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ AT_ONCE = $(if $(JOBS),--jobs "$(JOBS)")
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 READY_LAB := $(VENV)/.ready-lab
+PAGES := tests/book/test_built_pages.py
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
 # Through the environment, where a shell takes no character of it for its own.
@@ -73,15 +74,17 @@ types: $(READY_DEV) ## mypy over the package
 	@echo "Types"
 	@$(PY) -m mypy src
 
+# A file of tests stays in one process, which makes what they share once. The pages are seen in
+# `make smoke`.
 unit: $(READY_DEV) ## Unit tests; they run on the processor, and those of a GPU where there is one
 	@echo "Unit tests"
-	@$(PY) -m pytest -n 2 tests
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=$(PAGES) tests
 	@if nvidia-smi -L >/dev/null 2>&1; then $(PY) -m pytest -m gpu tests; fi
 
 smoke: $(READY_DEV) ## The whole book on PROFILE=smoke, into book/_build/smoke, seen in a browser
 	@echo "The book on PROFILE=smoke"
 	@$(RUN) book --profile smoke --output book/_build/smoke
-	@SCFM_BUILT_BOOK=book/_build/smoke/html $(PY) -m pytest -n 0 tests/book/test_built_pages.py
+	@SCFM_BUILT_BOOK=book/_build/smoke/html $(PY) -m pytest -n 2 $(PAGES)
 
 bench: $(READY_DEV) ## Benchmarks; figures go to results/bench/*.json [BENCH=enrichment]
 	@ls tests/benchmarks/bench_$(or $(BENCH),*).py >/dev/null 2>&1 || \

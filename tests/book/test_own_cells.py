@@ -3,26 +3,26 @@
 Four kinds of file are common in laboratories: indexed by Ensembl identifiers, with symbols that
 repeat, with normalised values alone, with a categorical label that has empty categories. What the
 writer and the reader make of each is tested beside them. A whole book takes more than a minute even
-at this size (each of its chapters imports torch and transformers), so two books stand for the four
-kinds, two kinds in each file; one of them has a token for each gene.
+at this size (each of its chapters imports torch and transformers), so one book, which has a token
+for each gene, stands for two kinds, and some chapters of another for the other two.
 """
 
 import html
+import json
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import anndata
 import numpy as np
 import pandas as pd
-import pytest
 import scipy.sparse as sp
 import yaml
 
-from scfm_circuits.common.profile import ROOT, load_profile
+from scfm_circuits.book.chapters import NOTEBOOKS, read_notebooks
+from scfm_circuits.common.profile import ROOT, Profile, load_profile
 
 EMPTY = "Never seen <cell>"
 SMALL = {
@@ -81,43 +81,72 @@ def normalised_values_and_odd_labels(path: Path) -> None:
     data.write_h5ad(path)
 
 
-@pytest.mark.parametrize(("write", "tokenizer", "fields", "decided"), [
-    (identifiers_and_repeated_symbols, "train",
-     {"symbol_column": "feature_name", "duplicate_symbols": "sum"},
-     ["Symbols are taken from the var column feature_name.", "30 repeated symbols were added up.",
-      "The values are whole numbers, so raw counts."]),
-    (normalised_values_and_odd_labels, "genes",
-     {"symbol_column": None, "duplicate_symbols": "error", "case_type": "CD4$+$ T |"},
-     ["The values are not whole numbers, so normalised already.",
-      "'CD4$+$  T |' and 'CD4$+$  T | ' are one type, 'CD4$+$ T |'"]),
-])
-def test_a_file_makes_a_book(tmp_path: Path, write: Callable[[Path], None], tokenizer: str,
-                             fields: dict[str, str | None], decided: list[str]) -> None:
-    """`make profile`, then `make book`, without the gene-set libraries and without network."""
-    write(tmp_path / "cells.h5ad")
+def ran(tmp_path: Path, *words: str) -> None:
+    """`python` of these words, without gene sets but those beside the cells and without network."""
     sets = tmp_path / "sets"
-    (tmp_path / "small.yml").write_text(yaml.safe_dump({**SMALL, "tokenizer": tokenizer}))
     settings = {**os.environ, "SCFM_RESULTS": str(tmp_path / "results"), "OMP_NUM_THREADS": "1",
                 "SCFM_GENE_SETS": str(sets) if sets.is_dir() else "",
                 "SCFM_CACHE": str(tmp_path / "cache"), "SCFM_OFFLINE": "1"}
-    profile = str(tmp_path / "mine.yml")
-    for words in (["profile", str(tmp_path / "cells.h5ad"), "--out", profile,
-                   "--extends", str(tmp_path / "small.yml")],
-                  ["book", "--profile", profile, "--output", str(tmp_path / "built")]):
-        done = subprocess.run([sys.executable, "-m", "scfm_circuits", *words],
-                              cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    written = load_profile(profile)
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=settings, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+def profiled(tmp_path: Path, tokenizer: str, **fields: str | None) -> Profile:
+    """The profile that `make profile` writes for `cells.h5ad` there, which has these fields."""
+    (tmp_path / "small.yml").write_text(yaml.safe_dump({**SMALL, "tokenizer": tokenizer}))
+    path = str(tmp_path / "mine.yml")
+    ran(tmp_path, "-m", "scfm_circuits", "profile", str(tmp_path / "cells.h5ad"), "--out", path,
+        "--extends", str(tmp_path / "small.yml"))
+    written = load_profile(path)
     assert {"matrix": "X", "label_column": "cell_type", **fields}.items() <= dict(written).items()
+    return written
+
+
+EXECUTE = """
+import sys
+from dataclasses import replace
+from scfm_circuits.book.chapters import load_run
+from scfm_circuits.book.execution import execute
+run = load_run(sys.argv[1])
+execute(replace(run, notebooks=[one for one in run.notebooks if one.name[:2] in sys.argv[2:]]))
+"""
+"""Some chapters of a profile are executed, given by their numbers."""
+
+
+def test_a_file_of_identifiers_is_read_and_explained(tmp_path: Path) -> None:
+    """The case study, what it follows, and the chapter on gene sets, of which none is here."""
+    identifiers_and_repeated_symbols(tmp_path / "cells.h5ad")
+    written = profiled(tmp_path, "train", symbol_column="feature_name", duplicate_symbols="sum")
+    ran(tmp_path, "-c", EXECUTE, str(tmp_path / "mine.yml"), "01", "02", "04", "06", "07")
+    notebooks = {path.stem[:2]: html.unescape(json.dumps(json.loads(path.read_text())["cells"]))
+                 for path in tmp_path.glob("results/mine/notebooks/*.ipynb")}
+    assert sorted(notebooks) == ["01", "02", "04", "06", "07"]
+    for sentence in ("Symbols are taken from the var column feature_name.",
+                     "30 repeated symbols were added up.",
+                     "The values are whole numbers, so raw counts."):
+        assert sentence in notebooks["01"]
+    assert written.case_type in notebooks["07"]
+    assert "has no column of descriptions" not in notebooks["07"]
+
+
+def test_a_file_of_odd_labels_makes_a_book(tmp_path: Path) -> None:
+    """`make profile`, then `make book`."""
+    normalised_values_and_odd_labels(tmp_path / "cells.h5ad")
+    written = profiled(tmp_path, "genes", symbol_column=None, duplicate_symbols="error",
+                       case_type="CD4$+$ T |")
+    ran(tmp_path, "-m", "scfm_circuits", "book", "--profile", str(tmp_path / "mine.yml"),
+        "--output", str(tmp_path / "built"))
     pages = tmp_path / "built" / "html"
     page = html.unescape((pages / "01_cells_and_model.html").read_text(encoding="utf-8"))
-    assert all(sentence in page for sentence in decided), page
+    for sentence in ("The values are not whole numbers, so normalised already.",
+                     "'CD4$+$  T |' and 'CD4$+$  T | ' are one type, 'CD4$+$ T |'"):
+        assert sentence in page, page
     assert "cells of cells.h5ad" in page and f" {written.case_type}.\n" in page
     case = html.unescape((pages / "07_endothelial_case_study.html").read_text(encoding="utf-8"))
-    assert written.case_type in case
-    assert ("has no column of descriptions" in case) == sets.is_dir()
-    chapters = sorted(path.stem for path in (ROOT / "notebooks").glob("*.py"))
-    assert all((pages / f"{chapter}.html").is_file() for chapter in chapters) and chapters
+    assert written.case_type in case and "has no column of descriptions" in case
+    for notebook in read_notebooks(NOTEBOOKS):
+        assert (pages / f"{notebook.page}.html").is_file()
     # A type that no cell has is in no file but the cells'.
     kept = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".h5ad"]
     assert not [path for path in kept if b"Never seen" in path.read_bytes()]

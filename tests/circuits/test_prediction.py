@@ -103,9 +103,10 @@ def test_what_the_page_says_is_what_the_table_says():
     said = prediction.sentences(table)
     assert len(said) == 6 and said["alone-own-kind-all-at-once"] == "not tested"
     failed, single = said["doubled-all-at-once"], said["doubled-one-at-a-time"]
-    assert failed.startswith("failed (the sign is right in 0 of 25 cells, 95 % interval 0% to 13%")
+    assert failed.startswith("failed (the sign is right in 0 of 25 cells, 95 % interval 0 % to "
+                             "13 %")
     assert "the correlation is 0.77" in failed
-    assert single.startswith("holds (the sign is right for 100% of the features (100 in 25 cells)")
+    assert single.startswith("holds (the sign is right for 100 % of the features (100 in 25 cells)")
     assert prediction.key_point(table) == (
         "the prediction holds for features taken away all at once, doubled one at a time; it "
         "failed for features doubled all at once")

@@ -52,8 +52,8 @@ def test_the_curve_by_hand():
     assert (row["kept"], row["kept_lower_95"], row["kept_upper_95"]) == pytest.approx(
         (50, 100 * wilson.low, 100 * wilson.high))
     assert row["percentage"] == 100 * 27 / 60 and row["features_kept"] == 16
-    assert curves.fewest(table, MEAN, enough=50.0).startswith("16 of them (0.4%) keep 50 % (37 to")
-    assert curves.fewest(table, MEAN) == "no circuit of up to 25% of them keeps 90 %"
+    assert curves.fewest(table, MEAN, enough=50.0).startswith("16 of them (0.4 %) keep 50 % (37 to")
+    assert curves.fewest(table, MEAN) == "no circuit of up to 25 % of them keeps 90 %"
 
 
 def test_what_influence_is_worth_is_said_beside_every_rival():
@@ -84,4 +84,4 @@ def test_a_model_that_knows_nothing_has_nothing_to_keep():
     assert table["percentage"].isna().all() and len(table) == 2 * 2 * len(CHOSEN_BY)
     assert curves.comparison(table, curves.RIGHT, ZERO) == "there is nothing to keep"
     assert curves.curve(nothing)["kept"].isna().all()
-    assert curves.fewest(curves.curve(nothing), ZERO).startswith("no circuit of up to 25%")
+    assert curves.fewest(curves.curve(nothing), ZERO).startswith("no circuit of up to 25 %")

@@ -134,11 +134,12 @@ def _sentence(row: Any) -> str:
     if row.cells == row.predictions:
         signs = f"in {round(row.same_sign * row.cells)} of {row.cells} cells"
     else:
-        signs = (f"for {row.same_sign:.0%} of the features "
+        signs = (f"for {100 * row.same_sign:.0f} % of the features "
                  f"({row.predictions:,} in {row.cells} cells)")
     return (f"{row.verdict} (the sign is right {signs}, 95 % interval "
-            f"{row.same_sign_low:.0%} to {row.same_sign_high:.0%}; slope {row.slope:.3g}, "
-            f"R² about the line of identity {row.r2:.3g}; the correlation is {row.pearson:.2f})")
+            f"{100 * row.same_sign_low:.0f} % to {100 * row.same_sign_high:.0f} %; "
+            f"slope {row.slope:.3g}, R² about the line of identity {row.r2:.3g}; "
+            f"the correlation is {row.pearson:.2f})")
 
 
 def key_point(table: pd.DataFrame) -> str:

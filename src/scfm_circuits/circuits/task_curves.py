@@ -131,7 +131,7 @@ def fewest(table: pd.DataFrame, others: str, enough: float = 90.0) -> str:
     rows = table[(table["chosen"] == INFLUENCE) & (table["others"] == others)
                  & (table["kept"] >= enough)]
     if not len(rows):
-        return f"no circuit of up to {max(SHARES):.0%} of them keeps {enough:.0f} %"
+        return f"no circuit of up to {100 * max(SHARES):.0f} % of them keeps {enough:.0f} %"
     row: Any = rows.sort_values("features_kept", kind="stable").iloc[0]
-    return (f"{row['features_kept']:,} of them ({row['share']:.1%}) keep {row['kept']:.0f} % "
-            f"({row['kept_lower_95']:.0f} to {row['kept_upper_95']:.0f})")
+    return (f"{row['features_kept']:,} of them ({100 * row['share']:.1f} %) keep "
+            f"{row['kept']:.0f} % ({row['kept_lower_95']:.0f} to {row['kept_upper_95']:.0f})")

@@ -45,7 +45,7 @@ overrides: dict = {}
 # %%
 from scfm_circuits.enrichment import prerank
 from scfm_circuits.enrichment.controls import joint_null, studies
-from scfm_circuits.enrichment.controls.layer_counts import ENOUGH
+from scfm_circuits.enrichment.controls.layer_counts import ENOUGH, own_genes_kept
 from scfm_circuits.enrichment.controls.tables import single_controls
 from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.report.chapter import open_chapter
@@ -160,7 +160,9 @@ chapter.figure("table4_controls", share_with_controls(shares, joint.shares, perc
 # - **uniform**: as many genes of the corpus, drawn at random. Under a correct rule at most about 5 %
 #   of them are called interpretable for each library: this tests the rule, not the features.
 # - **frequency-matched**: genes as common in the corpus as the feature's own. A feature that fires
-#   anywhere at random lists the commonest genes of the tissue.
+#   anywhere at random lists the commonest genes of the tissue. Such a list holds
+#   {glue:text}`controls.kept.frequency-matched` of the feature's own genes again (a uniform one
+#   {glue:text}`controls.kept.uniform`); by so much the control is too strong.
 # - **token-preserving**: random tokens matched to the feature's own in number, frequency and number of
 #   containing genes; the list is built from them by the same rule. Pieces of gene names are gene families,
 #   and gene families are terms.
@@ -181,6 +183,8 @@ chapter.figure("table4_controls", share_with_controls(shares, joint.shares, perc
 # lists of a layer together ({glue:text}`controls.draws` times).
 
 # %% tags=["fold:Every control in numbers"]
+for kind, share in own_genes_kept(statistics, corpus, settings).items():
+    chapter.percent(f"controls.kept.{kind}", share)
 chapter.values({"draws": settings.null_draws, "band_draws": study.band_draws, "enough": ENOUGH},
                prefix="controls.")
 chapter.table("table4_shares", shares, rows=0)

@@ -14,6 +14,7 @@ from scfm_circuits.enrichment.null_lists import (
     TokenCounts,
     TokenFamilies,
     frequency_matched_null,
+    own_kept,
     ragged,
     token_families,
     token_preserving_null,
@@ -67,6 +68,23 @@ def test_frequency_matched_null_stays_in_the_bin() -> None:
         ragged([[50]] * 4000), frequency, 10, np.random.default_rng(3)
     ).ids
     assert chisquare(np.bincount(many - 50, minlength=10)).pvalue > 1e-4
+
+
+def test_a_matched_list_holds_as_many_of_the_own_genes_as_draws_do() -> None:
+    rng = np.random.default_rng(4)
+    frequency = rng.permutation(60) // 2
+    lists = ragged([rng.permutation(60)[:size] for size in (1, 7, 30, 60)] + [[]])
+    draws = 4000
+    for n_bins in (1, 5):
+        null = frequency_matched_null(lists, frequency, n_bins, rng, draws)
+        kept = own_kept(lists, frequency, n_bins)
+        assert np.isnan(kept[4]) and kept[3] == pytest.approx(1)
+        for i in range(4):
+            own = set(lists.ids[lists.indptr[i] : lists.indptr[i + 1]])
+            held = [len(own & {*null.ids[null.indptr[j] : null.indptr[j + 1]]}) / len(own)
+                    for j in range(i, draws * 5, 5)]
+            assert np.mean(held) == pytest.approx(kept[i], abs=0.03)
+    assert own_kept(lists, frequency, 1)[1] == pytest.approx(7 / 60)
 
 
 def test_frequency_ties_share_a_bin() -> None:

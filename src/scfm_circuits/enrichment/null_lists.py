@@ -99,6 +99,25 @@ def frequency_matched_null(lists: Ragged, gene_frequency: ArrayLike, n_bins: int
     return _resample(_repeated(lists, draws), quantile_bins(frequency, n_bins), rng)
 
 
+def own_kept(lists: Ragged, gene_frequency: ArrayLike, n_bins: int) -> FloatArray:
+    """Share of a list's own genes that a frequency-matched list of it holds, on average over draws.
+
+    Of a bin's n genes k are replaced by k of them at random, which holds k / n of them again. Where
+    few genes are as common as the list's own, the null is like the list, and so conservative.
+
+    Args: as for `frequency_matched_null`; with one bin it is a uniform null's share.
+
+    Returns:
+        (n_lists,), NaN for an empty list.
+    """
+    bins = quantile_bins(np.asarray(gene_frequency, dtype=np.float64), n_bins)
+    sizes, n_lists = np.bincount(bins, minlength=n_bins), len(lists.lengths)
+    place = np.repeat(np.arange(n_lists), lists.lengths) * len(sizes) + bins[lists.ids]
+    own = np.bincount(place, minlength=n_lists * len(sizes)).reshape(n_lists, len(sizes))
+    with np.errstate(invalid="ignore"):
+        return np.asarray((own**2 / np.maximum(sizes, 1)).sum(axis=1) / lists.lengths)
+
+
 class TokenFamilies(NamedTuple):
     """The tokens that occur in genes, each with its family: the genes that contain it."""
 

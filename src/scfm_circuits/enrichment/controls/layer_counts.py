@@ -44,6 +44,7 @@ from scfm_circuits.enrichment.null_lists import (
     TokenCounts,
     TokenFamilies,
     frequency_matched_null,
+    own_kept,
     ragged,
     token_families,
     token_preserving_null,
@@ -198,15 +199,36 @@ def null_source(statistics: FeatureStatistics, layer: int, features: np.ndarray,
     _, token = np.unique(statistics.pair_token[inside], return_inverse=True)
     by_token = sp.csr_matrix((np.ones(len(inside)), (np.arange(len(inside)), token)))
     fired = sp.csr_matrix(statistics.counts[layer][features][:, inside] @ by_token)
-    # Cells in which the gene stands matter, not how many tokens its name has.
-    stands = corpus.gene[(corpus.place == 0) & corpus.mask]
     contains = containment(statistics, corpus, profile)
     return NullSource(
         Ragged(own.indptr, np.searchsorted(used, own.ids)), used,
-        np.bincount(stands, minlength=used.max(initial=0) + 1)[used],
+        _cells_with(used, corpus),
         TokenCounts(fired.indptr, fired.indices, fired.data),
         token_families(token, place, counts,
                        contains=None if contains is None else contains[:, used]), profile)
+
+
+def _cells_with(used: np.ndarray, corpus: Corpus) -> np.ndarray:
+    """In how many cells some genes stand; how many tokens their names have does not matter."""
+    stands = corpus.gene[(corpus.place == 0) & corpus.mask]
+    return np.asarray(np.bincount(stands, minlength=used.max(initial=0) + 1)[used])
+
+
+def own_genes_kept(statistics: FeatureStatistics, corpus: Corpus, profile: "Profile"
+                   ) -> dict[str, float]:
+    """Mean share of the live features' own genes that null lists hold again, by kind of null."""
+    used = np.unique(statistics.pair_gene[statistics.pair_gene >= 0])
+    occurrences = _cells_with(used, corpus)
+    shares: dict[str, list[np.ndarray]] = {"uniform": [], "frequency-matched": []}
+    for layer in range(len(statistics.fired)):
+        features = np.flatnonzero(statistics.live(profile.live_cut_table4)[layer])
+        lists = ragged(gene_list_ids(statistics, layer, features, corpus, profile))
+        own = Ragged(lists.indptr, np.searchsorted(used, lists.ids))
+        for kind, n_bins in (("uniform", 1), ("frequency-matched", FREQUENCY_BINS)):
+            shares[kind].append(own_kept(own, occurrences, n_bins))
+    known = {kind: np.concatenate([np.zeros(0), *found]) for kind, found in shares.items()}
+    return {kind: float(np.nanmean(found)) if np.isfinite(found).any() else float("nan")
+            for kind, found in known.items()}
 
 
 def layer_controls(statistics: FeatureStatistics, baselines: Mapping[str, FeatureStatistics],

@@ -27,8 +27,8 @@
 #   cell's prompt. Nine genes on the nodes of its {term}`circuit` give the term "Endothelial cell: heart",
 #   with an {term}`FDR` of {glue:text}`paper_case.printed_fdr` and a score of
 #   {glue:text}`paper_case.printed_score`.
-# - **We find.** The circuit of the call itself has {glue:text}`call.nodes` nodes, on
-#   {glue:text}`call.gene_nodes` genes. Their best term is "{glue:text}`call.best_term`"
+# - **We find.** Genes that speak for it most: {glue:text}`call.leading`. The circuit of the call itself
+#   has {glue:text}`call.nodes` nodes, on {glue:text}`call.gene_nodes` genes. Their best term is "{glue:text}`call.best_term`"
 #   (p = {glue:text}`call.p_random` against random genes of the same sentence). The paper's kind of target
 #   is the same feature in {glue:text}`case.same_target` of the held-out cells: it is
 #   {glue:text}`case.target_is`.
@@ -94,6 +94,7 @@ frozen, contrast = targets.frozen, contrast_of(corpus, case)
 call = targets.call(contrast)
 call_parts = attribution.contributions(frozen, call.target.reading)
 by_gene = search.gene_contributions(call_parts, case.genes)
+chapter.value("call.leading", ", ".join(by_gene.loc[by_gene["contribution"] > 0, "gene"][:4]) or "none")
 
 # %%
 [own] = token_texts(corpus.tokenizer, [contrast.token])
@@ -156,7 +157,7 @@ chapter.figure("call_sentence", call_sentence(
 # %% [markdown]
 # The figure shows *direct* {term}`contributions <contribution>`: what attention brings from a gene's
 # tokens straight to the answer. What a gene does through features on the way is not in its tint.
-# {doc}`08_controls` compares all of it with what happens when a gene is taken out.
+# {doc}`08_controls` takes each gene out and says without which one the call loses most.
 
 # %% tags=["fold:The prompt and where the call is read in it"]
 print(question(settings).replace("{genes}", " ".join(genes))

@@ -28,9 +28,9 @@
 # - **We find.** Taking the circuit away changes its target by {glue:text}`faithfulness.circuit` (median
 #   over {glue:text}`faithfulness.cells` cells); taking away other features at the same tokens changes it
 #   by {glue:text}`faithfulness.random`. Of {glue:text}`prediction.made` kinds of prediction
-#   {glue:text}`prediction.held` hold and {glue:text}`prediction.failed` failed. What taking a gene out does,
-#   circuits tell better than cheap rivals by {glue:text}`knock_out.won` of {glue:text}`knock_out.measures`
-#   measures ({term}`knock-out`).
+#   {glue:text}`prediction.held` hold and {glue:text}`prediction.failed` failed. By
+#   {glue:text}`knock_out.won` of {glue:text}`knock_out.measures` measures circuits say better than cheap
+#   rivals what taking a gene out does ({term}`knock-out`).
 # - **What it is worth.** With every other feature at the mean of its own kind of token, the circuit keeps
 #   {glue:text}`faithfulness.own_kind_circuit` of its target, and no circuit at all keeps
 #   {glue:text}`faithfulness.own_kind_none`. For the whole task, with every MLP at its mean,
@@ -183,14 +183,17 @@ chapter.value("prediction.key_point", int((tested["verdict"] == prediction.HOLDS
 
 # %%
 taken_out = knock_out.knock_out_study(chapter.model, chapter.transcoders, corpus, settings)
+chapter.value("knock_out.most_missed", knock_out.most_missed(taken_out.genes, settings.case_type))
 
 # %% [markdown]
 # ## Genes taken out
 #
 # What a gene does to the call can be measured without any circuit: take it out of the sentence and ask
 # again. For {glue:text}`knock_out.cells` held-out cells of {glue:text}`knock_out.types` types every gene
-# is taken out, and what the call's {term}`contrast` loses is the gene's effect. How well does a circuit
-# say so, and how well do cheaper scores?
+# is taken out, and what the call's {term}`contrast` loses is the gene's effect.
+# {glue:text}`knock_out.most_missed`
+#
+# How well does a circuit say so, and how well do cheaper scores?
 
 # %% mystnb={"image": {"alt": "Three panels with a row for each score: rank correlation with the effects of taking genes out, the same by size, and the share of the largest effects found, each with its interval and the band of shuffled genes."}, "figure": {"caption": "How well circuits (blue) and cheap rivals (orange) say what taking each gene out of the sentence does to the call: means over cells with 95 % intervals; grey is what shuffled genes reach.", "name": "fig-knock-out"}}
 chapter.figure("knock_out", plots.knock_outs(taken_out.summary, knock_out.CIRCUITS))

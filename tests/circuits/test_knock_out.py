@@ -272,3 +272,16 @@ def test_sentences_too_short_to_rank_are_refused(parts, profile, monkeypatch):
     monkeypatch.setattr(knock_out, "LEAST", 99)
     with pytest.raises(InputError, match="raise `genes_per_cell`"):
         knock_out.knock_out_study(*parts, profile)
+
+
+def test_the_gene_without_which_the_call_loses_most_is_named_by_type():
+    genes = pd.DataFrame([("a", "T", "CD3E", 2.0), ("a", "T", "CD8A", 1.0), ("b", "T", "CD3E", 0.1),
+                          ("b", "T", "LYZ", -5.0), ("c", "T", "CD2", 3.0), ("d", "T", "LYZ", -1.0),
+                          ("e", "B", "CD79A", 9.0)],
+                         columns=["cell", "cell_type", "gene", "effect"])
+    assert knock_out.most_missed(genes, "T") == (
+        'In cells of type "T" the call loses most without CD3E (in 2 of 4 cells), CD2 (in 1 of 4 '
+        "cells).")
+    for none in ("mast", "T"):
+        said = knock_out.most_missed(genes[genes["effect"] < 0], none)
+        assert said == f'In no cell of type "{none}" here does the call lose by a gene taken out.'

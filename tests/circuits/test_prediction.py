@@ -108,5 +108,5 @@ def test_what_the_page_says_is_what_the_table_says():
     assert "the correlation is 0.77" in failed
     assert single.startswith("holds (the sign is right for 100 % of the features (100 in 25 cells)")
     assert prediction.key_point(table) == (
-        "the prediction holds for features taken away all at once, doubled one at a time; it "
-        "failed for features doubled all at once")
+        "the prediction holds for features taken away (all at once), doubled (one at a time); it "
+        "failed for features doubled (all at once)")

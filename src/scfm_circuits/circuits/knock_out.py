@@ -11,6 +11,7 @@ each gene, and what is had for less. Over the genes of one cell a score and the 
 by rank correlation (with signs, and by size), and by how many of the k largest by size they share.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, SupportsFloat
 
@@ -384,6 +385,21 @@ def numbers(study: KnockOuts, seed: int) -> dict[str, str | int | float]:
     for name in Kept._fields:
         found[name] = _with_interval(*bootstrap_interval(study.kept[name].to_numpy(), counts))
     return found
+
+
+def most_missed(genes: pd.DataFrame, cell_type: str) -> str:
+    """A sentence: without which gene the call loses most, over the cells of one type.
+
+    genes: as `KnockOuts.genes`. A cell whose call loses nothing without any gene counts for none.
+    """
+    own = genes[genes["cell_type"] == cell_type]
+    losses = own[own["effect"] > 0]
+    first = losses.loc[losses.groupby("cell", sort=False)["effect"].idxmax(), "gene"]
+    if first.empty:
+        return f"In no cell of type \"{cell_type}\" here does the call lose by a gene taken out."
+    counted = ", ".join(f"{gene} (in {n} of {own['cell'].nunique()} cells)"
+                        for gene, n in Counter(first).most_common(4))
+    return f"In cells of type \"{cell_type}\" the call loses most without {counted}."
 
 
 def _with_interval(value: SupportsFloat, low: SupportsFloat, high: SupportsFloat) -> str:

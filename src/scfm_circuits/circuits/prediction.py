@@ -150,6 +150,6 @@ def key_point(table: pd.DataFrame) -> str:
                             (FAILED, "it failed for features")):
         some = table[table["verdict"] == verdict]
         if len(some):
-            said.append(f"{begins} " + ", ".join(f"{row.done} {row.features}"
+            said.append(f"{begins} " + ", ".join(f"{row.done} ({row.features})"
                                                  for row in some.itertuples(index=False)))
     return "; ".join(said)

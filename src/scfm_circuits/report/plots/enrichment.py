@@ -25,12 +25,15 @@ from scfm_circuits.report.plots.style import (
 if TYPE_CHECKING:
     from scfm_circuits.common.profile import Profile
 
-_RULE_TITLES = {"enrichr": "rule enrichr (the paper's, likely)", "corpus": "rule corpus",
+_RULE_TITLES = {"enrichr": "rule enrichr\n(the paper's, likely)", "corpus": "rule corpus",
                 "gseapy": "rule gseapy"}
 
 _CONTROL_COLOURS = {"uniform": GREY, "frequency-matched": GREEN, "token-preserving": ORANGE,
                     "untrained encoder": PURPLE, "re-initialised model": BROWN,
                     "MLP neurons": RED, "principal components": "black"}
+_NULL_LISTS = {"uniform": "random genes", "frequency-matched": "genes as common",
+               "token-preserving": "random tokens"}
+"""Null lists as the page calls them."""
 _MARKERS = {"untrained encoder": "^", "re-initialised model": "v", "MLP neurons": "s",
             "principal components": "D"}
 
@@ -46,7 +49,7 @@ def share_with_controls(frame: pd.DataFrame, joint: pd.DataFrame,
     depth.
     """
     choices = list(dict.fromkeys(zip(frame["gene_rule"], frame["rule"], strict=True)))
-    figure, axes = panels(len(choices), width=4.4, height=4.6)
+    figure, axes = panels(len(choices), width=3.4, height=4.6)
     n_layers = int(frame["layer"].max()) + 1
     for axis, (gene_rule, rule) in zip(axes, choices, strict=True):
         part = frame[(frame["gene_rule"] == gene_rule) & (frame["rule"] == rule)]
@@ -113,7 +116,8 @@ def _kinds(axis: Axes, part: pd.DataFrame) -> None:
         layer, middle = rows["layer"].to_numpy(), rows["percentage"].to_numpy()
         colour = _CONTROL_COLOURS.get(kind, RED)
         if kind not in _MARKERS:
-            axis.plot(layer, middle, color=colour, linewidth=1.5, label=literal(kind))
+            axis.plot(layer, middle, color=colour, linewidth=1.5,
+                      label=literal(_NULL_LISTS.get(kind, kind)))
             continue
         # Points of different kinds stand side by side.
         around = np.abs([middle - rows["lower_95"], rows["upper_95"] - middle])

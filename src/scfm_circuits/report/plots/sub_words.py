@@ -1,5 +1,6 @@
 """The picture of the chapter that compares two tokenizers."""
 
+import textwrap
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
@@ -29,13 +30,13 @@ def both_tokenizers(runs: pd.DataFrame) -> Figure:
 
     runs: a row per run and measure, from `sub_words.compare_tokenizers`.
     """
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(8.5, 7), constrained_layout=True)
     for axis, (label, measures) in zip(axes.flat, _PANELS.items(), strict=True):
         _panel(axis, runs, measures)
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
         if len(measures) > 1:
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=9)
     return figure
 
 
@@ -50,5 +51,6 @@ def _panel(axis: Axes, runs: pd.DataFrame, measures: Mapping[str, tuple[str, str
             axis.plot([x] * len(values), values, "o", markersize=4, alpha=0.6, color=colour)
             axis.plot([x - 0.07, x + 0.07], [values.mean()] * 2, color=colour, linewidth=2,
                       label=label if place == 0 else None)
-    axis.set_xticks(range(len(groups)), [f"{where}\n{tokenizer}" for where, tokenizer in groups],
-                    fontsize=8)
+    # Four wide labels side by side are only read if they are broken into lines.
+    axis.set_xticks(range(len(groups)), [f"{where}\n{textwrap.fill(tokenizer, 9)}"
+                                         for where, tokenizer in groups], fontsize=9)

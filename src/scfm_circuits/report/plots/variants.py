@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from scfm_circuits.report.plots.style import BLUE, BROWN, GREEN, GREY, ORANGE, PURPLE, literal
 
@@ -33,7 +33,7 @@ def variants(table: pd.DataFrame, layers: pd.DataFrame, rule: str) -> Figure:
 
     table, layers: from `other_dictionaries`, a row per variant, and per variant and layer.
     """
-    figure = plt.figure(figsize=(11, 7.5), constrained_layout=True)
+    figure = plt.figure(figsize=(9.5, 7.5), constrained_layout=True)
     grid = figure.add_gridspec(2, 3, height_ratios=[1.25, 1])
     scatter = figure.add_subplot(grid[0, :])
     for place, row in enumerate(table.to_dict("records")):
@@ -49,14 +49,14 @@ def variants(table: pd.DataFrame, layers: pd.DataFrame, rule: str) -> Figure:
     scatter.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     first = figure.add_subplot(grid[1, 0])
     second, third = (figure.add_subplot(grid[1, i], sharey=first) for i in (1, 2))
-    _dots(first, table, "loss_increase", "loss added by one layer\n(nats per token)")
-    _dots(second, table, "live_table4", "live features,\nTable 4's cut")
-    _dots(third, table, f"percentage_{rule}", f"called interpretable (%),\nrule {rule}")
+    _dots(first, table, "loss_increase", "loss added\nby one layer\n(nats per token)")
+    _dots(second, table, "live_table4", "live features\n(Table 4's cut)")
+    _dots(third, table, f"percentage_{rule}", f"called\ninterpretable (%),\nrule {rule}")
     for place, value in enumerate(table[f"null_{rule}"]):
         third.plot([value], [place], marker="|", markersize=16, color=GREY, markeredgewidth=3,
                    label="null lists" if place == 0 else None, linestyle="none", zorder=1)
-    third.set_xlim(0, 105)
-    third.legend(loc="lower left")
+    third.set(xlim=(0, 105), xticks=(0, 50, 100))
+    third.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     first.set(yticks=range(len(table)), yticklabels=[literal(label) for label in table["label"]])
     first.invert_yaxis()
     for axis in (second, third):
@@ -69,3 +69,5 @@ def _dots(axis: Axes, table: pd.DataFrame, column: str, label: str) -> None:
         axis.plot([row[column]], [place], markersize=9, **_style(row["variant"], not place))
     low = min(0.0, float(table[column].min()))
     axis.set(xlabel=label, xlim=(low, 1.12 * float(table[column].max()) or 1.0))
+    # The last number of a panel would run into the first of the next.
+    axis.xaxis.set_major_locator(MaxNLocator(3, prune="upper"))

@@ -62,3 +62,75 @@ def test_an_irregular_grid_lends_no_names_and_a_small_figure_stays_as_it_is() ->
     small, _ = panels(1, width=WIDE)
     assert not narrow(small) and small.get_size_inches()[0] == WIDE
     plt.close("all")
+
+
+def test_a_scale_of_powers_keeps_its_numbers_on_a_phone() -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3), constrained_layout=True)
+    for axis in axes:
+        axis.plot([1e-4, 1e3])
+        axis.set_yscale("log")
+    figure.canvas.draw()
+    before = {label.get_text() for label in axes[0].get_yticklabels()}
+    assert max(map(len, before)) > 20
+    assert narrow(figure)
+    figure.canvas.draw()
+    texts = {label.get_text() for axis in axes for label in axis.get_yticklabels()}
+    assert not any("\n" in text for text in texts) and texts & before
+    plt.close(figure)
+
+
+def test_names_of_many_lines_do_not_run_into_each_other_on_a_phone() -> None:
+    names = [f"score {i}: what is written at the tokens of the gene, signed, of it" for i in
+             range(8)]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True, constrained_layout=True)
+    for axis in axes:
+        axis.plot(range(8), range(8))
+        axis.set(title="a title", xlabel="a mean")
+    axes[0].set_yticks(range(8), names)
+    assert narrow(figure)
+    figure.canvas.draw()
+    for axis in axes:
+        boxes = [label.get_window_extent() for label in axis.get_yticklabels()]
+        assert len(boxes) == 8
+        assert all(lower.y1 <= upper.y0 for lower, upper in pairwise(boxes))
+        assert {label.get_fontsize() for label in axis.get_yticklabels()} == {9}
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("names", [["untouched", "replaced", "at its mean", "removed"],
+                                   ["gene", "family", "either", "sub-word", "none"],
+                                   ["all", "none"], [f"layer {i}" for i in range(12)]])
+def test_a_legend_is_no_wider_than_a_phone(names: list[str]) -> None:
+    figure, (axis,) = panels(1, width=7)
+    for name in names:
+        axis.plot([0, 1], label=name)
+    figure.legend(loc="outside lower center", ncols=len(names))
+    assert narrow(figure)
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    plt.close(figure)
+
+
+def test_a_legend_beside_a_panel_comes_below_on_a_phone() -> None:
+    figure = plt.figure(figsize=(11, 7.5), layout="constrained")
+    grid = figure.add_gridspec(2, 3)
+    top = figure.add_subplot(grid[0, :])
+    rest = [figure.add_subplot(grid[1, i]) for i in range(3)]
+    top.plot([1, 2], label="a kind whose name takes all the room beside it")
+    top.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    rest[0].plot([1, 2], label="inside")
+    rest[0].legend()
+    assert narrow(figure)
+    figure.canvas.draw()
+    assert top.get_legend() is None and rest[0].get_legend() is not None
+    assert len(figure.legends) == 1
+    assert all(axis.get_window_extent().width > 0.6 * figure.bbox.width for axis in (top, *rest))
+    plt.close(figure)
+
+
+def test_a_drawing_without_axes_keeps_its_shape() -> None:
+    figure, axis = plt.subplots(figsize=(9, 5))
+    axis.axis("off")
+    assert not narrow(figure) and figure.get_size_inches()[0] == 9
+    plt.close(figure)

@@ -10,12 +10,14 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
+from matplotlib.legend import Legend
+from matplotlib.ticker import FixedFormatter, FuncFormatter
 
 sns.set_theme(context="notebook", style="whitegrid", palette="colorblind",
               rc={"figure.dpi": 100, "axes.titlesize": "medium", "axes.titleweight": "bold"})
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, _, _ = sns.color_palette("colorblind")
 
-WIDE, NARROW = 7.0, 4.4
+WIDE, NARROW = 5.0, 4.4
 """Inches across: a figure that is wider than the first has a narrow version for phones."""
 LONGEST = 60
 """Characters of a text from outside that a figure draws."""
@@ -30,16 +32,19 @@ def panels(n: int, *, width: float = 4.4, height: float = 3.4) -> tuple[Figure, 
 def narrow(figure: Figure) -> bool:
     """Change a wide figure to one that can be read on a phone; False for one that is not wide.
 
-    Panels come below each other at about their height, and so do the entries of a legend. What
-    another panel of the row or column said for all (a scale, its name) each then says by itself.
+    Panels come below each other at about their height, or higher where their names need it, and so
+    do the entries of a legend. What another panel of the row or column said for all (a scale, its
+    name) each then says by itself. A drawing without axes stays: its texts fit its boxes.
     """
     width, height = figure.get_size_inches()
-    if width <= WIDE:
+    if width <= WIDE or not any(axis.axison for axis in figure.axes):
         return False
+    legends = [*figure.legends, *(one for axis in figure.axes if (one := _legend_beside(axis)))]
     placed = [(axis, spec) for axis in figure.axes if (spec := axis.get_subplotspec()) is not None]
     rows, columns = placed[0][1].get_gridspec().get_geometry() if placed else (1, 1)
     if columns > 1 and len(placed) == len(figure.axes):
         grid = GridSpec(len(placed), 1, figure=figure)
+        high = max(height / rows, 0.62 * NARROW)
         for place, (axis, _) in enumerate(placed):
             if len(placed) == rows * columns:
                 left, low = placed[place - place % columns][0], placed[place % columns - columns][0]
@@ -47,24 +52,48 @@ def narrow(figure: Figure) -> bool:
                 axis.set_xlabel(axis.get_xlabel() or low.get_xlabel())
             axis.tick_params(labelleft=True, labelbottom=True)
             axis.set_subplotspec(grid[place])
-            _wrap_names(axis)
-        figure.set_size_inches(NARROW, len(placed) * max(height / rows, 0.62 * NARROW))
+            high = max(high, _wrap_names(axis) + 1.0)
+        figure.set_size_inches(NARROW, len(placed) * high)
     else:
-        figure.set_size_inches(0.6 * width, (0.6 if len(placed) < len(figure.axes) else 1) * height)
-    for legend in list(figure.legends):
+        figure.set_size_inches(max(0.6 * width, NARROW),
+                               (0.6 if len(placed) < len(figure.axes) else 1) * height)
+    for legend in legends:
         labels = [text.get_text() for text in legend.get_texts()]
         handles = [handle for handle in legend.legend_handles if handle is not None]
+        # A line has room for about 53 letters; a mark and its gaps take 9.
+        each = max(map(len, labels), default=0) + 9
         figure.legend(handles, labels, loc="outside lower center", frameon=False,
-                      ncols=len(labels) if sum(map(len, labels)) < 40 else 1)
+                      ncols=min(len(labels), 53 // each) if each <= 26 else 1)
         legend.remove()
     return True
 
 
-def _wrap_names(axis: Axes) -> None:
-    """Break long names along an upright axis, which would leave no room for the panel."""
+def _legend_beside(axis: Axes) -> Legend | None:
+    """A panel's legend that is right of it, where a phone has no room."""
+    legend = axis.get_legend()
+    if legend is None:
+        return None
+    start = legend.get_bbox_to_anchor().transformed(axis.transAxes.inverted()).x0
+    return legend if start > 0.99 else None
+
+
+def _wrap_names(axis: Axes) -> float:
+    """Break long names along an upright axis, which would leave no room for the panel.
+
+    Returns the inches that they need above each other, 0 if there are none. Numbers that a scale
+    writes itself are no names: the formula of a power has many letters and few signs.
+    """
+    if not isinstance(axis.yaxis.get_major_formatter(), FixedFormatter | FuncFormatter):
+        return 0.0
     names = [label.get_text() for label in axis.get_yticklabels()]
-    if max(map(len, names), default=0) > 20:
-        axis.set_yticks(axis.get_yticks(), [textwrap.fill(name, 20) for name in names], fontsize=9)
+    wrapped = [textwrap.fill(name, 20) for name in names]
+    if wrapped != names:
+        axis.set_yticks(axis.get_yticks(), wrapped)
+    lines = max((name.count("\n") + 1 for name in wrapped), default=0)
+    if lines < 2:
+        return 0.0
+    axis.tick_params(axis="y", labelsize=9)
+    return len(names) * lines * 9 * 1.5 / 72
 
 
 def layer_colours(n: int) -> list[Any]:

@@ -53,11 +53,20 @@
       "goes-on", box.scrollLeft + box.clientWidth < box.scrollWidth - 4);
     const sizes = new ResizeObserver((seen) => seen.forEach(({ target }) =>
       look(target.closest(".may-go-on"))));
-    for (const box of document.querySelectorAll(
-      ".table-scroll, .pst-scrollable-table-container, .bd-article div.math")) {
-      box.classList.add("may-go-on");
-      box.addEventListener("scroll", () => look(box), { passive: true });
-      [box, ...box.children].forEach((part) => sizes.observe(part));
+    const kinds = [".table-scroll", ".pst-scrollable-table-container",
+      ".bd-article div.math", ".bd-article div.math mjx-container"]
+      .map((kind) => `${kind}:not(.may-go-on)`).join();
+    const find = () => {
+      for (const box of document.querySelectorAll(kinds)) {
+        box.classList.add("may-go-on");
+        box.addEventListener("scroll", () => look(box), { passive: true });
+        [box, ...box.children].forEach((part) => sizes.observe(part));
+      }
+    };
+    find();
+    // The index of features writes its tables later; formulas are set later.
+    for (const later of document.querySelectorAll(".features, .bd-article div.math")) {
+      new MutationObserver(find).observe(later, { childList: true, subtree: true });
     }
   }
 

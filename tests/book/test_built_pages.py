@@ -252,6 +252,31 @@ def test_a_table_that_goes_on_says_so(book: Path, tab: Tab) -> None:
     tab.until(f"!{box}.classList.contains('goes-on')")
 
 
+def test_a_formula_that_goes_on_says_so(book: Path, tab: Tab) -> None:
+    tab.screen(390)
+    tab.open((book / "02_training.html").as_uri())
+    if not tab.run("document.querySelector('div.math') !== null"):
+        pytest.skip("this book has no chapter with a formula (SCFM_BUILT_BOOK names one)")
+    tab.until("!!(window.box = document.querySelector('div.math mjx-container.goes-on'))")
+    assert tab.run("box.scrollWidth > box.clientWidth")
+    tab.run("box.scrollTo(99999, 0)")
+    tab.until("!box.classList.contains('goes-on')")
+
+
+def test_the_next_pages_name_stays_in_the_page(book: Path, tab: Tab) -> None:
+    tab.screen(390)
+    for name in named(book):
+        tab.open((book / f"{name}.html").as_uri())
+        cut = tab.run("""[...document.querySelectorAll('.prev-next-area a')].flatMap((link) => {
+          const { left, right } = link.getBoundingClientRect();
+          return [...link.querySelectorAll('i, p')].filter((part) => {
+            const at = part.getBoundingClientRect();
+            return at.left < left - 1 || at.right > Math.min(right, innerWidth) + 1;
+          }).map((part) => part.outerHTML);
+        })""")
+        assert cut == [], name
+
+
 def test_a_phone_gets_the_narrow_figure_and_the_dark_mode_light_lines(book: Path, tab: Tab
                                                                        ) -> None:
     wide = sorted(path.name for path in (book / "downloads" / "figures" / "narrow").glob("*.png"))

@@ -202,9 +202,12 @@ def _token(z, features, of_token, decoder, base, y, residual, outer, inner, fact
 
 
 @triton.jit
-def _moved(g, w, m, s, rate, spread, BETA1: tl.constexpr, BETA2: tl.constexpr,  # type: ignore[no-untyped-def]
-           EPS: tl.constexpr, UNIT: tl.constexpr):
-    """Adam on a row: its weights and moments after a step."""
+def adam_row(g, weight, mean, square, copy, at, within, rate, spread, BETA1: tl.constexpr,  # type: ignore[no-untyped-def]
+             BETA2: tl.constexpr, EPS: tl.constexpr, UNIT: tl.constexpr, COPIED: tl.constexpr):
+    """Adam on a row, from its gradient: weights, moments, and the weights' copy."""
+    w = tl.load(weight + at, mask=within, other=0)
+    m = tl.load(mean + at, mask=within, other=0)
+    s = tl.load(square + at, mask=within, other=0)
     if UNIT:
         g -= w * tl.sum(g * w)
     m += (g - m) * (1 - BETA1)
@@ -212,7 +215,11 @@ def _moved(g, w, m, s, rate, spread, BETA1: tl.constexpr, BETA2: tl.constexpr,  
     w -= rate * m / (tl.sqrt(s) * spread + EPS)
     if UNIT:
         w = w / tl.maximum(tl.sqrt(tl.sum(w * w)), 1e-8)
-    return w, m, s
+    tl.store(weight + at, w, mask=within)
+    tl.store(mean + at, m, mask=within)
+    tl.store(square + at, s, mask=within)
+    if COPIED:
+        tl.store(copy + at, w.to(copy.dtype.element_ty), mask=within)
 
 
 @triton.jit
@@ -252,21 +259,7 @@ def _feature(z, inner, tokens, of_feature, centred, outer, bias, e_weight, e_mea
         b_gradient += slope
     tl.store(bias + feature, tl.sum(b_gradient, axis=0))
     at = feature * width + columns
-    w = tl.load(d_weight + at, mask=within, other=0)
-    m = tl.load(d_mean + at, mask=within, other=0)
-    s = tl.load(d_square + at, mask=within, other=0)
-    w, m, s = _moved(d_gradient, w, m, s, rate, spread, BETA1, BETA2, EPS, True)
-    tl.store(d_weight + at, w, mask=within)
-    tl.store(d_mean + at, m, mask=within)
-    tl.store(d_square + at, s, mask=within)
-    if COPIED:
-        tl.store(d_copy + at, w.to(d_copy.dtype.element_ty), mask=within)
-    w = tl.load(e_weight + at, mask=within, other=0)
-    m = tl.load(e_mean + at, mask=within, other=0)
-    s = tl.load(e_square + at, mask=within, other=0)
-    w, m, s = _moved(e_gradient, w, m, s, rate, spread, BETA1, BETA2, EPS, False)
-    tl.store(e_weight + at, w, mask=within)
-    tl.store(e_mean + at, m, mask=within)
-    tl.store(e_square + at, s, mask=within)
-    if COPIED:
-        tl.store(e_copy + at, w.to(e_copy.dtype.element_ty), mask=within)
+    adam_row(d_gradient, d_weight, d_mean, d_square, d_copy, at, within, rate, spread, BETA1, BETA2,
+             EPS, True, COPIED)
+    adam_row(e_gradient, e_weight, e_mean, e_square, e_copy, at, within, rate, spread, BETA1, BETA2,
+             EPS, False, COPIED)

@@ -25,7 +25,13 @@ import triton.language as tl
 from torch import Tensor
 
 from scfm_circuits.transcoders.activations import ACTIVATIONS
-from scfm_circuits.transcoders.training.gpu_entries import Adams, _moved, entries, estimated, moved
+from scfm_circuits.transcoders.training.gpu_entries import (
+    Adams,
+    adam_row,
+    entries,
+    estimated,
+    moved,
+)
 from scfm_circuits.transcoders.training.gradients import (
     BETAS,
     EPSILON,
@@ -315,12 +321,5 @@ def _adam(gradient, weight, mean, square, copy, rate, spread, width, size,  # ty
     at = tl.program_id(0).to(tl.int64) * width + columns
     within = (columns < width) & (at < size)
     g = tl.load(gradient + at, mask=within, other=0).to(tl.float32)
-    w = tl.load(weight + at, mask=within, other=0)
-    m = tl.load(mean + at, mask=within, other=0)
-    s = tl.load(square + at, mask=within, other=0)
-    w, m, s = _moved(g, w, m, s, rate, spread, BETA1, BETA2, EPS, UNIT)
-    tl.store(mean + at, m, mask=within)
-    tl.store(square + at, s, mask=within)
-    tl.store(weight + at, w, mask=within)
-    if COPIED:
-        tl.store(copy + at, w.to(copy.dtype.element_ty), mask=within)
+    adam_row(g, weight, mean, square, copy, at, within, rate, spread, BETA1, BETA2, EPS, UNIT,
+             COPIED)

@@ -1006,6 +1006,31 @@ def test_the_contents_list_every_notebook(built: Project) -> None:
         pages._check_contents(run)
 
 
+def test_a_chapter_is_only_in_the_books_to_which_it_applies(
+        paged: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    paged.notebook("02_pairs", header="{after: [01_first], applies: human_decoys}")
+    paged.notebook("03_last")
+    (paged.root / "book" / "_toc.yml").write_text(
+        "format: jb-book\nroot: 01_first\nparts:\n"
+        "- {caption: A, chapters: [{file: 03_last}]}\n"
+        "- {caption: B, chapters: [{file: 02_pairs}]}\n")
+    monkeypatch.setattr(pages, "_run_jupyter_book", fake_builder)
+    words = ["all", "--output", str(paged.root / "out"), "-p"]
+    assert paged.command(*words, "human_decoys=0")[0] == 0
+    assert paged.executed() == ["01_first", "03_last"]
+    run = load_run("tiny", {"human_decoys": 0})
+    assert [one.after for one in run.notebooks] == [(), ("01_first",)]
+    pages.stage(run, paged.root / "staged")
+    assert "02_pairs" not in (paged.root / "staged" / "_toc.yml").read_text()
+    assert "caption: B" not in (paged.root / "staged" / "_toc.yml").read_text()
+
+    assert paged.command(*words, "human_decoys=9")[0] == 0
+    assert {"02_pairs", "03_last"} <= set(paged.executed())
+    paged.notebook("02_pairs", header="{applies: nothing_known}")
+    with pytest.raises(Exception, match="applies: nothing_known, which is no field or property"):
+        load_run("tiny")
+
+
 @pytest.mark.parametrize("text", [
     '<script src="https://cdn.example.org/a.js"></script>', "<img alt='' src='//example.org/a'>",
     '<link rel="stylesheet" href="http://example.org/a.css">',

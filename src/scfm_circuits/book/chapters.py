@@ -57,6 +57,9 @@ class Notebook:
     """The gene-set libraries it reads: their names, or profile fields that hold them."""
     shown_as: str = ""
     """The name of its page, where that is not its own name (`page` in the header)."""
+    applies: str = ""
+    """The field or property of a profile that must be true, or not empty, for its book to have this
+    chapter; every book has one without."""
 
     @property
     def page(self) -> str:
@@ -94,7 +97,15 @@ def load_run(profile_name: str, overrides: Mapping[str, Any] | None = None) -> R
     """Check profile, overrides and notebooks; InputError before anything is executed."""
     overrides = dict(overrides or {})
     profile = load_profile(profile_name, overrides)
-    return Run(profile_name, overrides, profile, tuple(read_notebooks(NOTEBOOKS)))
+    return Run(profile_name, overrides, profile, of_profile(read_notebooks(NOTEBOOKS), profile))
+
+
+def of_profile(notebooks: Iterable[Notebook], profile: Profile) -> tuple[Notebook, ...]:
+    """The chapters that the profile's book has; none of them follows one that it lacks."""
+    found = [one for one in notebooks if not one.applies or getattr(profile, one.applies)]
+    names = {one.name for one in found}
+    return tuple(replace(one, after=tuple(name for name in one.after if name in names))
+                 for one in found)
 
 
 def read_notebooks(folder: Path) -> Iterator[Notebook]:
@@ -123,9 +134,14 @@ def _read_header(path: Path, before: tuple[str, ...]) -> Notebook:
             f'{path} has no cell tagged "parameters"; start one with `# %% tags=["parameters"]`.'
         )
     own = ((header or {}).get("jupyter") or {}).get("scfm") or {}
-    unknown = set(own) - {"after", "produces", "exhibits", "modules", "libraries", "page"}
+    unknown = set(own) - {"after", "produces", "exhibits", "modules", "libraries", "page",
+                          "applies"}
     if unknown:
         raise InputError(f"The header of {path} has the unknown key scfm.{min(unknown)}.")
+    applies = str(own.get("applies", ""))
+    if applies and applies not in Profile.model_fields and not hasattr(Profile, applies):
+        raise InputError(f"The header of {path} says scfm.applies: {applies}, which is no field or "
+                         "property of a profile.")
     after = tuple(own.get("after", before))
     for name in after:
         if name not in before:
@@ -135,7 +151,7 @@ def _read_header(path: Path, before: tuple[str, ...]) -> Notebook:
             )
     return Notebook(path, after, tuple(own.get("produces", ())), str(own.get("exhibits", "")),
                     tuple(own.get("modules", ())), tuple(own.get("libraries", ())),
-                    str(own.get("page", "")))
+                    str(own.get("page", "")), applies)
 
 
 def _hash_files(paths: Iterable[Path]) -> str:

@@ -27,8 +27,8 @@ from typing import Any
 import yaml
 
 from scfm_circuits import InputError
-from scfm_circuits.book import front_page, search_words
-from scfm_circuits.book.chapters import Notebook, Run, plan
+from scfm_circuits.book import chapters, front_page, search_words
+from scfm_circuits.book.chapters import Notebook, Run, plan, read_notebooks
 from scfm_circuits.book.execution import ExecutionFailed
 from scfm_circuits.book.gate import without_colours
 from scfm_circuits.common.files import only_one, read_json, sha256_of_file, write_atomic, write_json
@@ -133,15 +133,28 @@ def _downloads(run: Run) -> Iterator[Path]:
 
 def _check_contents(run: Run) -> None:
     """Every notebook is in the table of contents, and nothing in it is missing."""
-    contents = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
-    listed = set(_listed(contents))
-    notebooks = {notebook.page for notebook in run.notebooks}
+    listed = set(_listed(_contents()))
+    notebooks = {notebook.page for notebook in read_notebooks(chapters.NOTEBOOKS)}
     pages = {path.stem for path in BOOK.glob("*.md")}
     unlisted, missing = notebooks - listed, listed - notebooks - pages
     if unlisted:
         raise InputError(f"book/_toc.yml does not list the notebook {min(unlisted)}.")
     if missing:
         raise InputError(f"book/_toc.yml lists {min(missing)}, which is no page and no notebook.")
+
+
+def _contents() -> Any:
+    return yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
+
+
+def _without(contents: Any, pages: set[str]) -> Any:
+    """A table of contents without some pages, and without the parts that have no other."""
+    if isinstance(contents, dict):
+        return {key: _without(value, pages) for key, value in contents.items()}
+    if isinstance(contents, list):
+        shorter = [_without(one, pages) for one in contents if one.get("file") not in pages]
+        return [one for one in shorter if one.get("chapters") != []]
+    return contents
 
 
 def _listed(contents: Any) -> Iterator[str]:
@@ -159,6 +172,10 @@ def _listed(contents: Any) -> Iterator[str]:
 def stage(run: Run, source: Path) -> None:
     """Lay out what Jupyter Book reads: pages and notebooks flat, downloads under `_extra/`."""
     shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns("_build", "__pycache__"))
+    lacking = {one.page for one in read_notebooks(chapters.NOTEBOOKS)} - {
+        one.page for one in run.notebooks}
+    (source / "_toc.yml").write_text(yaml.safe_dump(_without(_contents(), lacking),
+                                                    sort_keys=False), encoding="utf-8")
     for page in source.glob("*.md"):
         page.write_text(_filled(run, page.read_text(encoding="utf-8")), encoding="utf-8")
     for notebook in run.notebooks:

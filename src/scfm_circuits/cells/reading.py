@@ -22,6 +22,7 @@ from scfm_circuits.cells.symbols import (
     hyphens_restored,
     merge_duplicates,
 )
+from scfm_circuits.common import manifest
 from scfm_circuits.common.encodings import CELL_SENTENCE
 from scfm_circuits.common.labels import listed, normal_label, normal_labels
 from scfm_circuits.common.profile import (
@@ -288,6 +289,11 @@ def _open(profile: Profile) -> Opened:
         from scfm_circuits.cells.packaged import open_packaged
 
         return open_packaged()
+    listed = manifest.entry("cells", profile.cells)
+    if listed is not None and path is not None and "members" in listed:
+        from scfm_circuits.cells.packaged import open_wheel
+
+        return open_wheel(profile.cells, listed, path)
     if path is None:
         import warnings
 

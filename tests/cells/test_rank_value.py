@@ -6,12 +6,12 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from gene_tokens import GENES, NAMES, cells, counts, dictionaries, profile_of
 from helpers import TRAINING
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,48 +26,11 @@ from scfm_circuits.cells.rank_value import as_ranks
 from scfm_circuits.circuits.attribution import closure, feature_direction, logit_direction
 from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.common.encodings import RANK_VALUE
-from scfm_circuits.common.profile import Profile, load_profile
+from scfm_circuits.common.profile import load_profile
 from scfm_circuits.models.loading import get_model
 from scfm_circuits.transcoders.training.run import TrainingRun
 
-GENES = [f"ENSG{i:011d}" for i in range(1, 9)]
-NAMES = ["VWF", "PECAM1", "INS", "GCG", "B2M", "TMSB4X", "PLVAP", "FLT1"]
 ENCODINGS = sorted(RANK_VALUE)
-
-
-def dictionaries(folder: Path, encoding: str = "geneformer_v2", **changed: Any) -> dict[str, str]:
-    """Made-up dictionaries of eight genes; profile fields by their files."""
-    special = RANK_VALUE[encoding].special
-    content = {
-        "token_dictionary": {key: i for i, key in enumerate((*special, *GENES))},
-        "gene_medians": {gene: 0.5 + i for i, gene in enumerate(GENES)},
-        "gene_mapping": dict(zip(NAMES, GENES, strict=True)) | {"F8VWF": GENES[0]}, **changed}
-    fields = {"encoding": encoding}
-    for field, one in content.items():
-        path = folder / f"{field}.json"
-        path.write_text(json.dumps(one))
-        fields[field] = str(path)
-    return fields
-
-
-def cells(folder: Path, values: np.ndarray, names: list[str] = NAMES, **columns: list[str]) -> str:
-    data = anndata.AnnData(sp.csr_matrix(values.astype(np.float32)), obs=pd.DataFrame(
-        {"type": ["a", "b"] * (len(values) // 2)}, index=[f"c{i}" for i in range(len(values))]),
-        var=pd.DataFrame(columns, index=names))
-    data.write_h5ad(folder / "mine.h5ad")
-    return str(folder / "mine.h5ad")
-
-
-def profile_of(path: str, fields: dict[str, str], **more: Any) -> Profile:
-    return load_profile("smoke", {
-        "cells": path, "matrix": "X", "label_column": "type", "case_type": "a", "max_cells": None,
-        "genes_per_cell": 8, "model_thinning": 1.0, "validation_share": 0.5, **fields, **more})
-
-
-def counts(n: int = 8, seed: int = 0) -> np.ndarray:
-    found = np.random.default_rng(seed).integers(0, 30, (n, len(GENES)))
-    found[:, 0] += 1
-    return found
 
 
 @pytest.fixture(autouse=True)
@@ -152,16 +115,11 @@ def test_ranks_order_as_quotients_do(n, genes, seed):
         assert (ranks[row == 0] == 0).all()
 
 
-def test_a_model_of_gene_tokens_is_trained_and_loaded(tmp_path):
-    profile = profile_of(cells(tmp_path, counts()), dictionaries(tmp_path, "maxtoki"),
-                         model_steps=3, model_layers=2, human_layer=1, model_width=16,
-                         model_heads=2)
-    corpus = load_corpus(profile)
-    model, curve = get_model(profile, corpus)
-    assert model.config.vocab_size == 12 and np.isfinite(curve.loss).all()
-    again = load_corpus(profile)  # as stored
-    assert np.array_equal(again.tokens, corpus.tokens)
-    assert again.pieces(1) == corpus.pieces(1)
+def test_a_corpus_is_read_as_it_was_stored(tmp_path):
+    profile = profile_of(cells(tmp_path, counts()), dictionaries(tmp_path, "maxtoki"))
+    corpus, again = load_corpus(profile), load_corpus(profile)
+    assert np.array_equal(again.tokens, corpus.tokens) and again.pieces(1) == corpus.pieces(1)
+    assert again.tokenizer.get_vocab() == corpus.tokenizer.get_vocab()
 
 
 def test_an_answer_is_asked_for_and_there_is_none(tmp_path):

@@ -119,8 +119,9 @@ class Profile(BaseModel):
 
     # --- language model ----------------------------------------------------------------------
     model: str = "train"
-    """`train` (a small GPT-NeoX on the run's own cells), or a Hugging Face id or the folder of a
-    GPT-NeoX, Llama, Mistral, Qwen2, Gemma 2 or BERT."""
+    """`train` (a small model on the run's own cells: a GPT-NeoX or, under a rank-value encoding,
+    one of the shape of the model whose it is), or a Hugging Face id or the folder of a GPT-NeoX,
+    Llama, Mistral, Qwen2, Gemma 2 or BERT."""
     model_revision: str | None = None
     """The commit of a Hugging Face model to use."""
     model_subfolder: Folder = ""

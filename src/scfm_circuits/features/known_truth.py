@@ -48,7 +48,7 @@ from scfm_circuits.transcoders.training.settings import FIELDS
 from scfm_circuits.transcoders.transcoder import Transcoders
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXForCausalLM
+    from transformers import PreTrainedModel
 
 TOKENIZERS = {"genes": "a token a gene", "train": "sub-words"}
 TRANSCODERS: Mapping[str, Mapping[str, Any]] = {
@@ -103,7 +103,7 @@ class Run(NamedTuple):
     about: dict[str, float]
 
 
-def rivals_of(model: "GPTNeoXForCausalLM", untrained: Transcoders, inputs: Tensor
+def rivals_of(model: "PreTrainedModel", untrained: Transcoders, inputs: Tensor
               ) -> dict[str, Encoder]:
     """`RIVALS`; inputs: (n_layers, n_tokens, d_model) of training cells, for the components."""
     mean, axes = inputs.mean(dim=1), principal_axes(inputs)
@@ -154,7 +154,7 @@ def study_run(profile: Profile, design: Design, simulated: LogicCells) -> Run:
     return Run(*_scored(model, corpus, encoders, simulated, profile, design), about)
 
 
-def _scored(model: "GPTNeoXForCausalLM", corpus: Corpus, encoders: Mapping[str, Encoder],
+def _scored(model: "PreTrainedModel", corpus: Corpus, encoders: Mapping[str, Encoder],
             simulated: LogicCells, profile: Profile, design: Design
             ) -> tuple[np.ndarray, np.ndarray]:
     """`Run`'s units and values."""
@@ -181,7 +181,7 @@ def _scored(model: "GPTNeoXForCausalLM", corpus: Corpus, encoders: Mapping[str, 
 
 
 @torch.no_grad()
-def right_types(model: "GPTNeoXForCausalLM", corpus: Corpus) -> float:
+def right_types(model: "PreTrainedModel", corpus: Corpus) -> float:
     """Share of held-out cells whose answer's first token, which tells the type, is likeliest."""
     right = 0
     cells = np.flatnonzero(corpus.held_out)

@@ -18,7 +18,7 @@ from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXForCausalLM
+    from transformers import PreTrainedModel
 
 PROBES = (1, 2, 5)
 AUROC, F1 = "AUROC, best unit", "F1, best unit"
@@ -122,7 +122,7 @@ Encoder = Callable[[int, Tensor], Tensor]
 
 
 @torch.no_grad()
-def read_units(model: "GPTNeoXForCausalLM", corpus: Corpus, cells: np.ndarray,
+def read_units(model: "PreTrainedModel", corpus: Corpus, cells: np.ndarray,
                encoders: Mapping[str, Encoder], size: int = 32) -> dict[str, np.ndarray]:
     """By encoder (n_cells, n_layers * 3 * n_units): mean, largest and last value over the
     question's tokens, layer by layer."""

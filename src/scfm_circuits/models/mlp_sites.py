@@ -1,10 +1,11 @@
 """The MLPs of a model: what they read and write on a corpus, and what happens without them.
 
-Batches of prompts, activations at every MLP, and MLPs replaced by transcoders, by their mean
-output or by zeros.
+Batches of prompts, what a model is asked of them and its loss, activations at every MLP, and MLPs
+replaced by transcoders, by their mean output or by zeros.
 """
 
 import contextlib
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from scfm_circuits import InputError
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.architectures import architecture_of, decoder, decoder_layers
 
 if TYPE_CHECKING:
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
     from scfm_circuits.cells.corpus import Corpus
 
+MASKED = 0.15
+"""Share of a cell's genes that an encoder is asked (Geneformer's, in training and here)."""
 RUNS = 32
 """Copies of neighbouring cells up to which these are taken for those of single rows."""
 
@@ -106,6 +111,68 @@ def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     wanted = mask[:, 1:]
     return nn.functional.cross_entropy(
         logits[:, :-1][wanted].float(), tokens[:, 1:][wanted], reduction="none")
+
+
+def masked_gene_loss(logits: Tensor, tokens: Tensor, chosen: Tensor) -> Tensor:
+    """Cross-entropy of the genes that an encoder was asked, in nats, computed in float32.
+
+    logits: (n, length, vocabulary) from tokens of which those at `chosen` were masked; tokens: (n,
+    length) as they are; chosen: (n, length) bool. Returns (n_predictions,).
+    """
+    return nn.functional.cross_entropy(logits[chosen].float(), tokens[chosen], reduction="none")
+
+
+def mask_token(corpus: "Corpus") -> int:
+    """The token that stands for a masked gene; InputError if the corpus has none."""
+    found = corpus.tokenizer.get_vocab().get("<mask>")
+    if found is None:
+        raise InputError("The model fills in masked genes and the cells' tokens have no <mask>; "
+                         "set `encoding` in the profile to the model's own.")
+    return found
+
+
+def masked_genes(corpus: "Corpus", cells: Sequence[int] | np.ndarray, seed: int) -> np.ndarray:
+    """(n, length) bool: the genes of cells that an encoder is asked, in every evaluation the same.
+
+    `MASKED` of a cell's genes, at least one, drawn by the seed and the cell's identifier: not by
+    its place in the corpus, nor by the cells beside it.
+    """
+    cells = np.asarray(cells)
+    chosen = np.zeros((len(cells), corpus.tokens.shape[1]), bool)
+    for row, cell in enumerate(cells):
+        genes = np.flatnonzero(corpus.gene[cell] >= 0)
+        rng = generator(seed, "masked genes", zlib.crc32(str(corpus.cell_ids[cell]).encode()))
+        chosen[row, rng.permutation(genes)[: max(1, round(MASKED * len(genes)))]] = True
+    return chosen
+
+
+class Asked(NamedTuple):
+    """What a model is asked of some cells.
+
+    shown: (n, length) tokens that it reads; at: (n, length) bool where its logits answer; wanted:
+    (n_predictions,) the right tokens there, in the order of `logits[at]`.
+    """
+
+    shown: Tensor
+    at: Tensor
+    wanted: Tensor
+
+
+def asked(model: nn.Module, corpus: "Corpus", rows: np.ndarray, tokens: Tensor, mask: Tensor,
+          seed: int) -> Asked:
+    """What the model is asked of a batch from `batches`: of a decoder each next token, of an
+    encoder the `masked_genes`, which it is shown as masks.
+
+    `cross_entropy(logits[at].float(), wanted)` is then `next_token_loss` or `masked_gene_loss`.
+    Raises InputError as `mask_token`.
+    """
+    if architecture_of(model).causal:
+        at = torch.zeros_like(mask)
+        at[:, :-1] = mask[:, 1:]
+        return Asked(tokens, at, tokens[:, 1:][mask[:, 1:]])
+    chosen = masked_genes(corpus, rows, seed)[:, : tokens.shape[1]]
+    at = torch.from_numpy(chosen).to(tokens.device)
+    return Asked(tokens.masked_fill(at, mask_token(corpus)), at, tokens[at])
 
 
 def batches(corpus: "Corpus", cells: Sequence[int] | np.ndarray, size: int, device: torch.device

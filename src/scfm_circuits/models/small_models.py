@@ -1,78 +1,111 @@
-"""A small GPT-NeoX trained on the spot on the corpus, where no network is at hand."""
+"""A small model trained on the spot on the corpus, where no network is at hand.
+
+Which one the encoding says: cell sentences are learnt by a GPT-NeoX of Pythia's proportions, and
+genes as tokens by a small copy of the model whose encoding it is, MaxToki (a Llama) or Geneformer
+(a BERT). The last learns to fill in genes that are masked, the others to go on.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.thinning import read_counts, thinned_prompts
 from scfm_circuits.cells.tokens import Prompts
+from scfm_circuits.common.encodings import CELL_SENTENCE, RANK_VALUE
 from scfm_circuits.common.randomness import generator
+from scfm_circuits.models.architectures import check_supported
 from scfm_circuits.models.mlp_sites import (
+    MASKED,
     best_device,
     device_of,
+    mask_token,
+    masked_gene_loss,
     moved_to,
     next_token_loss,
     not_finite,
 )
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from scfm_circuits.cells.corpus import Corpus
     from scfm_circuits.common.profile import Profile
 
-TRAINING_FIELDS = ("model_layers", "model_width", "model_heads", "model_steps", "model_batch_cells",
-                   "model_learning_rate", "model_answer_weight", "model_type_balance",
-                   "model_thinning")
+TRAINING_FIELDS = ("encoding", "model_layers", "model_width", "model_heads", "model_steps",
+                   "model_batch_cells", "model_learning_rate", "model_answer_weight",
+                   "model_type_balance", "model_thinning")
 """Profile fields, beside the corpus's, that decide what the small model learns."""
+FAMILIES = {CELL_SENTENCE: "GPT-NeoX", "maxtoki": "Llama", "geneformer_v1": "BERT",
+            "geneformer_v2": "BERT"}
+"""What is trained, by the profile's `encoding`."""
 _AHEAD = 128
 """Steps whose sentences are made at once."""
 
 
-def small_config(profile: "Profile", vocabulary: int, length: int) -> "GPTNeoXConfig":
-    """The configuration of the model that is trained: the profile's size, Pythia's proportions."""
-    from transformers import GPTNeoXConfig
+def small_config(profile: "Profile", vocabulary: int, length: int) -> "PreTrainedConfig":
+    """The configuration of the model that is trained: the profile's size, the proportions of the
+    model whose encoding it is."""
+    from transformers import AutoConfig
 
-    settings: dict[str, Any] = dict(
+    shared: dict[str, Any] = dict(
         vocab_size=vocabulary, hidden_size=profile.model_width,
         num_hidden_layers=profile.model_layers, num_attention_heads=profile.model_heads,
-        intermediate_size=4 * profile.model_width, max_position_embeddings=max(256, length),
-        rotary_pct=0.25, use_parallel_residual=True, tie_word_embeddings=False,
-        bos_token_id=0, eos_token_id=0, attn_implementation="eager",
-    )
-    return GPTNeoXConfig(**settings)
+        max_position_embeddings=max(256, length), attn_implementation="eager")
+    return AutoConfig.for_model(**shared, **_proportions(profile.encoding, profile.model_width))
 
 
-def build_small_model(profile: "Profile", vocabulary: int, length: int) -> "GPTNeoXForCausalLM":
-    """An untrained GPT-NeoX of `small_config`, seeded."""
-    from transformers import GPTNeoXForCausalLM
+def _proportions(encoding: str, width: int) -> dict[str, Any]:
+    """What of a configuration the model decides whose encoding it is: of Pythia, MaxToki-217M,
+    Geneformer V1-10M or V2-104M. Dropout is left out, as a small model is trained for few steps."""
+    if encoding == CELL_SENTENCE:
+        return dict(model_type="gpt_neox", intermediate_size=4 * width, rotary_pct=0.25,
+                    use_parallel_residual=True, tie_word_embeddings=False, bos_token_id=0,
+                    eos_token_id=0)
+    special = {name: i for i, name in enumerate(RANK_VALUE[encoding].special)}
+    if encoding == "maxtoki":
+        return dict(model_type="llama", intermediate_size=2 * width, rms_norm_eps=1e-6,
+                    rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+                    tie_word_embeddings=False, pad_token_id=special["<pad>"],
+                    bos_token_id=special["<bos>"], eos_token_id=special["<eos>"])
+    mlp = {"geneformer_v1": 2, "geneformer_v2": 4}[encoding]
+    return dict(model_type="bert", intermediate_size=mlp * width, hidden_act="relu",
+                layer_norm_eps=1e-12, type_vocab_size=2, tie_word_embeddings=True,
+                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                pad_token_id=special["<pad>"])
+
+
+def build_small_model(profile: "Profile", vocabulary: int, length: int) -> "PreTrainedModel":
+    """An untrained model of `small_config`, seeded."""
+    import transformers
 
     config = small_config(profile, vocabulary, length)
+    kind: Any = getattr(transformers, check_supported(config.model_type, "").auto)
     torch.manual_seed(profile.seed)
-    return GPTNeoXForCausalLM(config).float()
+    model: PreTrainedModel = kind.from_config(config)
+    return model.float()
 
 
 class TrainingCurve(NamedTuple):
-    """Loss of each training step of the small model, in nats per token."""
+    """Loss of each training step of the small model, in nats per token that is predicted."""
 
     step: list[int]
     loss: list[float]
 
 
 def train_small_model(corpus: "Corpus", profile: "Profile", *, progress: bool = True
-                      ) -> tuple["GPTNeoXForCausalLM", TrainingCurve]:
-    """Train a small GPT-NeoX on the training cells to write sentences and name the cell's type.
+                      ) -> tuple["PreTrainedModel", TrainingCurve]:
+    """Train a small model on the training cells: to write sentences and name the cell's type, to
+    go on with the next gene, or to fill in masked genes (`small_config`).
 
-    AdamW with a cosine schedule after a tenth of warm-up; the loss is the mean cross-entropy of
-    the next token over all tokens that are not padding, those of answers weighted
-    (`model_answer_weight`); the curve is without weights. Raises InputError at the first step that
-    leaves no finite number.
+    AdamW with a cosine schedule after a tenth of warm-up; the loss is the mean cross-entropy over
+    all predictions, those of answers weighted (`model_answer_weight`); the curve is without
+    weights. Raises InputError at the first step that leaves no finite number.
     """
     model = build_small_model(profile, len(corpus.tokenizer), corpus.tokens.shape[1])
     moved_to(model, best_device()).train()
@@ -86,15 +119,10 @@ def train_small_model(corpus: "Corpus", profile: "Profile", *, progress: bool = 
     losses: list[float] = []
     bar = tqdm(_batches(corpus, profile), desc="language model", unit="step", total=steps,
                disable=not progress)
+    predictions = (_of_next_tokens if check_supported(model.config.model_type, "").causal
+                   else _of_masked_genes)(model, corpus, profile)
     for batch in bar:
-        # Batches are cut to their longest cell; padding would be computed and thrown away.
-        length = int(batch.mask.sum(axis=1).max())
-        tokens, mask, weight = (
-            torch.from_numpy(np.ascontiguousarray(one[:, :length])).to(device_of(model))
-            for one in (batch.tokens, batch.mask, _weights(batch, profile.model_answer_weight)))
-        # No token attends to the padding behind it: without a mask attention is faster.
-        each = next_token_loss(model(input_ids=tokens).logits, tokens, mask)
-        weight = weight[:, 1:][mask[:, 1:]]
+        each, weight = predictions(batch)
         loss = (each * weight).sum() / weight.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -109,6 +137,58 @@ def train_small_model(corpus: "Corpus", profile: "Profile", *, progress: bool = 
         bar.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
     model.set_attn_implementation("eager")
     return model.eval(), TrainingCurve(list(range(1, steps + 1)), losses)
+
+
+Predictions = Callable[[Prompts], tuple[Tensor, Tensor]]
+"""From a batch to each prediction's loss, in nats, and its weight."""
+
+
+def _of_next_tokens(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile") -> Predictions:
+    def of(batch: Prompts) -> tuple[Tensor, Tensor]:
+        tokens, mask, weight = _cut(batch, model, batch.tokens, batch.mask,
+                                    _weights(batch, profile.model_answer_weight))
+        # No token attends to the padding behind it: without a mask attention is faster.
+        each = next_token_loss(model(input_ids=tokens).logits, tokens, mask)
+        return each, weight[:, 1:][mask[:, 1:]]
+    return of
+
+
+def _of_masked_genes(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile") -> Predictions:
+    rng, mask_id = generator(profile.seed, "masks in training"), mask_token(corpus)
+
+    def of(batch: Prompts) -> tuple[Tensor, Tensor]:
+        told, chosen = hidden_genes(batch, mask_id, len(corpus.tokenizer), rng)
+        tokens, mask, shown, where = _cut(batch, model, batch.tokens, batch.mask, told, chosen)
+        each = masked_gene_loss(model(input_ids=shown, attention_mask=mask).logits, tokens, where)
+        return each, torch.ones_like(each)
+    return of
+
+
+def hidden_genes(batch: Prompts, mask_id: int, vocabulary: int, rng: np.random.Generator
+                 ) -> tuple[np.ndarray, np.ndarray]:
+    """A batch's tokens as an encoder is shown them in training, and which are asked, each (n,
+    length).
+
+    Geneformer's rule, which is BERT's (Devlin et al. 2019; transformers'
+    DataCollatorForLanguageModeling): 15 % of the genes are asked, of which 80 % are shown as a
+    mask, 10 % as any token and 10 % as they are. A batch in which none is drawn asks its first.
+    """
+    genes = batch.gene >= 0
+    chosen = genes & (rng.random(genes.shape) < MASKED)
+    if not chosen.any():
+        chosen[np.unravel_index(np.argmax(genes), genes.shape)] = True
+    way, others = rng.random(genes.shape), rng.integers(0, vocabulary, genes.shape)
+    told = np.where(chosen & (way < 0.8), mask_id,
+                    np.where(chosen & (way >= 0.9), others, batch.tokens))
+    return told, chosen
+
+
+def _cut(batch: Prompts, model: nn.Module, *arrays: np.ndarray) -> list[Tensor]:
+    """Arrays (n, length) of a batch, on the model's device, cut to its longest cell: padding would
+    be computed and thrown away."""
+    length = int(batch.mask.sum(axis=1).max())
+    return [torch.from_numpy(np.ascontiguousarray(one[:, :length])).to(device_of(model))
+            for one in arrays]
 
 
 def _weights(batch: Prompts, of_answers: float) -> np.ndarray:

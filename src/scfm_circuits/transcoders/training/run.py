@@ -28,6 +28,7 @@ from scfm_circuits import InputError
 from scfm_circuits.common.files import atomic_folder, only_one
 from scfm_circuits.common.kept import read_record
 from scfm_circuits.models.mlp_sites import Sites, device_of, mlps
+from scfm_circuits.models.small_models import FAMILIES
 from scfm_circuits.transcoders.training import checkpoints
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer, Batch
 from scfm_circuits.transcoders.training.gradients import Measures
@@ -316,7 +317,8 @@ def trained_record(corpus: "Corpus", profile: "Profile", control: Control | None
 
 def _title(profile: "Profile", control: Control | None) -> str:
     """What config.yaml calls the model."""
-    name = profile.model if profile.model != "train" else f"small GPT-NeoX ({profile.name})"
+    own = f"small {FAMILIES[profile.encoding]} ({profile.name})"
+    name = own if profile.model == "train" else profile.model
     return name if control is None else f"{name}, {control.name}"
 
 

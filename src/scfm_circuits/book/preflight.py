@@ -151,15 +151,7 @@ def run_cost(profile: Profile, notebooks: Sequence[Notebook], stale: Collection[
     lines += [f"  disk      up to {_size(size)} into {folder} "
               f"({_size(shutil.disk_usage(_existing(folder)).free)} free)"
               for folder, size in disk.items()]
-    for place in dict.fromkeys(one.device for one in stages):  # of each, the largest
-        largest = max((one for one in stages if one.device == place), key=lambda one: one.bytes)
-        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in
-                          sorted(largest.parts.items(), key=lambda item: -item[1])[:4])
-        name = f"{os.cpu_count()} CPU cores" if place == CPU else torch.cuda.get_device_name(place)
-        both = (f"two chapters at once {together[place] / GIB:.1f} GiB; " if at_once > 1
-                and place in together else "")
-        lines.append(f"  memory    about {largest.bytes / GIB:.1f} GiB ({largest.name}: {parts}); "
-                     f"{both}{memory_available(place) / GIB:.1f} GiB free on {name}")
+    lines += _memory_lines(stages, together if at_once > 1 else {})
     hint = f"(To try all the same, set {ANYWAY}=1.)"
     if refused:
         return Cost("\n".join(lines), "\n".join([*problems, hint]), 0.0)
@@ -175,6 +167,21 @@ def run_cost(profile: Profile, notebooks: Sequence[Notebook], stale: Collection[
                     "lower what it takes most of (`training_tokens`, `model_steps`, `null_draws`). "
                     + hint, 0.0)
     return Cost("\n".join(lines), "", seconds, at_once)
+
+
+def _memory_lines(stages: Sequence[Stage], together: Mapping[torch.device, int]) -> list[str]:
+    """Each device's largest stage, beside two chapters at once where they are given."""
+    lines = []
+    for place in dict.fromkeys(one.device for one in stages):
+        largest = max((one for one in stages if one.device == place), key=lambda one: one.bytes)
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in
+                          sorted(largest.parts.items(), key=lambda item: -item[1])[:4])
+        name = f"{os.cpu_count()} CPU cores" if place == CPU else torch.cuda.get_device_name(place)
+        both = (f"two chapters at once {together[place] / GIB:.1f} GiB; " if place in together
+                else "")
+        lines.append(f"  memory    about {largest.bytes / GIB:.1f} GiB ({largest.name}: {parts}); "
+                     f"{both}{memory_available(place) / GIB:.1f} GiB free on {name}")
+    return lines
 
 
 def meeting(chapters: Sequence[Notebook], stands_on: Mapping[str, set[str]],

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,7 +17,13 @@ from hosts import CONTENT, SHA, Answer, Host, serving
 from scfm_circuits import InputError
 from scfm_circuits.__main__ import main
 from scfm_circuits.book import downloads
-from scfm_circuits.book.downloads import fetch_cells, fetch_model
+from scfm_circuits.book.downloads import (
+    check_weights,
+    fetch_cells,
+    fetch_dictionaries,
+    fetch_model,
+)
+from scfm_circuits.cells.dictionaries import read_gene_tokens
 from scfm_circuits.common import manifest
 from scfm_circuits.common.profile import ROOT, cells_path, load_profile
 
@@ -90,6 +97,58 @@ def test_a_model_that_is_another_is_refused():
     with pytest.raises(InputError, match="1,000 entries instead of 50,277"):
         manifest.check_model(name, Config(), 1000)
     manifest.check_model("somebody/else", object(), 1)
+
+
+def listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **entries: dict[str, Any]) -> None:
+    """A manifest of these entries alone, by kind and name, and a cache of its own."""
+    monkeypatch.setenv("SCFM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(manifest, "entry", lambda kind, name, *_: entries.get(kind, {}).get(name))
+
+
+GENES = {"encoding": "maxtoki", "token_dictionary": "some_tokens", "gene_medians": "/own.json",
+         "genes_per_cell": 8, "model_thinning": 1.0}
+
+
+def test_a_dictionary_of_the_manifest_is_fetched_and_checked(host, tmp_path, monkeypatch):
+    entry = {"file": "some/tokens.json", "url": f"{host.url}/a", "bytes": 0, "sha256": SHA}
+    listed(monkeypatch, tmp_path, dictionaries={"some_tokens": entry})
+    profile = load_profile("smoke", GENES)
+    with pytest.raises(InputError, match=r"`token_dictionary` is 'some_tokens', but there is no "
+                       r"file .*tokens\.json; fetch it once with a network \(`make data PROFILE="):
+        read_gene_tokens(profile)
+    assert not downloads.dictionaries_are_here(profile)
+    path = tmp_path / "cache" / "dictionaries" / "some" / "tokens.json"
+    assert "tokens.json" in {one.what for one in downloads.missing(profile, 9)}
+    assert fetch_dictionaries(profile) == [path] and path.read_bytes() == CONTENT
+    assert downloads.dictionaries_are_here(profile)
+    path.unlink()
+    host.content = b"another version"
+    with pytest.raises(InputError, match=r"another checksum .*put its path into the profile"):
+        fetch_dictionaries(profile)
+
+
+def test_weights_are_those_of_the_manifest_or_of_the_first_fetch(tmp_path, monkeypatch, capsys):
+    one = {"bytes": len(CONTENT), "sha256": SHA}
+    listed(monkeypatch, tmp_path, models={
+        "known/model/a_folder": {"files": {"model.safetensors": one}}, "new/model": {}})
+    known = load_profile("smoke", {"model": "known/model", "model_subfolder": "a_folder",
+                                   "tokenizer": "x/y", "model_layers": None})
+    new = known.model_copy(update={"model": "new/model", "model_subfolder": ""})
+    folders = tmp_path / "c0ffee" / "a_folder", tmp_path / "c0ffee"
+    folders[0].mkdir(parents=True)
+    for profile, folder in zip((known, new), folders, strict=True):
+        path = folder / "model.safetensors"
+        path.write_bytes(CONTENT)
+        told = check_weights(profile, folder)
+        assert bool(told) == (profile is new) and check_weights(profile, folder) == []
+        if told:
+            assert SHA in told[0] and "at commit c0ffee" in told[0]
+            assert told[0] in capsys.readouterr().out
+        path.write_bytes(CONTENT[:-1] + b"?")
+        os.utime(path, (1, 1))
+        with pytest.raises(InputError, match=f"commit c0ffee have 300,000 bytes .*{SHA}; remove"):
+            check_weights(profile, folder)
+    assert check_weights(known.model_copy(update={"model": "any/other"}), folders[1]) == []
 
 
 # --- Hugging Face --------------------------------------------------------------------------------
@@ -196,7 +255,7 @@ def test_a_model_that_cannot_be_had(hub, tmp_path):
 
 def test_the_manifest_names_a_licence_and_a_citation_for_everything():
     content = yaml.safe_load((ROOT / "data" / "manifest.yml").read_text())
-    assert set(content) == {"cells", "models", "gene_sets"}
+    assert set(content) == {"cells", "models", "dictionaries", "gene_sets"}
     for entries in content.values():
         for one in entries:
             assert one["name"] and one["licence"] and one["citation"]

@@ -42,6 +42,7 @@ from scfm_circuits.book.sizes import (
 )
 from scfm_circuits.cells.corpus import load_corpus, rare_types
 from scfm_circuits.cells.packaged import open_packaged
+from scfm_circuits.common import manifest
 from scfm_circuits.common.profile import Profile, load_profile
 from scfm_circuits.models.loading import get_model
 from scfm_circuits.models.small_models import build_small_model
@@ -462,12 +463,34 @@ def test_make_plan_says_everything_and_does_nothing(empty: Path, capsys: pytest.
     ({"gene_groups": "nowhere.tsv"}, "nowhere.tsv cannot be read"),
     ({"gene_groups": "~nobody-here/groups.tsv"}, "home folder"),
     ({"encoding": "maxtoki", "token_dictionary": "x", "gene_medians": "y", "model_thinning": 1.0},
-     "nothing is asked in words"),
+     "there is no file .*give the path of the model's dictionary"),
 ])
 def test_what_will_fail_is_told_before_any_work(empty: Path, changes: dict[str, Any], told: str
                                                 ) -> None:
     with pytest.raises(InputError, match=told):
         run_cost(load_profile("smoke", changes), WHOLE)
+
+
+@pytest.mark.parametrize("name", ["maxtoki", "geneformer", "geneformer_v1", "c2s_scale_1b",
+                                  "c2s_scale_2b"])
+def test_other_models_are_planned_before_anything_is_here(empty: Path, name: str) -> None:
+    """Sizes, downloads and where they go are known from data/manifest.yml alone."""
+    profile = load_profile(name)
+    sizes = run_sizes(profile)
+    listed = manifest.entry("models", manifest.model_name(profile.model, profile.model_subfolder))
+    assert listed is not None and listed["revision"] == profile.model_revision
+    assert (sizes.layers, sizes.cells) == (profile.model_layers, profile.max_cells)
+    found = {one.what: one.bytes for one in downloads.missing(profile, sizes.parameters)}
+    weights = found[manifest.model_name(profile.model, profile.model_subfolder)]
+    if "files" in listed:  # of Gemma 2, in half precision; else in single
+        assert weights / sizes.parameters == pytest.approx(2 if name == "c2s_scale_2b" else 4,
+                                                           rel=0.01)
+    else:
+        assert weights == 4 * sizes.parameters
+    dictionaries = [getattr(profile, field) for field in ("token_dictionary", "gene_medians")]
+    for one in filter(None, dictionaries):
+        entry = manifest.entry("dictionaries", one)
+        assert entry is not None and found[Path(entry["file"]).name] == entry["bytes"]
 
 
 @pytest.mark.parametrize("field", ["model_layers", "model_width"])

@@ -25,6 +25,7 @@ import yaml
 
 from scfm_circuits import InputError
 from scfm_circuits.book import reach
+from scfm_circuits.cells.dictionaries import FILES, dictionary_file
 from scfm_circuits.common import kept, manifest
 from scfm_circuits.common.files import digest, lost_file, sha256_of_file, size_of_file
 from scfm_circuits.common.profile import ROOT, Profile, cells_path, load_profile, located
@@ -204,6 +205,8 @@ def files_read(profile: Profile) -> dict[str, tuple[set[str], list[Path]]]:
         "claims": ({"paper/claims.py"}, [ROOT / "data" / "claims.yml"]),
         "gene groups": ({"interpretability/scores.py"}, named["gene_groups"]),
         "case sentence": ({"circuits/case_study.py"}, named["case_sentence"]),
+        "dictionaries": ({"cells/dictionaries.py"}, [
+            path for field in FILES if (path := dictionary_file(profile, field)) is not None]),
     }
 
 
@@ -219,7 +222,8 @@ def inputs_of(run: Run, notebook: Notebook) -> dict[str, str]:
                             *(path for path in used if path.stem not in _CHECKED)])
     fields = {field: value for field, value in profile.model_dump(mode="json").items()
               if field in words | SHOWN}
-    asked = [("cells", profile.cells), ("models", profile.model), *(
+    asked = [("cells", profile.cells), ("models", manifest.model_name(
+        profile.model, profile.model_subfolder)), *(
         ("gene_sets", name) for name in libraries_asked_for(notebook, profile))]
     cells = cells_path(profile, ROOT)
     return {

@@ -1,19 +1,20 @@
 """What a profile uses from elsewhere: what of it is missing, and fetching it (`make data`).
 
-Cells and gene sets come through `fetch`; models and tokenizers through huggingface_hub, which takes
-up what was cut and checks it by itself.
+Cells, dictionaries and gene sets come through `fetch`; models and tokenizers through
+huggingface_hub, which takes up what was cut. Weights are then held against data/manifest.yml.
 """
 
 import contextlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scfm_circuits import InputError
+from scfm_circuits.cells.dictionaries import FILES, dictionary_file
 from scfm_circuits.cells.tokens import begin_token_note, load_tokenizer
 from scfm_circuits.common import manifest
 from scfm_circuits.common.fetch import PIP, Remote, fetch, missing_bytes
-from scfm_circuits.common.files import first_line
+from scfm_circuits.common.files import first_line, read_json, sha256_of_file, write_json
 from scfm_circuits.common.labels import names_no_type
 from scfm_circuits.common.profile import ROOT, Profile, cells_path, model_source
 from scfm_circuits.common.profile_files import MADE_HERE
@@ -30,6 +31,8 @@ from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.interpretability.explanations import read_gene_groups
 from scfm_circuits.paper.case import LIBRARY as PAPERS_LIBRARY
 
+UNKNOWN = 3 * 2**20
+"""Bytes of a small file whose size is not known."""
 MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "tokenizer.model"]
 
 
@@ -54,11 +57,18 @@ def missing(profile: Profile, parameters: int) -> list[Download]:
     if listed is not None and path is not None:
         left = missing_bytes(int(listed["bytes"]), path)
         found += [Download(path.name, left, path.parent)] if left else []
+    found += [Download(path.name, int(listed["bytes"]) or UNKNOWN, path.parent,
+                       exact=bool(listed["bytes"]))
+              for listed, path in _dictionaries(profile) if not path.is_file()]
     for name in _on_the_hub(profile):
         inside = profile.model_subfolder if name == profile.model else ""
         if not _is_here(name, profile.model_revision, name == profile.model, inside):
-            size = 4 * parameters if name == profile.model else 3 * 2**20
-            found.append(Download(name, size, Path(constants.HF_HUB_CACHE), exact=False))
+            listed = _entry_of(profile) if name == profile.model else None
+            files = (listed or {}).get("files", {})
+            size = sum(int(one["bytes"]) for one in files.values()) or (
+                4 * parameters if name == profile.model else UNKNOWN)
+            found.append(Download(manifest.model_name(name, inside), size,
+                                  Path(constants.HF_HUB_CACHE), exact=False))
     for name in () if downloads_are_off() else missing_libraries(profile):
         library = manifest.entry("gene_sets", name)
         size = int(library["bytes"]) if library else 2**20
@@ -114,6 +124,24 @@ def check_shared_genes(profile: Profile, symbols: Iterable[str]) -> None:
                              "in `libraries`.")
 
 
+def _entry_of(profile: Profile) -> dict[str, Any] | None:
+    """The manifest's entry of the profile's model."""
+    return manifest.entry("models", manifest.model_name(profile.model, profile.model_subfolder))
+
+
+def _dictionaries(profile: Profile) -> list[tuple[dict[str, Any], Path]]:
+    """Entries of the dictionaries that the profile takes by a name of the manifest, with their
+    files."""
+    named = {getattr(profile, field): dictionary_file(profile, field) for field in FILES}
+    return [(listed, path) for name, path in named.items() if path is not None
+            and (listed := manifest.entry("dictionaries", name)) is not None]
+
+
+def dictionaries_are_here(profile: Profile) -> bool:
+    """Whether none of the profile's dictionaries is to be fetched first."""
+    return all(path.is_file() for _, path in _dictionaries(profile))
+
+
 def _on_the_hub(profile: Profile) -> list[str]:
     """The model and the tokenizer, each once, unless they are made on the spot or in a folder."""
     return list(dict.fromkeys(
@@ -155,6 +183,17 @@ def fetch_cells(profile: Profile) -> Path | None:
                  path)
 
 
+def fetch_dictionaries(profile: Profile) -> list[Path]:
+    """The profile's dictionaries that it takes by a name of the manifest, fetched and checked."""
+    found = []
+    for listed, path in _dictionaries(profile):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.append(fetch(Remote(
+            str(listed["url"]), int(listed["bytes"]), str(listed["sha256"]),
+            f"Or fetch {listed['url']} in another way and put its path into the profile."), path))
+    return found
+
+
 def fetch_model(profile: Profile) -> list[Path]:
     """Folders of the profile's model and tokenizer in the Hugging Face cache, fetched if need be.
 
@@ -162,7 +201,8 @@ def fetch_model(profile: Profile) -> list[Path]:
     HF_ENDPOINT hold. A folder named in the profile is left alone.
 
     Raises:
-        InputError: a model that cannot be had, or one without safetensors.
+        InputError: a model that cannot be had, one without safetensors, or weights that are not
+            those of the manifest or of the first fetch.
     """
     found = []
     for name in _on_the_hub(profile):
@@ -173,15 +213,55 @@ def fetch_model(profile: Profile) -> list[Path]:
             folder = Path(snapshot_download(name, revision=profile.model_revision,
                                             allow_patterns=_files_in(inside)), inside)
         except Exception as error:  # huggingface_hub raises many kinds
+            gated = type(error).__name__ == "GatedRepoError"
+            mend = ("accept its terms on its page there and log in (`hf auth login`)" if gated else
+                    "check the name and `model_revision` in the profile and the network")
             raise InputError(f"{name!r} cannot be fetched from Hugging Face ({first_line(error)}); "
-                             "check the "
-                             "name and `model_revision` in the profile and the network, or name a "
-                             "folder that holds it.") from None
+                             f"{mend}, or name a folder that holds it.") from None
         if name == profile.model and not any(folder.glob("*.safetensors")):
             raise InputError(f"The model {name!r} has no safetensors weights at this revision, and "
                              "others are not read, as they can run code; convert it first.")
+        if name == profile.model:
+            check_weights(profile, folder)
         found.append(folder)
     return found
+
+
+def check_weights(profile: Profile, folder: Path) -> list[str]:
+    """InputError if a listed model's weights are not those of the manifest, or, where it does not
+    know them, of the first fetch; sentences on those that are taken now.
+
+    folder: in Hugging Face's cache, named by the commit. Each file is hashed once.
+    """
+    listed = _entry_of(profile)
+    if listed is None:
+        return []
+    commit = folder.parent.name if profile.model_subfolder else folder.name
+    name = manifest.model_name(profile.model, profile.model_subfolder)
+    record = manifest.cache_folder() / "fetched" / f"{name.replace('/', '--')}@{commit}.json"
+    noted, told = read_json(record), []
+    for path in sorted(folder.glob("*.safetensors")):
+        state, before = path.stat(), noted.get(path.name, {})
+        seen = {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
+        if seen.items() <= before.items():
+            continue
+        found = {"bytes": state.st_size, "sha256": sha256_of_file(path)}
+        wanted = listed.get("files", {}).get(path.name) or before
+        if any(found[key] != value for key, value in wanted.items() if key in found):
+            raise InputError(
+                f"The weights {path.name} of {name!r} at commit {commit} have {state.st_size:,} "
+                f"bytes and the sha256 {found['sha256']}, instead of {wanted['bytes']:,} and "
+                f"{wanted['sha256']}; remove the model from the Hugging Face cache and fetch it "
+                "again, and if they stay so, do not use it.")
+        if not wanted:
+            told.append(f"{path.name} of {name} at commit {commit}: {state.st_size:,} bytes, "
+                        f"sha256 {found['sha256']}, not known to data/manifest.yml and taken as it "
+                        "came; other bytes under this name are refused from now on.")
+        noted[path.name] = {**found, **seen}
+    write_json(record, noted)
+    for line in told:
+        print(line, flush=True)
+    return told
 
 
 def fetch_gene_sets(profile: Profile) -> list[str]:
@@ -191,11 +271,13 @@ def fetch_gene_sets(profile: Profile) -> list[str]:
 
 
 def fetch_data(profile: Profile) -> None:
-    """Fetch a profile's cells, model and gene sets, and say where they are."""
+    """Fetch a profile's cells, dictionaries, model and gene sets, and say where they are."""
     cells = fetch_cells(profile)
+    dictionaries = fetch_dictionaries(profile)
     folders = fetch_model(profile)
     warnings = fetch_gene_sets(profile)
-    for what, where in (("Cells", [cells] if cells else []), ("Model and tokenizer", folders)):
+    for what, where in (("Cells", [cells] if cells else []), ("Dictionary", dictionaries),
+                        ("Model and tokenizer", folders)):
         for one in where:
             with contextlib.suppress(ValueError):
                 one = one.relative_to(ROOT)

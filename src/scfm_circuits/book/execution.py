@@ -87,9 +87,14 @@ def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0,
     with only_one(run.profile.results, "executing notebooks into"):
         stale = plan(run)
         if stale:
-            from scfm_circuits.book.downloads import fetch_cells, fetch_model
+            from scfm_circuits.book.downloads import (
+                fetch_cells,
+                fetch_dictionaries,
+                fetch_model,
+            )
 
             fetch_cells(run.profile)
+            fetch_dictionaries(run.profile)
             fetch_model(run.profile)
             sweep(run.profile.results)
             _fetch_gene_sets(run, [notebook for notebook, _ in stale])

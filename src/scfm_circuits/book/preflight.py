@@ -117,10 +117,6 @@ def run_cost(profile: Profile, notebooks: Sequence[Notebook], stale: Collection[
     """
     if profile.site != "transcoder":
         raise InputError(NO_CIRCUITS)
-    if profile.encoding != CELL_SENTENCE:
-        raise InputError("The book's chapters ask the model for a cell's type in words, and under "
-                         f"`encoding: {profile.encoding}` nothing is asked in words; transcoders "
-                         "alone are trained by `python -m scfm_circuits train`.")
     if profile.case_sentence is not None:
         read_sentence(profile.case_sentence)
     sizes, device, libraries = run_sizes(profile), best_device(), missing_libraries(profile)
@@ -152,6 +148,10 @@ def run_cost(profile: Profile, notebooks: Sequence[Notebook], stale: Collection[
               f"({_size(shutil.disk_usage(_existing(folder)).free)} free)"
               for folder, size in disk.items()]
     lines += _memory_lines(stages, together if at_once > 1 else {})
+    if profile.encoding != CELL_SENTENCE:
+        return Cost("\n".join(lines), "The book's chapters ask the model for a cell's type in "
+                    f"words, and under `encoding: {profile.encoding}` nothing is asked in words; "
+                    "transcoders alone are trained by `python -m scfm_circuits train`.", 0.0)
     hint = f"(To try all the same, set {ANYWAY}=1.)"
     if refused:
         return Cost("\n".join(lines), "\n".join([*problems, hint]), 0.0)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from scfm_circuits import InputError
-from scfm_circuits.book.downloads import check_shared_genes
+from scfm_circuits.book.downloads import check_shared_genes, dictionaries_are_here
 from scfm_circuits.cells.corpus import (
     Corpus,
     check_case,
@@ -20,8 +20,10 @@ from scfm_circuits.cells.corpus import (
     stored_corpus,
 )
 from scfm_circuits.common import manifest
+from scfm_circuits.common.encodings import CELL_SENTENCE
 from scfm_circuits.common.profile import ROOT, Profile, cells_path
 from scfm_circuits.features.counting import fixed_bytes
+from scfm_circuits.models.architectures import check_supported
 from scfm_circuits.models.loading import check_layers, load_config
 from scfm_circuits.models.small_models import small_config
 from scfm_circuits.transcoders.training.cost import training_operations
@@ -67,7 +69,7 @@ class Sizes(NamedTuple):
 
 def run_sizes(profile: Profile) -> Sizes:
     """The sizes of a profile's run; InputError as `run_cost` says for cells and models."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     corpus = stored_corpus(profile)
     if corpus is not None:
@@ -79,11 +81,13 @@ def run_sizes(profile: Profile) -> Sizes:
     else:
         in_file, genes, length, told = _cells(profile)
         cells = min(in_file, profile.max_cells or in_file)
-        tokens, padded = round(cells * length), round(1.3 * length)
+        tokens, padded = round(cells * length), round(
+            length if profile.encoding != CELL_SENTENCE else 1.3 * length)
         trained_on = tokens - round(max(1, round(cells * profile.validation_share)) * length)
     config = model_config(profile, corpus, padded, genes)
+    kind = getattr(transformers, check_supported(config.model_type, "").auto)
     with torch.device("meta"):  # the number of weights, without making them
-        weights = AutoModelForCausalLM.from_config(config).parameters()
+        weights = kind.from_config(config).parameters()
     layers, width = int(config.num_hidden_layers), int(config.hidden_size)
     features = profile.expansion * width
     occurring = min(round(COUNT_SHARE * layers * features * PIECES["loaded"] * genes),
@@ -105,7 +109,7 @@ def model_config(profile: Profile, corpus: Corpus | None, length: int, genes: in
         own = genes if profile.tokenizer == "genes" else 0
         rows = len(corpus.tokenizer) if corpus is not None else profile.vocabulary_size + own
         return small_config(profile, rows, length)
-    listed = manifest.entry("models", profile.model)
+    listed = manifest.entry("models", manifest.model_name(profile.model, profile.model_subfolder))
     try:
         config = load_config(profile.model, profile.model_revision,
                              subfolder=profile.model_subfolder, local_files_only=listed is not None)
@@ -114,7 +118,7 @@ def model_config(profile: Profile, corpus: Corpus | None, length: int, genes: in
             raise
         from transformers import AutoConfig
 
-        config = AutoConfig.for_model(**listed["config"])
+        config = AutoConfig.for_model(**{**listed.get("expected", {}), **listed["config"]})
     check_layers(profile, int(config.num_hidden_layers))
     return config
 
@@ -124,6 +128,8 @@ def _cells(profile: Profile) -> tuple[int, int, float, list[str]]:
     the last empty for cells that are not here."""
     length = (profile.genes_per_cell * PIECES.get(profile.tokenizer, PIECES["loaded"])
               + len(profile.prompt + profile.response) / 4 + 4)  # and the question, an answer
+    if profile.encoding != CELL_SENTENCE:
+        length = profile.genes_per_cell + 2  # at most: no cell expresses all
     listed, path = manifest.entry("cells", profile.cells), cells_path(profile, ROOT)
     # One of another size will be set aside and fetched again.
     if listed is not None and path is not None and not (
@@ -131,6 +137,9 @@ def _cells(profile: Profile) -> tuple[int, int, float, list[str]]:
         return int(listed["cells"]), int(listed["genes"]), length, []
     from scfm_circuits.cells.reading import describe_cells
 
+    if not dictionaries_are_here(profile):  # what of the genes has a token is not known yet
+        profile = profile.model_copy(update={
+            "encoding": CELL_SENTENCE, "duplicate_symbols": "sum"})
     found = describe_cells(profile)
     held_out = split_cells(len(found.labels), profile.validation_share, profile.seed)
     check_case(found.labels, held_out, profile)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scfm_circuits import InputError
+from scfm_circuits.common import manifest
 from scfm_circuits.common.encodings import ENSEMBL, MARKS, RANK_VALUE
 from scfm_circuits.common.files import digest, first_line
 from scfm_circuits.common.labels import listed
@@ -81,26 +82,38 @@ def _check_version(profile: Profile, special: Mapping[str, int]) -> None:
                  "give the dictionary of that version")
 
 
+def dictionary_file(profile: Profile, field: str) -> Path | None:
+    """The file of one of `FILES`, which need not exist; None for a field that is not set.
+
+    A name of data/manifest.yml is a file in the cache, where `make data` puts it.
+    """
+    name = getattr(profile, field)
+    if name is None:
+        return None
+    listed = manifest.entry("dictionaries", name)
+    return (located(field, name) if listed is None else
+            manifest.cache_folder() / "dictionaries" / listed["file"])
+
+
 def files_stamp(profile: Profile) -> dict[str, str]:
     """A short hash of each dictionary that the profile names; what is made from them depends on
     it. One that cannot be read is told of when it is read."""
-    found = {}
-    for field in FILES:
-        path = getattr(profile, field) and located(field, getattr(profile, field))
-        if path and path.is_file():
-            found[field] = digest(path.read_bytes())
-    return found
+    files = {field: dictionary_file(profile, field) for field in FILES}
+    return {field: digest(path.read_bytes()) for field, path in files.items()
+            if path is not None and path.is_file()}
 
 
 def _dictionary(profile: Profile, field: str) -> dict[str, Any]:
     """One checked dictionary; nothing for a field that is not set."""
-    name = getattr(profile, field)
-    if name is None:
+    path = dictionary_file(profile, field)
+    if path is None:
         return {}
-    path = located(field, name)
     if not path.is_file():
-        raise InputError(f"Profile field `{field}` is {name!r}, but there is no file {path}; give "
-                         "the path of the model's dictionary.")
+        mend = ("give the path of the model's dictionary, or a name of data/manifest.yml"
+                if manifest.entry("dictionaries", getattr(profile, field)) is None else
+                f"fetch it once with a network (`make data PROFILE={profile.name}`)")
+        raise InputError(f"Profile field `{field}` is {getattr(profile, field)!r}, but there is no "
+                         f"file {path}; {mend}.")
     try:
         found = (_unpickled(path) if path.suffix in (".pkl", ".pickle") else
                  json.loads(path.read_text(encoding="utf-8")))

@@ -13,7 +13,8 @@ _ROOT = Path(__file__).resolve().parents[3]
 
 
 def entry(kind: str, name: str, root: Path = _ROOT) -> dict[str, Any] | None:
-    """The entry of that name among `cells`, `models` or `gene_sets`; None if there is none."""
+    """The entry of that name among `cells`, `models`, `dictionaries` or `gene_sets`; None if there
+    is none. Models are called as `model_name` says."""
     path = root / "data" / "manifest.yml"
     return _entries(path, path.stat().st_mtime_ns if path.is_file() else 0).get((kind, name))
 
@@ -23,20 +24,26 @@ def _entries(path: Path, _changed: int) -> dict[tuple[str, str], dict[str, Any]]
     if not path.is_file():
         return {}
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    return {(kind, one["name"]): one for kind, some in content.items() for one in some}
+    return {(kind, model_name(one["name"], one.get("subfolder", ""))): one
+            for kind, some in content.items() for one in some}
+
+
+def model_name(name: str, subfolder: str) -> str:
+    """What a model of a folder in its repository is called among `models`."""
+    return f"{name}/{subfolder}" if subfolder else name
 
 
 def check_model(name: str, config: Any, tokenizer_entries: int) -> None:
     """InputError if a model of the manifest is not what its entry says; others pass.
 
-    config: the model's own configuration.
+    name: as of `model_name`. config: the model's own configuration.
     """
     listed = entry("models", name)
     if listed is None:
         return
     wrong = [f"`{key}` is {getattr(config, key, None)!r} instead of {value!r}"
              for key, value in listed["config"].items() if getattr(config, key, None) != value]
-    if tokenizer_entries != listed["tokenizer_entries"]:
+    if tokenizer_entries != listed.get("tokenizer_entries", tokenizer_entries):
         wrong.append(f"the tokenizer has {tokenizer_entries:,} entries instead of "
                      f"{listed['tokenizer_entries']:,}")
     if wrong:

@@ -92,12 +92,13 @@ class Profile(BaseModel):
     """How a cell becomes tokens: a sentence of gene names (Cell2Sentence), or the rank-value
     encoding of one of these models, in which a gene is a token and no text is asked."""
     token_dictionary: str | None = None
-    """Path of the model's tokens by Ensembl identifier, as JSON or a pickle; rank-value only."""
+    """The model's tokens by Ensembl identifier: a name in data/manifest.yml, such as
+    `geneformer_v2_tokens`, or the path of a JSON file or a pickle; rank-value only."""
     gene_medians: str | None = None
-    """Path of the medians that counts are divided by, as JSON or a pickle; rank-value only."""
+    """The medians that counts are divided by, named likewise; rank-value only."""
     gene_mapping: str | None = None
-    """Path of a dictionary from symbols, aliases and retired identifiers to Ensembl identifiers;
-    rank-value only. Null: the cells must have Ensembl identifiers."""
+    """A dictionary from symbols, aliases and retired identifiers to Ensembl identifiers, named
+    likewise; rank-value only. Null: the cells must have Ensembl identifiers."""
     ensembl_column: str | None = None
     """The `var` column with the genes' Ensembl identifiers; null takes the index if it holds them,
     else symbols through `gene_mapping`. Columns that have one token are added up."""

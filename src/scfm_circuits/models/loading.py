@@ -133,7 +133,8 @@ def get_model(profile: "Profile", corpus: "Corpus", *, exact: bool = False
             raise InputError(f"The model {profile.model!r} fills in what is masked and writes no "
                              "answer, so it reads genes as tokens; set `encoding` to its own.")
         model = load_model(profile.model, profile.model_revision, dtype, profile.model_subfolder)
-        manifest.check_model(profile.model, model.config, len(corpus.tokenizer))
+        manifest.check_model(manifest.model_name(profile.model, profile.model_subfolder),
+                             model.config, len(corpus.tokenizer))
         check_vocabulary(model, corpus)
         moved_to(model, best_device())
         return model, TrainingCurve([], [])

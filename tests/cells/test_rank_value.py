@@ -146,6 +146,75 @@ def test_transcoders_and_exact_circuits_of_a_model_of_gene_tokens(tmp_path, enco
     assert frozen.causal == (family == "llama")
 
 
+# --- a dictionary of the training cells -----------------------------------------------------------
+
+OWN = {"encoding": "geneformer_v2", "token_dictionary": "train"}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_own_tokens_and_medians_are_geneformers_on_the_training_cells(tmp_path, encoding):
+    """Written out with pandas: shares of a cell's counts, medians over the training cells that
+    express a gene, all genes in the order of their quotients."""
+    values = counts(12, seed=1)
+    profile = profile_of(cells(tmp_path, values), OWN | {"encoding": encoding}, genes_per_cell=5)
+    corpus = load_corpus(profile)
+    shares = pd.DataFrame(values, columns=NAMES)
+    shares = 1e4 * shares.div(shares.sum(axis=1), axis=0)
+    train = shares[~corpus.held_out]
+    medians = train.where(train > 0).median()
+    way = RANK_VALUE[encoding]
+    for cell in range(12):
+        quotients = (shares.loc[cell] / medians).loc[lambda x: x > 0].sort_values(ascending=False)
+        assert corpus.genes_of(cell) == quotients.index[:5].tolist()
+        assert corpus.pieces(cell) == [*way.before, *quotients.index[:5], *way.after]
+    assert corpus.tokenizer.get_vocab() == dict(zip((*way.special, *corpus.symbols), range(99),
+                                                    strict=False))
+    assert any("8 of 8 genes have a token" in one for one in corpus.decisions)
+
+
+def test_held_out_cells_enter_neither_medians_nor_tokens(tmp_path):
+    values, many = counts(12, seed=1), [f"G{i}" for i in range(8)]
+    values = np.column_stack([values, np.zeros((12, 8), int)])
+    profile = profile_of(cells(tmp_path, values, [*NAMES, *many]), OWN)
+    corpus = load_corpus(profile)
+    out = corpus.held_out
+    values[out] = np.random.default_rng(5).integers(1, 90, (out.sum(), 16))
+    other = load_corpus(profile_of(cells(tmp_path, values, [*NAMES, *many]), OWN))
+    assert np.array_equal(other.held_out, out) and other.symbols.tolist() == NAMES
+    length = corpus.tokens.shape[1]
+    assert np.array_equal(other.tokens[~out][:, :length], corpus.tokens[~out])
+
+
+def test_genes_that_stand_first_most_often_have_the_tokens(tmp_path):
+    rng = np.random.default_rng(0)
+    values = rng.poisson(rng.gamma(0.5, 4, 500), (40, 500))
+    names = [f"G{i}" for i in range(500)]
+    few, all_of_them = (load_corpus(profile_of(
+        cells(tmp_path, values, names), OWN, genes_per_cell=60, vocabulary_size=size))
+        for size in (300, 504))
+    train = ~all_of_them.held_out
+    often = pd.Series(all_of_them.gene[train].ravel()).loc[lambda x: x >= 0].map(
+        lambda i: all_of_them.symbols[i]).value_counts()
+    assert len(few.symbols) == 296 and len(few.tokenizer) == 300
+    assert often[few.symbols].min() >= often.drop(few.symbols).max()
+    assert few.symbols.tolist() == [name for name in names if name in {*few.symbols}]
+
+
+def test_a_cell_without_any_gene_that_has_a_token_is_told_of(tmp_path):
+    values = np.zeros((8, 9), int)
+    values[:, :8] = counts()
+    alone = np.flatnonzero(load_corpus(profile_of(
+        cells(tmp_path, values, [*NAMES, "RARE"]), OWN)).held_out)[0]
+    values[alone] = [0] * 8 + [7]
+    told = refusal(cells(tmp_path, values, [*NAMES, "RARE"]), OWN)
+    assert f"(the first is row {alone})" in told and "raise `vocabulary_size`" in told
+
+
+def test_own_medians_need_counts(tmp_path):
+    assert "rank-value encoding divides raw counts" in refusal(
+        cells(tmp_path, np.log1p(counts())), OWN)
+
+
 # --- the reference ------------------------------------------------------------------------------
 
 
@@ -318,7 +387,11 @@ def test_a_dictionary_that_is_not_there_or_broken(tmp_path):
     ({"encoding": "maxtoki", "token_dictionary": "x", "gene_medians": "x", "genes_per_cell": 4095},
      "4,094 genes at most"),
     ({"encoding": "maxtoki", "token_dictionary": "x", "gene_medians": "x", "model_thinning": 0.5},
-     "thinned")])
+     "thinned"),
+    (OWN | {"gene_medians": "x"}, "gene_medians.*makes its medians"),
+    (OWN | {"ensembl_column": "x"}, "ensembl_column.*calls genes as the cells do"),
+    (OWN | {"model": "some/model"}, "a loaded model needs its own, not `train`"),
+    ({"token_dictionary": "train"}, "cell sentences need none")])
 def test_profiles_that_do_not_fit(changed, told):
     with pytest.raises(InputError, match=told):
         load_profile("smoke", {"model_thinning": 1.0, **changed})

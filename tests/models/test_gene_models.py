@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gene_tokens import gene_corpus
+from gene_tokens import cells, counts, gene_corpus, profile_of
 from helpers import TRAINING, model_for, tiny_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_architectures import tiny
 
 from scfm_circuits import InputError
-from scfm_circuits.cells.corpus import of_cells
+from scfm_circuits.cells.corpus import load_corpus, of_cells
 from scfm_circuits.cells.tokens import Prompts
 from scfm_circuits.circuits.attribution import closure, feature_direction, logit_direction
 from scfm_circuits.circuits.frozen import freeze
@@ -83,6 +83,14 @@ def test_it_learns_from_training_cells_only_and_is_loaded_as_trained(tmp_path, e
     more = profile.model_copy(update={"model_steps": 60, "model_learning_rate": 1e-2})
     losses = train_small_model(corpus, more, progress=False)[1].loss
     assert np.mean(losses[-20:]) < np.mean(losses[:3]) - 0.4
+
+
+def test_no_dictionary_is_needed(tmp_path):
+    profile = profile_of(cells(tmp_path, counts()), {"encoding": "geneformer_v2",
+                                                     "token_dictionary": "train"}, **SMALL)
+    corpus = load_corpus(profile)
+    model, curve = get_model(profile, corpus)
+    assert model.config.vocab_size == 12 and np.isfinite(curve.loss).all()
 
 
 def test_models_of_one_corpus_and_two_encodings_are_told_apart(tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.dictionaries import files_stamp, read_gene_tokens
-from scfm_circuits.cells.rank_value import encode_ranked, gene_tokenizer
+from scfm_circuits.cells.rank_value import encode_ranked, gene_tokenizer, own_tokens
 from scfm_circuits.cells.tokens import (
     Made,
     Prompts,
@@ -30,7 +30,7 @@ from scfm_circuits.cells.tokens import (
     train_gene_tokenizer,
     train_tokenizer,
 )
-from scfm_circuits.common.encodings import CELL_SENTENCE
+from scfm_circuits.common.encodings import CELL_SENTENCE, OWN_DICTIONARY
 from scfm_circuits.common.files import atomic_folder
 from scfm_circuits.common.kept import Stamp, read_record, stamp_of, write_record
 from scfm_circuits.common.labels import listed
@@ -194,12 +194,13 @@ def build_corpus(cells: "RankedCells", profile: Profile, made: Made = in_memory,
 def _ranked_corpus(cells: "RankedCells", profile: Profile, made: Made, held_out: np.ndarray
                    ) -> Corpus:
     """The corpus of cells whose genes are the model's tokens: no prompt, and no answer."""
-    prompts = encode_ranked(profile.encoding, read_gene_tokens(profile), cells.tokens,
-                            cells.ranking, made)
+    known = (own_tokens(profile, cells.symbols) if profile.token_dictionary == OWN_DICTIONARY
+             else read_gene_tokens(profile))
+    prompts = encode_ranked(profile.encoding, known, cells.tokens, cells.ranking, made)
     return Corpus(
         **prompts._asdict(), labels=cells.labels, cell_ids=cells.cell_ids, held_out=held_out,
         symbols=np.array(cells.symbols), decisions=np.array(cells.decisions),
-        tokenizer=gene_tokenizer(profile, cells.symbols, cells.tokens))
+        tokenizer=gene_tokenizer(known, cells.symbols, cells.tokens))
 
 
 def _check_special(tokenizer: "PreTrainedTokenizerFast", labels: np.ndarray, symbols: np.ndarray

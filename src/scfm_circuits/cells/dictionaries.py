@@ -16,7 +16,7 @@ import numpy as np
 
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
-from scfm_circuits.common.encodings import ENSEMBL, MARKS, RANK_VALUE
+from scfm_circuits.common.encodings import ENSEMBL, MARKS, OWN_DICTIONARY, RANK_VALUE
 from scfm_circuits.common.files import digest, first_line
 from scfm_circuits.common.labels import listed
 from scfm_circuits.common.profile import Profile, located
@@ -83,12 +83,13 @@ def _check_version(profile: Profile, special: Mapping[str, int]) -> None:
 
 
 def dictionary_file(profile: Profile, field: str) -> Path | None:
-    """The file of one of `FILES`, which need not exist; None for a field that is not set.
+    """The file of one of `FILES`, which need not exist; None for a field that is not set, or one
+    that is made here.
 
     A name of data/manifest.yml is a file in the cache, where `make data` puts it.
     """
     name = getattr(profile, field)
-    if name is None:
+    if name in (None, OWN_DICTIONARY):
         return None
     listed = manifest.entry("dictionaries", name)
     return (located(field, name) if listed is None else

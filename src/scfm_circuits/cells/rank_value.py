@@ -2,7 +2,8 @@
 
 Geneformer's tokenizer divides counts by the cell's total too, which changes no order within a cell
 and is left out here. What it leaves open is the order of genes whose quotients are equal: here it
-is drawn as for cell sentences (`ranking`). Source: Theodoris et al. 2023; Geneformer, tokenizer.py.
+is drawn as for cell sentences (`ranking`). Tokens and medians come from dictionaries, or are made
+of the training cells. Source: Theodoris et al. 2023; Geneformer, tokenizer.py.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import scipy.sparse as sp
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.dictionaries import GeneTokens, read_gene_tokens
+from scfm_circuits.cells.ranking import top_genes
 from scfm_circuits.cells.tokens import Made, Prompts, in_memory
 from scfm_circuits.common.encodings import ENSEMBL, RANK_VALUE
 from scfm_circuits.common.labels import listed, normal_label
@@ -111,6 +113,37 @@ def _one_name_each(genes: Sequence[str], names: dict[str, str]) -> list[str]:
     return found
 
 
+def own_genes(counts: sp.csr_matrix, rows: np.ndarray, profile: "Profile"
+              ) -> tuple[np.ndarray, np.ndarray]:
+    """The genes that get a token where no dictionary is at hand, ascending, and their medians.
+
+    As Geneformer's, a median is that of the gene's share of a cell's counts, times 10,000, over the
+    cells that express it. Ranked by these, some genes are among the first `genes_per_cell` in more
+    cells than others; those that are so most often get a token, as many as `vocabulary_size`
+    leaves room for beside the special tokens.
+    counts: (n_cells, n_genes) of the training cells alone; rows: (n_cells,) theirs in their file.
+    """
+    totals = np.asarray(counts.sum(axis=1), np.float64).ravel()
+    columns = sp.csc_matrix(sp.diags(1e4 / totals) @ counts)
+    medians = np.array([np.median(columns.data[start:stop]) if stop > start else 0.0
+                        for start, stop in zip(columns.indptr, columns.indptr[1:], strict=False)])
+    there = np.flatnonzero(medians)
+    ranked = top_genes(as_ranks(sp.csr_matrix(counts[:, there]), medians[there]), rows,
+                       profile.genes_per_cell, profile.seed)
+    often = np.bincount(ranked[ranked >= 0], minlength=len(there))
+    room = profile.vocabulary_size - len(RANK_VALUE[profile.encoding].special)
+    chosen = np.argsort(-often, kind="stable")[:room]
+    chosen = there[np.sort(chosen[often[chosen] > 0])]
+    return chosen, medians[chosen]
+
+
+def own_tokens(profile: "Profile", symbols: Sequence[str]) -> GeneTokens:
+    """The dictionary of genes that get a token here, behind the special ones; medians are with the
+    ranking, which is all that they are for."""
+    special = {name: i for i, name in enumerate(RANK_VALUE[profile.encoding].special)}
+    return GeneTokens({one: len(special) + i for i, one in enumerate(symbols)}, special, {}, {})
+
+
 def as_ranks(counts: sp.csr_matrix, medians: np.ndarray) -> sp.csr_matrix:
     """Sparse rows with, for each count, the rank of its quotient in the row: 1 for the smallest,
     equal ones alike.
@@ -131,7 +164,7 @@ def as_ranks(counts: sp.csr_matrix, medians: np.ndarray) -> sp.csr_matrix:
     return sp.csr_matrix((ranks, counts.indices, counts.indptr), counts.shape)
 
 
-def gene_tokenizer(profile: "Profile", symbols: Sequence[str], tokens: Sequence[int]
+def gene_tokenizer(known: GeneTokens, symbols: Sequence[str], tokens: Sequence[int]
                    ) -> "PreTrainedTokenizerFast":
     """The model's tokens as a tokenizer, which is asked for their texts and their number.
 
@@ -141,7 +174,6 @@ def gene_tokenizer(profile: "Profile", symbols: Sequence[str], tokens: Sequence[
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    known = read_gene_tokens(profile)
     texts = dict(zip(tokens, symbols, strict=True))
     fixed = known.special | {gene: token for gene, token in known.genes.items()
                              if texts.get(token, gene) == gene}

@@ -13,8 +13,9 @@ import numpy as np
 import scipy.sparse as sp
 
 from scfm_circuits import InputError
+from scfm_circuits.cells.corpus import split_cells
 from scfm_circuits.cells.h5ad import Opened, in_memory, open_h5ad, part_of, row_chunks
-from scfm_circuits.cells.rank_value import as_ranks, coded_genes
+from scfm_circuits.cells.rank_value import as_ranks, coded_genes, own_genes, own_tokens
 from scfm_circuits.cells.ranking import top_genes
 from scfm_circuits.cells.symbols import (
     MOST_LEFT_OUT,
@@ -23,7 +24,7 @@ from scfm_circuits.cells.symbols import (
     merge_duplicates,
 )
 from scfm_circuits.common import manifest
-from scfm_circuits.common.encodings import CELL_SENTENCE
+from scfm_circuits.common.encodings import CELL_SENTENCE, OWN_DICTIONARY
 from scfm_circuits.common.labels import listed, normal_label, normal_labels
 from scfm_circuits.common.profile import (
     CELLS_NAMES,
@@ -79,10 +80,39 @@ def read_ranked(profile: Profile) -> RankedCells:
     Each chunk's cells are ranked (`ranking.top_genes`) and let go: what is held is the genes of the
     sentences, however many cells there are. Raises InputError as `read_chunks`.
     """
+    if profile.token_dictionary == OWN_DICTIONARY:
+        return _ranked_by_own_medians(profile)
     parts: list[np.ndarray] = []
     about = read_chunks(profile, lambda rows, part: parts.append(
         top_genes(part, rows, profile.genes_per_cell, profile.seed)), over_medians=True)
     return RankedCells(**vars(about), ranking=np.concatenate(parts))
+
+
+def _ranked_by_own_medians(profile: Profile) -> RankedCells:
+    """The cells as genes over medians of the training cells (`own_genes`); all counts are held.
+
+    Raises InputError for a cell in which no gene has a token.
+    """
+    parts: list[tuple[np.ndarray, sp.csr_matrix]] = []
+    about = read_chunks(profile, lambda rows, part: parts.append((rows, part)))
+    rows = np.concatenate([one for one, _ in parts])
+    counts = sp.csr_matrix(sp.vstack([one for _, one in parts], format="csr"))
+    train = ~split_cells(len(about), profile.validation_share, profile.seed)
+    genes, medians = own_genes(counts[train], rows[train], profile)
+    quotients = as_ranks(sp.csr_matrix(counts[:, genes]), medians)
+    bare = np.flatnonzero(np.diff(quotients.indptr) == 0)
+    if len(bare):
+        raise InputError(f"In {len(bare):,} cells of {profile.cells} (the first is row "
+                         f"{rows[bare[0]]:,}) no gene has one of the {profile.vocabulary_size:,} "
+                         "tokens that the training cells give; raise `vocabulary_size`.")
+    symbols = tuple(about.symbols[gene] for gene in genes)
+    decisions = (*about.decisions, f"{len(genes):,} of {len(about.symbols):,} genes have a token: "
+                 f"those that are most often among the first {profile.genes_per_cell:,} of the "
+                 f"{train.sum():,} training cells. Genes are ranked by their counts over their "
+                 "medians in those that express them (rank-value encoding).")
+    return RankedCells(symbols, about.labels, about.cell_ids, decisions,
+                       top_genes(quotients, rows, profile.genes_per_cell, profile.seed),
+                       tokens=tuple(own_tokens(profile, symbols).genes.values()))
 
 
 def read_chunks(profile: Profile, take: Take, *, over_medians: bool = False) -> About:
@@ -134,7 +164,7 @@ def _parts(data: Opened, profile: Profile) -> _Parts:
                          "there is nothing to read.")
     aside = [f"Left aside, as it cannot be read: {unread}." for unread in [
         "; ".join(f"{part} ({why})" for part, why in data.aside.items())] if unread] + rewritten
-    if profile.encoding != CELL_SENTENCE:
+    if profile.encoding != CELL_SENTENCE and profile.token_dictionary != OWN_DICTIONARY:
         coded = coded_genes(variables, symbols, profile, where)
         return _Parts(matrix, coded.symbols, coded.join, labels,
                       decisions + coded.decisions + aside, coded.tokens, coded.medians)
@@ -184,7 +214,7 @@ def _read_opened(data: Opened, profile: Profile, take: Take, over_medians: bool)
     parts = _parts(data, profile)
     symbols, labels, decisions = parts.symbols, parts.labels, parts.decisions
     medians = parts.medians
-    if medians is not None:
+    if profile.encoding != CELL_SENTENCE:
         take = _counted(take, medians if over_medians else None, where)
     cell_ids, repeated = _cell_ids(data.obs.index)
     decisions = [*decisions, *repeated]
@@ -199,7 +229,7 @@ def _read_opened(data: Opened, profile: Profile, take: Take, over_medians: bool)
         chosen = chosen[~np.isin(chosen, empty)]
     if n_seen < len(symbols):
         decisions.append(f"{len(symbols) - n_seen:,} genes are not seen in any of these cells.")
-    if medians is None:
+    if profile.encoding == CELL_SENTENCE:
         decisions.append(("The values are whole numbers, so raw counts. " if counts else
                           "The values are not whole numbers, so normalised already. ")
                          + "Genes are ranked within each cell, which no library-size scaling or "

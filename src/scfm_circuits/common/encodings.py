@@ -29,5 +29,7 @@ RANK_VALUE = {
     "maxtoki": RankValue(("<pad>", "<mask>", "<bos>", "<eos>"), ("<bos>",), ("<eos>",), 4096),
 }
 """By the profile's `encoding`. Sources: Geneformer, tokenizer.py; MaxToki's token dictionary."""
+OWN_DICTIONARY: Final = "train"
+"""The `token_dictionary` that a run makes of its own training cells."""
 MARKS = frozenset(("<cls>", "<bos>", "<eos>"))
 """Special tokens that tell one dictionary from another."""

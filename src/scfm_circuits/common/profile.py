@@ -93,7 +93,9 @@ class Profile(BaseModel):
     encoding of one of these models, in which a gene is a token and no text is asked."""
     token_dictionary: str | None = None
     """The model's tokens by Ensembl identifier: a name in data/manifest.yml, such as
-    `geneformer_v2_tokens`, or the path of a JSON file or a pickle; rank-value only."""
+    `geneformer_v2_tokens`, or the path of a JSON file or a pickle; rank-value only. `train`: made
+    of the training cells with the medians, for a model that is trained too: `vocabulary_size`
+    tokens with the special ones, of the genes that stand first most often."""
     gene_medians: str | None = None
     """The medians that counts are divided by, named likewise; rank-value only."""
     gene_mapping: str | None = None
@@ -116,7 +118,8 @@ class Profile(BaseModel):
     """`train` (a byte-level BPE on the run's own sentences), `genes` (a token for each gene, and a
     BPE on prompts and labels), or a Hugging Face id or folder."""
     vocabulary_size: Annotated[int, Field(ge=300)] = 1024
-    """Pieces of the BPE that is trained; ignored for a loaded tokenizer."""
+    """Pieces of the BPE that is trained, or tokens of `token_dictionary: train`; ignored for what
+    is loaded."""
 
     # --- language model ----------------------------------------------------------------------
     model: str = "train"

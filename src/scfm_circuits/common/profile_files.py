@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from scfm_circuits import InputError
-from scfm_circuits.common.encodings import CELL_SENTENCE, RANK_VALUE
+from scfm_circuits.common.encodings import CELL_SENTENCE, OWN_DICTIONARY, RANK_VALUE
 from scfm_circuits.common.labels import template_problem
 
 if TYPE_CHECKING:
@@ -149,7 +149,14 @@ def _wrong_encoding(profile: "Profile") -> str | None:
                                      "ensembl_column") if getattr(profile, field) is not None]
         return (f"{given[0]}: cell sentences need none; set `encoding` to one of "
                 f"{', '.join(RANK_VALUE)}, or leave it out") if given else None
-    for field in ("token_dictionary", "gene_medians"):
+    own = profile.token_dictionary == OWN_DICTIONARY
+    if own and profile.model != "train":
+        return (f"token_dictionary: a loaded model needs its own, not `{OWN_DICTIONARY}`")
+    for field in ("gene_medians", "gene_mapping", "ensembl_column") if own else ():
+        if getattr(profile, field) is not None:
+            return (f"{field}: `token_dictionary: {OWN_DICTIONARY}` makes its medians and calls "
+                    "genes as the cells do; leave it out")
+    for field in () if own else ("token_dictionary", "gene_medians"):
         if getattr(profile, field) is None:
             return f"{field}: `encoding: {profile.encoding}` needs the model's own"
     way = RANK_VALUE[profile.encoding]

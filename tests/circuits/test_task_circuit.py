@@ -175,7 +175,7 @@ def test_an_answer_is_right_if_each_of_its_tokens_is(parts, monkeypatch):
     cells = np.arange(3)
     ids = torch.from_numpy(corpus.tokens[cells])
     profile = tiny_profile_of()
-    contrasts = task._contrasts(corpus, profile, cells)
+    contrasts = task.contrasts_of(corpus, profile, cells)
     likeliest = ids.roll(-1, dims=1)
     likeliest[1, corpus.answer_end[1] - 1] += 1  # the full stop of the second is missed
     likeliest[2, corpus.answer_start[2] - 2] += 1  # before the answer nothing counts

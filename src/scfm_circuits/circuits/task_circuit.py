@@ -252,7 +252,7 @@ def task_circuit(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Co
     found = TaskCircuit(settings, np.zeros((len(settings), len(cells)), bool),
                         np.zeros((len(settings), len(cells))), int((means.firing > 0).sum()),
                         len(choice), cells)
-    contrasts = _contrasts(corpus, profile, cells)
+    contrasts = contrasts_of(corpus, profile, cells)
     bar = tqdm(total=len(cells) * len(settings), desc="task circuit", unit="cell")
     done = 0
     for rows, tokens, _ in batches(corpus, cells, profile.forward_cells, device_of(model)):
@@ -272,16 +272,18 @@ def task_circuit(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Co
     return found
 
 
-def _contrasts(corpus: "Corpus", profile: "Profile", cells: np.ndarray) -> list[Contrast]:
-    """Each cell's contrast; the same for all cells of a type, but for where it is read."""
+def contrasts_of(corpus: "Corpus", profile: "Profile", cells: np.ndarray, label: str | None = None
+                 ) -> list[Contrast]:
+    """Each cell's contrast of its own label, or of `label`; the same for all cells of a type, but
+    for where it is read."""
     found: dict[str, Contrast] = {}
-    for cell in cells:
-        label, start = str(corpus.labels[cell]), int(corpus.answer_start[cell])
-        if label not in found:
-            one = contrast_of(corpus, answered_prompt(corpus, profile, int(cell), label))
-            found[label] = one._replace(position=one.position - start)
-    return [found[str(corpus.labels[cell])]._replace(position=int(
-        found[str(corpus.labels[cell])].position + corpus.answer_start[cell])) for cell in cells]
+    asked = [str(one) if label is None else label for one in corpus.labels[cells]]
+    for cell, name in zip(cells, asked, strict=True):
+        if name not in found:
+            one = contrast_of(corpus, answered_prompt(corpus, profile, int(cell), name))
+            found[name] = one._replace(position=one.position - int(corpus.answer_start[cell]))
+    return [found[name]._replace(position=found[name].position + int(corpus.answer_start[cell]))
+            for cell, name in zip(cells, asked, strict=True)]
 
 
 def _asked(model: "PreTrainedModel", corpus: "Corpus", rows: np.ndarray, tokens: Tensor,

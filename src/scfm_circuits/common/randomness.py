@@ -57,6 +57,7 @@ STREAMS: Mapping[str, Stream] = {
     "null lists under other choices": Stream(42),
     "cells of both tokenizers": Stream(44),
     "resampled predictions": Stream(60),
+    "steering": Stream(80, ("use",)),
     "simulated logic": Stream(45),
     "cells that known truth is scored on": Stream(46),
     "task circuit": Stream(61, ("part",)),

@@ -23,11 +23,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scfm_circuits import InputError
-from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt, answered_sentence
+from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt
 from scfm_circuits.circuits.contrast import Contrast, contrast_of, trace_contrast
 from scfm_circuits.circuits.direct_effects import all_paths, direct_effects, sources_of
 from scfm_circuits.circuits.frozen import Frozen, freeze
 from scfm_circuits.circuits.interventions import Kept, held_at_means, kept_alone
+from scfm_circuits.circuits.perturbation import deletions, encoder_of, of_call
 from scfm_circuits.circuits.structure import features_at
 from scfm_circuits.circuits.studies import studied_cells
 from scfm_circuits.circuits.token_means import (
@@ -38,7 +39,7 @@ from scfm_circuits.circuits.token_means import (
 )
 from scfm_circuits.common.intervals import bootstrap_interval
 from scfm_circuits.common.randomness import generator
-from scfm_circuits.models.mlp_sites import device_of, faster_attention
+from scfm_circuits.models.mlp_sites import faster_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,32 +71,13 @@ CIRCUITS = ("paths", "written", "nodes_signed", "nodes")
 # --- the truth -----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def knock_outs(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile", cell: int
                ) -> np.ndarray:
     """(n_genes,) effect of each gene of a cell's sentence on the contrast, in rank order."""
-    label, device = str(corpus.labels[cell]), device_of(model)
-    whole = answered_prompt(corpus, profile, cell, label)
-    contrast = contrast_of(corpus, whole)
-    behind = contrast.position - whole.answer_start
-    genes, ids = corpus.genes_of(cell), corpus.gene_ids_of(cell)
-    texts = [whole.encoded.tokens[: contrast.position + 1]]
-    for gone in range(len(genes)):
-        kept = np.arange(len(genes)) != gone
-        prompt = answered_sentence(corpus.tokenizer, profile, np.array(genes)[kept].tolist(),
-                                   ids[kept], label)
-        texts.append(prompt.encoded.tokens[: prompt.answer_start + behind + 1])
-    values = []
-    with faster_attention(model):
-        for start in range(0, len(texts), profile.forward_cells):
-            some = texts[start : start + profile.forward_cells]
-            ends = torch.tensor([len(text) - 1 for text in some], device=device)
-            # Padded on the right, where causal attention does not look.
-            padded = torch.nn.utils.rnn.pad_sequence(
-                [torch.from_numpy(np.asarray(text)) for text in some], batch_first=True).to(device)
-            values.append(_contrasts(model, contrast, ends, input_ids=padded))
-    found = torch.cat(values).double().cpu().numpy()
-    return found[0] - found[1:]
+    encoder = encoder_of(corpus, profile, cell)
+    assert encoder.contrast is not None
+    return deletions(model, encoder, corpus.gene_ids_of(cell), of_call(encoder.contrast),
+                     profile.forward_cells)[0]
 
 
 def _contrasts(model: "PreTrainedModel", contrast: Contrast, ends: Tensor, **inputs: Tensor

@@ -98,6 +98,27 @@ def with_narrow(body: str, narrow: Mapping[str, str], link: Callable[[str], str]
     return re.sub(r'<img [^>]*src="[^"]*_images/([0-9a-f]{64})\.png"[^>]*>', either, body)
 
 
+_MARKUP = re.compile(
+    r"(<(pre|code|script|style|svg|textarea)\b.*?</\2>|<[^>]*>)", re.DOTALL)
+_PERCENT = re.compile(r"\s%(?!\w)")
+# As Python writes small and large numbers: 5.9e-26.
+_POWER = re.compile(r"(?<![\w.])(\d(?:\.\d+)?)e([+-]\d{2,3})(?!\w)")
+
+
+def typeset(body: str) -> str:
+    """The page with numbers as they are printed: a % is not parted from its number by a line's end,
+    and 5.9e-26 is 5.9 × 10⁻²⁶. Code is left as it is."""
+    def power(match: re.Match[str]) -> str:
+        exponent = str(int(match[2])).replace("-", "\N{MINUS SIGN}")
+        return f"{match[1]}\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}10<sup>{exponent}</sup>"
+
+    # Every third part is a tag or code, and the name of the code's tag follows it.
+    parts = _MARKUP.split(body)
+    for index in range(0, len(parts), 3):
+        parts[index] = _POWER.sub(power, _PERCENT.sub("\N{NO-BREAK SPACE}%", parts[index]))
+    return "".join(part for index, part in enumerate(parts) if index % 3 < 2)
+
+
 def add_to_page(
     app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: object
 ) -> None:
@@ -105,7 +126,7 @@ def add_to_page(
     data = app.companion  # type: ignore[attr-defined]
     # A list of references has list items; docutils gives them a role that browsers no longer know.
     context["body"] = with_narrow(
-        context.get("body", "").replace('role="doc-biblioentry"', 'role="listitem"'),
+        typeset(context.get("body", "")).replace('role="doc-biblioentry"', 'role="listitem"'),
         data["narrow"], lambda path: context["pathto"](path, 1))
     # Without it the theme writes an error on the first visit.
     context["default_mode"] = "auto"

@@ -874,7 +874,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             "\n# %%\n"
             "import pandas\n"
             "frame = pandas.DataFrame({'x': range(60)})\n"
-            "shown = report.browse('many', frame)\n"
+            "shown = report.browse('many', frame, caption='Numbers <i>. More.')\n"
             "display(shown)\n"
             "report.value('t.count', 4646)\n"
             "report.value('t.small', 8.03e-4, '8.03e-04')\n"
@@ -913,9 +913,20 @@ def test_generated_parts(built: Project) -> None:
     assert "&lt;b&gt;" in text and "Chapter 01_first" in text and "Fig. 9" in text
     # The glue role evaluates what it is given; numbers must read as they were written.
     chapter = (html / "01_first.html").read_text(encoding="utf-8")
-    assert ">4,646</span>" in chapter and ">8.03e-04</span>" in chapter
+    assert ">4,646</span>" in chapter
+    assert ">8.03\xa0×\xa010<sup>\N{MINUS SIGN}4</sup></span>" in chapter
     assert 'href="downloads/values/01_first.json"' in text
     assert (html / "downloads" / "claims.csv").is_file()
+
+
+def test_each_file_to_download_is_described(built: Project) -> None:
+    text = (built.root / "book" / "_build" / "html" / "intro.html").read_text(encoding="utf-8")
+    for what, name in (("Every claim of the paper", "claims.csv"),
+                       ("Numbers &lt;i&gt;", "many.csv"),
+                       ("Circuit of a feature", "circuits/case.graphml"),
+                       ("The chapter as a notebook", "01_first.py")):
+        (item,) = re.findall(rf"<li>((?:(?!<br).)*)<br/?>(?:(?!</li>).)*{name}\"", text)
+        assert item.startswith(what), item
 
 
 def test_a_browsable_table_finds_its_script_and_its_data(built: Project) -> None:

@@ -1,12 +1,13 @@
 """What the front page says follows from the run's values, and only from them."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from scfm_circuits.book import front_page, search_words
 from scfm_circuits.common.files import write_json
-from scfm_circuits.common.profile import Profile, load_profile
+from scfm_circuits.common.profile import ROOT, Profile, load_profile
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -73,3 +74,16 @@ def test_words_of_the_search_count_features(tmp_path: Path) -> None:
         "layer,feature,genes,best_term\n0,3,A B,t\n1,4,A,\n")
     said = search_words.script(tmp_path)
     assert '["A",2]' in said and '["t",1]' in said and '["L0.F3","L1.F4"]' in said
+
+
+def test_numbers_of_a_page_are_printed_as_such_and_code_is_left_alone() -> None:
+    sys.path.insert(0, str(ROOT / "book" / "_ext"))
+    try:
+        from companion import typeset
+    finally:
+        sys.path.pop(0)
+    text = ('<p title="5 % 1e-07">p = <span>5.9e-26</span>, <span>70</span> %, 1e+17; 5 %s L0e-1 '
+            'v2e-05</p><pre>1e-05 5 %<b>1 %</b></pre>')
+    assert typeset(text) == (
+        '<p title="5 % 1e-07">p = <span>5.9\xa0×\xa010<sup>\u221226</sup></span>, <span>70</span>'
+        '\xa0%, 1\xa0×\xa010<sup>17</sup>; 5 %s L0e-1 v2e-05</p><pre>1e-05 5 %<b>1 %</b></pre>')

@@ -101,9 +101,27 @@ def test_the_data_file_holds_every_row_as_the_page_shows_it(report: Report, fold
     assert [column["name"] for column in table["columns"]] == list(frame.columns)
     assert rows_of(table)[2][1] == "" and rows_of(table)[5][2] == HOSTILE
     assert float(rows_of(table)[0][1]) == pytest.approx(frame["q"][0], rel=5e-3)
-    assert [row[-1] for row in rows_of(table)[:6]] == ["True", "4", "", "", "2.5", "text"]
+    assert [row[-1] for row in rows_of(table)[:6]] == ["yes", "4", "", "", "2.5", "text"]
     chosen = {name for name, column in shown.items() if column["choose"]}
     assert chosen == {"layer", "term", "go", "beyond", "odd"}
+    assert set(shown["beyond"]["values"]) == {"yes", "no"}
+
+
+def test_a_page_has_words_for_flags_libraries_and_intervals(report: Report) -> None:
+    frame = pd.DataFrame({"library": ["KEGG_2021_Human", None], "same_sign_low": [0.25, np.nan],
+                          "same_sign_high": [0.5, 1.0], "lower_95": [1, 2],
+                          "note": ["`field` <b>", "plain"], "upper_95": [3, 4],
+                          "good": [True, False]})
+    text = report.table("words", frame, caption="<All>").bundle["text/html"]
+    heads = re.findall(r"<th [^>]*>([^<]*)<", text)
+    # Bounds that do not stand side by side are left as they are.
+    assert heads == ["library", "right signs, 95 % interval", "95 % from", "note", "95 % to",
+                     "good"]
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", text)
+    assert cells == ["KEGG 2021 Human", "0.25 to 0.5", "1", "<code>field</code> &lt;b&gt;", "3",
+                     "yes", "", "1", "2", "plain", "4", "no"]
+    alone = report.table("words", frame, caption="<All>", rows=0).bundle["text/html"]
+    assert '<p class="table-note">&lt;All&gt;: 2 rows in ' in alone
 
 
 def test_a_few_rows_offer_no_choice(report: Report, folder: Path) -> None:
@@ -307,7 +325,7 @@ def test_groups_stay_together_rows_open_and_the_address_keeps_the_choice(
         tab.until(listed)
         assert tab.run(rows) == chosen
         # A link in the page leads to rows as well; what the table does not know is left alone.
-        tab.run("location.hash = 'beyond=True'")
+        tab.run("location.hash = 'beyond=yes'")
         tab.until(f"{listed}.includes('found')")
         assert tab.run(rows) != chosen
         before = tab.run(rows)

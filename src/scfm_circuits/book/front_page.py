@@ -33,11 +33,11 @@ def model_box(profile: Profile) -> str:
     about = [f"{profile.model_layers} layers",
              *([f"{size / 1e6:.1f} million parameters"] if size else []),
              "trained on the spot",
-             *([f"names {right:.0f} % of {asked:,} held-out cells rightly"] if right else [])]
+             *([f"right about {right:.0f} % of {asked:,} held-out cells"] if right else [])]
     return ('<p class="model-box demo" role="note"><strong>Demo model.</strong> All numbers are '
             f"from a small model ({', '.join(about)}) and {cells}. They show that every step works "
-            "and what each claim has to be held against; about the paper's own model they decide "
-            "nothing.</p>")
+            "and what each claim has to be compared with; they say nothing about the paper's own "
+            "model.</p>")
 
 
 def findings(profile: Profile) -> str:
@@ -91,9 +91,9 @@ def _on_circuit(values: Mapping[str, Any]) -> str:
     found = ("The genes of our call's circuit are most enriched for "
              f"“{escape(str(term))}” (p = <strong>{p:.2g}</strong> against random genes of the "
              "same sentence). " if judged else "")
-    return (f"{found}Alone, the circuit keeps <strong>{kept:.1f}</strong> of the call's "
-            f"{whole:.1f} nats; no circuit at all, every feature at the mean of its kind of token, "
-            f"keeps <strong>{none:.1f}</strong>.")
+    return (f"{found}On its own the circuit keeps <strong>{kept:.1f}</strong> of the call's "
+            f"{whole:.1f} nats. With no circuit at all, every feature held at its average, "
+            f"<strong>{none:.1f}</strong> are kept.")
 
 
 def picture(profile: Profile) -> str:
@@ -119,15 +119,14 @@ def picture(profile: Profile) -> str:
 
 
 def imprint(commit: str | None) -> str:
-    """Authors, repository and licence, as CITATION.cff says; commit: of the run."""
+    """Repository and licence, as CITATION.cff says (the authors are at the foot of every page);
+    commit: of the run."""
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    names = ", ".join(" ".join(filter(None, (one.get("given-names"), one.get("family-names"))))
-                      or one.get("name", "") for one in cited["authors"])
     where = cited.get("repository-code")
-    code = (f'<a href="{escape(where, quote=True)}">repository</a>' if where else "repository")
-    at = f", commit {escape(commit[:10])}" if commit else ""
-    return (f'<p class="imprint">By {escape(names)}. Code and notebooks: {code}{at}; licence '
-            f"{escape(cited['license'])}.</p>")
+    code = (f'<a href="{escape(where, quote=True)}">Code and notebooks</a>' if where
+            else "Code and notebooks")
+    at = f": commit {escape(commit[:10])}" if commit else ""
+    return f'<p class="imprint">{code}{at}. Licence: {escape(cited["license"])}.</p>'
 
 
 def _values(results: Path, chapter: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from scfm_circuits.book import chapters, front_page, search_words
 from scfm_circuits.book.chapters import Notebook, Run, plan, read_notebooks
 from scfm_circuits.book.execution import ExecutionFailed
 from scfm_circuits.book.gate import without_colours
+from scfm_circuits.book.result_files import download_list
 from scfm_circuits.common.files import only_one, read_json, sha256_of_file, write_atomic, write_json
 from scfm_circuits.common.profile import ROOT, Profile
 from scfm_circuits.report.boxes.feature_files import FOLDER, index_box
@@ -309,7 +310,8 @@ def _filled(run: Run, text: str) -> str:
              "findings": lambda run: front_page.findings(run.profile),
              "picture": lambda run: front_page.picture(run.profile),
              "imprint": lambda run: front_page.imprint(commit),
-             "exhibits": exhibit_map, "verdicts": verdict_counts, "downloads": download_list,
+             "exhibits": exhibit_map, "verdicts": verdict_counts,
+             "downloads": lambda run: download_list(run, _downloads(run)),
              "features": lambda run: index_box(run.profile.results / FOLDER),
              "rating": lambda run: rating_box(run.profile.results / "human_eval" / "deck.json")}
 
@@ -360,26 +362,6 @@ def verdict_counts(run: Run) -> str:
         counts = Counter(claim["verdict"] for claim in group)
         rows.append([title, *(str(counts[verdict] or "") for verdict in shown)])
     return _markdown_table(["Exhibit", *shown], rows)
-
-
-def download_list(run: Run) -> str:
-    """Links to the result files, one list for each folder."""
-    groups: dict[str, list[str]] = {}
-    for path in sorted(_downloads(run)):
-        if path.suffix == ".js" or path.parent.name == "narrow":
-            # What a browsable table or a circuit loads, and a figure on a phone: the CSV, the JSON
-            # and the figure itself are for people.
-            continue
-        name = path.relative_to(run.profile.results)
-        groups.setdefault(str(name.parent), []).append(name.as_posix())
-    groups["notebooks"] = [f"notebooks/{notebook.path.name}" for notebook in run.notebooks]
-    lines = []
-    for group, names in groups.items():
-        items = "".join(f'<li><a href="downloads/{html.escape(name, quote=True)}">'
-                        f"{html.escape(name.rsplit('/', 1)[-1])}</a></li>" for name in names)
-        title = "Summary" if group == "." else group.capitalize()
-        lines += [f"## {title}", "", f'<ul class="downloads">{items}</ul>', ""]
-    return "\n".join(lines)
 
 
 def _cell(text: object) -> str:

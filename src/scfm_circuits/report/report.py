@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from scfm_circuits import InputError
 from scfm_circuits.common.files import atomic_path, write_atomic, write_json
 from scfm_circuits.common.profile import Profile
-from scfm_circuits.report.tables import Grouped, browsable, number, plain, table_bundle
+from scfm_circuits.report.tables import Grouped, as_code, browsable, number, plain, table_bundle
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -175,7 +175,8 @@ class Report:
             return None
         return Shown({
             "text/html": "".join(
-                f'<p class="not-comparable" role="note">{html.escape(text)}</p>' for text in said),
+                f'<p class="not-comparable" role="note">{as_code(html.escape(text))}</p>'
+                for text in said),
             "text/plain": "\n".join(said),
         })
 

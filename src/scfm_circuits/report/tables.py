@@ -97,6 +97,8 @@ def shown_columns(frame: "pd.DataFrame", digits: int) -> list[Column]:
     def as_text(value: Any) -> str:
         if value is None or value is NA or value != value:
             return ""
+        if isinstance(value, bool):
+            return "yes" if value else "no"
         return as_number(value) if isinstance(value, float) else str(value)
 
     columns = []
@@ -104,6 +106,8 @@ def shown_columns(frame: "pd.DataFrame", digits: int) -> list[Column]:
         column = frame.iloc[:, index]
         values = [plain(value) for value in column]
         texts = [as_text(value) for value in values]
+        if name == "library":
+            texts = [library_title(text) for text in texts]
         # Long texts are given room: a browser would break them into a column of single words.
         kind = ("number" if is_numeric_dtype(column)
                 else "long" if any(len(text) > LONG for text in texts) else "")
@@ -111,18 +115,43 @@ def shown_columns(frame: "pd.DataFrame", digits: int) -> list[Column]:
     return columns
 
 
+def library_title(name: str) -> str:
+    """A gene-set library's name as people read it: `KEGG_2021_Human` without the underscores."""
+    return name.replace("_", " ")
+
+
+def with_intervals(columns: Sequence[Column]) -> list[Column]:
+    """The columns, with each lower bound and the upper one beside it as one column."""
+    found: list[Column] = []
+    for column in columns:
+        name = column.name.removesuffix(" to")
+        if not (found and name != column.name and found[-1].name == f"{name} from"):
+            found.append(column)
+            continue
+        texts = [f"{low} to {high}" if low and high else low or high
+                 for low, high in zip(found[-1].texts, column.texts, strict=True)]
+        found[-1] = Column(f"{name} interval", "number", texts, texts, True)
+    return found
+
+
+def as_code(escaped: str) -> str:
+    """Escaped text with what stands between backticks as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escaped)
+
+
 def table_bundle(
     frame: "pd.DataFrame", caption: str | None, rows: int | None, digits: int, path: Path | None,
 ) -> dict[str, str]:
     """MIME bundle of the table's first `rows` rows (all if None), with a link to its file.
 
-    With no rows and a file it is the link alone.
+    With no rows and a file it is the caption and the link alone.
     """
     part = frame if rows is None else frame.head(rows)
     if rows == 0 and path is not None:
-        shown = f'<p class="table-note">{len(frame):,} rows in {_file_link(path)}</p>'
+        what = f"{html.escape(caption)}: " if caption else ""
+        shown = f'<p class="table-note">{what}{len(frame):,} rows in {_file_link(path)}</p>'
     else:
-        body = _table_html(shown_columns(part, digits))
+        body = _table_html(with_intervals(shown_columns(part, digits)))
         shown = _boxed(body, caption, _counted(part, frame), path)
     return {
         "text/html": shown,
@@ -284,7 +313,9 @@ def _table_html(
         address = _address((addresses or {}).get(index), texts) if text else None
         if address is not None:
             shown = f'<a href="{html.escape(address)}">{shown}</a>'
-        if clamped and columns[index].kind == "long" and text:
+        if not clamped:
+            shown = as_code(shown)
+        elif columns[index].kind == "long" and text:
             shown = f'<div class="clamp" title="{text}">{shown}</div>'
         return f"<td{kinds[index]}>{shown}</td>"
 

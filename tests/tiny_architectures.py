@@ -22,11 +22,12 @@ from transformers import (
 
 from scfm_circuits.circuits.frozen import Frozen
 from scfm_circuits.models.architectures import decoder_layers
+from scfm_circuits.models.scgpt import ScGPT, ScGPTConfig
 
 LLAMA_TYPE = ("llama", "llama-biases", "mistral", "qwen2")
 FAMILIES = ("parallel", "sequential", "neox-no-biases", *LLAMA_TYPE)
 BERT_TYPE = ("bert", "bert-gelu")
-ALL_FAMILIES = (*FAMILIES, "gemma2", *BERT_TYPE)
+ALL_FAMILIES = (*FAMILIES, "gemma2", *BERT_TYPE, "scgpt")
 """With those whose norms stand elsewhere than in front of a branch."""
 
 
@@ -58,6 +59,10 @@ def tiny(family: str, *, layers: int = 3, width: int = 16, heads: int = 4, value
         model = BertForMaskedLM(BertConfig(
             **shared | {"hidden_size": heads * (width // heads)}, layer_norm_eps=1e-12,
             hidden_act="gelu" if family == "bert-gelu" else "relu", pad_token_id=0))
+    elif family == "scgpt":  # ten genes at four levels
+        model = ScGPT(ScGPTConfig(
+            vocabulary // 4, heads * (width // heads), layers, heads, 2 * width, levels=4,
+            attn_implementation="eager"))
     elif family == "mistral":
         model = MistralForCausalLM(MistralConfig(**shared, **grouped, sliding_window=4))
     elif family == "qwen2":
@@ -123,6 +128,8 @@ class LinearModel:
 
     def __init__(self, model: Any, frozen: Frozen) -> None:
         self.model, self.frozen = model, frozen
+        # scGPT is given all that its stream begins with.
+        self._beside = frozen.leaves[1] if isinstance(model, ScGPT) else 0
         self._sources: Tensor | None = None
         self._read: list[Tensor] = []
         self._frozen_functions()
@@ -137,24 +144,30 @@ class LinearModel:
     def _frozen_functions(self) -> None:
         """Norms, and the function of a head, as they are in a run of the model itself."""
         clean: dict[Any, Tensor] = {}
-        kinds = [one for one in self.model.modules() if isinstance(one, nn.LayerNorm)
+        norms = [one for one in self.model.modules() if isinstance(one, nn.LayerNorm)
                  or type(one).__name__.endswith("RMSNorm")]
-        head = getattr(getattr(self.model, "cls", None), "predictions", None)
-        kinds += [head.transform.transform_act_fn] if head else []
         handles = [one.register_forward_pre_hook(
-            lambda module, args: clean.update({module: args[0][0]})) for one in kinds]
-        gates: list[Tensor] = []
-        if head:
-            handles.append(head.transform.transform_act_fn.register_forward_hook(
-                lambda module, args, output: gates.append(output[0] / args[0][0])))
+            lambda module, args: clean.update({module: args[0][0]})) for one in norms]
+        gates: dict[Any, Tensor] = {}
+        for owner, name in self._functions():
+            handles.append(getattr(owner, name).register_forward_hook(
+                lambda module, args, output: gates.update({module: output[0] / args[0][0]})))
         self.model(input_ids=self.frozen.tokens[None])
         for handle in handles:
             handle.remove()
-        for one in kinds[: len(kinds) - bool(head)]:
+        for one in norms:
             self._freeze_norm(one, clean[one])
-        if head:  # may be shared by layers, whose MLPs are not run
-            head.transform.transform_act_fn = nn.Identity()
-            head.transform.transform_act_fn.forward = lambda x: x * gates[-1]
+        for owner, name in self._functions():  # may be shared by layers, whose MLPs are not run
+            gate, identity = gates[getattr(owner, name)], nn.Identity()
+            identity.forward = lambda x, gate=gate: x * gate
+            setattr(owner, name, identity)
+
+    def _functions(self) -> list[tuple[nn.Module, str]]:
+        """A head's functions: whose, and under which name."""
+        if isinstance(self.model, ScGPT):
+            return [(self.model.head, "1"), (self.model.head, "3")]
+        head = getattr(getattr(self.model, "cls", None), "predictions", None)
+        return [(head.transform, "transform_act_fn")] if head else []
 
     def _own_mlp(self, index: int, layer: Any) -> None:
         if hasattr(layer, "mlp"):
@@ -185,5 +198,6 @@ class LinearModel:
     def __call__(self, embeddings: Tensor, sources: Tensor) -> Read:
         """embeddings: (n_pos, d_model); sources: (n_layers, n_pos, d_model) MLP outputs."""
         self._sources, self._read = sources, []
-        logits = self.model(inputs_embeds=embeddings[None], use_cache=False).logits[0]
+        logits = self.model(inputs_embeds=(embeddings + self._beside)[None],
+                            use_cache=False).logits[0]
         return Read(torch.stack(self._read), logits)

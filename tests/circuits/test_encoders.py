@@ -18,9 +18,11 @@ from scfm_circuits.circuits.attribution import (
 from scfm_circuits.circuits.direct_effects import direct_effects, sources_of, whole_sum
 from scfm_circuits.circuits.frozen import freeze
 
+ENCODERS = (*BERT_TYPE, "scgpt")
+
 
 @settings(max_examples=25, deadline=None)
-@given(family=st.sampled_from(BERT_TYPE), n=st.integers(1, 7), more=st.integers(1, 5),
+@given(family=st.sampled_from(ENCODERS), n=st.integers(1, 7), more=st.integers(1, 5),
        seed=st.integers(0, 1000))
 def test_padding_moves_nothing(family, n, more, seed):
     model = tiny(family, seed=seed)
@@ -30,7 +32,7 @@ def test_padding_moves_nothing(family, n, more, seed):
     padded = freeze(model, t, np.append(text, np.zeros(more, int)), np.arange(n + more) < n)
     for one, other in ((feature_direction(alone, 2, 5, n - 1), feature_direction(padded, 2, 5,
                                                                                  n - 1)),
-                       (logit_direction(alone, 7, 0), logit_direction(padded, 7, 0))):
+                       (logit_direction(alone, 0, 0), logit_direction(padded, 0, 0))):
         a, b = contributions(alone, one), contributions(padded, other)
         assert (b.heads[..., n:] == 0).all()
         assert (a.heads - b.heads[..., :n]).abs().max() < 1e-11
@@ -68,6 +70,26 @@ def test_the_leaves_of_an_encoder_are_its_tokens_and_their_ranks():
     linear.model.bert.embeddings.position_embeddings.weight.zero_()
     without = linear(run.leaves[0], run.mlp_out).mlp_in[0, 3] @ run.transcoders.W_enc[0, 5]
     whole = run.mlp_in[0, 3] @ run.transcoders.W_enc[0, 5]
+    assert abs(Collected(run, reading).leaves[1].sum() - (whole - without)) < 1e-10
+
+
+def test_the_leaves_of_scgpt_are_genes_and_their_levels():
+    """A value closes, and what a level says is what the value loses without it, all else frozen."""
+    model, text = tiny("scgpt"), np.array([3, 17, 25, 34, 12, 39])  # ten genes at levels 0 to 3
+    run = freeze(model, tiny_transcoders(model), text)
+    gene, level = model.scgpt.genes(run.tokens % 10), (run.tokens // 10).to(torch.float64)
+    body = model.scgpt
+    assert torch.equal(run.leaves[0], body.gene_norm(gene))
+    assert torch.equal(run.leaves[1], body.level_norm(body.level_out(body.level_in(
+        level[:, None]).relu())))
+    value = model(input_ids=run.tokens[None]).logits[0, 3, 0]
+    reading = logit_direction(run, 0, 3)
+    assert abs(reading.value - value) < 1e-12
+    assert abs(contributions(run, reading).total() - value) < 1e-10
+    linear = LinearModel(tiny("scgpt"), run)
+    whole, without = (linear(run.leaves[0] - moved, run.mlp_out).logits[3, 0]
+                      for moved in (0, run.leaves[1]))
+    assert abs(whole - value) < 1e-10
     assert abs(Collected(run, reading).leaves[1].sum() - (whole - without)) < 1e-10
 
 

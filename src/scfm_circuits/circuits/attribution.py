@@ -83,7 +83,8 @@ def feature_direction(frozen: Frozen, layer: int, feature: int, position: int) -
 @torch.no_grad()
 def logit_direction(frozen: Frozen, token: int, position: int, minus: Sequence[int] = ()
                     ) -> Reading:
-    """A token's logit less the mean logit, or its log-odds against other tokens, as a reading.
+    """A token's logit less the mean logit, or its log-odds against other tokens, as a reading; of
+    a model that gives one value (scGPT), `token` 0, that value.
 
     minus: other tokens. The value is then logit(token) - logsumexp(logits of `minus`), and the
     direction its gradient in the logits, pushed through the frozen final norm: the token's
@@ -97,14 +98,15 @@ def logit_direction(frozen: Frozen, token: int, position: int, minus: Sequence[i
         f_minus, entropy = among @ unembed[others], torch.special.entr(among).sum()
         value, bias_minus = logits[token] - logits[others].logsumexp(dim=-1), among @ bias[others]
     else:
-        f_minus, entropy = unembed.mean(dim=0), torch.zeros_like(logits[token])
-        value, bias_minus = logits[token] - logits.mean(), bias.mean()
+        share = float(len(unembed) > 1)  # one value is read as it is
+        f_minus, entropy = share * unembed.mean(dim=0), torch.zeros_like(logits[token])
+        value, bias_minus = logits[token] - share * logits.mean(), share * bias.mean()
     f = unembed[token] - f_minus
     u = frozen.last.back(f, position)
     constant = f @ frozen.last.norm.bias - entropy + (bias[token] - bias_minus)
-    if frozen.head is not None:
-        gated = u * frozen.head.gate[position]
-        u, constant = gated @ frozen.head.weight, constant + gated @ frozen.head.bias
+    for one in reversed(frozen.head):
+        gated = u * one.gate[position]
+        u, constant = gated @ one.weight, constant + gated @ one.bias
     n_layers = len(frozen.weights)
     return Reading(u, position, n_layers, n_layers, constant, value)
 

@@ -50,8 +50,8 @@ class AtTokens(NamedTuple):
         return self.norm.centre(change) / self.sigma[:, None] * self.norm.gain
 
 
-class Head(NamedTuple):
-    """The map between the stream and the final norm, its nonlinearity frozen as a factor: gate *
+class Map(NamedTuple):
+    """A map between the stream and the final norm, its nonlinearity frozen as a factor: gate *
     (W x + b). weight: (d_model, d_model); bias: (d_model,); gate: (n_pos, d_model)."""
 
     weight: Tensor
@@ -76,8 +76,9 @@ class Frozen:
     middle, end: of each layer, the norm on the stream behind its attention and behind its MLP;
     behind: the norm on what its attention writes; entry: the norm on the embeddings; None where
     there is none. leaves: (n_leaves, n_pos, d_model) what the stream begins with, before `entry`:
-    the token's embedding and, where there is one, its position's; same: (n_pos, d_model) what
-    stands beside them whatever the token. causal: no token sees a later one.
+    the token's embedding and, where there is one, its position's or its level's; same: (n_pos,
+    d_model) what stands beside them whatever the token. head: the maps between the stream and the
+    final norm, in order. causal: no token sees a later one.
     """
 
     tokens: Tensor
@@ -105,7 +106,7 @@ class Frozen:
     entry: AtTokens | None
     leaves: Tensor
     same: Tensor | None
-    head: Head | None
+    head: tuple[Map, ...]
     causal: bool
 
     def centre(self, x: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ def freeze(model: "PreTrainedModel", transcoders: Transcoders, tokens: np.ndarra
     stacked = {key: torch.stack(seen[key]) for key in ("residual", "in", "out")}
     weights, norms = layer_weights(model), _stream_norms(model, family, seen)
     first, second = (step.norm for step in family.steps if step.does != "norm")
-    last = family.norm(final_norm(model))
+    last = norm_in(model, family, family.final_norm, seen["last"][0].shape[-1])
     pre = transcoders.pre_activations(stacked["in"])
     z = transcoders.activate(pre)
     unembedding: Any = model.get_output_embeddings()
@@ -166,8 +167,9 @@ def _recorded(model: "PreTrainedModel", family: Architecture, ids: Tensor,
               mask: np.ndarray | Tensor | None) -> tuple[Any, dict[str, list[Tensor]]]:
     """The model's output with attention patterns, and what passed through its parts, by layer:
     residual (entering the layer), what each norm read, by its name, in and out of the MLP; final
-    (leaving the last layer), last (what the last norm read), logits (as the unembedding gives
-    them), and what the head's linear map gave and its function made of that."""
+    (leaving the last layer), last (what the last norm read, or the unembedding where there is
+    none), logits (as the unembedding gives them), mapped (what the head's linear maps gave) and
+    mapping (what those behind the first read)."""
     seen: dict[str, list[Tensor]] = {}
 
     def note(key: str, value: Tensor) -> None:
@@ -187,15 +189,17 @@ def _recorded(model: "PreTrainedModel", family: Architecture, ids: Tensor,
         note("out", wrote)
 
     unembedding: Any = model.get_output_embeddings()
-    handles = [reads(final_norm(model), "last"), unembedding.register_forward_hook(given("logits"))]
+    handles = [reads(final_norm(model) or unembedding, "last"),
+               unembedding.register_forward_hook(given("logits"))]
     handles += site_hooks(model, site)
     for layer in decoder_layers(model):
         handles += [reads(layer, "residual"), *(
             reads(layer.get_submodule(name), name) for step in family.steps
             for name in (step.norm, step.behind) if name)]
-    if family.head:
-        head: Any = model.get_submodule(family.head)
-        handles += [reads(head, "final"), head.dense.register_forward_hook(given("mapped"))]
+    for place, name in enumerate(family.maps):
+        linear = model.get_submodule(family.head).get_submodule(name)
+        handles += [reads(linear, "mapping" if place else "final"),
+                    linear.register_forward_hook(given("mapped"))]
     with hooked(handles):
         output = model(input_ids=ids, use_cache=False, output_attentions=True,
                        **({} if mask is None else {"attention_mask": torch.as_tensor(
@@ -238,16 +242,19 @@ def _beginning(model: "PreTrainedModel", family: Architecture, tokens: Tensor, r
     if family.embedded is None:
         return None, residual[None], None
     parts = family.embedded(decoder(model), tokens)
-    scale = parts.norm.scale(parts.token + parts.position + parts.same)
-    return (AtTokens(parts.norm, scale), torch.stack([parts.token, parts.position]), parts.same)
+    leaves = torch.stack([parts.token, parts.other])
+    whole = leaves.sum(dim=0) + (0 if parts.same is None else parts.same)
+    return parts.norm and AtTokens(parts.norm, parts.norm.scale(whole)), leaves, parts.same
 
 
 def _head(model: "PreTrainedModel", family: Architecture, seen: dict[str, list[Tensor]]
-          ) -> Head | None:
-    if not family.head:
-        return None
-    head: Any = model.get_submodule(family.head)
-    mapped = seen["mapped"][0]
-    # What the function makes of its input, as a factor; 0 of 0 is 0 for ReLU and GELU.
-    gate = torch.where(mapped == 0, 0.0, seen["last"][0] / mapped)
-    return Head(head.dense.weight, head.dense.bias, gate)
+          ) -> tuple[Map, ...]:
+    found = []
+    made = [*seen.get("mapping", []), *seen["last"]]  # of what each map gave, by its function
+    for place, name in enumerate(family.maps):
+        linear: Any = model.get_submodule(family.head).get_submodule(name)
+        mapped = seen["mapped"][place]
+        # As a factor; 0 of 0 is 0 for ReLU, LeakyReLU and GELU.
+        gate = torch.where(mapped == 0, 0.0, made[place] / mapped)
+        found.append(Map(linear.weight, linear.bias, gate))
+    return tuple(found)

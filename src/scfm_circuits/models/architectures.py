@@ -6,7 +6,7 @@ its place. The norm may stand at four places:
 
     in front of a branch       h + attention(norm(h))     GPT-NeoX, Llama, Mistral, Qwen2, Gemma 2
     behind a branch            h + norm(attention(h))     Gemma 2, which has both
-    on the stream, afterwards  norm(h + attention(h))     BERT (Geneformer)
+    on the stream, afterwards  norm(h + attention(h))     BERT (Geneformer), scGPT
     on the stream, before      the same as afterwards, one branch later
 
 GPT-NeoX has LayerNorm, q, k and v in one matrix, interleaved by head, and a setting by which
@@ -14,7 +14,9 @@ attention and MLP of a layer read the same h (parallel). Llama, Mistral and Qwen
 several heads may share one value head (grouped-query attention); so has Gemma 2, which scales by
 1 + gain. In these nothing but a rotation of q and k depends on the position. BERT's attention sees
 all tokens, its stream begins as the norm of a token's, a position's and a type's embedding, and
-behind its last layer stands one more map (the head of its masked language model).
+behind its last layer stands one more map (the head of its masked language model). scGPT
+(`models.scgpt`, the one family that transformers has not) is alike, but that its stream begins as
+a gene's and a level's embedding, each normed, and that its head gives a value and has no norm.
 """
 
 from collections.abc import Callable
@@ -115,13 +117,13 @@ class Step(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """What the stream begins with, (n_pos, d_model) each: what tells the token, what its position,
-    and what is the same for all; `norm` of their sum enters the first layer."""
+    """What the stream begins with, (n_pos, d_model) each: what tells the token, what its position
+    or its level, and what is the same for all; `norm` of their sum enters the first layer."""
 
     token: Tensor
-    position: Tensor
-    same: Tensor
-    norm: Norm
+    other: Tensor
+    same: Tensor | None = None
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,15 @@ class Architecture:
     """The names of a family's parts, and how to read its weights.
 
     body: attribute of the model that holds the layers, at `layers` in it; final_norm: the norm
-    before the unembedding, in the model. norm: from a norm's module to its description. heads: from
-    a layer. neurons: in a layer, the linear map whose rows drive its MLP's neurons (of a gated MLP,
-    the gates). parallel: from the configuration, whether MLP and attention of a layer read the same
-    residual. steps: of a layer, in order. mlp: in a layer, the modules through which what the MLP
-    reads becomes what it writes to the stream, one after the other. causal: a token sees those
-    before it alone. auto: transformers' class that loads it. embedded: from the body and (n_pos,)
-    tokens, where a norm stands on the embeddings. head: in the model, a map between the stream and
-    the final norm.
+    before the unembedding, in the model, empty if there is none. norm: from a norm's module to its
+    description. heads: from a layer. neurons: in a layer, the linear map whose rows drive its MLP's
+    neurons (of a gated MLP, the gates). parallel: from the configuration, whether MLP and attention
+    of a layer read the same residual. steps: of a layer, in order. mlp: in a layer, the modules
+    through which what the MLP reads becomes what it writes to the stream, one after the other.
+    causal: a token sees those before it alone. auto: transformers' class that loads it. embedded:
+    from the body and (n_pos,) tokens, where the stream begins with more than a token's embedding,
+    or a norm stands on that. head: in the model, a map between the stream and the final norm; maps:
+    in it, the linear ones, each with a function behind it.
     """
 
     family: str
@@ -154,6 +157,7 @@ class Architecture:
     auto: str = "AutoModelForCausalLM"
     embedded: Callable[[Any, Tensor], Embedded] | None = None
     head: str = ""
+    maps: tuple[str, ...] = ()
 
 
 # --- reading weights -----------------------------------------------------------------------------
@@ -213,6 +217,15 @@ def _bert_embedded(body: Any, tokens: Tensor) -> Embedded:
                     _layer_norm(parts.LayerNorm))
 
 
+def _scgpt_heads(layer: Any) -> Heads:
+    """The rows of `qkv` are all q, then all k, then all v."""
+    attention = layer.self_attn
+    size = len(attention.out.weight) // attention.heads
+    _, _, values = attention.qkv.weight.view(3, -1, size, attention.qkv.in_features)
+    _, _, value_bias = attention.qkv.bias.view(3, -1, size)
+    return Heads(values, value_bias, _output(attention.out, size), attention.out.bias)
+
+
 def _llama_type(family: str) -> Architecture:
     return Architecture(family, "model", "model.norm", _rms_norm, _llama_heads, "mlp.gate_proj")
 
@@ -235,7 +248,13 @@ _ARCHITECTURES = {
         steps=(Step("attention"), Step("norm", "attention.output.LayerNorm"),
                Step("mlp"), Step("norm", "output.LayerNorm")),
         mlp=("intermediate", "output.dense"), causal=False, auto="AutoModelForMaskedLM",
-        embedded=_bert_embedded, head="cls.predictions.transform"),
+        embedded=_bert_embedded, head="cls.predictions.transform", maps=("dense",)),
+    "scgpt": Architecture(
+        "scGPT", "scgpt", "", _layer_norm, _scgpt_heads, "mlp.0",
+        steps=(Step("attention"), Step("norm", "norm1"), Step("mlp"), Step("norm", "norm2")),
+        causal=False, auto="AutoModelForMaskedLM",
+        embedded=lambda body, tokens: Embedded(*body.embedded(tokens)), head="head",
+        maps=("0", "2")),
 }
 """By `model_type` of the configuration."""
 
@@ -281,8 +300,9 @@ def attentions(model: nn.Module) -> list[nn.Module]:
 
 
 def final_norm(model: nn.Module) -> Any:
-    """The module of the norm before the unembedding."""
-    return model.get_submodule(architecture_of(model).final_norm)
+    """The module of the norm before the unembedding; None where there is none."""
+    name = architecture_of(model).final_norm
+    return model.get_submodule(name) if name else None
 
 
 def norm_in(layer: nn.Module, family: Architecture, path: str, width: int) -> Norm:

@@ -12,7 +12,7 @@ from torch import nn
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
 from scfm_circuits.common.encodings import CELL_SENTENCE
-from scfm_circuits.common.files import atomic_folder, first_line
+from scfm_circuits.common.files import atomic_folder, digest, first_line
 from scfm_circuits.common.kept import Stamp, read_record, stamp_of, write_record
 from scfm_circuits.common.profile import model_source
 from scfm_circuits.models.architectures import check_supported
@@ -38,6 +38,19 @@ def _without_widgets() -> None:
     logging.disable_progress_bar()
 
 
+def _source(name: str | Path) -> str:
+    """What transformers loads: a folder or a name; of the files that scGPT's authors publish, the
+    folder in the cache that is made of them."""
+    from scfm_circuits.models import scgpt
+
+    scgpt.register()
+    source = model_source("model", str(name))
+    if not scgpt.is_published(Path(source)):
+        return source
+    own = digest(str(Path(source).resolve()))
+    return str(scgpt.converted(Path(source), manifest.cache_folder() / "scgpt" / own))
+
+
 def load_config(name: str | Path, revision: str | None = None, **options: Any
                 ) -> "PreTrainedConfig":
     """A model's configuration, which says its size before its weights are there.
@@ -47,7 +60,7 @@ def load_config(name: str | Path, revision: str | None = None, **options: Any
     """
     from transformers import AutoConfig
 
-    source = model_source("model", str(name))
+    source = _source(name)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False,
                                             **options)
@@ -84,7 +97,7 @@ def load_model(name: str | Path, revision: str | None = None,
 
     _without_widgets()
     config = load_config(name, revision, subfolder=subfolder)
-    source = model_source("model", str(name))
+    source = _source(name)
     kind: Any = getattr(transformers, check_supported(config.model_type, "").auto)
     try:
         model, loading = kind.from_pretrained(
@@ -175,7 +188,7 @@ def check_vocabulary(model: nn.Module, corpus: "Corpus") -> None:
     """Raise InputError if the corpus has token ids or lengths that the model cannot take."""
     config: Any = model.config
     largest, length = int(corpus.tokens.max()), corpus.tokens.shape[1]
-    if largest >= config.vocab_size:
+    if largest >= config.vocab_size * getattr(config, "levels", 1):
         raise InputError(f"The tokenizer gives token {largest}, but the model has "
                          f"{config.vocab_size} rows; `tokenizer` and `model` do not belong "
                          "together.")

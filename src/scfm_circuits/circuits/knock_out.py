@@ -92,9 +92,10 @@ def _contrasts(model: "PreTrainedModel", contrast: Contrast, ends: Tensor, **inp
 
 
 def gene_scores(model: "PreTrainedModel", frozen: Frozen, prompt: AnsweredPrompt,
-                contrast: Contrast, circuit: "Circuit", ids: Sequence[int] | np.ndarray
+                contrast: Contrast, circuit: "Circuit | None", ids: Sequence[int] | np.ndarray
                 ) -> dict[str, np.ndarray]:
-    """(n_genes,) of each of `SCORES`, in the order of `ids`, the sentence's genes.
+    """(n_genes,) of each of `SCORES`, in the order of `ids`, the sentence's genes; without a
+    circuit, of those that need no greedy one.
 
     paths: `direct_effects.all_paths` of the gene's own tokens. written: what embedding, active
     features and errors at the gene's tokens give the contrast through attention alone; with biases
@@ -117,16 +118,17 @@ def gene_scores(model: "PreTrainedModel", frozen: Frozen, prompt: AnsweredPrompt
     gradient, integrated = _by_gradient(model, frozen, contrast, torch.from_numpy(own >= 0))
     by_token: dict[str, Tensor | np.ndarray] = {
         "paths": all_paths(frozen, reading)[:n], "written": written,
-        "nodes_signed": _by_source(circuit, n, signed=True),
-        "nodes": _by_source(circuit, n, signed=False),
         "attention": _rollout(frozen)[contrast.position][:n],
         "input_x_gradient": gradient, "integrated_gradients": integrated}
+    if circuit is not None:
+        by_token |= {"nodes_signed": _by_source(circuit, n, signed=True),
+                     "nodes": _by_source(circuit, n, signed=False)}
     at = [np.flatnonzero(own == gene) for gene in ids]
     found = {"rank": np.arange(len(at), 0, -1, dtype=float)}
     for name, values in by_token.items():
         array = values.double().cpu().numpy() if isinstance(values, Tensor) else values
         found[name] = np.array([array[places].sum() for places in at])
-    return {name: found[name] for name in SCORES}
+    return {name: found[name] for name in SCORES if name in found}
 
 
 def _by_source(circuit: "Circuit", n: int, *, signed: bool) -> np.ndarray:
@@ -230,9 +232,10 @@ def _of_cell(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corp
 # --- compared ------------------------------------------------------------------------------------
 
 
-def compared(genes: pd.DataFrame, seed: int, draws: int = DRAWS
-             ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`KnockOuts.cells` and `KnockOuts.summary` of its `genes`.
+def compared(genes: pd.DataFrame, seed: int, draws: int = DRAWS, *, truth: str = "effect",
+             scores: Mapping[str, str] = SCORES) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`KnockOuts.cells` and `KnockOuts.summary` of its `genes`. truth: the column that scores are
+    held against; scores: their names, and what each is.
 
     k is `TOP`, or half of the genes of a sentence with fewer than twice as many. Summary: score,
     what (`SCORES`), and for each of spearman, spearman_size and overlap the mean over cells, with
@@ -241,19 +244,19 @@ def compared(genes: pd.DataFrame, seed: int, draws: int = DRAWS
     score that is the same for all genes of a cell has no order: its correlation counts as 0.
     """
     rows, rng = [], generator(seed, "knock-outs", 0)
-    null = {name: np.zeros((len(MEASURES), draws)) for name in SCORES}
+    null = {name: np.zeros((len(MEASURES), draws)) for name in scores}
     by_cell = genes.groupby(["cell", "cell_type"], sort=False)
     for (cell, kind), part in by_cell:
-        n, effect = len(part), part["effect"].to_numpy()
+        n, effect = len(part), part[truth].to_numpy()
         k, shuffled = min(TOP, n // 2), effect[rng.permuted(np.tile(np.arange(n), (draws, 1)),
                                                             axis=1)]
-        for name in SCORES:
+        for name in scores:
             score = part[f"score_{name}"].to_numpy()
             found = _measured(score, effect[None], k)[:, 0]
             rows.append((cell, kind, name, n, k, *found))
             null[name] += _measured(score, shuffled, k) / len(by_cell)
     cells = pd.DataFrame(rows, columns=["cell", "cell_type", "score", "genes", "k", *MEASURES])
-    return cells, summarised(cells, null, seed, draws)
+    return cells, summarised(cells, null, seed, draws, scores)
 
 
 MEASURES = ("spearman", "spearman_size", "overlap")
@@ -277,12 +280,12 @@ def _measured(score: np.ndarray, effects: np.ndarray, k: int) -> np.ndarray:
                      largest(effects) @ largest(score) / k])
 
 
-def summarised(cells: pd.DataFrame, null: Mapping[str, np.ndarray], seed: int, draws: int
-               ) -> pd.DataFrame:
+def summarised(cells: pd.DataFrame, null: Mapping[str, np.ndarray], seed: int, draws: int,
+               scores: Mapping[str, str] = SCORES) -> pd.DataFrame:
     """`compared`'s summary; null: by score (3, draws) means over cells of shuffled effects."""
     n, rows = cells["cell"].nunique(), []
     counts = _resampled(seed, 1, n, draws)  # the same for every score
-    for name, what in SCORES.items():
+    for name, what in scores.items():
         part = cells[cells["score"] == name]
         row: dict[str, object] = {"score": name, "what": what}
         means = np.transpose(bootstrap_interval(part[[*MEASURES]].to_numpy().T, counts))

@@ -64,6 +64,8 @@ STREAMS: Mapping[str, Stream] = {
     "random gene nodes": Stream(63),
     "knock-outs": Stream(62, ("use",)),
     "resampled features of Table 3": Stream(64),
+    "resampled perturbed cells": Stream(90),
+    "shuffled perturbations": Stream(91),
     "masked genes": Stream(70, ("cell",)),
     "masks in training": Stream(71),
 }

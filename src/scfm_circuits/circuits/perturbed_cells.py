@@ -1,0 +1,180 @@
+"""Every gene of many cells taken out: kept cell by cell, and what holds over cells.
+
+A cell is one observation, however many genes it has: a gene's mean effect has an interval over
+resampled cells, and its test is paired within cells. Geneformer's statistic stands beside it, which
+compares a gene's effects with those of all other perturbations pooled (Wilcoxon's rank-sum test;
+in_silico_perturber_stats.py), as if each were an observation of its own.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from tqdm import tqdm
+
+from scfm_circuits.circuits.perturbation import deletions, encoder_of, of_call
+from scfm_circuits.common.files import digest
+from scfm_circuits.common.intervals import bootstrap_interval
+from scfm_circuits.common.kept import kept_arrays
+from scfm_circuits.common.randomness import generator
+from scfm_circuits.enrichment.significance import benjamini_hochberg
+from scfm_circuits.models.loading import model_stamp
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from scfm_circuits.cells.corpus import Corpus
+    from scfm_circuits.common.profile import Profile
+
+LEAST, DRAWS, SHUFFLES, LEVEL = 6, 1_000, 20, 0.05
+"""Cells that a gene must be in to be tested (with fewer no p could be below `LEVEL`); resamples of
+cells; shuffles for the tests' null; the level of q below which a gene is called."""
+
+
+class Cost(NamedTuple):
+    """What perturbing cells takes: passes of the model, and tokens in all of them."""
+
+    texts: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.texts:,} texts, {self.tokens / 1e6:.1f} M tokens"
+
+
+def cost_of(corpus: "Corpus", cells: Sequence[int] | np.ndarray, *, split: bool = True) -> Cost:
+    """What `perturbed` will take, for cells that are not kept yet."""
+    genes = np.array([len(corpus.gene_ids_of(int(cell))) for cell in cells], np.int64)
+    texts = 1 + (1 + split) * genes
+    return Cost(int(texts.sum()), int((texts * corpus.lengths[np.asarray(cells)]).sum()))
+
+
+def perturbed(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile",
+              cells: Sequence[int] | np.ndarray, answer: str) -> pd.DataFrame:
+    """Take every gene of some cells out, and read how far a label is ahead of all others.
+
+    answer: the label, the same for all cells, so that a positive effect speaks for it everywhere.
+    Each cell is kept in `results/<profile>/perturbation/` as soon as it is done; a run that was cut
+    off goes on there.
+
+    Returns a row per cell and gene: cell, cell_type, gene, rank (from 1), effect, own, position
+    (nats; see `perturbation`).
+    """
+    stamp = model_stamp(profile, corpus) | {"answer": answer, "fields": [
+        profile.prompt, profile.response, profile.organism]}
+    folder, parts = profile.results / "perturbation", []
+    bar = tqdm(cells, desc=f"deletions ({cost_of(corpus, cells)})", unit="cell")
+    for cell in map(int, bar):
+        def made(cell: int = cell) -> tuple[np.ndarray, np.ndarray]:
+            encoder = encoder_of(corpus, profile, cell, answer)
+            assert encoder.contrast is not None
+            return deletions(model, encoder, corpus.gene_ids_of(cell), of_call(encoder.contrast),
+                             profile.forward_cells, split=True)
+
+        name = str(corpus.cell_ids[cell])
+        effect, own = kept_arrays(
+            folder / f"{digest(name)}.npz", {**stamp, "cell": name}, made,
+            lambda found: {"effect": found[0], "own": found[1]},
+            lambda stored: (stored["effect"], stored["own"]))
+        parts.append(pd.DataFrame({
+            "cell": name, "cell_type": str(corpus.labels[cell]), "gene": corpus.genes_of(cell),
+            "rank": np.arange(1, len(effect) + 1), "effect": effect, "own": own,
+            "position": effect - own}))
+    return pd.concat(parts, ignore_index=True)
+
+
+# --- over cells ----------------------------------------------------------------------------------
+
+
+def by_gene(table: pd.DataFrame, seed: int, values: Sequence[str] = ()) -> pd.DataFrame:
+    """What each gene does over the cells of `perturbed`, the largest total effect first.
+
+    values: further columns to be averaged. Columns: gene, cells (that have it); effect, low, high:
+    its mean over these, and the 95 % interval over resampled cells (nan for a single cell); own and
+    position, its parts; total: the effects' sum over all cells of the table, by their number; the
+    mean of each of `values`; p, q: signed-rank test over cells of the effect less the median effect
+    in the same cell, and Benjamini-Hochberg over genes; pooled_p, pooled_q: Geneformer's rank-sum
+    test (see above). Genes in fewer than `LEAST` cells have no p.
+    """
+    cells = table["cell"].nunique()
+    grouped = table.groupby("gene", sort=True)
+    found = grouped[["effect", "own", "position", *values]].mean()
+    found.insert(0, "cells", grouped.size())
+    found["total"] = grouped["effect"].sum() / cells
+    found["low"], found["high"] = np.nan, np.nan
+    effects = {gene: part.to_numpy() for gene, part in grouped["effect"]}
+    for n in map(int, found["cells"].unique()):
+        names = found.index[found["cells"] == n]
+        if n > 1:
+            drawn = generator(seed, "resampled perturbed cells").integers(n, size=(DRAWS, n))
+            counts = np.stack([np.bincount(one, minlength=n) for one in drawn])
+            some = np.stack([effects[gene] for gene in names])
+            _, found.loc[names, "low"], found.loc[names, "high"] = bootstrap_interval(some, counts)
+    tested = found.index[found["cells"] >= LEAST]
+    place = table["gene"].map({gene: i for i, gene in enumerate(tested)})
+    p, pooled = _tests(table["cell"].to_numpy(), place.to_numpy(), table["effect"].to_numpy(),
+                       len(tested))
+    for name, one in (("", p), ("pooled_", pooled)):
+        found[f"{name}p"] = pd.Series(one, tested, dtype=float)
+        found[f"{name}q"] = pd.Series(benjamini_hochberg(one), tested, dtype=float)
+    order = ["cells", "effect", "low", "high", "own", "position", "total", *values, "p", "q",
+             "pooled_p", "pooled_q"]
+    return found[order].sort_values("total", ascending=False, kind="stable").reset_index()
+
+
+def called_of_shuffled(table: pd.DataFrame, seed: int) -> tuple[float, float]:
+    """How many genes either test calls at `LEVEL` when each cell's effects are dealt out to its
+    genes at random, the mean over `SHUFFLES`: paired within cells, and pooled."""
+    counts = table["gene"].value_counts()
+    tested = counts.index[counts >= LEAST].sort_values()
+    place = table["gene"].map({gene: i for i, gene in enumerate(tested)}).to_numpy()
+    cell, effect = table["cell"].to_numpy(), table["effect"].to_numpy()
+    rng, called = generator(seed, "shuffled perturbations"), np.zeros(2)
+    which = pd.factorize(cell)[0]
+    for _ in range(SHUFFLES):
+        # By a random key within each cell.
+        order = np.lexsort((rng.random(len(cell)), which))
+        dealt = np.empty_like(effect)
+        dealt[np.argsort(which, kind="stable")] = effect[order]
+        called += [(benjamini_hochberg(p) < LEVEL).sum()
+                   for p in _tests(cell, place, dealt, len(tested))]
+    paired, pooled = called / SHUFFLES
+    return float(paired), float(pooled)
+
+
+def _tests(cell: np.ndarray, place: np.ndarray, effect: np.ndarray, n: int
+           ) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) p of each tested gene by signed ranks within cells, and by rank sums over all.
+
+    place: (n_rows,) which tested gene a row is of; nan for none.
+    """
+    middle = pd.Series(effect).groupby(cell).transform("median").to_numpy()
+    excess, ranks, every = effect - middle, stats.rankdata(effect), len(effect)
+    is_tested = ~np.isnan(place)
+    rows = np.flatnonzero(is_tested)[np.argsort(place[is_tested], kind="stable")]
+    sizes = np.bincount(place[is_tested].astype(int), minlength=n)
+    paired, pooled = np.ones(n), np.ones(n)
+    ends = np.cumsum(sizes)
+    for size in np.unique(sizes):
+        genes = np.flatnonzero(sizes == size)
+        at = rows[(ends[genes] - size)[:, None] + np.arange(size)]
+        if np.any(excess[at]):
+            paired[genes] = _signed_rank(excess[at])
+        # As scipy.stats.ranksums of the gene's effects and all others.
+        expected, spread = size * (every + 1) / 2, size * (every - size) * (every + 1) / 12
+        pooled[genes] = 2 * stats.norm.sf(np.abs(ranks[at].sum(axis=1) - expected)
+                                          / np.sqrt(max(spread, 1e-30)))
+    return paired, pooled
+
+
+def _signed_rank(values: np.ndarray) -> np.ndarray:
+    """(n_genes,) two-sided p of Wilcoxon's signed-rank test of (n_genes, n_cells) against 0, by the
+    normal approximation with its correction for continuity; values of 0 share their rank's halves.
+    """
+    n = values.shape[1]
+    ranks = stats.rankdata(np.abs(values), axis=1)
+    above = (ranks * (np.sign(values) + 1) / 2).sum(axis=1)
+    spread = np.sqrt(n * (n + 1) * (2 * n + 1) / 24)
+    z = np.maximum(np.abs(above - n * (n + 1) / 4) - 0.5, 0) / spread
+    return 2 * stats.norm.sf(z)

@@ -1,0 +1,142 @@
+"""Cells are kept one by one, and tests hold at their level where nothing is to be found."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import tiny_profile
+from scipy import stats
+
+from scfm_circuits.circuits import perturbed_cells
+from scfm_circuits.circuits.knock_out import knock_outs
+from scfm_circuits.circuits.perturbation import deletions
+from scfm_circuits.circuits.perturbed_cells import (
+    LEAST,
+    by_gene,
+    called_of_shuffled,
+    cost_of,
+    perturbed,
+)
+from scfm_circuits.enrichment.significance import benjamini_hochberg
+
+
+@pytest.fixture
+def profile(monkeypatch, tmp_path) -> Any:
+    return tiny_profile(monkeypatch, tmp_path, forward_cells=3)
+
+
+def test_all_cells_are_asked_for_one_label(parts, profile):
+    model, _, corpus = parts
+    label = str(corpus.labels[5])
+    cells = [int(cell) for cell in np.flatnonzero(corpus.labels == label)[:2]] + [6]
+    found = perturbed(model, corpus, profile, cells, label)
+    for cell in cells:
+        part = found[found["cell"] == corpus.cell_ids[cell]]
+        assert part["gene"].tolist() == corpus.genes_of(cell)
+        assert part["rank"].tolist() == list(range(1, len(part) + 1))
+        own_label = str(corpus.labels[cell]) == label
+        same = part["effect"].to_numpy() == pytest.approx(
+            knock_outs(model, corpus, profile, cell), abs=1e-6)
+        assert same == own_label
+    assert (found["own"] + found["position"]).to_numpy() == pytest.approx(found["effect"])
+
+
+def test_a_run_that_was_cut_off_goes_on(parts, profile, monkeypatch):
+    model, _, corpus = parts
+    done: list[int] = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(1)
+        return deletions(*args, **options)
+
+    monkeypatch.setattr(perturbed_cells, "deletions", counted)
+    cells, label = [4, 5, 6], str(corpus.labels[4])
+    with pytest.raises(KeyboardInterrupt):
+        perturbed(model, corpus, profile, cells, label)
+    monkeypatch.setattr(perturbed_cells, "deletions", lambda *args, **options: (
+        done.append(1), deletions(*args, **options))[1])
+    first = perturbed(model, corpus, profile, cells, label)
+    assert len(done) == 3
+    pd.testing.assert_frame_equal(perturbed(model, corpus, profile, cells, label), first)
+    assert len(done) == 3
+    # Another label is another question.
+    other = next(one for one in corpus.labels if one != label)
+    assert not perturbed(model, corpus, profile, cells, str(other)).equals(first)
+    assert len(done) == 6
+
+
+def test_the_cost_is_what_is_passed_through_the_model(parts, profile, monkeypatch):
+    model, _, corpus = parts
+    passed = []
+    responses = perturbed_cells.deletions.__globals__["responses"]
+    monkeypatch.setitem(perturbed_cells.deletions.__globals__, "responses",
+                        lambda model, texts, *rest: (
+                            passed.extend(texts), responses(model, texts, *rest))[1])
+    said = cost_of(corpus, [4, 5])
+    perturbed(model, corpus, profile, [4, 5], str(corpus.labels[4]))
+    assert said.texts == len(passed)
+    # An upper bound: without a gene, and without the end of the text, a text is shorter.
+    assert 0.5 * said.tokens < sum(len(one.tokens) for one in passed) <= said.tokens
+    assert str(said) == f"{said.texts:,} texts, 0.0 M tokens"
+
+
+def made_up(n_cells: int = 30, n_genes: int = 20, seed: int = 0, scale: float = 0.0
+            ) -> pd.DataFrame:
+    """Effects at random; scale: how much cells differ in size and level of all their effects."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for cell in range(n_cells):
+        size, level = np.exp(scale * rng.normal(size=2)) - [0, 1]
+        # Genes of a pool of 60: which a cell has depends on its level, as in cells of two kinds.
+        first = 20 if level > 0 else 0
+        for rank, gene in enumerate(rng.permutation(40)[:n_genes] + first):
+            rows.append((f"c{cell}", "a", f"G{gene}", rank + 1, 3 * level + size * rng.normal()))
+    table = pd.DataFrame(rows, columns=["cell", "cell_type", "gene", "rank", "effect"])
+    return table.assign(own=0.75 * table["effect"], position=0.25 * table["effect"])
+
+
+def test_what_stands_for_each_gene():
+    table = made_up().assign(score=lambda one: 2 * one["effect"])
+    table.loc[table["gene"] == "G5", "effect"] += 6.0
+    found = by_gene(table, 0, ["score"]).set_index("gene")
+    assert found.index[0] == "G5" and found.loc["G5", "q"] < 0.05 < found["q"].median()
+    assert found["total"].is_monotonic_decreasing
+    for gene, row in found.iterrows():
+        part = table[table["gene"] == gene]
+        assert row["cells"] == len(part)
+        assert row["effect"] == pytest.approx(part["effect"].mean())
+        assert row["total"] == pytest.approx(part["effect"].sum() / 30)
+        assert row["own"] == pytest.approx(part["own"].mean())
+        assert row["score"] == pytest.approx(part["score"].mean())
+        if len(part) > 1:
+            assert row["low"] <= row["effect"] <= row["high"]
+        if len(part) >= LEAST:
+            others = table.loc[table["gene"] != gene, "effect"]
+            assert row["pooled_p"] == pytest.approx(
+                stats.ranksums(part["effect"], others).pvalue)
+            middle = table.groupby("cell")["effect"].transform("median")
+            assert row["p"] == pytest.approx(stats.wilcoxon(
+                (table["effect"] - middle)[part.index], correction=True, method="approx").pvalue)
+        else:
+            assert np.isnan(row["p"]) and np.isnan(row["pooled_q"])
+    tested = found["cells"] >= LEAST
+    assert found.loc[tested, "q"].to_numpy() == pytest.approx(
+        benjamini_hochberg(found.loc[tested, "p"]))
+    pd.testing.assert_frame_equal(by_gene(table, 0, ["score"]), found.reset_index())
+
+
+def test_cells_that_differ_mislead_the_pooled_test_alone():
+    """Effects that differ by cell and not by gene: the paired test calls next to nothing, the
+    pooled one most genes, also when the effects are dealt out at random."""
+    table = made_up(n_cells=60, scale=1.5, seed=1)
+    found = by_gene(table, 0)
+    tested = found["q"].notna()
+    assert (found.loc[tested, "q"] < 0.05).sum() <= 1
+    assert (found.loc[tested, "pooled_q"] < 0.05).mean() > 0.3
+    paired, pooled = called_of_shuffled(table, 0)
+    assert paired < 0.5 and pooled > 0.3 * tested.sum()
+    # Cells alike: neither.
+    assert max(called_of_shuffled(made_up(seed=2), 0)) < 0.5

@@ -190,6 +190,6 @@ def test_an_answer_is_right_if_each_of_its_tokens_is(parts, monkeypatch):
 
     monkeypatch.setattr(task, "decoder", lambda model: lambda **given: Last)
     monkeypatch.setattr(model, "get_output_embeddings", lambda: Sure())
-    right, contrast = task._asked(model, corpus, cells, ids, contrasts, None)
+    right, contrast = task.asked(model, corpus, cells, ids, contrasts, None)
     assert right.tolist() == [True, False, True]
     assert np.isfinite(contrast).all()

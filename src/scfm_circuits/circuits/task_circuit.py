@@ -263,7 +263,7 @@ def task_circuit(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Co
         places = means.places(np.where(kinds < 0, kinds[:, :1], kinds))
         with faster_attention(model):
             for at, setting in enumerate(settings):
-                found.right[at, where], found.contrast[at, where] = _asked(
+                found.right[at, where], found.contrast[at, where] = asked(
                     model, corpus, rows, tokens, contrasts[where],
                     None if setting.keep is None else kept_features(
                         transcoders, means, places, setting))
@@ -286,9 +286,9 @@ def contrasts_of(corpus: "Corpus", profile: "Profile", cells: np.ndarray, label:
             for cell, name in zip(cells, asked, strict=True)]
 
 
-def _asked(model: "PreTrainedModel", corpus: "Corpus", rows: np.ndarray, tokens: Tensor,
-           contrasts: Sequence[Contrast], replacement: Replacement | None
-           ) -> tuple[np.ndarray, np.ndarray]:
+def asked(model: "PreTrainedModel", corpus: "Corpus", rows: np.ndarray, tokens: Tensor,
+          contrasts: Sequence[Contrast], replacement: Replacement | None = None
+          ) -> tuple[np.ndarray, np.ndarray]:
     """(n_cells,) whether each token of the answer is the likeliest, and the contrasts."""
     unembed = model.get_output_embeddings()
     with replaced_mlps(model, replacement) if replacement else contextlib.nullcontext():

@@ -58,6 +58,8 @@ STREAMS: Mapping[str, Stream] = {
     "cells of both tokenizers": Stream(44),
     "resampled predictions": Stream(60),
     "steering": Stream(80, ("use",)),
+    "resampled steering": Stream(83),
+    "wrong calls": Stream(81),
     "simulated logic": Stream(45),
     "cells that known truth is scored on": Stream(46),
     "task circuit": Stream(61, ("part",)),

@@ -68,6 +68,7 @@ STREAMS: Mapping[str, Stream] = {
     "resampled features of Table 3": Stream(64),
     "resampled perturbed cells": Stream(90),
     "shuffled perturbations": Stream(91),
+    "genes as frequent": Stream(92),
     "masked genes": Stream(70, ("cell",)),
     "masks in training": Stream(71),
 }

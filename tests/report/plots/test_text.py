@@ -140,6 +140,12 @@ def knock_outs() -> tuple[Figure, list[str]]:
                                              **dict.fromkeys(measures, 0.5)}), ODD[:1]), ODD
 
 
+def known_ranks() -> tuple[Figure, list[str]]:
+    summary = pd.DataFrame({"by": ODD, "what": ODD, "median_rank": 3.0, "null_low": 2.0,
+                            "null_high": 40.0, "of": 50})
+    return circuits.known_ranks(summary.assign(rank=2.0), summary, ODD[:1], ODD[1:2]), ODD
+
+
 def circuit_flow() -> tuple[Figure, list[str]]:
     frame = pd.DataFrame({"kind": ["attention", "features"], "layer": [0, 1]})
     return circuits.circuit_flow(frame.assign(share=0.5, passing=0.5, cell=ODD[0])), []
@@ -246,7 +252,7 @@ def both_tokenizers() -> tuple[Figure, list[str]]:
 
 FIGURES: dict[str, Callable[[], tuple[Figure, list[str]]]] = {one.__name__: one for one in (
     cells_per_type, circuit_picture, circuit_overlap, planted_recovery, contribution_kinds,
-    faithfulness, predictions, task_curves, knock_outs, circuit_flow, training_curve,
+    faithfulness, predictions, task_curves, knock_outs, known_ranks, circuit_flow, training_curve,
     transcoder_curves,
     loss_comparison, layer_alone,
     share_with_controls, table4_with_nulls, beyond_controls, explained_per_layer,

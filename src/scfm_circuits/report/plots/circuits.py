@@ -350,3 +350,27 @@ def knock_outs(summary: pd.DataFrame, circuits: Sequence[str]) -> Figure:
         axis.grid(axis="y", visible=False)
     axes[0].set_yticks(places, [literal(what) for what in summary["what"]])
     return figure
+
+
+def known_ranks(genes: pd.DataFrame, summary: pd.DataFrame, circuits: Sequence[str],
+                measured: Sequence[str]) -> Figure:
+    """Where known genes stand among all, way by way; the first rank is the best.
+
+    genes, summary: of `known_response.KnownRanks`; circuits, measured: ways drawn in blue and in
+    black, all others in orange. Small points are genes, the large one their median, the grey bar
+    the middle 95 % of medians of random genes as frequent.
+    """
+    figure, axis = plt.subplots(figsize=(9.0, 1.0 + 0.42 * len(summary)), constrained_layout=True)
+    rows = summary.iloc[::-1]
+    for place, (_, row) in enumerate(rows.iterrows()):
+        colour = ("0.1" if row["by"] in measured else BLUE if row["by"] in circuits else ORANGE)
+        axis.hlines(place, row["null_low"], row["null_high"], color="0.85", linewidth=9, zorder=0)
+        own = genes.loc[genes["by"] == row["by"], "rank"]
+        axis.scatter(own, [place] * len(own), color=colour, s=14, alpha=0.6, zorder=2)
+        axis.scatter([row["median_rank"]], [place], color=colour, s=60, zorder=3)
+    axis.set_xscale("log")
+    axis.set(xlim=(0.8, 1.3 * float(summary["of"].max())), xlabel="rank among all genes (1: speaks "
+             "most for the response)")
+    axis.set_yticks(rows.index, [literal(what) for what in rows["what"]])
+    axis.grid(axis="y", visible=False)
+    return figure

@@ -1,0 +1,313 @@
+"""Where the answer is known: do circuits, knock-outs and features find the genes of a response?
+
+The profile names them (`known_response`, `known_terms`), and `case_type` is the label that
+responds. All that is reported is of held-out cells. The rules, fixed before any result was seen:
+
+1. `CELLS` held-out cells, each label in turn; in all of them the contrast of the response's label
+   is read, so that a positive number speaks for the response whatever the cell is.
+2. A gene's score in a cell counts as 0 where the cell has it not, and is averaged over all these
+   cells. Genes are ranked by that, the largest first (`known_ranks`).
+3. The null: as many genes at random, each of about as many of the cells as a known one is.
+4. Lists of the profile's `list_size` best genes are tested for the known terms, against all genes
+   that stand in the cells.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+from tqdm import tqdm
+
+from scfm_circuits import InputError
+from scfm_circuits.cells.prompts import answered_prompt
+from scfm_circuits.circuits import knock_out
+from scfm_circuits.circuits.contrast import contrast_of
+from scfm_circuits.circuits.direct_effects import direct_effects, sources_of
+from scfm_circuits.circuits.frozen import freeze
+from scfm_circuits.circuits.perturbed_cells import by_gene, perturbed
+from scfm_circuits.circuits.studies import studied_cells
+from scfm_circuits.common.randomness import generator
+from scfm_circuits.enrichment.terms import term_table
+from scfm_circuits.features.gene_lists import gene_lists
+from scfm_circuits.features.unit_scores import aurocs, read_genes, read_units
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from scfm_circuits.cells.corpus import Corpus
+    from scfm_circuits.common.profile import Profile
+    from scfm_circuits.enrichment.gene_sets import GeneSets
+    from scfm_circuits.features.statistics import FeatureStatistics
+    from scfm_circuits.transcoders.transcoder import Transcoders
+
+CELLS, TOP, NEAREST, DRAWS = 40, 10, 20, 10_000
+"""Cells whose genes are taken out; features shown; genes among which one as frequent as a known one
+is drawn; draws of such genes."""
+DIFFERENCE = "difference"
+CIRCUIT = ("paths", "written")
+SCORES = {name: what for name, what in knock_out.SCORES.items()
+          if name not in ("nodes", "nodes_signed")} | {
+    DIFFERENCE: "more often in training cells with the response than in others"}
+"""What each score of a gene is: circuits' first, then what is had without one."""
+MEASURED = {"effect": "measured: the gene taken out", "own": "measured: its own part",
+            "position": "measured: the part of moved positions"}
+
+
+class ResponseStudy(NamedTuple):
+    """Every gene of some held-out cells: what taking it out does, and what scores say of it."""
+
+    genes: pd.DataFrame
+    """A row per cell and gene: as `perturbed_cells.perturbed`, then `score_` with each of
+    `SCORES`."""
+    by_gene: pd.DataFrame
+    """`perturbed_cells.by_gene`, with the means of the scores."""
+    summary: pd.DataFrame
+    """`knock_out.summarised` against the whole effect and against its own part (column truth)."""
+    contributions: pd.DataFrame
+    """A row per cell type and feature that is active in any of the cells: cell_type, layer,
+    feature, contribution (what it writes straight to the contrast, nats, mean over cells)."""
+
+
+def response_study(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
+                   profile: "Profile", most: int = CELLS) -> ResponseStudy:
+    """Take every gene out of the first `most` held-out cells, each label in turn, and score it.
+
+    Raises InputError if no held-out cell has `knock_out.LEAST` genes.
+    """
+    cells = [int(cell) for cell in studied_cells(corpus, most, most)
+             if len(corpus.gene_ids_of(int(cell))) >= knock_out.LEAST]
+    if not cells:
+        raise InputError(f"No held-out cell has {knock_out.LEAST} genes, so none can be taken out; "
+                         "raise `genes_per_cell`.")
+    genes = perturbed(model, corpus, profile, cells, profile.case_type)
+    scores, contributions = _scored(model, transcoders, corpus, profile, cells)
+    genes = pd.concat([genes, scores], axis=1)
+    compared = [knock_out.compared(genes, profile.seed, truth=truth, scores=SCORES)[1].assign(
+        truth=truth) for truth in ("effect", "own")]
+    names = [f"score_{name}" for name in SCORES]
+    return ResponseStudy(genes, by_gene(genes, profile.seed, names), pd.concat(
+        compared, ignore_index=True), contributions)
+
+
+def _scored(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
+            profile: "Profile", cells: Sequence[int]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The scores of `ResponseStudy.genes`, in its order, and `contributions`."""
+    more_often, rows = presence_difference(corpus, profile.case_type), []
+    shape = transcoders.n_layers, transcoders.n_features
+    labels = np.unique(corpus.labels[cells])
+    sums = {str(label): np.zeros(shape) for label in labels}
+    for cell in tqdm(cells, desc="circuits", unit="cell"):
+        ids = corpus.gene_ids_of(cell)
+        prompt = answered_prompt(corpus, profile, cell, profile.case_type)
+        contrast = contrast_of(corpus, prompt)
+        frozen = freeze(model, transcoders, prompt.encoded.tokens)
+        scores = knock_out.gene_scores(model, frozen, prompt, contrast, None, ids)
+        rows.append(pd.DataFrame({f"score_{name}": (
+            more_often[ids] if name == DIFFERENCE else scores[name]) for name in SCORES}))
+        _, reading = contrast.start(frozen)
+        sources = sources_of(frozen, [reading])
+        [row], _ = direct_effects(frozen, sources, [reading])
+        np.add.at(sums[str(corpus.labels[cell])], (sources.layer, sources.feature),
+                  row[: sources.errors].double().cpu().numpy())
+    parts = []
+    for label, found in sums.items():
+        layer, feature = np.nonzero(found)
+        parts.append(pd.DataFrame({
+            "cell_type": label, "layer": layer, "feature": feature, "contribution":
+            found[layer, feature] / (corpus.labels[cells] == label).sum()}))
+    return pd.concat(rows, ignore_index=True), pd.concat(parts, ignore_index=True)
+
+
+def presence_difference(corpus: "Corpus", label: str) -> np.ndarray:
+    """(n_symbols,) share of a label's training cells that have a gene in their sentence, less that
+    of all other training cells. 0 if there are none of either."""
+    training = np.flatnonzero(~corpus.held_out)
+    found = np.zeros((2, len(corpus.symbols)))
+    own = corpus.labels[training] == label
+    for side, cells in enumerate((training[~own], training[own])):
+        for cell in cells:
+            found[side, corpus.gene_ids_of(int(cell))] += 1 / len(cells)
+    return found[1] - found[0] if own.any() and not own.all() else 0 * found[0]
+
+
+# --- the known genes -----------------------------------------------------------------------------
+
+
+class KnownRanks(NamedTuple):
+    """Where the known genes stand among all genes, by every score and by what was measured."""
+
+    genes: pd.DataFrame
+    """A row per way and gene: by, what, gene, cells (that have it), value (mean over all cells),
+    rank (1: speaks most for the response; half ranks for equals), of (how many genes)."""
+    summary: pd.DataFrame
+    """A row per way: by, what, median_rank, null (its median), null_low, null_high (its middle
+    95 %), p (share of random sets of genes as frequent whose median rank is as low), of."""
+
+
+def known_ranks(study: ResponseStudy, known: Sequence[str], seed: int) -> KnownRanks:
+    """Rank the known genes. Those that stand in none of the cells come last, with a value of 0.
+
+    Raises InputError if none of them stands in a cell.
+    """
+    table = study.by_gene.set_index("gene")
+    present = [gene for gene in known if gene in table.index]
+    if not present:
+        raise InputError("None of the profile's `known_response` stands in the sentence of a cell "
+                         "that was looked at; correct its symbols or raise `genes_per_cell`.")
+    at = table.index.get_indexer(pd.Index(present))
+    alike = _as_frequent(table["cells"].to_numpy(), at)
+    rng = generator(seed, "genes as frequent")
+    drawn = np.stack([rng.choice(some, DRAWS) for some in alike], axis=1)
+    rows, summary = [], []
+    for by, what in {**MEASURED, **SCORES}.items():
+        value = _value(table, by, study.genes["cell"].nunique())
+        rank = rankdata(-value)
+        rows += [(by, what, gene, int(table["cells"].iloc[place]), value[place], rank[place],
+                  len(table)) for gene, place in zip(present, at, strict=True)]
+        rows += [(by, what, gene, 0, 0.0, float(len(table)), len(table))
+                 for gene in known if gene not in present]
+        null, median = np.median(rank[drawn], axis=1), float(np.median(rank[at]))
+        low, middle, high = np.percentile(null, [2.5, 50, 97.5])
+        summary.append((by, what, median, middle, low, high,
+                        (1 + (null <= median).sum()) / (1 + DRAWS), len(table)))
+    return KnownRanks(
+        pd.DataFrame(rows, columns=["by", "what", "gene", "cells", "value", "rank", "of"]),
+        pd.DataFrame(summary, columns=["by", "what", "median_rank", "null", "null_low",
+                                       "null_high", "p", "of"]))
+
+
+def _value(table: pd.DataFrame, by: str, cells: int) -> np.ndarray:
+    """(n_genes,) a score's mean over all cells, a gene counting 0 where it is not."""
+    if by == DIFFERENCE:  # has seen all cells already
+        return table[f"score_{by}"].to_numpy()
+    column = by if by in MEASURED else f"score_{by}"
+    return (table[column] * table["cells"] / cells).to_numpy()
+
+
+def _as_frequent(cells: np.ndarray, known: np.ndarray) -> list[np.ndarray]:
+    """For each known gene, the `NEAREST` other genes that stand in about as many cells."""
+    others = np.setdiff1d(np.arange(len(cells)), known)
+    return [others[np.argsort(np.abs(cells[others] - cells[one]), kind="stable")[:NEAREST]]
+            for one in known]
+
+
+def enriched(study: ResponseStudy, library: "GeneSets", terms: Sequence[str], size: int,
+             level: float) -> pd.DataFrame:
+    """Are the best genes by each score those of the known terms? Hypergeometric, against all genes
+    in the cells; Benjamini-Hochberg over all terms of the library that hold one of them.
+
+    Of every way the `size` best genes; and the genes that a test over cells calls and that speak
+    for the response: ours (q), and Geneformer's (pooled_q). Columns: list, genes, term, n_overlap,
+    p, q, place (among all terms, by p), and the list's best_term.
+    """
+    table = study.by_gene.set_index("gene")
+    lists: dict[str, list[str]] = {}
+    for by, what in {**MEASURED, **SCORES}.items():
+        value = pd.Series(_value(table, by, study.genes["cell"].nunique()), table.index)
+        lists[what] = value.sort_values(ascending=False, kind="stable").index[:size].tolist()
+    for column, name in (("q", "called by the paired test"),
+                         ("pooled_q", "called by the pooled test")):
+        lists[name] = table.index[(table[column] < level) & (table["effect"] > 0)].tolist()
+    rows = []
+    for name, genes in lists.items():
+        found = term_table(genes, library, background=table.index.tolist(), family="all")
+        best = found["Term"].iloc[0] if len(found) else ""
+        for term in terms:
+            hit = np.flatnonzero(found["Term"] == term)
+            overlap, p, q, place = (
+                (int(found["n_overlap"].iloc[hit[0]]), float(found["P-value"].iloc[hit[0]]),
+                 float(found["Adjusted P-value"].iloc[hit[0]]), int(hit[0]) + 1)
+                if len(hit) else (0, 1.0, 1.0, None))
+            rows.append((name, len(genes), term, overlap, p, q, place, best))
+    return pd.DataFrame(rows, columns=["list", "genes", "term", "n_overlap", "p", "q", "place",
+                                       "best_term"])
+
+
+# --- features ------------------------------------------------------------------------------------
+
+WAYS = ("mean", "largest", "last")
+"""How a feature is read in a cell, over the question's tokens (`unit_scores`)."""
+
+
+def telling_features(model: "PreTrainedModel", transcoders: "Transcoders",
+                     statistics: "FeatureStatistics", corpus: "Corpus", profile: "Profile",
+                     top: int = TOP) -> tuple[pd.DataFrame, Mapping[str, float]]:
+    """Features that tell the response's cells from others: chosen on training cells, scored on
+    held-out ones.
+
+    As many training cells as held-out ones, evenly spaced. A feature is read in three ways, of
+    which the best is chosen with it. Columns: layer, feature, read (`WAYS`), fires_for (the
+    response or not), training_auroc, auroc (held-out; above 1/2: it tells as it did in training),
+    known (genes of `known_response` in its gene list), genes (the first of that list). And the
+    held-out AUROC of the best single gene, chosen in the same way, with its name's place in
+    `corpus.symbols`.
+    """
+    training, held_out = np.flatnonzero(~corpus.held_out), np.flatnonzero(corpus.held_out)
+    places = np.linspace(0, len(training) - 1, min(len(held_out), len(training))).round()
+    training = training[np.unique(places.astype(int))]
+    truth, other = (corpus.labels[some] == profile.case_type for some in (training, held_out))
+    for some, which in ((truth, "training"), (other, "held-out")):
+        if some.all() or not some.any():
+            raise InputError(f"The {which} cells are all or none of them {profile.case_type!r}; "
+                             "use more cells or set `sampling: stratified`.")
+    both = np.concatenate([training, held_out])
+    [units] = read_units(model, corpus, both, {"features": transcoders.layer_activations},
+                         profile.forward_cells).values()
+    found = _chosen(units, len(training), truth, other)
+    layer, rest = np.divmod(found["unit"].to_numpy(), len(WAYS) * transcoders.n_features)
+    way, feature = np.divmod(rest, transcoders.n_features)
+    table = found.drop(columns="unit").assign(layer=layer, feature=feature,
+                                              read=np.array(WAYS)[way])
+    table = table.drop_duplicates(["layer", "feature"]).head(top).reset_index(drop=True)
+    lists = [gene_lists(statistics, int(layer), np.array([feature]), corpus, profile)[0]
+             for layer, feature in table[["layer", "feature"]].to_numpy()]
+    table["known"] = [", ".join(gene for gene in profile.known_response if gene in genes)
+                      for genes in lists]
+    table["genes"] = [", ".join(genes[:6]) for genes in lists]
+    order = ["layer", "feature", "read", "fires_for", "training_auroc", "auroc", "known", "genes"]
+    return table[order], _best_gene(corpus, both, len(training), truth, other)
+
+
+def _chosen(units: np.ndarray, n_training: int, truth: np.ndarray, other: np.ndarray
+            ) -> pd.DataFrame:
+    """Units (n_cells, n_units) from the one that tells training cells best; equal ones in order."""
+    area = aurocs(rankdata(units[:n_training], axis=0), truth)
+    order = np.argsort(-np.abs(area - 0.5), kind="stable")[:1000]
+    held_out = aurocs(rankdata(units[n_training:][:, order], axis=0), other)
+    towards = area[order] >= 0.5
+    return pd.DataFrame({
+        "unit": order, "fires_for": np.where(towards, "the response", "the others"),
+        "training_auroc": np.where(towards, area[order], 1 - area[order]),
+        "auroc": np.where(towards, held_out, 1 - held_out)})
+
+
+def _best_gene(corpus: "Corpus", cells: np.ndarray, n_training: int, truth: np.ndarray,
+               other: np.ndarray) -> dict[str, float]:
+    most = max(len(corpus.gene_ids_of(int(cell))) for cell in cells)
+    ranking = np.full((len(cells), most), -1)
+    for row, cell in zip(ranking, cells, strict=True):
+        ids = corpus.gene_ids_of(int(cell))
+        row[: len(ids)] = ids
+    used = np.unique(ranking[ranking >= 0])
+    ranking = np.where(ranking >= 0, np.searchsorted(used, ranking), -1)
+    best = _chosen(read_genes(ranking, len(used)), n_training, truth, other).iloc[0]
+    return {"gene": float(used[int(best["unit"])]), "training_auroc": float(
+        best["training_auroc"]), "auroc": float(best["auroc"])}
+
+
+# --- what a page says ----------------------------------------------------------------------------
+
+
+def agreement(study: ResponseStudy) -> dict[str, float]:
+    """How a deletion's effect parts: share of its squares in the own and the position part (with
+    what both share left over), and their rank correlations with it, over all cells and genes."""
+    from scipy.stats import spearmanr
+
+    genes = study.genes
+    squares = {name: float((genes[name] ** 2).sum()) for name in MEASURED}
+    return {"own_share": squares["own"] / max(squares["effect"], 1e-30),
+            "position_share": squares["position"] / max(squares["effect"], 1e-30),
+            **{f"{name}_spearman": float(spearmanr(genes[name], genes["effect"]).statistic)
+               for name in ("own", "position")}}

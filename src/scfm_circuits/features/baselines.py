@@ -12,7 +12,6 @@ Two are the model's own directions, at the same sites: its MLP neurons, and the 
 of what the MLPs read, each with both signs.
 """
 
-import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,7 @@ from scfm_circuits.common.kept import stamp_of
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.features.statistics import FeatureStatistics, get_statistics, stored_statistics
 from scfm_circuits.models.architectures import neuron_rows
+from scfm_circuits.models.loading import reinitialised_model
 from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer
 from scfm_circuits.transcoders.training.run import get_transcoders, trained_record
@@ -38,25 +38,6 @@ if TYPE_CHECKING:
     from scfm_circuits.common.profile import Profile
 
 # --- a re-initialised model ----------------------------------------------------------------------
-
-
-@torch.no_grad()
-def reinitialised_model(model: "GPTNeoXForCausalLM", seed: int) -> "GPTNeoXForCausalLM":
-    """A copy of the model whose every parameter tensor is drawn anew; the model stays as it is.
-
-    Entries are normal with the tensor's own mean and standard deviation, embeddings included
-    (Heap et al.'s "re-randomised including embeddings"), so the scales of weights are kept and all
-    else is lost; a constant tensor stays. Tensors that the model ties stay tied. Needs the memory
-    of one more model.
-    """
-    drawn = copy.deepcopy(model)
-    # numpy's numbers are the same on every device, and none of those that the model began with.
-    rng = generator(seed, "re-initialised model")
-    for parameter in drawn.parameters():
-        std, mean = torch.std_mean(parameter.float(), correction=0)
-        noise = torch.from_numpy(rng.standard_normal(tuple(parameter.shape), np.float32))
-        parameter.copy_(noise.to(parameter.device) * std + mean)
-    return drawn
 
 
 def mean_output_norms(model: "GPTNeoXForCausalLM", corpus: Corpus, cells: np.ndarray,

@@ -2,6 +2,8 @@
 
 The commonest training type is what can be said without looking at the cell. A logistic regression
 on the same ranks, trained on the same training cells, is what they say to a model without layers.
+Where nothing is asked in words, the model's answer is the type whose place is nearest (`states`);
+beside it stand the nearest by ranks alone, and that of the same model with its weights drawn anew.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +15,14 @@ from scfm_circuits.common.intervals import wilson_interval
 from scfm_circuits.common.kept import kept_arrays
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.answers import predict_answers
-from scfm_circuits.models.loading import model_stamp
+from scfm_circuits.models.loading import model_stamp, reinitialised_model
+from scfm_circuits.models.states import (
+    embeddings,
+    find_states,
+    get_states,
+    means_by_type,
+    placed_cells,
+)
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -32,27 +41,33 @@ ENOUGH = 5
 OTHER = "other words"
 """What an answer that is no type of the corpus is counted as."""
 MODEL, REGRESSION, COMMONEST = "the model", "logistic regression", "the commonest type"
+RANKS, REDRAWN = "nearest type by ranks alone", "the same model, weights drawn anew"
 
 Columns = dict[str, Any]
 """Columns of a table by name."""
 
 
 class Said(NamedTuple):
-    """Answers for held-out cells, (n,) each: which, the model's words, the regression's type."""
+    """Answers for held-out cells, (n,) each: which, the model's words or nearest type, the
+    regression's type; and the nearest by ranks, and for redrawn weights, or none where the model
+    answers in words."""
 
     cells: np.ndarray
     model: np.ndarray
     regression: np.ndarray
+    ranks: np.ndarray = np.zeros(0, "U1")
+    redrawn: np.ndarray = np.zeros(0, "U1")
 
 
 class KnownTypes(NamedTuple):
     """What `Said` amounts to."""
 
     accuracy: Columns
-    """A row for the model, the regression and the commonest type: answers, cells, right, percentage
-    with lower_95 and upper_95 (Wilson), mean_over_types (percentage, types with `ENOUGH` cells),
-    only_model and only_this (cells of which just one of the two is right), and p: of an exact
-    one-sided McNemar test that the model is no better."""
+    """A row for the model, what stands beside it, and the commonest type: answers, cells, right,
+    percentage with lower_95 and upper_95 (Wilson), mean_over_types (percentage, types with `ENOUGH`
+    cells; where nothing is asked in words with mean_low and mean_high, 95 %), only_model and
+    only_this (cells of which just one of the two is right), and p: of an exact one-sided McNemar
+    test that the model is no better."""
     by_type: Columns
     """A row for each type that was asked for, in alphabetical order: cell type, training (cells),
     held_out (that were asked), right, percentage, lower_95, upper_95, regression (right),
@@ -88,7 +103,8 @@ class KnownTypes(NamedTuple):
 def get_known_types(model: nn.Module, corpus: "Corpus", profile: "Profile") -> KnownTypes:
     """`known_types` of the profile's model, from answers that are kept in its results."""
     said = kept_arrays(profile.results / "known_types.npz", model_stamp(profile, corpus),
-                       lambda: ask_held_out(model, corpus, profile.seed), Said._asdict,
+                       lambda: ask_held_out(model, corpus, profile.seed) if corpus.has_answers
+                       else place_held_out(model, corpus, profile), Said._asdict,
                        lambda stored: Said(*(stored[name] for name in Said._fields)))
     return known_types(corpus, said)
 
@@ -98,6 +114,21 @@ def ask_held_out(model: nn.Module, corpus: "Corpus", seed: int, most: int = ASKE
     cells = cells_asked(corpus, seed, most)
     return Said(cells, np.array(predict_answers(model, corpus, cells), dtype=str),
                 regression_answers(corpus, cells))
+
+
+def place_held_out(model: nn.Module, corpus: "Corpus", profile: "Profile", most: int = ASKED
+                   ) -> Said:
+    """The nearest types of held-out cells, `most` of them, and what stands beside these."""
+    cells, size = cells_asked(corpus, profile.seed, most), profile.forward_cells
+    redrawn = reinitialised_model(model, profile.seed)  # type: ignore[arg-type]
+    by_model = ((model, get_states(model, corpus, profile)),
+                (redrawn, find_states(redrawn, corpus, size)))
+    own, control = (states.nearest(embeddings(one, corpus, cells, size))
+                    for one, states in by_model)
+    training = placed_cells(corpus)
+    by_ranks = means_by_type(ranks(corpus, training), corpus.labels[training])
+    return Said(cells, own, regression_answers(corpus, cells),
+                by_ranks.nearest(ranks(corpus, cells)), control)
 
 
 def cells_asked(corpus: "Corpus", seed: int, most: int = ASKED) -> np.ndarray:
@@ -113,8 +144,10 @@ def known_types(corpus: "Corpus", said: Said) -> KnownTypes:
     types, right = np.unique(truth), said.model == truth
     regression = said.regression == truth
     of_type = [truth == one for one in types]
-    accuracy = _accuracy({MODEL: right, REGRESSION: regression, COMMONEST: truth == commonest},
-                         of_type)
+    beside = {name: answers == truth for name, answers in (
+        (RANKS, said.ranks), (REDRAWN, said.redrawn)) if len(answers)}
+    accuracy = _accuracy({MODEL: right, **beside, REGRESSION: regression,
+                          COMMONEST: truth == commonest}, of_type, intervals=bool(beside))
     by_type = {
         "cell type": types, "training": [int(np.sum(taught == one)) for one in types],
         "held_out": [int(one.sum()) for one in of_type],
@@ -130,17 +163,30 @@ def known_types(corpus: "Corpus", said: Said) -> KnownTypes:
     return KnownTypes(accuracy, by_type, confusion, commonest)
 
 
-def _accuracy(right: dict[str, np.ndarray], of_type: list[np.ndarray]) -> Columns:
+def _accuracy(right: dict[str, np.ndarray], of_type: list[np.ndarray], intervals: bool) -> Columns:
     """`KnownTypes.accuracy`; right: by name, the model's first, which answers are right."""
     model, enough = right[MODEL], [one for one in of_type if one.sum() >= ENOUGH]
     only = [(int((model & ~one).sum()), int((one & ~model).sum())) for one in right.values()]
+    means = np.array([_mean_over_types([one[cells] for cells in enough]) for one in right.values()])
     return {
         "answers": list(right), "cells": [len(one) for one in right.values()],
-        **_shares(list(right.values())),
-        "mean_over_types": [100 * np.mean([one[cells].mean() for cells in enough])
-                            if enough else np.nan for one in right.values()],
+        **_shares(list(right.values())), "mean_over_types": means[:, 0].tolist(),
+        **({"mean_low": means[:, 1].tolist(), "mean_high": means[:, 2].tolist()}
+           if intervals else {}),
         "only_model": [ours for ours, _ in only], "only_this": [theirs for _, theirs in only],
         "p": [np.nan, *(better_by_luck(*pair) for pair in only[1:])]}
+
+
+def _mean_over_types(right: list[np.ndarray]) -> tuple[float, float, float]:
+    """Mean percentage over types with its 95 % interval: the sides of each type's interval
+    (Wilson's), squared and added (Newcombe 1998)."""
+    if not right:
+        return np.nan, np.nan, np.nan
+    shares = np.array([one.mean() for one in right])
+    ends = np.array([wilson_interval(int(one.sum()), len(one)) for one in right])
+    below, above = np.sqrt(np.square(ends - shares[:, None]).sum(axis=0)) / len(right)
+    mean = float(np.mean([one.mean() for one in right]))
+    return 100 * mean, 100 * (mean - float(below)), 100 * (mean + float(above))
 
 
 def better_by_luck(ours: int, theirs: int) -> float:

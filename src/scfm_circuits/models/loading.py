@@ -1,5 +1,6 @@
 """Loading the model that is explained, or having it trained on the spot, with checks before use."""
 
+import copy
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from scfm_circuits.common.encodings import CELL_SENTENCE
 from scfm_circuits.common.files import atomic_folder, digest, first_line
 from scfm_circuits.common.kept import Stamp, read_record, stamp_of, write_record
 from scfm_circuits.common.profile import model_source
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.architectures import check_supported
 from scfm_circuits.models.mlp_sites import best_device, moved_to, not_finite
 from scfm_circuits.models.small_models import TRAINING_FIELDS, TrainingCurve, train_small_model
@@ -195,3 +197,22 @@ def check_vocabulary(model: nn.Module, corpus: "Corpus") -> None:
     if length > config.max_position_embeddings:
         raise InputError(f"The longest cell has {length} tokens, the model takes "
                          f"{config.max_position_embeddings}; lower `genes_per_cell`.")
+
+
+@torch.no_grad()
+def reinitialised_model(model: "PreTrainedModel", seed: int) -> "PreTrainedModel":
+    """A copy of the model whose every parameter tensor is drawn anew; the model stays as it is.
+
+    Entries are normal with the tensor's own mean and standard deviation, embeddings included
+    (Heap et al.'s "re-randomised including embeddings"), so the scales of weights are kept and all
+    else is lost; a constant tensor stays. Tensors that the model ties stay tied. Needs the memory
+    of one more model.
+    """
+    drawn = copy.deepcopy(model)
+    # numpy's numbers are the same on every device, and none of those that the model began with.
+    rng = generator(seed, "re-initialised model")
+    for parameter in drawn.parameters():
+        std, mean = torch.std_mean(parameter.float(), correction=0)
+        noise = torch.from_numpy(rng.standard_normal(tuple(parameter.shape), np.float32))
+        parameter.copy_(noise.to(parameter.device) * std + mean)
+    return drawn

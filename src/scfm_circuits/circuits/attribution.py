@@ -31,18 +31,30 @@ from scfm_circuits.circuits.frozen import AtTokens, Frozen
 
 
 class Reading(NamedTuple):
-    """A linear reading `vector . residual + constant` of the stream at one position.
+    """A linear reading `vector . residual + constant` of the stream at one position; or the sum of
+    such at several, with a vector for each, (n, d_model), and a list of n positions.
 
     It sees the embedding, MLPs of layers below `mlp_limit` and attention below `attention_limit`.
     value: what the model itself gives for the reading, to check the sum against.
     """
 
     vector: Tensor
-    position: int
+    position: int | list[int]
     mlp_limit: int
     attention_limit: int
     constant: Tensor
     value: Tensor
+
+    @property
+    def token(self) -> int:
+        """The one position that is read."""
+        assert isinstance(self.position, int)
+        return self.position
+
+    @property
+    def last_position(self) -> int:
+        """The last position that is read."""
+        return self.position if isinstance(self.position, int) else max(self.position)
 
 
 class Contributions(NamedTuple):
@@ -132,7 +144,7 @@ def head_direction(frozen: Frozen, of: Reading, layer: int, head: int, source: i
     in `of`'s constant, so its own constant is zero. It sees layers below `layer` only.
     """
     v = _value_direction(frozen, seen_by(frozen, of).attention[layer], layer)[head]
-    scale = frozen.patterns[layer, head, of.position, source] / frozen.sigma1[layer, source]
+    scale = frozen.patterns[layer, head, of.token, source] / frozen.sigma1[layer, source]
     u = scale * v
     return Reading(u, source, layer, layer, torch.zeros_like(of.constant),
                      u @ frozen.residual[layer, source])
@@ -181,7 +193,7 @@ class SeenBy(NamedTuple):
 @torch.no_grad()
 def seen_by(frozen: Frozen, reading: Reading) -> SeenBy:
     """Follow a reading down the stream at its token, back through the norms that stand on it."""
-    u, constant, position = reading.vector, reading.constant, reading.position
+    u, constant, position = reading.vector, reading.constant, reading.token
 
     def before(norm: AtTokens | None, u: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
         return (u, constant) if norm is None else (
@@ -204,7 +216,7 @@ def seen_by(frozen: Frozen, reading: Reading) -> SeenBy:
 @torch.no_grad()
 def contributions(frozen: Frozen, reading: Reading) -> Contributions:
     """Every node's contribution to a reading; they sum to its value exactly."""
-    position, t = reading.position, frozen.transcoders
+    position, t = reading.token, frozen.transcoders
     n_mlp, n_attention = reading.mlp_limit, reading.attention_limit
     seen = seen_by(frozen, reading)
     error = frozen.error[:n_mlp, position]
@@ -242,13 +254,27 @@ def leaves_of(frozen: Frozen, reading: Reading) -> Tensor:
     return torch.stack([leaf[reading.position] @ start for leaf in frozen.leaves])
 
 
+def one_by_one(reading: Reading) -> list[Reading]:
+    """The readings at single positions that a reading is the sum of; the first has its constant.
+    Of several, the values of the single ones are not known (NaN)."""
+    if isinstance(reading.position, int):
+        return [reading]
+    none = torch.zeros_like(reading.constant)
+    return [reading._replace(vector=vector, position=position, value=none * torch.nan,
+                             constant=none if place else reading.constant)
+            for place, (vector, position) in enumerate(zip(
+                reading.vector, reading.position, strict=True))]
+
+
 def closure(frozen: Frozen, reading: Reading) -> float:
     """|sum of contributions - value| over their scale.
 
     Relative to the larger of |value| and the largest single contribution, because a value near
     zero can be the difference of large parts.
     """
-    parts = contributions(frozen, reading)
-    largest = max(float(part.abs().max()) for part in parts if part.numel())
-    scale = max(abs(float(reading.value)), largest, 1e-30)
-    return abs(float(parts.total() - reading.value)) / scale
+    total, largest = torch.zeros_like(reading.constant), abs(float(reading.value))
+    for one in one_by_one(reading):
+        parts = contributions(frozen, one)
+        largest = max(largest, *(float(part.abs().max()) for part in parts if part.numel()))
+        total = total + parts.total()
+    return abs(float(total - reading.value)) / max(largest, 1e-30)

@@ -13,9 +13,9 @@ class Node(NamedTuple):
 
     layer: -1 for embeddings. position: the token at which it writes; source: the token it read (a
     head's source, else the position itself).
-    index: feature or head number, token of an embedding or a logit, else -1. value: a feature's
-    activation (the target's pre-activation), a head's contribution to its reader, or the norm of
-    an error or an embedding.
+    index: feature or head number, token of an embedding or a logit, else -1, as for the embedding
+    of a position. value: a feature's activation (the target's pre-activation), a head's
+    contribution to its reader, or the norm of an error or an embedding.
     """
 
     id: str
@@ -49,6 +49,11 @@ class Node(NamedTuple):
     def of_embedding(cls, token: SupportsInt, position: int, norm: SupportsFloat) -> "Node":
         """The embedding of the token (its id) at a position."""
         return cls(f"E_P{position}", "embedding", -1, position, position, int(token), float(norm))
+
+    @classmethod
+    def of_rank(cls, position: int, norm: SupportsFloat) -> "Node":
+        """The embedding of a position: of a cell's genes, which rank."""
+        return cls(f"R_P{position}", "embedding", -1, position, position, -1, float(norm))
 
     @classmethod
     def of_logit(cls, token: int, position: int, n_layers: int, value: SupportsFloat) -> "Node":
@@ -148,11 +153,12 @@ def node_table(circuit: Circuit, texts: list[str], genes: list[str | None]) -> p
     """One row per node, most influential first.
 
     texts, genes: (n_pos,) token texts and the gene of each token (None outside genes). A head
-    counts for the token it read, every other node for the token it stands on.
+    counts for the token it read, every other node for the token it stands on. The embedding of a
+    position is of kind `rank`.
     """
     influence = circuit.influence()
     rows = [{
-        "kind": node.kind, "layer": node.layer,
+        "kind": "rank" if node.kind == "embedding" and node.index < 0 else node.kind, "layer": node.layer,
         "feature": node.index if node.kind == "feature" else None,
         "head": node.index if node.kind == "head" else None,
         "position": node.position, "source": node.source, "token": texts[node.source],

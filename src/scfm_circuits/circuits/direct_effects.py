@@ -28,8 +28,9 @@ class Sources:
     """All that writes into the stream upstream of some readings, numbered as columns of a row.
 
     First active features by (layer, position, feature), then errors by (layer, position), then
-    embeddings by position. layer, position, feature, activation: (n_active,). starts: where the
-    features of (layer, position) begin, (n_layers * n_pos + 1,).
+    embeddings by (leaf, position): tokens', and those of positions where there are any. layer,
+    position, feature, activation: (n_active,). starts: where the features of (layer, position)
+    begin, (n_layers * n_pos + 1,).
     """
 
     layer: np.ndarray
@@ -39,6 +40,7 @@ class Sources:
     starts: np.ndarray
     n_layers: int
     n_pos: int
+    n_leaves: int = 1
 
     @property
     def n_active(self) -> int:
@@ -58,12 +60,13 @@ class Sources:
     @property
     def count(self) -> int:
         """Number of columns."""
-        return self.embeddings + self.n_pos
+        return self.embeddings + self.n_leaves * self.n_pos
 
 
 def extent(frozen: Frozen, readings: Sequence[Reading]) -> tuple[int, int]:
     """Layers and positions that can reach any of the readings."""
-    last = max(one.position for one in readings) if frozen.causal else len(frozen.tokens) - 1
+    last = (max(one.last_position for one in readings) if frozen.causal
+            else len(frozen.tokens) - 1)
     return max(one.mlp_limit for one in readings), last + 1
 
 
@@ -76,7 +79,7 @@ def sources_of(frozen: Frozen, readings: Sequence[Reading]) -> Sources:
     layer, position, feature = (column.cpu().numpy() for column in places.unbind(dim=1))
     counts = np.bincount(layer * n_pos + position, minlength=n_layers * n_pos)
     return Sources(layer, position, feature, z[tuple(places.unbind(dim=1))],
-                   np.concatenate([[0], np.cumsum(counts)]), n_layers, n_pos)
+                   np.concatenate([[0], np.cumsum(counts)]), n_layers, n_pos, len(frozen.leaves))
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -127,8 +130,7 @@ def whole_sum(frozen: Frozen, readings: Sequence[Reading]) -> WholeSum:
 
 def _swept(frozen: Frozen, sources: Sources, readings: Sequence[Reading]
            ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `direct_effects`, and (n_leaves, n_readings, n_pos) of which those of embeddings are the
-    sum."""
+    """As `direct_effects`, and (n_leaves, n_readings, n_pos) the embeddings' part of it."""
     # Deep readings first, so that those that see a layer are always the leading ones.
     order = sorted(range(len(readings)), reverse=True, key=lambda i: (
         readings[i].attention_limit, readings[i].mlp_limit))
@@ -146,8 +148,10 @@ def _swept(frozen: Frozen, sources: Sources, readings: Sequence[Reading]
         seen = sum(one.attention_limit > layer for one in deep)
         _across(frozen.middle[layer], pull[:seen], constant[:seen])
         _pull_through_attention(frozen, layer, pull[:seen], constant[:seen])
-    at, leaves = sources.embeddings, _leaf_effects(frozen, pull, constant)
-    effects[:, at:at + n_pos] = leaves.sum(dim=0)
+    leaves = _leaf_effects(frozen, pull, constant)
+    for leaf, part in enumerate(leaves):
+        at = sources.embeddings + leaf * sources.n_pos
+        effects[:, at:at + n_pos] = part
     back = torch.tensor(np.argsort(order), device=pull.device)
     return effects[back], constant[back], leaves[:, back]
 

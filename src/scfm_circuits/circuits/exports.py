@@ -101,8 +101,8 @@ def neuronpedia_graph(circuit: Circuit | AttributionGraph, texts: Sequence[str],
     `influence` is, as the viewer wants it, the share of all influence held by it and those above
     it; targets have 0, so that they are shown at every threshold. Error nodes have identifiers of
     their own (`err_...`), which cannot collide with features of layer 0. `feature` is unique over
-    layers, as in circuit-tracer: Cantor's number of a feature's layer and index, an embedding's
-    position, a logit's token, -1 for an error. Raises InputError if texts or outputs are missing.
+    layers, as in circuit-tracer: Cantor's number of a feature's layer and index, a token
+    embedding's position, a logit's token, -1 for others. Raises InputError if texts or outputs are missing.
     """
     plain, labels, outputs = _plain(circuit), labels or {}, outputs or {}
     shown = [node for node in plain.nodes if node.kind != "head"]
@@ -139,7 +139,9 @@ def _feature_number(node: Node) -> int:
     if node.kind == "feature":
         both = node.layer + node.index
         return both * (both + 1) // 2 + node.index
-    return {"embedding": node.position, "logit": node.index}.get(node.kind, -1)
+    if node.kind == "embedding" and node.index >= 0:  # else it is of the position alone
+        return node.position
+    return node.index if node.kind == "logit" else -1
 
 
 def _of_output(output: Output, target: bool) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from scfm_circuits.circuits.attribution import Reading, feature_direction
 from scfm_circuits.circuits.circuit import Kind, Node
 from scfm_circuits.circuits.direct_effects import Sources, direct_effects, extent, sources_of
 from scfm_circuits.circuits.frozen import Frozen
+from scfm_circuits.circuits.search import leaf_node
 
 
 class Target(NamedTuple):
@@ -283,5 +284,5 @@ def _node(frozen: Frozen, sources: Sources, column: int) -> Node:
     if column < sources.embeddings:
         layer, position = divmod(column - sources.errors, sources.n_pos)
         return Node.of_error(layer, position, frozen.error[layer, position].norm())
-    position = column - sources.embeddings
-    return Node.of_embedding(frozen.tokens[position], position, frozen.residual[0, position].norm())
+    leaf, position = divmod(column - sources.embeddings, sources.n_pos)
+    return leaf_node(frozen, leaf, position)

@@ -14,6 +14,8 @@ from scfm_circuits.circuits.attribution import (
     contributions,
     feature_direction,
     head_direction,
+    leaves_of,
+    one_by_one,
 )
 from scfm_circuits.circuits.circuit import Circuit, Edge, Expansion, Kind, Node
 from scfm_circuits.circuits.frozen import Frozen
@@ -24,6 +26,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from scfm_circuits.cells.corpus import Corpus
+
+
+class _Contributor(NamedTuple):
+    """What contributes to a reading, before it is a node: where it stands in that kind's part of the
+    contributions; reading: at the one token where it arrives."""
+
+    weight: float
+    kind: Kind
+    where: list[int]
+    reading: Reading
+
+
+class _Sums(NamedTuple):
+    """A reading's contributions summed by kind, and the sum of their absolute values."""
+
+    features: float
+    errors: float
+    embedding: float
+    heads: float
+    constant: float
+    absolute: float
 
 
 class _Candidate(NamedTuple):
@@ -47,10 +70,10 @@ def trace(frozen: Frozen, target: Node, reading: Reading, *, branches: int, dept
         influence, level, name = heapq.heappop(queue)
         if name in circuit.expansions or level >= depth:
             continue
-        parts = contributions(frozen, readings[name])
-        kept = _strongest(frozen, circuit.nodes[name], readings[name], parts, branches)
-        kept = kept[: max(0, max_nodes - len(circuit.nodes)) or 1]
-        circuit.expansions[name] = _expansion(name, readings[name], parts, kept)
+        strongest, sums = _contributors(frozen, readings[name], branches)
+        kept = [_candidate(frozen, circuit.nodes[name], one)
+                for one in strongest[: max(0, max_nodes - len(circuit.nodes)) or 1]]
+        circuit.expansions[name] = _expansion(name, readings[name], sums, kept)
         for candidate in kept:
             node = candidate.node
             circuit.nodes.setdefault(node.id, node)
@@ -71,11 +94,28 @@ def trace_feature(frozen: Frozen, layer: int, feature: int, position: int, **opt
     return trace(frozen, node, reading, **options)
 
 
-def _strongest(frozen: Frozen, target: Node, reading: Reading, parts: Contributions,
-               branches: int) -> list[_Candidate]:
-    """The strongest contributors of all kinds, strongest first."""
+def _contributors(frozen: Frozen, reading: Reading, branches: int
+                  ) -> tuple[list[_Contributor], _Sums]:
+    """The strongest contributors of all kinds, strongest first, and what all of them add up to."""
+    found: list[_Contributor] = []
+    totals, absolute = dict.fromkeys(_Sums._fields[:5], 0.0), 0.0
+    for one in one_by_one(reading):
+        parts = contributions(frozen, one)
+        leaves = leaves_of(frozen, one)
+        for name, part in zip(parts._fields, parts, strict=True):
+            totals[name] += float(part.sum())
+            absolute += float((leaves if name == "embedding" else part).abs().sum()) * (
+                name != "constant")
+        found += _strongest(one, parts, leaves, branches)
+    # Of one reading they are in order already.
+    found.sort(key=lambda each: -abs(each.weight))
+    return found[:branches], _Sums(**totals, absolute=absolute + abs(totals["constant"]))
+
+
+def _strongest(reading: Reading, parts: Contributions, leaves: Tensor, branches: int
+               ) -> list[_Contributor]:
     by_kind: dict[Kind, Tensor] = {"feature": parts.features, "head": parts.heads,
-                                   "error": parts.errors, "embedding": parts.embedding}
+                                   "error": parts.errors, "embedding": leaves}
     flat = torch.cat([part.flatten() for part in by_kind.values()])
     top = torch.topk(flat.abs(), min(branches, len(flat)))
     ends = np.cumsum([part.numel() for part in by_kind.values()])
@@ -86,15 +126,14 @@ def _strongest(frozen: Frozen, target: Node, reading: Reading, parts: Contributi
         which = int(np.searchsorted(ends, place, side="right"))
         kind, part = list(by_kind.items())[which]
         index = np.unravel_index(place - (ends[which] - part.numel()), part.shape)
-        chosen.append(_candidate(frozen, target, reading, kind, [int(i) for i in index],
-                                 float(flat[place])))
+        chosen.append(_Contributor(float(flat[place]), kind, [int(i) for i in index], reading))
     return chosen
 
 
-def _candidate(frozen: Frozen, target: Node, reading: Reading, kind: Kind, index: list[int],
-               weight: float) -> _Candidate:
-    """The node behind one contribution; index: its place in that kind's part."""
-    position = reading.position
+def _candidate(frozen: Frozen, target: Node, found: _Contributor) -> _Candidate:
+    """The node behind one contribution."""
+    weight, kind, index, reading = found
+    position = reading.token
     if kind == "feature":
         layer, feature = index
         node = Node.of_feature(layer, feature, position,
@@ -107,21 +146,26 @@ def _candidate(frozen: Frozen, target: Node, reading: Reading, kind: Kind, index
     if kind == "error":
         node = Node.of_error(index[0], position, frozen.error[index[0], position].norm())
     else:
-        node = Node.of_embedding(frozen.tokens[position], position,
-                                 frozen.residual[0, position].norm())
+        node = leaf_node(frozen, index[0], position)
     return _Candidate(node, weight, None)
 
 
-def _expansion(name: str, reading: Reading, parts: Contributions, kept: list[_Candidate]
-               ) -> Expansion:
-    def rest(total: Tensor, kind: str) -> float:
-        return float(total) - sum(one.weight for one in kept if one.node.kind == kind)
+def leaf_node(frozen: Frozen, leaf: int, position: int) -> Node:
+    """The node of what the stream begins with at a token: 0, the token's own embedding, or 1, its
+    position's."""
+    norm = frozen.leaves[leaf, position].norm()
+    return (Node.of_embedding(frozen.tokens[position], position, norm) if leaf == 0
+            else Node.of_rank(position, norm))
 
-    absolute = sum(float(part.abs().sum()) for part in parts)
+
+def _expansion(name: str, reading: Reading, sums: _Sums, kept: list[_Candidate]) -> Expansion:
+    def rest(total: float, kind: str) -> float:
+        return total - sum(one.weight for one in kept if one.node.kind == kind)
+
     return Expansion(
-        name, float(reading.value), sum(one.weight for one in kept), float(parts.constant),
-        rest(parts.features.sum(), "feature"), rest(parts.heads.sum(), "head"),
-        rest(parts.errors.sum(), "error"), rest(parts.embedding, "embedding"), absolute)
+        name, float(reading.value), sum(one.weight for one in kept), sums.constant,
+        rest(sums.features, "feature"), rest(sums.heads, "head"), rest(sums.errors, "error"),
+        rest(sums.embedding, "embedding"), sums.absolute)
 
 
 def strongest_features(frozen: Frozen, layer: int, position: int, n: int) -> list[int]:

@@ -197,7 +197,7 @@ def _label(node: "Node") -> str:
         case "error":
             return f"Transcoder error, layer {node.layer}"
         case "embedding":
-            return "Token embedding"
+            return "Token embedding" if node.index >= 0 else "Embedding of the rank"
         case _:
             return "Logit"
 
@@ -215,7 +215,7 @@ def _name(node: "Node", detail: Detail, texts: Sequence[str], genes: Sequence[st
         case "error":
             return f"error of layer {node.layer}"
         case "embedding":
-            return f"token {read}"
+            return f"token {read}" if node.index >= 0 else f"rank of {read}"
         case _:
             return "logit"
 

@@ -33,14 +33,14 @@ from scfm_circuits.transcoders.training.settings import Control
 from scfm_circuits.transcoders.transcoder import Transcoders
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXForCausalLM
+    from transformers import PreTrainedModel
 
     from scfm_circuits.common.profile import Profile
 
 # --- a re-initialised model ----------------------------------------------------------------------
 
 
-def mean_output_norms(model: "GPTNeoXForCausalLM", corpus: Corpus, cells: np.ndarray,
+def mean_output_norms(model: "PreTrainedModel", corpus: Corpus, cells: np.ndarray,
                       forward_cells: int) -> Tensor:
     """(n_layers,) mean norm of each MLP's output over the tokens of some cells."""
     total, n_tokens = torch.zeros((), dtype=torch.float64, device=device_of(model)), 0
@@ -50,7 +50,7 @@ def mean_output_norms(model: "GPTNeoXForCausalLM", corpus: Corpus, cells: np.nda
     return total / n_tokens
 
 
-def output_scale(model: "GPTNeoXForCausalLM", control: "GPTNeoXForCausalLM", corpus: Corpus,
+def output_scale(model: "PreTrainedModel", control: "PreTrainedModel", corpus: Corpus,
                  profile: "Profile") -> Tensor:
     """(n_layers,) factors that give the control's MLP outputs the mean norm of the model's.
 
@@ -65,7 +65,7 @@ def output_scale(model: "GPTNeoXForCausalLM", control: "GPTNeoXForCausalLM", cor
     return torch.where(found > 0, wanted / found, 1.0)
 
 
-def reinitialised_statistics(model: "GPTNeoXForCausalLM", corpus: Corpus, profile: "Profile"
+def reinitialised_statistics(model: "PreTrainedModel", corpus: Corpus, profile: "Profile"
                              ) -> FeatureStatistics:
     """Statistics of transcoders trained on the re-initialised model as the profile's own are.
 
@@ -88,7 +88,7 @@ def reinitialised_statistics(model: "GPTNeoXForCausalLM", corpus: Corpus, profil
 # --- an untrained encoder ------------------------------------------------------------------------
 
 
-def untrained_statistics(model: "GPTNeoXForCausalLM", statistics: FeatureStatistics,
+def untrained_statistics(model: "PreTrainedModel", statistics: FeatureStatistics,
                          corpus: Corpus, profile: "Profile", n_features: int = 256
                          ) -> FeatureStatistics:
     """Statistics of an encoder that was initialised as for training, and not trained.
@@ -103,7 +103,7 @@ def untrained_statistics(model: "GPTNeoXForCausalLM", statistics: FeatureStatist
         n_features=n_features)
 
 
-def _matched_statistics(name: str, model: "GPTNeoXForCausalLM", statistics: FeatureStatistics,
+def _matched_statistics(name: str, model: "PreTrainedModel", statistics: FeatureStatistics,
                         corpus: Corpus, profile: "Profile", encoder: Callable[[], Transcoders],
                         **more: int) -> FeatureStatistics:
     """Statistics of an encoder that fires as often as live trained features do, kept by name.
@@ -120,7 +120,7 @@ def _matched_statistics(name: str, model: "GPTNeoXForCausalLM", statistics: Feat
 
 
 @torch.no_grad()
-def untrained_encoder(model: "GPTNeoXForCausalLM", statistics: FeatureStatistics, corpus: Corpus,
+def untrained_encoder(model: "PreTrainedModel", statistics: FeatureStatistics, corpus: Corpus,
                       profile: "Profile", n_features: int) -> Transcoders:
     """Random directions, n_features per layer, with thresholds set on some training cells."""
     untrained = _encoder(len(statistics.fired), model.config.hidden_size, n_features, model)
@@ -130,12 +130,12 @@ def untrained_encoder(model: "GPTNeoXForCausalLM", statistics: FeatureStatistics
     return untrained
 
 
-def _encoder(n_layers: int, d_model: int, n_features: int, model: "GPTNeoXForCausalLM"
+def _encoder(n_layers: int, d_model: int, n_features: int, model: "PreTrainedModel"
              ) -> Transcoders:
     return Transcoders(n_layers, d_model, n_features).to(device_of(model))
 
 
-def _some_inputs(model: "GPTNeoXForCausalLM", corpus: Corpus, profile: "Profile") -> Tensor:
+def _some_inputs(model: "PreTrainedModel", corpus: Corpus, profile: "Profile") -> Tensor:
     """(n_layers, n_tokens, d_model) what the MLPs read in the first training cells."""
     some = np.flatnonzero(~corpus.held_out)[: profile.forward_cells]
     _, tokens, mask = next(iter(batches(corpus, some, len(some), device_of(model))))
@@ -166,7 +166,7 @@ DIRECTIONS = ("MLP neurons", "principal components")
 """Directions of the model that are there without any dictionary learning."""
 
 
-def direction_statistics(kind: str, model: "GPTNeoXForCausalLM", statistics: FeatureStatistics,
+def direction_statistics(kind: str, model: "PreTrainedModel", statistics: FeatureStatistics,
                          corpus: Corpus, profile: "Profile") -> FeatureStatistics:
     """Statistics of one of DIRECTIONS, which fire as often as live trained features do.
 
@@ -186,7 +186,7 @@ def principal_axes(inputs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def direction_encoder(kind: str, model: "GPTNeoXForCausalLM", statistics: FeatureStatistics,
+def direction_encoder(kind: str, model: "PreTrainedModel", statistics: FeatureStatistics,
                       corpus: Corpus, profile: "Profile") -> Transcoders:
     """An encoder of the model's own directions, with thresholds set on some training cells.
 

@@ -34,7 +34,7 @@ from scfm_circuits.transcoders.active_entries import find_active
 from scfm_circuits.transcoders.transcoder import Transcoders
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXForCausalLM
+    from transformers import PreTrainedModel
 
     from scfm_circuits.cells.corpus import Corpus
 
@@ -194,7 +194,7 @@ def activation_edges() -> np.ndarray:
 
 
 @torch.no_grad()
-def count_activations(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: "Corpus",
+def count_activations(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
                       pairs: np.ndarray, n_pairs: int, forward_cells: int, n_contexts: int,
                       progress: bool) -> FeatureTotals:
     """All cells in their order.

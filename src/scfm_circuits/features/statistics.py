@@ -20,7 +20,7 @@ from scfm_circuits.transcoders.training.settings import Control, stage_folder, t
 from scfm_circuits.transcoders.transcoder import Transcoders
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXForCausalLM
+    from transformers import PreTrainedModel
 
     from scfm_circuits.common.profile import Profile
 
@@ -128,7 +128,7 @@ def corpus_pairs(corpus: Corpus) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
     return unique // n_genes, (unique % n_genes - 1).astype(np.int32), counts, index
 
 
-def count_features(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus,
+def count_features(model: "PreTrainedModel", transcoders: Transcoders, corpus: Corpus,
                    forward_cells: int, n_contexts: int = 5, *, progress: bool = True
                    ) -> FeatureStatistics:
     """One pass over all cells.
@@ -168,7 +168,7 @@ def stored_statistics(corpus: Corpus, profile: "Profile", control: Control | Non
     return if_current(path, _stamp(corpus, profile, control), _statistics)
 
 
-def get_statistics(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus,
+def get_statistics(model: "PreTrainedModel", transcoders: Transcoders, corpus: Corpus,
                    profile: "Profile", control: Control | None = None) -> FeatureStatistics:
     """The profile's statistics: from `results/<profile>/features.npz` if current, else counted.
 

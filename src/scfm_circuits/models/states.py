@@ -72,7 +72,8 @@ def genes_at(corpus: "Corpus", rows: np.ndarray, length: int, device: torch.devi
 def embeddings(model: nn.Module, corpus: "Corpus", cells: np.ndarray, forward_cells: int
                ) -> np.ndarray:
     """(n_cells, d_model) float64: the cells' embeddings."""
-    found = [np.zeros((0, model.config.hidden_size))]  # type: ignore[union-attr]
+    config: Any = model.config
+    found = [np.zeros((0, config.hidden_size))]
     for rows, tokens, mask in tqdm(batches(corpus, cells, forward_cells, device_of(model)),
                                    "embeddings", unit="batch", leave=False):
         with counting_precision(model):  # type: ignore[arg-type]
@@ -91,12 +92,12 @@ def placed_cells(corpus: "Corpus") -> np.ndarray:
 
 def means_by_type(points: Any, labels: np.ndarray) -> States:
     """Each type's mean of points (n, d), which may be sparse."""
-    from scipy.sparse import csr_array, issparse
+    from scipy.sparse import csr_array
 
     types, which = np.unique(labels, return_inverse=True)
     one_of_each = csr_array((np.ones(len(which)), (which, np.arange(len(which)))))
-    sums = one_of_each @ points
-    sums = sums.toarray() if issparse(sums) else sums
+    sums: Any = one_of_each @ points
+    sums = sums.toarray() if hasattr(sums, "toarray") else sums
     return States(types.astype(str), sums / np.bincount(which)[:, None])
 
 

@@ -49,6 +49,7 @@ import pandas as pd
 from scfm_circuits import InputError
 from scfm_circuits.cells.tokens import question, token_texts
 from scfm_circuits.circuits import attribution, circuit, equation_5, exports, search
+from scfm_circuits.circuits.calls import calls_of
 from scfm_circuits.circuits.case_study import case_study
 from scfm_circuits.circuits.case_targets import (
     DRAWS,
@@ -56,7 +57,7 @@ from scfm_circuits.circuits.case_targets import (
     case_targets,
     target_elsewhere,
 )
-from scfm_circuits.circuits.contrast import ONE_TYPE, contrast_of
+from scfm_circuits.circuits.contrast import ONE_TYPE
 from scfm_circuits.circuits.graph_scores import graph_study
 from scfm_circuits.paper import case as printed_case
 from scfm_circuits.report.boxes.explorer import Explored, explore, further_calls
@@ -75,7 +76,8 @@ chapter.only_guesses()
 chapter.library_warnings(settings.case_library, printed_case.LIBRARY)
 
 # %%
-study = case_study(chapter.model, corpus, settings)
+calls = calls_of(chapter.model, corpus, settings)
+study = case_study(calls)
 case, genes, position = study.prompt, study.sentence, study.prompt.position
 
 # %%
@@ -90,10 +92,9 @@ chapter.values({
 # %%
 library = chapter.library(settings.case_library)
 targets = case_targets(chapter.model, chapter.transcoders, corpus, settings, study, library)
-frozen, contrast = targets.frozen, contrast_of(corpus, case)
+frozen, contrast = targets.frozen, calls.call(case, study.prediction)
 call = targets.call(contrast)
-call_parts = attribution.contributions(frozen, call.target.reading)
-by_gene = search.gene_contributions(call_parts, case.genes)
+by_gene = calls.by_gene(frozen, contrast, case.genes)
 chapter.value("call.leading", ", ".join(by_gene.loc[by_gene["contribution"] > 0, "gene"][:4]) or "none")
 
 # %%
@@ -138,7 +139,8 @@ chapter.percent("call.prompt_token_share", float((call.nodes["gene"] == "").mean
 explore(chapter, [
     Explored("call", f"{study.prediction}: the call of this chapter", "The cell of this chapter: "
              "what led to its call.", call.circuit, case.texts, case.genes,
-             f"call: {study.prediction}"), *further_calls(chapter, but=study.prediction)], library,
+             f"call: {study.prediction}"), *further_calls(
+                 calls, chapter.transcoders, but=study.prediction)], library,
         caption="The circuit of the call to explore: layers upwards, tokens along; the "
         "larger a node, the more of the target's contributions pass through it")
 
@@ -195,7 +197,7 @@ chapter.table("call_contrast", contrast.table(frozen, corpus.tokenizer), rows=20
 
 # %% mystnb={"image": {"alt": "Bars of the signed contributions to the contrast of the call: features, attention heads on genes and on other tokens, embedding, error, constant."}, "figure": {"caption": "The call's contrast as a sum of its direct sources, with attention split by whether the token read belongs to a gene. Error is what the transcoders leave unexplained of the MLPs.", "name": "fig-call"}}
 chapter.figure("case_call", plots.contribution_kinds(
-    search.sums_by_gene_or_not(call_parts, by_gene), "the call's contrast, nats"))
+    calls.sums(frozen, contrast, by_gene), "the call's contrast, nats"))
 
 # %%
 chapter.table("case_call_genes", by_gene, rows=12,

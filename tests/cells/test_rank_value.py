@@ -122,10 +122,13 @@ def test_a_corpus_is_read_as_it_was_stored(tmp_path):
     assert again.tokenizer.get_vocab() == corpus.tokenizer.get_vocab()
 
 
-def test_an_answer_is_asked_for_and_there_is_none(tmp_path):
+def test_nothing_is_asked_in_words_so_the_cell_stands_alone(tmp_path):
     profile = profile_of(cells(tmp_path, counts()), dictionaries(tmp_path))
-    with pytest.raises(InputError, match="`encoding: geneformer_v2` has no answer"):
-        answered_prompt(load_corpus(profile), profile, 0, "a")
+    corpus = load_corpus(profile)
+    prompt = answered_prompt(corpus, profile, 0, "a")
+    assert prompt.encoded.tokens.tolist() == corpus.tokens[0][corpus.mask[0]].tolist()
+    assert prompt.genes == [None, *corpus.genes_of(0), None]
+    assert prompt.answer_start == len(prompt.texts) == prompt.position + 1
 
 
 @pytest.mark.parametrize(("encoding", "family"), [("geneformer_v2", "bert"), ("maxtoki", "llama")])

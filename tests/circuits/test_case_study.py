@@ -11,7 +11,7 @@ from helpers import model_for, tiny_corpus, tiny_profile
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.tokens import encode_prompt, load_tokenizer
-from scfm_circuits.circuits import case_study
+from scfm_circuits.circuits import calls, case_study
 from scfm_circuits.common.profile import ROOT, load_profile
 from scfm_circuits.models.answers import answer_prompt
 
@@ -45,11 +45,11 @@ def test_the_cell_of_median_probability_is_traced(monkeypatch, tmp_path, right, 
     assert len(rows) == 5
     profile = tiny_profile(monkeypatch, tmp_path, case_type=str(kind))
     monkeypatch.setattr(case_study, "_CANDIDATES", 5)
-    monkeypatch.setattr(case_study, "predict_answers", lambda model, corpus, cells: [
+    monkeypatch.setattr(calls, "predict_answers", lambda model, corpus, cells: [
         kind if right[rows.index(cell)] else "no" for cell in cells])
-    monkeypatch.setattr(case_study, "label_probability",
+    monkeypatch.setattr(calls, "label_probability",
                         lambda model, corpus, cell: chances[rows.index(cell)])
-    found = case_study.case_study(model_for(corpus), corpus, profile)
+    found = case_study.case_study(calls.calls_of(model_for(corpus), corpus, profile))
     assert found.sentence == corpus.genes_of(rows[chosen])
     assert (found.truth, found.prediction) == (kind, kind if right[chosen] else "no")
     assert told in found.origin
@@ -65,7 +65,7 @@ def test_a_sentence_from_a_file_is_the_prompt(corpus, monkeypatch, tmp_path, pla
     profile = tiny_profile(monkeypatch, tmp_path, case_sentence=name, case_position=place,
                            **({"prompt": prompt} if prompt else {}))
     model = model_for(corpus)
-    found = case_study.case_study(model, corpus, profile)
+    found = case_study.case_study(calls.calls_of(model, corpus, profile))
     asked = profile.prompt.replace("{genes}", " ".join(sentence)).replace(
         "{num_genes}", "4").replace("{organism}", "Homo sapiens")
     ids = np.array(corpus.tokenizer(asked, add_special_tokens=False)["input_ids"])

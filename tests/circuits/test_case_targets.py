@@ -12,9 +12,10 @@ from scipy.stats import mannwhitneyu
 
 from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.circuits import case_targets
+from scfm_circuits.circuits.calls import trace_call
 from scfm_circuits.circuits.case_study import CaseStudy
 from scfm_circuits.circuits.circuit import circuit_genes, node_table
-from scfm_circuits.circuits.contrast import contrast_of, trace_contrast
+from scfm_circuits.circuits.contrast import contrast_of
 from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.search import trace_feature
 from scfm_circuits.enrichment.gene_sets import gene_sets_from_dict
@@ -151,7 +152,7 @@ def test_every_target_is_traced_in_the_same_way(corpus, monkeypatch, tmp_path):
         prompt, sentence, label, label, ""), library)
     contrast = contrast_of(corpus, prompt)
     call = targets.call(contrast)
-    assert call.circuit == trace_contrast(targets.frozen, contrast, profile)
+    assert call.circuit == trace_call(targets.frozen, contrast, profile)
     feature = int(targets.frozen.activations[1, prompt.position].argmax())
     traced = targets.feature(1, feature, prompt.position)
     assert traced.circuit == trace_feature(targets.frozen, 1, feature, prompt.position, branches=64,

@@ -13,11 +13,11 @@ from tiny_architectures import FAMILIES, LinearModel, tiny
 
 from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt
 from scfm_circuits.circuits.attribution import contributions, logit_direction
+from scfm_circuits.circuits.calls import trace_call
 from scfm_circuits.circuits.contrast import (
     Contrast,
     answers_by_label,
     contrast_of,
-    trace_contrast,
 )
 from scfm_circuits.circuits.direct_effects import direct_effects, sources_of
 from scfm_circuits.circuits.frozen import freeze
@@ -132,7 +132,7 @@ def test_the_circuit_of_a_call_starts_at_it(monkeypatch, tmp_path):
     case = answered_prompt(corpus, profile, 1, str(corpus.labels[1]))
     run = freeze(model, tiny_transcoders(model), case.encoded.tokens)
     contrast = contrast_of(corpus, case)
-    circuit = trace_contrast(run, contrast, profile)
+    circuit = trace_call(run, contrast, profile)
     target = circuit.nodes[circuit.target]
     assert (target.kind, target.position, target.index) == (
         "logit", contrast.position, contrast.token)

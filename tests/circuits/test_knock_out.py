@@ -16,7 +16,8 @@ from scfm_circuits import InputError
 from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.circuits import knock_out
 from scfm_circuits.circuits.attribution import contributions, feature_direction
-from scfm_circuits.circuits.contrast import Contrast, contrast_of, trace_contrast
+from scfm_circuits.circuits.calls import trace_call
+from scfm_circuits.circuits.contrast import Contrast, contrast_of
 from scfm_circuits.circuits.direct_effects import all_paths, direct_effects, sources_of
 from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.transcoders.transcoder import Variant
@@ -38,7 +39,7 @@ def case(parts, profile) -> Any:
     prompt = answered_prompt(corpus, profile, cell, str(corpus.labels[cell]))
     frozen = freeze(model, transcoders, prompt.encoded.tokens)
     contrast = contrast_of(corpus, prompt)
-    circuit = trace_contrast(frozen, contrast, profile)
+    circuit = trace_call(frozen, contrast, profile)
     scores = knock_out.gene_scores(model, frozen, prompt, contrast, circuit,
                                    corpus.gene_ids_of(cell))
     return cell, prompt, contrast, frozen, circuit, scores

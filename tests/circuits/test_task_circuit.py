@@ -9,6 +9,7 @@ from tiny_architectures import FAMILIES, tiny
 from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.circuits import task_circuit as task
 from scfm_circuits.circuits.attribution import feature_direction
+from scfm_circuits.circuits.calls import calls_of
 from scfm_circuits.circuits.contrast import contrast_of
 from scfm_circuits.circuits.direct_effects import direct_effects, sources_of, total_pulls
 from scfm_circuits.circuits.frozen import freeze
@@ -175,7 +176,8 @@ def test_an_answer_is_right_if_each_of_its_tokens_is(parts, monkeypatch):
     cells = np.arange(3)
     ids = torch.from_numpy(corpus.tokens[cells])
     profile = tiny_profile_of()
-    contrasts = task.contrasts_of(corpus, profile, cells)
+    calls = calls_of(model, corpus, profile)
+    own = calls.own_calls(cells)
     likeliest = ids.roll(-1, dims=1)
     likeliest[1, corpus.answer_end[1] - 1] += 1  # the full stop of the second is missed
     likeliest[2, corpus.answer_start[2] - 2] += 1  # before the answer nothing counts
@@ -185,11 +187,7 @@ def test_an_answer_is_right_if_each_of_its_tokens_is(parts, monkeypatch):
             return torch.nn.functional.one_hot(hidden[..., 0].long(), len(corpus.tokenizer) + 1
                                                ).double()
 
-    class Last:
-        last_hidden_state = likeliest[..., None].double()
-
-    monkeypatch.setattr(task, "decoder", lambda model: lambda **given: Last)
     monkeypatch.setattr(model, "get_output_embeddings", lambda: Sure())
-    right, contrast = task.asked(model, corpus, cells, ids, contrasts, None)
+    right, contrast = calls.scored(cells, ids, likeliest[..., None].double(), own)
     assert right.tolist() == [True, False, True]
     assert np.isfinite(contrast).all()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus, build_corpus, load_corpus
+from scfm_circuits.circuits.calls import calls_of
 from scfm_circuits.circuits.case_study import case_study
 from scfm_circuits.circuits.planted_genes import named_right
 from scfm_circuits.common.labels import normal_label
@@ -81,7 +82,7 @@ def test_a_perfect_model_is_right_for_odd_labels(read: tuple[Corpus, Profile]) -
     assert accuracy(corpus) == 1
     model = Perfect(corpus)
     assert predict_answers(model, corpus, range(len(corpus))) == corpus.labels.tolist()
-    study = case_study(model, corpus, profile)  # type: ignore[arg-type]
+    study = case_study(calls_of(model, corpus, profile))  # type: ignore[arg-type]
     assert study.prediction == study.truth == profile.case_type == "CD19+ B"
     assert "names to the letter" in study.origin and "none" not in study.origin
     right = named_right(model, corpus, 1)  # type: ignore[arg-type]
@@ -108,7 +109,8 @@ def test_a_perfect_model_is_right_whatever_the_response(response: str) -> None:
         "case_type": "B cell"})
     corpus = corpus_of(["B cell", "B cell. x", "T"], 24, profile)
     assert accuracy(corpus) == 1 and accuracy(corpus, ends=False) == 1
-    assert case_study(Perfect(corpus), corpus, profile).prediction == "B cell"  # type: ignore
+    calls = calls_of(Perfect(corpus), corpus, profile)  # type: ignore[arg-type]
+    assert case_study(calls).prediction == "B cell"
 
 
 @settings(max_examples=25)

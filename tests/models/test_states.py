@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from three_types import TYPES, gene_corpus, gene_model
 from scipy.sparse import csr_array
 from sklearn.neighbors import NearestCentroid
+from three_types import TYPES, gene_corpus, gene_model
 
 from scfm_circuits import InputError
 from scfm_circuits.models import states as states_module
@@ -49,7 +49,7 @@ def test_a_cells_embedding_is_the_mean_over_its_genes_alone(parts):
 
 
 def test_cells_are_named_by_the_nearest_place_as_scikit_learn_does(parts):
-    profile, corpus, model = parts
+    _, corpus, model = parts
     training, held_out = (np.flatnonzero(one) for one in (~corpus.held_out, corpus.held_out))
     points = embeddings(model, corpus, training, 4)
     other = NearestCentroid().fit(points, corpus.labels[training])

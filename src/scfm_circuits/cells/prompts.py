@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.tokens import Encoded, encode_prompt, question, token_texts
 from scfm_circuits.common.profile import Profile
@@ -13,12 +12,13 @@ from scfm_circuits.common.profile import Profile
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-NO_ANSWER = ("A cell under `encoding: {}` has no answer: the model is told genes and nothing is "
-             "asked in words; for a cell type as the answer set `encoding: cell_sentence`.")
-
 
 class AnsweredPrompt(NamedTuple):
-    """A sentence's prompt with an answer: tokens, their texts and genes, the target's position."""
+    """A sentence's prompt with an answer: tokens, their texts and genes, the target's position.
+
+    Where nothing is asked in words there is no answer: `answer_start` is the length, and `position`
+    the last token.
+    """
 
     encoded: Encoded
     texts: list[str]
@@ -43,11 +43,12 @@ def answered_sentence(tokenizer: "PreTrainedTokenizerFast", profile: Profile, ge
 
 
 def answered_prompt(corpus: Corpus, profile: Profile, cell: int, answer: str) -> AnsweredPrompt:
-    """`answered_sentence` of a cell of the corpus, with the corpus's gene ids.
-
-    Raises InputError where genes are tokens: nothing is asked in words.
-    """
+    """`answered_sentence` of a cell of the corpus, with the corpus's gene ids; where genes are
+    tokens, the cell as it is, since nothing is asked in words and no answer follows."""
     if not corpus.has_answers:
-        raise InputError(NO_ANSWER.format(profile.encoding))
+        n = int(corpus.lengths[cell])
+        encoded = Encoded(*(getattr(corpus, name)[cell, :n] for name in Encoded._fields))
+        return AnsweredPrompt(encoded, corpus.pieces(cell), [
+            str(corpus.symbols[gene]) if gene >= 0 else None for gene in encoded.gene], n, n - 1)
     return answered_sentence(corpus.tokenizer, profile, corpus.genes_of(cell),
                              corpus.gene_ids_of(cell), answer)

@@ -6,22 +6,17 @@ special that is and what its circuit says is in `case_targets`.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from scfm_circuits import InputError
-from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt, answered_sentence
+from scfm_circuits.cells.prompts import AnsweredPrompt, answered_sentence
 from scfm_circuits.cells.tokens import encode_prompt, question
+from scfm_circuits.circuits.calls import Calls
 from scfm_circuits.common.profile import located
-from scfm_circuits.models.answers import answer_prompts, label_probability, predict_answers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from scfm_circuits.cells.corpus import Corpus
-    from scfm_circuits.common.profile import Profile
+from scfm_circuits.models.answers import answer_prompts
 
 _CANDIDATES = 100
 """Held-out cells of the type, in the file's order, among which one is chosen."""
@@ -31,8 +26,8 @@ class CaseStudy(NamedTuple):
     """A prompt and the model's own answer to it.
 
     prompt: tokens, texts and genes, the answer's start and the position of the target.
-    sentence: its genes in rank order; prediction: the answer without its full stop; truth: the
-    cell's label; origin: where the sentence is from, as the page says it.
+    sentence: its genes in rank order; prediction: the answer without its full stop, or the nearest
+    type; truth: the cell's label; origin: where the sentence is from, as the page says it.
     """
 
     prompt: AnsweredPrompt
@@ -42,15 +37,16 @@ class CaseStudy(NamedTuple):
     origin: str
 
 
-def case_study(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile") -> CaseStudy:
-    """The profile's case, answered by the model.
+def case_study(calls: Calls) -> CaseStudy:
+    """The profile's case, called by the model.
 
     With `case_sentence` it is that file's genes, labelled `case_type`. Else it is neither the
     clearest cell nor the first: of the held-out cells of the type `case_type` (the first
-    `_CANDIDATES`) that the model names to the letter, or of all if it names none, the one whose
-    label has the median probability (the lower of two). The rule looks at no feature or circuit.
-    Raises InputError for a file that holds no sentence.
+    `_CANDIDATES`) that the model names rightly, or of all if it names none so, the one whose
+    label has the median probability, or state call (the lower of two). The rule looks at no feature
+    or circuit. Raises InputError for a file that holds no sentence.
     """
+    model, corpus, profile = calls.model, calls.corpus, calls.profile
     if profile.case_sentence is not None:
         sentence = read_sentence(profile.case_sentence)
         ids = range(len(sentence))
@@ -62,19 +58,18 @@ def case_study(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile") -
         return CaseStudy(prompt, sentence, prediction, profile.case_type,
                          f"that of {Path(profile.case_sentence).name}")
     tried = np.flatnonzero(corpus.held_out & (corpus.labels == profile.case_type))[:_CANDIDATES]
-    answers = np.array(predict_answers(model, corpus, tried))
+    answers = calls.said(tried)
     right = np.flatnonzero(answers == profile.case_type)
     among = right if len(right) else np.arange(len(tried))
-    chances = np.array([label_probability(model, corpus, int(cell)) for cell in tried[among]])
+    chances = calls.sureness(tried[among])
     middle = int(np.argsort(chances, kind="stable")[(len(among) - 1) // 2])
     cell, prediction = int(tried[among[middle]]), str(answers[among[middle]])
-    which = (f"{len(right)} of {len(tried)} held-out cells of that type that the model names to "
-             "the letter" if len(right) else f"{len(tried)} held-out cells of that type, of which "
-             "the model names none to the letter")
-    return CaseStudy(answered_prompt(corpus, profile, cell, prediction), corpus.genes_of(cell),
+    which = (f"{len(right)} of {len(tried)} held-out cells of that type that {calls.named}"
+             if len(right) else f"{len(tried)} held-out cells of that type, {calls.none_named}")
+    return CaseStudy(calls.prompt(cell, prediction), corpus.genes_of(cell),
                      prediction, str(corpus.labels[cell]),
-                     f"that of the cell whose label has the median probability "
-                     f"({chances[middle]:.2g}) among the {which}")
+                     f"that of the cell {calls.median_of} ({chances[middle]:.2g}) among the "
+                     f"{which}")
 
 
 def read_sentence(name: str) -> list[str]:

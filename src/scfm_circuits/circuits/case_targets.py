@@ -1,6 +1,6 @@
 """What a circuit of the case may be traced from, and what such a circuit says.
 
-1. The call: its `contrast`.
+1. The call (`calls`).
 2. A feature of the last layer where the call is made, chosen by `call_features`: by how far it
    tells the cell's type from the others, in training cells.
 3. The paper's: the strongest feature of the last layer at the last token. `target_elsewhere` says
@@ -20,7 +20,6 @@ from scipy.stats import rankdata
 from scfm_circuits.cells.prompts import AnsweredPrompt
 from scfm_circuits.circuits.case_study import CaseStudy
 from scfm_circuits.circuits.circuit import Circuit, circuit_genes, node_table
-from scfm_circuits.circuits.contrast import Contrast
 from scfm_circuits.circuits.frozen import Frozen, freeze
 from scfm_circuits.circuits.graph import Target, feature_target
 from scfm_circuits.circuits.interventions import (
@@ -235,9 +234,9 @@ class CaseTargets(NamedTuple):
     rule: Rule
     symbols: set[str]
 
-    def call(self, contrast: Contrast) -> Traced:
+    def call(self, call: Call) -> Traced:
         """The circuit of the call."""
-        return self._of(Target(*contrast.start(self.frozen), 1.0), contrast)
+        return self._of(Target(*call.start(self.frozen), 1.0), call)
 
     def feature(self, layer: int, feature: int, position: int) -> Traced:
         """The circuit of a feature at a token."""

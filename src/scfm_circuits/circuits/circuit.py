@@ -56,6 +56,12 @@ class Node(NamedTuple):
         return cls(f"R_P{position}", "embedding", -1, position, position, -1, float(norm))
 
     @classmethod
+    def of_state(cls, position: int, n_layers: int, value: SupportsFloat) -> "Node":
+        """Where a circuit of a direction between states ends, above the model's last layer; it has
+        no token, and is drawn at `position`."""
+        return cls(f"state_P{position}", "logit", n_layers, position, position, -1, float(value))
+
+    @classmethod
     def of_logit(cls, token: int, position: int, n_layers: int, value: SupportsFloat) -> "Node":
         """The logit of a token (its id) at a position, above the model's last layer."""
         return cls(f"logit_{token}_P{position}", "logit", n_layers, position, position, token,
@@ -158,7 +164,8 @@ def node_table(circuit: Circuit, texts: list[str], genes: list[str | None]) -> p
     """
     influence = circuit.influence()
     rows = [{
-        "kind": "rank" if node.kind == "embedding" and node.index < 0 else node.kind, "layer": node.layer,
+        "kind": "rank" if node.kind == "embedding" and node.index < 0 else node.kind,
+        "layer": node.layer,
         "feature": node.index if node.kind == "feature" else None,
         "head": node.index if node.kind == "head" else None,
         "position": node.position, "source": node.source, "token": texts[node.source],

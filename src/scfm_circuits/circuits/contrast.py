@@ -14,18 +14,19 @@ nor is what a shared token of B leads to. Every text is answered with its own to
 A prediction that is no label parts from all labels alike. The rule looks at labels only.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
-from scfm_circuits.cells.prompts import AnsweredPrompt
+from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt
 from scfm_circuits.cells.tokens import token_texts
 from scfm_circuits.circuits.attribution import Reading, logit_direction
-from scfm_circuits.circuits.circuit import Circuit, Node
+from scfm_circuits.circuits.circuit import Node
 from scfm_circuits.circuits.frozen import Frozen
-from scfm_circuits.circuits.search import trace
 from scfm_circuits.common.labels import listed
+from scfm_circuits.models.architectures import unembedded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,6 +52,16 @@ class Contrast(NamedTuple):
     token: int
     others: tuple[int, ...] = ()
     labels: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def places(self) -> list[int]:
+        """The one token whose logits are read."""
+        return [self.position]
+
+    def read(self, model: nn.Module, hidden: Tensor, at: Tensor) -> Tensor:
+        """(n,) the contrast of texts, from what the model's body gives, hidden (n, n_pos, d_model),
+        at one token of each, (n, n_pos) bool; no other logit is computed."""
+        return self.of(unembedded(model, hidden[at]))
 
     def of(self, logits: Tensor) -> Tensor:
         """(...) the contrast in nats; logits: (..., vocabulary) at the position."""
@@ -104,7 +115,30 @@ def contrast_of(corpus: "Corpus", prompt: AnsweredPrompt) -> Contrast:
                     tuple(tuple(labels) for labels in there.values()))
 
 
-def trace_contrast(frozen: Frozen, contrast: Contrast, profile: "Profile") -> Circuit:
-    """The greedy circuit of a call (`search.trace`), as large as the profile's circuits are."""
-    return trace(frozen, *contrast.start(frozen), branches=profile.circuit_branches,
-                 depth=profile.circuit_depth, max_nodes=profile.circuit_nodes)
+def contrasts_of(corpus: "Corpus", profile: "Profile", cells: np.ndarray, label: str | None = None
+                 ) -> list[Contrast]:
+    """Each cell's contrast of its own label, or of `label`; the same for all cells of a type, but
+    for where it is read."""
+    found: dict[str, Contrast] = {}
+    asked = [str(one) if label is None else label for one in corpus.labels[cells]]
+    for cell, name in zip(cells, asked, strict=True):
+        if name not in found:
+            one = contrast_of(corpus, answered_prompt(corpus, profile, int(cell), name))
+            found[name] = one._replace(position=one.position - int(corpus.answer_start[cell]))
+    return [found[name]._replace(position=found[name].position + int(corpus.answer_start[cell]))
+            for cell, name in zip(cells, asked, strict=True)]
+
+
+def answered(model: nn.Module, corpus: "Corpus", rows: np.ndarray, tokens: Tensor, last: Tensor,
+             contrasts: Sequence[Contrast]) -> tuple[np.ndarray, np.ndarray]:
+    """(n_cells,) whether each token of the answer is the likeliest, and the contrasts, of the cells
+    `rows`. tokens: (n, length); last: (n, length, d_model) what the model's body gives."""
+    start, end = corpus.answer_start[rows], corpus.answer_end[rows]
+    cell = np.repeat(np.arange(len(rows)), end + 1 - start)
+    at = np.concatenate([np.arange(a - 1, b) for a, b in zip(start, end, strict=True)])
+    likeliest = unembedded(model, last[cell, at]).argmax(dim=-1)
+    missed = (likeliest != tokens[cell, at + 1]).cpu().numpy()
+    ends = [one.position for one in contrasts]
+    logits = unembedded(model, last[np.arange(len(rows)), ends])
+    return (np.bincount(cell, missed, len(rows)) == 0,
+            np.array([float(one.of(row)) for one, row in zip(contrasts, logits, strict=True)]))

@@ -136,7 +136,7 @@ def _swept(frozen: Frozen, sources: Sources, readings: Sequence[Reading]
         readings[i].attention_limit, readings[i].mlp_limit))
     deep = [readings[i] for i in order]
     n_pos = extent(frozen, deep)[1]
-    pull = deep[0].vector.new_zeros(len(deep), n_pos, len(deep[0].vector))
+    pull = deep[0].vector.new_zeros(len(deep), n_pos, deep[0].vector.shape[-1])
     for row, one in enumerate(deep):
         pull[row, one.position] = one.vector
     effects = pull.new_zeros(len(deep), sources.count)
@@ -244,7 +244,7 @@ def total_pulls(frozen: Frozen, reading: Reading) -> Tensor:
     effect is its activation times the product of its decoder row and the pull where it writes.
     """
     t, n_pos = frozen.transcoders, len(frozen.tokens)
-    pull = reading.vector.new_zeros(1, n_pos, len(reading.vector))
+    pull = reading.vector.new_zeros(1, n_pos, reading.vector.shape[-1])
     pull[0, reading.position] = reading.vector
     pulls = pull.new_zeros(t.n_layers, *pull.shape[1:])
     unused = torch.zeros_like(pull[:, 0, 0])

@@ -101,8 +101,8 @@ def neuronpedia_graph(circuit: Circuit | AttributionGraph, texts: Sequence[str],
     `influence` is, as the viewer wants it, the share of all influence held by it and those above
     it; targets have 0, so that they are shown at every threshold. Error nodes have identifiers of
     their own (`err_...`), which cannot collide with features of layer 0. `feature` is unique over
-    layers, as in circuit-tracer: Cantor's number of a feature's layer and index, a token
-    embedding's position, a logit's token, -1 for others. Raises InputError if texts or outputs are missing.
+    layers, as in circuit-tracer: Cantor's number of a feature's layer and index, a token's
+    position, a logit's token, -1 for others. Raises InputError if texts or outputs are missing.
     """
     plain, labels, outputs = _plain(circuit), labels or {}, outputs or {}
     shown = [node for node in plain.nodes if node.kind != "head"]

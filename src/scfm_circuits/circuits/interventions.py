@@ -15,7 +15,7 @@ on. `matched_features` draws circuits to compare with.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -42,16 +42,28 @@ class FeatureAt(NamedTuple):
 
 
 class Call(Protocol):
-    """What is read of the logits at a position, such as `contrast.Contrast`."""
+    """What is read of a text at some tokens, such as `contrast.Contrast`."""
 
     @property
-    def position(self) -> int:
-        """The token whose logits are read."""
+    def places(self) -> list[int]:
+        """The tokens."""
         ...
 
-    def of(self, logits: Tensor) -> Tensor:
-        """What is read of logits (..., n_vocab): (...)."""
+    def read(self, model: nn.Module, hidden: Tensor, at: Tensor) -> Tensor:
+        """(n,) what is read of texts: hidden, (n, n_pos, d_model) from the model's body; at, (n,
+        n_pos) bool the tokens."""
         ...
+
+    def start(self, frozen: Frozen) -> tuple[Any, Reading]:
+        """The `Node` at which a circuit of it ends, and its reading in the linear model."""
+        ...
+
+
+def at_places(places: Sequence[int], like: Tensor) -> Tensor:
+    """(1, n_pos) bool: True at the places of a text; like: (n_pos, ...)."""
+    at = torch.zeros(1, len(like), dtype=torch.bool, device=like.device)
+    at[0, list(places)] = True
+    return at
 
 
 class Effect(NamedTuple):
@@ -93,7 +105,8 @@ def frozen_change(frozen: Frozen, change: Tensor, reading: Reading) -> float:
             stream = frozen.across(frozen.middle[layer], stream + from_attention)
         if layer < reading.mlp_limit:
             stream = frozen.across(frozen.end[layer], stream + change[layer])
-    return float(stream[reading.position] @ reading.vector)
+    return float((stream[reading.position] * reading.vector).sum() if isinstance(
+        reading.position, list) else stream[reading.position] @ reading.vector)
 
 
 # --- the real model ------------------------------------------------------------------------------
@@ -116,7 +129,7 @@ def _read_with(model: nn.Module, frozen: Frozen, edits: Mapping[int, Edit],
     if isinstance(target, FeatureAt):
         t = frozen.transcoders
         return float(t.layer_pre_activations(target.layer, seen[0])[target.feature])
-    return float(target.of(frozen.unembedding @ final[target.position]))
+    return float(target.read(model, final[None], at_places(target.places, final))[0])
 
 
 class _Rows(NamedTuple):

@@ -1,10 +1,10 @@
 """Ground truth at the input: take a gene out of the sentence, and see what the call does.
 
-For some held-out cells, each answered with its label, every gene in turn is taken out: the prompt
-is encoded again without it, token for token, nothing stands in its place, and the `contrast` is
-read again at the same token of the same answer.
+For some held-out cells, each called what its label says (`calls`), every gene in turn is taken out:
+the text is encoded again without it, token for token, nothing stands in its place, and the call is
+read again: of an answer at the same token, of a state at the genes that are left.
 
-    effect(gene) = contrast(whole sentence) - contrast(without the gene),  in nats
+    effect(gene) = call(whole sentence) - call(without the gene),  in nats, or a state call's units
 
 so a gene that speaks for the call has a positive effect. `gene_scores` has what circuits say of
 each gene, and what is had for less. Over the genes of one cell a score and the effect are compared
@@ -23,12 +23,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scfm_circuits import InputError
-from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt
-from scfm_circuits.circuits.contrast import Contrast, contrast_of, trace_contrast
-from scfm_circuits.circuits.direct_effects import all_paths, direct_effects, sources_of
+from scfm_circuits.cells.prompts import AnsweredPrompt
+from scfm_circuits.circuits.calls import Calls, calls_of, trace_call
+from scfm_circuits.circuits.direct_effects import all_paths, direct_effects, extent, sources_of
 from scfm_circuits.circuits.frozen import Frozen, freeze
-from scfm_circuits.circuits.interventions import Kept, held_at_means, kept_alone
-from scfm_circuits.circuits.perturbation import deletions, encoder_of, of_call
+from scfm_circuits.circuits.interventions import Call, Kept, at_places, held_at_means, kept_alone
+from scfm_circuits.circuits.perturbation import deletions, encoder_of
 from scfm_circuits.circuits.structure import features_at
 from scfm_circuits.circuits.studies import studied_cells
 from scfm_circuits.circuits.token_means import (
@@ -39,6 +39,7 @@ from scfm_circuits.circuits.token_means import (
 )
 from scfm_circuits.common.intervals import bootstrap_interval
 from scfm_circuits.common.randomness import generator
+from scfm_circuits.models.architectures import decoder
 from scfm_circuits.models.mlp_sites import faster_attention
 
 if TYPE_CHECKING:
@@ -73,52 +74,43 @@ CIRCUITS = ("paths", "written", "nodes_signed", "nodes")
 
 def knock_outs(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile", cell: int
                ) -> np.ndarray:
-    """(n_genes,) effect of each gene of a cell's sentence on the contrast, in rank order."""
-    encoder = encoder_of(corpus, profile, cell)
-    assert encoder.contrast is not None
-    return deletions(model, encoder, corpus.gene_ids_of(cell), of_call(encoder.contrast),
+    """(n_genes,) effect of each gene of a cell's sentence on the call of its label, in rank
+    order."""
+    readout = calls_of(model, corpus, profile).readout(cell)
+    return deletions(model, encoder_of(corpus, profile, cell), corpus.gene_ids_of(cell), readout,
                      profile.forward_cells)[0]
-
-
-def _contrasts(model: "PreTrainedModel", contrast: Contrast, ends: Tensor, **inputs: Tensor
-               ) -> Tensor:
-    """(n,) the contrast of each text, read at its last token `ends`; no other logit is computed."""
-    hidden = model.base_model(use_cache=False, **inputs).last_hidden_state  # type: ignore[operator]
-    at = hidden[torch.arange(len(ends), device=ends.device), ends]
-    return contrast.of(model.get_output_embeddings()(at))  # type: ignore[operator]
 
 
 # --- what is held against it ---------------------------------------------------------------------
 
 
 def gene_scores(model: "PreTrainedModel", frozen: Frozen, prompt: AnsweredPrompt,
-                contrast: Contrast, circuit: "Circuit | None", ids: Sequence[int] | np.ndarray
+                call: Call, circuit: "Circuit | None", ids: Sequence[int] | np.ndarray
                 ) -> dict[str, np.ndarray]:
     """(n_genes,) of each of `SCORES`, in the order of `ids`, the sentence's genes; without a
     circuit, of those that need no greedy one.
 
     paths: `direct_effects.all_paths` of the gene's own tokens. written: what embedding, active
-    features and errors at the gene's tokens give the contrast through attention alone; with biases
-    and all other tokens this adds up to the contrast. nodes: `Circuit.influence` of nodes on the
-    gene's tokens, heads where they read. rank: the first
-    gene highest. attention: rollout (Abnar and
-    Zuidema 2020): per layer half of the mean pattern and half of the identity, multiplied.
-    input_x_gradient, integrated_gradients: by the real model's gradient in the token embeddings;
-    the latter from a text whose genes' tokens all have the mean embedding of these, in `STEPS`
-    steps.
+    features and errors at the gene's tokens give the call through attention alone; with biases
+    and all other tokens this adds up to the call. nodes: `Circuit.influence` of nodes on the
+    gene's tokens, heads where they read. rank: the first gene highest. attention: rollout (Abnar
+    and Zuidema 2020): per layer half of the mean pattern and half of the identity, multiplied; mean
+    over the tokens that are read. input_x_gradient, integrated_gradients: by the real model's
+    gradient in the token embeddings; the latter from a text whose genes' tokens all have the mean
+    embedding of these, in `STEPS` steps.
     """
-    _, reading = contrast.start(frozen)
-    sources, n = sources_of(frozen, [reading]), contrast.position + 1
+    _, reading = call.start(frozen)
+    sources, n = sources_of(frozen, [reading]), extent(frozen, [reading])[1]
     [row], _ = direct_effects(frozen, sources, [reading])
     effects = row.double().cpu().numpy()
     written = np.bincount(sources.position, effects[: sources.errors], n)
     written += effects[sources.errors : sources.embeddings].reshape(-1, n).sum(axis=0)
-    written += effects[sources.embeddings :]
+    written += effects[sources.embeddings :].reshape(-1, n).sum(axis=0)
     own = prompt.encoded.gene[:n]
-    gradient, integrated = _by_gradient(model, frozen, contrast, torch.from_numpy(own >= 0))
+    gradient, integrated = _by_gradient(model, frozen, call, torch.from_numpy(own >= 0))
     by_token: dict[str, Tensor | np.ndarray] = {
         "paths": all_paths(frozen, reading)[:n], "written": written,
-        "attention": _rollout(frozen)[contrast.position][:n],
+        "attention": _rollout(frozen)[call.places].mean(dim=0)[:n],
         "input_x_gradient": gradient, "integrated_gradients": integrated}
     if circuit is not None:
         by_token |= {"nodes_signed": _by_source(circuit, n, signed=True),
@@ -147,28 +139,27 @@ def _rollout(frozen: Frozen) -> Tensor:
     return whole
 
 
-def _by_gradient(model: "PreTrainedModel", frozen: Frozen, contrast: Contrast, on_gene: Tensor
+def _by_gradient(model: "PreTrainedModel", frozen: Frozen, call: Call, on_gene: Tensor
                  ) -> tuple[Tensor, Tensor]:
     """(n,) each token's input x gradient, and its integrated gradient."""
-    n = contrast.position + 1
-    x = frozen.residual[0, :n]
+    x = frozen.leaves[0, : len(on_gene)]
     base = torch.where(on_gene.to(x.device)[:, None], x[on_gene].mean(dim=0), x)
     along = (torch.arange(STEPS, device=x.device, dtype=x.dtype) + 0.5) / STEPS
     mean = torch.zeros_like(x)
     with faster_attention(model):
-        plain = _gradient(model, contrast, x[None])[0]
+        plain = _gradient(model, call, x[None])[0]
         for some in along.split(4):  # a few texts at once: their activations are kept
-            mean += _gradient(model, contrast, base + some[:, None, None] * (x - base)).sum(dim=0)
+            mean += _gradient(model, call, base + some[:, None, None] * (x - base)).sum(dim=0)
     return (x * plain).sum(dim=-1), ((x - base) * mean / STEPS).sum(dim=-1)
 
 
 @torch.enable_grad()
-def _gradient(model: "PreTrainedModel", contrast: Contrast, embedded: Tensor) -> Tensor:
-    """Gradient of each text's contrast in its embeddings, both (n, n_tokens, d_model)."""
+def _gradient(model: "PreTrainedModel", call: Call, embedded: Tensor) -> Tensor:
+    """Gradient of each text's call in its tokens' embeddings, both (n, n_tokens, d_model)."""
     leaf = embedded.detach().requires_grad_()
-    ends = torch.full((len(leaf),), leaf.shape[1] - 1, device=leaf.device)
-    value = _contrasts(model, contrast, ends, inputs_embeds=leaf).sum()
-    return torch.autograd.grad(value, leaf)[0]
+    hidden = decoder(model)(inputs_embeds=leaf, use_cache=False).last_hidden_state
+    at = at_places(call.places, leaf[0]).expand(len(leaf), -1)
+    return torch.autograd.grad(call.read(model, hidden, at).sum(), leaf)[0]
 
 
 # --- all cells -----------------------------------------------------------------------------------
@@ -178,35 +169,37 @@ class KnockOuts(NamedTuple):
     """Knock-outs of some cells, and what circuits and rivals say of them."""
 
     genes: pd.DataFrame
-    """A row per cell and gene: cell, cell_type, gene, rank (from 1), effect (nats), then `score_`
-    with each of `SCORES`."""
+    """A row per cell and gene: cell, cell_type, gene, rank (from 1), effect (in the call's units),
+    then `score_` with each of `SCORES`."""
     cells: pd.DataFrame
     """A row per cell and score: cell, cell_type, score, genes, spearman, spearman_size, k,
     overlap."""
     summary: pd.DataFrame
     """A row per score, see `summarised`."""
     kept: pd.DataFrame
-    """A row per cell: cell, cell_type, and `interventions.Kept` of its contrast (own kind)."""
+    """A row per cell: cell, cell_type, and `interventions.Kept` of its call (own kind)."""
 
 
 def knock_out_study(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
                     profile: "Profile", most: int = CELLS) -> KnockOuts:
     """Knock out every gene of the first `most` held-out cells, taken from each type in turn.
 
-    Each cell's circuit is the greedy one of its contrast, with the label as the answer. Cells with
-    fewer than `LEAST` genes are left out. Raises InputError if none has as many.
+    Each cell's circuit is the greedy one of the call of its label. Cells with fewer than `LEAST`
+    genes are left out, and those whose type cannot be called. Raises InputError if none is left.
     """
+    calls = calls_of(model, corpus, profile)
     averaged = cells_averaged(corpus, generator(profile.seed, "interventions"))
     means = mean_activations(model, transcoders, corpus, averaged, profile.forward_cells)
-    chosen = [int(cell) for cell in studied_cells(corpus, most, most)
+    among = calls.callable(np.flatnonzero(corpus.held_out))
+    chosen = [int(cell) for cell in studied_cells(corpus, most, most, among)
               if len(corpus.gene_ids_of(cell)) >= LEAST]
     if not chosen:
-        raise InputError(f"No held-out cell has {LEAST} genes, so none can be taken out; raise "
-                         "`genes_per_cell`.")
+        raise InputError(f"No held-out cell of a type that can be called has {LEAST} genes, so "
+                         "none can be taken out; raise `genes_per_cell`, or use more cells.")
     genes, kept = [], []
     for cell in tqdm(chosen, desc="knock-outs", unit="cell"):
         keys = {"cell": str(corpus.cell_ids[cell]), "cell_type": str(corpus.labels[cell])}
-        scores, left = _of_cell(model, transcoders, corpus, profile, cell, means)
+        scores, left = _of_cell(calls, transcoders, cell, means)
         names = corpus.genes_of(cell)
         genes.append(pd.DataFrame({
             **keys, "gene": names, "rank": np.arange(1, len(names) + 1),
@@ -217,16 +210,16 @@ def knock_out_study(model: "PreTrainedModel", transcoders: "Transcoders", corpus
     return KnockOuts(table, *compared(table, profile.seed), pd.DataFrame(kept))
 
 
-def _of_cell(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
-             profile: "Profile", cell: int, means: Means) -> tuple[dict[str, np.ndarray], Kept]:
-    prompt = answered_prompt(corpus, profile, cell, str(corpus.labels[cell]))
-    contrast = contrast_of(corpus, prompt)
+def _of_cell(calls: Calls, transcoders: "Transcoders", cell: int, means: Means
+             ) -> tuple[dict[str, np.ndarray], Kept]:
+    model, prompt = calls.model, calls.prompt(cell)
+    call = calls.call(prompt, str(calls.corpus.labels[cell]))
     frozen = freeze(model, transcoders, prompt.encoded.tokens)
-    circuit = trace_contrast(frozen, contrast, profile)
+    circuit = trace_call(frozen, call, calls.profile)
     kinds = token_kinds(prompt.encoded.gene, prompt.encoded.place, prompt.answer_start)
-    left = kept_alone(model, frozen, features_at(circuit), contrast, contrast.start(frozen)[1],
+    left = kept_alone(model, frozen, features_at(circuit), call, call.start(frozen)[1],
                       held_at_means(frozen, means, kinds))
-    return gene_scores(model, frozen, prompt, contrast, circuit, corpus.gene_ids_of(cell)), left
+    return gene_scores(model, frozen, prompt, call, circuit, calls.corpus.gene_ids_of(cell)), left
 
 
 # --- compared ------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 class _Contributor(NamedTuple):
-    """What contributes to a reading, before it is a node: where it stands in that kind's part of the
-    contributions; reading: at the one token where it arrives."""
+    """What contributes to a reading, before it is a node: where it stands in that kind's part of
+    the contributions; reading: at the one token where it arrives."""
 
     weight: float
     kind: Kind

@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scfm_circuits import InputError
-from scfm_circuits.circuits.contrast import Contrast, answers_by_label
+from scfm_circuits.circuits.contrast import Contrast, answers_by_label, contrasts_of
 from scfm_circuits.circuits.interventions import Edit
 from scfm_circuits.circuits.studies import studied_cells
-from scfm_circuits.circuits.task_circuit import contrasts_of
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.features.statistics import FeatureStatistics
 from scfm_circuits.features.unit_scores import aurocs

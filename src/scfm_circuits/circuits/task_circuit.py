@@ -5,8 +5,8 @@ cells, by a mean over these, and the model runs on held-out cells with every MLP
 
     MLP output at a token of kind k = base(k) + sum over kept features of (z - mean(k)) d
 
-1. `choose` scores every feature (of a layer, at whatever token) by its influence on the contrast of
-   the call (see `contrast`), by the gradient, by how much it writes, or at random.
+1. `choose` scores every feature (of a layer, at whatever token) by its influence on the call (see
+   `calls`), by the gradient, by how much it writes, or at random.
 2. `kept_features` is the replacement. `base` and `mean` are the MLP's mean output and the feature's
    mean activation over training tokens of the same kind (`token_means.token_kinds`), so features
    that are not kept stand at their mean. The transcoders' error is replaced by its mean, too: what
@@ -19,7 +19,6 @@ ProtoMech (arXiv:2602.12026) draws such curves for proteins; random features are
 """
 
 import contextlib
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -27,14 +26,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scfm_circuits.cells.prompts import answered_prompt
-from scfm_circuits.circuits.contrast import Contrast, contrast_of
+from scfm_circuits.circuits.calls import Calls, calls_of
 from scfm_circuits.circuits.direct_effects import total_pulls
 from scfm_circuits.circuits.frozen import freeze
+from scfm_circuits.circuits.interventions import Call, at_places
 from scfm_circuits.circuits.studies import studied_cells
 from scfm_circuits.circuits.token_means import Means, kinds_of, mean_activations, token_kinds
 from scfm_circuits.common.randomness import generator
-from scfm_circuits.models.architectures import decoder
+from scfm_circuits.models.architectures import architecture_of, decoder
 from scfm_circuits.models.mlp_sites import (
     Replacement,
     batches,
@@ -95,7 +94,8 @@ class TaskCircuit(NamedTuple):
     """What is left of the task with some of the features.
 
     right: (n_settings, n_cells) whether a cell is answered rightly, as in `validation`: each token
-    of its label's answer is the likeliest after those before it. contrast: the same shape, in nats.
+    of its label's answer is the likeliest after those before it; or, where nothing is asked in
+    words, its type's place is the nearest. contrast: the same shape, the call in its units.
     """
 
     settings: list[Setting]
@@ -111,12 +111,11 @@ class TaskCircuit(NamedTuple):
 # --- choosing ------------------------------------------------------------------------------------
 
 
-def choose(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
-           profile: "Profile", cells: np.ndarray, means: Means) -> Scores:
+def choose(calls: Calls, transcoders: Transcoders, cells: np.ndarray, means: Means) -> Scores:
     """Score all features by influence, gradient and activation, for either baseline.
 
     With `dz` what taking a feature away takes, z less its mean at tokens of the same kind or all of
-    z: influence is |sum over tokens of dz times its total effect| on the contrast of the cell's own
+    z: influence is |sum over tokens of dz times its total effect| on the call of the cell's own
     label, through attention and features with patterns, norms and active features as they are
     (`direct_effects.total_pulls`); gradient is the same with the gradient in the original model,
     where all responds. Both are means over the cells. activation: mean of z ||d|| over all tokens
@@ -125,13 +124,13 @@ def choose(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
     score = {(name, baseline): torch.zeros_like(transcoders.b_enc)
              for name in (INFLUENCE, GRADIENT) for baseline in (MEAN, ZERO)}
     for cell in tqdm(cells, "task circuit, choice", unit="cell"):
-        prompt = answered_prompt(corpus, profile, int(cell), str(corpus.labels[cell]))
-        contrast = contrast_of(corpus, prompt)
-        frozen = freeze(model, transcoders, prompt.encoded.tokens)
+        prompt = calls.prompt(cell)
+        call = calls.call(prompt, str(calls.corpus.labels[cell]))
+        frozen = freeze(calls.model, transcoders, prompt.encoded.tokens)
         kinds = means.places(token_kinds(prompt.encoded.gene, prompt.encoded.place,
                                          prompt.answer_start))
-        pulls = {INFLUENCE: total_pulls(frozen, contrast.start(frozen)[1]),
-                 GRADIENT: output_gradients(model, frozen.tokens, contrast)}
+        pulls = {INFLUENCE: total_pulls(frozen, call.start(frozen)[1]),
+                 GRADIENT: output_gradients(calls.model, frozen.tokens, call)}
         for layer in range(transcoders.n_layers):
             z = frozen.activations[layer]
             away = {MEAN: z - means.activations[layer][kinds], ZERO: z}
@@ -145,8 +144,8 @@ def choose(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
     return {**score, (ACTIVATION, MEAN): written, (ACTIVATION, ZERO): written}
 
 
-def output_gradients(model: "PreTrainedModel", tokens: Tensor, contrast: Contrast) -> Tensor:
-    """(n_layers, n_pos, d_model) gradient of a text's contrast in its MLPs' outputs."""
+def output_gradients(model: "PreTrainedModel", tokens: Tensor, call: Call) -> Tensor:
+    """(n_layers, n_pos, d_model) gradient of a text's call in its MLPs' outputs."""
     added: list[Tensor] = []
 
     def hook(layer: int, read: Tensor, output: Tensor) -> Tensor:
@@ -154,8 +153,9 @@ def output_gradients(model: "PreTrainedModel", tokens: Tensor, contrast: Contras
         return output + added[-1]
 
     with torch.enable_grad(), hooked(site_hooks(model, hook)):
-        logits = model(input_ids=tokens[None], use_cache=False).logits[0, contrast.position]
-        gradients = torch.autograd.grad(contrast.of(logits), added)
+        hidden = decoder(model)(input_ids=tokens[None], use_cache=False).last_hidden_state
+        value = call.read(model, hidden, at_places(call.places, hidden[0])).sum()
+        gradients = torch.autograd.grad(value, added, materialize_grads=True)
     return torch.cat(gradients)
 
 
@@ -240,22 +240,22 @@ def task_circuit(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Co
     type does not decide. Memory is that of one layer's activations for `profile.forward_cells`
     cells at a time; time that of one pass of `SCORED_CELLS` cells for each setting.
     """
-    rng = generator(profile.seed, "task circuit", 0)
+    rng, calls = generator(profile.seed, "task circuit", 0), calls_of(model, corpus, profile)
     training = rng.permutation(np.flatnonzero(~corpus.held_out))
     means = mean_activations(model, transcoders, corpus, np.sort(training[:MEAN_CELLS]),
                              profile.forward_cells)
-    choice = studied_cells(corpus, CHOICE_PER_TYPE, CHOICE_CELLS, among=training)
-    held_out = rng.permutation(np.flatnonzero(corpus.held_out))
+    choice = studied_cells(corpus, CHOICE_PER_TYPE, CHOICE_CELLS, among=calls.callable(training))
+    held_out = calls.callable(rng.permutation(np.flatnonzero(corpus.held_out)))
     cells = studied_cells(corpus, SCORED_PER_TYPE, SCORED_CELLS, among=held_out)
-    scores = choose(model, transcoders, corpus, profile, choice, means)
+    scores = choose(calls, transcoders, choice, means)
     settings = settings_of(scores, means, profile.seed)
     found = TaskCircuit(settings, np.zeros((len(settings), len(cells)), bool),
                         np.zeros((len(settings), len(cells))), int((means.firing > 0).sum()),
                         len(choice), cells)
-    contrasts = contrasts_of(corpus, profile, cells)
+    own = calls.own_calls(cells)
     bar = tqdm(total=len(cells) * len(settings), desc="task circuit", unit="cell")
     done = 0
-    for rows, tokens, _ in batches(corpus, cells, profile.forward_cells, device_of(model)):
+    for rows, tokens, mask in batches(corpus, cells, profile.forward_cells, device_of(model)):
         where = slice(done, done + len(rows))
         done += len(rows)
         kinds = kinds_of(corpus, rows)[:, : tokens.shape[1]]
@@ -263,41 +263,22 @@ def task_circuit(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Co
         places = means.places(np.where(kinds < 0, kinds[:, :1], kinds))
         with faster_attention(model):
             for at, setting in enumerate(settings):
-                found.right[at, where], found.contrast[at, where] = asked(
-                    model, corpus, rows, tokens, contrasts[where],
-                    None if setting.keep is None else kept_features(
-                        transcoders, means, places, setting))
+                found.right[at, where], found.contrast[at, where] = calls.scored(
+                    rows, tokens, last_hidden(
+                        model, tokens, mask, None if setting.keep is None else kept_features(
+                            transcoders, means, places, setting)), own[where])
                 bar.update(len(rows))
     bar.close()
     return found
 
 
-def contrasts_of(corpus: "Corpus", profile: "Profile", cells: np.ndarray, label: str | None = None
-                 ) -> list[Contrast]:
-    """Each cell's contrast of its own label, or of `label`; the same for all cells of a type, but
-    for where it is read."""
-    found: dict[str, Contrast] = {}
-    asked = [str(one) if label is None else label for one in corpus.labels[cells]]
-    for cell, name in zip(cells, asked, strict=True):
-        if name not in found:
-            one = contrast_of(corpus, answered_prompt(corpus, profile, int(cell), name))
-            found[name] = one._replace(position=one.position - int(corpus.answer_start[cell]))
-    return [found[name]._replace(position=found[name].position + int(corpus.answer_start[cell]))
-            for cell, name in zip(cells, asked, strict=True)]
-
-
-def asked(model: "PreTrainedModel", corpus: "Corpus", rows: np.ndarray, tokens: Tensor,
-          contrasts: Sequence[Contrast], replacement: Replacement | None = None
-          ) -> tuple[np.ndarray, np.ndarray]:
-    """(n_cells,) whether each token of the answer is the likeliest, and the contrasts."""
-    unembed = model.get_output_embeddings()
+def last_hidden(model: "PreTrainedModel", tokens: Tensor, mask: Tensor,
+                replacement: Replacement | None = None) -> Tensor:
+    """(n, length, d_model) what the model's body gives, with its MLPs replaced."""
+    # Without a mask, which makes attention slower: in a decoder padding stands behind all that is
+    # read.
+    told = None if architecture_of(model).causal else mask
     with replaced_mlps(model, replacement) if replacement else contextlib.nullcontext():
-        # Without a mask, which makes attention slower: padding stands behind all that is read.
-        last = decoder(model)(input_ids=tokens, use_cache=False).last_hidden_state
-    start, end = corpus.answer_start[rows], corpus.answer_end[rows]
-    cell = np.repeat(np.arange(len(rows)), end + 1 - start)
-    at = np.concatenate([np.arange(a - 1, b) for a, b in zip(start, end, strict=True)])
-    missed = (unembed(last[cell, at]).argmax(dim=-1) != tokens[cell, at + 1]).cpu().numpy()
-    logits = unembed(last[np.arange(len(rows)), [one.position for one in contrasts]])
-    return (np.bincount(cell, missed, len(rows)) == 0,
-            np.array([float(one.of(row)) for one, row in zip(contrasts, logits, strict=True)]))
+        last: Tensor = decoder(model)(input_ids=tokens, attention_mask=told,
+                                      use_cache=False).last_hidden_state
+    return last

@@ -24,12 +24,12 @@ import torch
 from tqdm import tqdm
 
 from scfm_circuits.cells.prompts import answered_prompt
-from scfm_circuits.circuits.contrast import contrast_of
+from scfm_circuits.circuits.contrast import answered, contrast_of, contrasts_of
 from scfm_circuits.circuits.direct_effects import total_pulls
 from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.steering import matched, scaled
 from scfm_circuits.circuits.studies import studied_cells
-from scfm_circuits.circuits.task_circuit import asked, contrasts_of
+from scfm_circuits.circuits.task_circuit import last_hidden
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.answers import predict_answers
 from scfm_circuits.models.mlp_sites import batches, device_of, faster_attention, hooked, site_hooks
@@ -73,8 +73,9 @@ def said_without(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "
     with hooked(site_hooks(model, lambda layer, x, y: edits[layer](x, y), edits)), \
             faster_attention(model):
         done = 0
-        for rows, tokens, _ in batches(corpus, cells, profile.forward_cells, device_of(model)):
-            found.append(asked(model, corpus, rows, tokens, contrasts[done : done + len(rows)]))
+        for rows, tokens, mask in batches(corpus, cells, profile.forward_cells, device_of(model)):
+            found.append(answered(model, corpus, rows, tokens, last_hidden(model, tokens, mask),
+                                  contrasts[done : done + len(rows)]))
             done += len(rows)
     return Said(*(np.concatenate(part) for part in zip(*found, strict=True)))
 

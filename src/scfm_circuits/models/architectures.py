@@ -305,6 +305,15 @@ def final_norm(model: nn.Module) -> Any:
     return model.get_submodule(name) if name else None
 
 
+def unembedded(model: nn.Module, hidden: Tensor) -> Tensor:
+    """(..., vocabulary) logits of what the body gives, hidden (..., d_model); no cap on them (Gemma
+    2) is applied, as nowhere in this project."""
+    head = architecture_of(model).head
+    embeddings: Any = model.get_output_embeddings()  # type: ignore[operator]
+    logits: Tensor = embeddings(model.get_submodule(head)(hidden) if head else hidden)
+    return logits
+
+
 def norm_in(layer: nn.Module, family: Architecture, path: str, width: int) -> Norm:
     """A layer's norm of that name; for no name, the one that leaves x as it is."""
     if path:

@@ -15,6 +15,7 @@ import torch
 from browser import Tab, driven
 from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
 
+from scfm_circuits.circuits import calls as calls_module
 from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.search import trace_feature
 from scfm_circuits.circuits.view import Detail, circuit_view
@@ -22,7 +23,6 @@ from scfm_circuits.common.profile import ROOT, load_profile
 from scfm_circuits.enrichment.gene_sets import parse_gmt
 from scfm_circuits.features.counting import activation_edges
 from scfm_circuits.features.statistics import count_features
-from scfm_circuits.models import answers
 from scfm_circuits.report.boxes import explorer
 from scfm_circuits.report.boxes.activity import (
     STRATA,
@@ -120,16 +120,17 @@ def test_other_cells_are_those_that_the_model_names(
     chapter = Chapter(tiny_profile(monkeypatch, tmp_path, circuit_nodes=20))
     labels, held_out = chapter.corpus.labels, np.flatnonzero(chapter.corpus.held_out)
     wrong = held_out[0]
-    monkeypatch.setattr(answers, "predict_answers", lambda _model, corpus, cells: [
+    monkeypatch.setattr(calls_module, "predict_answers", lambda _model, corpus, cells: [
         "?" if cell == wrong else str(corpus.labels[cell]) for cell in cells])
     types = sorted(set(labels[held_out]), key=lambda one: -int((labels == one).sum()))
     but = types[-1]
     expected = []
     for name in types[:-1]:
         expected += [cell for cell in held_out if labels[cell] == name and cell != wrong][:1]
-    found = explorer.further_cells(cast(Any, chapter), but)
+    own = calls_module.calls_of(chapter.model, chapter.corpus, chapter.profile)
+    found = explorer.further_cells(own, but)
     assert sorted(found) == sorted(expected) and all(labels[cell] != but for cell in found)
-    calls = explorer.further_calls(cast(Any, chapter), but="none")
+    calls = explorer.further_calls(own, chapter.transcoders, but="none")
     assert 0 < len(calls) <= explorer.MOST_CELLS
     library = parse_gmt(b"T cells\t\tCD3D\tCD8A\n", "Cells", "user", "The library")
     shown = explorer.explore(cast(Any, chapter), calls, library, "All")

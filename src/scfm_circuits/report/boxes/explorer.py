@@ -11,9 +11,11 @@ from scfm_circuits.circuits.view import Detail, circuit_view, feature_details
 from scfm_circuits.report.boxes.activity import Activity, FeaturePlace, contexts_at, read_activity
 
 if TYPE_CHECKING:
+    from scfm_circuits.circuits.calls import Calls
     from scfm_circuits.enrichment.gene_sets import GeneSets
     from scfm_circuits.report.chapter import Chapter
     from scfm_circuits.report.report import Shown
+    from scfm_circuits.transcoders.transcoder import Transcoders
 
 CONTEXTS = 3
 """Strongest contexts of a feature, each from another cell."""
@@ -37,52 +39,46 @@ class Explored(NamedTuple):
     target: str = ""
 
 
-def further_cells(chapter: "Chapter", but: str) -> list[int]:
+def further_cells(calls: "Calls", but: str) -> list[int]:
     """Cells of the commonest types whose calls the model gets right.
 
     The rule: of each type other than `but`, the first of its first `TRIED` held-out cells that the
-    model names to the letter; the `MOST_CELLS` types with most cells.
+    model names rightly; the `MOST_CELLS` types with most cells.
     """
-    from scfm_circuits.models.answers import predict_answers
-
-    corpus = chapter.corpus
+    corpus = calls.corpus
     types, counts = np.unique(corpus.labels, return_counts=True)
     tried = {str(name): np.flatnonzero(corpus.held_out & (corpus.labels == name))[:TRIED]
              for name in types[np.argsort(-counts, kind="stable")] if name != but}
     cells = np.concatenate([*tried.values(), np.zeros(0, np.int64)]).astype(np.int64)
     if not len(cells):
         return []
-    right = set(cells[np.array(predict_answers(chapter.model, corpus, cells))
-                      == corpus.labels[cells]].tolist())
+    right = set(cells[calls.said(cells) == corpus.labels[cells]].tolist())
     firsts = ([cell for cell in own.tolist() if cell in right][:1] for own in tried.values())
     return [cell for first in firsts for cell in first][:MOST_CELLS]
 
 
-def further_calls(chapter: "Chapter", but: str) -> list[Explored]:
+def further_calls(calls: "Calls", transcoders: "Transcoders", but: str) -> list[Explored]:
     """The circuits of the calls of `further_cells`, traced as the case's own call is.
 
     Writes their files beside the case's (`exports.save_both`).
     """
-    from scfm_circuits.cells.prompts import answered_prompt
-    from scfm_circuits.circuits.contrast import contrast_of, trace_contrast
+    from scfm_circuits.circuits.calls import trace_call
     from scfm_circuits.circuits.exports import Output, save_both
     from scfm_circuits.circuits.frozen import freeze
 
-    corpus, profile, found = chapter.corpus, chapter.profile, []
-    for place, cell in enumerate(further_cells(chapter, but), start=1):
-        label = str(corpus.labels[cell])
-        prompt = answered_prompt(corpus, profile, cell, label)
-        contrast = contrast_of(corpus, prompt)
-        frozen = freeze(chapter.model, chapter.transcoders, prompt.encoded.tokens)
-        circuit = trace_contrast(frozen, contrast, profile)
-        chance = frozen.logits[contrast.position].softmax(-1)[contrast.token]
+    corpus, profile, found = calls.corpus, calls.profile, []
+    for place, cell in enumerate(further_cells(calls, but), start=1):
+        label, prompt = str(corpus.labels[cell]), calls.prompt(cell)
+        call = calls.call(prompt, label)
+        frozen = freeze(calls.model, transcoders, prompt.encoded.tokens)
+        circuit = trace_call(frozen, call, profile)
         save_both(profile.results, f"call_{place}", circuit, prompt.texts, prompt.genes,
                   slug=f"{profile.name}-call-{place}", scan=f"scfm-{profile.name}",
-                  outputs={circuit.target: Output(label, float(chance))})
+                  outputs={circuit.target: Output(label, calls.probability(frozen, call))})
         found.append(Explored(
             f"call_{place}", f"{label}: the call of another cell",
-            f"Cell {corpus.cell_ids[cell]}, the first held-out cell of type {label} that the model "
-            "names to the letter: what led to that call.",
+            f"Cell {corpus.cell_ids[cell]}, the first held-out cell of type {label} that "
+            f"{calls.one_named}: what led to that call.",
             circuit, prompt.texts, prompt.genes, f"call: {label}"))
     return found
 

@@ -60,6 +60,7 @@ STREAMS: Mapping[str, Stream] = {
     "steering": Stream(80, ("use",)),
     "resampled steering": Stream(83),
     "wrong calls": Stream(81),
+    "concept scores": Stream(82, ("use",)),
     "simulated logic": Stream(45),
     "cells that known truth is scored on": Stream(46),
     "task circuit": Stream(61, ("part",)),

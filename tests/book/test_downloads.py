@@ -151,6 +151,38 @@ def test_weights_are_those_of_the_manifest_or_of_the_first_fetch(tmp_path, monke
     assert check_weights(known.model_copy(update={"model": "any/other"}), folders[1]) == []
 
 
+def test_a_model_that_is_fetched_by_hand(tmp_path, monkeypatch):
+    name = "data/models/none_here"
+    one = {"bytes": len(CONTENT), "sha256": SHA}
+    listed(monkeypatch, tmp_path, models={name: {
+        "by_hand": "https://some.where/folder", "files": {"a.pt": one, "vocab.json": one}}})
+    # A folder of this machine's must not be looked into, nor written.
+    monkeypatch.setattr(manifest, "by_hand", lambda *_: "fetch a.pt and vocab.json by hand")
+    profile = load_profile("smoke", {"model": name, "tokenizer": "x/y", "model_layers": None})
+    with pytest.raises(InputError, match=r"none_here' is not here; fetch a\.pt and"):
+        fetch_model(profile)
+    assert [one for one in downloads.missing(profile, 9) if "by hand" in one.what] == [
+        downloads.Download(f"{name}, by hand", 2 * len(CONTENT), ROOT / "data" / "models")]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    monkeypatch.setattr(downloads, "model_source", lambda *_: str(folder))
+    with pytest.raises(InputError, match=r"model lacks a\.pt; fetch a\.pt and"):
+        fetch_model(profile)
+    for file in ("a.pt", "vocab.json"):
+        (folder / file).write_bytes(CONTENT)
+    assert fetch_model(profile) == [folder]
+    (folder / "vocab.json").write_bytes(CONTENT[:-1] + b"?")
+    with pytest.raises(InputError, match=r"vocab\.json has 300,000 bytes and is not the file"):
+        fetch_model(profile)
+
+
+def test_what_is_fetched_by_hand_is_told_of_in_one_sentence():
+    told = manifest.by_hand("data/models/scgpt_whole_human")
+    assert told.startswith("fetch best_model.pt, args.json and vocab.json from https://drive.")
+    assert told.endswith(str(ROOT / "data" / "models" / "scgpt_whole_human")) and "\n" not in told
+    assert manifest.by_hand("ctheodoris/Geneformer") == manifest.by_hand("train") == ""
+
+
 # --- Hugging Face --------------------------------------------------------------------------------
 
 COMMIT = "5a4dc3b949b5868ca63752b37bc22e3b0216e435"

@@ -101,6 +101,24 @@ def test_a_gene_without_a_token_is_left_out(tmp_path):
     assert any(one.startswith("8 of 9 genes have a token") for one in found.decisions)
 
 
+def test_a_file_of_identifiers_alone_is_read(tmp_path):
+    """Genes are called by the only name that the dictionary of names has, or by the identifier."""
+    values, versions = counts(), [f"{gene}.{i}" for i, gene in enumerate(GENES)]
+    fields = dictionaries(tmp_path)
+    wanted = load_corpus(profile_of(cells(tmp_path, values), fields))
+    path = cells(tmp_path, values, versions)
+    found = load_corpus(profile_of(path, fields))
+    assert np.array_equal(found.tokens, wanted.tokens)
+    assert found.symbols.tolist() == [GENES[0], *NAMES[1:]]  # the first has an alias
+    [told] = [one for one in found.decisions if "identifiers alone" in one]
+    assert "and 7 are called by their names" in told and "1 are called by their identifiers" in told
+    bare = load_corpus(profile_of(path, {key: value for key, value in fields.items()
+                                         if key != "gene_mapping"}))
+    assert np.array_equal(bare.tokens, wanted.tokens) and bare.symbols.tolist() == GENES
+    [told] = [one for one in bare.decisions if "identifiers alone" in one]
+    assert "8 are called by their identifiers" in told and "gene_name_id_dict" in told
+
+
 @settings(max_examples=50, deadline=None)
 @given(n=st.integers(1, 6), genes=st.integers(1, 9), seed=st.integers(0, 1000))
 def test_ranks_order_as_quotients_do(n, genes, seed):

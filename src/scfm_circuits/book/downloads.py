@@ -16,7 +16,7 @@ from scfm_circuits.common import manifest
 from scfm_circuits.common.fetch import PIP, Remote, fetch, missing_bytes
 from scfm_circuits.common.files import first_line, read_json, sha256_of_file, write_json
 from scfm_circuits.common.labels import names_no_type
-from scfm_circuits.common.profile import ROOT, Profile, cells_path, model_source
+from scfm_circuits.common.profile import ROOT, Profile, cells_path, located, model_source
 from scfm_circuits.common.profile_files import MADE_HERE
 from scfm_circuits.enrichment.background import prepare_background
 from scfm_circuits.enrichment.gene_sets import (
@@ -57,6 +57,10 @@ def missing(profile: Profile, parameters: int) -> list[Download]:
     if listed is not None and path is not None:
         left = missing_bytes(int(listed["bytes"]), path)
         found += [Download(path.name, left, path.parent)] if left else []
+    if manifest.by_hand(profile.model) and not located("model", profile.model).is_dir():
+        size = sum(int(one["bytes"]) for one in (_entry_of(profile) or {})["files"].values())
+        found.append(Download(f"{profile.model}, by hand", size,
+                              located("model", profile.model).parent))
     found += [Download(path.name, int(listed["bytes"]) or UNKNOWN, path.parent,
                        exact=bool(listed["bytes"]))
               for listed, path in _dictionaries(profile) if not path.is_file()]
@@ -92,6 +96,8 @@ def notes(profile: Profile) -> list[str]:
     """What to know of the traced type and of the files that a run reads late (gene sets, gene
     groups, the tokenizer), as far as they are here. InputError for one that cannot be used."""
     said = []
+    if manifest.by_hand(profile.model) and not located("model", profile.model).is_dir():
+        said.append(f"The model is not here: {manifest.by_hand(profile.model)}.")
     if names_no_type(profile.case_type):
         said.append(f"`case_type` is {profile.case_type!r}, which names no type; name one in the "
                     "profile unless such a cell is to be traced.")
@@ -139,14 +145,16 @@ def _dictionaries(profile: Profile) -> list[tuple[dict[str, Any], Path]]:
 
 def dictionaries_are_here(profile: Profile) -> bool:
     """Whether none of the profile's dictionaries is to be fetched first."""
-    return all(path.is_file() for _, path in _dictionaries(profile))
+    return all(path.is_file() for _, path in _dictionaries(profile)) and (
+        not manifest.by_hand(profile.model) or located("model", profile.model).is_dir())
 
 
 def _on_the_hub(profile: Profile) -> list[str]:
     """The model and the tokenizer, each once, unless they are made on the spot or in a folder."""
     return list(dict.fromkeys(
         name for field, name in (("model", profile.model), ("tokenizer", profile.tokenizer))
-        if name not in MADE_HERE and not Path(model_source(field, name)).is_dir()))
+        if name not in MADE_HERE and not manifest.by_hand(name)
+        and not Path(model_source(field, name)).is_dir()))
 
 
 def _files_in(inside: str) -> list[str]:
@@ -205,6 +213,8 @@ def fetch_model(profile: Profile) -> list[Path]:
             those of the manifest or of the first fetch.
     """
     found = []
+    if manifest.by_hand(profile.model):
+        found.append(_put_by_hand(profile))
     for name in _on_the_hub(profile):
         from huggingface_hub import snapshot_download
 
@@ -225,6 +235,22 @@ def fetch_model(profile: Profile) -> list[Path]:
             check_weights(profile, folder)
         found.append(folder)
     return found
+
+
+def _put_by_hand(profile: Profile) -> Path:
+    """The folder of a model that is fetched by hand; InputError if its files are not there, or are
+    others."""
+    folder, listed = Path(model_source("model", profile.model)), _entry_of(profile)
+    assert listed is not None
+    for name, known in listed["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"{folder} lacks {name}; {manifest.by_hand(profile.model)}.")
+        if path.stat().st_size != known["bytes"] or sha256_of_file(path) != known["sha256"]:
+            raise InputError(f"{path} has {path.stat().st_size:,} bytes and is not the file that "
+                             f"data/manifest.yml knows ({known['bytes']:,} bytes, by its sha256); "
+                             f"{manifest.by_hand(profile.model)}.")
+    return folder
 
 
 def check_weights(profile: Profile, folder: Path) -> list[str]:
@@ -272,9 +298,9 @@ def fetch_gene_sets(profile: Profile) -> list[str]:
 
 def fetch_data(profile: Profile) -> None:
     """Fetch a profile's cells, dictionaries, model and gene sets, and say where they are."""
-    cells = fetch_cells(profile)
     dictionaries = fetch_dictionaries(profile)
-    folders = fetch_model(profile)
+    folders = fetch_model(profile)  # what needs a hand or a login is told before gigabytes come
+    cells = fetch_cells(profile)
     warnings = fetch_gene_sets(profile)
     for what, where in (("Cells", [cells] if cells else []), ("Dictionary", dictionaries),
                         ("Model and tokenizer", folders)):

@@ -93,9 +93,9 @@ def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0,
                 fetch_model,
             )
 
-            fetch_cells(run.profile)
             fetch_dictionaries(run.profile)
             fetch_model(run.profile)
+            fetch_cells(run.profile)
             sweep(run.profile.results)
             _fetch_gene_sets(run, [notebook for notebook, _ in stale])
             _execute_all(run, dict(stale), limit, jobs or side_by_side.usual_jobs())

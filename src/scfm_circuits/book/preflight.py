@@ -36,7 +36,7 @@ from scfm_circuits.book.sizes import (
 )
 from scfm_circuits.circuits.case_study import read_sentence
 from scfm_circuits.circuits.frozen import NO_CIRCUITS
-from scfm_circuits.common.encodings import CELL_SENTENCE
+from scfm_circuits.common.encodings import BINNED, CELL_SENTENCE
 from scfm_circuits.common.files import time_in_words
 from scfm_circuits.common.profile import Profile
 from scfm_circuits.enrichment.gene_sets import downloads_are_off
@@ -148,6 +148,10 @@ def run_cost(profile: Profile, notebooks: Sequence[Notebook], stale: Collection[
               f"({_size(shutil.disk_usage(_existing(folder)).free)} free)"
               for folder, size in disk.items()]
     lines += _memory_lines(stages, together if at_once > 1 else {})
+    if profile.encoding == BINNED:
+        return Cost("\n".join(lines), "scGPT gives each gene a value, and the book's chapters ask "
+                    "a model for words or genes; its transcoders alone are trained, by `python -m "
+                    "scfm_circuits train`.", 0.0)
     if profile.encoding != CELL_SENTENCE:
         return Cost("\n".join(lines), "The book's chapters ask the model for a cell's type in "
                     f"words, and under `encoding: {profile.encoding}` nothing is asked in words; "

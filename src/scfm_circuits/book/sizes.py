@@ -20,7 +20,7 @@ from scfm_circuits.cells.corpus import (
     stored_corpus,
 )
 from scfm_circuits.common import manifest
-from scfm_circuits.common.encodings import CELL_SENTENCE
+from scfm_circuits.common.encodings import CELL_SENTENCE, OWN_DICTIONARY
 from scfm_circuits.common.profile import ROOT, Profile, cells_path
 from scfm_circuits.features.counting import fixed_bytes
 from scfm_circuits.models.architectures import check_supported
@@ -139,7 +139,7 @@ def _cells(profile: Profile) -> tuple[int, int, float, list[str]]:
 
     if not dictionaries_are_here(profile):  # what of the genes has a token is not known yet
         profile = profile.model_copy(update={
-            "encoding": CELL_SENTENCE, "duplicate_symbols": "sum"})
+            "token_dictionary": OWN_DICTIONARY, "duplicate_symbols": "sum"})
     found = describe_cells(profile)
     held_out = split_cells(len(found.labels), profile.validation_share, profile.seed)
     check_case(found.labels, held_out, profile)

@@ -60,7 +60,8 @@ _CELLS = 512
 class Corpus:
     """All cells as tokens, right-padded.
 
-    tokens: (n_cells, length) int64 token ids; mask: the same shape, False on padding.
+    tokens: (n_cells, length) int64 token ids, with a level each under `encoding: binned`
+    (`rank_value.encode_ranked`); mask: the same shape, False on padding.
     gene: (n_cells, length) int32 index into `symbols`, -1 where a token belongs to no gene.
     place: (n_cells, length) int16 position of the token within its gene, -1 outside genes.
     answer_start: (n_cells,) index of the answer's first token; the token before it asks.
@@ -196,7 +197,8 @@ def _ranked_corpus(cells: "RankedCells", profile: Profile, made: Made, held_out:
     """The corpus of cells whose genes are the model's tokens: no prompt, and no answer."""
     known = (own_tokens(profile, cells.symbols) if profile.token_dictionary == OWN_DICTIONARY
              else read_gene_tokens(profile))
-    prompts = encode_ranked(profile.encoding, known, cells.tokens, cells.ranking, made)
+    prompts = encode_ranked(profile.encoding, known, cells.tokens, cells.ranking, made,
+                            cells.levels)
     return Corpus(
         **prompts._asdict(), labels=cells.labels, cell_ids=cells.cell_ids, held_out=held_out,
         symbols=np.array(cells.symbols), decisions=np.array(cells.decisions),

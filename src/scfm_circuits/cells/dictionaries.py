@@ -16,7 +16,13 @@ import numpy as np
 
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
-from scfm_circuits.common.encodings import ENSEMBL, MARKS, OWN_DICTIONARY, RANK_VALUE
+from scfm_circuits.common.encodings import (
+    BINNED,
+    ENSEMBL,
+    GENE_TOKENS,
+    MARKS,
+    OWN_DICTIONARY,
+)
 from scfm_circuits.common.files import digest, first_line
 from scfm_circuits.common.labels import listed
 from scfm_circuits.common.profile import Profile, located
@@ -30,10 +36,11 @@ _BROKEN = (pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, T
 
 
 class GeneTokens(NamedTuple):
-    """A model's genes, by Ensembl identifier, and its special tokens, by name.
+    """A model's genes, by Ensembl identifier (scGPT's by symbol, in capitals), and its special
+    tokens, by name.
 
-    genes, special: token ids. medians: of every gene, above zero. names: from symbols, aliases and
-    retired identifiers, in capitals, to Ensembl identifiers; may be empty.
+    genes, special: token ids. medians: of every gene, above zero; none under `binned`. names: from
+    symbols, aliases and retired identifiers, in capitals, to Ensembl identifiers; may be empty.
     """
 
     genes: dict[str, int]
@@ -49,8 +56,11 @@ def read_gene_tokens(profile: Profile) -> GeneTokens:
     version.
     """
     tokens, medians, names = (_dictionary(profile, field) for field in FILES)
-    genes = {key: token for key, token in tokens.items() if ENSEMBL.match(key)}
-    special = {key: token for key, token in tokens.items() if key not in genes}
+    by_symbol = profile.encoding == BINNED
+    special = {key: token for key, token in tokens.items()
+               if (key.startswith("<") if by_symbol else not ENSEMBL.match(key))}
+    genes = {key.upper() if by_symbol else key: token for key, token in tokens.items()
+             if key not in special}
     if not genes:
         raise _wrong(profile, FILES[0], "it names no gene by an Ensembl identifier",
                      "give the model's own token dictionary")
@@ -58,7 +68,7 @@ def read_gene_tokens(profile: Profile) -> GeneTokens:
         raise _wrong(profile, FILES[0], f"its {len(tokens):,} tokens are not the numbers from 0 to "
                      f"{len(tokens) - 1:,}, each once", "give the model's own token dictionary")
     _check_version(profile, special)
-    lacking = [gene for gene in genes if not medians.get(gene, 0) > 0]
+    lacking = [] if by_symbol else [gene for gene in genes if not medians.get(gene, 0) > 0]
     if lacking:
         raise _wrong(profile, FILES[1], f"{len(lacking):,} of the {len(genes):,} genes that have a "
                      f"token, such as {lacking[0]}, have no median above zero in it, so the two "
@@ -68,12 +78,12 @@ def read_gene_tokens(profile: Profile) -> GeneTokens:
 
 def _check_version(profile: Profile, special: Mapping[str, int]) -> None:
     """InputError unless a dictionary has the special tokens of the profile's encoding."""
-    wanted = RANK_VALUE[profile.encoding]
+    wanted = GENE_TOKENS[profile.encoding]
     missing = [name for name in wanted.special if name not in special]
     foreign = sorted(MARKS & {*special} - {*wanted.special})
     if not missing and not foreign:
         return
-    fits = [name for name, one in RANK_VALUE.items()
+    fits = [name for name, one in GENE_TOKENS.items()
             if {*one.special} <= {*special} and not MARKS & {*special} - {*one.special}]
     what = (f"it has no token {missing[0]}, which" if missing else
             f"it has a token {foreign[0]}, which none")
@@ -110,9 +120,10 @@ def _dictionary(profile: Profile, field: str) -> dict[str, Any]:
     if path is None:
         return {}
     if not path.is_file():
-        mend = ("give the path of the model's dictionary, or a name of data/manifest.yml"
-                if manifest.entry("dictionaries", getattr(profile, field)) is None else
-                f"fetch it once with a network (`make data PROFILE={profile.name}`)")
+        mend = (f"fetch it once with a network (`make data PROFILE={profile.name}`)"
+                if manifest.entry("dictionaries", getattr(profile, field)) is not None else
+                manifest.by_hand(profile.model)
+                or "give the path of the model's dictionary, or a name of data/manifest.yml")
         raise InputError(f"Profile field `{field}` is {getattr(profile, field)!r}, but there is no "
                          f"file {path}; {mend}.")
     try:

@@ -13,10 +13,11 @@ import numpy as np
 import scipy.sparse as sp
 
 from scfm_circuits import InputError
+from scfm_circuits.cells.binned import TOLD as BINS_TOLD
 from scfm_circuits.cells.dictionaries import GeneTokens, read_gene_tokens
 from scfm_circuits.cells.ranking import top_genes
 from scfm_circuits.cells.tokens import Made, Prompts, in_memory
-from scfm_circuits.common.encodings import ENSEMBL, RANK_VALUE
+from scfm_circuits.common.encodings import BINNED, ENSEMBL, GENE_TOKENS, RANK_VALUE
 from scfm_circuits.common.labels import listed, normal_label
 
 if TYPE_CHECKING:
@@ -31,14 +32,14 @@ _CELLS = 4096
 class Coded(NamedTuple):
     """The genes of some cells that have a token.
 
-    symbols, tokens: n_genes; medians: (n_genes,); join: (n_columns, n_genes), by which expression
-    is multiplied: columns without a token are left out, those of one token added up; decisions:
-    sentences for the page.
+    symbols, tokens: n_genes; medians: (n_genes,), None where values are not divided; join:
+    (n_columns, n_genes), by which expression is multiplied: columns without a token are left out,
+    those of one token added up; decisions: sentences for the page.
     """
 
     symbols: list[str]
     tokens: tuple[int, ...]
-    medians: np.ndarray
+    medians: np.ndarray | None
     join: sp.csr_matrix
     decisions: list[str]
 
@@ -47,34 +48,61 @@ def coded_genes(variables: "pd.DataFrame", symbols: Sequence[str], profile: "Pro
                 ) -> Coded:
     """Find the token of every column: by its Ensembl identifier, or by its symbol.
 
-    variables: the var table; symbols: of its rows, `""` for none. Raises InputError as
+    variables: the var table; symbols: of its rows, `""` for none, or identifiers in their place.
+    Raises InputError as
     `read_gene_tokens`, if there are no identifiers and no names to find them by, or no gene has a
     token.
     """
-    known = read_gene_tokens(profile)
-    identifiers, source = _identifiers(variables, symbols, profile, where)
+    known, binned = read_gene_tokens(profile), profile.encoding == BINNED
+    identifiers, source = (symbols, "symbols") if binned else _identifiers(
+        variables, symbols, profile, where)
     found = [known.names.get(one, one) for one in identifiers]
     columns = [column for column, one in enumerate(found) if one in known.genes]
     if not columns:
         example = next((one for one in identifiers if one), "none")
+        fields = "`symbol_column`" if binned else "`ensembl_column`, `gene_mapping`"
         raise InputError(f"No gene of {where} has a token in {profile.token_dictionary!r} (genes "
                          f"are found by {source}, such as {normal_label(example)}); check "
-                         "`ensembl_column`, `gene_mapping` and `token_dictionary` in the profile.")
+                         f"{fields} and `token_dictionary` in the profile.")
     genes = list(dict.fromkeys(found[column] for column in columns))  # in the file's order
     place = {gene: i for i, gene in enumerate(genes)}
     names: dict[str, str] = {}
     for column in columns:
         names.setdefault(found[column], symbols[column] or found[column])
+    named = _named(names, known) if all(map(ENSEMBL.match, names.values())) else []
     decisions = [
         f"{len(columns):,} of {len(found):,} genes have a token and are used; they were found by "
         f"{source}." + (f" {len(columns) - len(genes):,} share the token of another and were added "
                         "up." if len(columns) > len(genes) else ""),
+        *named, BINS_TOLD if binned else
         "Genes are ranked by their counts over their medians (rank-value encoding)."]
     join = sp.csr_matrix((np.ones(len(columns), np.float32),
                           (columns, [place[found[column]] for column in columns])),
                          shape=(len(found), len(genes)))
     return Coded(_one_name_each(genes, names), tuple(known.genes[gene] for gene in genes),
-                 np.array([known.medians[gene] for gene in genes]), join, decisions)
+                 None if binned else np.array([known.medians[gene] for gene in genes]), join,
+                 decisions)
+
+
+def _named(names: dict[str, str], known: GeneTokens) -> list[str]:
+    """Give genes that the cells call by Ensembl identifiers alone the only name that the dictionary
+    of names has for them; a gene of several names keeps its identifier. A sentence on that.
+
+    names: by identifier, changed in place.
+    """
+    only: dict[str, str] = {}
+    for name, gene in known.names.items():
+        if not ENSEMBL.match(name):
+            only[gene] = "" if gene in only else name
+    taken = {gene: only[gene] for gene in names if only.get(gene)}
+    names.update(taken)
+    left = len(names) - len(taken)
+    return ["The cells name genes by Ensembl identifiers alone" + (
+        f", and {len(taken):,} are called by their names in the dictionary of names"
+        if taken else "") + (
+        f". {left:,} are called by their identifiers, in which no gene set finds them: name a "
+        "`symbol_column`, or as `gene_mapping` a dictionary with one name for each gene, such as "
+        "Geneformer's gene_name_id_dict." if left else ".")]
 
 
 def _identifiers(variables: "pd.DataFrame", symbols: Sequence[str], profile: "Profile", where: str
@@ -187,13 +215,15 @@ def gene_tokenizer(known: GeneTokens, symbols: Sequence[str], tokens: Sequence[i
 
 
 def encode_ranked(encoding: str, known: GeneTokens, tokens: Sequence[int], ranking: np.ndarray,
-                  made: Made = in_memory) -> Prompts:
+                  made: Made = in_memory, levels: np.ndarray | None = None) -> Prompts:
     """All cells as their genes' tokens, with what the encoding puts before and after them.
 
-    encoding: in `RANK_VALUE`; tokens: of each gene; ranking: (n_cells, k) gene ids, -1 after the
-    last. There is no answer: `answer_start` is the length and `answer_end` one less.
+    encoding: in `GENE_TOKENS`; tokens: of each gene; ranking: (n_cells, k) gene ids, -1 after the
+    last; levels: (n_cells, k) of these genes under `binned`, where a token is the gene's plus as
+    many times the number of tokens. There is no answer: `answer_start` is the length and
+    `answer_end` one less.
     """
-    way, each = RANK_VALUE[encoding], np.append(np.asarray(tokens, np.int64), -1)
+    way, each = GENE_TOKENS[encoding], np.append(np.asarray(tokens, np.int64), -1)
     before, after = ([known.special[name] for name in names] for names in (way.before, way.after))
     sizes = (ranking >= 0).sum(axis=1)
     lengths = sizes + len(before) + len(after)
@@ -210,6 +240,9 @@ def encode_ranked(encoding: str, known: GeneTokens, tokens: Sequence[int], ranki
         gene[:, head : head + part.shape[1]] = part
         ids = np.where(gene >= 0, each[gene], known.special["<pad>"])
         ids[:, :head] = before
+        if levels is not None:
+            ids[:, head : head + part.shape[1]] += (
+                len(known.genes) + len(known.special)) * levels[block, : part.shape[1]]
         for i, token in enumerate(after):
             np.put_along_axis(ids, head + size + i, token, axis=1)
         prompts.tokens[block], prompts.gene[block] = ids, gene

@@ -13,6 +13,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scfm_circuits import InputError
+from scfm_circuits.cells.binned import levels_of
 from scfm_circuits.cells.corpus import split_cells
 from scfm_circuits.cells.h5ad import Opened, in_memory, open_h5ad, part_of, row_chunks
 from scfm_circuits.cells.rank_value import as_ranks, coded_genes, own_genes, own_tokens
@@ -24,7 +25,7 @@ from scfm_circuits.cells.symbols import (
     merge_duplicates,
 )
 from scfm_circuits.common import manifest
-from scfm_circuits.common.encodings import CELL_SENTENCE, OWN_DICTIONARY
+from scfm_circuits.common.encodings import BINNED, CELL_SENTENCE, OWN_DICTIONARY, RANK_VALUE
 from scfm_circuits.common.labels import listed, normal_label, normal_labels
 from scfm_circuits.common.profile import (
     CELLS_NAMES,
@@ -62,10 +63,12 @@ class About:
 class RankedCells(About):
     """Checked cells, each as its most expressed genes.
 
-    ranking: (n_cells, k) int32 gene ids, most expressed first, -1 after the last.
+    ranking: (n_cells, k) int32 gene ids, most expressed first, -1 after the last. levels: (n_cells,
+    k) of these genes, where the encoding has levels.
     """
 
     ranking: np.ndarray
+    levels: np.ndarray | None = None
 
 
 _SCALED = 0.01
@@ -83,9 +86,16 @@ def read_ranked(profile: Profile) -> RankedCells:
     if profile.token_dictionary == OWN_DICTIONARY:
         return _ranked_by_own_medians(profile)
     parts: list[np.ndarray] = []
-    about = read_chunks(profile, lambda rows, part: parts.append(
-        top_genes(part, rows, profile.genes_per_cell, profile.seed)), over_medians=True)
-    return RankedCells(**vars(about), ranking=np.concatenate(parts))
+    levels: list[np.ndarray] = []
+
+    def take(rows: np.ndarray, part: sp.csr_matrix) -> None:
+        parts.append(top_genes(part, rows, profile.genes_per_cell, profile.seed))
+        if profile.encoding == BINNED:
+            levels.append(levels_of(part, parts[-1]))
+
+    about = read_chunks(profile, take, over_medians=True)
+    return RankedCells(**vars(about), ranking=np.concatenate(parts),
+                       levels=np.concatenate(levels) if levels else None)
 
 
 def _ranked_by_own_medians(profile: Profile) -> RankedCells:
@@ -154,7 +164,8 @@ def _parts(data: Opened, profile: Profile) -> _Parts:
     table = "raw.var" if profile.matrix == "raw" else "var"
     _readable(data, f"{table}[{profile.symbol_column!r}]", "symbol_column", where)
     matrix, variables = _matrix(data, profile.matrix, where)
-    symbols, decisions = gene_symbols(variables, profile.symbol_column, where)
+    symbols, decisions = gene_symbols(variables, profile.symbol_column, where,
+                                      or_identifiers=profile.encoding in RANK_VALUE)
     if profile.symbol_rule == "r_names":
         symbols, restored = hyphens_restored(symbols)
         decisions += restored
@@ -214,7 +225,7 @@ def _read_opened(data: Opened, profile: Profile, take: Take, over_medians: bool)
     parts = _parts(data, profile)
     symbols, labels, decisions = parts.symbols, parts.labels, parts.decisions
     medians = parts.medians
-    if profile.encoding != CELL_SENTENCE:
+    if profile.encoding in RANK_VALUE:
         take = _counted(take, medians if over_medians else None, where)
     cell_ids, repeated = _cell_ids(data.obs.index)
     decisions = [*decisions, *repeated]
@@ -229,7 +240,7 @@ def _read_opened(data: Opened, profile: Profile, take: Take, over_medians: bool)
         chosen = chosen[~np.isin(chosen, empty)]
     if n_seen < len(symbols):
         decisions.append(f"{len(symbols) - n_seen:,} genes are not seen in any of these cells.")
-    if profile.encoding == CELL_SENTENCE:
+    if profile.encoding not in RANK_VALUE:
         decisions.append(("The values are whole numbers, so raw counts. " if counts else
                           "The values are not whole numbers, so normalised already. ")
                          + "Genes are ranked within each cell, which no library-size scaling or "

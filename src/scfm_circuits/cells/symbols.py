@@ -59,11 +59,12 @@ def possible_symbols(variables: "pd.DataFrame", column: str | None) -> list[str]
     return words if several and foreign <= len(words) / 2 else []
 
 
-def gene_symbols(variables: "pd.DataFrame", column: str | None, where: str
-                 ) -> tuple[list[str], list[str]]:
+def gene_symbols(variables: "pd.DataFrame", column: str | None, where: str, *,
+                 or_identifiers: bool = False) -> tuple[list[str], list[str]]:
     """Upper-case symbols of all columns, `""` for a gene that is left out, and decisions.
 
-    InputError for Ensembl identifiers, and where many genes have no symbol.
+    or_identifiers: where there are none, Ensembl identifiers are given in their place. InputError
+    for identifiers otherwise, and where many genes have no symbol.
     """
     if column is None:
         raw = variables.index.to_series().astype(str)
@@ -86,7 +87,7 @@ def gene_symbols(variables: "pd.DataFrame", column: str | None, where: str
             raw = variables[column].astype(str)
     symbols = [_word(symbol) for symbol in raw]
     decisions += _left_out(list(raw), symbols, column or "the var index", where) + _warnings(raw)
-    if _mostly_ensembl(symbols):
+    if _mostly_ensembl(symbols) and not or_identifiers:
         known = listed(variables.columns)
         raise InputError(f"{where} names its genes by Ensembl identifiers, not symbols; set "
                          f"`symbol_column` in the profile to a var column with symbols "

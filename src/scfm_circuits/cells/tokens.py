@@ -15,6 +15,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from scfm_circuits import InputError
+from scfm_circuits.common.encodings import BINNED, GENE_TOKENS
 from scfm_circuits.common.files import first_line
 from scfm_circuits.common.profile import model_source
 
@@ -209,9 +210,19 @@ class Encoded(NamedTuple):
 
 
 def token_texts(tokenizer: "PreTrainedTokenizerFast", ids: Sequence[int] | np.ndarray) -> list[str]:
-    """Tokens as readable text: a leading space is shown as `_`, as in the paper's Table 3."""
+    """Tokens as readable text: a leading space is shown as `_`, as in the paper's Table 3. Of a
+    gene at a level (`encoding: binned`), the gene."""
+    ids = without_levels(tokenizer, np.asarray(ids))
     texts = [str(tokenizer.decode([int(i)], clean_up_tokenization_spaces=False)) for i in ids]
     return [text.replace(" ", "_").replace("\n", "\\n") for text in texts]
+
+
+def without_levels(tokenizer: "PreTrainedTokenizerFast", ids: np.ndarray) -> np.ndarray:
+    """Tokens as the tokenizer knows them: under `encoding: binned` each has a level beside."""
+    mark = GENE_TOKENS[BINNED].special[-1]
+    known = tokenizer.convert_tokens_to_ids(mark)
+    binned = known is not None and tokenizer.convert_ids_to_tokens(known) == mark
+    return ids % len(tokenizer) if binned else ids
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> "PreTrainedTokenizerFast":

@@ -33,6 +33,16 @@ def model_name(name: str, subfolder: str) -> str:
     return f"{name}/{subfolder}" if subfolder else name
 
 
+def by_hand(name: str, root: Path = _ROOT) -> str:
+    """Which files of a model are to be put where by hand, and from where; empty if none are."""
+    listed = entry("models", name, root)
+    if listed is None or "by_hand" not in listed:
+        return ""
+    *files, last = listed["files"]
+    return (f"fetch {', '.join(files)} and {last} from {listed['by_hand']} in a browser, as that "
+            f"host gives no file to a program, and put them into {root / name}")
+
+
 def check_model(name: str, config: Any, tokenizer_entries: int) -> None:
     """InputError if a model of the manifest is not what its entry says; others pass.
 

@@ -88,9 +88,11 @@ class Profile(BaseModel):
     """Share of the cells held out: never seen by the small model or the transcoders."""
 
     # --- sentences ---------------------------------------------------------------------------
-    encoding: Literal["cell_sentence", "geneformer_v1", "geneformer_v2", "maxtoki"] = CELL_SENTENCE
-    """How a cell becomes tokens: a sentence of gene names (Cell2Sentence), or the rank-value
-    encoding of one of these models, in which a gene is a token and no text is asked."""
+    encoding: Literal["cell_sentence", "geneformer_v1", "geneformer_v2", "maxtoki",
+                      "binned"] = CELL_SENTENCE
+    """How a cell becomes tokens: a sentence of gene names (Cell2Sentence), the rank-value encoding
+    of one of these models, or genes at levels (scGPT); in these a gene is a token and no text is
+    asked."""
     token_dictionary: str | None = None
     """The model's tokens by Ensembl identifier: a name in data/manifest.yml, such as
     `geneformer_v2_tokens`, or the path of a JSON file or a pickle; rank-value only. `train`: made
@@ -125,7 +127,7 @@ class Profile(BaseModel):
     model: str = "train"
     """`train` (a small model on the run's own cells: a GPT-NeoX or, under a rank-value encoding,
     one of the shape of the model whose it is), or a Hugging Face id or the folder of a GPT-NeoX,
-    Llama, Mistral, Qwen2, Gemma 2 or BERT."""
+    Llama, Mistral, Qwen2, Gemma 2, BERT or scGPT."""
     model_revision: str | None = None
     """The commit of a Hugging Face model to use."""
     model_subfolder: Folder = ""
@@ -359,6 +361,8 @@ def model_source(field: str, name: str) -> str:
     folder = located(field, name)
     if folder.is_dir():
         return str(folder)
+    if manifest.by_hand(name):
+        raise InputError(f"The model {name!r} is not here; {manifest.by_hand(name)}.")
     if name.startswith(("/", "~", ".")) or name.count("/") > 1:
         raise InputError(f"Profile field `{field}` is {name!r}, but there is no folder {folder}; "
                          "correct the path or give the name of a model on Hugging Face.")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from scfm_circuits import InputError
-from scfm_circuits.common.encodings import CELL_SENTENCE, OWN_DICTIONARY, RANK_VALUE
+from scfm_circuits.common.encodings import BINNED, CELL_SENTENCE, GENE_TOKENS, OWN_DICTIONARY
 from scfm_circuits.common.labels import template_problem
 
 if TYPE_CHECKING:
@@ -148,7 +148,14 @@ def _wrong_encoding(profile: "Profile") -> str | None:
         given = [field for field in ("token_dictionary", "gene_medians", "gene_mapping",
                                      "ensembl_column") if getattr(profile, field) is not None]
         return (f"{given[0]}: cell sentences need none; set `encoding` to one of "
-                f"{', '.join(RANK_VALUE)}, or leave it out") if given else None
+                f"{', '.join(GENE_TOKENS)}, or leave it out") if given else None
+    if profile.encoding == BINNED:
+        if profile.model == "train":
+            return f"model: `encoding: {BINNED}` is scGPT's, so name a folder with its model"
+        for field in ("gene_medians", "gene_mapping", "ensembl_column"):
+            if getattr(profile, field) is not None:
+                return (f"{field}: `encoding: {BINNED}` knows genes by their symbols and divides "
+                        "nothing; leave it out")
     own = profile.token_dictionary == OWN_DICTIONARY
     if own and profile.model != "train":
         return (f"token_dictionary: a loaded model needs its own, not `{OWN_DICTIONARY}`")
@@ -156,10 +163,11 @@ def _wrong_encoding(profile: "Profile") -> str | None:
         if getattr(profile, field) is not None:
             return (f"{field}: `token_dictionary: {OWN_DICTIONARY}` makes its medians and calls "
                     "genes as the cells do; leave it out")
-    for field in () if own else ("token_dictionary", "gene_medians"):
+    needed = ("token_dictionary", "gene_medians")[: 1 if profile.encoding == BINNED else 2]
+    for field in () if own else needed:
         if getattr(profile, field) is None:
             return f"{field}: `encoding: {profile.encoding}` needs the model's own"
-    way = RANK_VALUE[profile.encoding]
+    way = GENE_TOKENS[profile.encoding]
     genes = way.most - len(way.before + way.after)
     if profile.genes_per_cell > genes:
         return (f"genes_per_cell: `encoding: {profile.encoding}` takes {genes:,} genes at most, "

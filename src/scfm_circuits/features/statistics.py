@@ -12,6 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.cells.tokens import without_levels
 from scfm_circuits.common.files import digest
 from scfm_circuits.common.kept import Stamp, if_current, kept_arrays, stamp_of
 from scfm_circuits.features.counting import count_activations, unpack_best
@@ -114,7 +115,8 @@ def corpus_pairs(corpus: Corpus) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
     blocks = [slice(start, start + _CELLS) for start in range(0, len(corpus), _CELLS)]
 
     def keys(block: slice) -> np.ndarray:
-        return (corpus.tokens[block] * n_genes + (corpus.gene[block] + 1))[corpus.mask[block]]
+        tokens = without_levels(corpus.tokenizer, corpus.tokens[block])
+        return (tokens * n_genes + (corpus.gene[block] + 1))[corpus.mask[block]]
 
     unique = np.zeros(0, np.int64)
     for block in blocks:

@@ -190,6 +190,10 @@ def check_vocabulary(model: nn.Module, corpus: "Corpus") -> None:
     """Raise InputError if the corpus has token ids or lengths that the model cannot take."""
     config: Any = model.config
     largest, length = int(corpus.tokens.max()), corpus.tokens.shape[1]
+    if hasattr(config, "levels") and len(corpus.tokenizer) != config.vocab_size:
+        raise InputError(f"The token dictionary has {len(corpus.tokenizer):,} tokens, but the "
+                         f"model has {config.vocab_size:,} rows; set `token_dictionary` to the "
+                         "vocab.json that came with the model.")
     if largest >= config.vocab_size * getattr(config, "levels", 1):
         raise InputError(f"The tokenizer gives token {largest}, but the model has "
                          f"{config.vocab_size} rows; `tokenizer` and `model` do not belong "

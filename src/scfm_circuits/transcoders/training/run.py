@@ -317,8 +317,8 @@ def trained_record(corpus: "Corpus", profile: "Profile", control: Control | None
 
 def _title(profile: "Profile", control: Control | None) -> str:
     """What config.yaml calls the model."""
-    own = f"small {FAMILIES[profile.encoding]} ({profile.name})"
-    name = own if profile.model == "train" else profile.model
+    name = (f"small {FAMILIES[profile.encoding]} ({profile.name})" if profile.model == "train"
+            else profile.model)
     return name if control is None else f"{name}, {control.name}"
 
 

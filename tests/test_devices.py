@@ -45,8 +45,8 @@ from scfm_circuits.interpretability import cards as card_drawing
 from scfm_circuits.interpretability.mentions import count_held_out
 from scfm_circuits.models.answers import predict_answers
 from scfm_circuits.transcoders import validation
+from scfm_circuits.transcoders.held_out import held_out_measures
 from scfm_circuits.transcoders.transcoder import Transcoders, Variant
-from scfm_circuits.transcoders.validation import held_out_measures
 
 VARIANTS = (Variant(), Variant("topk", 5), Variant("jumprelu"), Variant("relu", skip=True),
             Variant("topk", 4, skip=True), Variant("relu", site="sae"))

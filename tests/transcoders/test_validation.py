@@ -11,6 +11,7 @@ import torch
 from helpers import model_for, tiny_corpus, tiny_model, tiny_transcoders
 from scipy.stats import entropy, sem
 from sklearn.metrics import r2_score
+from three_types import gene_corpus, gene_model
 from tiny_architectures import FAMILIES, tiny
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
@@ -20,18 +21,21 @@ from scfm_circuits.common.intervals import wilson_interval
 from scfm_circuits.models.answers import predict_answers
 from scfm_circuits.models.mlp_sites import (
     batches,
+    masked_genes,
     mlp_sites,
     mlps,
     next_token_loss,
     replaced_mlps,
     zero_ablation,
 )
+from scfm_circuits.models.states import find_states
 from scfm_circuits.transcoders import validation
 from scfm_circuits.transcoders.transcoder import Transcoders
 from scfm_circuits.transcoders.validation import (
     KINDS,
     SHOWN,
     Compared,
+    _last_hidden,
     _log_probabilities,
     compare_configurations,
     configurations,
@@ -181,7 +185,7 @@ def test_loss_and_kl_of_each_configuration(table, model, transcoders, corpus, na
     assert found["added_se"] == pytest.approx(errors[2], rel=2e-2, abs=1e-7)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "bert"])
 def test_starting_at_the_replaced_layer_changes_nothing(family):
     model = tiny(family, native_norms=True)
     tokens = torch.randint(0, 40, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -189,7 +193,8 @@ def test_starting_at_the_replaced_layer_changes_nothing(family):
     mask[1, 8:] = mask[2, 6:] = False
     residuals: list[Tensor] = []
     for one in in_turn(model):
-        found = _log_probabilities(model, one, tokens, mask, residuals)
+        last = _last_hidden(model, one, tokens, mask, residuals)[:, :-1][mask[:, 1:]]
+        found = _log_probabilities(model, last)
         with replaced_mlps(model, one.replacement or RealMLPs(model).replacement, one.layers):
             logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
         whole = logits[:, :-1].float().log_softmax(dim=-1)[mask[:, 1:]]
@@ -423,3 +428,45 @@ def test_answers_are_counted_and_compared_with_the_original(
         low, high = wilson_interval(one.right, 40)
         assert [one.lower_95, one.upper_95] == pytest.approx([100 * low, 100 * high])
         assert one.percentage == pytest.approx(100 * one.right / 40)
+
+
+@pytest.mark.parametrize("encoding", ["maxtoki", "geneformer_v2", "geneformer_v1"])
+def test_a_model_of_gene_tokens_is_asked_next_or_masked_genes(encoding, tmp_path, monkeypatch):
+    """Loss and KL one cell at a time from transformers' logits; right is the nearest type's place,
+    of an encoder by the genes that it is shown."""
+    monkeypatch.setenv("SCFM_RESULTS", str(tmp_path / "results"))
+    _, corpus = gene_corpus(tmp_path, encoding)
+    model = gene_model(encoding, corpus)
+    t, cells = tiny_transcoders(model), np.flatnonzero(corpus.held_out)[:5]
+    found = compare_configurations(model, t, corpus, cells, 3, seed=2)
+    states = find_states(model, corpus, 4)
+    for name, replacement in (("original", None), ("transcoder", t.replacement)):
+        losses, kls, right = [], [], []
+        for cell in cells:
+            ids = torch.from_numpy(corpus.tokens[cell][corpus.mask[cell]])
+            gene = corpus.gene[cell][corpus.mask[cell]] >= 0
+            shown, hidden = ids.clone(), masked_genes(corpus, [cell], 2)[0][: len(ids)]
+            if encoding == "maxtoki":
+                at, wanted = np.arange(len(ids) - 1), ids[1:]
+            else:
+                at, wanted = np.flatnonzero(hidden), ids[hidden]
+                shown[at] = corpus.tokenizer.convert_tokens_to_ids("<mask>")
+                gene = gene & ~hidden
+            plain = model(input_ids=shown[None], output_hidden_states=True)
+            if replacement is not None:
+                with replaced_mlps(model, replacement):
+                    changed = model(input_ids=shown[None], output_hidden_states=True)
+            else:
+                changed = plain
+            logs, before = (one.logits[0, at].log_softmax(-1) for one in (changed, plain))
+            losses += (-logs[torch.arange(len(at)), wanted]).tolist()
+            kls += (before.exp() * (before - logs)).sum(-1).tolist()
+            point = changed.hidden_states[-1][0][gene].mean(dim=0).numpy()
+            right.append(states.nearest(point[None])[0] == corpus.labels[cell])
+        ours = row(found.scores, name)
+        assert ours["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+        assert ours["kl"] == pytest.approx(np.mean(kls), rel=1e-4, abs=1e-6)
+        assert ours["n_tokens"] == len(losses)
+        assert row(found.answers, name)["right"] == sum(right)
+    assert found.kinds["tokens"].tolist() == {
+        "maxtoki": ["gene", "special token", "all"]}.get(encoding, ["gene", "all"])

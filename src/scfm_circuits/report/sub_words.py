@@ -46,7 +46,7 @@ from scfm_circuits.interpretability.scores import (
 from scfm_circuits.models.answers import predict_answers
 from scfm_circuits.models.known_types import cells_asked, commonest_text
 from scfm_circuits.report.chapter import Chapter
-from scfm_circuits.transcoders.validation import held_out_measures
+from scfm_circuits.transcoders.held_out import held_out_measures
 from scfm_circuits.transcoders.variants import schedules
 
 KINDS = {"train": "sub-words", "genes": "a token a gene"}

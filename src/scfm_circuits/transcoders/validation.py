@@ -1,14 +1,15 @@
 """Tables 1 and 2: what the model loses when transcoders take the place of its MLPs.
 
-All configurations see the same held-out tokens. Loss is the cross-entropy of the next token, KL is
-KL(original || modified) of the next-token distributions, both in float32 log-softmax and in nats,
-as means over all predictions that are not padding. "No MLP" is zero ablation, so its loss can lie
-above that of a uniform guess; mean ablation, where every MLP writes its mean output, stands beside
-it. From the same passes come the loss by kind of token and the share of right answers.
+All configurations see the same held-out tokens. Loss is the cross-entropy of what the model is
+`asked`, the next token or, of an encoder, masked genes; KL is KL(original || modified) of the same
+distributions, both in float32 log-softmax and in nats, as means over all predictions. "No MLP" is
+zero ablation, so its loss can lie above that of a uniform guess; mean ablation, where every MLP
+writes its mean output, stands beside it. From the same passes come the loss by kind of token and
+the share of right answers, or of cells nearest to their type's place (`models.states`).
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,9 +19,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scfm_circuits.common.intervals import wilson_interval
-from scfm_circuits.models.architectures import decoder, decoder_layers
+from scfm_circuits.models.architectures import (
+    architecture_of,
+    decoder,
+    decoder_layers,
+    unembedded,
+)
 from scfm_circuits.models.mlp_sites import (
+    Asked,
     Replacement,
+    asked,
     batches,
     counting_precision,
     device_of,
@@ -31,10 +39,11 @@ from scfm_circuits.models.mlp_sites import (
     replaced_mlps,
     zero_ablation,
 )
+from scfm_circuits.models.states import States, find_states, genes_at, mean_over_genes
 from scfm_circuits.transcoders.transcoder import Transcoders
 
 if TYPE_CHECKING:
-    from transformers import GPTNeoXForCausalLM
+    from transformers import PreTrainedModel
 
     from scfm_circuits.cells.corpus import Corpus
 
@@ -49,8 +58,9 @@ REPLACED = {"transcoder": "replaced", "mean": "at_mean", "no_mlp": "removed"}
 """What is done to the MLPs in all configurations but the original."""
 
 KINDS = ("first piece of a gene", "later pieces", "prompt", "answer")
-"""Kinds of predicted tokens. White space between two genes counts as later pieces, the end of the
-text as the answer."""
+GENE_KINDS = ("gene", "later pieces", "special token", "answer")
+"""Kinds of predicted tokens, and what they are called where genes are tokens. White space between
+two genes counts as later pieces, the end of the text as the answer."""
 
 ALL, LATER = -1, -2
 """What stands in place of a layer's number: all layers; all but the first, which alone reads the
@@ -105,16 +115,19 @@ class Compared(NamedTuple):
 
 
 @torch.no_grad()
-def compare_configurations(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: "Corpus",
-                           cells: np.ndarray, forward_cells: int) -> Compared:
+def compare_configurations(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
+                           cells: np.ndarray, forward_cells: int, seed: int = 0) -> Compared:
     """Loss, KL and answers of every configuration on the given cells.
 
     An answer is right if each of its tokens, full stop included, is the likeliest after those
-    before it: then the model, asked, says that and nothing else. Cost and memory are those of
-    `scores_by_cell`, and a pass over `MEAN_CELLS` training cells.
+    before it: then the model, asked, says that and nothing else. Where nothing is asked in words it
+    is right if the type's place in the untouched model's embedding is the nearest. seed: of what
+    an encoder is asked. Cost and memory are those of `scores_by_cell`, and a pass over training
+    cells.
     """
     chosen = configurations(transcoders, mean_outputs(model, corpus, forward_cells))
-    found = scores_by_cell(model, chosen, corpus, cells, forward_cells)
+    states = None if corpus.has_answers else find_states(model, corpus, forward_cells)
+    found = scores_by_cell(model, chosen, corpus, cells, forward_cells, seed, states)
     per_cell, predictions = found.sums.sum(axis=2), found.predictions.sum(axis=0)
     totals = per_cell.sum(axis=2) / predictions.sum()
     means = per_cell / predictions
@@ -126,15 +139,17 @@ def compare_configurations(model: "GPTNeoXForCausalLM", transcoders: Transcoders
     scores = pd.DataFrame({
         **which, "loss": totals[:, 0], "kl": totals[:, 1], "loss_se": errors[:, 0],
         "kl_se": errors[:, 1], "added_se": added[:, 0], "n_tokens": int(predictions.sum())})
-    return Compared(scores, _by_kind(found), pd.DataFrame({**which, **_answers(found.right)}))
+    names = KINDS if corpus.has_answers else GENE_KINDS
+    return Compared(scores, _by_kind(found, names),
+                    pd.DataFrame({**which, **_answers(found.right)}))
 
 
-def _by_kind(found: "CellScores") -> pd.DataFrame:
+def _by_kind(found: "CellScores", names: Sequence[str]) -> pd.DataFrame:
     """`Compared.kinds`; the configurations of the whole model come first."""
     counts = found.predictions.sum(axis=1)
     losses = found.sums[: len(SHOWN), 0].sum(axis=2)
     counts, losses = np.append(counts, counts.sum()), np.column_stack([losses, losses.sum(axis=1)])
-    table = pd.DataFrame({"tokens": [*KINDS, "all"], "predictions": counts.astype(int),
+    table = pd.DataFrame({"tokens": [*names, "all"], "predictions": counts.astype(int),
                           "share": counts / counts[-1],
                           **dict(zip(SHOWN, losses / np.maximum(counts, 1), strict=True))})
     return table[table["predictions"] > 0].reset_index(drop=True)
@@ -197,7 +212,8 @@ class CellScores(NamedTuple):
     """Loss and KL of configurations, summed over each cell's predictions, and its answers.
 
     sums: (n_configurations, 2, n_kinds, n_cells) in nats; predictions: (n_kinds, n_cells) how many
-    there are; right: (n_configurations, n_cells) whether each token of the answer is right.
+    there are; right: (n_configurations, n_cells) whether each token of the answer is right, or the
+    type's place the nearest.
     """
 
     sums: np.ndarray
@@ -206,12 +222,14 @@ class CellScores(NamedTuple):
 
 
 @torch.no_grad()
-def scores_by_cell(model: "GPTNeoXForCausalLM", chosen: Sequence[Configuration], corpus: "Corpus",
-                   cells: np.ndarray, forward_cells: int) -> CellScores:
+def scores_by_cell(model: "PreTrainedModel", chosen: Sequence[Configuration], corpus: "Corpus",
+                   cells: np.ndarray, forward_cells: int, seed: int = 0,
+                   states: States | None = None) -> CellScores:
     """Loss, KL and answers of configurations, of which the first is the untouched model.
 
-    A configuration of one layer starts from what the untouched model handed to that layer, so it
-    costs half a run of the model on average. Memory is that of four sets of logits and of the
+    states: where there are no answers; without them no cell is right. A decoder's configuration of
+    one layer starts from what the untouched model handed to that layer, so it costs half a run of
+    the model on average. Memory is that of four sets of logits and of the
     residuals of all layers for `forward_cells` cells.
     """
     found = CellScores(np.zeros((len(chosen), 2, len(KINDS), len(cells))),
@@ -223,7 +241,8 @@ def scores_by_cell(model: "GPTNeoXForCausalLM", chosen: Sequence[Configuration],
         where = slice(done, done + len(rows))
         done += len(rows)
         with counting_precision(model):
-            part = _scores(model, chosen, corpus, rows, tokens, mask)
+            question = asked(model, corpus, rows, tokens, mask, seed)
+            part = _scores(model, chosen, corpus, rows, tokens, mask, question, states)
         for whole, some in zip(found, part, strict=True):
             whole[..., where] = some
         bar.update(len(rows))
@@ -240,42 +259,61 @@ def predicted_kinds(corpus: "Corpus", cells: np.ndarray, length: int) -> np.ndar
     return np.select([answered, place == 0, between], [3, 0, 1], 2)
 
 
-def _scores(model: "GPTNeoXForCausalLM", chosen: Sequence[Configuration], corpus: "Corpus",
-            rows: np.ndarray, tokens: Tensor, mask: Tensor) -> CellScores:
+def _scores(model: "PreTrainedModel", chosen: Sequence[Configuration], corpus: "Corpus",
+            rows: np.ndarray, tokens: Tensor, mask: Tensor, question: Asked,
+            states: States | None) -> CellScores:
     """`scores_by_cell` of the cells `rows`, which pass together."""
-    wanted = mask[:, 1:]
-    targets, n = tokens[:, 1:][wanted], len(rows)
-    cell, at = np.nonzero(wanted.cpu().numpy())
-    group = predicted_kinds(corpus, rows, tokens.shape[1])[cell, at] * n + cell
+    targets, n = question.wanted, len(rows)
+    cell, at = np.nonzero(question.at.cpu().numpy())
+    kinds = predicted_kinds(corpus, rows, tokens.shape[1])
+    # An encoder is asked genes alone.
+    group = (kinds[cell, at] if architecture_of(model).causal else 0) * n + cell
     shape = len(KINDS), n
     # The end of the text is not asked of an answer: the full stop is its last token.
     of_answer = ((at + 1 >= corpus.answer_start[rows][cell])
                  & (at + 1 <= corpus.answer_end[rows][cell]))
-    asked = torch.from_numpy(np.flatnonzero(of_answer)).to(tokens.device)
-    sums, right = np.empty((len(chosen), 2, *shape)), np.empty((len(chosen), n), bool)
+    answers = torch.from_numpy(np.flatnonzero(of_answer)).to(tokens.device)
+    # A masked gene says nothing of the cell.
+    of_gene = genes_at(corpus, rows, tokens.shape[1], tokens.device) & (question.shown == tokens)
+    sums, right = np.empty((len(chosen), 2, *shape)), np.zeros((len(chosen), n), bool)
     residuals: list[Tensor] = []
     original: Tensor | None = None
     for index, configuration in enumerate(chosen):
-        logs = _log_probabilities(model, configuration, tokens, mask, residuals)
+        last = _last_hidden(model, configuration, question.shown, mask, residuals)
+        # Only predictions that count go through the unembedding, the model's largest product.
+        logs = _log_probabilities(model, last[question.at])
         original = logs if original is None else original
         loss = -logs.gather(-1, targets[:, None])[:, 0]
         kl = torch.linalg.vecdot(original.exp(), original - logs)
         for measure, values in enumerate((loss, kl)):
             sums[index, measure] = np.bincount(
                 group, values.double().cpu().numpy(), len(KINDS) * n).reshape(shape)
-        missed = (logs[asked].argmax(dim=-1) != targets[asked]).cpu().numpy()
-        right[index] = np.bincount(cell[of_answer], missed, n) == 0
+        if corpus.has_answers:
+            missed = (logs[answers].argmax(dim=-1) != targets[answers]).cpu().numpy()
+            right[index] = np.bincount(cell[of_answer], missed, n) == 0
+        elif states is not None:
+            embedded = mean_over_genes(last.double(), of_gene).cpu().numpy()
+            right[index] = states.nearest(embedded) == corpus.labels[rows]
     return CellScores(sums, np.bincount(group, minlength=len(KINDS) * n).reshape(shape), right)
 
 
-def _log_probabilities(model: "GPTNeoXForCausalLM", configuration: Configuration, tokens: Tensor,
-                       mask: Tensor, residuals: list[Tensor]) -> Tensor:
-    """(n_predictions, vocabulary) float32 log-probabilities of the tokens after the first.
+def _log_probabilities(model: "PreTrainedModel", hidden: Tensor) -> Tensor:
+    """(n, vocabulary) float32, of what the model's body gives, with the model's cap on logits."""
+    logits, cap = unembedded(model, hidden).float(), getattr(
+        model.config, "final_logit_softcapping", None)
+    return (cap * torch.tanh(logits / cap) if cap else logits).log_softmax(dim=-1)
+
+
+def _last_hidden(model: "PreTrainedModel", configuration: Configuration, tokens: Tensor,
+                 mask: Tensor, residuals: list[Tensor]) -> Tensor:
+    """(n, length, d_model) what the model's body gives.
 
     residuals: what the untouched model hands to each layer, (n, length, d_model); the untouched
-    configuration fills it, those of one layer start from it.
+    configuration fills it, those of one layer start from it, unless the stream begins with more
+    than tokens' embeddings, or attention is not of one kind in all layers.
     """
-    run = decoder(model)
+    run, kinds = decoder(model), set(getattr(model.config, "layer_types", None) or ())
+    startable = architecture_of(model).embedded is None and len(kinds) < 2
     with contextlib.ExitStack() as stack:
         given = {"input_ids": tokens}
         if configuration.replacement is None:
@@ -285,14 +323,12 @@ def _log_probabilities(model: "GPTNeoXForCausalLM", configuration: Configuration
         else:
             stack.enter_context(replaced_mlps(model, configuration.replacement,
                                               configuration.layers))
-        if configuration.layers is not None:
+        if configuration.layers is not None and startable:
             first = min(configuration.layers)
             stack.enter_context(_starting_at(model, first))
             given = {"inputs_embeds": residuals[first]}
-        last = run(**given, attention_mask=mask, use_cache=False).last_hidden_state
-    # Only predictions that count go through the unembedding, the model's largest product.
-    logits = model.get_output_embeddings()(last[:, :-1][mask[:, 1:]])
-    return logits.float().log_softmax(dim=-1)
+        last: Tensor = run(**given, attention_mask=mask, use_cache=False).last_hidden_state
+    return last
 
 
 @contextlib.contextmanager
@@ -354,7 +390,7 @@ def output_variance(model: nn.Module, corpus: "Corpus", cells: np.ndarray, forwa
 
 
 @torch.no_grad()
-def fraction_of_variance_unexplained(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
+def fraction_of_variance_unexplained(model: "PreTrainedModel", transcoders: Transcoders,
                                      corpus: "Corpus", cells: np.ndarray, forward_cells: int,
                                      skips: Sequence[int] = (0,)) -> np.ndarray:
     """(len(skips), n_layers) FVU: sum ||y_hat - y||^2 / sum ||y - mean(y)||^2 over the cells'
@@ -378,66 +414,3 @@ def fraction_of_variance_unexplained(model: "GPTNeoXForCausalLM", transcoders: T
                 each = missed.double().square().sum(dim=1)
                 error[:, layer] += [float(each[place >= skip].sum()) for skip in skips]
     return error / np.stack([variance.value() for variance in variances])
-
-
-Load = Callable[[], Transcoders]
-"""Reads some dictionaries."""
-
-
-@torch.no_grad()
-def replacement_of(model: nn.Module, transcoders: Transcoders) -> Replacement:
-    """What takes an MLP's place: an autoencoder reads the MLP's own output."""
-    if transcoders.variant.site == "transcoder":
-        return transcoders.replacement
-    modules = mlps(model)
-    return lambda layer, x: transcoders.replacement(layer, modules[layer](x))
-
-
-def held_out_measures(model: nn.Module, variants: Mapping[str, Load], corpus: "Corpus",
-                      cells: np.ndarray, forward_cells: int) -> pd.DataFrame:
-    """L0, FVU and loss on the cells: a row per variant and layer.
-
-    variants: functions that load the dictionaries, of which one is held at a time.
-    Columns: variant, layer, l0, fvu, loss (nats per token with that layer's MLP replaced; layer -1:
-    all of them, with l0 and fvu missing). The rows of `no MLP` have zeros in the MLP's place, the
-    row of `original` (layer -1) the model as it is.
-    """
-    n_layers, given = len(mlps(model)), (model, corpus, cells, forward_cells)
-    variance = output_variance(*given)
-    layers, missing = range(-1, n_layers), np.full(1 + n_layers, np.nan)
-    rows = []
-    for name, load in variants.items():
-        one = load()
-        active, error = _sparsity_and_error(one, *given)
-        losses = _losses(replacement_of(model, one), *given)[1:]
-        del one  # before the next one is read
-        l0, fvu = (np.append(np.nan, part) for part in (
-            active / variance.n_tokens, error / variance.value()))
-        rows += [[name, *row] for row in zip(layers, l0, fvu, losses, strict=True)]
-    losses = _losses(zero_ablation, *given)
-    rows += [["no MLP", *row] for row in zip(layers, missing, missing, losses[1:], strict=True)]
-    rows.append(["original", -1, np.nan, np.nan, losses[0]])
-    return pd.DataFrame(rows, columns=["variant", "layer", "l0", "fvu", "loss"])
-
-
-def _sparsity_and_error(one: Transcoders, model: nn.Module, corpus: "Corpus", cells: np.ndarray,
-                        forward_cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """(n_layers,) active features and squared errors, summed over the cells' tokens."""
-    active, error = np.zeros(one.n_layers), np.zeros(one.n_layers)
-    for _, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
-        x, y = mlp_sites(model, tokens, mask)
-        read = one.variant.read(x, y)
-        for layer in range(one.n_layers):
-            active[layer] += int((one.layer_activations(layer, read[layer]) > 0).sum())
-            missed = one.layer_estimate(layer, read[layer]) - y[layer]
-            error[layer] += float(missed.double().square().sum())
-    return active, error
-
-
-def _losses(replacement: Replacement, model: nn.Module, corpus: "Corpus", cells: np.ndarray,
-            forward_cells: int) -> np.ndarray:
-    """(2 + n_layers,) losses: of the untouched model, with all MLPs replaced, with each alone."""
-    chosen = [Configuration("", None, None), Configuration("", replacement, None),
-              *(Configuration("", replacement, [layer]) for layer in range(len(mlps(model))))]
-    found = scores_by_cell(model, chosen, corpus, cells, forward_cells)  # type: ignore[arg-type]
-    return found.sums[:, 0].sum(axis=(1, 2)) / found.predictions.sum()

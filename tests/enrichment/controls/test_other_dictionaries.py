@@ -26,13 +26,12 @@ from scfm_circuits.enrichment.gene_sets import GeneSets, gene_sets_from_dict
 from scfm_circuits.features.statistics import FeatureStatistics, count_features
 from scfm_circuits.models.mlp_sites import mlp_sites, mlps, replaced_mlps
 from scfm_circuits.report.plots.variants import variants as picture
+from scfm_circuits.transcoders.held_out import held_out_measures, replacement_of
 from scfm_circuits.transcoders.training.settings import Control
 from scfm_circuits.transcoders.transcoder import Transcoders, Variant
 from scfm_circuits.transcoders.validation import (
     compare_configurations,
     fraction_of_variance_unexplained,
-    held_out_measures,
-    replacement_of,
 )
 from scfm_circuits.transcoders.variants import Trained, settings, variant_profile
 

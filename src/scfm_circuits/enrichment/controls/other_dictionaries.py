@@ -18,7 +18,7 @@ from scfm_circuits.enrichment.gene_sets import GeneSets
 from scfm_circuits.enrichment.null_lists import ragged
 from scfm_circuits.features.gene_lists import gene_list_ids
 from scfm_circuits.features.statistics import FeatureStatistics, get_statistics
-from scfm_circuits.transcoders.validation import held_out_measures
+from scfm_circuits.transcoders.held_out import held_out_measures
 from scfm_circuits.transcoders.variants import Trained
 
 if TYPE_CHECKING:

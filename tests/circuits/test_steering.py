@@ -10,14 +10,15 @@ from tiny_architectures import FAMILIES, tiny
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.prompts import answered_prompt
-from scfm_circuits.circuits import steering
+from scfm_circuits.circuits import directions, steering
 from scfm_circuits.circuits.attribution import feature_direction
 from scfm_circuits.circuits.contrast import contrast_of
 from scfm_circuits.circuits.frozen import freeze
-from scfm_circuits.circuits.interventions import FeatureAt, scale_features
+from scfm_circuits.circuits.interventions import FeatureAt, frozen_change, scale_features
+from scfm_circuits.circuits.search import activations_at_end
 from scfm_circuits.features.statistics import count_features
 from scfm_circuits.models.architectures import decoder
-from scfm_circuits.models.mlp_sites import hooked, next_token_loss, site_hooks
+from scfm_circuits.models.mlp_sites import hooked, mlp_sites, next_token_loss, site_hooks
 
 # --- edits ---------------------------------------------------------------------------------------
 
@@ -112,6 +113,7 @@ def test_readings_are_those_of_plain_runs(tiny_parts, label, monkeypatch, tmp_pa
             on_gene = corpus.gene[cell, 1 : end + 1] >= 0
             whole = next_token_loss(own[None], text.tokens[None],
                                     torch.ones(1, end + 1, dtype=torch.bool))
+            # In so short a text every token of a gene is taken.
             assert found[3][at] == pytest.approx(float(whole[on_gene].mean()), abs=1e-5)
 
 
@@ -124,18 +126,53 @@ def test_the_feature_that_tells_the_label_is_chosen_and_the_means_are_those_of_i
     z = torch.rand(30, 2, 6, generator=generator).relu()
     z[:, 1, 4] = torch.from_numpy(labels == "a") + 0.01 * z[:, 1, 4]
     written = torch.rand(30, 2, 5, generator=generator)
-    chosen = steering.choose(steering.AtQuestion(z, written, torch.tensor([1.0, 3.0])), labels, "a")
-    assert (chosen.layer, chosen.features[0], chosen.norm) == (1, 4, 3.0)
+    at = directions.AtQuestion(z, written, torch.tensor([1.0, 3.0]))
+    chosen = directions.choose(at, labels, "a")
+    assert (chosen.layer, chosen.features[0]) == (1, 4)
     assert chosen.auroc[0] == 1 and list(chosen.auroc) == sorted(chosen.auroc, reverse=True)
     mean = {one: written[torch.from_numpy(labels == one), 1].mean(0) for one in "abc"}
-    assert torch.allclose(chosen.vector, mean["a"] - (mean["b"] + mean["c"]) / 2)
+    assert torch.allclose(directions.means_at(at, labels, "a", 1),
+                          mean["a"] - (mean["b"] + mean["c"]) / 2)
 
 
 @pytest.mark.parametrize("labels", [["a"] * 4, ["b"] * 4])
 def test_a_label_is_told_from_others_only_where_there_are_both(labels):
-    at = steering.AtQuestion(torch.rand(4, 1, 3), torch.rand(4, 1, 5), torch.ones(1))
+    at = directions.AtQuestion(torch.rand(4, 1, 3), torch.rand(4, 1, 5), torch.ones(1))
     with pytest.raises(InputError, match="needs training cells of this label and of others"):
-        steering.choose(at, np.array(labels), "a")
+        directions.choose(at, np.array(labels), "a")
+
+
+def test_cells_are_read_where_they_are_asked(tiny_parts):
+    model, transcoders, corpus = tiny_parts
+    at = directions.at_question(model, transcoders, corpus, np.arange(9), 4)
+    found = activations_at_end(model, transcoders, corpus, np.arange(9), 1, "query", 3)
+    assert np.allclose(at.activations[:, 1].numpy(), found)
+    sizes = []
+    for cell in range(9):
+        end = int(corpus.answer_start[cell])
+        ids = torch.from_numpy(np.asarray(corpus.tokens[cell, :end]))[None]
+        outputs = mlp_sites(model, ids, torch.ones_like(ids, dtype=torch.bool)).outputs
+        assert torch.allclose(at.outputs[cell], outputs[:, -1])
+        sizes.append(outputs.norm(dim=-1))
+    assert torch.allclose(at.norms, torch.cat(sizes, dim=1).mean(dim=1))
+
+
+def test_a_feature_s_effect_is_that_of_its_push_in_the_frozen_model(
+        tiny_parts, monkeypatch, tmp_path):
+    model, transcoders, corpus = tiny_parts
+    profile, norms = tiny_profile(monkeypatch, tmp_path), torch.tensor([2.0, 3.0]).double()
+    found = directions.by_effect(model, transcoders, corpus, profile, np.array([1, 2]), "CD34+",
+                                 norms)
+    for layer, feature in ((1, 4), (1, 9)):  # the last: no later feature answers
+        changes = []
+        for cell in (1, 2):
+            prompt = answered_prompt(corpus, profile, cell, "CD34+")
+            run = freeze(model, transcoders, prompt.encoded.tokens)
+            row = transcoders.W_dec[layer, feature]
+            change = torch.zeros_like(run.mlp_out)
+            change[layer] = norms[layer] * row / row.norm()
+            changes.append(frozen_change(run, change, contrast_of(corpus, prompt).start(run)[1]))
+        assert float(found[layer, feature]) == pytest.approx(np.mean(changes), abs=1e-9)
 
 
 class Statistics:
@@ -151,7 +188,7 @@ def test_random_features_fire_as_often_and_as_strongly(about, seed):
     fired, mean = (np.array(one) for one in zip(*about, strict=True))
     fired[:8] += 1
     statistics, chosen = Statistics(fired, mean), [0, 1, 2]
-    drawn = steering.matched(statistics, 0, chosen, np.random.default_rng(seed), nearest=2)
+    drawn = directions.matched(statistics, 0, chosen, np.random.default_rng(seed), nearest=2)
     assert len(set(drawn)) == 3 and not set(drawn) & set(chosen)
     assert (fired[drawn] > 0).all()
     live = fired > 0
@@ -165,7 +202,7 @@ def test_random_features_fire_as_often_and_as_strongly(about, seed):
 
 def test_too_few_features_to_compare_with_is_said():
     with pytest.raises(InputError, match="has 1 features that fire"):
-        steering.matched(Statistics([3, 4, 5, 0], [1.0] * 4), 0, [0, 1], np.random.default_rng(0))
+        directions.matched(Statistics([3, 4, 5, 0], [1.0] * 4), 0, [0, 1], np.random.default_rng(0))
 
 
 # --- the study -----------------------------------------------------------------------------------
@@ -175,17 +212,22 @@ def test_a_study_reads_held_out_cells_under_every_setting(tiny_parts, monkeypatc
     model, transcoders, corpus = tiny_parts
     profile = tiny_profile(monkeypatch, tmp_path, forward_cells=7)
     statistics = count_features(model, transcoders, corpus, 4, progress=False)
-    for name, value in {"SEEDS": 2, "DOSES": (-1.0, 0.0, 1.0), "SCORED_CELLS": 5}.items():
+    for name, value in {"SEEDS": 2, "DOSES": (-1.0, 0.0, 1.0), "SCORED_CELLS": 5,
+                        "TRACED_CELLS": 2}.items():
         monkeypatch.setattr(steering, name, value)
     first, again = (steering.steering_study(model, transcoders, corpus, profile, statistics,
                                             "B cell") for _ in range(2))
     for one, other in zip(first.readings, again.readings, strict=True):
-        assert one.shape == (2 * 7 * 4, 5) and np.array_equal(one, other)
+        assert one.shape == (2 * 6 * 4, 5) and np.array_equal(one, other)
     doses = np.array([one.dose for one in first.settings])
     for found, before in zip(first.readings, first.before, strict=True):
         assert np.allclose(found[doses == 0], before)
     assert not np.allclose(first.readings.contrast[doses == 1], first.before.contrast)
-    norms = {abs(one.norm) for one in first.settings if one.dose == 1 and one.seed == 0}
-    assert len(norms) == 1 and len(first.chosen) == 2
-    assert {one.arm for one in first.settings} == {
-        steering.BEST, "best 5 features", steering.MEANS, steering.RANDOM, "5 random features"}
+    arms = {one.arm: one.norm for one in first.settings if one.dose == 1 and one.seed == 0}
+    assert list(arms) == [steering.BEST, steering.BEST_SET.format(5), steering.BY_EFFECT,
+                          steering.RANDOM, steering.MEANS]
+    assert len(set(arms.values())) == 1  # pushes of one norm
+    chosen = first.chosen
+    assert chosen["arm"].tolist() == [steering.BEST, steering.BY_EFFECT] * 2
+    assert (chosen["predicted"][1::2].to_numpy() >= chosen["predicted"][::2].to_numpy()).all()
+    assert (chosen["auroc"][::2].to_numpy() >= chosen["auroc"][1::2].to_numpy()).all()

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from scfm_circuits.circuits import steering_curves as curves
-from scfm_circuits.circuits.steering import BEST, MEANS, Readings, Setting, SteeringStudy, pushed
+from scfm_circuits.circuits.steering import (
+    BY_EFFECT,
+    MEANS,
+    Readings,
+    Setting,
+    SteeringStudy,
+    pushed,
+)
 
 DOSES = (-2.0, -1.0, 1.0, 2.0)
 
@@ -24,7 +31,7 @@ def study(effects, n=8):
     for arm, (slope, cost) in effects.items():
         for seed in range(2):
             for dose in (*DOSES, np.nan):
-                settings.append(Setting(arm, seed, 0, 0, dose, dose, dose, edit))
+                settings.append(Setting(arm, seed, 0, dose, dose, dose, edit))
                 contrast.append(before.contrast[0] + (slope * dose if dose == dose else 0.5 * seed))
                 loss.append(before.loss[0] + (cost * abs(dose) if dose == dose else 0.0))
     contrast, loss = np.array(contrast), np.array(loss)
@@ -34,42 +41,44 @@ def study(effects, n=8):
 
 
 def test_a_row_counts_what_its_settings_did():
-    table = curves.curve(study({BEST: (0.6, 0.05), MEANS: (2.0, 0.4)}), seed=0)
+    table = curves.curve(study({BY_EFFECT: (0.6, 0.05), MEANS: (2.0, 0.4)}), seed=0)
     assert table.iloc[0][["arm", "change", "cost", "to_label", "own_right"]].tolist() == [
         "nothing", 0, 0, 0, 100]
     rows = table.set_index(["arm", "dose"])
-    best = rows.loc[BEST, 1.0]
+    best = rows.loc[BY_EFFECT, 1.0]
     assert best["change"] == pytest.approx(0.6) and best["cost"] == pytest.approx(0.05)
     assert (best["to_label"], best["from_label"], best["others_right"]) == (0, 0, 100)
-    assert (rows.loc[(BEST, 2.0), "to_label"], rows.loc[(BEST, 2.0), "others_right"]) == (100, 0)
-    assert rows.loc[(BEST, -2.0), "from_label"] == 100
-    away = table[(table["arm"] == BEST) & (table["done"] == curves.TAKEN_AWAY)].iloc[0]
+    assert rows.loc[(BY_EFFECT, 2.0), ["to_label", "others_right"]].tolist() == [100, 0]
+    assert rows.loc[(BY_EFFECT, -2.0), "from_label"] == 100
+    away = table[(table["arm"] == BY_EFFECT) & (table["done"] == curves.TAKEN_AWAY)].iloc[0]
     assert (away["lowest"], away["highest"]) == pytest.approx((0.0, 0.5))
     assert away["change"] == pytest.approx(0.25) and away["runs"] == 2
 
 
 def test_arms_are_compared_at_the_same_norm_and_at_the_same_cost():
-    found = curves.compared(study({BEST: (0.6, 0.08), MEANS: (2.0, 0.4)}), seed=0)
+    found = curves.compared(study({BY_EFFECT: (0.6, 0.08), MEANS: (2.0, 0.4)}), seed=0)
     rows = found.set_index(["pushed", "compared", "arm"]).sort_index()
     for way in ("towards", "away"):
         norm, cost = rows.loc[way, "equal norm"], rows.loc[way, "equal cost"]
         assert norm.loc[MEANS, "effect"] == pytest.approx(2.0)
         assert norm.loc[MEANS, "difference"] == pytest.approx(-1.4)
         # 0.1 nats cost the best feature a dose of 1.25, the difference of means one of a quarter.
-        assert abs(cost.loc[BEST, "dose"]) == pytest.approx(1.25)
-        assert cost.loc[BEST, "effect"] == pytest.approx(0.75)
+        assert abs(cost.loc[BY_EFFECT, "dose"]) == pytest.approx(1.25)
+        assert cost.loc[BY_EFFECT, "effect"] == pytest.approx(0.75)
         assert abs(cost.loc[MEANS, "dose"]) == pytest.approx(0.25)
         assert cost.loc[MEANS, "difference"] == pytest.approx(0.75 - 0.5)
         assert cost["cost"].tolist() == pytest.approx([curves.COST] * 2) and cost["reached"].all()
-    assert "less than the difference of means" in curves.beside(found, "towards", "equal norm")
-    assert "more than the difference of means" in curves.beside(found, "towards", "equal cost")
+    for how, verdict in (("equal norm", "less than"), ("equal cost", "more than")):
+        said = curves.beside(found, "towards", how, MEANS)
+        assert said.startswith(f"{verdict} the difference of means (difference ")
+    assert curves.effects(found, "away", "equal norm")[MEANS] == "2.00 nats (2.00 to 2.00)"
 
 
 def test_an_arm_that_never_costs_as_much_is_read_at_its_last_dose_and_marked():
-    found = curves.compared(study({BEST: (0.6, 0.01), MEANS: (0.6, 0.01)}), seed=0)
+    found = curves.compared(study({BY_EFFECT: (0.6, 0.01), MEANS: (0.6, 0.01)}), seed=0)
     row = found[(found["compared"] == "equal cost")].iloc[0]
     assert not row["reached"] and row["dose"] == 2.0 and row["effect"] == pytest.approx(1.2)
-    assert "not clearly other than" in curves.beside(found, "away", "equal norm")
+    assert "not clearly other than" in curves.beside(found, "away", "equal norm", MEANS)
 
 
 @given(arrays(float, (3, 5), elements=st.floats(-1, 1)), st.floats(0.01, 0.9))

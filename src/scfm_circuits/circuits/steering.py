@@ -5,19 +5,21 @@ and s the mean norm of what this MLP writes: pushes of one dose are of one norm,
 direction. Or what a feature writes is taken away wherever it fires. Rules, fixed before any result
 was seen:
 
-1. Everything is chosen on training cells (`choose`): the feature whose activation at the question's
-   last token tells the label's cells best (AUROC over the features of all layers), the `TOP` best
-   of its layer, and the difference of the means of what the MLP writes there. Random features of
-   the layer fire as often and as strongly as the chosen ones. `SEEDS` draws of training cells.
+1. Everything is chosen on training cells (`directions`), on `SEEDS` draws of them: the feature that
+   tells the label best, which decides the layer; the best features of this layer; that one of them
+   all along which a push should move the call most; the difference of means; random features.
 2. Held-out cells are read (`Readings`): the label's contrast, whether the cell's own answer is
-   given, whether an answer is any label at all, and the loss on the tokens of genes.
+   given, whether an answer is any label at all, and the loss on tokens of genes.
 3. `steering_curves` compares at equal norm and at equal cost.
+
+The feature chosen by effect was added after a first look at the others, which turned out to push
+against their label; where nothing is pushed, all readings are as before.
 
 A text passes the layers below the push once, for all of a layer's settings.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,8 +28,15 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from scfm_circuits import InputError
 from scfm_circuits.circuits.contrast import Contrast, answers_by_label, contrasts_of
+from scfm_circuits.circuits.directions import (
+    AtQuestion,
+    at_question,
+    by_effect,
+    choose,
+    matched,
+    means_at,
+)
 from scfm_circuits.circuits.interventions import Edit
 from scfm_circuits.circuits.studies import studied_cells
 from scfm_circuits.common.randomness import generator
@@ -35,11 +44,9 @@ from scfm_circuits.features.statistics import FeatureStatistics
 from scfm_circuits.features.unit_scores import aurocs
 from scfm_circuits.models.architectures import decoder
 from scfm_circuits.models.mlp_sites import (
-    batches,
     device_of,
     faster_attention,
     hooked,
-    mlp_sites,
     site_hooks,
 )
 from scfm_circuits.transcoders.transcoder import Transcoders
@@ -50,16 +57,18 @@ if TYPE_CHECKING:
     from scfm_circuits.cells.corpus import Corpus
     from scfm_circuits.common.profile import Profile
 
-BEST, BEST_SET, MEANS = "best feature", "best {} features", "difference of means"
-RANDOM, RANDOM_SET = "random feature", "{} random features"
-"""Arms of the study; `{}` is how many features, `TOP` if the layer has them."""
-DOSES = (-4.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0)
+BEST, BEST_SET, BY_EFFECT = "feature by AUROC", "{} features by AUROC", "feature by effect"
+MEANS, RANDOM = "difference of means", "random feature"
+"""Arms of the study; `{}` is how many features, `directions.TOP` if the layer has them."""
+DOSES = (-4.0, -2.0, -1.0, 1.0, 2.0, 4.0)
 """Pushes, in units of the mean norm of what the layer's MLP writes."""
-SEEDS, TOP, RANDOM_DRAWS, NEAREST = 3, 5, 2, 8
-"""Draws of training cells; features pushed together; random features of a seed, and among how many
-that fire alike each is drawn."""
-CHOICE_CELLS, CHOICE_PER_TYPE, SCORED_CELLS, SCORED_PER_TYPE = 200, 100, 64, 32
+SEEDS, RANDOM_DRAWS = 3, 2
+"""Draws of training cells, and of random features for each."""
+CHOICE_CELLS, CHOICE_PER_TYPE, SCORED_CELLS, SCORED_PER_TYPE = 160, 80, 48, 24
 """Training cells of a seed, and held-out cells that are read, at most, and of a type at most."""
+TRACED_CELLS, LOSS_TOKENS = 12, 64
+"""Training cells of a seed that effects are predicted in; tokens of genes that a cell's loss is
+taken over, evenly spaced in its text."""
 
 
 # --- edits ---------------------------------------------------------------------------------------
@@ -83,7 +92,7 @@ def scaled(transcoders: Transcoders, layer: int, features: Sequence[int], factor
 
 def projected_out(vector: Tensor) -> Edit:
     """Take away what is written along a vector (d_model,), whatever its sign."""
-    unit = vector / vector.norm()
+    unit = vector / vector.norm().clamp_min(1e-12)
     return lambda x, output: output - (output @ unit)[..., None] * unit
 
 
@@ -117,7 +126,7 @@ class Readings(NamedTuple):
 
     contrast: of the label that is steered towards, nats. right: whether each token of the cell's
     own answer is the likeliest after those before it. no_label: whether the likeliest token where
-    the contrast is read is no label's. loss: mean over the next tokens that are of genes, nats.
+    the contrast is read is no label's. loss: mean over `LOSS_TOKENS` next tokens of genes, nats.
     """
 
     contrast: np.ndarray
@@ -136,8 +145,8 @@ class Text(NamedTuple):
     """A cell's text with its own answer, and the one that the label's contrast is read in.
 
     tokens: (n_pos,) up to the answer's end; start: the answer's first. on_gene: (n,) positions
-    whose next token is a gene's. asked: (n,) up to the token where the contrast is read; the same
-    text, unless the two answers have parted by then.
+    whose next token is a gene's, evenly spaced. asked: (n,) up to the token where the contrast is
+    read; the same text, unless the two answers have parted by then.
     """
 
     tokens: Tensor
@@ -155,6 +164,7 @@ def text_of(corpus: "Corpus", cell: int, label: str, contrast: Contrast, device:
     taught = answers_by_label(corpus)[label][: contrast.position + 1 - start]
     asked = np.concatenate([own[:start], np.array(taught, dtype=own.dtype)])
     on_gene = np.flatnonzero(np.asarray(corpus.gene[cell, 1:end]) >= 0)
+    on_gene = on_gene[np.unique(np.linspace(0, len(on_gene) - 1, LOSS_TOKENS).round().astype(int))]
     tokens, genes, other = (torch.from_numpy(one).to(device) for one in (own, on_gene, asked))
     return Text(tokens, start, genes, other, contrast)
 
@@ -180,121 +190,16 @@ def read_text(model: "PreTrainedModel", text: Text, layer: int, edits: Sequence[
                                           loss.double())]
 
 
-# --- choosing, on training cells -----------------------------------------------------------------
-
-
-class Chosen(NamedTuple):
-    """What one draw of training cells chooses.
-
-    features: the `TOP` best of the layer, the best one first; auroc: (n,) of each. vector:
-    (d_model,) difference of means; norm: mean norm of what the layer's MLP writes at the questions'
-    tokens. cells: how many were looked at.
-    """
-
-    layer: int
-    features: list[int]
-    auroc: np.ndarray
-    vector: Tensor
-    norm: float
-    cells: int
-
-
-class AtQuestion(NamedTuple):
-    """Some cells where they are asked for their type: the question's last token.
-
-    activations: (n_cells, n_layers, n_features); outputs: (n_cells, n_layers, d_model) of the MLPs;
-    norms: (n_layers,) mean norm of these over all tokens of the questions.
-    """
-
-    activations: Tensor
-    outputs: Tensor
-    norms: Tensor
-
-
-@torch.no_grad()
-def at_question(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
-                cells: np.ndarray, forward_cells: int) -> AtQuestion:
-    """Read the cells in one pass."""
-    activations, outputs, norms, n = [], [], [], 0
-    for rows, tokens, _ in batches(corpus, cells, forward_cells, device_of(model)):
-        asked = corpus.answer_start[rows]
-        inside = torch.arange(tokens.shape[1], device=tokens.device) < torch.from_numpy(
-            asked).to(tokens.device)[:, None]
-        sites = mlp_sites(model, tokens, inside)
-        last = torch.from_numpy(np.cumsum(asked) - 1).to(tokens.device)
-        inputs = sites.inputs[:, last]
-        activations.append(torch.stack([transcoders.layer_activations(layer, x)
-                                        for layer, x in enumerate(inputs)], dim=1))
-        outputs.append(sites.outputs[:, last].transpose(0, 1))
-        norms.append(sites.outputs.norm(dim=-1).sum(dim=1))
-        n += int(asked.sum())
-    return AtQuestion(torch.cat(activations), torch.cat(outputs), torch.stack(norms).sum(0) / n)
-
-
-def choose(at: AtQuestion, labels: np.ndarray, label: str) -> Chosen:
-    """The best features for a label, and the difference of means at their layer.
-
-    labels: (n_cells,) of the cells in `at`. Features of equal AUROC stand in the order of how much
-    more they fire in the label's cells. The means of the other types count alike.
-
-    Raises InputError if the cells are all of the label, or none is.
-    """
-    own = labels == label
-    if own.all() or not own.any():
-        raise InputError(f"Steering to {label!r} needs training cells of this label and of others, "
-                         "and there are only one kind; give `case_type` another label.")
-    z = at.activations.cpu().numpy().reshape(len(labels), -1)
-    area = aurocs(rankdata(z, axis=0), own)
-    more = z[own].mean(axis=0) - z[~own].mean(axis=0)
-    order = np.lexsort((-more, -area))
-    n_features = at.activations.shape[2]
-    layer = int(order[0]) // n_features
-    features = order[order // n_features == layer][:TOP]
-    written = at.outputs[:, layer]
-    others = torch.stack([written[torch.from_numpy(labels == one)].mean(dim=0)
-                          for one in np.unique(labels[~own])]).mean(dim=0)
-    return Chosen(layer, (features % n_features).tolist(), area[features],
-                  written[torch.from_numpy(own)].mean(dim=0) - others, float(at.norms[layer]),
-                  len(labels))
-
-
-def matched(statistics: FeatureStatistics, layer: int, features: Sequence[int],
-            rng: np.random.Generator, nearest: int = NEAREST) -> list[int]:
-    """For each feature another of the layer that fires about as often and as strongly.
-
-    The draw is among the `nearest` by the distance of log frequency and log mean activation, each
-    in its standard deviation over the layer's features that fire; none is one of `features`, and
-    none is drawn twice. Raises InputError if the layer has too few features that fire.
-    """
-    fired = statistics.fired[layer]
-    free = np.setdiff1d(np.flatnonzero(fired > 0), features)
-    if len(free) < len(features):
-        raise InputError(f"Layer {layer} has {len(free)} features that fire beside those to "
-                         f"compare with, and {len(features)} are needed; train transcoders longer "
-                         "or with a smaller `l1_coefficient`.")
-    about = np.stack([np.log(np.maximum(fired, 1)),
-                      np.log(np.maximum(statistics.mean_activation[layer], 1e-12))])
-    about = about / np.maximum(about[:, fired > 0].std(axis=1), 1e-12)[:, None]
-    drawn: list[int] = []
-    for feature in features:
-        distance = np.square(about[:, free] - about[:, feature, None]).sum(axis=0)
-        closest = free[np.argsort(distance, kind="stable")[:nearest]]
-        drawn.append(int(rng.choice(closest)))
-        free = free[free != drawn[-1]]
-    return drawn
-
-
 # --- the study -----------------------------------------------------------------------------------
 
 
 class Setting(NamedTuple):
-    """One way to steer: arm, seed, draw (of random features), layer, dose (missing: what the arm
-    has is taken away), norm of the push, and that norm in units of what the arm's features
-    typically write (mean activation where one fires; missing for the difference of means)."""
+    """One way to steer: arm, seed, layer, dose (missing: what the arm has is taken away), norm of
+    the push, and that norm in units of what the arm's features typically write (mean activation
+    where one fires; missing for the difference of means)."""
 
     arm: str
     seed: int
-    draw: int
     layer: int
     dose: float
     norm: float
@@ -312,32 +217,65 @@ class SteeringStudy(NamedTuple):
     labels: np.ndarray
     """(n_cells,) the cells' own."""
     chosen: pd.DataFrame
-    """A row per seed: seed, layer, feature (the best), auroc, held_out_auroc, others (the other
-    `TOP` - 1 of the layer), cells (training cells looked at), norm (of dose 1)."""
+    """Two rows per seed: seed, arm (`BEST`, `BY_EFFECT`), layer, feature, auroc, held_out_auroc,
+    predicted (nats by which a push of dose 1 should move the contrast), cells (training cells
+    looked at), norm (of dose 1)."""
 
 
-def settings_of(transcoders: Transcoders, statistics: FeatureStatistics, chosen: Chosen, seed: int,
-                rng: np.random.Generator) -> list[Setting]:
-    """All settings of one draw of training cells."""
-    layer, best = chosen.layer, chosen.features
-    sets = [(BEST, 0, best[:1]), (BEST_SET.format(len(best)), 0, best)]
-    for draw in range(RANDOM_DRAWS):
-        sets += [(RANDOM, draw, matched(statistics, layer, best[:1], rng)),
-                 (RANDOM_SET.format(len(best)), draw, matched(statistics, layer, best, rng))]
-    arms: list[tuple[str, int, Tensor, Edit, float]] = []
-    for name, draw, features in sets:
+def _settings(transcoders: Transcoders, statistics: FeatureStatistics, layer: int, norm: float,
+              sets: Sequence[tuple[str, list[int]]], means: Tensor, seed: int) -> list[Setting]:
+    """All doses of all arms; sets: names and their features; means: (d_model,) the difference."""
+    arms: list[tuple[str, Tensor, Edit, float]] = []
+    for name, features in sets:
         z = torch.from_numpy(statistics.mean_activation[layer][features]).to(transcoders.W_dec)
         vector = z @ transcoders.W_dec[layer, features]
-        arms.append((name, draw, vector, scaled(transcoders, layer, features, 0.0),
+        arms.append((name, vector, scaled(transcoders, layer, features, 0.0),
                      float(vector.norm())))
-    arms.append((MEANS, 0, chosen.vector, projected_out(chosen.vector), np.nan))
+    arms.append((MEANS, means, projected_out(means), np.nan))
     found = []
-    for name, draw, vector, away, typical in arms:
-        unit = chosen.norm * vector / vector.norm().clamp_min(1e-12)
-        found += [Setting(name, seed, draw, layer, dose, dose * chosen.norm,
-                          dose * chosen.norm / typical, pushed(dose * unit)) for dose in DOSES]
-        found.append(Setting(name, seed, draw, layer, np.nan, np.nan, np.nan, away))
+    for name, vector, away, typical in arms:
+        unit = norm * vector / vector.norm().clamp_min(1e-12)
+        found += [Setting(name, seed, layer, dose, dose * norm, dose * norm / typical,
+                          pushed(dose * unit)) for dose in DOSES]
+        found.append(Setting(name, seed, layer, np.nan, np.nan, np.nan, away))
     return found
+
+
+class _Parts(NamedTuple):
+    model: "PreTrainedModel"
+    transcoders: Transcoders
+    corpus: "Corpus"
+    profile: "Profile"
+    statistics: FeatureStatistics
+
+    def at(self, cells: np.ndarray) -> AtQuestion:
+        """The cells where they are asked."""
+        return at_question(self.model, self.transcoders, self.corpus, cells,
+                           self.profile.forward_cells)
+
+
+def _of_seed(parts: _Parts, seed: int, label: str) -> tuple[list[Setting], list[dict[str, Any]]]:
+    """All settings of one draw of training cells, and its rows of `SteeringStudy.chosen`."""
+    t, statistics, corpus = parts.transcoders, parts.statistics, parts.corpus
+    rng = generator(parts.profile.seed, "steering", seed)
+    drawn = rng.permutation(np.flatnonzero(~corpus.held_out))
+    cells = studied_cells(corpus, CHOICE_PER_TYPE, CHOICE_CELLS, among=drawn)
+    at, labels = parts.at(cells), corpus.labels[cells]
+    chosen = choose(at, labels, label)
+    traced = studied_cells(corpus, TRACED_CELLS, TRACED_CELLS, among=drawn)
+    effect = by_effect(parts.model, t, corpus, parts.profile, traced, label, at.norms)
+    layer, best = chosen.layer, chosen.features
+    live = torch.from_numpy(statistics.fired[layer] > 0).to(effect.device)
+    strongest = int(effect[layer].masked_fill(~live, -torch.inf).argmax())
+    sets = [(BEST, best[:1]), (BEST_SET.format(len(best)), best), (BY_EFFECT, [strongest])]
+    sets += [(RANDOM, matched(statistics, layer, best[:1], rng)) for _ in range(RANDOM_DRAWS)]
+    norm = float(at.norms[layer])
+    settings = _settings(t, statistics, layer, norm, sets, means_at(at, labels, label, layer), seed)
+    return settings, [
+        {"seed": seed, "arm": arm, "layer": layer, "feature": one,
+         "auroc": _auroc(at.activations[:, layer, one], labels == label),
+         "predicted": float(effect[layer, one]), "cells": len(cells), "norm": norm}
+        for arm, one in ((BEST, best[0]), (BY_EFFECT, strongest))]
 
 
 @torch.no_grad()
@@ -347,27 +285,20 @@ def steering_study(model: "PreTrainedModel", transcoders: Transcoders, corpus: "
     """Choose on `SEEDS` draws of training cells, and steer up to `SCORED_CELLS` held-out cells.
 
     Every type gives as many cells as there are, up to a bound. Time: for each setting and cell that
-    of the layers behind the push and of the loss on a text of its length.
+    of the layers behind the push and of the loss on `LOSS_TOKENS` tokens.
     """
-    training = np.flatnonzero(~corpus.held_out)
+    parts = _Parts(model, transcoders, corpus, profile, statistics)
     held_out = generator(profile.seed, "steering", SEEDS).permutation(
         np.flatnonzero(corpus.held_out))
     cells = studied_cells(corpus, SCORED_PER_TYPE, SCORED_CELLS, among=held_out)
-    theirs = at_question(model, transcoders, corpus, cells, profile.forward_cells)
-    settings, rows = [], []
+    settings: list[Setting] = []
+    rows: list[dict[str, Any]] = []
     for seed in range(SEEDS):
-        rng = generator(profile.seed, "steering", seed)
-        some = studied_cells(corpus, CHOICE_PER_TYPE, CHOICE_CELLS, among=rng.permutation(training))
-        chosen = choose(at_question(model, transcoders, corpus, some, profile.forward_cells),
-                        corpus.labels[some], label)
-        settings += settings_of(transcoders, statistics, chosen, seed, rng)
-        rows.append({
-            "seed": seed, "layer": chosen.layer, "feature": chosen.features[0],
-            "auroc": chosen.auroc[0],
-            "held_out_auroc": _auroc(theirs.activations[:, chosen.layer, chosen.features[0]],
-                                     corpus.labels[cells] == label),
-            "others": " ".join(map(str, chosen.features[1:])), "cells": chosen.cells,
-            "norm": chosen.norm})
+        some, about = _of_seed(parts, seed, label)
+        settings, rows = [*settings, *some], [*rows, *about]
+    theirs, own = parts.at(cells), corpus.labels[cells] == label
+    for row in rows:
+        row["held_out_auroc"] = _auroc(theirs.activations[:, row["layer"], row["feature"]], own)
     return SteeringStudy(label, settings, *read_cells(model, corpus, profile, cells, label,
                                                       settings),
                          corpus.labels[cells], pd.DataFrame(rows))

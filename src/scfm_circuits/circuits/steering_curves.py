@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from scfm_circuits.circuits.steering import BEST, MEANS, SteeringStudy
+from scfm_circuits.circuits.steering import BY_EFFECT, SteeringStudy
 from scfm_circuits.common.intervals import bootstrap_interval, wilson_interval
 from scfm_circuits.common.randomness import generator
 
@@ -119,9 +119,9 @@ def compared(study: SteeringStudy, seed: int) -> pd.DataFrame:
     """A row for each direction of the push, way to compare, and arm.
 
     Columns: pushed (towards or away), compared (`equal norm`, `equal cost`), arm; effect (nats
-    towards what was wanted) with lower_95, upper_95; difference (what the best feature does more)
-    with difference_lower_95, difference_upper_95, on the same resampled cells; dose where it is
-    read (its mean over cells as they are), cost there, and reached (whether the arm costs as much).
+    towards what was wanted) with lower_95, upper_95; difference (what the feature by effect does
+    more) with difference_lower_95, difference_upper_95, on the same resampled cells; dose where it
+    is read (for the cells as they are), cost there, and reached (whether the arm costs as much).
     """
     drawn, arms = _resampled(study, seed), arms_of(study)
     counts = np.concatenate([np.ones((1, drawn.shape[1])), drawn]) / drawn.shape[1]
@@ -133,7 +133,7 @@ def compared(study: SteeringStudy, seed: int) -> pd.DataFrame:
             found = {name: _read_at(how, steps, sign, counts) for name, steps in along.items()}
             for name in names:
                 effect, dose, cost, reached = found[name]
-                ahead = found[BEST][0] - effect
+                ahead = found[BY_EFFECT][0] - effect
                 rows.append({
                     "pushed": pushed, "compared": how, "arm": name, "effect": effect[0],
                     **_ends("lower_95", "upper_95", effect), "difference": ahead[0],
@@ -179,15 +179,20 @@ def crossing(doses: np.ndarray, costs: np.ndarray, level: float) -> tuple[np.nda
 # --- in words ------------------------------------------------------------------------------------
 
 
-def beside(table: pd.DataFrame, pushed: str, how: str, arm: str = MEANS) -> str:
-    """The best feature beside an arm, in words; table: `compared`."""
+def effects(table: pd.DataFrame, pushed: str, how: str) -> dict[str, str]:
+    """By arm its effect with the interval, in words; table: `compared`."""
+    rows: Any = table[(table["pushed"] == pushed) & (table["compared"] == how)]
+    return {row["arm"]: _nats(row) for _, row in rows.iterrows()}
+
+
+def beside(table: pd.DataFrame, pushed: str, how: str, arm: str) -> str:
+    """The feature by effect beside an arm, in words; table: `compared`."""
     rows: Any = table[(table["pushed"] == pushed) & (table["compared"] == how)].set_index("arm")
-    best, other = rows.loc[BEST], rows.loc[arm]
-    verdict = ("more than" if other["difference_lower_95"] > 0 else
-               "less than" if other["difference_upper_95"] < 0 else "not clearly other than")
-    return (f"{_nats(best)}, {verdict} the {arm} ({_nats(other)}; difference "
-            f"{other['difference']:.2f}, {other['difference_lower_95']:.2f} to "
-            f"{other['difference_upper_95']:.2f})")
+    row = rows.loc[arm]
+    verdict = ("more than" if row["difference_lower_95"] > 0 else
+               "less than" if row["difference_upper_95"] < 0 else "not clearly other than")
+    return (f"{verdict} the {arm} (difference {row['difference']:.2f} nats, "
+            f"{row['difference_lower_95']:.2f} to {row['difference_upper_95']:.2f})")
 
 
 def _nats(row: Any) -> str:

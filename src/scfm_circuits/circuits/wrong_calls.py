@@ -9,7 +9,7 @@ Rules, fixed before any result was seen:
    that without them the call should turn; at most `MOST`.
 3. They are taken away wherever they fire, in every held-out cell. Beside them: as many that do the
    same in training cells that are answered wrongly (mean over up to `ERRORS`), and as many random
-   ones of the same layers that fire as often and as strongly (`steering.matched`).
+   ones of the same layers that fire as often and as strongly (`directions.matched`).
 
 A repair that holds for one cell need not be one for others: what counts are right answers before
 and after over all held-out cells, with the exact McNemar test of those that changed.
@@ -26,8 +26,9 @@ from tqdm import tqdm
 from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.circuits.contrast import answered, contrast_of, contrasts_of
 from scfm_circuits.circuits.direct_effects import total_pulls
+from scfm_circuits.circuits.directions import matched
 from scfm_circuits.circuits.frozen import freeze
-from scfm_circuits.circuits.steering import matched, scaled
+from scfm_circuits.circuits.steering import scaled
 from scfm_circuits.circuits.studies import studied_cells
 from scfm_circuits.circuits.task_circuit import last_hidden
 from scfm_circuits.common.randomness import generator

@@ -1,14 +1,18 @@
 """Known genes are ranked as they should be, and found where they are planted."""
 
 import dataclasses
+import json
+import os
+import re
 from typing import Any
 
+import jupytext
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from helpers import GENES, LABELS, tiny_profile
-from scipy.stats import rankdata
+from scipy.stats import rankdata, spearmanr
 from sklearn.metrics import roc_auc_score
 
 from scfm_circuits import InputError
@@ -23,13 +27,16 @@ from scfm_circuits.circuits.known_response import (
     MEASURED,
     SCORES,
     ResponseStudy,
-    agreement,
+    best_rival,
     enriched,
     known_ranks,
+    numbers,
     presence_difference,
+    ranks_said,
     response_study,
     telling_features,
 )
+from scfm_circuits.common.profile import ROOT
 from scfm_circuits.enrichment.gene_sets import gene_sets_from_dict
 from scfm_circuits.features.statistics import count_features
 from scfm_circuits.models.mlp_sites import mlp_sites
@@ -67,9 +74,13 @@ def test_scores_and_effects_are_of_one_question(parts, profile, study):
         assert part["score_difference"].tolist() == [more_often[gene] for gene in part["gene"]]
     assert set(study.summary["truth"]) == {"effect", "own"}
     assert len(study.summary) == 2 * len(SCORES)
-    shares = agreement(study)
-    assert shares["own_share"] == pytest.approx(
-        np.square(study.genes["own"]).sum() / np.square(study.genes["effect"]).sum())
+    said = numbers(study, profile.seed)
+    assert said["cells"] == 6 and said["in_all"] == study.genes["gene"].nunique()
+    by = study.summary[study.summary["truth"] == "own"].set_index("score")["spearman"]
+    assert said["own_circuit"] == SCORES[by[list(CIRCUIT)].idxmax()]
+    assert str(said["own_rival_spearman"]).startswith(f"{by.drop(list(CIRCUIT)).max():.2f} (")
+    assert said["position_spearman"] == pytest.approx(
+        spearmanr(study.genes["position"], study.genes["effect"]).statistic)
 
 
 def test_features_contributions_are_means_over_cells(parts, profile, study):
@@ -115,7 +126,7 @@ def planted(n_cells: int = 20, n_genes: int = 60, strong: int = 6, seed: int = 0
     genes = pd.DataFrame(rows, columns=["cell", "cell_type", "gene", "rank", "effect", "own",
                                         "position", *(f"score_{name}" for name in SCORES)])
     table = known_response.by_gene(genes, 0, [f"score_{name}" for name in SCORES])
-    return ResponseStudy(genes, table, pd.DataFrame(), pd.DataFrame())
+    return ResponseStudy(genes, table, *[pd.DataFrame()] * 3)
 
 
 def test_planted_genes_come_first_and_a_score_of_chance_does_not():
@@ -131,6 +142,11 @@ def test_planted_genes_come_first_and_a_score_of_chance_does_not():
         (len(totals) + 1 - rankdata(totals))[totals.index.get_indexer(pd.Index(known))])
     assert own.loc["NONE", ["cells", "value", "rank"]].tolist() == [0, 0, len(totals)]
     assert set(by.index) == {*MEASURED, *SCORES}
+    first = study.by_gene["gene"].iloc[0]
+    assert ranks_said(ranks, "effect").startswith(f"{first} (1), G")
+    assert ranks_said(ranks, "effect").endswith(f"NONE ({len(totals)})")
+    assert best_rival(ranks) == by.loc[[one for one in SCORES if one not in CIRCUIT],
+                                       "median_rank"].idxmin()
     pd.testing.assert_frame_equal(known_ranks(study, known, 0).summary, ranks.summary)
     # Genes as frequent as the known ones that are as strong: no news.
     rest = [f"G{i}" for i in range(10, 60)]
@@ -145,7 +161,7 @@ def test_planted_terms_are_found_by_those_who_see_them():
     study = planted()
     library = gene_sets_from_dict("made", {"response": [f"G{i}" for i in range(6)] + ["ELSE"],
                                   "other": [f"G{i}" for i in range(20, 40)]})
-    found = enriched(study, library, ["response", "absent"], 6, 0.05)
+    found = enriched(study, library, ["response", "absent"], 6)
     rows = found.set_index(["list", "term"])
     measured = rows.loc[(MEASURED["effect"], "response")]
     assert (measured["n_overlap"], measured["place"]) == (6, 1) and measured["q"] < 1e-5
@@ -184,3 +200,40 @@ def test_cells_without_genes_are_refused(parts, profile, monkeypatch):
     monkeypatch.setattr(knock_out, "LEAST", 99)
     with pytest.raises(InputError, match="raise `genes_per_cell`"):
         response_study(*parts, profile)
+
+
+# --- the chapter ---------------------------------------------------------------------------------
+
+SMALL = {"max_cells": 40, "genes_per_cell": 24, "vocabulary_size": 400, "model_layers": 2,
+         "model_width": 32, "model_heads": 2, "model_steps": 20, "human_layer": 1, "expansion": 2,
+         "training_tokens": 4096, "batch_tokens": 512, "buffer_tokens": 4096, "warmup_steps": 2,
+         "null_draws": 21}
+
+
+def test_every_cell_of_the_chapter(monkeypatch, tmp_path):
+    """Its code, executed on a few of the real cells where they are at hand and on simulated ones
+    elsewhere, leaves all tables and every number that its text has."""
+    path = os.environ.get("SCFM_INTERFERON")
+    fields = {"cells": path} if path else {
+        "cells": "planted", "cells_are": "simulated", "label_column": "cell_type",
+        "case_type": "endothelial cell of artery", "known_response": ["VWF", "PECAM1", "CDH5"]}
+    monkeypatch.setenv("SCFM_RESULTS", str(tmp_path))
+    monkeypatch.setattr(known_response, "DRAWS", 50)
+    monkeypatch.setattr(known_response.response_study, "__defaults__", (6,))
+    notebook = jupytext.read(ROOT / "notebooks" / "14_interferon.py")
+    names: dict[str, Any] = {}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            exec(cell.source, names)
+        if "parameters" in cell.metadata.get("tags", []):
+            names["overrides"] = {**SMALL, **fields}
+    results = names["settings"].results
+    header = notebook.metadata["jupyter"]["scfm"] if "scfm" in notebook.metadata.get(
+        "jupyter", {}) else notebook.metadata["scfm"]
+    assert all((results / one).is_file() for one in header["produces"])
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    kept = json.loads((results / "values" / "14_interferon.json").read_text())
+    assert set(re.findall(r"\{glue:text\}`([^`]+)`", text)) == set(kept) & set(
+        re.findall(r"\{glue:text\}`([^`]+)`", text))
+    table = pd.read_csv(results / "tables" / "perturbation.csv")
+    assert {"gene", "effect", "low", "high", "own", "position", "predicted"} <= set(table)

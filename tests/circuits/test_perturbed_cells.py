@@ -117,9 +117,10 @@ def test_what_stands_for_each_gene():
             others = table.loc[table["gene"] != gene, "effect"]
             assert row["pooled_p"] == pytest.approx(
                 stats.ranksums(part["effect"], others).pvalue)
-            middle = table.groupby("cell")["effect"].transform("median")
-            assert row["p"] == pytest.approx(stats.wilcoxon(
-                (table["effect"] - middle)[part.index], correction=True, method="approx").pvalue)
+            for name, values in (("p", table["effect"]), ("own_p", table["own"])):
+                middle = values.groupby(table["cell"]).transform("median")
+                assert row[name] == pytest.approx(stats.wilcoxon(
+                    (values - middle)[part.index], correction=True, method="approx").pvalue)
         else:
             assert np.isnan(row["p"]) and np.isnan(row["pooled_q"])
     tested = found["cells"] >= LEAST

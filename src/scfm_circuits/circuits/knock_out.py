@@ -348,8 +348,8 @@ def numbers(study: KnockOuts, seed: int) -> dict[str, str | int | float]:
     found |= {"measures": len(best),
               "won": sum(one.verdict == "the circuit" for one in best.values())}
     for measure, one in best.items():
-        said = {name: _with_interval(*by_score.loc[name, [measure, f"{measure}_low",
-                                                          f"{measure}_high"]])
+        said = {name: with_interval(*by_score.loc[name, [measure, f"{measure}_low",
+                                                         f"{measure}_high"]])
                 for name in (one.circuit, one.rival)}
         ahead = {"neither": "neither is ahead of the other by its whole interval",
                  "the circuit": "the circuit is ahead", "the rival": "the rival is ahead"}
@@ -357,11 +357,11 @@ def numbers(study: KnockOuts, seed: int) -> dict[str, str | int | float]:
         found[measure] = (
             f"best of the circuit's scores is \"{SCORES[one.circuit]}\" with {said[one.circuit]}, "
             f"best of the rivals \"{SCORES[one.rival]}\" with {said[one.rival]}; the difference is "
-            f"{_with_interval(one.difference, one.low, one.high)}, so {ahead[one.verdict]} "
+            f"{with_interval(one.difference, one.low, one.high)}, so {ahead[one.verdict]} "
             f"(shuffled genes: {low:.2f} to {high:.2f})")
     counts = _resampled(seed, 3, len(study.kept), DRAWS)
     for name in Kept._fields:
-        found[name] = _with_interval(*bootstrap_interval(study.kept[name].to_numpy(), counts))
+        found[name] = with_interval(*bootstrap_interval(study.kept[name].to_numpy(), counts))
     return found
 
 
@@ -380,5 +380,6 @@ def most_missed(genes: pd.DataFrame, cell_type: str) -> str:
     return f"In cells of type \"{cell_type}\" the call loses most without {counted}."
 
 
-def _with_interval(value: SupportsFloat, low: SupportsFloat, high: SupportsFloat) -> str:
+def with_interval(value: SupportsFloat, low: SupportsFloat, high: SupportsFloat) -> str:
+    """A number with its interval, as a page writes it."""
     return f"{value:.2f} ({low:.2f} to {high:.2f})"

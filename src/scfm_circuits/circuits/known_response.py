@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
+from scipy.stats import rankdata, spearmanr
 from tqdm import tqdm
 
 from scfm_circuits import InputError
@@ -26,7 +26,12 @@ from scfm_circuits.circuits import knock_out
 from scfm_circuits.circuits.contrast import contrast_of
 from scfm_circuits.circuits.direct_effects import direct_effects, sources_of
 from scfm_circuits.circuits.frozen import freeze
-from scfm_circuits.circuits.perturbed_cells import by_gene, perturbed
+from scfm_circuits.circuits.perturbed_cells import (
+    LEVEL,
+    by_gene,
+    called_of_shuffled,
+    perturbed,
+)
 from scfm_circuits.circuits.studies import studied_cells
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.terms import term_table
@@ -63,8 +68,11 @@ class ResponseStudy(NamedTuple):
     `SCORES`."""
     by_gene: pd.DataFrame
     """`perturbed_cells.by_gene`, with the means of the scores."""
+    cells: pd.DataFrame
+    """`knock_out.KnockOuts.cells` against the whole effect and against its own part (column truth).
+    """
     summary: pd.DataFrame
-    """`knock_out.summarised` against the whole effect and against its own part (column truth)."""
+    """`knock_out.summarised` against either (column truth)."""
     contributions: pd.DataFrame
     """A row per cell type and feature that is active in any of the cells: cell_type, layer,
     feature, contribution (what it writes straight to the contrast, nats, mean over cells)."""
@@ -84,11 +92,11 @@ def response_study(model: "PreTrainedModel", transcoders: "Transcoders", corpus:
     genes = perturbed(model, corpus, profile, cells, profile.case_type)
     scores, contributions = _scored(model, transcoders, corpus, profile, cells)
     genes = pd.concat([genes, scores], axis=1)
-    compared = [knock_out.compared(genes, profile.seed, truth=truth, scores=SCORES)[1].assign(
-        truth=truth) for truth in ("effect", "own")]
-    names = [f"score_{name}" for name in SCORES]
-    return ResponseStudy(genes, by_gene(genes, profile.seed, names), pd.concat(
-        compared, ignore_index=True), contributions)
+    compared = [[one.assign(truth=truth) for one in knock_out.compared(
+        genes, profile.seed, truth=truth, scores=SCORES)] for truth in ("effect", "own")]
+    by_cell, summary = (pd.concat(some, ignore_index=True) for some in zip(*compared, strict=True))
+    table = by_gene(genes, profile.seed, [f"score_{name}" for name in SCORES])
+    return ResponseStudy(genes, table, by_cell, summary, contributions)
 
 
 def _scored(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
@@ -193,23 +201,24 @@ def _as_frequent(cells: np.ndarray, known: np.ndarray) -> list[np.ndarray]:
             for one in known]
 
 
-def enriched(study: ResponseStudy, library: "GeneSets", terms: Sequence[str], size: int,
-             level: float) -> pd.DataFrame:
+def enriched(study: ResponseStudy, library: "GeneSets", terms: Sequence[str], size: int
+             ) -> pd.DataFrame:
     """Are the best genes by each score those of the known terms? Hypergeometric, against all genes
     in the cells; Benjamini-Hochberg over all terms of the library that hold one of them.
 
     Of every way the `size` best genes; and the genes that a test over cells calls and that speak
-    for the response: ours (q), and Geneformer's (pooled_q). Columns: list, genes, term, n_overlap,
-    p, q, place (among all terms, by p), and the list's best_term.
+    for the response: ours (q, and own_q of their own part), and Geneformer's (pooled_q). Columns:
+    list, genes, term, n_overlap, p, q, place (among all terms, by p), and the list's best_term.
     """
     table = study.by_gene.set_index("gene")
     lists: dict[str, list[str]] = {}
     for by, what in {**MEASURED, **SCORES}.items():
         value = pd.Series(_value(table, by, study.genes["cell"].nunique()), table.index)
         lists[what] = value.sort_values(ascending=False, kind="stable").index[:size].tolist()
-    for column, name in (("q", "called by the paired test"),
-                         ("pooled_q", "called by the pooled test")):
-        lists[name] = table.index[(table[column] < level) & (table["effect"] > 0)].tolist()
+    for column, part, name in (("q", "effect", "called by the paired test"),
+                               ("own_q", "own", "called by the paired test of own parts"),
+                               ("pooled_q", "effect", "called by the pooled test")):
+        lists[name] = table.index[(table[column] < LEVEL) & (table[part] > 0)].tolist()
     rows = []
     for name, genes in lists.items():
         found = term_table(genes, library, background=table.index.tolist(), family="all")
@@ -300,14 +309,48 @@ def _best_gene(corpus: "Corpus", cells: np.ndarray, n_training: int, truth: np.n
 # --- what a page says ----------------------------------------------------------------------------
 
 
-def agreement(study: ResponseStudy) -> dict[str, float]:
-    """How a deletion's effect parts: share of its squares in the own and the position part (with
-    what both share left over), and their rank correlations with it, over all cells and genes."""
-    from scipy.stats import spearmanr
+def numbers(study: ResponseStudy, seed: int) -> dict[str, str | int | float]:
+    """What a page says of deletions: cells, genes of a cell (median), genes in all; per truth
+    (effect, own) the best circuit's score and the best rival with their rank correlations, and who
+    is ahead; the parts' correlations with the whole effect; genes that either test calls, and calls
+    of shuffled effects."""
+    genes, table = study.genes, study.by_gene
+    found: dict[str, str | int | float] = {
+        "cells": genes["cell"].nunique(), "in_all": len(table),
+        "genes": float(genes.groupby("cell").size().median())}
+    for truth in ("effect", "own"):
+        cells, summary = (one[one["truth"] == truth] for one in (study.cells, study.summary))
+        best, by = knock_out.winners(cells, summary, seed)["spearman"], summary.set_index("score")
+        for side, name in (("circuit", best.circuit), ("rival", best.rival)):
+            found[f"{truth}_{side}"] = SCORES[name]
+            found[f"{truth}_{side}_spearman"] = knock_out.with_interval(
+                *by.loc[name, ["spearman", "spearman_low", "spearman_high"]])
+        found[f"{truth}_ahead"] = {
+            "the circuit": "the circuit is ahead", "the rival": "the rival is ahead",
+            "neither": "neither is ahead by its whole interval"}[best.verdict]
+        low, high = summary["spearman_null_low"].min(), summary["spearman_null_high"].max()
+        found[f"{truth}_shuffled"] = f"{low:.2f} to {high:.2f}"
+    for part in ("own", "position"):
+        found[f"{part}_spearman"] = float(spearmanr(genes[part], genes["effect"]).statistic)
+        found[f"{part}_size"] = float(genes[part].abs().median())
+    found["effect_size"] = float(genes["effect"].abs().median())
+    tested = table["q"].notna()
+    paired, pooled = called_of_shuffled(genes, seed)
+    return found | {
+        "tested": int(tested.sum()), "paired": int((table["q"] < LEVEL).sum()),
+        "own_paired": int((table["own_q"] < LEVEL).sum()),
+        "pooled": int((table["pooled_q"] < LEVEL).sum()), "shuffled_paired": paired,
+        "shuffled_pooled": pooled}
 
-    genes = study.genes
-    squares = {name: float((genes[name] ** 2).sum()) for name in MEASURED}
-    return {"own_share": squares["own"] / max(squares["effect"], 1e-30),
-            "position_share": squares["position"] / max(squares["effect"], 1e-30),
-            **{f"{name}_spearman": float(spearmanr(genes[name], genes["effect"]).statistic)
-               for name in ("own", "position")}}
+
+def ranks_said(ranks: KnownRanks, by: str) -> str:
+    """The known genes with their ranks by one score, the best first: "ISG15 (1), IFI6 (7)"."""
+    own = ranks.genes[ranks.genes["by"] == by].sort_values("rank", kind="stable")
+    return ", ".join(f"{row.gene} ({row.rank:,.0f})" for row in own.itertuples())
+
+
+def best_rival(ranks: KnownRanks) -> str:
+    """Of the scores that need no circuit, the one with the lowest median rank of known genes."""
+    rivals = [name for name in SCORES if name not in CIRCUIT]
+    medians = ranks.summary.set_index("by")["median_rank"]
+    return str(medians[rivals].idxmin())

@@ -94,8 +94,9 @@ def by_gene(table: pd.DataFrame, seed: int, values: Sequence[str] = ()) -> pd.Da
     its mean over these, and the 95 % interval over resampled cells (nan for a single cell); own and
     position, its parts; total: the effects' sum over all cells of the table, by their number; the
     mean of each of `values`; p, q: signed-rank test over cells of the effect less the median effect
-    in the same cell, and Benjamini-Hochberg over genes; pooled_p, pooled_q: Geneformer's rank-sum
-    test (see above). Genes in fewer than `LEAST` cells have no p.
+    in the same cell, and Benjamini-Hochberg over genes; own_p, own_q: the same of its own part;
+    pooled_p, pooled_q: Geneformer's rank-sum test of the effect (see above). Genes in fewer than
+    `LEAST` cells have no p.
     """
     cells = table["cell"].nunique()
     grouped = table.groupby("gene", sort=True)
@@ -113,13 +114,14 @@ def by_gene(table: pd.DataFrame, seed: int, values: Sequence[str] = ()) -> pd.Da
             _, found.loc[names, "low"], found.loc[names, "high"] = bootstrap_interval(some, counts)
     tested = found.index[found["cells"] >= LEAST]
     place = table["gene"].map({gene: i for i, gene in enumerate(tested)})
-    p, pooled = _tests(table["cell"].to_numpy(), place.to_numpy(), table["effect"].to_numpy(),
-                       len(tested))
-    for name, one in (("", p), ("pooled_", pooled)):
+    cell, at = table["cell"].to_numpy(), place.to_numpy()
+    p, pooled = _tests(cell, at, table["effect"].to_numpy(), len(tested))
+    own, _ = _tests(cell, at, table["own"].to_numpy(), len(tested))
+    for name, one in (("", p), ("own_", own), ("pooled_", pooled)):
         found[f"{name}p"] = pd.Series(one, tested, dtype=float)
         found[f"{name}q"] = pd.Series(benjamini_hochberg(one), tested, dtype=float)
     order = ["cells", "effect", "low", "high", "own", "position", "total", *values, "p", "q",
-             "pooled_p", "pooled_q"]
+             "own_p", "own_q", "pooled_p", "pooled_q"]
     return found[order].sort_values("total", ascending=False, kind="stable").reset_index()
 
 

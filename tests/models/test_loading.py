@@ -385,7 +385,7 @@ def test_a_model_in_a_folder_of_its_repository(tmp_path, family):
         load_model(tmp_path, subfolder="other")
 
 
-@pytest.mark.parametrize("family", ["bert", "gemma2", "llama"])
+@pytest.mark.parametrize("family", ["bert", "gemma2", "llama", "scgpt"])
 def test_weights_of_layers_that_would_not_be_used_are_refused(tmp_path, family):
     """An adapter's, say; those of another head are left aside."""
     tiny(family, dtype=torch.float32, native_norms=True).save_pretrained(tmp_path)
@@ -399,6 +399,24 @@ def test_weights_of_layers_that_would_not_be_used_are_refused(tmp_path, family):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"which would not be used: .*lora_A\.weight"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gemma2", "scgpt"])
+def test_weights_that_are_missing_are_named(tmp_path, family):
+    """As in a checkpoint tuned to call types, which has another head, or one of FlashAttention's
+    layers, whose q, k and v have another name."""
+    tiny(family).float().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    lost = sorted(name for name in tensors if ".1." in name)
+    for name in lost:
+        tensors[name.replace(".1.", ".1.flash.")] = tensors.pop(name)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError) as error:
+        load_model(tmp_path)
+    told = str(error.value)
+    assert f"it lacks the weights {', '.join(lost[:3])} and {len(lost) - 3} more" in told
+    assert "\n" not in told
 
 
 def test_a_model_that_answers_nothing_is_not_asked(monkeypatch, tmp_path):

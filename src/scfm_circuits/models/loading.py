@@ -107,8 +107,10 @@ def load_model(name: str | Path, revision: str | None = None,
             trust_remote_code=False, attn_implementation="eager", output_loading_info=True,
         )
         # transformers fills missing weights with random numbers and only warns.
-        if loading["missing_keys"]:
-            raise ValueError(f"it lacks the weights {', '.join(sorted(loading['missing_keys']))}")
+        lacking = sorted(loading["missing_keys"])
+        if lacking:
+            raise ValueError(f"it lacks the weights {', '.join(lacking[:3])}"
+                             + f" and {len(lacking) - 3} more" * (len(lacking) > 3))
         foreign = sorted(one for one in loading["unexpected_keys"] if _OF_A_LAYER.search(one))
         if foreign:
             raise ValueError(f"its layers have weights that a {config.model_type} has not, and "

@@ -9,10 +9,13 @@ from helpers import tiny_model, tiny_transcoders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny_architectures import tiny
 from torch import Tensor
 
 from scfm_circuits import InputError
 from scfm_circuits.common.files import read_json, write_json
+from scfm_circuits.models.architectures import architecture_of, decoder_layers
+from scfm_circuits.models.mlp_sites import mlp_sites, replaced_mlps, site_hooks
 from scfm_circuits.transcoders.activations import keep_largest
 from scfm_circuits.transcoders.transcoder import (
     Transcoders,
@@ -227,6 +230,44 @@ def test_every_kind_is_read_by_circuit_tracer_as_it_is_here(variant, low, x, tmp
         assert torch.allclose(y, written[layer], atol=1e-5)
     if variant.activation == "topk" and low:
         assert ((here > 0).sum(dim=-1) < variant.k).any()
+
+
+TRACER_HOOKS = {
+    # Of circuit-tracer, by its own tables: the module, and whether its input or output is meant.
+    "gemma2": {"mlp.hook_in": ("pre_feedforward_layernorm", "output"),
+               "hook_mlp_out": ("post_feedforward_layernorm", "output")},
+    "llama": {"mlp.hook_in": ("post_attention_layernorm", "output"),
+              "mlp.hook_out": ("mlp", "output")},
+    "parallel": {"mlp.hook_in": ("mlp", "input"), "mlp.hook_out": ("mlp", "output")},
+}
+
+
+@pytest.mark.parametrize("family", TRACER_HOOKS)
+def test_hooks_are_where_circuit_tracer_finds_what_was_trained_on(family, tmp_path):
+    """With the files put at the named places of transformers' own model, an MLP's estimate is what
+    `replaced_mlps` puts there."""
+    model = tiny(family, dtype=torch.float32)
+    t = tiny_transcoders(model)
+    save_transcoders(t, tmp_path, "m", {}, architecture_of(model).written)
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    seen: dict[str, Tensor] = {}
+    layer = decoder_layers(model)[1]
+    for key in ("feature_input_hook", "feature_output_hook"):
+        name, side = TRACER_HOOKS[family][config[key]]
+        layer.get_submodule(name).register_forward_hook(
+            lambda module, args, output, key=key, side=side: seen.update(
+                {key: (args[0] if side == "input" else output)[0]}))
+    sites = mlp_sites(model, torch.arange(5)[None], torch.ones(1, 5, dtype=torch.bool))
+    assert torch.equal(seen["feature_input_hook"], sites.inputs[1])
+    assert torch.equal(seen["feature_output_hook"], sites.outputs[1])
+    _, estimate = as_circuit_tracer_reads(tmp_path, 1, seen["feature_input_hook"].double())
+    with replaced_mlps(model, t.replacement, [1]):
+        mlp_out: list[Tensor] = []
+        handles = site_hooks(model, lambda index, read, wrote: mlp_out.append(wrote), [1])
+        model(input_ids=torch.arange(5)[None])
+        for handle in handles:
+            handle.remove()
+    assert torch.allclose(estimate.float(), mlp_out[0][0], atol=1e-4)
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 3])

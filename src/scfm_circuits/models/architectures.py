@@ -139,7 +139,8 @@ class Architecture:
     causal: a token sees those before it alone. auto: transformers' class that loads it. embedded:
     from the body and (n_pos,) tokens, where the stream begins with more than a token's embedding,
     or a norm stands on that. head: in the model, a map between the stream and the final norm; maps:
-    in it, the linear ones, each with a function behind it.
+    in it, the linear ones, each with a function behind it. written: circuit-tracer's name for what
+    an MLP writes to the stream; encoders it does not know.
     """
 
     family: str
@@ -158,6 +159,7 @@ class Architecture:
     embedded: Callable[[Any, Tensor], Embedded] | None = None
     head: str = ""
     maps: tuple[str, ...] = ()
+    written: str = "mlp.hook_out"
 
 
 # --- reading weights -----------------------------------------------------------------------------
@@ -241,7 +243,7 @@ _ARCHITECTURES = {
         "Gemma 2 (C2S-Scale)", "model", "model.norm", _gemma_norm, _llama_heads, "mlp.gate_proj",
         steps=(Step("attention", "input_layernorm", "post_attention_layernorm"),
                Step("mlp", "pre_feedforward_layernorm")),
-        mlp=("mlp", "post_feedforward_layernorm")),
+        mlp=("mlp", "post_feedforward_layernorm"), written="hook_mlp_out"),
     "bert": Architecture(
         "BERT (Geneformer)", "bert", "cls.predictions.transform.LayerNorm", _layer_norm,
         _bert_heads, "intermediate.dense", layers="encoder.layer",

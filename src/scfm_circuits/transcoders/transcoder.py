@@ -221,13 +221,15 @@ def save_layers(transcoders: Transcoders, folder: Path, first_layer: int = 0) ->
         save_file(tensors, folder / f"layer_{layer}.safetensors")
 
 
-def save_config(folder: Path, model_name: str, variant: Variant) -> None:
+def save_config(folder: Path, model_name: str, variant: Variant, written: str = "mlp.hook_out"
+                ) -> None:
     """config.yaml beside the layers' files, if it is not there as it has to be.
 
+    written: where circuit-tracer finds what an MLP writes to the stream (`Architecture.written`).
     What it says is known without them, so training.json does not list it: where it is lost, nothing
     has to be trained again.
     """
-    read = "mlp.hook_in" if variant.site == "transcoder" else "mlp.hook_out"
+    read = "mlp.hook_in" if variant.site == "transcoder" else written
     layout = ACTIVATIONS[variant.activation].layout
     activation: dict[str, Any] = {"activation": layout} if layout else {}
     if layout == "topk":
@@ -236,7 +238,7 @@ def save_config(folder: Path, model_name: str, variant: Variant) -> None:
         "model_kind": "transcoder_set",
         "model_name": model_name,
         "feature_input_hook": read,
-        "feature_output_hook": "mlp.hook_out",
+        "feature_output_hook": written,
         "scan": None,
         **activation,
     }, sort_keys=True)
@@ -252,18 +254,18 @@ def save_record(folder: Path, record: Mapping[str, Any], variant: Variant, n_lay
 
 
 def save_transcoders(transcoders: Transcoders, folder: Path, model_name: str,
-                     record: Mapping[str, Any]) -> None:
+                     record: Mapping[str, Any], written: str = "mlp.hook_out") -> None:
     """Write the layout that circuit-tracer loads, and our own record beside it.
 
-    config.yaml names the hooks; layer_<i>.safetensors holds W_enc, W_dec (n_features, d_model),
-    b_enc (n_features,) with b_in folded in, and b_dec (d_model,); W_skip (d_model, d_model) and
-    activation_function.threshold (n_features,) where the variant has them. TopK's files end with k
-    silent features, `_silent_features`. training.json is
-    `record`, the variant, and the number of layers, by which a missing last file is noticed.
+    config.yaml names the hooks (`save_config`); layer_<i>.safetensors holds W_enc, W_dec
+    (n_features, d_model), b_enc (n_features,) with b_in folded in, and b_dec (d_model,); W_skip
+    (d_model, d_model) and activation_function.threshold (n_features,) where the variant has them.
+    TopK's files end with k silent features, `_silent_features`. training.json is `record`, the
+    variant, and the number of layers, by which a missing last file is noticed.
     """
     save_layers(transcoders, folder)
     save_record(folder, record, transcoders.variant, transcoders.n_layers)
-    save_config(folder, model_name, transcoders.variant)
+    save_config(folder, model_name, transcoders.variant, written)
 
 
 def load_transcoders(folder: Path) -> Transcoders:

@@ -23,6 +23,7 @@ import torch
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.files import atomic_folder, digest
 from scfm_circuits.common.kept import Stamp, read_record, stamp_of
+from scfm_circuits.models.architectures import architecture_of
 from scfm_circuits.transcoders.activations import ACTIVATIONS
 from scfm_circuits.transcoders.training import checkpoints
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer, Batch
@@ -257,10 +258,11 @@ class Trainer:
                 stamp=stamp, buffer=self._buffer, wanted=None if steered is profile else wanted)
             record = self._train(run, setting, progress)
             with atomic_folder(folder) as fresh:
-                save_transcoders(run.transcoders, fresh, setting.label, record)
+                save_transcoders(run.transcoders, fresh, setting.label, record, run.written)
             assert run.checkpoint is not None
             checkpoints.remove(run.checkpoint)
-        save_config(folder, setting.label, variant_of(profile))
+        save_config(folder, setting.label, variant_of(profile),
+                    architecture_of(self.model).written)
         return Trained(setting, profile, control, record["history"], record["l1_coefficient"],
                        record["seconds_per_step"])
 

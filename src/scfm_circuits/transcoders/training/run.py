@@ -27,6 +27,7 @@ from tqdm import tqdm
 from scfm_circuits import InputError
 from scfm_circuits.common.files import atomic_folder, only_one
 from scfm_circuits.common.kept import read_record
+from scfm_circuits.models.architectures import architecture_of
 from scfm_circuits.models.mlp_sites import Sites, device_of, mlps
 from scfm_circuits.models.small_models import FAMILIES
 from scfm_circuits.transcoders.training import checkpoints
@@ -91,7 +92,7 @@ class TrainingRun:
                  ranks: Ranks = ALONE, buffer: ActivationBuffer | None = None) -> None:
         self.profile, self.checkpoint, self.control = profile, checkpoint, control
         self.ranks, device = ranks, device_of(model)
-        self.n_layers = len(mlps(model))
+        self.n_layers, self.written = len(mlps(model)), architecture_of(model).written
         self.layers = ranks.layers(self.n_layers)
         if ranks.size > self.n_layers:
             raise InputError(f"{ranks.size} processes cannot share the {self.n_layers} layers of "
@@ -311,7 +312,7 @@ def trained_record(corpus: "Corpus", profile: "Profile", control: Control | None
     folder = stage_folder(profile, control) / "transcoders"
     record = read_record(folder / "training.json", training_stamp(profile, corpus, control))
     if record is not None:
-        save_config(folder, _title(profile, control), variant_of(profile))
+        save_config(folder, _title(profile, control), variant_of(profile), record["written"])
     return record
 
 
@@ -370,8 +371,9 @@ def _store(run: TrainingRun, folder: Path, record: dict[str, Any]) -> None:
         save_layers(run.transcoders, fresh, run.layers.start)
         ranks.barrier()
         if ranks.first:
+            record["written"] = run.written
             save_record(fresh, record, run.transcoders.variant, run.n_layers)
-            save_config(fresh, _title(run.profile, control), run.transcoders.variant)
+            save_config(fresh, _title(run.profile, control), run.transcoders.variant, run.written)
     ranks.barrier()
 
 

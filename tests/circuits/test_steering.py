@@ -1,6 +1,13 @@
 """A push does what arithmetic says, costs nothing at dose 0, and everything is chosen honestly."""
 
+import json
+import os
+import re
+from typing import Any
+
+import jupytext
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders, tokens
@@ -10,12 +17,13 @@ from tiny_architectures import FAMILIES, tiny
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.prompts import answered_prompt
-from scfm_circuits.circuits import directions, steering
+from scfm_circuits.circuits import directions, steering, wrong_calls
 from scfm_circuits.circuits.attribution import feature_direction
 from scfm_circuits.circuits.contrast import contrast_of
 from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.interventions import FeatureAt, frozen_change, scale_features
 from scfm_circuits.circuits.search import activations_at_end
+from scfm_circuits.common.profile import ROOT
 from scfm_circuits.features.statistics import count_features
 from scfm_circuits.models.architectures import decoder
 from scfm_circuits.models.mlp_sites import hooked, mlp_sites, next_token_loss, site_hooks
@@ -231,3 +239,39 @@ def test_a_study_reads_held_out_cells_under_every_setting(tiny_parts, monkeypatc
     assert chosen["arm"].tolist() == [steering.BEST, steering.BY_EFFECT] * 2
     assert (chosen["predicted"][1::2].to_numpy() >= chosen["predicted"][::2].to_numpy()).all()
     assert (chosen["auroc"][::2].to_numpy() >= chosen["auroc"][1::2].to_numpy()).all()
+
+
+# --- the chapter ---------------------------------------------------------------------------------
+
+SMALL = {"max_cells": 60, "genes_per_cell": 24, "vocabulary_size": 400, "model_layers": 2,
+         "model_width": 32, "model_heads": 2, "model_steps": 20, "human_layer": 1, "expansion": 2,
+         "training_tokens": 4096, "batch_tokens": 512, "buffer_tokens": 4096, "warmup_steps": 2,
+         "null_draws": 21, "validation_share": 0.4}
+
+
+def test_every_cell_of_the_chapter(monkeypatch, tmp_path):
+    """Its code, executed on a few of the real cells where they are at hand and on simulated ones
+    elsewhere, leaves all tables and every number that its text has."""
+    path = os.environ.get("SCFM_INTERFERON")
+    fields = {"cells": path} if path else {
+        "cells": "planted", "cells_are": "simulated", "label_column": "cell_type",
+        "case_type": "endothelial cell of artery", "known_response": ["VWF", "PECAM1", "CDH5"]}
+    monkeypatch.setenv("SCFM_RESULTS", str(tmp_path))
+    for module, sizes in ((steering, {"SEEDS": 1, "SCORED_CELLS": 4, "TRACED_CELLS": 2}),
+                          (wrong_calls, {"DRAWS": 1, "TRAINING_CELLS": 6, "ERRORS": 2})):
+        for name, value in sizes.items():
+            monkeypatch.setattr(module, name, value)
+    notebook = jupytext.read(ROOT / "notebooks" / "15_steering.py")
+    names: dict[str, Any] = {}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            exec(cell.source, names)
+        if "parameters" in cell.metadata.get("tags", []):
+            names["overrides"] = {**SMALL, **fields}
+    results = names["settings"].results
+    for name in ("steering", "debugging", "concept_scores"):
+        assert len(pd.read_csv(results / "tables" / f"{name}.csv")) > 1
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    kept = json.loads((results / "values" / "15_steering.json").read_text())
+    assert set(re.findall(r"glue:text\}`([^`]+)`", text)) <= set(kept)
+    assert kept["debugging.known"] and kept["concepts.all"] >= 1

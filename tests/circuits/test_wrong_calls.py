@@ -117,6 +117,8 @@ def test_the_surest_wrong_call_is_the_case(tiny_parts, monkeypatch, tmp_path):
     assert table["features"].nunique() == 1
     own = study.features[study.features["removed"] == wrong.CASE]
     assert study.predicted == pytest.approx(-own["gives"].sum())
+    theirs = study.features.loc[study.features["removed"] == wrong.TRAINING, "gives"]
+    assert len(theirs) == len(own) and theirs.is_monotonic_decreasing and (theirs > 0).all()
     assert "repairs" in wrong.what_it_does(study) and study.training_errors == 2
     assert "draws" in wrong.what_it_does(study, wrong.RANDOM)
 

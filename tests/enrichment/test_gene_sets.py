@@ -14,7 +14,9 @@ from scfm_circuits import InputError
 from scfm_circuits.common import fetch
 from scfm_circuits.enrichment import gene_sets
 from scfm_circuits.enrichment.gene_sets import (
+    commonest_sets,
     gene_sets_from_dict,
+    genes_of_terms,
     load_library,
     parse_gmt,
     read_gmt,
@@ -371,3 +373,14 @@ def test_real_libraries_are_the_manifest_versions() -> None:
         assert library.warning is None and library.source == "file"
         assert (len(library), len(library.genes)) == (entry["terms"], entry["genes"])
         assert path.stat().st_size == entry["bytes"] and library.sha256 == entry["sha256"]
+
+
+def test_terms_are_found_by_name_and_by_how_often_their_genes_occur() -> None:
+    one = gene_sets_from_dict("one", {"a": ["G1", "g2"], "b": ["G3"], "c": ["G4", "G5", "G6"]})
+    other = gene_sets_from_dict("other", {"a": ["G9"], "d": ["G1"]})
+    assert genes_of_terms([one, other], ["a", "d", "not there"]) == {"G1", "G2", "G9"}
+    times = {"G1": 5, "G2": 1, "G3": 100, "G4": 2, "G5": 2, "G6": 2}
+    assert commonest_sets(one, times, 2, smallest=2, largest=3) == {
+        "a": {"G1", "G2"}, "c": {"G4", "G5", "G6"}}
+    assert list(commonest_sets(one, times, 2, smallest=1, largest=2)) == ["b", "a"]
+    assert commonest_sets(one, {"G3": 1}, 2, smallest=2) == {}

@@ -147,6 +147,24 @@ def test_all_kinds_offer_as_many_candidates_and_held_out_cells_choose_nothing(
     assert table["f1"].tolist() != other["f1"].tolist()
 
 
+@pytest.mark.parametrize(("least", "sets", "levels"), [(99, SETS, {TOKEN}), (2, {}, {CELL})])
+def test_labels_or_gene_sets_alone_are_scored(
+        parts: Any, few: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, least: int,
+        sets: Any, levels: set[str]) -> None:
+    corpus, statistics = parts[2:]
+    monkeypatch.setattr(module, "LEAST", least)
+    model = model_for(corpus, dtype=torch.float32)
+    table = module.concept_scores(model, tiny_transcoders(model), corpus, tiny_profile(
+        monkeypatch, tmp_path), statistics, sets).table
+    assert set(table["of"]) == levels and table["f1"].between(0, 1).all()
+
+
+def test_genes_are_counted_once_where_they_stand(parts: Any) -> None:
+    corpus, cells = parts[2], np.arange(3)
+    genes = [gene for cell in cells for gene in corpus.genes_of(cell)]
+    assert module.times_in(corpus, cells) == {gene: genes.count(gene) for gene in set(genes)}
+
+
 def test_without_a_concept_nothing_is_scored(parts: Any) -> None:
     corpus = parts[2]
     with pytest.raises(InputError, match="no concept to score"):

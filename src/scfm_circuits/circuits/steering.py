@@ -66,7 +66,7 @@ SEEDS, RANDOM_DRAWS = 3, 2
 """Draws of training cells, and of random features for each."""
 CHOICE_CELLS, CHOICE_PER_TYPE, SCORED_CELLS, SCORED_PER_TYPE = 160, 80, 48, 24
 """Training cells of a seed, and held-out cells that are read, at most, and of a type at most."""
-TRACED_CELLS, LOSS_TOKENS = 12, 64
+TRACED_CELLS, LOSS_TOKENS = 6, 64
 """Training cells of a seed that effects are predicted in; tokens of genes that a cell's loss is
 taken over, evenly spaced in its text."""
 

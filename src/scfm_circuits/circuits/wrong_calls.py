@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 
 CASE, TRAINING, RANDOM = "features of the case", "features of training errors", "random features"
 """What is taken away."""
-MOST, ERRORS, DRAWS = 10, 20, 3
+MOST, ERRORS, DRAWS = 10, 10, 3
 """Features at most; training cells answered wrongly that are looked into; random choices."""
-TRAINING_CELLS = 240
+TRAINING_CELLS = 160
 """Training cells that are asked, the same number of every type as far as there are any."""
 EVERY = "all labels"
 
@@ -128,16 +128,17 @@ class WrongCalls(NamedTuple):
     answer: str
     """The case's name, its label, and what the model says instead."""
     contrast: float
+    by_features: float
     predicted: float
     measured: float
-    """Nats: the contrast of the answer in the case; how taking the features away should change it;
-    and how the contrast of the cell's own label then changes, with the opposite sign, which is the
-    same where there are two labels."""
+    """Nats: the contrast of the answer in the case; what all features together give it; how taking
+    the chosen ones away should change it; and how the contrast of the cell's own label then
+    changes, with the opposite sign, which is the same where there are two labels."""
     training_errors: int
     """Training cells answered wrongly that were looked into."""
     features: pd.DataFrame
     """A row for each feature taken away: removed (`CASE`, `TRAINING`), layer, feature, gives (nats
-    of the contrast of the case's answer)."""
+    of the contrast of the wrong answer; of training errors the mean)."""
     table: pd.DataFrame
     """`counted`, of each thing that is taken away."""
     wrong: int
@@ -161,7 +162,8 @@ def wrong_calls(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "C
     given, contrast = contributions(model, transcoders, corpus, profile, cell, answer)
     chosen = enough(given, contrast)
     rng = generator(profile.seed, "wrong calls")
-    found, errors = _of_training(model, transcoders, corpus, profile, rng, len(chosen))
+    theirs, errors = _of_training(model, transcoders, corpus, profile, rng)
+    found = strongest(theirs, len(chosen))
     sets = [(CASE, 0, chosen), *([(TRAINING, 0, found)] if found else [])]
     sets += [(RANDOM, draw, _matched(statistics, chosen, rng)) for draw in range(DRAWS)]
     labels, rows, after = corpus.labels[cells], [], {}
@@ -172,18 +174,20 @@ def wrong_calls(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "C
                  for row in counted(labels, before.right, now.right)]
         after[name] = now
     listed = pd.DataFrame(
-        [{"removed": name, "layer": layer, "feature": feature, "gives": given[layer, feature]}
+        [{"removed": name, "layer": layer, "feature": feature,
+          "gives": (given if name == CASE else theirs)[layer, feature]}
          for name, _, features in sets if name != RANDOM for layer, feature in features])
     return WrongCalls(
         str(corpus.cell_ids[cell]), str(labels[case]), answer, contrast,
-        -sum(given[one] for one in chosen),
+        float(given.sum()), -float(sum(given[one] for one in chosen)),
         float(before.contrast[case] - after[CASE].contrast[case]), errors, listed,
         pd.DataFrame(rows), int((~before.right).sum()))
 
 
 def _of_training(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
-                 profile: "Profile", rng: np.random.Generator, n: int) -> tuple[Features, int]:
-    """The `n` features that give the wrong answers of training cells most, and of how many cells.
+                 profile: "Profile", rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """(n_layers, n_features) mean of what features give the wrong answers of training cells, and of
+    how many cells; zeros of none.
 
     Cells are taken in a random order, as many of every type.
     """
@@ -191,12 +195,10 @@ def _of_training(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "
     some = studied_cells(corpus, TRAINING_CELLS, TRAINING_CELLS, among=training)
     said = said_without(model, transcoders, corpus, profile, some, [])
     wrong = rng.permutation(some[~said.right])[:ERRORS]
-    if not len(wrong):
-        return [], 0
     answers = predict_answers(model, corpus, wrong)
     given = [contributions(model, transcoders, corpus, profile, int(cell), answer)[0]
              for cell, answer in zip(wrong, answers, strict=True)]
-    return strongest(np.mean(given, axis=0), n), len(wrong)
+    return np.mean(given, axis=0) if given else np.zeros(transcoders.b_enc.shape), len(wrong)
 
 
 def _matched(statistics: "FeatureStatistics", features: Features, rng: np.random.Generator
@@ -231,7 +233,7 @@ def what_it_does(study: WrongCalls, removed: str = CASE) -> str:
     """What taking features away does to all held-out cells, in words."""
     rows: Any = study.table[(study.table["removed"] == removed) & (study.table["label"] == EVERY)]
     if not len(rows):
-        return "there are none: no training cell that was asked is answered wrongly"
+        return "was not done: no training cell that was asked is answered wrongly"
     if len(rows) > 1:
         return (f"repairs {_span(rows['repaired'])} and breaks {_span(rows['broken'])} "
                 f"({len(rows)} draws; right answers {_span(rows['right_after'])} of "

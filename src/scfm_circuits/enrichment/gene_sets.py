@@ -137,6 +137,27 @@ def _dropped(n_empty: int) -> str | None:
     return f"{n_empty} term(s) without a gene were left out." if n_empty else None
 
 
+def genes_of_terms(libraries: Iterable[GeneSets], terms: Iterable[str]) -> set[str]:
+    """The genes of all these terms together, upper case; terms that no library has give none."""
+    wanted = set(terms)
+    return {gene for library in libraries for i, term in enumerate(library.terms)
+            if term in wanted for gene in library.term_members(i)}
+
+
+def commonest_sets(library: GeneSets, times: Mapping[str, int], n: int, *, smallest: int = 10,
+                   largest: int = 100) -> dict[str, set[str]]:
+    """The `n` terms whose genes occur most often, of those with a middling number that occur.
+
+    times: how often each gene (upper case) occurs. Of equal terms the first of the library's. Each
+    with its genes that occur.
+    """
+    found = {term: {gene for gene in library.term_members(i) if times.get(gene, 0)}
+             for i, term in enumerate(library.terms)}
+    fitting = [term for term, genes in found.items() if smallest <= len(genes) <= largest]
+    fitting.sort(key=lambda term: -sum(times[gene] for gene in found[term]))
+    return {term: found[term] for term in fitting[:n]}
+
+
 def read_gmt(path: str | Path) -> GeneSets:
     """Read a GMT file: one term a line, as `term <tab> description <tab> gene <tab> gene ...`.
 

@@ -40,7 +40,7 @@ FEATURES, UNTRAINED, RANDOM = "features", "untrained encoder", "random direction
 EVERY = "all features"
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995)
 """Quantiles of a unit's values that cuts are taken from."""
-CHOICE_CELLS, SCORED_CELLS, DRAWS, RESAMPLED = 160, 240, 5, 1_000
+CHOICE_CELLS, SCORED_CELLS, DRAWS, RESAMPLED = 120, 160, 5, 1_000
 """Training cells and held-out cells at most; draws of candidates; resamples of held-out cells."""
 LEAST = 10
 """Training cells and held-out cells that a label has at least, to be a concept."""
@@ -92,6 +92,14 @@ class Concepts(NamedTuple):
     of_gene: np.ndarray
 
 
+def times_in(corpus: Corpus, cells: np.ndarray) -> dict[str, int]:
+    """How often each gene (upper-case symbol) stands in these cells."""
+    genes = corpus.gene[cells][corpus.place[cells] == 0]
+    counts = np.bincount(genes, minlength=len(corpus.symbols))
+    return {str(symbol).upper(): int(n)
+            for symbol, n in zip(corpus.symbols, counts, strict=True) if n}
+
+
 def concepts_of(corpus: Corpus, sets: Mapping[str, Collection[str]], training: np.ndarray,
                 held_out: np.ndarray) -> Concepts:
     """The labels that enough of these cells have, and sets of genes (upper-case symbols).
@@ -117,11 +125,12 @@ def concepts_of(corpus: Corpus, sets: Mapping[str, Collection[str]], training: n
 
 
 class Batch(NamedTuple):
-    """Some cells' questions: inputs (n_layers, n_tokens, d_model) of the MLPs on them; cell:
-    (n_tokens,) place in the batch; on_gene: (n_tokens,) bool; of_cell: (n_cells, n), of_token:
-    (n_gene_tokens, m), concepts that hold, as floats."""
+    """Some cells' questions: inputs (n_layers, n_tokens, d_model) of the MLPs on them, cell by
+    cell; lengths: tokens of each; cell: (n_tokens,) place in the batch; on_gene: (n_tokens,) bool;
+    of_cell: (n_cells, n), of_token: (n_gene_tokens, m), concepts that hold, as floats."""
 
     inputs: Tensor
+    lengths: list[int]
     cell: Tensor
     on_gene: Tensor
     of_cell: Tensor
@@ -129,9 +138,8 @@ class Batch(NamedTuple):
 
     def readings(self, units: Tensor) -> dict[str, Tensor]:
         """Units (n_tokens, n) by level: (n_cells, n), (n_gene_tokens, n)."""
-        most = units.new_full((len(self.of_cell), units.shape[1]), -torch.inf)
-        index = self.cell[:, None].expand_as(units)
-        return {CELL: most.scatter_reduce_(0, index, units, "amax"), TOKEN: units[self.on_gene]}
+        most = torch.stack([one.amax(dim=0) for one in units.split(self.lengths)])
+        return {CELL: most, TOKEN: units[self.on_gene]}
 
     def truths(self) -> dict[str, Tensor]:
         """What holds, by level."""
@@ -154,7 +162,7 @@ def question_batches(model: "GPTNeoXForCausalLM", corpus: Corpus, cells: np.ndar
                 np.repeat(np.arange(len(rows)), asked), genes >= 0,
                 concepts.of_cell[rows].astype(np.float32),
                 concepts.of_gene[genes[genes >= 0]].astype(np.float32)))
-            yield Batch(inputs, cell, on_gene, of_cell, of_token)
+            yield Batch(inputs, asked.tolist(), cell, on_gene, of_cell, of_token)
 
 
 # --- choosing ------------------------------------------------------------------------------------
@@ -221,7 +229,7 @@ def cuts_of(values: Tensor) -> Tensor:
 
 
 def _count(own: Counts, layer: int, values: Tensor, truth: Tensor) -> None:
-    both = torch.cat([truth, torch.ones_like(truth[:, :1])], dim=1).T.contiguous()
+    both = torch.cat([truth, truth.new_ones(len(truth), 1)], dim=1).T.contiguous()
     for at in range(len(LEVELS)):
         # Below 2^24 in a batch, so that float32 counts exactly.
         found = both @ (values > own.cuts[layer, :, at]).to(both.dtype)

@@ -31,6 +31,7 @@ from scfm_circuits.report.plots import (
     enrichment,
     features,
     sentence,
+    steering,
     sub_words,
 )
 from scfm_circuits.report.plots.style import literal
@@ -146,6 +147,29 @@ def known_ranks() -> tuple[Figure, list[str]]:
     return circuits.known_ranks(summary.assign(rank=2.0), summary, ODD[:1], ODD[1:2]), ODD
 
 
+def steering_curves() -> tuple[Figure, list[str]]:
+    arms = ["nothing", steering.BEST, steering.BY_EFFECT, steering.MEANS, steering.RANDOM, "some"]
+    frame = pd.DataFrame([(arm, dose) for arm in arms for dose in (-1.0, 1.0)],
+                         columns=["arm", "dose"]).assign(done="pushed")
+    for name in ("change", "to_label", "from_label", "cost"):
+        frame[name] = 1.0
+    for name in ("lower_95", "upper_95", "lowest", "highest", *(
+            f"{one}_{end}_95" for one in ("to_label", "from_label", "cost")
+            for end in ("lower", "upper"))):
+        frame[name] = 0.5
+    return steering.steering_curves(frame, "$x$ of a"), ["log-odds of $x$ of a"]
+
+
+def concept_scores() -> tuple[Figure, list[str]]:
+    names = [text for text in dict.fromkeys(ODD) if text not in (LONG, LONG + " too")]
+    kinds = ["features", "all features", "untrained encoder", "random directions", "MLP neurons",
+             "principal components"]
+    table = pd.DataFrame([(name, kind) for name in names for kind in kinds],
+                         columns=["concept", "units"])
+    table = table.assign(f1=0.5, lower_95=0.4, upper_95=0.6, always_yes=0.1)
+    return steering.concept_scores(table), names
+
+
 def circuit_flow() -> tuple[Figure, list[str]]:
     frame = pd.DataFrame({"kind": ["attention", "features"], "layer": [0, 1]})
     return circuits.circuit_flow(frame.assign(share=0.5, passing=0.5, cell=ODD[0])), []
@@ -253,6 +277,7 @@ def both_tokenizers() -> tuple[Figure, list[str]]:
 FIGURES: dict[str, Callable[[], tuple[Figure, list[str]]]] = {one.__name__: one for one in (
     cells_per_type, circuit_picture, circuit_overlap, planted_recovery, contribution_kinds,
     faithfulness, predictions, task_curves, knock_outs, known_ranks, circuit_flow, training_curve,
+    steering_curves, concept_scores,
     transcoder_curves,
     loss_comparison, layer_alone,
     share_with_controls, table4_with_nulls, beyond_controls, explained_per_layer,

@@ -1,0 +1,91 @@
+"""Figures of steering: curves along the dose, and held-out concept scores."""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from scfm_circuits.circuits.steering import BEST, BY_EFFECT, MEANS, RANDOM
+from scfm_circuits.circuits.steering_curves import ADDED
+from scfm_circuits.features.concepts import EVERY, FEATURES
+from scfm_circuits.report.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    literal,
+    panels,
+)
+
+_COLOURS = {BY_EFFECT: BLUE, BEST: GREEN, MEANS: ORANGE, RANDOM: GREY}
+
+
+def steering_curves(curve: pd.DataFrame, label: str) -> Figure:
+    """What pushes do along the dose: to the contrast, to the calls and to the loss.
+
+    curve: `steering_curves.curve`. Bands are 95 % intervals over cells, thin lines the lowest and
+    highest seed or draw. A dose below 0 pushes away from the label.
+    """
+    figure, axes = panels(3, width=4.1, height=3.8)
+    pushes = curve[(curve["done"] == ADDED) & (curve["arm"] != "nothing")]
+    for arm in dict.fromkeys(pushes["arm"]):
+        colour = _COLOURS.get(arm, PURPLE)
+        rows = pd.concat([curve[curve["arm"] == "nothing"], pushes[pushes["arm"] == arm]])
+        rows = rows.sort_values("dose")
+        for axis, (value, low, high) in zip(axes[::2], (
+                ("change", "lower_95", "upper_95"), ("cost", "cost_lower_95", "cost_upper_95")),
+                strict=True):
+            axis.plot(rows["dose"], rows[value], "o-", color=colour, markersize=4, label=arm)
+            axis.fill_between(rows["dose"], rows[low], rows[high], color=colour, alpha=0.2,
+                              linewidth=0)
+        axes[0].vlines(rows["dose"], rows["lowest"], rows["highest"], color=colour, linewidth=1)
+        for sign, share in ((1, "to_label"), (-1, "from_label")):
+            part = rows[sign * rows["dose"] >= 0]
+            axes[1].plot(part["dose"], part[share], "o-", color=colour, markersize=4)
+            axes[1].fill_between(part["dose"], part[f"{share}_lower_95"],
+                                 part[f"{share}_upper_95"], color=colour, alpha=0.12, linewidth=0)
+    for axis in axes:
+        axis.axvline(0, color="black", linewidth=0.6)
+        axis.set(xlabel="norm of the push (0: none)")
+    axes[0].axhline(0, color="black", linewidth=0.6)
+    axes[0].set(ylabel="nats that the contrast gains", title=f"log-odds of {literal(label, 24)}")
+    axes[1].set(ylabel="% of the cells", ylim=(-3, 103), title="calls that turn")
+    axes[1].text(0.02, 0.97, "away", transform=axes[1].transAxes, va="top", fontsize=10)
+    axes[1].text(0.98, 0.97, "to it", transform=axes[1].transAxes, va="top", ha="right",
+                 fontsize=10)
+    axes[2].set(ylabel="nats per token of a gene", title="what it costs")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  frameon=False)
+    return figure
+
+
+def concept_scores(table: pd.DataFrame) -> Figure:
+    """Held-out F1 of the best unit of every kind, a row for each concept.
+
+    table: `concepts.ConceptScores.table`. Lines are 95 % intervals over cells; a black bar is what
+    saying yes to everything scores.
+    """
+    concepts = list(dict.fromkeys(table["concept"]))
+    kinds = [kind for kind in dict.fromkeys(table["units"]) if kind != EVERY]
+    colours: dict[str, Any] = dict(zip(kinds, (BLUE, GREY, PURPLE, ORANGE, GREEN), strict=True))
+    figure, axis = plt.subplots(figsize=(8.6, 1.2 + 0.62 * len(concepts)),
+                                constrained_layout=True)
+    shift = np.linspace(-0.3, 0.3, len(kinds))
+    for at, concept in enumerate(concepts):
+        own = table[table["concept"] == concept].set_index("units")
+        axis.vlines(own["always_yes"].iloc[0], at - 0.4, at + 0.4, color="black", linewidth=2,
+                    label="" if at else "always yes")
+        for kind, up in zip(kinds, shift, strict=True):
+            row = own.loc[kind]
+            axis.hlines(at + up, row["lower_95"], row["upper_95"], color=colours[kind])
+            axis.plot(row["f1"], at + up, "D" if kind == FEATURES else "o", color=colours[kind],
+                      markersize=5, label=None if at else kind)
+    axis.set(xlim=(-0.02, 1.02), xlabel="F1 on held-out cells")
+    axis.set_yticks(range(len(concepts)), [literal(concept, 48) for concept in concepts])
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure

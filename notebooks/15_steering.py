@@ -76,17 +76,16 @@ curve, compared = (of(study, settings.seed) for of in (steering_curves.curve, st
 # - the **difference of means** of what the layer's MLP writes in the label's cells and in others;
 # - **random features** that fire as often and as strongly as the first.
 
-# %% mystnb={"image": {"alt": "Three panels against the dose of the push, for five kinds of directions: the change of the label's log-odds, the share of calls that turn, and the rise of the loss on gene tokens, with bands over cells."}, "figure": {"caption": "What a push does to the log-odds of the label, to the calls and to the loss, by its norm in units of the mean norm of what the MLP writes. Bands: 95 % intervals over cells; thin lines: lowest and highest of the draws of training cells and random features.", "name": "fig-steering"}}
+# %% mystnb={"image": {"alt": "Three panels against the dose of the push, for five kinds of directions: the change of the label's log-odds, the share of cells called so, and the rise of the loss on gene tokens, with bands over cells."}, "figure": {"caption": "What a push does to the log-odds of the label, to the calls and to the loss, by its norm in units of the mean norm of what the MLP writes. Bands: 95 % intervals over cells; thin lines: lowest and highest of the draws of training cells and random features.", "name": "fig-steering"}}
 chapter.figure("steering", plots.steering_curves(curve, study.label))
 
 # %%
 chapter.table("steering", curve, rows=0)
 chapter.table("steering_compared", compared, rows=0)
 shown = compared[compared["pushed"] == "towards"]
-chapter.show(shown[["compared", "arm", "effect", "lower_95", "upper_95", "difference", "difference_lower_95",
-                    "difference_upper_95", "dose", "cost"]], digits=2,
-             caption="Pushed towards the label: nats that its log-odds gain, and how much more the feature by "
-             "effect gains than each, at one norm and at one cost")
+chapter.show(shown[["compared", "arm", "effect", "lower_95", "upper_95", "difference", "cost"]], digits=2,
+             caption="Pushed towards the label, at one norm and at one cost: nats that its log-odds gain, how "
+             "much more the feature by effect gains, and the cost in nats per token of a gene")
 
 # %%
 first = study.chosen.iloc[0]
@@ -135,10 +134,11 @@ for key, arm in names.items():
 # corrects what earlier layers have settled fires where the label holds, and writes against it.
 
 # %% tags=["fold:How it is chosen and compared and every dose"]
-chapter.show(curve[["arm", "done", "dose", "typical", "change", "lower_95", "upper_95", "to_label",
-                    "from_label", "own_right", "others_right", "no_label", "cost"]], digits=2,
-             caption="Every arm and dose: nats that the label's log-odds gain; calls that turn to it and from "
-             "it, cells of the label and others answered rightly, answers that are no label (%); cost in nats")
+chapter.show(curve[["arm", "dose", "typical", "change", "lower_95", "upper_95", "to_label", "from_label",
+                    "others_right", "no_label", "cost"]], digits=2,
+             caption="Every arm and dose (none: taken away): nats that the label's log-odds gain; calls that "
+             "turn to it and from it, cells of other labels answered rightly, answers that are no label (%); "
+             "cost in nats")
 
 # %%
 chapter.table("steering_chosen", study.chosen, digits=3, caption="What each draw of training cells chooses")
@@ -173,11 +173,10 @@ chapter.value("debugging.known", wrong is not None)
 
 # %% tags=["only-if:debugging.known"]
 totals = wrong.table[wrong.table["label"] == wrong_calls.EVERY] if wrong else None
-chapter.show(totals[["removed", "draw", "features", "cells", "right_before", "right_after", "repaired",
-                     "broken", "p", "case_right"]], digits=2,
-             caption="Features taken away in all held-out cells: right answers before and after, wrong ones "
+chapter.show(totals[["removed", "right_before", "right_after", "repaired", "broken", "p", "case_right"]],
+             digits=2, caption="Taken away in all held-out cells: right answers before and after, wrong ones "
              "repaired, right ones broken, p of the exact McNemar test, and whether the case itself is "
-             "right") if wrong else None
+             "right then") if wrong else None
 
 # %%
 said = {removed: wrong_calls.what_it_does(wrong, removed) if wrong else "" for removed in
@@ -278,4 +277,5 @@ chapter.table("concept_scores", table, digits=2, rows=len(table), caption="Held-
 # - Held-out cells hold the same genes as training cells. Whether a token is part of a gene of a set can be
 #   known by heart, so such a score says that a unit is about these tokens, not what it would say of a gene
 #   that it has not met. The sets of cell types are the four whose genes occur most in training cells, of
-#   those with 10 to 100 genes that occur.
+#   those with 10 to 100 genes that occur: their names are the library's, and their genes need be no markers
+#   here.

@@ -50,6 +50,7 @@ def test_a_row_counts_what_its_settings_did():
     assert (best["to_label"], best["from_label"], best["others_right"]) == (0, 0, 100)
     assert rows.loc[(BY_EFFECT, 2.0), ["to_label", "others_right"]].tolist() == [100, 0]
     assert rows.loc[(BY_EFFECT, -2.0), "from_label"] == 100
+    assert rows["called"].tolist()[:3] == [50, 0, 50]
     away = table[(table["arm"] == BY_EFFECT) & (table["done"] == curves.TAKEN_AWAY)].iloc[0]
     assert (away["lowest"], away["highest"]) == pytest.approx((0.0, 0.5))
     assert away["change"] == pytest.approx(0.25) and away["runs"] == 2

@@ -68,7 +68,7 @@ def curve(study: SteeringStudy, seed: int) -> pd.DataFrame:
     arm's features typically write), runs (seeds and draws), cells; change of the contrast in nats
     with lower_95, upper_95 (over cells), lowest, highest (over runs); to_label: of the cells that
     were not called by the label, the percentage that now are, and from_label: of those that were,
-    the percentage that no longer are, each with its Wilson interval of the mean share; own_right,
+    the percentage that no longer are; called: of all; each with Wilson's interval; own_right,
     others_right: percentage of the label's cells, and of all others, that are answered rightly;
     no_label: percentage of answers that begin like no label; cost (nats per token of a gene) with
     cost_lower_95, cost_upper_95. The first row is the model as it is.
@@ -90,7 +90,7 @@ def curve(study: SteeringStudy, seed: int) -> pd.DataFrame:
             "lowest": by_run.min(), "highest": by_run.max(),
             **_percentage("to_label", one.called[:, ~called]),
             **_percentage("from_label", ~one.called[:, called]),
-            **_percentage("own_right", one.right[:, own]),
+            **_percentage("called", one.called), **_percentage("own_right", one.right[:, own]),
             **_percentage("others_right", one.right[:, ~own]),
             **_percentage("no_label", one.no_label), "cost": cost, "cost_lower_95": cost_low,
             "cost_upper_95": cost_high})

@@ -129,6 +129,16 @@ HEADINGS = {
     "null_enrichr": "null lists called by enrichr",
     "called_corpus": "called by corpus",
     "null_corpus": "null lists called by corpus",
+    # Steering and debugging.
+    "right_before": "right before",
+    "right_after": "right after",
+    "case_right": "the case is right",
+    "to_label": "turn to it, %",
+    "from_label": "turn from it, %",
+    "others_right": "others right, %",
+    "no_label": "no label, %",
+    "always_yes": "always yes",
+    "training_f1": "F1 in training cells",
 }
 
 

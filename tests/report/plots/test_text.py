@@ -151,10 +151,10 @@ def steering_curves() -> tuple[Figure, list[str]]:
     arms = ["nothing", steering.BEST, steering.BY_EFFECT, steering.MEANS, steering.RANDOM, "some"]
     frame = pd.DataFrame([(arm, dose) for arm in arms for dose in (-1.0, 1.0)],
                          columns=["arm", "dose"]).assign(done="pushed")
-    for name in ("change", "to_label", "from_label", "cost"):
+    for name in ("change", "called", "cost"):
         frame[name] = 1.0
     for name in ("lower_95", "upper_95", "lowest", "highest", *(
-            f"{one}_{end}_95" for one in ("to_label", "from_label", "cost")
+            f"{one}_{end}_95" for one in ("called", "cost")
             for end in ("lower", "upper"))):
         frame[name] = 0.5
     return steering.steering_curves(frame, "$x$ of a"), ["log-odds of $x$ of a"]

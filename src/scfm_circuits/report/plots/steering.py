@@ -42,20 +42,15 @@ def steering_curves(curve: pd.DataFrame, label: str) -> Figure:
             axis.fill_between(rows["dose"], rows[low], rows[high], color=colour, alpha=0.2,
                               linewidth=0)
         axes[0].vlines(rows["dose"], rows["lowest"], rows["highest"], color=colour, linewidth=1)
-        for sign, share in ((1, "to_label"), (-1, "from_label")):
-            part = rows[sign * rows["dose"] >= 0]
-            axes[1].plot(part["dose"], part[share], "o-", color=colour, markersize=4)
-            axes[1].fill_between(part["dose"], part[f"{share}_lower_95"],
-                                 part[f"{share}_upper_95"], color=colour, alpha=0.12, linewidth=0)
+        axes[1].plot(rows["dose"], rows["called"], "o-", color=colour, markersize=4)
+        axes[1].fill_between(rows["dose"], rows["called_lower_95"], rows["called_upper_95"],
+                             color=colour, alpha=0.1, linewidth=0)
     for axis in axes:
         axis.axvline(0, color="black", linewidth=0.6)
         axis.set(xlabel="norm of the push (0: none)")
     axes[0].axhline(0, color="black", linewidth=0.6)
     axes[0].set(ylabel="nats that the contrast gains", title=f"log-odds of {literal(label, 24)}")
-    axes[1].set(ylabel="% of the cells", ylim=(-3, 103), title="calls that turn")
-    axes[1].text(0.02, 0.97, "away", transform=axes[1].transAxes, va="top", fontsize=10)
-    axes[1].text(0.98, 0.97, "to it", transform=axes[1].transAxes, va="top", ha="right",
-                 fontsize=10)
+    axes[1].set(ylabel="% of the cells", ylim=(-3, 103), title="called so")
     axes[2].set(ylabel="nats per token of a gene", title="what it costs")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
                   frameon=False)

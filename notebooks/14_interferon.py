@@ -143,6 +143,39 @@ chapter.table("perturbation", study.by_gene.rename(columns={"score_paths": "pred
 chapter.table("perturbation_cells", study.genes, rows=0)
 
 # %% [markdown]
+# ## All known genes at once
+#
+# All known genes that a treated cell's sentence has are deleted together, and all of them are moved to the
+# front of untreated cells. Beside each stand as many random genes: neighbours in rank of those deleted,
+# and genes that stand in as nearly as many training cells.
+#
+# - Deleted: of treated cells {glue:text}`known.delete.before` are called so before and
+#   {glue:text}`known.delete.after` after; without random genes {glue:text}`known.delete.random_after`.
+# - To the front: of untreated cells {glue:text}`known.front.before` are called treated before and
+#   {glue:text}`known.front.after` after; with random genes {glue:text}`known.front.random_after`.
+
+# %%
+together = perturbed_cells.changed_together(chapter.model, corpus, settings,
+                                            known_response.response_cells(corpus),
+                                            settings.case_type, settings.known_response)
+by_type = perturbed_cells.together_by_type(together, settings.seed)
+
+# %% tags=["fold:In numbers"]
+chapter.show(by_type, digits=2, caption="Known and random genes deleted or moved to the front, by the "
+             "cells' label: share of cells called the response, and the change of the contrast (nats) "
+             "with its 95 % interval over cells")
+chapter.table("interferon_together", together, rows=0)
+
+# %%
+for how, treated in (("delete", True), ("front", False)):
+    rows = by_type[(by_type["how"] == how)
+                   & ((by_type["cell_type"] == settings.case_type) == treated)]
+    means = rows.groupby("which")[["called_before", "called_after"]].mean()
+    for key, which, column in (("before", "known", "called_before"), ("after", "known", "called_after"),
+                               ("random_after", "random", "called_after")):
+        chapter.percent(f"known.{how}.{key}", float(means[column].get(which, float("nan"))))
+
+# %% [markdown]
 # ## Which genes a test calls
 #
 # Geneformer's in-silico perturbation pools all deletions of all cells and asks by a rank-sum test whether a

@@ -10,13 +10,15 @@ from scipy import stats
 
 from scfm_circuits.circuits import perturbed_cells
 from scfm_circuits.circuits.knock_out import knock_outs
-from scfm_circuits.circuits.perturbation import deletions
+from scfm_circuits.circuits.perturbation import deletions, encoder_of, of_call, responses
 from scfm_circuits.circuits.perturbed_cells import (
     LEAST,
     by_gene,
     called_of_shuffled,
+    changed_together,
     cost_of,
     perturbed,
+    together_by_type,
 )
 from scfm_circuits.enrichment.significance import benjamini_hochberg
 
@@ -81,6 +83,47 @@ def test_the_cost_is_what_is_passed_through_the_model(parts, profile, monkeypatc
     # An upper bound: without a gene, and without the end of the text, a text is shorter.
     assert 0.5 * said.tokens < sum(len(one.tokens) for one in passed) <= said.tokens
     assert str(said) == f"{said.texts:,} texts, 0.0 M tokens"
+
+
+def test_known_genes_are_changed_together_and_random_ones_beside(parts, profile, monkeypatch):
+    model, _, corpus = parts
+    monkeypatch.setattr(perturbed_cells, "NEAR", 2)
+    known, label = ["LYZ", "CD3D", "NONE"], str(corpus.labels[0])
+    cells = [cell for cell in range(24) if len(corpus.genes_of(cell)) == 6][:6]
+    found = changed_together(model, corpus, profile, cells, label, known)
+    ids = [list(corpus.symbols).index(gene) for gene in known[:2]]
+    for cell in cells:
+        own = corpus.gene_ids_of(cell)
+        rows = found[found["cell"] == corpus.cell_ids[cell]]
+        front = rows[rows["how"] == "front"]
+        assert front["draw"].tolist() == [-1, 0, 1, 2, 3, 4] and (front["genes"] == 2).all()
+        encoder = encoder_of(corpus, profile, cell, label)
+
+        def read(genes: Any, encoder: Any = encoder) -> float:
+            return float(responses(model, [encoder.encode(np.array(genes))],
+                                   of_call(encoder.contrast), 1)[0])
+
+        assert front["before"].to_numpy() == pytest.approx(read(own), abs=1e-6)
+        to_front = [*ids, *(gene for gene in own if gene not in ids)][:6]
+        assert front["after"].iloc[0] == pytest.approx(read(to_front), abs=1e-6)
+        deleted = rows[rows["how"] == "delete"]
+        have = [gene for gene in own if gene in ids]
+        assert len(deleted) == (6 if have else 0)
+        if have:
+            left = [gene for gene in own if gene not in ids]
+            assert deleted["after"].iloc[0] == pytest.approx(read(left), abs=1e-6)
+            assert (deleted["genes"] == len(have)).all()
+    by = together_by_type(found, 0).set_index(["how", "cell_type", "which"])
+    for (how, kind, which), row in by.iterrows():
+        some = found[(found["how"] == how) & (found["cell_type"] == kind)
+                     & ((found["draw"] < 0) == (which == "known"))]
+        change = (some["after"] - some["before"]).groupby(some["cell"]).mean()
+        assert row["cells"] == len(change) and row["change"] == pytest.approx(change.mean())
+        assert row["called_after"] == pytest.approx((some["after"] > 0).mean())
+        assert row["low"] <= row["change"] <= row["high"]
+    pd.testing.assert_frame_equal(
+        changed_together(model, corpus, profile, cells[2:], label, known),
+        found[found["cell"].isin(corpus.cell_ids[cells[2:]])].reset_index(drop=True))
 
 
 def made_up(n_cells: int = 30, n_genes: int = 20, seed: int = 0, scale: float = 0.0

@@ -80,15 +80,8 @@ class ResponseStudy(NamedTuple):
 
 def response_study(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
                    profile: "Profile", most: int = CELLS) -> ResponseStudy:
-    """Take every gene out of the first `most` held-out cells, each label in turn, and score it.
-
-    Raises InputError if no held-out cell has `knock_out.LEAST` genes.
-    """
-    cells = [int(cell) for cell in studied_cells(corpus, most, most)
-             if len(corpus.gene_ids_of(int(cell))) >= knock_out.LEAST]
-    if not cells:
-        raise InputError(f"No held-out cell has {knock_out.LEAST} genes, so none can be taken out; "
-                         "raise `genes_per_cell`.")
+    """Take every gene out of `response_cells`, and score it; raises InputError as they do."""
+    cells = response_cells(corpus, most)
     genes = perturbed(model, corpus, profile, cells, profile.case_type)
     scores, contributions = _scored(model, transcoders, corpus, profile, cells)
     genes = pd.concat([genes, scores], axis=1)
@@ -97,6 +90,17 @@ def response_study(model: "PreTrainedModel", transcoders: "Transcoders", corpus:
     by_cell, summary = (pd.concat(some, ignore_index=True) for some in zip(*compared, strict=True))
     table = by_gene(genes, profile.seed, [f"score_{name}" for name in SCORES])
     return ResponseStudy(genes, table, by_cell, summary, contributions)
+
+
+def response_cells(corpus: "Corpus", most: int = CELLS) -> list[int]:
+    """The first `most` held-out cells, each label in turn, that have `knock_out.LEAST` genes;
+    InputError if there is none."""
+    cells = [int(cell) for cell in studied_cells(corpus, most, most)
+             if len(corpus.gene_ids_of(int(cell))) >= knock_out.LEAST]
+    if not cells:
+        raise InputError(f"No held-out cell has {knock_out.LEAST} genes, so none can be taken out; "
+                         "raise `genes_per_cell`.")
+    return cells
 
 
 def _scored(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",

@@ -14,7 +14,14 @@ import pandas as pd
 from scipy import stats
 from tqdm import tqdm
 
-from scfm_circuits.circuits.perturbation import deletions, encoder_of, of_call
+from scfm_circuits.circuits.perturbation import (
+    How,
+    changed,
+    deletions,
+    encoder_of,
+    of_call,
+    responses,
+)
 from scfm_circuits.common.files import digest
 from scfm_circuits.common.intervals import bootstrap_interval
 from scfm_circuits.common.kept import kept_arrays
@@ -180,3 +187,89 @@ def _signed_rank(values: np.ndarray) -> np.ndarray:
     spread = np.sqrt(n * (n + 1) * (2 * n + 1) / 24)
     z = np.maximum(np.abs(above - n * (n + 1) / 4) - 0.5, 0) / spread
     return 2 * stats.norm.sf(z)
+
+
+# --- genes together ------------------------------------------------------------------------------
+
+RANDOM_SETS, NEAR = 5, 6
+"""Random sets of genes beside the known ones; genes among which one like a known one is drawn."""
+
+
+def changed_together(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile",
+                     cells: Sequence[int] | np.ndarray, answer: str, known: Sequence[str]
+                     ) -> pd.DataFrame:
+    """Delete all known genes of a cell at once, and move them all to its front, whether it has them
+    or not; beside each, random genes.
+
+    In place of each known gene that is deleted, one of the `NEAR` others nearest to its place in
+    the cell; of one moved to the front, one of the `NEAR` others that stand in as nearly as many
+    training cells. `RANDOM_SETS` draws of either. answer: the label that is read.
+
+    Returns a row per cell, how (delete, front) and draw (-1: the known genes): cell, cell_type,
+    how, draw, genes (how many are changed), before, after (nats). A cell without a known gene has
+    no row for delete, nor has one with no other.
+    """
+    place = {symbol: i for i, symbol in enumerate(corpus.symbols)}
+    ids = np.array([place[gene] for gene in known if gene in place], np.int64)
+    training = corpus.gene[~corpus.held_out]
+    firsts = training[(training >= 0) & (corpus.place[~corpus.held_out] == 0)]
+    counts = np.bincount(firsts, minlength=len(corpus.symbols))
+    counts[counts == 0] = -(10**9)  # genes that no training cell has are no match
+    as_frequent, rows = [_nearest(counts, gene, ids) for gene in ids], []
+    for cell in tqdm(map(int, cells), desc="genes together", unit="cell", total=len(cells)):
+        rng = generator(profile.seed, "random genes changed", cell)
+        own = corpus.gene_ids_of(cell)
+        encoder = encoder_of(corpus, profile, cell, answer)
+        assert encoder.contrast is not None
+        here = np.flatnonzero(np.isin(own, ids))
+        sets: list[tuple[How, int, np.ndarray]] = []
+        if 0 < len(here) < len(own) - NEAR:
+            beside = [_nearest(np.arange(len(own)), int(one), here) for one in here]
+            sets += [("delete", draw, own[here if draw < 0 else _one_of_each(rng, beside)])
+                     for draw in range(-1, RANDOM_SETS)]
+        sets += [("front", draw, ids if draw < 0 else _one_of_each(rng, as_frequent))
+                 for draw in range(-1, RANDOM_SETS)]
+        texts = [encoder.encode(own), *(encoder.encode(changed(own, genes, how, len(own)))
+                                        for how, _, genes in sets)]
+        read = responses(model, texts, of_call(encoder.contrast), profile.forward_cells)
+        rows += [(str(corpus.cell_ids[cell]), str(corpus.labels[cell]), how, draw, len(genes),
+                  read[0], after) for (how, draw, genes), after in zip(sets, read[1:], strict=True)]
+    return pd.DataFrame(rows, columns=["cell", "cell_type", "how", "draw", "genes", "before",
+                                       "after"])
+
+
+def _nearest(values: np.ndarray, one: int, without: np.ndarray) -> np.ndarray:
+    """The `NEAR` places whose values are nearest to that of one, none of `without`."""
+    order = np.argsort(np.abs(values - values[one]), kind="stable")
+    return order[~np.isin(order, without)][:NEAR]
+
+
+def _one_of_each(rng: np.random.Generator, sets: Sequence[np.ndarray]) -> np.ndarray:
+    """One of each set, no place twice as long as there is another."""
+    found: list[int] = []
+    for some in sets:
+        left = some[~np.isin(some, found)]
+        found.append(int(rng.choice(left if len(left) else some)))
+    return np.array(found)
+
+
+def together_by_type(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """`changed_together` by how and cell type, for the known genes and for random ones (mean of a
+    cell's draws): cells, genes (mean), called_before and called_after (share of cells whose call
+    is the label's), change (mean of after less before) with low and high, its 95 % interval over
+    resampled cells."""
+    table = table.assign(which=np.where(table["draw"] < 0, "known", "random"),
+                         change=table["after"] - table["before"], said=table["before"] > 0,
+                         then=table["after"] > 0)
+    per_cell = table.groupby(["how", "cell_type", "which", "cell"], sort=True)[
+        ["genes", "change", "said", "then"]].mean().reset_index()
+    rows = []
+    for keys, part in per_cell.groupby(["how", "cell_type", "which"], sort=True):
+        n = len(part)
+        drawn = generator(seed, "resampled perturbed cells").integers(n, size=(DRAWS, n))
+        counts = np.stack([np.bincount(one, minlength=n) for one in drawn])
+        change, low, high = bootstrap_interval(part["change"].to_numpy(), counts)
+        rows.append((*keys, n, part["genes"].mean(), part["said"].mean(), part["then"].mean(),
+                     float(change), float(low), float(high)))
+    return pd.DataFrame(rows, columns=["how", "cell_type", "which", "cells", "genes",
+                                       "called_before", "called_after", "change", "low", "high"])

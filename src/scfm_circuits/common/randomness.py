@@ -70,6 +70,7 @@ STREAMS: Mapping[str, Stream] = {
     "resampled perturbed cells": Stream(90),
     "shuffled perturbations": Stream(91),
     "genes as frequent": Stream(92),
+    "random genes changed": Stream(93, ("cell",)),
     "masked genes": Stream(70, ("cell",)),
     "masks in training": Stream(71),
 }

@@ -54,7 +54,7 @@ DIFFERENCE = "difference"
 CIRCUIT = ("paths", "written")
 SCORES = {name: what for name, what in knock_out.SCORES.items()
           if name not in ("nodes", "nodes_signed")} | {
-    DIFFERENCE: "more often in training cells with the response than in others"}
+    DIFFERENCE: "no model: how much more often in such training cells"}
 """What each score of a gene is: circuits' first, then what is had without one."""
 MEASURED = {"effect": "measured: the gene taken out", "own": "measured: its own part",
             "position": "measured: the part of moved positions"}

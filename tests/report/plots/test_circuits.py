@@ -162,3 +162,18 @@ def test_the_overlap_map_boxes_the_pairs_of_a_type():
     assert np.isnan(axis.images[0].get_array().filled(np.nan).diagonal()).all()
     drawn(figure)
     drawn(plots.circuit_overlap(np.ones((1, 1)), ["alone"]))
+
+
+def test_known_genes_stand_in_the_row_that_names_their_way():
+    ways = ["measured", "paths", "attention"]
+    summary = pd.DataFrame({"by": ways, "what": ways, "median_rank": [1.0, 20.0, 300.0],
+                            "null_low": 5.0, "null_high": 50.0, "of": 400})
+    genes = pd.DataFrame({"by": np.repeat(ways, 2), "rank": [1.0, 1, 20, 20, 300, 300]})
+    axis = plots.known_ranks(genes, summary, ["paths"], ["measured"]).axes[0]
+    names = dict(zip(axis.get_yticks(), [one.get_text() for one in axis.get_yticklabels()],
+                     strict=True))
+    points = [one for one in axis.collections if isinstance(one, PathCollection)]
+    found = {(names[y], x) for one in points for x, y in one.get_offsets().tolist()}
+    assert found == {("measured", 1), ("paths", 20), ("attention", 300)}
+    # The first way is on top.
+    assert [names[place] for place in sorted(names, reverse=True)] == ways

@@ -369,8 +369,7 @@ def known_ranks(genes: pd.DataFrame, summary: pd.DataFrame, circuits: Sequence[s
         axis.scatter(own, [place] * len(own), color=colour, s=14, alpha=0.6, zorder=2)
         axis.scatter([row["median_rank"]], [place], color=colour, s=60, zorder=3)
     axis.set_xscale("log")
-    axis.set(xlim=(0.8, 1.3 * float(summary["of"].max())), xlabel="rank among all genes (1: speaks "
-             "most for the response)")
-    axis.set_yticks(rows.index, [literal(what) for what in rows["what"]])
+    axis.set(xlim=(0.8, 1.3 * float(summary["of"].max())), xlabel="rank among all genes")
+    axis.set_yticks(range(len(rows)), [literal(what) for what in rows["what"]])
     axis.grid(axis="y", visible=False)
     return figure

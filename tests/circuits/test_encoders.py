@@ -9,13 +9,19 @@ from tiny_architectures import BERT_TYPE, LinearModel, tiny
 from traced import SHAPES, Case, Collected
 
 from scfm_circuits.circuits.attribution import (
+    added_up,
     contributions,
     feature_direction,
     leaves_of,
     logit_direction,
     stream_direction,
 )
-from scfm_circuits.circuits.direct_effects import direct_effects, sources_of, whole_sum
+from scfm_circuits.circuits.direct_effects import (
+    direct_effects,
+    sources_of,
+    whole_sum,
+    whole_sums,
+)
 from scfm_circuits.circuits.frozen import freeze
 
 ENCODERS = (*BERT_TYPE, "scgpt")
@@ -122,3 +128,28 @@ def test_a_direction_between_states_closes_on_the_mean_embedding(family, layers,
     assert (found.leaves - leaves).abs().max() < 1e-10
     assert (found.features - features.sum(dim=-1)[:layer]).abs().max() < 1e-10
     assert (found.errors - errors[:layer]).abs().max() < 1e-10
+
+
+@settings(max_examples=25, deadline=None)
+@given(**SHAPES)
+def test_sums_of_several_readings_split_at_attention(family, layers, heads, n, seed):
+    """Readings that see other layers are swept together; what came along a reading's own stream is
+    what `contributions` has beside heads, and attention carried the rest."""
+    case = Case(family, layers, heads, n, seed)
+    run, rng = case.run, torch.Generator().manual_seed(seed)
+    u = torch.randn(16, generator=rng, dtype=torch.float64)
+    groups = [[logit_direction(run, 0, position) for position in range(n)],
+              [stream_direction(run, u, position, layers) for position in range(n)]]
+    if layers > 1:
+        groups.insert(1, [stream_direction(run, u, position, layers - 1) for position in range(n)])
+    readings = [added_up(group) for group in groups]
+    own = whole_sums(run, readings, attention=False)
+    for group, whole, direct in zip(groups, whole_sums(run, readings), own, strict=True):
+        for one, alone in zip(whole, whole_sum(run, group), strict=True):
+            assert (one[tuple(map(slice, alone.shape))] - alone).abs().max() < 1e-10
+        assert abs(whole.total() - sum(one.value for one in group)) < 1e-9
+        parts = [contributions(run, one) for one in group]
+        assert abs(direct.features.sum() - sum(one.features.sum() for one in parts)) < 1e-10
+        assert abs(direct.errors.sum() - sum(one.errors.sum() for one in parts)) < 1e-10
+        at_own = sum(leaves_of(run, one) for one in group)
+        assert (direct.leaves.sum(dim=1) - at_own).abs().max() < 1e-10

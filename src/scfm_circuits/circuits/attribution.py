@@ -254,6 +254,16 @@ def leaves_of(frozen: Frozen, reading: Reading) -> Tensor:
     return torch.stack([leaf[reading.position] @ start for leaf in frozen.leaves])
 
 
+def added_up(readings: Sequence[Reading]) -> Reading:
+    """The sum of readings at single positions, no two at one, that see the same layers."""
+    first = readings[0]
+    return first._replace(
+        vector=torch.stack([one.vector for one in readings]),
+        position=[one.token for one in readings],
+        constant=torch.stack([one.constant for one in readings]).sum(),
+        value=torch.stack([one.value for one in readings]).sum())
+
+
 def one_by_one(reading: Reading) -> list[Reading]:
     """The readings at single positions that a reading is the sum of; the first has its constant.
     Of several, the values of the single ones are not known (NaN)."""

@@ -9,7 +9,7 @@ The constant is what the biases give along the way, never the rest. `total_pulls
 the features, as if those that are active were linear.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -91,7 +91,12 @@ def direct_effects(frozen: Frozen, sources: Sources, readings: Sequence[Reading]
     """(n_readings, sources.count) effects of all sources on each reading through all attention
     paths, and (n_readings,) what the biases give. Exact: the gradient of the frozen linear model,
     times what each source wrote."""
-    effects, constant, _ = _swept(frozen, sources, readings)
+    effects, constant, leaves = _swept(
+        frozen, readings, sources.count, lambda layer, pull, effects: _read_mlp(
+            frozen, sources, layer, pull, effects))
+    for leaf, part in enumerate(leaves):
+        at = sources.embeddings + leaf * sources.n_pos
+        effects[:, at:at + part.shape[1]] = part
     return effects, constant
 
 
@@ -114,23 +119,43 @@ class WholeSum(NamedTuple):
         return self.leaves.sum() + self.features.sum() + self.errors.sum() + self.constant
 
 
-@torch.no_grad()
 def whole_sum(frozen: Frozen, readings: Sequence[Reading]) -> WholeSum:
     """Split the sum of some readings by what was written where; exact."""
-    sources = sources_of(frozen, readings)
-    effects, constant, leaves = _swept(frozen, sources, readings)
-    shape = sources.n_layers, sources.n_pos
-    place = torch.from_numpy(sources.layer * sources.n_pos + sources.position).to(effects.device)
-    summed = effects.sum(dim=0)
-    features = summed.new_zeros(shape[0] * shape[1]).index_add(
-        0, place, summed[: sources.n_active])
-    return WholeSum(leaves.sum(dim=1), features.view(shape),
-                    summed[sources.errors : sources.embeddings].view(shape), constant.sum())
+    parts = whole_sums(frozen, readings)
+    return WholeSum(*(torch.stack(part).sum(dim=0) for part in zip(*parts, strict=True)))
 
 
-def _swept(frozen: Frozen, sources: Sources, readings: Sequence[Reading]
+@torch.no_grad()
+def whole_sums(frozen: Frozen, readings: Sequence[Reading], *, attention: bool = True
+               ) -> list[WholeSum]:
+    """Split each of some readings by what was written where; exact.
+
+    attention: False takes only what was written at a reading's own tokens and came along their
+    streams; the rest of the whole came through attention.
+    """
+    n_layers, n_pos = extent(frozen, readings)
+    by_features = frozen.mlp_out - frozen.error - frozen.transcoders.b_dec[:, None]
+    written = torch.stack([by_features, frozen.error])[:, :, :n_pos]
+
+    def read(layer: int, pull: Tensor, effects: Tensor) -> None:
+        effects.view(len(pull), 2, n_layers, n_pos)[:, :, layer] = torch.einsum(
+            "bsd,wsd->bws", pull, written[:, layer])
+
+    effects, constant, leaves = _swept(frozen, readings, 2 * n_layers * n_pos, read,
+                                       attention=attention)
+    features, errors = effects.view(len(readings), 2, n_layers, n_pos).unbind(dim=1)
+    return [WholeSum(leaves[:, row], features[row], errors[row], constant[row])
+            for row in range(len(readings))]
+
+
+def _swept(frozen: Frozen, readings: Sequence[Reading], n_columns: int,
+           read: Callable[[int, Tensor, Tensor], None], *, attention: bool = True
            ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `direct_effects`, and (n_leaves, n_readings, n_pos) the embeddings' part of it."""
+    """(n_readings, n_columns) what `read` fills in, (n_readings,) what the biases give, and
+    (n_leaves, n_readings, n_pos) what the embeddings do.
+
+    read: is given a layer, the pulls on what its MLP writes and their rows of the first.
+    """
     # Deep readings first, so that those that see a layer are always the leading ones.
     order = sorted(range(len(readings)), reverse=True, key=lambda i: (
         readings[i].attention_limit, readings[i].mlp_limit))
@@ -139,19 +164,18 @@ def _swept(frozen: Frozen, sources: Sources, readings: Sequence[Reading]
     pull = deep[0].vector.new_zeros(len(deep), n_pos, deep[0].vector.shape[-1])
     for row, one in enumerate(deep):
         pull[row, one.position] = one.vector
-    effects = pull.new_zeros(len(deep), sources.count)
+    effects = pull.new_zeros(len(deep), n_columns)
     constant = torch.stack([one.constant for one in deep])
     for layer in range(deep[0].attention_limit - 1, -1, -1):
         if seen := sum(one.mlp_limit > layer for one in deep):
             _across(frozen.end[layer], pull[:seen], constant[:seen])
-            _read_mlp(frozen, sources, layer, pull[:seen], effects[:seen], constant[:seen])
+            read(layer, pull[:seen], effects[:seen])
+            constant[:seen] += pull[:seen].sum(dim=1) @ frozen.transcoders.b_dec[layer]
         seen = sum(one.attention_limit > layer for one in deep)
         _across(frozen.middle[layer], pull[:seen], constant[:seen])
-        _pull_through_attention(frozen, layer, pull[:seen], constant[:seen])
+        if attention:
+            _pull_through_attention(frozen, layer, pull[:seen], constant[:seen])
     leaves = _leaf_effects(frozen, pull, constant)
-    for leaf, part in enumerate(leaves):
-        at = sources.embeddings + leaf * sources.n_pos
-        effects[:, at:at + n_pos] = part
     back = torch.tensor(np.argsort(order), device=pull.device)
     return effects[back], constant[back], leaves[:, back]
 
@@ -173,9 +197,9 @@ def _leaf_effects(frozen: Frozen, pull: Tensor, constant: Tensor) -> Tensor:
     return torch.stack([torch.einsum("bsd,sd->bs", pull, leaf[:n_pos]) for leaf in frozen.leaves])
 
 
-def _read_mlp(frozen: Frozen, sources: Sources, layer: int, pull: Tensor, effects: Tensor,
-              constant: Tensor) -> None:
-    """Fill in what one layer's features and errors give; add its decoder bias."""
+def _read_mlp(frozen: Frozen, sources: Sources, layer: int, pull: Tensor, effects: Tensor
+              ) -> None:
+    """Fill in what one layer's features and errors give."""
     t, n_pos = frozen.transcoders, pull.shape[1]
     for position in range(n_pos):
         place = layer * sources.n_pos + position
@@ -185,7 +209,6 @@ def _read_mlp(frozen: Frozen, sources: Sources, layer: int, pull: Tensor, effect
             effects[:, first:last] = pull[:, position] @ writes.T * sources.activation[first:last]
     at = sources.errors + layer * sources.n_pos
     effects[:, at:at + n_pos] = torch.einsum("bsd,sd->bs", pull, frozen.error[layer, :n_pos])
-    constant += pull.sum(dim=1) @ t.b_dec[layer]
 
 
 @torch.no_grad()

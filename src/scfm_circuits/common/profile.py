@@ -318,6 +318,11 @@ class Profile(BaseModel):
         """Folder of this run's results; a run with overrides has one of its own."""
         return ROOT / Path(os.environ.get("SCFM_RESULTS") or "results").expanduser() / self.name
 
+    @property
+    def counts_at_hand(self) -> bool:
+        """Whether the cells are known to be counts, of which models of genes can be trained too."""
+        return self.encoding == CELL_SENTENCE and self.cells in (PACKAGED_CELLS, PLANTED_CELLS)
+
 
 def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
     """The file of the profile's cells, which need not exist; None for those that packages carry.

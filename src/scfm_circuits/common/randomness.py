@@ -73,6 +73,7 @@ STREAMS: Mapping[str, Stream] = {
     "random genes changed": Stream(93, ("cell",)),
     "masked genes": Stream(70, ("cell",)),
     "masks in training": Stream(71),
+    "resampled cells of parts": Stream(72),
 }
 
 

@@ -79,10 +79,31 @@ def reinitialised_statistics(model: "PreTrainedModel", corpus: Corpus, profile: 
     # The transcoders are a result too: where they are lost, they are trained again.
     if stored is not None and trained_record(corpus, profile, control) is not None:
         return stored
-    other = reinitialised_model(model, profile.seed)
-    control = control._replace(output_scale=output_scale(model, other, corpus, profile))
+    other, control = _reinitialised(model, corpus, profile, control)
     transcoders, _ = get_transcoders(other, corpus, profile, control)
     return get_statistics(other, transcoders, corpus, profile, control)
+
+
+def reinitialised_transcoders(model: "PreTrainedModel", corpus: Corpus, profile: "Profile"
+                              ) -> "tuple[PreTrainedModel, Transcoders, Control]":
+    """The re-initialised model and the transcoders that `reinitialised_statistics` is of, whose
+    decoders are brought back to the scale of that model's own outputs; and what they are kept as.
+    """
+    control = Control("reinitialised", stamp_of(profile, (), ("features/baselines",)))
+    other, control = _reinitialised(model, corpus, profile, control)
+    transcoders, _ = get_transcoders(other, corpus, profile, control)
+    assert control.output_scale is not None
+    with torch.no_grad():
+        scale = control.output_scale.to(transcoders.b_dec)[:, None]
+        transcoders.W_dec.div_(scale[..., None])
+        transcoders.b_dec.div_(scale)
+    return other, transcoders, control
+
+
+def _reinitialised(model: "PreTrainedModel", corpus: Corpus, profile: "Profile", control: Control
+                   ) -> "tuple[PreTrainedModel, Control]":
+    other = reinitialised_model(model, profile.seed)
+    return other, control._replace(output_scale=output_scale(model, other, corpus, profile))
 
 
 # --- an untrained encoder ------------------------------------------------------------------------

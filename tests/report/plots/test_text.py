@@ -19,6 +19,8 @@ from matplotlib.text import Text
 
 from scfm_circuits.circuits.circuit import Circuit
 from scfm_circuits.circuits.frozen import freeze
+from scfm_circuits.circuits.origins import EVERY, PARTS, STATE
+from scfm_circuits.circuits.origins import GENE as RIGHT_GENE
 from scfm_circuits.circuits.search import strongest_features, trace_feature
 from scfm_circuits.common.profile import load_profile
 from scfm_circuits.features.known_truth import ALWAYS, TRANSCODERS
@@ -30,6 +32,7 @@ from scfm_circuits.report.plots import (
     circuits,
     enrichment,
     features,
+    other_models,
     sentence,
     steering,
     sub_words,
@@ -274,6 +277,15 @@ def both_tokenizers() -> tuple[Figure, list[str]]:
         columns=["where", "measure", "tokenizer", "value"])), []
 
 
+def parts_of_readings() -> tuple[Figure, list[str]]:
+    numbers = {name: 0.5 for name in ("contribution", "lower_95", "upper_95", "share",
+                                      "share_lower", "share_upper")}
+    return other_models.parts_of_readings(pd.DataFrame([
+        {"question": question, "cell_type": cell_type, "model": model, "part": part, **numbers}
+        for question, cell_type in ((RIGHT_GENE, EVERY), (STATE, "a")) for part in PARTS
+        for model in ("one", "two", "a $x$ b")]), "a"), ["a $x$ b"]
+
+
 FIGURES: dict[str, Callable[[], tuple[Figure, list[str]]]] = {one.__name__: one for one in (
     cells_per_type, circuit_picture, circuit_overlap, planted_recovery, contribution_kinds,
     faithfulness, predictions, task_curves, knock_outs, known_ranks, circuit_flow, training_curve,
@@ -283,7 +295,8 @@ FIGURES: dict[str, Callable[[], tuple[Figure, list[str]]]] = {one.__name__: one 
     share_with_controls, table4_with_nulls, beyond_controls, explained_per_layer,
     prediction_by_kind, l0_per_layer,
     frequency_distribution, confusion_matrix, answers_by_layer,
-    known_truth_scores, both_tokenizers, call_sentence)} | {"variants": all_variants}
+    known_truth_scores, both_tokenizers, parts_of_readings, call_sentence)} | {
+        "variants": all_variants}
 
 
 def test_every_figure_is_drawn_here() -> None:

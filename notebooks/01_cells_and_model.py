@@ -44,8 +44,16 @@ import pandas as pd
 
 from scfm_circuits.cells.packaged import caveats
 from scfm_circuits.cells.tokens import question
+from scfm_circuits.common.encodings import RANK_VALUE
 from scfm_circuits.common.profile import PACKAGED_CELLS
-from scfm_circuits.models.known_types import COMMONEST, ENOUGH, MODEL, REGRESSION
+from scfm_circuits.models.known_types import (
+    COMMONEST,
+    ENOUGH,
+    MODEL,
+    RANKS,
+    REDRAWN,
+    REGRESSION,
+)
 from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.plots.cells_and_training import (
     cells_per_type,
@@ -91,23 +99,38 @@ chapter.show(pd.DataFrame({"what was decided while reading the cells": corpus.de
 
 # %% [markdown]
 # ## Sentences
-#
+
+# %% [markdown] tags=["only-if:cells.by_state"]
+# Each cell becomes {glue:text}`cells.k` genes at most, each a token, in the encoding
+# {glue:text}`cells.encoding`: {glue:text}`cells.encoded` Nothing is asked in words, so the paper's prompt
+# does not apply here. Here is one held-out cell.
+
+# %% [markdown] tags=["only-if:cells.in_words"]
 # Each cell becomes a {term}`cell sentence`, the names of its {glue:text}`cells.k` most expressed genes. Genes of equal
 # expression come in random order, and genes that are not expressed are left out. 64 is the length of
 # the paper's case study; how long the sentences are that its transcoders were trained on, it does not
 # say. Here is one held-out cell, with the answer the model should give.
 
 # %%
+in_words, encoding = chapter.profile.in_words, chapter.profile.encoding
+chapter.values({"in_words": in_words, "by_state": not in_words, "encoding": encoding,
+                "encoded": "" if in_words else
+                "counts divided by the gene's median, the largest quotient first, so that genes that "
+                "are high in every cell do not come first." if encoding in RANK_VALUE else
+                "each with the level of its expression.",
+                "others": "the words of the question and the answer belong" if in_words else
+                "special tokens belong"}, prefix="cells.")
 cell = int(np.flatnonzero(corpus.held_out & (corpus.labels == chapter.profile.case_type))[0])
 n_genes = (corpus.place == 0).sum(axis=1)
 chapter.values({"k": chapter.profile.genes_per_cell, "n_genes_in_prompt": n_genes[cell]},
                prefix="cells.")
 print(question(chapter.profile).replace("{genes}", " ".join(corpus.genes_of(cell)))
-      + chapter.profile.response.replace("{label}", str(corpus.labels[cell])))
+      + chapter.profile.response.replace("{label}", str(corpus.labels[cell])) if in_words
+      else " ".join(corpus.pieces(cell)))
 
 # %% [markdown]
 # {glue:text}`cells.pieces` Every token remembers the gene it came from and its
-# place in it; the words of the question and the answer belong to no gene. A gene of this corpus
+# place in it; {glue:text}`cells.others` to no gene. A gene of this corpus
 # takes {glue:text}`cells.tokens_per_gene` tokens on average; the paper's sentence takes 3.30 with
 # Pythia's tokenizer.
 
@@ -151,7 +174,8 @@ if curve.step:
     trained = chapter.profile
     chapter.show(pd.DataFrame([
         ("steps", f"{trained.model_steps:,}, of {trained.model_batch_cells} cells each"),
-        ("weight of the answer's tokens in the loss", f"{trained.model_answer_weight:g}; others 1"),
+        *([("weight of the answer's tokens in the loss",
+            f"{trained.model_answer_weight:g}; others 1")] if in_words else []),
         ("how often a type of n cells is drawn",
          "as n" if not trained.model_type_balance else
          "as any other" if trained.model_type_balance == 1 else
@@ -166,7 +190,16 @@ chapter.figure("language_model_training", training_curve(curve.step, curve.loss)
 
 # %% [markdown]
 # ### What does it know about the cells?
-#
+
+# %% [markdown] tags=["only-if:cells.by_state"]
+# Nothing is asked in words. A cell's embedding is the mean, over the tokens of its genes, of what the
+# model's body gives, as Geneformer's users embed cells; and the model names the type whose
+# training cells' mean embedding is nearest. {glue:text}`model.asked` held-out cells are named so. Beside
+# it stand always the training cells' commonest type; a logistic regression that sees the place of each
+# gene in the same {glue:text}`cells.k` ranks; the nearest type by these ranks alone, without a model; and
+# the same model with its weights drawn anew. What the last two name, no training of the model explains.
+
+# %% [markdown] tags=["only-if:cells.in_words"]
 # The model answers the prompts of {glue:text}`model.asked` held-out cells in its own words, the
 # likeliest token at a time, with room for the longest label. An answer is correct only if it matches
 # the cell's label exactly (a model trained with a different label vocabulary would score zero). It is
@@ -190,6 +223,11 @@ chapter.values({"asked": int(accuracy["cells"][MODEL]),
 for key, row in (("accuracy", MODEL), ("majority", COMMONEST), ("regression", REGRESSION)):
     chapter.rounded(f"model.{key}_percent", accuracy["percentage"][row])
 chapter.rounded("model.mean_over_types", accuracy["mean_over_types"][MODEL])
+for key, row in (("balanced", MODEL), ("balanced_ranks", RANKS), ("balanced_redrawn", REDRAWN)):
+    said = "{mean_low:.0f} to {mean_high:.0f}" if row == MODEL else (
+        "{mean_over_types:.0f} % ({mean_low:.0f} to {mean_high:.0f})")
+    chapter.value(f"model.{key}", "" if in_words else said.format(**accuracy.loc[row]))
+chapter.rounded("model.balanced_chance", accuracy["mean_over_types"][COMMONEST])
 for key, row in (("majority", COMMONEST), ("regression", REGRESSION)):
     chapter.values({"model": int(accuracy["only_model"][row]),
                     "other": int(accuracy["only_this"][row])}, prefix=f"model.only.{key}.")
@@ -204,6 +242,11 @@ for key, row in (("majority", COMMONEST), ("regression", REGRESSION)):
 # {glue:text}`model.only.majority.other` (p = {glue:text}`model.p.majority` that the model is no better,
 # exact one-sided McNemar test); and the model for {glue:text}`model.only.regression.model` and the
 # regression for {glue:text}`model.only.regression.other` (p = {glue:text}`model.p.regression`).
+
+# %% [markdown] tags=["only-if:cells.by_state"]
+# As a mean over types the model is right for {glue:text}`model.mean_over_types` %
+# (95 % interval {glue:text}`model.balanced`). By ranks alone it would be {glue:text}`model.balanced_ranks`, with weights
+# drawn anew {glue:text}`model.balanced_redrawn`, and by chance {glue:text}`model.balanced_chance` %.
 
 # %% tags=["fold:Answers by type as a table"]
 chapter.table("cell_type_answers", by_type, digits=3, caption="Answers for held-out cells, by true "

@@ -51,15 +51,14 @@ chapter.not_comparable()
 # %%
 asked = (chapter.model, chapter.transcoders, chapter.corpus, chapter.held_out,
          chapter.profile.forward_cells)
-found = validation.compare_configurations(*asked)
+found = validation.compare_configurations(*asked, chapter.profile.seed)
 scores = found.scores
 fvu, fvu_without_first = validation.fraction_of_variance_unexplained(*asked, skips=(0, 1))
 
 # %% [markdown]
 # ## Table 1: validation loss
 #
-# Mean cross-entropy of the next token in nats, over every prediction of the held-out cells that is
-# not padding, prompt and answer included. "No MLP" means that the MLPs write nothing
+# Mean cross-entropy of {glue:text}`table1.asked`. "No MLP" means that the MLPs write nothing
 # ({term}`zero ablation`); a model so crippled can do worse than a uniform guess, as the paper's 12.67 does
 # ($\ln 50304 = 10.83$).
 
@@ -87,7 +86,7 @@ chapter.value("table1.order", order, "holds" if order else "does not hold")
 #
 # ## Table 2: KL divergence
 #
-# {term}`KL(original || modified)` of the next-token distributions, in float32 log-softmax over the same
+# {term}`KL(original || modified)` of the distributions of the same tokens, in float32 log-softmax over the same
 # tokens.
 
 # %%
@@ -119,19 +118,22 @@ chapter.table("table1_kinds", names, digits=3,
               caption="Loss in nats per token by kind of predicted token; the last row is Table 1's")
 
 # %%
-kinds = found.kinds.set_index("tokens")
-for key, kind in (("first", "first piece of a gene"), ("later", "later pieces"),
-                  ("answer", "answer")):
-    share = kinds["share"].get(kind, 0.0)
-    chapter.percent(f"mlps.share.{key}", share, 1 if share < 0.1 else 0)
+in_words = chapter.profile.in_words
+chapter.values({"in_words": in_words, "by_state": not in_words,
+                "shares": validation.shares_said(found.kinds)}, prefix="mlps.")
+chapter.value("table1.asked", in_words, validation.asked_said(chapter.model, in_words))
 
 # %% [markdown] tags=["unfold"]
-# Of the predictions {glue:text}`mlps.share.later` are later pieces of a gene's name,
-# {glue:text}`mlps.share.first` first pieces and {glue:text}`mlps.share.answer` the answer. From mean
-# ablation the transcoders recover {glue:text}`mlps.recovered_from_mean` of the loss.
+# {glue:text}`mlps.shares` From mean ablation the transcoders recover {glue:text}`mlps.recovered_from_mean` of the loss.
 #
 # ### Does the model still know the cell?
-#
+
+# %% [markdown] tags=["only-if:mlps.by_state"]
+# Nothing is asked in words. A cell counts as right here if, of the types' mean embeddings in the untouched
+# model, its own type's is nearest to what it has become ({doc}`01_cells_and_model`). Intervals are
+# Wilson's; *lost* and *gained* count cells that the change has made wrong or right.
+
+# %% [markdown] tags=["only-if:mlps.in_words"]
 # An answer counts as right here if every one of its tokens, full stop included, is the likeliest after
 # those before it: then the model, asked, says just that. Intervals are Wilson's; *lost* and *gained*
 # count cells whose answer the change has made wrong or right.

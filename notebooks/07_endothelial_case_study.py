@@ -32,7 +32,7 @@
 #   (p = {glue:text}`call.p_random` against random genes of the same sentence). The paper's kind of target
 #   is the same feature in {glue:text}`case.same_target` of the held-out cells: it is
 #   {glue:text}`case.target_is`.
-# - **What it is worth.** Of the call's {glue:text}`call.whole` nats the circuit alone keeps
+# - **What it is worth.** Of the call's {glue:text}`call.whole` {glue:text}`call.unit` the circuit alone keeps
 #   {glue:text}`call.keeps`, and no circuit at all keeps
 #   {glue:text}`call.nothing_keeps`{glue:text}`call.worth`
 #   The paper's FDR does not follow from its nine genes: the same test gives
@@ -47,7 +47,7 @@ overrides: dict = {}
 import pandas as pd
 
 from scfm_circuits import InputError
-from scfm_circuits.cells.tokens import question, token_texts
+from scfm_circuits.cells.tokens import question
 from scfm_circuits.circuits import attribution, circuit, equation_5, exports, search
 from scfm_circuits.circuits.calls import calls_of
 from scfm_circuits.circuits.case_study import case_study
@@ -57,7 +57,6 @@ from scfm_circuits.circuits.case_targets import (
     case_targets,
     target_elsewhere,
 )
-from scfm_circuits.circuits.contrast import ONE_TYPE
 from scfm_circuits.circuits.graph_scores import graph_study
 from scfm_circuits.paper import case as printed_case
 from scfm_circuits.report.boxes.explorer import Explored, explore, further_calls
@@ -84,7 +83,7 @@ case, genes, position = study.prompt, study.sentence, study.prompt.position
 end = repr(case.texts[position])
 chapter.values({
     "type": settings.case_type, "prediction": study.prediction, "truth": study.truth,
-    "position": f"final token, {end}" if settings.case_position == "answer"
+    "position": f"final token, {end}" if settings.case_position == "answer" or not settings.in_words
     else f"end of the question, {end}",
     "origin": study.origin, "n_prompt_genes": len(genes), "n_tokens": len(case.texts),
 }, prefix="case.")
@@ -92,21 +91,41 @@ chapter.values({
 # %%
 library = chapter.library(settings.case_library)
 targets = case_targets(chapter.model, chapter.transcoders, corpus, settings, study, library)
-frozen, contrast = targets.frozen, calls.call(case, study.prediction)
-call = targets.call(contrast)
-by_gene = calls.by_gene(frozen, contrast, case.genes)
+frozen, asked = targets.frozen, calls.call(case, study.prediction)
+call = targets.call(asked)
+by_gene = calls.by_gene(frozen, asked, case.genes)
 chapter.value("call.leading", ", ".join(by_gene.loc[by_gene["contribution"] > 0, "gene"][:4]) or "none")
 
 # %%
-[own] = token_texts(corpus.tokenizer, [contrast.token])
-asked = case.texts[contrast.position]
-said = (f"Here the answer's token is \"{own}\", predicted at the token \"{asked}\"; "
-        f"{sum(map(len, contrast.labels))} other labels part from it there, with "
-        f"{len(contrast.others)} different tokens." if contrast.others else ONE_TYPE)
-chapter.value("call.said", said)
-chapter.value("call.token", own)
-chapter.percent("call.probability", float(frozen.logits[contrast.position].softmax(-1)[
-    contrast.token]))
+own = calls.name(asked, study.prediction)
+chapter.values({"said": calls.about(case, asked), "token": own, "unit": calls.unit,
+                "in_words": settings.in_words, "by_state": not settings.in_words}, prefix="call.")
+words = {
+    True: {
+        "meant": "The call is read as its contrast: the log-odds of that token against those of the "
+        "other labels.",
+        "above": "above 0 the model prefers the answer to all others together.",
+        "tint": "The figure shows *direct* contributions: what attention brings from a gene's tokens "
+        "straight to the answer. What a gene does through features on the way is not in its tint.",
+        "sum_of": "The contrast is a sum over everything that was written into the residual stream "
+        "at that token. Attention heads bring in what is written at the genes' tokens, so adding up "
+        "their contributions by gene says which genes speak for this answer directly and which "
+        "against it."},
+    False: {
+        "meant": "One unit is half the way from the other types' mean to this type's.",
+        "above": "above 0 the cell lies on the side of this type.",
+        "tint": "The figure shows what is written at a gene's own token and reaches the call along "
+        "all paths of attention: which gene it is, its rank, and what features and errors write "
+        "there.",
+        "sum_of": "The call is a sum over everything that was written into the residual stream "
+        "anywhere, whatever attention paths carried it. Adding it up by the token where it was "
+        "written says which genes speak for this type and which against it, and how much of that is "
+        "which gene stands there, and how much its rank."}}
+chapter.values(words[settings.in_words], prefix="call.")
+chapter.value("case.after_the_call", settings.in_words, "And the full stop that ends an answer comes "
+              "after the call, so no feature there can have made it." if settings.in_words else
+              "Here there is no answer and so no full stop: the last token is the text's own.")
+chapter.percent("call.probability", calls.probability(frozen, asked))
 chapter.value("call.contrast", float(call.target.reading.value))
 
 # %%
@@ -127,9 +146,8 @@ chapter.percent("call.prompt_token_share", float((call.nodes["gene"] == "").mean
 # ## The call, and what led to it
 #
 # The model's answer for this cell is "{glue:text}`case.prediction`"; its label is
-# "{glue:text}`case.truth`". {glue:text}`call.said` The call is read as its {term}`contrast`: the log-odds
-# of that token against those of the other labels. It is {glue:text}`call.contrast` nats here; above 0 the
-# model prefers the answer to all others together.
+# "{glue:text}`case.truth`". {glue:text}`call.said` {glue:text}`call.meant` It is
+# {glue:text}`call.contrast` {glue:text}`call.unit` here; {glue:text}`call.above`
 #
 # Explore its circuit: a node opens with its tokens, its feature's gene list and best term, its
 # strongest contexts, how active it is in each cell type, and its edges. The calls of other cells can be
@@ -146,8 +164,7 @@ explore(chapter, [
 
 # %%
 scan = f"scfm-{settings.name}"
-outputs = {call.target.node.id: exports.Output(own, float(
-    frozen.logits[contrast.position].softmax(-1)[contrast.token]))}
+outputs = {call.target.node.id: exports.Output(own, calls.probability(frozen, asked))}
 exports.save_both(settings.results, "call", call.circuit, case.texts, case.genes,
                   slug=f"{settings.name}-call", scan=scan, outputs=outputs)
 
@@ -157,22 +174,24 @@ chapter.figure("call_sentence", call_sentence(
     Traced(call.circuit, case.genes)))
 
 # %% [markdown]
-# The figure shows *direct* {term}`contributions <contribution>`: what attention brings from a gene's
-# tokens straight to the answer. What a gene does through features on the way is not in its tint.
+# {glue:text}`call.tint`
 # {doc}`08_controls` takes each gene out and says without which one the call loses most.
 
 # %% tags=["fold:The prompt and where the call is read in it"]
-print(question(settings).replace("{genes}", " ".join(genes))
-      + settings.response.replace("{label}", study.prediction))
+print(question(settings).replace("{genes}", " ".join(genes)) + settings.response.replace(
+    "{label}", study.prediction) if settings.in_words else " ".join(case.texts))
 
 # %% [markdown]
 # The type of the case study in this profile is {glue:text}`case.type`. The sentence traced is
 # {glue:text}`case.origin`. Its {glue:text}`case.n_prompt_genes` genes and the words around them take
 # {glue:text}`case.n_tokens` tokens. The prompt that the paper prints in its Figure 4 is none of the
-# model's own templates ({doc}`01_cells_and_model`).
-#
-# Labels may begin alike, and a token that most of them share decides nothing. So the call is read
-# where the answer parts from most of the run's other labels, as the log-odds of its token $a$
+# model's own templates ({doc}`01_cells_and_model`). In the explorer, each other cell is the first
+# held-out cell of its type that the model names rightly, commonest type first. Terms are of the library
+# of this case study, tested against the corpus's own genes.
+
+# %% [markdown] tags=["only-if:call.in_words"]
+# Labels may begin alike, and a token that most of them share decides nothing. So the {term}`contrast`
+# is read where the answer parts from most of the run's other labels, as the log-odds of its token $a$
 # against the tokens $B$ that they offer there, each once:
 #
 # ```{math}
@@ -181,30 +200,42 @@ print(question(settings).replace("{genes}", " ".join(genes))
 #
 # With attention patterns and norms held at their values, it is a linear reading: the gradient in the
 # logits is the answer's token less the others, weighted by their softmax among themselves, and the
-# entropy of these weights belongs to the constant. In the explorer, each other cell is the first held-out
-# cell of its type that the model names exactly, commonest type first. Terms are of the library of
-# this case study, tested against the corpus's own genes.
+# entropy of these weights belongs to the constant.
+
+# %% [markdown] tags=["only-if:call.by_state"]
+# A cell's embedding $\mathbf{m}$ is the mean, over the tokens of its genes, of what the model's body
+# gives; special tokens are left out. With $\mathbf{c}$ the mean embedding of the type's training cells
+# and $\mathbf{o}$ the mean of the other types' means,
+#
+# ```{math}
+# \text{call} = \frac{2\,(\mathbf{m} - \tfrac{1}{2}(\mathbf{c} + \mathbf{o}))
+# \cdot (\mathbf{c} - \mathbf{o})}{\lVert \mathbf{c} - \mathbf{o} \rVert^2} .
+# ```
+#
+# With attention patterns and norms held at their values, it is a linear reading at all genes' tokens.
+# The cell is named by the nearest of the types' means.
 
 # %%
-chapter.table("call_contrast", contrast.table(frozen, corpus.tokenizer), rows=20, digits=3,
+chapter.table("call_contrast", calls.table(case, frozen, asked), rows=20, digits=3,
               caption="The answer's token and those of the other labels; share is the probability "
-              "among them")
+              "among them" if settings.in_words else "How far the cell lies on each type's side")
 
 # %% [markdown] tags=["fold:Every gene's direct contribution and the sum"]
-# The contrast is a sum over everything that was written into the {term}`residual stream` at that token.
-# Attention heads bring in what is written at the genes' tokens, so adding up their contributions by gene
-# says which genes speak for this answer directly and which against it.
+# {glue:text}`call.sum_of`
 
 # %% mystnb={"image": {"alt": "Bars of the signed contributions to the contrast of the call: features, attention heads on genes and on other tokens, embedding, error, constant."}, "figure": {"caption": "The call's contrast as a sum of its direct sources, with attention split by whether the token read belongs to a gene. Error is what the transcoders leave unexplained of the MLPs.", "name": "fig-call"}}
 chapter.figure("case_call", plots.contribution_kinds(
-    calls.sums(frozen, contrast, by_gene), "the call's contrast, nats"))
+    calls.sums(frozen, asked, by_gene), "the call's contrast, nats" if settings.in_words
+    else f"the call, {calls.unit}"))
 
 # %%
 chapter.table("case_call_genes", by_gene, rows=12,
-              caption="Direct attention contributions to the call's contrast, by gene")
+              caption="Direct attention contributions to the call's contrast, by gene"
+              if settings.in_words else "What is written at each gene's token gives the call, and "
+              "how much of it tells which gene, which rank, or comes from MLPs")
 
 # %% [markdown]
-# The sum differs from the model's own contrast by {glue:text}`call.closure` of its largest part.
+# The sum differs from the model's own value by {glue:text}`call.closure` of its largest part.
 
 # %% [markdown] tags=["fold:How the circuit is found and the circuit as a static figure"]
 # The search is the paper's: take the strongest contributors, extend them upstream, repeat. A
@@ -272,7 +303,11 @@ active = frozen.activations[last, asking, specific["feature"].to_numpy(int)].cpu
 chosen = specific[active].head(1)
 by_type = targets.feature(last, int(chosen["feature"].iloc[0]), asking) if len(chosen) else None
 
-# %% [markdown]
+# %% [markdown] tags=["only-if:call.by_state"]
+# The call is read at all genes, so no feature at a single token can carry it; below stand the features
+# of the last layer at the text's last token that tell the cell's type from the others best.
+
+# %% [markdown] tags=["only-if:call.in_words"]
 # A feature of the last layer at the question's last token can carry the call. It is chosen by how well
 # it tells the cell's type from the others, not by its size: of the features that are active there in
 # this text, the one that is most often higher in the type's training cells than in another type's
@@ -301,8 +336,8 @@ for name in ("auroc", "held_out_auroc"):
 # the same place in {glue:text}`case.same_target` of the held-out cells, of
 # {glue:text}`case.same_target_types` different types among {glue:text}`case.n_types`: it is
 # {glue:text}`case.target_is`. A feature that is strongest for every cell type marks a position in the
-# text, not a cell type. The paper does not report this check for its feature 2692. And the full stop that
-# ends an answer comes after the call, so no feature there can have made it.
+# text, not a cell type. The paper does not report this check for its feature 2692.
+# {glue:text}`case.after_the_call`
 
 # %%
 strongest = search.strongest_features(frozen, last, position, 8)
@@ -406,7 +441,8 @@ chapter.percent("case.kept_share", circuit.share_kept(traced.circuit))
 # alone, and with no circuit at all.
 
 # %%
-traced_all = {"the call": call, **({"the call's feature": by_type} if by_type else {}),
+of_type = "the call's feature" if settings.in_words else "the type's feature"
+traced_all = {"the call": call, **({of_type: by_type} if by_type else {}),
               "the paper's target": traced}
 chapter.table("case_targets", pd.DataFrame([one.row(name) for name, one in traced_all.items()]),
               digits=2, caption="Three targets of one text: genes of their circuits, and what is "

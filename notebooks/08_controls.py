@@ -43,6 +43,7 @@ overrides: dict = {}
 
 # %%
 from scfm_circuits.circuits import knock_out, prediction, studies, task_curves
+from scfm_circuits.circuits.calls import calls_of
 from scfm_circuits.circuits.planted_genes import known_truth
 from scfm_circuits.circuits.task_circuit import CHOSEN_BY, MEAN, ZERO, task_circuit
 from scfm_circuits.features.known_truth import known_truth_study, verdict
@@ -184,13 +185,16 @@ chapter.value("prediction.key_point", int((tested["verdict"] == prediction.HOLDS
 # %%
 taken_out = knock_out.knock_out_study(chapter.model, chapter.transcoders, corpus, settings)
 chapter.value("knock_out.most_missed", knock_out.most_missed(taken_out.genes, settings.case_type))
+chapter.values({"unit": calls_of(chapter.model, corpus, settings).unit,
+                "what": "the contrast of its label" if settings.in_words else
+                "how far the cell lies on its type's side"}, prefix="knock_out.")
 
 # %% [markdown]
 # ## Genes taken out
 #
 # What a gene does to the call can be measured without any circuit: take it out of the sentence and ask
 # again. For {glue:text}`knock_out.cells` held-out cells of {glue:text}`knock_out.types` types every gene
-# is taken out, and what the call's {term}`contrast` loses is the gene's effect.
+# is taken out, and what the call loses ({glue:text}`knock_out.what`) is the gene's effect.
 # {glue:text}`knock_out.most_missed`
 #
 # How well does a circuit say so, and how well do cheaper scores?
@@ -200,7 +204,8 @@ chapter.figure("knock_out", plots.knock_outs(taken_out.summary, knock_out.CIRCUI
 
 # %% [markdown]
 # With the features of the greedy circuit alone, all others held at the means of their own kind of token,
-# {glue:text}`knock_out.circuit` of the contrast's {glue:text}`knock_out.whole` nats are left, and with no
+# {glue:text}`knock_out.circuit` of the call's {glue:text}`knock_out.whole` {glue:text}`knock_out.unit` are
+# left, and with no
 # circuit at all {glue:text}`knock_out.nothing`. Errors stay as they are and attention still reads the
 # genes, so the circuit has only the distance between the last number and the first to explain.
 
@@ -210,7 +215,7 @@ chapter.table("knock_out", taken_out.summary, digits=3, caption="Each score agai
 chapter.table("knock_out_cells", taken_out.cells, rows=0)
 chapter.table("knock_out_kept", taken_out.kept, rows=0)
 chapter.table("knock_out_genes", taken_out.genes, rows=10, digits=3, caption="Every gene of every "
-              "cell: what taking it out takes from the contrast (nats), and its scores")
+              "cell: what taking it out takes from the call, and its scores")
 
 # %%
 chapter.values(knock_out.numbers(taken_out, settings.seed), prefix="knock_out.")
@@ -221,14 +226,14 @@ chapter.values(knock_out.numbers(taken_out, settings.seed), prefix="knock_out.")
 # - Of the largest: {glue:text}`knock_out.overlap`.
 #
 # Both of a pair are the best of several, chosen after the fact. The first cells of each type are taken in
-# turn. Nothing is put in a gene's place, the prompt is encoded again, and the contrast of the cell's label
-# is read ({doc}`07_endothelial_case_study`; in {glue:text}`knock_out.ahead` of the cells the label's token
-# is ahead of all others together). The scores are
+# turn. Nothing is put in a gene's place, the text is encoded again, and the call of the cell's label is
+# read ({doc}`07_endothelial_case_study`; it is above 0 in {glue:text}`knock_out.ahead` of the cells). The
+# scores are
 #
-# - *all paths*: what the gene's own embedding gives the contrast along all paths of the frozen model,
+# - *all paths*: what the gene's own embedding gives the call along all paths of the frozen model,
 #   through attention and active features, with its sign;
 # - *all that is written at its tokens*: embedding, features and errors there, each with what attention
-#   alone carries of it to the contrast. Over all tokens, with biases, this adds up to the contrast;
+#   alone carries of it to the call. Over all tokens, with biases, this adds up to the call;
 # - *nodes*: the influence of the greedy circuit's nodes on the gene's tokens, and its signed share;
 # - and what is had for less: the place in the sentence, attention (rollout), and the model's own
 #   gradients: input times gradient, and integrated gradients from a text whose genes all have their
@@ -366,7 +371,7 @@ choices = task_curves.compare_choices(task, settings.seed)
 chapter.table("task_circuit", curve, rows=0)
 beside = curve[~curve["chosen"].isin(CHOSEN_BY)]
 chapter.show(beside.drop(columns=["draw", "share"]), digits=3, caption="What stands beside the "
-             "circuits: right answers, and the mean contrast in nats")
+             "circuits: right answers, and the mean call")
 chapter.table("task_choices", choices, digits=3, caption="What the circuits keep, in percent, mean "
               "over the sizes tried, and by how many points the choice by influence is ahead")
 
@@ -386,16 +391,15 @@ for key, others in (("mean", MEAN), ("zero", ZERO)):
 # Where the others are at their mean, so is the transcoders' error: what these miss of a cell cannot help.
 # Where they are silent, no error is added.
 #
-# - **By influence:** what a feature's taking away would do to the contrast of the call (the label's
-#   token against the other labels', where they part; {doc}`07_endothelial_case_study`), on all paths
-#   of the linear model, mean size over training cells.
+# - **By influence:** what a feature's taking away would do to the call
+#   ({doc}`07_endothelial_case_study`), on all paths of the linear model, mean size over training cells.
 # - **By gradient:** the same with the gradient in the original model. **By activation:** what a
 #   feature writes on average.
 # - **Random:** the scores of the first choice permuted among features of a layer that fire
 #   about as often, {glue:text}`task.draws` times.
 #
 # Over all sizes, choice by influence keeps of the right answers {glue:text}`task.right_mean` (others at
-# their mean) and {glue:text}`task.right_zero` (others silent). Of what features add to the contrast it
+# their mean) and {glue:text}`task.right_zero` (others silent). Of what features add to the call it
 # wins back {glue:text}`task.contrast_mean`, and {glue:text}`task.contrast_zero`.
 #
 # What circuits should find is known for simulated cells only. The book of the profile `planted`

@@ -9,6 +9,7 @@
 #     language: python
 #     name: python3
 #   scfm:
+#     applies: in_words
 #     after: [01_cells_and_model]
 #     produces: [tables/sub_words.csv, tables/sub_words_runs.csv]
 #     libraries: [libraries]

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt
+from scfm_circuits.cells.tokens import token_texts
 from scfm_circuits.circuits.attribution import Reading, contributions, one_by_one
 from scfm_circuits.circuits.circuit import Circuit, Node
-from scfm_circuits.circuits.contrast import answered, contrast_of, contrasts_of
+from scfm_circuits.circuits.contrast import ONE_TYPE, answered, contrast_of, contrasts_of
 from scfm_circuits.circuits.direct_effects import whole_sum
 from scfm_circuits.circuits.frozen import Frozen
 from scfm_circuits.circuits.interventions import Call
@@ -52,6 +53,7 @@ class StateCall(NamedTuple):
         tokens of their genes."""
         return mean_over_genes(hidden, at) @ self.w.to(hidden) + self.b
 
+    @torch.no_grad()
     def start(self, frozen: Frozen) -> tuple[Node, Reading]:
         """The node at which a circuit of the call ends, and its reading in the linear model: of the
         stream that leaves the last layer, through the final norm where the body has one."""
@@ -128,7 +130,25 @@ class Calls:
         """
         return Scored(*answered(self.model, self.corpus, rows, tokens, last, calls))
 
-    # --- what a call adds up to ---
+    # --- what a page says of a call ---
+
+    def about(self, prompt: AnsweredPrompt, call: Any) -> str:
+        """What is read, and where, in a sentence."""
+        [own] = token_texts(self.corpus.tokenizer, [call.token])
+        if not call.others:
+            return ONE_TYPE
+        return (f"Here the answer's token is \"{own}\", predicted at the token "
+                f"\"{prompt.texts[call.position]}\"; {sum(map(len, call.labels))} other labels "
+                f"part from it there, with {len(call.others)} different tokens.")
+
+    def name(self, call: Any, answer: str) -> str:
+        """What the call's node is called in other programs."""
+        return token_texts(self.corpus.tokenizer, [call.token])[0]
+
+    def table(self, prompt: AnsweredPrompt, frozen: Frozen, call: Any) -> pd.DataFrame:
+        """What the call holds against what."""
+        found: pd.DataFrame = call.table(frozen, self.corpus.tokenizer)
+        return found
 
     def by_gene(self, frozen: Frozen, call: Call, genes: list[str | None]) -> pd.DataFrame:
         """What each gene's tokens give the call, most positive first: gene, contribution, and what
@@ -199,6 +219,22 @@ class StateCalls(Calls):
         values = [float(one.read(self.model, last[place : place + 1], of_gene[place : place + 1]))
                   for place, one in enumerate(calls)]
         return Scored(self.states.nearest(embedded) == self.corpus.labels[rows], np.array(values))
+
+    def about(self, prompt: AnsweredPrompt, call: Any) -> str:
+        """What is read, and where, in a sentence."""
+        return (f"Nothing is asked in words here. The call is read at the tokens of all "
+                f"{len(call.places)} genes: how far their mean embedding lies on the type's side.")
+
+    def name(self, call: Any, answer: str) -> str:
+        """What the call's node is called in other programs."""
+        return f"state: {answer}"
+
+    def table(self, prompt: AnsweredPrompt, frozen: Frozen, call: Any) -> pd.DataFrame:
+        """How far the cell lies on the side of each type."""
+        values = [float(self.call(prompt, str(one)).start(frozen)[1].value)
+                  for one in self.states.types]
+        return pd.DataFrame({"type": self.states.types, "call": values}).sort_values(
+            "call", ascending=False, ignore_index=True)
 
     def by_gene(self, frozen: Frozen, call: Call, genes: list[str | None]) -> pd.DataFrame:
         """What is written at each gene's token gives the call through all attention paths: gene,

@@ -314,6 +314,11 @@ class Profile(BaseModel):
         return self
 
     @property
+    def in_words(self) -> bool:
+        """Whether cells are sentences, and the model is asked for their types in words."""
+        return self.encoding == CELL_SENTENCE
+
+    @property
     def results(self) -> Path:
         """Folder of this run's results; a run with overrides has one of its own."""
         return ROOT / Path(os.environ.get("SCFM_RESULTS") or "results").expanduser() / self.name

@@ -26,6 +26,7 @@ from scfm_circuits.models.architectures import (
     unembedded,
 )
 from scfm_circuits.models.mlp_sites import (
+    MASKED,
     Asked,
     Replacement,
     asked,
@@ -153,6 +154,30 @@ def _by_kind(found: "CellScores", names: Sequence[str]) -> pd.DataFrame:
                           "share": counts / counts[-1],
                           **dict(zip(SHOWN, losses / np.maximum(counts, 1), strict=True))})
     return table[table["predictions"] > 0].reset_index(drop=True)
+
+
+def shares_said(kinds: pd.DataFrame) -> str:
+    """What is predicted, in a sentence; kinds: `Compared.kinds`."""
+    found = kinds.set_index("tokens")["share"]
+    of_gene, later, other, answer = (
+        f"{100 * share:.{1 if share < 0.1 else 0}f} %" for share in (
+            max(found.get(name, 0.0) for name in both)
+            for both in zip(KINDS, GENE_KINDS, strict=True)))
+    if GENE_KINDS[0] in found:
+        return f"Of the predictions {of_gene} are genes and {other} special tokens."
+    return (f"Of the predictions {later} are later pieces of a gene's name, {of_gene} first pieces "
+            f"and {answer} the answer.")
+
+
+def asked_said(model: nn.Module, in_words: bool) -> str:
+    """What the loss is of, for a sentence."""
+    if not architecture_of(model).causal:
+        return (f"masked genes, in nats: {100 * MASKED:.0f} % of each held-out cell's genes, the "
+                "same in every evaluation, are shown as masks. The next token, which the paper's "
+                "model is asked, an encoder does not predict")
+    return (f"the next {'token' if in_words else 'gene'} in nats, over every prediction of the "
+            "held-out cells that is not padding" + (", prompt and answer included" if in_words
+                                                    else ""))
 
 
 def _answers(right: np.ndarray) -> dict[str, Any]:

@@ -1021,6 +1021,9 @@ def test_a_chapter_is_only_in_the_books_to_which_it_applies(
         paged: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     paged.notebook("02_pairs", header="{after: [01_first], applies: human_decoys}")
     paged.notebook("03_last")
+    linked = paged.root / "book" / "linked.md"
+    linked.write_text("See {doc}`02_pairs`, {doc}`those <02_pairs>` and {doc}`03_last`.\n\n"
+                      "<!-- generated: exhibits -->\n")
     (paged.root / "book" / "_toc.yml").write_text(
         "format: jb-book\nroot: 01_first\nparts:\n"
         "- {caption: A, chapters: [{file: 03_last}]}\n"
@@ -1034,6 +1037,11 @@ def test_a_chapter_is_only_in_the_books_to_which_it_applies(
     pages.stage(run, paged.root / "staged")
     assert "02_pairs" not in (paged.root / "staged" / "_toc.yml").read_text()
     assert "caption: B" not in (paged.root / "staged" / "_toc.yml").read_text()
+    # No link leads to it, and the exhibit map says that it is not there.
+    said = (paged.root / "staged" / "linked.md").read_text()
+    assert "{doc}`03_last`" in said and "`02_pairs" not in said
+    assert said.count("(which does not apply to this profile)") == 2
+    assert "This profile's book has no chapter “Chapter 02_pairs”: it does not apply." in said
 
     assert paged.command(*words, "human_decoys=9")[0] == 0
     assert {"02_pairs", "03_last"} <= set(paged.executed())

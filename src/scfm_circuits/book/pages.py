@@ -173,9 +173,7 @@ def _listed(contents: Any) -> Iterator[str]:
 def stage(run: Run, source: Path) -> None:
     """Lay out what Jupyter Book reads: pages and notebooks flat, downloads under `_extra/`."""
     shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns("_build", "__pycache__"))
-    lacking = {one.page for one in read_notebooks(chapters.NOTEBOOKS)} - {
-        one.page for one in run.notebooks}
-    (source / "_toc.yml").write_text(yaml.safe_dump(_without(_contents(), lacking),
+    (source / "_toc.yml").write_text(yaml.safe_dump(_without(_contents(), {*_lacking(run)}),
                                                     sort_keys=False), encoding="utf-8")
     for page in source.glob("*.md"):
         page.write_text(_filled(run, page.read_text(encoding="utf-8")), encoding="utf-8")
@@ -321,7 +319,22 @@ def _filled(run: Run, text: str) -> str:
             raise InputError(f"A page asks for the generated part {name!r}, which does not exist.")
         return parts[name](run)
 
-    return re.sub(r"<!-- generated: ([\w-]+) -->", part, text)
+    return _without_links(run, re.sub(r"<!-- generated: ([\w-]+) -->", part, text))
+
+
+def _lacking(run: Run) -> dict[str, str]:
+    """The chapters that this profile's book does not have: their titles by page."""
+    own = {one.page for one in run.notebooks}
+    return {one.page: one.title for one in read_notebooks(chapters.NOTEBOOKS)
+            if one.page not in own}
+
+
+def _without_links(run: Run, text: str) -> str:
+    """The text with the titles of chapters that this book lacks in the place of links to them."""
+    for page, title in _lacking(run).items():
+        text = re.sub(rf"{{doc}}`(?:[^`<]*<)?{re.escape(page)}>?`",
+                      f"“{title}” (which does not apply to this profile)", text)
+    return text
 
 
 def exhibit_map(run: Run) -> str:
@@ -338,7 +351,9 @@ def exhibit_map(run: Run) -> str:
             f"{record['seconds']:.0f} s",
             f"<details><summary>modules and files</summary>{'<br>'.join(made)}</details>",
         ])
-    return _markdown_table(["Paper", "Chapter", "Run time", "Made by"], rows)
+    others = " and ".join(f"“{title}”" for title in _lacking(run).values())
+    said = f"\n\nThis profile's book has no chapter {others}: it does not apply." if others else ""
+    return _markdown_table(["Paper", "Chapter", "Run time", "Made by"], rows) + said
 
 
 def verdict_counts(run: Run) -> str:

@@ -36,7 +36,7 @@ from scfm_circuits.book.sizes import (
 )
 from scfm_circuits.circuits.case_study import read_sentence
 from scfm_circuits.circuits.frozen import NO_CIRCUITS
-from scfm_circuits.common.encodings import BINNED, CELL_SENTENCE
+from scfm_circuits.common.encodings import BINNED
 from scfm_circuits.common.files import time_in_words
 from scfm_circuits.common.profile import Profile
 from scfm_circuits.enrichment.gene_sets import downloads_are_off
@@ -113,7 +113,7 @@ def run_cost(profile: Profile, notebooks: Sequence[Notebook], stale: Collection[
 
     Raises InputError for what will fail in any case: cells, a model, a folder of gene sets or a
     sentence that cannot be had, no cell for the case study, layers that the model lacks, a
-    single layer, autoencoders, and an encoding that has no answer.
+    single layer, and autoencoders.
     """
     if profile.site != "transcoder":
         raise InputError(NO_CIRCUITS)
@@ -152,10 +152,6 @@ def run_cost(profile: Profile, notebooks: Sequence[Notebook], stale: Collection[
         return Cost("\n".join(lines), "scGPT gives each gene a value, and the book's chapters ask "
                     "a model for words or genes; its transcoders alone are trained, by `python -m "
                     "scfm_circuits train`.", 0.0)
-    if profile.encoding != CELL_SENTENCE:
-        return Cost("\n".join(lines), "The book's chapters ask the model for a cell's type in "
-                    f"words, and under `encoding: {profile.encoding}` nothing is asked in words; "
-                    "transcoders alone are trained by `python -m scfm_circuits train`.", 0.0)
     hint = f"(To try all the same, set {ANYWAY}=1.)"
     if refused:
         return Cost("\n".join(lines), "\n".join([*problems, hint]), 0.0)

@@ -149,6 +149,9 @@ def _wrong_encoding(profile: "Profile") -> str | None:
                                      "ensembl_column") if getattr(profile, field) is not None]
         return (f"{given[0]}: cell sentences need none; set `encoding` to one of "
                 f"{', '.join(GENE_TOKENS)}, or leave it out") if given else None
+    if profile.case_sentence is not None:
+        return (f"case_sentence: under `encoding: {profile.encoding}` cells are no sentences of "
+                "words; leave it out, and a held-out cell is traced")
     if profile.encoding == BINNED:
         if profile.model == "train":
             return f"model: `encoding: {BINNED}` is scGPT's, so name a folder with its model"

@@ -308,6 +308,22 @@ def test_the_advice_helps(share: float, name: str) -> None:
         assert again[stage.name].bytes <= free
 
 
+def test_a_cell_of_too_many_tokens_is_told_before_it_is_traced(monkeypatch: pytest.MonkeyPatch
+                                                               ) -> None:
+    """4,096 tokens through twelve heads of twelve layers leave 9.7 GB of patterns."""
+    profile = load_profile("geneformer")
+    sizes = TINY._replace(padded=4096, layers=12, heads=12)
+    [stage] = [one for one in memory_stages(profile, sizes, CPU)
+               if one.name == "tracing a circuit"]
+    assert stage.parts["attention patterns of a cell"] >= 4 * 12 * 12 * 4096**2
+    monkeypatch.setattr(preflight, "memory_available", lambda device: 8 * 2**30)
+    (problem,) = memory_problems(profile, sizes, [stage])
+    assert "square of a cell's tokens: lower `genes_per_cell`." in problem
+    shorter = sizes._replace(padded=1024)
+    assert memory_problems(profile, shorter, [one for one in memory_stages(
+        profile, shorter, CPU) if one.name == stage.name]) == []
+
+
 def test_each_field_is_named_once_with_a_value_for_all(empty: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     profile = load_profile("smoke", {"buffer_tokens": 10**9, "training_tokens": 10**9})

@@ -26,8 +26,10 @@ from scfm_circuits.book.sizes import (
     CELLS,
     CONTROLS,
     COUNTED,
+    INTERVENED,
     KINDS,
     SCORED,
+    TRACED,
     TRAINED,
     VALIDATED,
     Sizes,
@@ -55,6 +57,7 @@ freed and not given back at once."""
 MOST_SECONDS = 365 * 86400.0
 """A run that would take longer is refused: a field has a wrong number of zeros."""
 STARTED, NULL_SECONDS, LIVE = 8.0, 0.02, 800
+CIRCUITS = TRACED, INTERVENED
 SPEED = 0.7
 """Work in n times as many threads is done n to this power times as fast, read off likewise."""
 """Read off runs of `demo` on two cores: seconds of a chapter beside its work and of a feature's
@@ -74,7 +77,7 @@ FIELDS = {
     "buffer_tokens": ("buffer",),
     "batch_tokens": ("activations of one batch",),
     "expansion": ("parameters and Adam", "gradients", "transcoders", "feature counts",
-                  "activations of one batch"),
+                  "activations of one batch", "features of a cell"),
 }
 """Profile fields and the parts of memory that grow with them; first what changes results least."""
 
@@ -299,7 +302,13 @@ def memory_stages(profile: Profile, sizes: Sizes, device: torch.device) -> list[
         stages.append(Stage("the control's training", (CONTROLS,), training | {
             "re-initialised model": passing["model"], "transcoders": 2 * sizes.one_set} | (
             {} if on_gpu else {"feature counts": 2 * sizes.counts}), device))
-    return stages
+    # Patterns of all layers, one layer's scores, and activations before, after and what they write.
+    tracing = {"model": 4 * sizes.parameters, "other": OTHER, "transcoders": sizes.one_set,
+               "attention patterns of a cell": 4 * (sizes.layers + 3) * sizes.heads
+               * sizes.padded**2,
+               "features of a cell": 3 * 4 * sizes.layers * sizes.padded
+               * profile.expansion * sizes.width}
+    return [*stages, Stage("tracing a circuit", CIRCUITS, tracing, device)]
 
 
 def memory_available(device: torch.device) -> int:
@@ -324,11 +333,14 @@ def memory_problems(profile: Profile, sizes: Sizes, stages: Sequence[Stage]) -> 
         text = (f"{stage.name[0].upper()}{stage.name[1:]} needs {stage.bytes / GIB:.1f} GiB of "
                 f"memory, and {where} has {free / GIB:.1f} GiB free; ") + (
             f"lower `{field}` in the profile (it is {getattr(profile, field):,}; {value:,} would "
-            "fit)." if field else "no profile field alone is enough: lower `expansion` and "
+            "fit)." if field else "attention patterns grow with the square of a cell's tokens: "
+            "lower `genes_per_cell`." if stage.leaves == CIRCUITS else
+            "no profile field alone is enough: lower `expansion` and "
             "`buffer_tokens`, set `model_precision: bfloat16`"
             + (", or do without (`reinitialised_control: false`)."
                if stage.leaves == (CONTROLS,) else ", or take a smaller model."))
-        problems[field] = min(problems.get(field, (value, text)), (value, text))
+        about = field or stage.name * (stage.leaves == CIRCUITS)  # those without a field share one
+        problems[about] = min(problems.get(about, (value, text)), (value, text))
     return [text for _, text in problems.values()]
 
 

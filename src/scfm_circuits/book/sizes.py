@@ -42,6 +42,7 @@ guesses, on the large side."""
 CELLS, TRAINED, VALIDATED = "corpus/corpus.json", "transcoders/config.yaml", "tables/table1.csv"
 COUNTED, SCORED, CONTROLS = "features.npz", "tables/feature_scores.csv", "tables/table4.csv"
 KINDS = "tables/variants.csv"
+TRACED, INTERVENED = "tables/circuit_nodes.csv", "tables/circuit_faithfulness.csv"
 
 
 class Sizes(NamedTuple):

@@ -17,6 +17,7 @@ from scfm_circuits.models.architectures import (
     LayerWeights,
     Norm,
     architecture_of,
+    attentions,
     decoder,
     decoder_layers,
     final_norm,
@@ -135,10 +136,7 @@ def freeze(model: "PreTrainedModel", transcoders: Transcoders, tokens: np.ndarra
     if transcoders.variant.site != "transcoder":
         raise InputError(NO_CIRCUITS)
     ids = torch.as_tensor(tokens).to(device_of(model))[None]
-    output, seen = _recorded(model, family, ids, mask)
-    if not output.attentions or output.attentions[0] is None:
-        raise InputError("The model returns no attention patterns; load it with "
-                         "attn_implementation='eager'.")
+    patterns, seen = _recorded(model, family, ids, mask)
     stacked = {key: torch.stack(seen[key]) for key in ("residual", "in", "out")}
     weights, norms = layer_weights(model), _stream_norms(model, family, seen)
     first, second = (step.norm for step in family.steps if step.does != "norm")
@@ -150,7 +148,7 @@ def freeze(model: "PreTrainedModel", transcoders: Transcoders, tokens: np.ndarra
     entry, leaves, same = _beginning(model, family, ids[0], stacked["residual"][0])
     return Frozen(
         tokens=ids[0], residual=stacked["residual"], final=seen["final"][0],
-        patterns=torch.stack(list(output.attentions))[:, 0],
+        patterns=patterns,
         sigma1=_scales(model, family, first, seen), sigma2=_scales(model, family, second, seen),
         last=AtTokens(last, last.scale(seen["last"][0])), mlp_in=stacked["in"],
         mlp_out=stacked["out"], pre=pre, activations=z,
@@ -164,13 +162,25 @@ def freeze(model: "PreTrainedModel", transcoders: Transcoders, tokens: np.ndarra
 
 
 def _recorded(model: "PreTrainedModel", family: Architecture, ids: Tensor,
-              mask: np.ndarray | Tensor | None) -> tuple[Any, dict[str, list[Tensor]]]:
-    """The model's output with attention patterns, and what passed through its parts, by layer:
-    residual (entering the layer), what each norm read, by its name, in and out of the MLP; final
-    (leaving the last layer), last (what the last norm read, or the unembedding where there is
-    none), logits (as the unembedding gives them), mapped (what the head's linear maps gave) and
-    mapping (what those behind the first read)."""
+              mask: np.ndarray | Tensor | None) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    """Attention patterns (n_layers, n_heads, n_pos, n_pos), and what passed through the model's
+    parts, by layer: residual (entering the layer), what each norm read, by its name, in and out of
+    the MLP; final (leaving the last layer), last (what the last norm read, or the unembedding where
+    there is none), logits (as the unembedding gives them), mapped (what the head's linear maps
+    gave) and mapping (what those behind the first read)."""
     seen: dict[str, list[Tensor]] = {}
+    n_layers, patterns = len(decoder_layers(model)), list[Tensor]()
+
+    def attended(layer: int):  # type: ignore[no-untyped-def]
+        def hook(module: Any, args: tuple, output: Any) -> None:
+            pattern = output[1]
+            if pattern is None:
+                raise InputError("The model returns no attention patterns; load it with "
+                                 "attn_implementation='eager'.")
+            if not patterns:  # all layers' at once, so that they are held once
+                patterns.append(pattern.new_empty(n_layers, *pattern.shape[1:]))
+            patterns[0][layer] = pattern[0]
+        return hook
 
     def note(key: str, value: Tensor) -> None:
         seen.setdefault(key, []).append(value[0])
@@ -192,6 +202,8 @@ def _recorded(model: "PreTrainedModel", family: Architecture, ids: Tensor,
     handles = [reads(final_norm(model) or unembedding, "last"),
                unembedding.register_forward_hook(given("logits"))]
     handles += site_hooks(model, site)
+    handles += [one.register_forward_hook(attended(layer))
+                for layer, one in enumerate(attentions(model))]
     for layer in decoder_layers(model):
         handles += [reads(layer, "residual"), *(
             reads(layer.get_submodule(name), name) for step in family.steps
@@ -201,11 +213,10 @@ def _recorded(model: "PreTrainedModel", family: Architecture, ids: Tensor,
         handles += [reads(linear, "mapping" if place else "final"),
                     linear.register_forward_hook(given("mapped"))]
     with hooked(handles):
-        output = model(input_ids=ids, use_cache=False, output_attentions=True,
-                       **({} if mask is None else {"attention_mask": torch.as_tensor(
-                           mask).to(ids)[None]}))
+        model(input_ids=ids, use_cache=False, **({} if mask is None else {
+            "attention_mask": torch.as_tensor(mask).to(ids)[None]}))
     seen.setdefault("final", seen["last"])
-    return output, seen
+    return patterns[0], seen
 
 
 def _scales(model: "PreTrainedModel", family: Architecture, name: str,

@@ -111,6 +111,8 @@ for key, arm in (("auroc", steering.BEST), ("by_effect", steering.BY_EFFECT)):
     chapter.rounded(f"steering.predicted_{key}", rows["predicted"].mean(), 2)
 for key in ("auroc", "held_out_auroc"):
     chapter.rounded(f"steering.{key}", study.chosen.loc[study.chosen["arm"] == steering.BEST, key].mean(), 2)
+told = shown[shown["compared"] == "equal norm"].set_index("arm").loc[steering.BEST]
+chapter.value("steering.against", bool(told["upper_95"] < 0))
 away = curve[curve["done"] == steering_curves.TAKEN_AWAY].set_index("arm")
 for key, arm in names.items():
     chapter.rounded(f"steering.without_{key}", away.loc[arm, "change"], 2)
@@ -128,10 +130,14 @@ for key, arm in names.items():
 # difference of means {glue:text}`steering.cost_means_effect`. A number below 0 is a push that works against
 # the label that its direction stands for.
 #
-# **The circuit's view says so before.** In the frozen model a push of this norm along the feature by AUROC
-# should change the log-odds by {glue:text}`steering.predicted_auroc` nats, and along the feature by effect
-# by {glue:text}`steering.predicted_by_effect`. To tell a label and to write it are two things: a layer that
-# corrects what earlier layers have settled fires where the label holds, and writes against it.
+# **What the circuit's view says before.** In the frozen model a push of this norm along the feature by
+# AUROC should change the log-odds by {glue:text}`steering.predicted_auroc` nats, and along the feature by
+# effect by {glue:text}`steering.predicted_by_effect`.
+
+# %% [markdown] tags=["only-if:steering.against"]
+# To tell a label and to write it are two things: here the feature that tells
+# {glue:text}`steering.label` best writes against it, as a layer does that corrects what earlier layers have
+# settled.
 
 # %% tags=["fold:How it is chosen and compared and every dose"]
 chapter.show(curve[["arm", "dose", "typical", "change", "lower_95", "upper_95", "to_label", "from_label",

@@ -55,6 +55,7 @@ from scfm_circuits.circuits.case_targets import (
     DRAWS,
     call_features,
     case_targets,
+    marker_genes,
     target_elsewhere,
 )
 from scfm_circuits.circuits.graph_scores import graph_study
@@ -105,7 +106,7 @@ words = {
         "meant": "The call is read as its contrast: the log-odds of that token against those of the "
         "other labels.",
         "above": "above 0 the model prefers the answer to all others together.",
-        "tint": "The figure shows *direct* contributions: what attention brings from a gene's tokens "
+        "tint": "The figure shows direct contributions alone: what attention brings from a gene's tokens "
         "straight to the answer. What a gene does through features on the way is not in its tint.",
         "sum_of": "The contrast is a sum over everything that was written into the residual stream "
         "at that token. Attention heads bring in what is written at the genes' tokens, so adding up "
@@ -168,7 +169,7 @@ outputs = {call.target.node.id: exports.Output(own, calls.probability(frozen, as
 exports.save_both(settings.results, "call", call.circuit, case.texts, case.genes,
                   slug=f"{settings.name}-call", scan=scan, outputs=outputs)
 
-# %% mystnb={"image": {"alt": "The cell's sentence, gene by gene, tinted by the direct contribution of its tokens to the call; above it the circuit of the call, layers upwards, with the answer on top."}, "figure": {"caption": "The cell as the model read it. Blue genes speak for the call and orange ones against it, the darker the more (direct attention). Above, the circuit of the call: heads (diamonds, with a dotted line to what they read), features (circles) and what the transcoders leave unexplained (crosses), layers upwards.", "name": "fig-call-sentence"}}
+# %% mystnb={"image": {"alt": "The cell's sentence, gene by gene, tinted by the direct contribution of its tokens to the call; above it the circuit of the call, layers upwards, with the answer on top."}, "figure": {"caption": "The cell as the model read it. Blue genes speak for the call and orange ones against it, the darker the more. Above, the circuit of the call: heads (diamonds, with a dotted line to what they read), features (circles) and what the transcoders leave unexplained (crosses), layers upwards.", "name": "fig-call-sentence"}}
 chapter.figure("call_sentence", call_sentence(
     genes, dict(zip(by_gene["gene"], by_gene["contribution"], strict=True)), study.prediction,
     Traced(call.circuit, case.genes)))
@@ -223,7 +224,7 @@ chapter.table("call_contrast", calls.table(case, frozen, asked), rows=20, digits
 # %% [markdown] tags=["fold:Every gene's direct contribution and the sum"]
 # {glue:text}`call.sum_of`
 
-# %% mystnb={"image": {"alt": "Bars of the signed contributions to the contrast of the call: features, attention heads on genes and on other tokens, embedding, error, constant."}, "figure": {"caption": "The call's contrast as a sum of its direct sources, with attention split by whether the token read belongs to a gene. Error is what the transcoders leave unexplained of the MLPs.", "name": "fig-call"}}
+# %% mystnb={"image": {"alt": "Bars of the signed contributions to the contrast of the call: features, attention heads on genes and on other tokens, embedding, error, constant."}, "figure": {"caption": "The call as a sum. In words: of its direct sources, with attention split by whether the token read belongs to a gene; of a state: by what was written where. Error is what the transcoders leave unexplained of the MLPs.", "name": "fig-call"}}
 chapter.figure("case_call", plots.contribution_kinds(
     calls.sums(frozen, asked, by_gene), "the call's contrast, nats" if settings.in_words
     else f"the call, {calls.unit}"))
@@ -247,7 +248,7 @@ chapter.table("case_call_genes", by_gene, rows=12,
 # of the prompt and not at genes: {glue:text}`call.prompt_token_share` of them. The others name
 # {glue:text}`call.gene_nodes` genes.
 
-# %% mystnb={"image": {"alt": "The circuit of the call drawn with layers upwards and tokens along: nodes by kind, edges by sign and strength, leading up to the logit of the answer's token."}, "figure": {"caption": "The circuit of the call: layers upwards, tokens along; only tokens with a node have a place. Line width is the size of a contribution; blue adds, orange takes away; the larger a node, the more of the target's contributions pass through it. A number such as ×11 counts the nodes of a kind that are drawn as one.", "name": "fig-call-circuit"}}
+# %% mystnb={"image": {"alt": "The circuit of the call drawn with layers upwards and tokens along: nodes by kind, edges by sign and strength, leading up to the call."}, "figure": {"caption": "The circuit of the call: layers upwards, tokens along; only tokens with a node have a place. Line width is the size of a contribution; blue adds, orange takes away; the larger a node, the more of the target's contributions pass through it. A number such as ×11 counts the nodes of a kind that are drawn as one.", "name": "fig-call-circuit"}}
 last = chapter.transcoders.n_layers - 1
 chapter.figure("call_circuit", plots.circuit_picture(call.circuit, case.texts, case.genes, last + 1))
 
@@ -327,6 +328,33 @@ for name in ("auroc", "held_out_auroc"):
 # The choice is feature {glue:text}`call.feature`: AUROC {glue:text}`call.feature_auroc` in training
 # cells, where it was chosen as the best of many, and {glue:text}`call.feature_held_out_auroc` in
 # held-out cells.
+
+# %%
+gene = calls.gene_call(case, marker_genes(library, settings.case_type))
+of_gene = targets.of_gene(gene, chapter.transcoders) if gene else None
+
+# %% [markdown] tags=["only-if:gene.asked"]
+# ## A gene that the model fills in
+#
+# What such a model is trained on is a gene itself: an encoder fills in a masked one, a decoder writes the
+# next. The gene is chosen by a rule that looks at no result: the cell's first, in rank order, that is in
+# any term of the case library with the type's name in it; without one, the first of all (for a decoder, of
+# those with a gene before them). Here it is
+# {glue:text}`gene.asked`, of rank {glue:text}`gene.rank`. The log-odds of its token against those of all
+# other genes are {glue:text}`gene.log_odds` nats. Its circuit has {glue:text}`gene.nodes` nodes on
+# {glue:text}`gene.gene_nodes` genes; alone it keeps {glue:text}`gene.keeps` nats of it, and no circuit at all
+# keeps {glue:text}`gene.nothing_keeps`. The sum closes within {glue:text}`gene.closure_max`.
+
+# %% tags=["only-if:gene.asked"]
+chapter.value("gene.asked", bool(gene), gene.gene if gene else "")
+said = {**of_gene.values(), "rank": genes.index(gene.gene) + 1,
+        "log_odds": float(of_gene.target.reading.value)} if gene else {}
+chapter.values({name: said.get(name) for name in (
+    "rank", "log_odds", "nodes", "gene_nodes", "keeps", "nothing_keeps")}, prefix="gene.")
+chapter.value("gene.closure_max", bool(gene),
+              f"{of_gene.circuit.closure_max_relative:.1e}" if gene else "")
+chapter.table("gene_nodes", of_gene.nodes, rows=10, caption="The most influential nodes of the gene's "
+              "circuit") if gene else None
 
 # %% [markdown]
 # ## The paper's target, and a caution
@@ -442,10 +470,10 @@ chapter.percent("case.kept_share", circuit.share_kept(traced.circuit))
 
 # %%
 of_type = "the call's feature" if settings.in_words else "the type's feature"
-traced_all = {"the call": call, **({of_type: by_type} if by_type else {}),
-              "the paper's target": traced}
+traced_all = {"the call": call, **({f"the gene {gene.gene}": of_gene} if gene else {}),
+              **({of_type: by_type} if by_type else {}), "the paper's target": traced}
 chapter.table("case_targets", pd.DataFrame([one.row(name) for name, one in traced_all.items()]),
-              digits=2, caption="Three targets of one text: genes of their circuits, and what is "
+              digits=2, caption="Targets of one text: genes of their circuits, and what is "
               "left of each")
 
 # %% [markdown]

@@ -34,7 +34,10 @@ def test_each_claim_is_answered_by_numbers_of_the_run(profile: Profile) -> None:
     for number in ("98 %", "64 %", "1.3 %", "1.6 %", "5.4", "7.4", "5.9", "0.096"):
         assert number in text
     assert "<script" not in text
-    assert "Nobody has" in text and "stand-in" not in text
+    assert "Nobody has" in text and "stand-in" not in text and "7.4 nats" in text
+    keep(profile, "07_endothelial_case_study", call__whole=2.5, call__keeps=1.0,
+         call__nothing_keeps=0.5, call__unit="units")
+    assert "2.5 units" in front_page.findings(profile)
     keep(profile, "06_enrichment", enrichment__stand_in=True,
          **{f"controls__enrichr__{k}": v for k, v in enrichr.items()})
     keep(profile, "05_human_evaluation", human__rate=0.25)
@@ -66,6 +69,10 @@ def test_the_picture_names_the_genes_that_speak_for_the_call(profile: Profile) -
     text = front_page.picture(profile)
     assert "<script" not in text and "AGAINST" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt; and LOW speak for it" in text
+    assert "made the model say" in text and "direct attention" in text
+    keep(profile, "07_endothelial_case_study", case__prediction="beta", call__by_state=True)
+    text = front_page.picture(profile)
+    assert "made the model call the cell “beta”" in text and "direct attention" not in text
 
 
 def test_words_of_the_search_count_features(tmp_path: Path) -> None:

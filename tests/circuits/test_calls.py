@@ -219,3 +219,34 @@ def test_cells_of_a_type_without_training_cells_are_not_called(parts):
     other.states = calls.states._replace(types=calls.states.types[:1],
                                          places=calls.states.places[:1])
     assert len(other.callable(cells)) == 0
+
+
+def test_a_gene_is_asked_where_the_model_predicts_it(parts, case):
+    """Its log-odds are those of transformers' logits, its circuit closes, and the rule takes the
+    first marker."""
+    calls, transcoders = parts
+    _, prompt, _, frozen = case
+    names = [gene for gene in prompt.genes if gene]
+    found = calls.gene_call(prompt, {names[2], names[4]})
+    at = prompt.genes.index(names[2])
+    assert found is not None and found.gene == names[2]
+    first = calls.gene_call(prompt, set())
+    assert first is not None and first.gene == names[int(frozen.causal)]
+    ids = torch.as_tensor(prompt.encoded.tokens).clone()
+    token = int(ids[at])
+    if not frozen.causal:
+        ids[at] = calls.corpus.tokenizer.convert_tokens_to_ids("<mask>")
+        assert found.prompt.genes[at] is None and found.prompt.texts[at] == "<mask>"
+    assert found.prompt.encoded.tokens.tolist() == ids.tolist()
+    with torch.no_grad():
+        logits = calls.model(input_ids=ids[None]).logits[0, at - 1 if frozen.causal else at]
+    others = [one for one in np.unique(calls.corpus.tokens[calls.corpus.gene >= 0]) if one != token]
+    wanted = float(logits[token] - logits[others].logsumexp(0))
+    run = freeze(calls.model, transcoders, found.prompt.encoded.tokens)
+    _, reading = found.call.start(run)
+    assert float(reading.value) == pytest.approx(wanted, abs=1e-9)
+    assert trace_call(run, found.call, calls.profile).closure_max_relative < 1e-10
+    hidden = calls.model.base_model(input_ids=ids[None]).last_hidden_state
+    mask = torch.zeros(1, len(ids), dtype=torch.bool)
+    mask[0, found.call.places] = True
+    assert float(found.call.read(calls.model, hidden, mask)) == pytest.approx(wanted, abs=1e-9)

@@ -167,3 +167,10 @@ def test_every_target_is_traced_in_the_same_way(corpus, monkeypatch, tmp_path):
         assert [row[name] for name in ("genes", "whole", "no_circuit")] == [
             len(one.genes.genes), one.own_kind.whole, one.own_kind.nothing]
         assert one.values()["gene_nodes"] == row["genes"]
+
+
+def test_marker_genes_are_those_of_terms_with_the_types_name():
+    library = gene_sets_from_dict("Cells", {
+        "Beta cell: pancreas": ["INS", "IAPP"], "beta cell": ["MAFA"], "Alpha cell": ["GCG"]})
+    assert case_targets.marker_genes(library, "Beta") == {"INS", "IAPP", "MAFA"}
+    assert case_targets.marker_genes(library, "gamma") == set()

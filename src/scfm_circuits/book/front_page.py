@@ -88,11 +88,12 @@ def _on_circuit(values: Mapping[str, Any]) -> str:
         return ""
     term, p = values.get("call.best_term"), values.get("call.p_random")
     judged = term and p is not None and not values.get("case.stand_in")
+    unit = escape(str(values.get("call.unit") or "nats"))
     found = ("The genes of our call's circuit are most enriched for "
              f"“{escape(str(term))}” (p = <strong>{p:.2g}</strong> against random genes of the "
              "same sentence). " if judged else "")
     return (f"{found}On its own the circuit keeps <strong>{kept:.1f}</strong> of the call's "
-            f"{whole:.1f} nats. With no circuit at all, every feature held at its average, "
+            f"{whole:.1f} {unit}. With no circuit at all, every feature held at its average, "
             f"<strong>{none:.1f}</strong> are kept.")
 
 
@@ -105,15 +106,18 @@ def picture(profile: Profile) -> str:
         rows = [row for row in csv.DictReader(handle) if float(row["contribution"]) > 0]
     rows.sort(key=lambda row: -float(row["contribution"]))
     genes = [escape(row["gene"]) for row in rows[:4]]
-    label = escape(str(_values(profile.results, CHAPTERS["case"]).get("case.prediction")
-                       or "(nothing)"))
+    case = _values(profile.results, CHAPTERS["case"])
+    label = escape(str(case.get("case.prediction") or "(nothing)"))
+    says, how = ("say", ", direct attention")
+    if case.get("call.by_state"):
+        says, how = "call the cell", ""
     leading = f"{', '.join(genes[:-1])} and {genes[-1]}" if len(genes) > 1 else "".join(genes)
-    told = (f"Which genes made the model say “{label}”: {leading} speak for it most."
-            if genes else f"What made the model say “{label}”.")
+    told = (f"Which genes made the model {says} “{label}”: {leading} speak for it most."
+            if genes else f"What made the model {says} “{label}”.")
     return (f'<figure class="hero"><a href="{CHAPTERS["case"]}.html">'
             f'<img src="downloads/{PICTURE}" alt="A cell as a list of its genes, tinted by what '
             f'they contribute to the call; above it the circuit that leads to it. {told}"></a>'
-            f"<figcaption>{told} Blue: for it; orange: against it; one cell, direct attention. "
+            f"<figcaption>{told} Blue: for it; orange: against it; one cell{how}. "
             "Diamonds are attention heads, circles features, crosses what the transcoders leave "
             "unexplained.</figcaption></figure>")
 

@@ -22,13 +22,15 @@ from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt
 from scfm_circuits.cells.tokens import token_texts
 from scfm_circuits.circuits.attribution import Reading, contributions, one_by_one
 from scfm_circuits.circuits.circuit import Circuit, Node
-from scfm_circuits.circuits.contrast import ONE_TYPE, answered, contrast_of, contrasts_of
+from scfm_circuits.circuits.contrast import ONE_TYPE, Contrast, answered, contrast_of, contrasts_of
 from scfm_circuits.circuits.direct_effects import whole_sum
 from scfm_circuits.circuits.frozen import Frozen
 from scfm_circuits.circuits.interventions import Call
 from scfm_circuits.circuits.perturbation import Readout, hidden, of_call
 from scfm_circuits.circuits.search import gene_contributions, sums_by_gene_or_not, trace
 from scfm_circuits.models.answers import label_probability, predict_answers
+from scfm_circuits.models.architectures import architecture_of
+from scfm_circuits.models.mlp_sites import mask_token
 from scfm_circuits.models.states import embeddings, get_states, mean_over_genes
 
 if TYPE_CHECKING:
@@ -66,6 +68,15 @@ class StateCall(NamedTuple):
         value = (vector * frozen.final[self.places]).sum() + constant
         reading = Reading(vector, list(self.places), layers, layers, constant, value)
         return Node.of_state(self.places[-1], layers, value), reading
+
+
+class GeneCall(NamedTuple):
+    """A gene that a model is asked: its name, the text as the model is shown it, and the log-odds
+    of its token against those of all other genes."""
+
+    gene: str
+    prompt: AnsweredPrompt
+    call: Contrast
 
 
 class Scored(NamedTuple):
@@ -129,6 +140,10 @@ class Calls:
         tokens: (n, length); last: (n, length, d_model) what the model's body gives.
         """
         return Scored(*answered(self.model, self.corpus, rows, tokens, last, calls))
+
+    def gene_call(self, prompt: AnsweredPrompt, markers: set[str]) -> GeneCall | None:
+        """A gene of a text that is asked by itself; None in words, where the call is asked."""
+        return None
 
     # --- what a page says of a call ---
 
@@ -219,6 +234,27 @@ class StateCalls(Calls):
         values = [float(one.read(self.model, last[place : place + 1], of_gene[place : place + 1]))
                   for place, one in enumerate(calls)]
         return Scored(self.states.nearest(embedded) == self.corpus.labels[rows], np.array(values))
+
+    def gene_call(self, prompt: AnsweredPrompt, markers: set[str]) -> GeneCall | None:
+        """The first gene of a text, in rank order, that is one of `markers`, or the first of all: a
+        decoder predicts it behind the genes before it, so that there must be one, an encoder where
+        it is shown a mask. None if there is no such gene."""
+        causal = architecture_of(self.model).causal
+        places = [place for place, gene in enumerate(prompt.genes) if gene][int(causal) :]
+        if not places:
+            return None
+        at = next((place for place in places if prompt.genes[place] in markers), places[0])
+        name, tokens = str(prompt.genes[at]), prompt.encoded.tokens.copy()
+        own, genes = int(tokens[at]), np.unique(self.corpus.tokens[self.corpus.gene >= 0])
+        others = tuple(int(one) for one in genes if one != own)
+        if causal:
+            return GeneCall(name, prompt, Contrast(at - 1, own, others))
+        tokens[at] = mask_token(self.corpus)
+        shown = prompt._replace(
+            encoded=prompt.encoded._replace(tokens=tokens),
+            texts=[*prompt.texts[:at], "<mask>", *prompt.texts[at + 1 :]],
+            genes=[*prompt.genes[:at], None, *prompt.genes[at + 1 :]])
+        return GeneCall(name, shown, Contrast(at, own, others))
 
     def about(self, prompt: AnsweredPrompt, call: Any) -> str:
         """What is read, and where, in a sentence."""

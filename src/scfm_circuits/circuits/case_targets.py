@@ -18,6 +18,7 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from scfm_circuits.cells.prompts import AnsweredPrompt
+from scfm_circuits.circuits.calls import GeneCall
 from scfm_circuits.circuits.case_study import CaseStudy
 from scfm_circuits.circuits.circuit import Circuit, circuit_genes, node_table
 from scfm_circuits.circuits.frozen import Frozen, freeze
@@ -186,6 +187,16 @@ def gene_nodes(genes: Sequence[str], sentence: Sequence[str], library: "GeneSets
                      float((1 + (random <= own * (1 + 1e-9)).sum()) / (1 + draws)))
 
 
+def marker_genes(library: "GeneSets", label: str) -> set[str]:
+    """The genes of all terms in whose name the label stands, in any case of letters."""
+    found: set[str] = set()
+    for place, term in enumerate(library.terms):
+        if label.lower() in term.lower():
+            own = library.term_genes[library.term_indptr[place] : library.term_indptr[place + 1]]
+            found |= {library.genes[gene] for gene in own}
+    return found
+
+
 # --- traced --------------------------------------------------------------------------------------
 
 
@@ -242,6 +253,11 @@ class CaseTargets(NamedTuple):
         """The circuit of a feature at a token."""
         return self._of(feature_target(self.frozen, layer, feature, position),
                         FeatureAt(layer, feature, position))
+
+    def of_gene(self, asked: GeneCall, transcoders: "Transcoders") -> Traced:
+        """The circuit of a gene that the model is asked, in the text that it is shown."""
+        frozen = freeze(self.model, transcoders, asked.prompt.encoded.tokens)
+        return self._replace(frozen=frozen, case=asked.prompt).call(asked.call)
 
     def _of(self, target: Target, asked: FeatureAt | Call) -> Traced:
         """asked: how the model is asked for the target."""

@@ -14,7 +14,7 @@
   // Less than the first node's distance from the edge when the whole circuit is in view.
   const EDGE = 3;
   const LABEL_ROOM = 13;
-  const LETTER = 6.1;
+  const LETTER = 6.8;
   const LONGEST = { text: 18, token: 7, gene: 10, label: 26 };
 
   /** Marks by kind, all of about one area; not by colour alone. */
@@ -267,26 +267,31 @@
         }).order();
     }
 
-    /** Names beside nodes, the most important first, where they cover no other name. */
+    /** Names beside nodes, the most important first, where they cover no other name and no mark (only
+        the names of what is chosen, the target and pins may cover marks). */
     drawLabels() {
       const { owner } = this;
       const first = (node) => (node === owner.selected ? 4 : node === owner.target ? 3
         : owner.pins.has(node.id) || owner.labels.has(node.id) ? 2 : node.influence);
       const named = [...this.present].filter((node) => node.kind === "feature"
         || node.kind === "logit" || first(node) >= 2);
-      const taken = [];
+      const [taken, marks] = [[], [...this.present]];
       const shown = d3.sort(named, (node) => -first(node)).flatMap((node) => {
         const [x, y] = this.at(node);
         const text = short(owner.nameOf(node), LONGEST.label);
         const wide = text.length * LETTER;
-        const left = x + this.radius(node) + 3;
-        const from = left + wide <= this.visibleWidth ? left : x - this.radius(node) - 3 - wide;
-        const box = [from, y - 7, from + wide, y + 7];
-        const free = from >= 0 && x > 0 && x < this.visibleWidth && y > 0 && y < this.visibleHeight
-          && taken.every((other) => box[0] > other[2] || box[2] < other[0] || box[1] > other[3]
-            || box[3] < other[1]);
-        if (!free) return [];
-        taken.push(box);
+        if (x <= 0 || x >= this.visibleWidth || y <= 0 || y >= this.visibleHeight) return [];
+        const right = x + this.radius(node) + 3;
+        const from = [right, x - this.radius(node) - 3 - wide].find((left) => left >= 0
+          && left + wide <= this.visibleWidth
+          && taken.every((other) => left > other[2] || left + wide < other[0]
+            || y - 7 > other[3] || y + 7 < other[1])
+          && (first(node) >= 2 || marks.every((other) => {
+            const [at, height] = this.at(other);
+            return at < left || at > left + wide || Math.abs(height - y) > 7;
+          })));
+        if (from === undefined) return [];
+        taken.push([from, y - 7, from + wide, y + 7]);
         return [{ node, text, x: from, y }];
       });
       this.labels.selectAll("text").data(shown, ({ node }) => node.id).join("text")

@@ -14,7 +14,7 @@ window.companionParts.push((tools) => {
 
   const number = (value) => (value === null || Number.isNaN(value) ? ""
     : String(Number(value.toPrecision(4))).replace("-", "\u2212"));
-  const percent = (value) => (value === null ? "" : `${Number((100 * value).toPrecision(3))} %`);
+  const percent = (value) => (value === null ? "" : `${Number((100 * value).toPrecision(3))}\u00a0%`);
   const name = (layer, feature) => `L${layer}.F${feature}`;
   const link = (layer, feature) => element("a", { href: `#${name(layer, feature)}` },
     name(layer, feature));

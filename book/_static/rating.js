@@ -14,7 +14,7 @@ window.companionParts.push((tools) => {
   const quoted = (text) => (/[",;\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
   const safe = (text) => quoted(FORMULA.test(text) ? `'${text}` : text);
   const number = (value) => String(Number(value.toPrecision(3))).replace("-", "\u2212");
-  const share = (part, whole) => `${Math.round((100 * part) / Math.max(whole, 1))} %`;
+  const share = (part, whole) => `${Math.round((100 * part) / Math.max(whole, 1))}\u00a0%`;
 
   /** Rows of a CSV text (RFC 4180; commas, or semicolons as some spreadsheets write). */
   function parsed(text) {
@@ -254,7 +254,7 @@ window.companionParts.push((tools) => {
         element("p", {}, `Active on one token in ${
           Math.round(10 ** -card.log10_frequency).toLocaleString("en")}.`),
         this.table("Tokens", ["token", "share of its activations", "active on"], card.tokens.map(
-          ({ text, share: part, fired, present }) => [text, `${number(100 * part)} %`,
+          ({ text, share: part, fired, present }) => [text, `${number(100 * part)}\u00a0%`,
             `${fired.toLocaleString("en")} of ${present.toLocaleString("en")} (${
               share(fired, present)})`])),
         this.table("Genes that contain them", ["gene", "token", "active on"], card.genes.map(

@@ -114,9 +114,13 @@ def picture(profile: Profile) -> str:
     leading = f"{', '.join(genes[:-1])} and {genes[-1]}" if len(genes) > 1 else "".join(genes)
     told = (f"Which genes made the model {says} “{label}”: {leading} speak for it most."
             if genes else f"What made the model {says} “{label}”.")
-    return (f'<figure class="hero"><a href="{CHAPTERS["case"]}.html">'
+    phone = PICTURE.replace("figures/", "figures/narrow/")
+    source = (f'<source media="(max-width: 600px)" srcset="downloads/{phone}">'
+              if (profile.results / phone).is_file() else "")
+    return (f'<figure class="hero"><a href="{CHAPTERS["case"]}.html"><picture>{source}'
             f'<img src="downloads/{PICTURE}" alt="A cell as a list of its genes, tinted by what '
-            f'they contribute to the call; above it the circuit that leads to it. {told}"></a>'
+            f'they contribute to the call; above it the circuit that leads to it. {told}">'
+            "</picture></a>"
             f"<figcaption>{told} Blue: for it; orange: against it; one cell{how}. "
             "Diamonds are attention heads, circles features, crosses what the transcoders leave "
             "unexplained.</figcaption></figure>")

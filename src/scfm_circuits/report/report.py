@@ -92,12 +92,12 @@ class Report:
         """Show a table in the same way without writing a file."""
         return Shown(table_bundle(frame, caption, rows, digits, None))
 
-    def figure(self, name: str, figure: "Figure") -> Shown:
+    def figure(self, name: str, figure: "Figure", phone: "Figure | None" = None) -> Shown:
         """Write `figures/<name>.png` and `.svg`, the same bytes on every run, and show the PNG.
 
         Their ground is transparent. Of a wide figure `figures/narrow/<name>.png` is a version for
-        phones, which the page takes there (`style.narrow` changes the figure to it). The page has
-        its caption and alternative text from the cell's `mystnb` metadata.
+        phones, which the page takes there: `phone`, or what `style.narrow` makes of the figure. The
+        page has its caption and alternative text from the cell's `mystnb` metadata.
         """
         import matplotlib as mpl
 
@@ -107,18 +107,20 @@ class Report:
         _checked_name(name, "figure")
         undated: dict[str, dict[str, Any]] = {".png": {"Software": None}, ".svg": {"Date": None}}
 
-        def save(path: Path) -> None:
+        def save(path: Path, drawn: "Figure") -> None:
             with atomic_path(path) as part, mpl.rc_context({"svg.hashsalt": name}):
-                figure.savefig(part, dpi=200, bbox_inches="tight", transparent=True,
+                drawn.savefig(part, dpi=200, bbox_inches="tight", transparent=True,
                                metadata=undated[path.suffix])
 
         for suffix in undated:
-            save(folder / f"{name}{suffix}")
-        if narrow(figure):
-            save(folder / "narrow" / f"{name}.png")
+            save(folder / f"{name}{suffix}", figure)
+        if phone is not None or narrow(figure):
+            save(folder / "narrow" / f"{name}.png", phone or figure)
         else:  # of an earlier run
             (folder / "narrow" / f"{name}.png").unlink(missing_ok=True)
-        _let_go(figure)
+        for one in (figure, phone):
+            if one is not None:
+                _let_go(one)
         png = (folder / f"{name}.png").read_bytes()
         # A PNG's header holds its width in pixels; at 200 dots per inch, half of it is the natural
         # width on a screen.

@@ -181,7 +181,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 def test_a_card_is_rated_by_keyboard_and_its_text_stays_text(told: Any) -> None:
     first = told[0]
     assert first["images"] == 0 and first["title"] == "Rate" and HOSTILE in first["text"]
-    assert "Active on one token in 100." in first["text"] and "9 of 10 (90 %)" in first["text"]
+    assert "Active on one token in 100." in first["text"] and "9 of 10 (90\xa0%)" in first["text"]
     assert first["strong"] == 3
     assert first["nameless"][1] and "name" in first["nameless"][0]
     # A letter in a field is text, not an answer.

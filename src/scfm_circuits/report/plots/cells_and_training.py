@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from scfm_circuits.report.plots.style import (
     BLUE,
@@ -45,7 +46,7 @@ def cells_per_type(labels: np.ndarray, held_out: np.ndarray) -> Figure:
     axis.set_yticks(places, names)
     axis.set(xlabel="cells")
     axis.grid(axis="y", visible=False)
-    axis.legend()
+    axis.legend(loc="lower right")  # the rarest types are below
     return figure
 
 
@@ -89,20 +90,26 @@ def training_curve(step: Sequence[int], loss: Sequence[float]) -> Figure:
 
 def transcoder_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Reconstruction, L0, FVU and dead share of every layer against training tokens."""
-    tokens = [row["tokens"] for row in history]
+    scale, unit = (1e6, "million") if history[-1]["tokens"] >= 2e6 else (1e3, "thousand")
+    tokens = [row["tokens"] / scale for row in history]
     n_layers = len(history[0]["l0"])
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), constrained_layout=True, sharex=True)
     panels = (("reconstruction", "reconstruction loss", "log"), ("l0", "active features (L0)",
-              "log"), ("fvu", "FVU", "log"), ("dead", "dead share", "linear"))
-    for axis, (key, label, scale) in zip(axes.flat, panels, strict=True):
+              "log"), ("fvu", "FVU", "log"), ("dead", "dead features (%)", "linear"))
+    for axis, (key, label, kind) in zip(axes.flat, panels, strict=True):
         for layer, colour in enumerate(layer_colours(n_layers)):
-            axis.plot(tokens, [row[key][layer] for row in history], color=colour, linewidth=1.2,
-                      label=f"layer {layer}")
-        axis.set(ylabel=label, yscale=scale)
-    axes[1, 1].set_ylim(-0.02, 1.02)
+            values = np.array([row[key][layer] for row in history], float)
+            axis.plot(tokens, 100 * values if key == "dead" else values, color=colour,
+                      linewidth=1.2, label=f"layer {layer}")
+        axis.set(ylabel=label, yscale=kind)
+        if kind == "log":
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_locator(NullLocator())
+    dead = axes[1, 1]
+    dead.set_ylim(0, max(5.0, dead.get_ylim()[1]))
     for axis in axes[1]:
-        axis.set(xlabel="training tokens")
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+        axis.set(xlabel=f"training tokens ({unit}s)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if n_layers <= 12:
         figure.legend(handles, labels, loc="outside right upper", frameon=False)

@@ -87,9 +87,17 @@ def circuit_picture(circuit: "Circuit", texts: Sequence[str], genes: Sequence[st
             # The legend's marks are of one size, whatever the first node's influence.
             axis.scatter([], [], s=45, marker=marker, color=colour, label=kind)
     ranked = sorted(zip(sizes, supernodes, strict=True), key=lambda pair: -pair[0])
+    # Inches from column to column and from layer to layer, at least, in a phone's version too.
+    across, up = (0.6 * figure.get_figwidth() - 1.2) / len(positions), 4.2 / (n_layers + 1.5)
+    taken: list[tuple[float, float, float]] = []
     for _, (members, (x, y)) in [one for one in ranked if _name(one[1][0])][:_NAMED]:
-        axis.annotate(_name(members), (x, y), xytext=(8, 2), textcoords="offset points",
-                      fontsize=10, zorder=3)
+        left, low, wide = x * across, y * up, 0.09 * len(_name(members))
+        # Of names that would run into each other the most influential node has its own.
+        if all(abs(low - other) > 0.18 or left > start + width or left + wide < start
+               for start, other, width in taken):
+            taken.append((left, low, wide))
+            axis.annotate(_name(members), (x, y), xytext=(8, 2), textcoords="offset points",
+                          fontsize=10, zorder=3)
     for sign, colour in (("adds", BLUE), ("takes away", ORANGE)):
         axis.plot([], [], color=colour, linewidth=3, label=sign)
     labels = [f"{texts[p]} ({genes[p]})" if genes[p] else texts[p] for p in positions]

@@ -15,7 +15,7 @@ from scfm_circuits.report.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, 
 if TYPE_CHECKING:
     from scfm_circuits.circuits.circuit import Circuit, Node
 
-COLUMNS = 5
+COLUMNS, ON_A_PHONE = 5, 3
 MOST_GENES = 80
 """Of a longer sentence the first so many genes are drawn, which are the most expressed."""
 LONGEST_GENE = 12
@@ -36,52 +36,55 @@ class Traced(NamedTuple):
 
 
 def call_sentence(genes: Sequence[str], contributions: Mapping[str, float], answer: str,
-                  traced: Traced | None = None) -> Figure:
+                  traced: Traced | None = None, columns: int = COLUMNS) -> Figure:
     """A cell's sentence, its genes tinted by what they contribute to the call.
 
     genes: the sentence in rank order; it reads from left to right and from top to bottom.
     contributions: signed, by gene (such as `search.gene_contributions`); the darkest tint is the
     largest size among them. answer: what the model says. traced: the circuit drawn above, with the
     edges that carry most of its target's contributions; whatever the target is, it is on top.
+    columns: genes in a row, `ON_A_PHONE` for a narrow picture with letters of the same size.
     """
     shown = list(genes)[:MOST_GENES]
-    rows = -(-len(shown) // COLUMNS)
-    boxes = {gene: (i % COLUMNS + 0.5, -(i // COLUMNS) - 0.5) for i, gene in
+    rows = -(-len(shown) // columns)
+    boxes = {gene: (i % columns + 0.5, -(i // columns) - 0.5) for i, gene in
              reversed(list(enumerate(shown)))}
     layers = _layers(traced.circuit) if traced else []
     top = _STEP * (len(layers) + 0.6)
-    figure, axis = plt.subplots(figsize=(6.4, 0.33 * (rows + top + 1.9)), layout="constrained")
-    axis.set(xlim=(0, COLUMNS), ylim=(-rows - 1.0, top + 0.9))
+    # What has no room beside the legend of a narrow picture is below it.
+    below = 0.8 if columns < COLUMNS else 0.0
+    figure, axis = plt.subplots(figsize=(6.4 if columns >= COLUMNS else 4.2,
+                                         0.33 * (rows + top + 1.9 + below)), layout="constrained")
+    axis.set(xlim=(0, columns), ylim=(-rows - 1.0 - below, top + 0.9))
     axis.axis("off")
     if traced:
-        _draw_circuit(axis, traced, layers, boxes, top - 0.2)
+        _draw_circuit(axis, traced, layers, boxes, columns, top - 0.2)
     largest = max((abs(value) for value in contributions.values()), default=0.0) or 1.0
     for gene, (x, y) in boxes.items():
         _draw_gene(axis, gene, x, y, contributions.get(gene, 0.0) / largest)
     said = literal(answer) or "(nothing)"
-    axis.text(COLUMNS / 2, top + 0.45, f"the model says: {said}", ha="center", va="center",
+    axis.text(columns / 2, top + 0.45, f"the model says: {said}", ha="center", va="center",
               fontsize=14, fontweight="bold")
     rest = f"{len(genes) - len(shown)} more genes; " if len(genes) > len(shown) else ""
     for x, colour, text in ((0.05, BLUE, "speaks for it"), (1.5, ORANGE, "speaks against it")):
         axis.add_patch(plt.Rectangle((x, -rows - 0.75), 0.15, 0.45, color=colour))
         axis.text(x + 0.22, -rows - 0.52, text, va="center", fontsize=11)
-    axis.text(COLUMNS - 0.05, -rows - 0.52, f"{rest}most expressed first", ha="right", va="center",
-              fontsize=11, color="0.35")
+    axis.text(columns - 0.05, -rows - 0.52 - below, f"{rest}most expressed first", ha="right",
+              va="center", fontsize=11, color="0.35")
     return figure
 
 
 def _draw_gene(axis: Axes, gene: str, x: float, y: float, share: float) -> None:
     """One gene in its box; share: its contribution over the largest, from -1 to 1."""
     colour = np.array(to_rgb(BLUE if share >= 0 else ORANGE))
-    # Small contributions are seen too: the square root is spread more evenly.
-    tint = 1 - (1 - colour) * abs(share) ** 0.5
+    # Small contributions are seen too: the square root is spread more evenly. The darkest tint is
+    # light enough for black letters.
+    tint = 1 - 0.72 * (1 - colour) * abs(share) ** 0.5
     axis.add_patch(FancyBboxPatch((x - 0.46, y - 0.36), 0.92, 0.72, facecolor=tint, zorder=3,
                                   boxstyle="round,pad=0,rounding_size=0.08", edgecolor="0.75",
                                   linewidth=0.7, mutation_aspect=2.5))
-    # Of black and white the one that is easier to read on the tint.
-    dark = float(tint @ (0.2126, 0.7152, 0.0722)) < 0.42
     axis.text(x, y - 0.02, literal(gene, LONGEST_GENE), ha="center", va="center", zorder=4,
-              fontsize=11, color="white" if dark else "black",
+              fontsize=11, color="black",
               fontweight="bold" if abs(share) > 0.2 else "normal")
 
 
@@ -107,10 +110,10 @@ def _layers(circuit: "Circuit") -> list[list["Node"]]:
 
 
 def _draw_circuit(axis: Axes, traced: Traced, layers: list[list["Node"]],
-                  boxes: Mapping[str, Place], top: float) -> None:
+                  boxes: Mapping[str, Place], columns: int, top: float) -> None:
     """The circuit between the sentence and its target, which is in the middle at height `top`."""
     circuit, influence = traced.circuit, traced.circuit.influence()
-    place: dict[str, Place] = {circuit.target: (COLUMNS / 2, top)}
+    place: dict[str, Place] = {circuit.target: (columns / 2, top)}
 
     def box_of(node: "Node") -> Place | None:
         gene = traced.genes[node.source]
@@ -118,8 +121,8 @@ def _draw_circuit(axis: Axes, traced: Traced, layers: list[list["Node"]],
 
     for height, nodes in enumerate(layers):
         # Nodes at genes are near their column; those at the question's words are on the right.
-        order = sorted(nodes, key=lambda node: ((box_of(node) or (COLUMNS, 0.0))[0], node.source))
-        for x, node in zip((np.arange(len(order)) + 0.5) * COLUMNS / len(order), order,
+        order = sorted(nodes, key=lambda node: ((box_of(node) or (columns, 0.0))[0], node.source))
+        for x, node in zip((np.arange(len(order)) + 0.5) * columns / len(order), order,
                            strict=True):
             place[node.id] = float(x), _STEP * (height + 0.75)
             box = box_of(node)

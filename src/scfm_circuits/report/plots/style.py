@@ -57,14 +57,18 @@ def narrow(figure: Figure) -> bool:
     else:
         figure.set_size_inches(max(0.6 * width, NARROW),
                                (0.6 if len(placed) < len(figure.axes) else 1) * height)
+    labels = [text.get_text() for legend in legends for text in legend.get_texts()]
+    handles = [handle for legend in legends for handle in legend.legend_handles
+               if handle is not None]
     for legend in legends:
-        labels = [text.get_text() for text in legend.get_texts()]
-        handles = [handle for handle in legend.legend_handles if handle is not None]
-        # A line has room for about 53 letters; a mark and its gaps take 9.
-        each = max(map(len, labels), default=0) + 9
-        figure.legend(handles, labels, loc="outside lower center", frameon=False,
-                      ncols=min(len(labels), 53 // each) if each <= 26 else 1)
         legend.remove()
+    if labels:
+        # A line has room for about 53 letters; a mark and its gaps take 9.
+        each = max(map(len, labels)) + 9
+        columns = min(len(labels), 53 // each) if each <= 26 else 1
+        figure.legend(handles, labels, loc="outside lower center", frameon=False, ncols=columns)
+        if len(labels) > 4 * columns:  # else it would take the panels' room
+            figure.set_figheight(figure.get_figheight() + 0.24 * len(labels) / columns)
     return True
 
 
@@ -97,8 +101,9 @@ def _wrap_names(axis: Axes) -> float:
 
 
 def layer_colours(n: int) -> list[Any]:
-    """A colour for each of n layers, from dark to light."""
-    return sns.color_palette("viridis", n)
+    """A colour for each of n layers, from dark to light; none so light that it is lost on the page,
+    or so dark that it is lost where the dark mode exchanges the two."""
+    return [*plt.get_cmap("viridis")(np.linspace(0.12, 0.68, n))]
 
 
 def ticks(n: int) -> list[int]:

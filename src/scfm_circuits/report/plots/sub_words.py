@@ -30,13 +30,16 @@ def both_tokenizers(runs: pd.DataFrame) -> Figure:
 
     runs: a row per run and measure, from `sub_words.compare_tokenizers`.
     """
-    figure, axes = plt.subplots(2, 2, figsize=(8.5, 7), constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(8.5, 7))
+    figure.set_layout_engine("constrained", h_pad=0.3)
     for axis, (label, measures) in zip(axes.flat, _PANELS.items(), strict=True):
         _panel(axis, runs, measures)
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
         if len(measures) > 1:
-            axis.legend(fontsize=9)
+            # Above its panel, which it must not make narrower.
+            axis.legend(fontsize=9, loc="lower left", bbox_to_anchor=(-0.05, 1), ncols=2,
+                        frameon=False, columnspacing=1.2).set_in_layout(False)
     return figure
 
 

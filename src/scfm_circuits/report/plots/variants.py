@@ -70,4 +70,5 @@ def _dots(axis: Axes, table: pd.DataFrame, column: str, label: str) -> None:
     low = min(0.0, float(table[column].min()))
     axis.set(xlabel=label, xlim=(low, 1.12 * float(table[column].max()) or 1.0))
     # The last number of a panel would run into the first of the next.
-    axis.xaxis.set_major_locator(MaxNLocator(3, prune="upper"))
+    axis.xaxis.set_major_locator(MaxNLocator(2, prune="upper"))
+    axis.xaxis.set_major_formatter("{x:g}")

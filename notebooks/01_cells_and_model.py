@@ -27,11 +27,10 @@
 #   type (the left half of the paper's Figure 1). The model is used as it is.
 # - **We find.** This run's model has {glue:text}`model.layers` layers of width {glue:text}`model.width`. It
 #   names {glue:text}`model.accuracy_percent` % of {glue:text}`model.asked` {term}`held-out cells
-#   <held-out cell>` rightly ({glue:text}`model.mean_over_types` % as a mean over types).
+#   <held-out cell>` correctly ({glue:text}`model.mean_over_types` % as a mean over types).
 # - **What it is worth.** Always naming the commonest type would be right for
-#   {glue:text}`model.majority_percent` %. A logistic regression that sees the same
-#   {glue:text}`cells.k` ranks is right for {glue:text}`model.regression_percent` %: what it knows needs no
-#   layers.
+#   {glue:text}`model.majority_percent` %. A logistic regression on the same {glue:text}`cells.k` ranks, with
+#   no layers at all, is right for {glue:text}`model.regression_percent` %.
 # ```
 
 # %% tags=["parameters"]
@@ -72,13 +71,16 @@ chapter.only_guesses()
 # ## Cells
 #
 # The paper uses Heart Cell Atlas v2 {cite:p}`kanemaru2023spatially` and holds out 10 % of it. This run
-# uses {glue:text}`cells.name`: {glue:text}`cells.total` cells, of which {glue:text}`cells.held_out`
-# are held out. The split is by cell, so that nothing of a held-out cell is ever trained on.
+# uses {glue:text}`cells.described`; {glue:text}`cells.held_out` of them are held out. The split is by
+# cell, so that nothing of a held-out cell is ever trained on.
 
 # %% tags=["fold:Cells of each type as a table"]
 chapter.values({"cells.name": chapter.profile.cells_name, "cells.total": len(corpus),
                 "cells.held_out": len(chapter.held_out),
                 "split.train_share": np.mean(~corpus.held_out)})
+name, counted = chapter.profile.cells_name, f"{len(corpus):,} cells"
+chapter.value("cells.described", len(corpus),
+              name if counted in name else f"{counted} ({name})")
 types = pd.DataFrame({"cell type": corpus.labels, "held out": corpus.held_out})
 types = types.groupby("cell type")["held out"].agg(cells="size", held_out="sum").reset_index()
 chapter.table("cell_types", types.sort_values("cells", ascending=False, ignore_index=True),
@@ -107,9 +109,9 @@ chapter.show(pd.DataFrame({"what was decided while reading the cells": corpus.de
 
 # %% [markdown] tags=["only-if:cells.in_words"]
 # Each cell becomes a {term}`cell sentence`, the names of its {glue:text}`cells.k` most expressed genes. Genes of equal
-# expression come in random order, and genes that are not expressed are left out. 64 is the length of
-# the paper's case study; how long the sentences are that its transcoders were trained on, it does not
-# say. Here is one held-out cell, with the answer the model should give.
+# expression come in random order, and genes that are not expressed are left out. The paper's case study
+# has 64 genes; it does not say how long the sentences were on which its transcoders were trained. Here
+# is one held-out cell, with the answer the model should give.
 
 # %%
 in_words, encoding = chapter.profile.in_words, chapter.profile.encoding
@@ -131,8 +133,8 @@ print(question(chapter.profile).replace("{genes}", " ".join(corpus.genes_of(cell
 # %% [markdown]
 # {glue:text}`cells.pieces` Every token remembers the gene it came from and its
 # place in it; {glue:text}`cells.others` to no gene. A gene of this corpus
-# takes {glue:text}`cells.tokens_per_gene` tokens on average; the paper's sentence takes 3.30 with
-# Pythia's tokenizer.
+# takes {glue:text}`cells.tokens_per_gene` tokens on average, a gene of the paper's sentence 3.30 (with
+# Pythia's tokenizer).
 
 # %% [markdown] tags=["fold:The paper's prompt and the tokens of that cell"]
 # The paper prints its prompt (Figure 4): the sentence, a full stop, a blank line and "The corresponding
@@ -158,10 +160,10 @@ chapter.show(pd.DataFrame({
 # %% [markdown]
 # ## The model
 #
-# C2S-Pythia-410m is a GPT-NeoX with 24 layers of width 1,024. Its layers run attention and MLP side
-# by side: an MLP sees what earlier layers wrote, and not the attention of its own layer. A profile
-# that names a Hugging Face model loads it; the small profiles train one of the same kind on the
-# spot, on the training cells alone. This run's model has {glue:text}`model.layers` layers of width
+# The paper's model, C2S-Pythia-410m, is a GPT-NeoX with 24 layers of width 1,024. Its layers run
+# attention and MLP side by side: an MLP sees what earlier layers wrote, and not the attention of its own
+# layer. A profile that names a Hugging Face model loads it; the small profiles train one of the same
+# kind on the training cells. This run's model has {glue:text}`model.layers` layers of width
 # {glue:text}`model.width`.
 
 # %%
@@ -170,22 +172,21 @@ chapter.values({"layers": model.config.num_hidden_layers, "width": model.config.
                 "parameters": model.num_parameters()}, prefix="model.")
 
 # %% tags=["fold:How the model was trained"]
-if curve.step:
-    trained = chapter.profile
-    chapter.show(pd.DataFrame([
-        ("steps", f"{trained.model_steps:,}, of {trained.model_batch_cells} cells each"),
-        *([("weight of the answer's tokens in the loss",
-            f"{trained.model_answer_weight:g}; others 1")] if in_words else []),
-        ("how often a type of n cells is drawn",
-         "as n" if not trained.model_type_balance else
-         "as any other" if trained.model_type_balance == 1 else
-         f"as n to the power of {1 - trained.model_type_balance:g}"),
-        ("sentence of a cell", "always the one that its values give" if trained.model_thinning == 1
-         else "a fresh one each time, from counts thinned to between "
-         f"{100 * trained.model_thinning:.0f} and 100 %; values that are no counts are not thinned"),
-    ], columns=["training on the spot", "this run"]), caption="How the model was trained")
+trained = chapter.profile
+chapter.show(pd.DataFrame([
+    ("steps", f"{trained.model_steps:,}, of {trained.model_batch_cells} cells each"),
+    *([("weight of the answer's tokens in the loss",
+        f"{trained.model_answer_weight:g}; others 1")] if in_words else []),
+    ("how often a type of n cells is drawn",
+     "as n" if not trained.model_type_balance else
+     "as any other" if trained.model_type_balance == 1 else
+     f"as n to the power of {1 - trained.model_type_balance:g}"),
+    ("sentence of a cell", "always the one that its values give" if trained.model_thinning == 1
+     else "a fresh one each time, from counts thinned to between "
+     f"{100 * trained.model_thinning:.0f} and 100 %; values that are no counts are not thinned"),
+], columns=["setting", "this run"]), caption="How the model was trained") if curve.step else None
 
-# %% mystnb={"image": {"alt": "Line of the language model's training loss falling with steps; empty if the model was loaded."}, "figure": {"caption": "Training loss of the small language model. A model that was loaded has no curve.", "name": "fig-lm"}}
+# %% mystnb={"image": {"alt": "Line of the language model's training loss falling with steps; empty if the model was loaded."}, "figure": {"caption": "Training loss of the small language model (a model that was loaded has no curve).", "name": "fig-lm"}}
 chapter.figure("language_model_training", training_curve(curve.step, curve.loss))
 
 # %% [markdown]
@@ -200,17 +201,16 @@ chapter.figure("language_model_training", training_curve(curve.step, curve.loss)
 # the same model with its weights drawn anew. What the last two name, no training of the model explains.
 
 # %% [markdown] tags=["only-if:cells.in_words"]
-# The model answers the prompts of {glue:text}`model.asked` held-out cells in its own words, the
-# likeliest token at a time, with room for the longest label. An answer is correct only if it matches
-# the cell's label exactly (a model trained with a different label vocabulary would score zero). It is
-# compared with two other answers: always the training cells' commonest type, which needs no look at a
-# cell; and that of a logistic regression, trained on the same training cells, which sees the place of
-# each gene in the same {glue:text}`cells.k` ranks.
+# The model answers the prompts of {glue:text}`model.asked` held-out cells in its own words, always with
+# the likeliest token. An answer is correct only if it matches the cell's label exactly (a model trained
+# with a different label vocabulary would score zero). Two other answers stand beside it: always the
+# commonest type of the training cells, which needs no look at a cell; and that of a logistic regression
+# on the same training cells, which sees the place of each gene in the same {glue:text}`cells.k` ranks.
 
 # %%
 known = chapter.known_types
 by_type, accuracy = pd.DataFrame(known.by_type), pd.DataFrame(known.accuracy)
-chapter.table("cell_type_accuracy", accuracy, digits=3, caption="Held-out cells answered rightly "
+chapter.table("cell_type_accuracy", accuracy, digits=3, caption="Held-out cells answered correctly "
               "(percentage with a 95 % interval; mean over types with "
               f"{ENOUGH} or more of these cells)")
 
@@ -234,14 +234,12 @@ for key, row in (("majority", COMMONEST), ("regression", REGRESSION)):
     chapter.p_value(f"model.p.{key}", float(accuracy["p"][row]))
 
 # %% [markdown]
-# The model is right for {glue:text}`model.accuracy_percent` % of the cells, and for
-# {glue:text}`model.mean_over_types` % as a mean over types. The commonest type would be right for
-# {glue:text}`model.majority_percent` %, the regression is right for
-# {glue:text}`model.regression_percent` %. Of the cells about which just one of two is right, it is the
-# model for {glue:text}`model.only.majority.model` and the commonest type for
-# {glue:text}`model.only.majority.other` (p = {glue:text}`model.p.majority` that the model is no better,
-# exact one-sided McNemar test); and the model for {glue:text}`model.only.regression.model` and the
-# regression for {glue:text}`model.only.regression.other` (p = {glue:text}`model.p.regression`).
+# Is the model better than the two others? Only cells count about which just one of a pair is right.
+# Beside the commonest type that is the model for {glue:text}`model.only.majority.model` cells and the
+# commonest type for {glue:text}`model.only.majority.other` (exact one-sided McNemar test, p =
+# {glue:text}`model.p.majority`). Beside the regression it is the model for
+# {glue:text}`model.only.regression.model` and the regression for
+# {glue:text}`model.only.regression.other` (p = {glue:text}`model.p.regression`).
 
 # %% [markdown] tags=["only-if:cells.by_state"]
 # As a mean over types the model is right for {glue:text}`model.mean_over_types` %
@@ -257,4 +255,5 @@ confusion = pd.DataFrame(known.confusion).set_index("cell type")
 chapter.figure("cell_type_confusion", confusion_matrix(confusion))
 
 # %%
-chapter.table("cell_type_confusion", confusion.reset_index(), rows=0)
+chapter.table("cell_type_confusion", confusion.reset_index(), rows=0,
+              caption="Number of cells of each type with each answer")

@@ -75,10 +75,11 @@ chapter.not_comparable()
 # \mathcal{L} = \lVert\hat{\mathbf{y}} - \mathbf{y}\rVert_2^2 + \lambda\lVert\mathbf{z}\rVert_1
 # ```
 #
-# Its hyperparameters match those of a published script, `train_transcoder.py` of
-# {cite:t}`dunefsky2024transcoders`, which uses a different loss: there the squared error is averaged over the $d$ dimensions and divided by the target's norm. The penalty of
-# the same $\lambda$ then weighs $d\,\lVert\mathbf{y}\rVert$ times more. Both are here by name
-# (`equation4`, `normalized`); this run uses {glue:text}`training.loss`.
+# The paper's hyperparameters match those of a published script, `train_transcoder.py` of
+# {cite:t}`dunefsky2024transcoders`, which uses a different loss: there the squared error is averaged over
+# the $d$ dimensions and divided by the target's norm. The penalty of the same $\lambda$ then weighs
+# $d\,\lVert\mathbf{y}\rVert$ times more. A profile chooses one of the two losses by name (`equation4`,
+# `normalized`); this run uses {glue:text}`training.loss`.
 
 # %% tags=["fold:What the coefficient means in the units of Equation 4"]
 chapter.value("training.loss", settings.loss)
@@ -109,12 +110,14 @@ chapter.show(pd.DataFrame(rows, columns=["setting", "what it is", "paper", "this
              .map(readable), caption="Settings of the paper and of this run")
 
 # %% [markdown]
-# ### What the paper does not say
+# ### What the paper leaves open
+#
+# The paper does not say how it treats features that never fire, whether the input bias is trained, in
+# which precision it computes, in which order tokens are seen, or whether texts are cut.
 
-# %% [markdown] tags=["fold:The published script and this book"]
-# The listed settings are those of `train_transcoder.py` in the code of {cite:t}`dunefsky2024transcoders`;
-# the paper names neither the script nor any of the following. Where it is silent, this book does what
-# the last column says, which need not be what the authors did.
+# %% [markdown] tags=["fold:What the published script and this book do"]
+# The script's way need not be the authors': the paper does not name it. This book does what the last
+# column says.
 #
 # | | the script | this book |
 # | --- | --- | --- |
@@ -130,14 +133,13 @@ chapter.show(pd.DataFrame(rows, columns=["setting", "what it is", "paper", "this
 # %% [markdown]
 # ## The run
 #
-# In a notebook that is run by hand the curves are drawn while it trains; with `tensorboard: true` in
-# the profile, `tensorboard --logdir results` shows them too. A run that was stopped goes on from its
-# checkpoint.
+# All layers are trained at once, for {glue:text}`training.tokens` tokens. A run that is stopped goes on
+# from its checkpoint.
 
 # %%
 transcoders, history = get_transcoders(model, corpus, settings, logged=watcher(settings))
 
-# %% mystnb={"image": {"alt": "Four panels against training tokens, one line per layer: reconstruction loss, active features per token, fraction of variance unexplained, share of dead features."}, "figure": {"caption": "Training of all layers at once. Each line is a layer.", "name": "fig-training"}}
+# %% mystnb={"image": {"alt": "Four panels against training tokens, one line per layer: reconstruction loss, active features per token, fraction of variance unexplained, share of dead features."}, "figure": {"caption": "Training of all layers at once: each line is a layer.", "name": "fig-training"}}
 chapter.figure("training_curves", transcoder_curves(history))
 
 # %% tags=["fold:The last training batch per layer"]
@@ -160,6 +162,9 @@ for key, name in (("dead_share", "dead"), ("final_fvu", "fvu")):
 
 # %% [markdown]
 # ## What it costs
+#
+# Training all layers at the paper's size takes about {glue:text}`training.paper_operations`
+# floating-point operations.
 
 # %% [markdown] tags=["fold:Cost of this run and of one of the paper's size"]
 # For each token and layer, a step multiplies five times by a matrix of a transcoder's size (twice
@@ -174,10 +179,12 @@ chapter.show(cost_table(cost, projected),
              caption="Cost of this run, and what its rate would mean for the paper's size")
 
 # %% [markdown]
-# The projection holds this run's operations per second against the paper's
-# {glue:text}`training.paper_operations`. That is not comparable where this run's layers are smaller
-# than the paper's: small products do not fill a processor, and the rest of a step weighs more. The
-# benchmark measures the paper's layer size on the machine at hand.
+# The projected time is the paper's number of operations over this run's operations per second. It is too
+# long where this run's layers are smaller than the paper's: small products do not fill a processor, and
+# the rest of a step weighs more. The benchmark measures the paper's layer size on the machine at hand.
+#
+# In a notebook that is run by hand the curves are drawn while it trains; with `tensorboard: true` in
+# the profile, `tensorboard --logdir results` shows them too.
 
 # %%
 shown_benchmark(chapter)

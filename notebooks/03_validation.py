@@ -22,16 +22,17 @@
 # ```{admonition} In short
 # :class: in-short
 # - **Question.** How much of the model is lost if every MLP is replaced by its {term}`transcoder`?
-# - **The paper says.** The loss on {term}`held-out cells <held-out cell>` rises from 2.48 to 4.63 nats per token;
-#   without MLPs it is 12.67 (Table 1). Of what removing the MLPs costs, that recovers
-#   {glue:text}`table1.paper_recovered`.
+# - **The paper says.** The loss on {term}`held-out cells <held-out cell>` rises from
+#   {glue:text}`table1.paper_original` to {glue:text}`table1.paper_transcoder` nats per token; without MLPs it
+#   is {glue:text}`table1.paper_no_mlp` (Table 1). So the transcoders recover
+#   {glue:text}`table1.paper_recovered` of what removing the MLPs costs.
 # - **We find.** It rises from {glue:text}`table1.original` to {glue:text}`table1.transcoder`; without MLPs
 #   it is {glue:text}`table1.no_mlp`. The transcoders recover {glue:text}`table1.recovered`, and the model
-#   still names {glue:text}`mlps.right.transcoder` of the cells rightly
+#   still names {glue:text}`mlps.right.transcoder` of the cells correctly
 #   ({glue:text}`mlps.right.original` untouched).
-# - **What it is worth.** With every MLP held at its mean, which tells nothing of the cell, it names
-#   {glue:text}`mlps.right.mean`. A mean over all tokens says little about what the model knows of the cell,
-#   and a small model on few cells is no evidence about the paper's.
+# - **What it is worth.** With every MLP held at its mean, which tells nothing of the cell, the model names
+#   {glue:text}`mlps.right.mean`. The loss is a mean over all tokens, few of which depend on what the model
+#   knows of the cell. And a small model on few cells is no evidence about the paper's.
 # ```
 
 # %% tags=["parameters"]
@@ -59,17 +60,18 @@ fvu, fvu_without_first = validation.fraction_of_variance_unexplained(*asked, ski
 # ## Table 1: validation loss
 #
 # Mean cross-entropy of {glue:text}`table1.asked`. "No MLP" means that the MLPs write nothing
-# ({term}`zero ablation`); a model so crippled can do worse than a uniform guess, as the paper's 12.67 does
-# ($\ln 50304 = 10.83$).
+# ({term}`zero ablation`). Such a model can do worse than a uniform guess over all tokens, as the paper's
+# {glue:text}`table1.paper_no_mlp` does ($\ln 50304 = 10.83$).
 
 # %%
 table1 = validation.table1(scores, chapter.paper.loss)
 loss, printed = (table1.set_index("configuration")[name] for name in ("validation_loss", "paper"))
 for name, value in zip(validation.NAMES, loss, strict=True):
     chapter.rounded(f"table1.{name}", value, 2)
+    chapter.rounded(f"table1.paper_{name}", float(printed[validation.NAMES[name]]), 2)
 chapter.table("table1", table1, caption="Table 1: validation loss (standard error over cells)")
 
-# %% mystnb={"image": {"alt": "Two bar charts of validation loss for original, transcoders and no MLP: this run and the paper."}, "figure": {"caption": "Table 1 as a picture. The two panels have different models and data and are not to be compared bar by bar.", "name": "fig-table1"}}
+# %% mystnb={"image": {"alt": "Two bar charts of validation loss for original, transcoders and no MLP: this run and the paper."}, "figure": {"caption": "Table 1 as a picture: two models on two sets of cells, so compare the pattern and not single bars.", "name": "fig-table1"}}
 chapter.figure("table1", plots.loss_comparison(table1))
 
 # %%
@@ -81,8 +83,8 @@ chapter.value("table1.order", order, "holds" if order else "does not hold")
 # %% [markdown]
 # The order original < transcoder < no MLP {glue:text}`table1.order` here. Of the loss that removing
 # the MLPs costs, the transcoders recover {glue:text}`table1.recovered`; by the same arithmetic the
-# paper's recover {glue:text}`table1.paper_recovered`. That is the number to look at: a replaced
-# model whose loss is 4.63 where the original's is 2.48 has lost much of what the model knew.
+# paper's recover {glue:text}`table1.paper_recovered`. Even so, a model whose loss rises from
+# {glue:text}`table1.paper_original` to {glue:text}`table1.paper_transcoder` has lost much of what it knew.
 #
 # ## Table 2: KL divergence
 #
@@ -101,7 +103,7 @@ chapter.table("table2", table2, caption="Table 2: KL(original || modified) in na
 # writes on any token. Under {term}`mean ablation` the constant stays: every MLP writes its mean output over
 # the tokens of {glue:text}`mlps.mean_cells` training cells. {glue:text}`mlps.constant`
 #
-# Table 1 is a mean over tokens of very different kinds, of which few are the answer.
+# Table 1 is a mean over very different tokens, few of which are the answer.
 
 # %% tags=["fold:The loss by kind of predicted token"]
 whole = scores[scores["layer"] == -1].set_index("configuration")["loss"].rename(validation.NAMES)
@@ -124,7 +126,8 @@ chapter.values({"in_words": in_words, "by_state": not in_words,
 chapter.value("table1.asked", in_words, validation.asked_said(chapter.model, in_words))
 
 # %% [markdown] tags=["unfold"]
-# {glue:text}`mlps.shares` From mean ablation the transcoders recover {glue:text}`mlps.recovered_from_mean` of the loss.
+# {glue:text}`mlps.shares` Of what mean ablation costs, the transcoders recover
+# {glue:text}`mlps.recovered_from_mean`.
 #
 # ### Does the model still know the cell?
 
@@ -134,8 +137,8 @@ chapter.value("table1.asked", in_words, validation.asked_said(chapter.model, in_
 # Wilson's; *lost* and *gained* count cells that the change has made wrong or right.
 
 # %% [markdown] tags=["only-if:mlps.in_words"]
-# An answer counts as right here if every one of its tokens, full stop included, is the likeliest after
-# those before it: then the model, asked, says just that. Intervals are Wilson's; *lost* and *gained*
+# An answer counts as right if every one of its tokens, full stop included, is the likeliest after those
+# before it: then the model says just that when it is asked. Intervals are Wilson's; *lost* and *gained*
 # count cells whose answer the change has made wrong or right.
 
 # %% tags=["fold:Right answers when several MLPs are changed together"]
@@ -143,11 +146,12 @@ answers = found.answers
 together = answers[answers["layer"] < 0].replace({
     "configuration": validation.SHOWN,
     "layer": {validation.ALL: "all", validation.LATER: "all but the first"}})
-chapter.table("mlp_answers", answers, rows=0)
+chapter.table("mlp_answers", answers, rows=0, caption="Right answers with MLPs changed, one layer "
+              "alone and several together")
 chapter.show(together.rename(columns={"layer": "layers"}), digits=3,
-             caption="Held-out cells answered rightly when several MLPs are changed together")
+             caption="Held-out cells answered correctly when several MLPs are changed together")
 
-# %% mystnb={"image": {"alt": "Percentage of held-out cells answered rightly against layer when one layer's MLP is replaced, at its mean or removed, beside several layers together; a line marks the untouched model."}, "figure": {"caption": "Held-out cells answered rightly when the MLP of one layer, of all but the first, or of all, is replaced by its transcoder, held at its mean, or removed, with 95 % intervals. Grey: the untouched model.", "name": "fig-answers"}} tags=["unfold"]
+# %% mystnb={"image": {"alt": "Percentage of held-out cells answered correctly against layer when one layer's MLP is replaced, at its mean or removed, beside several layers together; a line marks the untouched model."}, "figure": {"caption": "Held-out cells answered correctly when the MLP of one layer, of all but the first, or of all, is replaced by its transcoder, held at its mean, or removed, with 95 % intervals. Grey: the untouched model.", "name": "fig-answers"}} tags=["unfold"]
 chapter.figure("mlp_answers", plots.answers_by_layer(answers))
 
 # %%
@@ -159,20 +163,20 @@ chapter.percent("mlps.right.later", alone.get(validation.LATER, alone.get(1)))
 chapter.percent("mlps.right.worst_later", alone[alone.index > 0].min())
 
 # %% [markdown]
-# The untouched model is right about {glue:text}`mlps.right.original` of the held-out cells, with
-# transcoders about {glue:text}`mlps.right.transcoder`, with all MLPs at their mean about
-# {glue:text}`mlps.right.mean` and without any about {glue:text}`mlps.right.no_mlp`. The first layer is
-# a case of its own, as it alone reads tokens before any attention. With all later MLPs at their mean
-# the model is right about {glue:text}`mlps.right.later`, with one of them alone about
-# {glue:text}`mlps.right.worst_later` at worst. Where single layers cost little and all together much,
-# they replace each other, and what one does alone does not show what it is needed for.
+# The untouched model is right for {glue:text}`mlps.right.original` of the held-out cells, with
+# transcoders for {glue:text}`mlps.right.transcoder`, with all MLPs at their mean for
+# {glue:text}`mlps.right.mean` and without any for {glue:text}`mlps.right.no_mlp`. The first layer is
+# a case of its own: it alone reads tokens before any attention. With all later MLPs at their mean
+# the model is right for {glue:text}`mlps.right.later`, with one of them alone for
+# {glue:text}`mlps.right.worst_later` at worst. If single layers cost little and all together much, layers
+# can stand in for each other, and changing one alone does not show what it does.
 #
 # ## Beyond the paper: one layer at a time
 #
 # Errors of early layers are fed to later ones, so the tables above do not say which transcoders are
 # good. Replacing one layer alone does, and so does each layer's fraction of variance unexplained
-# (FVU), measured on the original model's activations. A model may rest its attention on a text's first
-# token, and write there what it writes nowhere else; so the table has FVU without it, too.
+# (FVU) on the original model's activations. A text's first token can be a special case that no other
+# token is like; the table therefore has FVU without it, too.
 
 # %% mystnb={"image": {"alt": "Left: KL against layer when one layer is replaced, at its mean, or removed. Right: bars of fraction of variance unexplained per layer."}, "figure": {"caption": "Each layer alone: what replacing it, holding it at its mean or removing it does to the predictions, and how much of its output its transcoder leaves unexplained.", "name": "fig-layers"}}
 chapter.figure("validation_layers", plots.layer_alone(scores, fvu))
@@ -186,5 +190,5 @@ chapter.percent("validation.fvu_mean", float(np.mean(fvu)), 1)
 chapter.percent("validation.fvu_without_first_mean", float(np.mean(fvu_without_first)), 1)
 
 # %% [markdown] tags=["unfold"]
-# Over the layers {term}`FVU` is {glue:text}`validation.fvu_mean` on average, and without the first token
+# On average over layers {term}`FVU` is {glue:text}`validation.fvu_mean`, and without the first token
 # {glue:text}`validation.fvu_without_first_mean`.

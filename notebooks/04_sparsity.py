@@ -30,7 +30,7 @@
 #   on the features.
 # ```
 #
-# The counts here and in the chapters that follow are taken over every token of all cells.
+# Here and in the chapters that follow, features are counted over every token of all cells.
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -78,10 +78,10 @@ chapter.value("l0.implied_interval", implied.low, f"{implied.low:.0f} to {implie
 # ## Live features
 #
 # The paper counts a feature as live if it fires often enough: $\log_{10} E(f) \ge -4$ for the human
-# evaluation, $-3$ for Table 4. In a corpus of {glue:text}`live.n_tokens` tokens, a feature at the
-# cut of $-4$ has fired {glue:text}`live.at_cut` times. Every token counts, those of the question, the
-# answer and the text's end as well: {glue:text}`live.outside` of {glue:text}`live.table4` features above
-# the cut of $-3$ are active outside genes more often than in them, and stay in Table 4's denominator.
+# evaluation, $-3$ for Table 4. In this corpus of {glue:text}`live.n_tokens` tokens, a feature at the
+# cut of $-4$ has fired {glue:text}`live.at_cut` times. All tokens count, also those of the question and the
+# answer: {glue:text}`live.outside` of the {glue:text}`live.table4` features above the cut of $-3$ are active
+# outside genes more often than in them, and still count in Table 4.
 
 # %%
 cut, cut_table4 = chapter.profile.live_cut, chapter.profile.live_cut_table4

@@ -25,9 +25,9 @@
 # - **The paper says.** It draws 20 {term}`live features <live feature>` of layer 12 and has them judged:
 #   seven are *gene-level interpretable*. That is 35 %, with a 95 % interval of
 #   {glue:text}`human.paper_low` to {glue:text}`human.paper_high`.
-# - **We find.** Raters of this run's sample: {glue:text}`human.rate`. A score that needs no raters calls
+# - **We find.** {glue:text}`human.said` A score that needs no raters calls
 #   {glue:text}`score.features.gene_level` of {glue:text}`score.n` features gene- or family-level.
-# - **What it is worth.** It calls {glue:text}`score.untrained.gene_level` of features of an
+# - **What it is worth.** The score calls {glue:text}`score.untrained.gene_level` of the features of an
 #   {term}`untrained encoder` gene- or family-level as well, and {glue:text}`score.random.gene_level` of
 #   random sets of tokens. A share that these reach is no evidence that the model has learnt genes.
 # ```
@@ -63,7 +63,7 @@ chapter.values({"layer": layer, "sampled_layer": statistics.live(settings.live_c
 
 # %% [markdown]
 # Layer {glue:text}`live.layer` has {glue:text}`live.sampled_layer` live features. The sample for raters is
-# drawn from them at random with the run's seed.
+# drawn from them at random.
 
 # %%
 study = cards.draw_study(chapter.model, chapter.transcoders, statistics, corpus, settings)
@@ -81,13 +81,12 @@ rated = agreement.rating_study(answered.table, chapter.paper.table3)
 # %% [markdown]
 # ## What raters say
 #
-# Share rated gene-level interpretable: {glue:text}`human.rate`. Decoys called interpretable:
-# {glue:text}`human.decoys`. {doc}`rate` shows the sample card by card, with decoys among it. Please rate
-# before you open the folds below.
+# {glue:text}`human.said` {glue:text}`human.decoys_said` {doc}`rate` shows the sample card by card, with
+# decoys among it. Please rate before you open the folds below.
 #
-# One rating of 20 features of one layer leaves open whether less than a fifth or more than half of them
-# are interpretable. To tell 35 % from one half would take {glue:text}`human.cards_for_half` features of
-# each kind.
+# The paper's 20 features of one layer leave open whether fewer than a fifth or more than half of all
+# features are interpretable. To tell 35 % from one half would take {glue:text}`human.cards_for_half`
+# features of each kind.
 
 # %% tags=["fold:The rates and how many cards would be needed"]
 chapter.table("human_eval_rate", rated.rates,
@@ -104,10 +103,15 @@ chapter.table("human_eval_size", rated.needed, digits=3, caption="Cards of each 
 # %%
 chapter.value("human.rate", rated.yes / rated.n if rated.n else None,
               f"{rated.yes} of {rated.n}" if rated.n else "nobody has rated yet")
+chapter.value("human.said", bool(rated.n), f"Raters call {rated.yes} of {rated.n} of this run's "
+              "features gene-level interpretable." if rated.n else
+              "Nobody has rated this run's features yet.")
 chapter.value("human.n", rated.n or None, str(rated.n))
-chapter.value("human.decoys", len(rated.decoys) > 0, "; ".join(
-    f"{100 * rate:.0f} % of the cards of {source}" for source, rate in rated.decoys.items())
-    or "nobody has rated one yet")
+decoys = "; ".join(f"{100 * rate:.0f} % of the cards of {source}"
+                   for source, rate in rated.decoys.items())
+chapter.value("human.decoys", bool(decoys), decoys or "nobody has rated one yet")
+chapter.value("human.decoys_said", bool(decoys),
+              f"Of the decoys they call so: {decoys}." if decoys else "")
 chapter.values({"raters": answered.table["rater"].nunique(), "foreign": answered.foreign,
                 "repeated": answered.repeated, "cards_for_half": rated.needed["cards_of_each"][0]},
                prefix="human.")
@@ -138,8 +142,8 @@ chapter.percent("human.paper_high", rated.paper[1])
 # shown as `_`. The key to the cards is `human_eval_key.csv`.
 
 # %%
-chapter.table("human_eval_sample", study.sheet)
-chapter.table("human_eval_key", study.key, rows=0)
+chapter.table("human_eval_sample", study.sheet, rows=0, caption="The sampled features, to be rated by hand")
+chapter.table("human_eval_key", study.key, rows=0, caption="Which feature or decoy each card shows")
 chapter.show(study.sheet[["feature", "log10_E_f", "activating_tokens", "genes"]],
              caption="The sampled features: tokens with their share of activations, and genes")
 
@@ -153,10 +157,10 @@ chapter.show(pd.DataFrame({
 # %% [markdown]
 # ## A score without raters
 #
-# Each mention of a gene in a cell is either one that the feature fires on or not. Three simple
-# explanations compete: the feature fires on up to three genes; on up to three gene families; on every gene
-# whose name contains one of up to three {term}`sub-words <sub-word token>`. They are chosen on training
-# cells and scored on {term}`held-out cells <held-out cell>`.
+# On which mentions of genes does a feature fire? Three simple explanations compete: it fires on up to
+# three genes; on up to three gene families; on every gene whose name contains one of up to three
+# {term}`sub-words <sub-word token>`. They are chosen on training cells and scored on
+# {term}`held-out cells <held-out cell>`.
 
 # %%
 scored = scores.feature_scores(chapter.model, chapter.transcoders, statistics, corpus, settings,
@@ -167,32 +171,35 @@ shares = scores.verdict_shares(scored)
 chapter.figure("feature_scores", plots.explained_per_layer(shares))
 
 # %%
-chapter.table("feature_scores", scored.features, rows=0)
-chapter.table("feature_score_decoys", scored.decoys, rows=0)
-chapter.table("feature_score_shares", shares, rows=0)
+chapter.table("feature_scores", scored.features, rows=0, caption="What predicts each live feature, "
+              "and its verdict")
+chapter.table("feature_score_decoys", scored.decoys, rows=0, caption="The same for decoys")
+chapter.table("feature_score_shares", shares, rows=0, caption="Shares of the verdicts, by layer")
 overall = shares[shares["layer"] == "all"].drop(columns="layer")
 
 # %%
-chapter.show(overall, digits=2,
-             caption="Verdicts over all layers, as shares of those that have one")
+verdicts = overall.columns.difference(["source", "scored", "too_rare"])
+percent = overall.assign(**{name: 100 * overall[name] for name in verdicts})
+chapter.show(percent.replace({"source": {deck.FEATURE: "live features"}}), digits=2,
+             caption="Verdicts over all layers, as percentages of the features that have one")
 
 # %% [markdown]
 # Of {glue:text}`score.n` live features with a verdict, {glue:text}`score.features.gene_level` are gene- or
 # family-level, {glue:text}`score.features.sub_word` sub-word, {glue:text}`score.features.either` either,
-# and {glue:text}`score.features.none` are predicted by no explanation of three items. The score sees three
-# items: a feature that fires on a longer list, or on a token in certain company, counts as none.
+# and {glue:text}`score.features.none` none. An explanation names at most three items: a feature that fires
+# on a longer list, or on a token in certain company only, counts as none.
 
 # %% [markdown] tags=["fold:What the verdicts mean"]
 # - **gene**, **family**: naming genes or families predicts better than naming sub-words, by at least
 #   {glue:text}`score.margin` of F1; this is what the paper calls gene-level interpretable.
-# - **sub-word**: naming sub-words predicts better than either, by as much.
-# - **either**: something predicts it, and these cells do not tell what: for example where a token is in
-#   the names of one family alone.
+# - **sub-word**: naming sub-words predicts better than both, by as much.
+# - **either**: something predicts it, but these cells cannot tell which of the two: for example a token
+#   that is in the names of one family alone.
 # - **none**: no explanation reaches an F1 of {glue:text}`score.enough`, or none beats "fires on every
 #   gene" by the margin. A feature that fires on fewer than {glue:text}`score.min_fired` held-out
 #   mentions gets no verdict; {glue:text}`score.too_rare` features are too rare.
 #
-# {glue:text}`score.pieces` A mention counts by that of the gene's tokens on which the feature fires most.
+# {glue:text}`score.pieces` A mention counts with the one of its tokens on which the feature fires most.
 # Families are genes whose symbols share a stem (ZBTB20 and ZBTB16), and the groups of a table where the
 # profile's `gene_groups` names one. Items are chosen one by one while F1 rises. The prediction on held-out
 # cells is scored by precision, recall, F1, and AUROC with the firing rate of each item in training as the
@@ -212,8 +219,8 @@ chapter.show(scores.margin_table(scored), digits=3, caption="The same under othe
 # %% tags=["fold:Spoiler: what predicts the sampled features (rate first)"]
 table = scored.features.loc[scored.features["layer"] == layer].set_index("feature")
 chapter.show(table.loc[study.drawn].reset_index()[[
-    "feature", "log10_E_f", "gene_items", "gene_f1", "family_items", "family_f1", "token_items",
-    "token_f1", "verdict"]], digits=2,
+    "feature", "verdict", "gene_items", "gene_f1", "family_items", "family_f1", "token_items",
+    "token_f1"]], digits=2,
     caption="The sampled features: the genes, families and sub-words that predict them best")
 
 # %%
@@ -231,12 +238,12 @@ for key, share in scores.level_shares(shares).items():
 # %% [markdown]
 # ### Could the score detect a gene-specific feature?
 #
-# Features are made that fire on one to three genes, families or sub-words of this corpus, purely or with
-# other mentions mixed in, and are scored like the others. Of those that fire on genes,
-# {glue:text}`score.made.gene_1` are scored gene- or family-level and {glue:text}`score.made.gene_1_either`
-# either; with three of ten activations anywhere else {glue:text}`score.made.gene_07`. Of those that fire
-# on sub-words of several families, {glue:text}`score.made.token_1` are wrongly scored gene- or
-# family-level. {glue:text}`score.known`
+# To test the score, features are made that fire on one to three genes, families or sub-words of this
+# corpus, purely or with other mentions mixed in, and are scored like the others. Of those that fire on
+# genes, {glue:text}`score.made.gene_1` are scored gene- or family-level and
+# {glue:text}`score.made.gene_1_either` either. If three of ten activations are elsewhere,
+# {glue:text}`score.made.gene_07` are scored gene- or family-level. Of those that fire on sub-words of
+# several families, {glue:text}`score.made.token_1` are wrongly scored so. {glue:text}`score.known`
 
 # %%
 checks = score_checks.check_scores(statistics, corpus, settings, chapter.plan, chapter.paper.table3)
@@ -248,6 +255,8 @@ chapter.table("known_features", checks.made, digits=2, caption="Verdicts on feat
 # %%
 n_made = int(checks.table3["verdict"].notna().sum())
 chapter.values({"table3_n": n_made, "table3_enough": n_made >= 5}, prefix="score.")
+chapter.value("score.table3_few", n_made < 5, "That is too few to compare the score with the "
+              "paper's judgements." if n_made < 5 else "")
 for key, share in checks.made_shares().items():
     chapter.percent(f"score.made.{key}", share, missing="none could be made")
 chapter.value("score.known", bool(chapter.plan), "In this profile the programs of genes are known. "
@@ -280,7 +289,7 @@ chapter.value("score.planted", bool(chapter.plan), said and (
 #
 # For each row of the paper's Table 3 a feature is made that fires just as described, on every such token of
 # this run's corpus, and is scored like the others. {glue:text}`score.table3_n` of the 20 can be made here:
-# the others need a token or a gene that this corpus does not have.
+# the others need a token or a gene that this corpus does not have. {glue:text}`score.table3_few`
 
 # %% [markdown] tags=["only-if:score.table3_enough"]
 # Of rows that the paper judged Yes and that can be made, {glue:text}`score.table3_yes` come out as gene- or

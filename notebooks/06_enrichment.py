@@ -30,12 +30,12 @@
 # - **We find.** By the paper's most likely rule {glue:text}`controls.enrichr.features` of our features are
 #   called interpretable. So are {glue:text}`controls.enrichr.untrained-encoder` of features of an
 #   {term}`untrained encoder`, and {glue:text}`controls.enrichr.uniform` of lists of random genes.
-# - **What it is worth.** A percentage says something about features only by as much as it is above its
+# - **What it is worth.** Such a percentage says something about features only by how far it is above its
 #   controls. {glue:text}`controls.nominal` of {glue:text}`table4.total.live` features are
-#   {term}`ahead of all controls`; after correction over all features it is {glue:text}`controls.beyond`.
-#   What dictionary learning adds to directions that the model has anyway:
-#   {glue:text}`ahead.occurrence.learning`. Between choices that the paper does not state, the same features
-#   come out anywhere from {glue:text}`enrichment.lowest` to {glue:text}`enrichment.highest` %.
+#   {term}`ahead of all controls`, and {glue:text}`controls.beyond` after correction over all features.
+#   {glue:text}`ahead.occurrence.learning`. Depending on choices that the paper does not state, the percentage
+#   of the same features is anywhere from {glue:text}`enrichment.lowest` to
+#   {glue:text}`enrichment.highest` %.
 # ```
 
 # %% tags=["parameters"]
@@ -54,6 +54,7 @@ from scfm_circuits.report.plots.enrichment import (
     share_with_controls,
     table4_with_nulls,
 )
+from scfm_circuits.report.tables import library_title
 
 chapter = open_chapter("06_enrichment", profile, overrides)
 settings = chapter.profile
@@ -81,7 +82,7 @@ chapter.value("enrichment.level", settings.fdr, f"{settings.fdr:g}")
 chapter.value("enrichment.statement", RULES[settings.enrichment_rule].statement)
 
 # %% [markdown]
-# ## Table 4
+# ## Table 4: features with an enriched term
 #
 # The paper lists each feature's genes, most active first, and tests the list against GO and KEGG. It says
 # "GSEA"; what its words and numbers describe is {term}`over-representation analysis (ORA)
@@ -90,8 +91,9 @@ chapter.value("enrichment.statement", RULES[settings.enrichment_rule].statement)
 
 # %%
 table4, paper = study.table, None if stand_in else chapter.paper.table4
-chapter.table("table4", table4, rows=0)
-chapter.values({"stand_in": stand_in, "libraries": ", ".join(one.name for one in libraries)},
+chapter.table("table4", table4, rows=0, caption="Live and interpretable features of each layer")
+chapter.values({"stand_in": stand_in,
+                "libraries": ", ".join(library_title(one.name) for one in libraries)},
                prefix="enrichment.")
 chapter.value("table4.layout", "This run alone, with other gene sets than the paper's." if stand_in
               else "On the left this run, on the right the paper's layer at the same relative depth.")
@@ -122,17 +124,17 @@ chapter.value("table4.paper_percentage", printed, "." if printed is None else
 # Two choices decide this table, and the paper states neither. **Which genes make the list:** under
 # the {term}`gene rule` {glue:text}`enrichment.gene_rule` and the list rule
 # {glue:text}`enrichment.list_rule` of this run, lists have a median of
-# {glue:text}`enrichment.median_length` genes. **What they are tested against:**
-# {glue:text}`enrichment.statement`
+# {glue:text}`enrichment.median_length` genes. **How they are tested:** {glue:text}`enrichment.statement`
 #
-# Next to it is the rule that a statistician would ask for, {term}`corpus <rule corpus>`, with the corpus's
-# own genes as {term}`background` and every term in the correction. Libraries:
+# Beside it stands the stricter rule {term}`corpus <rule corpus>`, with the corpus's own genes as
+# {term}`background` and every term in the correction. Libraries:
 # {glue:text}`controls.libraries`, {glue:text}`enrichment.n_terms` terms.
 
 # %%
-chapter.table("gene_set_libraries", studies.library_table(libraries, symbols),
-              caption="Libraries used on this page; symbols are compared in upper case, terms of "
-              "every size are tested")
+used = studies.library_table(libraries, symbols)
+chapter.table("gene_set_libraries", used, rows=0, caption="Libraries with their source and checksum")
+chapter.show(used.drop(columns=["from", "sha256"]), caption="Libraries used on this page; symbols are "
+             "compared in upper case, terms of every size are tested")
 
 # %% [markdown]
 # ## What would anything else have scored?
@@ -152,9 +154,8 @@ chapter.figure("table4_controls", share_with_controls(shares, joint.shares, perc
 # features are called interpretable, {glue:text}`controls.enrichr.uniform` of lists of random genes, and
 # {glue:text}`controls.enrichr.MLP-neurons` of the model's MLP neurons. Under the rule `corpus` it is
 # {glue:text}`controls.corpus.features`, {glue:text}`controls.corpus.uniform` and
-# {glue:text}`controls.corpus.MLP-neurons`. Does dictionary learning add to directions that the model has
-# anyway? By this measure {glue:text}`ahead.occurrence.learning` when a token counts for the gene in which
-# it was read, and {glue:text}`ahead.token.learning` by the paper's gene rule.
+# {glue:text}`controls.corpus.MLP-neurons`. {glue:text}`ahead.occurrence.learning`, if a token counts for the
+# gene in which it was read (by the paper's gene rule: {glue:text}`ahead.token.shown`).
 
 # %% [markdown] tags=["fold:The controls one by one"]
 # - **uniform**: as many genes of the corpus, drawn at random. Under a correct rule at most about 5 %
@@ -187,9 +188,12 @@ for kind, share in own_genes_kept(statistics, corpus, settings).items():
     chapter.percent(f"controls.kept.{kind}", share)
 chapter.values({"draws": settings.null_draws, "band_draws": study.band_draws, "enough": ENOUGH},
                prefix="controls.")
-chapter.table("table4_shares", shares, rows=0)
-chapter.table("table4_joint", joint.shares, rows=0)
-chapter.table("table4_differences", joint.differences, rows=0)
+chapter.table("table4_shares", shares, rows=0, caption="Share of lists called interpretable, of the "
+              "features and of every control, by rule and layer")
+chapter.table("table4_joint", joint.shares, rows=0, caption="The same share beside that of the same "
+              "lists with genes relabelled")
+chapter.table("table4_differences", joint.differences, rows=0, caption="Differences between the "
+              "features' share and other kinds', beside those of relabelled genes")
 together = studies.together(study.shares)
 by_rule = together.percentages
 chapter.show(studies.every_rule(study, settings), digits=3,
@@ -210,15 +214,18 @@ for rule, column in by_rule.items():
     chapter.value(f"controls.highest.{rule}", together.highest[rule])
     chapter.rounded(f"controls.lead.{rule}", float(together.lead[rule]), 1)
 chapter.rounded("table4.corpus_percentage", float(by_rule.loc["features", "corpus"]), 1)
-chapter.value("controls.libraries", ", ".join(f"{one.name} ({one.source})" for one in libraries))
+chapter.value("controls.libraries", ", ".join(
+    library_title(one.name) + (" (bundled)" if one.source == "bundled" else "") for one in libraries))
 for gene_rule in ("token", "occurrence"):
     for kind in ("re-initialised model", *joint_null.SAME_MODEL):
         chapter.value(f"ahead.{gene_rule}.{kind.replace(' ', '-')}", *joint.ahead(gene_rule, kind))
     share, text = joint.share(gene_rule)
     chapter.value(f"joint.{gene_rule}.features", share, text)
-    chapter.value(f"ahead.{gene_rule}.learning", joint.learning_shows(gene_rule, settings.fdr),
-                  "it shows" if joint.learning_shows(gene_rule, settings.fdr)
-                  else "it does not show")
+    shows = joint.learning_shows(gene_rule, settings.fdr)
+    chapter.value(f"ahead.{gene_rule}.learning", shows, ("Dictionary learning adds" if shows else
+                  "This run does not show that dictionary learning adds anything")
+                  + " to directions that the model has anyway")
+    chapter.value(f"ahead.{gene_rule}.shown", shows, "yes" if shows else "not shown either")
 
 # %% [markdown]
 # The rule `corpus`, with the features' lead in percentage points:
@@ -268,8 +275,8 @@ chapter.table("table4_choices", choices, digits=3, caption="Share called interpr
 # %% [markdown]
 # ## Which features beat all controls?
 #
-# Now feature by feature, under the rule `corpus` and the gene rule `occurrence`: a feature has to have a
-# smaller p-value than its null lists and than features that learnt nothing, for every kind of them.
+# Now feature by feature, under the rule `corpus` and the gene rule `occurrence`: a feature's p-value has to
+# be smaller than those of its null lists and of features that learnt nothing, for every kind of them.
 
 # %%
 left = studies.demands(study.verdicts, len(table4), settings.fdr)
@@ -297,7 +304,7 @@ chapter.value("controls.commonest_count", int(commonest.iloc[0]) if len(ahead) e
 # %% [markdown]
 # {glue:text}`controls.nominal` of {glue:text}`table4.total.live` features
 # ({glue:text}`controls.nominal_percentage` %) are ahead of every control, uncorrected
-# (p < {glue:text}`enrichment.fdr`); the best term of {glue:text}`controls.commonest_count` of them is
+# (p < {glue:text}`enrichment.level`); the best term of {glue:text}`controls.commonest_count` of them is
 # "{glue:text}`controls.commonest_term`". {glue:text}`controls.beyond`
 # ({glue:text}`controls.beyond_percentage` %) are beyond all controls after correction over the features.
 
@@ -341,8 +348,9 @@ chapter.values({"tested": planted.tested, "layer": settings.human_layer,
 told = {rule: f"{ahead} of {planted.planted[rule]}" for rule, ahead in planted.ahead.items()}
 for gene_rule in ("token", "occurrence"):
     chapter.value(f"planted.{gene_rule}", planted.ahead.get(gene_rule), told.get(gene_rule, "none"))
-chapter.value("planted.needed", planted.needed,
-              "no number" if planted.needed is None else f"{planted.needed:,}")
+chapter.value("planted.needed", planted.needed, "no number of further features as good as a pure planted "
+              "one would be enough" if planted.needed is None else f"at least {planted.needed:,} further "
+              "features as good as a pure planted one would be needed")
 
 # %% [markdown] tags=["only-if:planted.tested"]
 # Pure planted features (a median of {glue:text}`planted.genes` genes each) that are ahead of all
@@ -352,8 +360,8 @@ chapter.value("planted.needed", planted.needed,
 # names: what it knew about the gene is lost before the test begins. The features are therefore tested
 # under `occurrence`.
 #
-# With these numbers of null lists, {glue:text}`planted.needed` further features as good as a pure planted
-# one would be needed for any to survive the correction. Until then, read the uncorrected share.
+# With these numbers of null lists, {glue:text}`planted.needed` for any to survive the correction. So read
+# the uncorrected share.
 
 # %% [markdown] tags=["fold:Feature by feature: every live feature and its best term"]
 # Every live feature, furthest ahead of the controls first: search for a gene, a token or a term, or
@@ -363,7 +371,8 @@ chapter.value("planted.needed", planted.needed,
 # feature's number leads to everything known about it, in {doc}`features`.
 
 # %%
-chapter.table("feature_terms", found.terms, rows=0)
+chapter.table("feature_terms", found.terms, rows=0, caption="The three best terms of each library for "
+              "every live feature")
 chapter.browse("features", found.page(), caption="Live features and their best terms", digits=3,
                links={"feature": "features.html#L{layer}.F{feature}"})
 
@@ -371,18 +380,18 @@ chapter.browse("features", found.page(), caption="Live features and their best t
 # ## What GSEA itself would say
 #
 # Gene set enrichment analysis proper takes no list but a ranking of all genes, and asks whether a
-# term's genes gather at its top. By gseapy's `prerank` {cite:p}`fang2023gseapy`,
-# {glue:text}`prerank.called` of the first {glue:text}`prerank.n` features of the human evaluation
-# ({doc}`05_human_evaluation`) have a term below the FDR, and {glue:text}`prerank.shuffled` of the same
-# rankings with shuffled names do. It tests another claim than Table 4 and cannot be compared with it: fewer
-# terms (those with 15 to 500 genes in the corpus), another null (shuffled names, so that frequent genes and
-# token families count as findings here as well).
+# term's genes gather at its top. gseapy's `prerank` {cite:p}`fang2023gseapy` was run on
+# {glue:text}`prerank.n` features of the human evaluation ({doc}`05_human_evaluation`). Features with a term
+# below the FDR: {glue:text}`prerank.called`; the same rankings with shuffled names:
+# {glue:text}`prerank.shuffled`. This is another test than Table 4's and cannot be compared with it: it has
+# fewer terms (those with 15 to 500 genes in the corpus) and another null (shuffled names, against which
+# frequent genes and token families count as findings as well).
 
 # %% tags=["only-if:prerank.tested"]
 ranked = prerank.prerank_study(statistics, corpus, settings, libraries)
 
 # %% tags=["only-if:prerank.tested", "fold:Every ranking"]
-chapter.table("prerank", ranked.terms, rows=0)
+chapter.table("prerank", ranked.terms, rows=0, caption="Every term of every ranking")
 chapter.values({"tested": len(ranked.terms) > 0, "n": ranked.n, "called": ranked.called, "shuffled": ranked.shuffled},
                prefix="prerank.")
 chapter.show(ranked.best, caption=f"prerank for features of layer {settings.human_layer}, and for "

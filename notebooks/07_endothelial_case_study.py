@@ -28,14 +28,13 @@
 #   with an {term}`FDR` of {glue:text}`paper_case.printed_fdr` and a score of
 #   {glue:text}`paper_case.printed_score`.
 # - **We find.** Genes that speak for it most: {glue:text}`call.leading`. The circuit of the call itself
-#   has {glue:text}`call.nodes` nodes, on {glue:text}`call.gene_nodes` genes. Their best term is "{glue:text}`call.best_term`"
-#   (p = {glue:text}`call.p_random` against random genes of the same sentence). The paper's kind of target
+#   has {glue:text}`call.nodes` nodes, on {glue:text}`call.gene_nodes` genes. Their best term is
+#   "{glue:text}`call.best_term`" (p = {glue:text}`call.p_random` against random genes of the same sentence). The paper's kind of target
 #   is the same feature in {glue:text}`case.same_target` of the held-out cells: it is
 #   {glue:text}`case.target_is`.
 # - **What it is worth.** Of the call's {glue:text}`call.whole` {glue:text}`call.unit` the circuit alone keeps
-#   {glue:text}`call.keeps`, and no circuit at all keeps
-#   {glue:text}`call.nothing_keeps`{glue:text}`call.worth`
-#   The paper's FDR does not follow from its nine genes: the same test gives
+#   {glue:text}`call.keeps`. With no circuit at all {glue:text}`call.nothing_keeps` are
+#   left{glue:text}`call.worth` The paper's FDR does not follow from its nine genes: the same test gives
 #   {glue:text}`paper_case.fdr`.
 # ```
 
@@ -63,7 +62,8 @@ from scfm_circuits.paper import case as printed_case
 from scfm_circuits.report.boxes.explorer import Explored, explore, further_calls
 from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.plots import circuits as plots
-from scfm_circuits.report.plots.sentence import Traced, call_sentence
+from scfm_circuits.report.plots.sentence import ON_A_PHONE, Traced, call_sentence
+from scfm_circuits.report.tables import library_title
 
 chapter = open_chapter("07_endothelial_case_study", profile, overrides, exact=True)
 settings, corpus = chapter.profile, chapter.corpus
@@ -138,7 +138,7 @@ chapter.values(call.values(), prefix="call.")
 whole, alone, none = call.own_kind
 chapter.value("call.worth", worth := abs(whole - alone) < abs(whole - none),
               "; the difference is what it explains." if worth else
-              ": it explains nothing of this cell that the form of the text does not give as well.")
+              ": the circuit explains nothing of this cell that the form of the text does not.")
 chapter.p_value("call.p_random", call.genes.p)
 chapter.percent("call.kept_share", circuit.share_kept(call.circuit))
 chapter.percent("call.prompt_token_share", float((call.nodes["gene"] == "").mean()))
@@ -150,7 +150,7 @@ chapter.percent("call.prompt_token_share", float((call.nodes["gene"] == "").mean
 # "{glue:text}`case.truth`". {glue:text}`call.said` {glue:text}`call.meant` It is
 # {glue:text}`call.contrast` {glue:text}`call.unit` here; {glue:text}`call.above`
 #
-# Explore its circuit: a node opens with its tokens, its feature's gene list and best term, its
+# Explore its circuit: click a node to see its tokens, its feature's gene list and best term, its
 # strongest contexts, how active it is in each cell type, and its edges. The calls of other cells can be
 # chosen too.
 
@@ -170,9 +170,9 @@ exports.save_both(settings.results, "call", call.circuit, case.texts, case.genes
                   slug=f"{settings.name}-call", scan=scan, outputs=outputs)
 
 # %% mystnb={"image": {"alt": "The cell's sentence, gene by gene, tinted by the direct contribution of its tokens to the call; above it the circuit of the call, layers upwards, with the answer on top."}, "figure": {"caption": "The cell as the model read it. Blue genes speak for the call and orange ones against it, the darker the more. Above, the circuit of the call: heads (diamonds, with a dotted line to what they read), features (circles) and what the transcoders leave unexplained (crosses), layers upwards.", "name": "fig-call-sentence"}}
-chapter.figure("call_sentence", call_sentence(
-    genes, dict(zip(by_gene["gene"], by_gene["contribution"], strict=True)), study.prediction,
-    Traced(call.circuit, case.genes)))
+drawn = (genes, dict(zip(by_gene["gene"], by_gene["contribution"], strict=True)), study.prediction,
+         Traced(call.circuit, case.genes))
+chapter.figure("call_sentence", call_sentence(*drawn), call_sentence(*drawn, columns=ON_A_PHONE))
 
 # %% [markdown]
 # {glue:text}`call.tint`
@@ -183,7 +183,7 @@ print(question(settings).replace("{genes}", " ".join(genes)) + settings.response
     "{label}", study.prediction) if settings.in_words else " ".join(case.texts))
 
 # %% [markdown]
-# The type of the case study in this profile is {glue:text}`case.type`. The sentence traced is
+# The case study of this profile is about the type {glue:text}`case.type`. The sentence traced is
 # {glue:text}`case.origin`. Its {glue:text}`case.n_prompt_genes` genes and the words around them take
 # {glue:text}`case.n_tokens` tokens. The prompt that the paper prints in its Figure 4 is none of the
 # model's own templates ({doc}`01_cells_and_model`). In the explorer, each other cell is the first
@@ -243,7 +243,7 @@ chapter.table("case_call_genes", by_gene, rows=12,
 # feature is extended by its own sum, and an attention head by what it read at its source token.
 # Negative contributions are kept. The circuit has {glue:text}`call.nodes` nodes and
 # {glue:text}`call.edges` edges. Its direct edges hold {glue:text}`call.kept_share` of the target's
-# absolute contributions; the rest is counted, not lost. The largest rounding error of any extended node
+# absolute contributions; the rest is counted but not drawn. The largest rounding error of any extended node
 # is {glue:text}`call.closure_max` of its absolute contributions. As in the paper, some nodes are at words
 # of the prompt and not at genes: {glue:text}`call.prompt_token_share` of them. The others name
 # {glue:text}`call.gene_nodes` genes.
@@ -263,8 +263,12 @@ graph = graph_study(frozen, call.target, max_features=settings.graph_features)
 # others, and those too weak to keep, are counted as dropped. Each row adds up as before.
 
 # %%
-chapter.table("circuit_graph", graph.table(), caption="The graph, before and after pruning to the "
-              "nodes that hold 80 % of all influence and the edges that hold 98 % of it")
+both = graph.table()
+chapter.table("circuit_graph", both, rows=0, caption="The graph before and after pruning, with where "
+              "its influence ends")
+chapter.show(both.drop(columns=[one for one in both if one.startswith("ends_")]), digits=3,
+             caption="The graph, before and after pruning to the nodes that hold 80 % of all influence "
+             "and the edges that hold 98 % of it")
 
 # %%
 whole = graph.whole
@@ -361,9 +365,8 @@ chapter.table("gene_nodes", of_gene.nodes, rows=10, caption="The most influentia
 #
 # The paper traces the strongest feature of the last layer at the last token, here the
 # {glue:text}`case.position`. In this run that is feature {glue:text}`case.target`. It is the strongest at
-# the same place in {glue:text}`case.same_target` of the held-out cells, of
-# {glue:text}`case.same_target_types` different types among {glue:text}`case.n_types`: it is
-# {glue:text}`case.target_is`. A feature that is strongest for every cell type marks a position in the
+# the same place in {glue:text}`case.same_target` of the held-out cells, which are of
+# {glue:text}`case.types_said`: it is {glue:text}`case.target_is`. A feature that is strongest for every cell type marks a position in the
 # text, not a cell type. The paper does not report this check for its feature 2692.
 # {glue:text}`case.after_the_call`
 
@@ -389,6 +392,9 @@ elsewhere = target_elsewhere(chapter.model, chapter.transcoders, corpus, setting
 chapter.percent("case.same_target", elsewhere.share)
 chapter.values({"n_types": elsewhere.types, "same_target_types": elsewhere.same_types,
                 "target_is": elsewhere.called}, prefix="case.")
+same, all_types = elsewhere.same_types, elsewhere.types
+chapter.value("case.types_said", same, f"all {all_types} types" if same == all_types
+              else f"{same} of {all_types} types")
 
 # %% [markdown]
 # With attention patterns and LayerNorm scales held at their values on this text, the model is linear
@@ -404,8 +410,8 @@ chapter.values({"n_types": elsewhere.types, "same_target_types": elsewhere.same_
 # ```
 #
 # The paper's Equation 5 has the encoder row itself in place of $\mathbf{u}$, which leaves the
-# LayerNorm out. The constant is computed from the biases, not as what is missing, so the sum can be
-# checked: it differs from the model's own pre-activation, {glue:text}`case.pre_activation`, by
+# LayerNorm out. Here the constant is computed from the biases and not from what is missing, so the sum can
+# be checked: it differs from the model's own pre-activation, {glue:text}`case.pre_activation`, by
 # {glue:text}`case.closure` of it.
 
 # %% mystnb={"image": {"alt": "Bars of the signed contributions to the target's pre-activation: features, attention heads, embedding, error, constant."}, "figure": {"caption": "The target feature's pre-activation as a sum of its sources. Error is what the transcoders leave unexplained of earlier layers' MLPs.", "name": "fig-sum"}}
@@ -429,7 +435,7 @@ chapter.rounded("case.equation5_ratio", as_printed.ratio, 2)
 
 # %% [markdown]
 # Over the features active at this token, Equation 5 as printed and the exact contributions have a
-# correlation of {glue:text}`case.equation5_correlation`, which does not see scale: the sum over
+# correlation of {glue:text}`case.equation5_correlation`. But a correlation does not see scale: the sum over
 # features by Equation 5 is {glue:text}`case.equation5_ratio` times the exact one, so its terms
 # cannot be compared with attention, error and bias.
 
@@ -462,19 +468,20 @@ chapter.percent("case.kept_share", circuit.share_kept(traced.circuit))
 # %% [markdown]
 # ## What the circuits say, side by side
 #
-# Nodes on tokens of genes name {glue:text}`call.gene_nodes` of the sentence's
-# {glue:text}`case.n_prompt_genes` genes in the circuit of the call, and {glue:text}`case.gene_nodes` in
-# that of the paper's target. Their terms are compared with those of as many random genes of the same
-# sentence. The last three columns are the target's value in the whole model, with the circuit's features
-# alone, and with no circuit at all.
+# Of the sentence's {glue:text}`case.n_prompt_genes` genes the circuit of the call has nodes on
+# {glue:text}`call.gene_nodes`, and that of the paper's target on {glue:text}`case.gene_nodes`. Their best
+# term is compared with those of as many random genes of the same sentence (p). The last three columns are
+# the target's value in the whole model, with the circuit's features alone, and with no circuit at all.
 
 # %%
 of_type = "the call's feature" if settings.in_words else "the type's feature"
 traced_all = {"the call": call, **({f"the gene {gene.gene}": of_gene} if gene else {}),
               **({of_type: by_type} if by_type else {}), "the paper's target": traced}
-chapter.table("case_targets", pd.DataFrame([one.row(name) for name, one in traced_all.items()]),
-              digits=2, caption="Targets of one text: genes of their circuits, and what is "
-              "left of each")
+rows = pd.DataFrame([one.row(name) for name, one in traced_all.items()])
+chapter.table("case_targets", rows, rows=0, caption="Targets of one text, with the counts of terms below "
+              "the FDR")
+chapter.show(rows.drop(columns=["nodes", "terms_below", "random_below"]), digits=2,
+             caption="Targets of one text: genes of their circuits, and what is left of each")
 
 # %% [markdown]
 # For the call the best term is "{glue:text}`call.best_term`"
@@ -490,35 +497,41 @@ def of_all(parts):
                      ignore_index=True)
 
 
-chapter.table("circuit_nodes", of_all({name: one.nodes for name, one in traced_all.items()}),
-              rows=20, caption="The most influential nodes of each circuit")
+nodes = of_all({name: one.nodes for name, one in traced_all.items()})
+chapter.table("circuit_nodes", nodes, rows=0, caption="The nodes of each circuit with all their numbers")
+chapter.show(nodes.groupby("target", sort=False).head(7)[
+    ["target", "kind", "layer", "feature", "token", "gene", "influence"]], digits=2,
+    caption="The most influential nodes of each circuit")
 
 # %%
 chapter.table("circuit_edges", of_all({
-    name: circuit.edge_table(one.circuit) for name, one in traced_all.items()}), rows=0)
-chapter.table("circuit_expansions", of_all({
-    name: circuit.expansion_table(one.circuit) for name, one in traced_all.items()}), rows=6,
-    digits=5, caption="Closure: kept edges, biases and the parts not kept add up to each node's "
-    "value")
+    name: circuit.edge_table(one.circuit) for name, one in traced_all.items()}), rows=0,
+    caption="The edges of each circuit")
 
 # %%
-chapter.table("circuit_genes", of_all({
-    name: circuit.gene_table(one.nodes) for name, one in traced_all.items()}), rows=15,
-    caption="Genes on whose tokens the circuits' nodes stand")
+chapter.table("circuit_expansions", of_all({
+    name: circuit.expansion_table(one.circuit) for name, one in traced_all.items()}), rows=0,
+    caption="Closure: kept edges, biases and the parts not kept add up to each node's value")
+
+# %%
+by_genes = of_all({name: circuit.gene_table(one.nodes) for name, one in traced_all.items()})
+chapter.table("circuit_genes", by_genes, rows=0, caption="Every gene that a circuit has nodes on")
+chapter.show(by_genes.groupby("target", sort=False).head(6), digits=2,
+             caption="The genes that each circuit's nodes are on, most influential first")
 
 # %% tags=["fold:How the columns are computed and every term"]
 everything = targets.rule.terms(genes, library, targets.symbols)
 
 # %%
 chapter.values({
-    "library": library.name, "stand_in": chapter.stand_in(settings.case_library),
+    "library": library_title(library.name), "stand_in": chapter.stand_in(settings.case_library),
     "best_term_all": everything["Term"].iloc[0] if len(everything) else None,
     "statement": targets.rule.statement, "random_draws": DRAWS,
     "fdr_cut": settings.fdr}, prefix="case.")
 chapter.table("circuit_enrichment", of_all({
     name: one.genes.terms for name, one in traced_all.items()}).assign(
     rule=targets.rule.name, library=library.name), rows=12,
-    caption=f"Terms of {library.name} enriched among the circuits' genes. {targets.rule.statement}")
+    caption=f"Terms of {library_title(library.name)} enriched among the circuits' genes. {targets.rule.statement}")
 
 # %% [markdown]
 # {glue:text}`case.statement` Heads are counted at the token they read. The column p is how often
@@ -536,9 +549,9 @@ chapter.table("circuit_enrichment", of_all({
 # ## The paper's own case
 #
 # The paper prints its prompt (Figure 4, {glue:text}`paper_case.n_prompt` genes) and the nine genes
-# of its circuit, so its enrichment can be computed again. The qualitative finding is reproduced: by
-# p-value ({glue:text}`paper_case.p`) the term {glue:text}`paper_case.best_term_is_endothelial_heart`,
-# carried by VWF and PTPRB. The two printed numbers are not: the server's formula gives an FDR of
+# of its circuit, so its enrichment can be computed again. The qualitative finding is reproduced: the term
+# "Endothelial cell: heart" {glue:text}`paper_case.best_term_is_endothelial_heart` by p-value
+# ({glue:text}`paper_case.p`), because of VWF and PTPRB. The two printed numbers are not: the server's formula gives an FDR of
 # {glue:text}`paper_case.fdr` where the paper has {glue:text}`paper_case.printed_fdr`, and a score of
 # {glue:text}`paper_case.score` where it has {glue:text}`paper_case.printed_score`.
 
@@ -548,13 +561,13 @@ printed = printed_case.paper_case(heart, targets.symbols, chapter.paper)
 
 # %% [markdown] tags=["only-if:paper_case.nulls_said"]
 # Would other genes have done as well? VWF with random genes, with no model behind them, brings the term
-# below FDR 0.05 in {glue:text}`paper_case.null.anchor_random.hit` % of draws under the server's rule. Corrected
-# for all terms of the library, it is {glue:text}`paper_case.null.anchor_random.all` %, and for VWF with
-# other genes of the same prompt {glue:text}`paper_case.null.anchor_prompt.all` %.
+# below FDR 0.05 in {glue:text}`paper_case.null.anchor_random.hit` % of draws under the server's rule, and in
+# {glue:text}`paper_case.null.anchor_random.all` % corrected for all terms of the library. VWF with other
+# genes of the same prompt does so in {glue:text}`paper_case.null.anchor_prompt.all` % (all terms).
 
 # %% tags=["fold:Endothelial cell: heart under every rule"]
-chapter.table("paper_case", printed.table, caption="Endothelial cell: heart, for the paper's genes, "
-              "under each rule")
+chapter.table("paper_case", printed.table, digits=3, caption="Endothelial cell: heart, for the paper's "
+              "genes, under each rule")
 
 # %%
 ours, stated = printed.ours, chapter.paper.case
@@ -581,12 +594,11 @@ chapter.value("paper_case.corpus_rule_left_out", printed.corpus_left_out, exchan
 # %% [markdown]
 # No formula we know of gives both printed numbers. With two of nine genes in a term, a score of
 # {glue:text}`paper_case.printed_score` goes with a *p-value* near {glue:text}`paper_case.printed_fdr`
-# whatever the term's size, so the printed FDR may be a p-value; that is
-# a guess. Nor does "the highest score among all pathways" hold: its score
-# {glue:text}`paper_case.score_is_highest` the highest below FDR 0.05, which is
-# {glue:text}`paper_case.highest`. And being below 0.05 says little here: of
+# whatever the term's size. So the printed FDR may be a p-value; that is a guess. The paper says "the highest
+# score among all pathways"; here the term's score {glue:text}`paper_case.score_is_highest` the highest below
+# FDR 0.05, which is {glue:text}`paper_case.highest`. An FDR below 0.05 says little here: of
 # {glue:text}`paper_case.terms_hit` terms that hold any of the nine genes,
-# {glue:text}`paper_case.terms_below` are, {glue:text}`paper_case.single_gene` of them by a single
+# {glue:text}`paper_case.terms_below` have one, {glue:text}`paper_case.single_gene` of them by a single
 # gene. {glue:text}`paper_case.corpus_rule_left_out`
 
 # %% [markdown] tags=["fold:Would other genes have done as well?", "only-if:paper_case.nulls_said"]
@@ -608,7 +620,8 @@ for kind in ("anchor_random", "anchor_prompt", "prompt", "random"):
     for family in ("hit", "all"):
         row = printed_case.null_row(nulls, kind, family=family) if len(nulls) else {"percent": None}
         chapter.value(f"paper_case.null.{kind}.{family}", row["percent"])
-chapter.table("paper_case_nulls", nulls, rows=0)
+chapter.table("paper_case_nulls", nulls, rows=0, caption="How often other genes bring the term below "
+              "FDR 0.05")
 
 # %%
 chapter.show(printed_case.rates_by_rule(nulls, printed.settings), caption="How often the term named "

@@ -25,16 +25,16 @@
 #   are changed? Is the circuit enough by itself?
 # - **The paper says.** It has no control for its circuit, and leaves what circuits have in common to
 #   future work.
-# - **We find.** Taking the circuit away changes its target by {glue:text}`faithfulness.circuit` (median
-#   over {glue:text}`faithfulness.cells` cells); taking away other features at the same tokens changes it
-#   by {glue:text}`faithfulness.random`. Of {glue:text}`prediction.made` kinds of prediction
-#   {glue:text}`prediction.held` hold and {glue:text}`prediction.failed` failed. By
-#   {glue:text}`knock_out.won` of {glue:text}`knock_out.measures` measures circuits say better than cheap
-#   rivals what taking a gene out does ({term}`knock-out`).
+# - **We find.** Taking the circuit away changes its target by {glue:text}`faithfulness.circuit` (−100 %: it
+#   is gone; median over {glue:text}`faithfulness.cells` cells); taking away other features at the same
+#   tokens changes it by {glue:text}`faithfulness.random`. Of {glue:text}`prediction.made` kinds of
+#   prediction {glue:text}`prediction.held` hold and {glue:text}`prediction.failed` failed. What taking a
+#   gene out does ({term}`knock-out`), circuits say better than cheap rivals by
+#   {glue:text}`knock_out.won` of {glue:text}`knock_out.measures` measures.
 # - **What it is worth.** With every other feature at the mean of its own kind of token, the circuit keeps
 #   {glue:text}`faithfulness.own_kind_circuit` of its target, and no circuit at all keeps
-#   {glue:text}`faithfulness.own_kind_none`. For the whole task, with every MLP at its mean,
-#   {glue:text}`task.none_mean` of the right answers stay without any feature.
+#   {glue:text}`faithfulness.own_kind_none`. And with no feature at all, every MLP at its mean, the model
+#   still gives {glue:text}`task.none_mean` of its right answers.
 # ```
 
 # %% tags=["parameters"]
@@ -73,15 +73,15 @@ chapter.figure("circuit_faithfulness", plots.faithfulness(study.effects))
 
 # %% tags=["fold:The same in numbers and by cell type"]
 found = studies.faithfulness(study)
-chapter.show(found.medians, caption="Medians over cells: changes as shares of the target's "
+chapter.show(found.medians, digits=2, caption="Medians over cells: changes as shares of the target's "
              "pre-activation, and what the features write relative to the circuit's")
 
 # %%
-chapter.show(found.by_type, caption="Taken away, by cell type: medians over cells, the smallest and "
+chapter.show(found.by_type, digits=2, caption="Taken away, by cell type: medians over cells, the smallest and "
              "the largest change, and the medians of random circuits")
 
 # %%
-chapter.table("circuit_faithfulness", study.effects, rows=10, caption="The same for every cell: for "
+chapter.table("circuit_faithfulness", study.effects, rows=0, caption="The same for every cell: for "
               "random features the mean of several circuits, with the lowest and highest measured "
               "change")
 
@@ -107,9 +107,9 @@ for name, number in {**found.numbers, **found.ratios}.items():
 #   depends on this cell: the circuit explains why the feature fires in any such text, not why in this one.
 
 # %% [markdown] tags=["fold:How features are changed and with what they are compared"]
-# The {glue:text}`faithfulness.cells` cells are of {glue:text}`faithfulness.types` types and have
-# {glue:text}`faithfulness.targets` different targets. In the model, attention, LayerNorm and the MLPs in
-# between respond as they will.
+# The {glue:text}`faithfulness.cells` cells are of {glue:text}`faithfulness.types` types. Number of different
+# targets: {glue:text}`faithfulness.targets`. In the model, attention, LayerNorm and the MLPs in between
+# respond as they will.
 #
 # - **Taken away:** what the features write is taken out. **Doubled:** they write twice as much. The
 #   prediction holds attention and LayerNorm still, so that only attention passes the difference on.
@@ -137,12 +137,12 @@ for name, number in {**found.numbers, **found.ratios}.items():
 # ## Did the predictions come true?
 #
 # A correlation over cells does not say so: it can be high where every sign is wrong. What counts is
-# the sign, and the distance from the line measured = predicted. Of the predictions made here
-# {glue:text}`prediction.key_point`.
+# the sign, and the distance from the line measured = predicted. {glue:text}`prediction.key_point`
 
 # %%
 tested = prediction.predictions(study.effects, study.singles, settings.seed)
-chapter.table("circuit_single_features", study.singles, rows=0)
+chapter.table("circuit_single_features", study.singles, rows=0, caption="Every feature of every circuit, "
+              "changed alone")
 chapter.show(tested[["done", "features", "same_sign", "slope", "r2", "verdict"]], digits=2,
              caption="Predicted against measured changes of the target")
 
@@ -169,8 +169,8 @@ chapter.table("circuit_predictions", tested, digits=2, caption="Every prediction
 #   {glue:text}`prediction.alone-own-kind-all-at-once`.
 #
 # Where a prediction is off, attention, LayerNorm and features outside the circuit have responded. Cells
-# that share a target ({glue:text}`faithfulness.targets` different ones here) are not independent, so
-# the intervals are narrower than they would be over targets.
+# that share a target are not independent, so the intervals are narrower than they would be over targets
+# (of which there are {glue:text}`faithfulness.targets`).
 
 # %% mystnb={"image": {"alt": "Measured against predicted change of the target when circuit features are taken away (left) and doubled (right), all at once and one at a time, with the line on which both are equal."}, "figure": {"caption": "Measured against predicted changes of the target, as shares of its pre-activation: all of a circuit's features at once (a point per cell) and one at a time (a point per feature). On the dotted line both are equal.", "name": "fig-predictions"}}
 chapter.figure("circuit_predictions", plots.predictions(study.effects, study.singles))
@@ -210,12 +210,18 @@ chapter.figure("knock_out", plots.knock_outs(taken_out.summary, knock_out.CIRCUI
 # genes, so the circuit has only the distance between the last number and the first to explain.
 
 # %% tags=["fold:Every score and every gene"]
-chapter.table("knock_out", taken_out.summary, digits=3, caption="Each score against the effects of "
+chapter.table("knock_out", taken_out.summary, rows=0, caption="Each score against the effects of "
               "taking genes out: means over cells, 95 % intervals, and those of shuffled genes")
-chapter.table("knock_out_cells", taken_out.cells, rows=0)
-chapter.table("knock_out_kept", taken_out.kept, rows=0)
-chapter.table("knock_out_genes", taken_out.genes, rows=10, digits=3, caption="Every gene of every "
-              "cell: what taking it out takes from the call, and its scores")
+
+# %%
+chapter.table("knock_out_cells", taken_out.cells, rows=0, caption="The same for every cell")
+
+# %%
+chapter.table("knock_out_kept", taken_out.kept, rows=0, caption="What is left of each cell's call")
+
+# %%
+chapter.table("knock_out_genes", taken_out.genes, rows=0, caption="Every gene of every cell: what taking "
+              "it out takes from the call, and its scores")
 
 # %%
 chapter.values(knock_out.numbers(taken_out, settings.seed), prefix="knock_out.")
@@ -270,7 +276,7 @@ chapter.values(knock_out.numbers(taken_out, settings.seed), prefix="knock_out.")
 chapter.figure("circuit_flow", plots.circuit_flow(study.flow))
 
 # %%
-chapter.table("circuit_flow", study.flow, rows=0)
+chapter.table("circuit_flow", study.flow, rows=0, caption="What drives each cell's target, by layer")
 chapter.show(studies.end_table(study), caption="Where the target's contributions end when the "
              "circuit is followed upstream (mean over cells)")
 
@@ -288,7 +294,7 @@ for name, share in studies.flow_shares(study).items():
 
 # %% tags=["fold:Heads and genes"]
 heads = studies.head_summary(study)
-chapter.table("circuit_heads", heads.listed, rows=10, caption="Which head brings which gene to the "
+chapter.table("circuit_heads", heads.listed, rows=0, caption="Which head brings which gene to the "
               "target's token: for every cell the 20 strongest pairs by direct share")
 
 # %%
@@ -299,14 +305,14 @@ chapter.values({"top_head": heads.top, "top_head_cells": heads.top_cells}, prefi
 # %% [markdown]
 # Head {glue:text}`structure.top_head` is the strongest head on genes in
 # {glue:text}`structure.top_head_cells` of the {glue:text}`faithfulness.cells` cells. What attention did not
-# read at genes it read at words of the prompt and of the answer. The table's last columns add what
+# read at genes it read at words of the prompt and of the answer. The file's last columns add what
 # arrives through features on the way.
 
 # %%
 groups = studies.supernode_table(study, chapter.statistics, corpus)
 
 # %% tags=["fold:Supernodes of one circuit"]
-chapter.table("circuit_supernodes", groups.table, rows=0)
+chapter.table("circuit_supernodes", groups.table, rows=0, caption="The supernodes of every circuit")
 chapter.show(groups.of_one(settings.case_type), rows=6, caption="Supernodes of one circuit: features "
              "joined if the tokens that hold half of their activations overlap by half or more")
 
@@ -323,8 +329,8 @@ common = studies.overlap_study(study, settings.seed)
 chapter.figure("circuit_overlap", plots.circuit_overlap(common.overlap, study.types))
 
 # %%
-chapter.table("circuit_overlap", common.pairs, rows=0)
-chapter.table("circuit_shared_features", common.shared, rows=0)
+chapter.table("circuit_overlap", common.pairs, rows=0, caption="Overlap of every two circuits")
+chapter.table("circuit_shared_features", common.shared, rows=0, caption="In which circuits each feature is")
 chapter.show(common.tests(), caption="Mean overlap of pairs of one type and of two, and how often "
              "permuted types differ as much")
 
@@ -368,12 +374,16 @@ chapter.figure("task_circuit", plots.task_curves(curve))
 
 # %% tags=["fold:How features are chosen and what each choice keeps"]
 choices = task_curves.compare_choices(task, settings.seed)
-chapter.table("task_circuit", curve, rows=0)
+chapter.table("task_circuit", curve, rows=0, caption="Right answers and contrast kept by every circuit "
+              "tried")
 beside = curve[~curve["chosen"].isin(CHOSEN_BY)]
-chapter.show(beside.drop(columns=["draw", "share"]), digits=3, caption="What stands beside the "
-             "circuits: right answers, and the mean call")
-chapter.table("task_choices", choices, digits=3, caption="What the circuits keep, in percent, mean "
-              "over the sizes tried, and by how many points the choice by influence is ahead")
+chapter.table("task_choices", choices, rows=0, caption="What the circuits keep, with the range over "
+              "random draws")
+
+# %%
+chapter.show(choices.drop(columns=["lowest", "highest"]).replace({"others": {MEAN: "mean"}}), digits=2,
+             caption="What the circuits keep, in percent, mean over the sizes tried, and by how many points "
+             "the choice by influence is ahead")
 
 # %%
 chapter.values({"choice_cells": task.choice_cells, "cells": len(task.cells), "firing": task.firing,
@@ -387,9 +397,8 @@ for key, others in (("mean", MEAN), ("zero", ZERO)):
         chapter.value(f"task.{name}_{key}", task_curves.comparison(choices, measure, others))
 
 # %% [markdown]
-# Cells are of every type as many as there are up to a bound. All MLPs are replaced by the features kept.
-# Where the others are at their mean, so is the transcoders' error: what these miss of a cell cannot help.
-# Where they are silent, no error is added.
+# All MLPs are replaced by the features kept. Where the others are at their mean, so is the transcoders'
+# error: what these miss of a cell cannot help. Where they are silent, no error is added.
 #
 # - **By influence:** what a feature's taking away would do to the call
 #   ({doc}`07_endothelial_case_study`), on all paths of the linear model, mean size over training cells.
@@ -398,14 +407,17 @@ for key, others in (("mean", MEAN), ("zero", ZERO)):
 # - **Random:** the scores of the first choice permuted among features of a layer that fire
 #   about as often, {glue:text}`task.draws` times.
 #
-# Over all sizes, choice by influence keeps of the right answers {glue:text}`task.right_mean` (others at
-# their mean) and {glue:text}`task.right_zero` (others silent). Of what features add to the call it
-# wins back {glue:text}`task.contrast_mean`, and {glue:text}`task.contrast_zero`.
+# What the choice by influence keeps, over all sizes:
+#
+# - **right answers, others at their mean:** {glue:text}`task.right_mean`;
+# - **right answers, others silent:** {glue:text}`task.right_zero`;
+# - **what features add to the call, others at their mean:** {glue:text}`task.contrast_mean`;
+# - **the same, others silent:** {glue:text}`task.contrast_zero`.
 #
 # What circuits should find is known for simulated cells only. The book of the profile `planted`
-# (`make book PROFILE=planted`) has a further section here: how much of what was planted do circuits find,
-# and do transcoders' features find it better than directions that no dictionary learning made? Small
-# models are trained for that, which takes about ten minutes.
+# (`make book PROFILE=planted`, about ten minutes more) has a further section here: how much of what was
+# planted do circuits find, and do transcoders' features find it better than directions that no dictionary
+# learning made?
 
 # %% [markdown] tags=["only-if:truth.known"]
 # ## Known truth

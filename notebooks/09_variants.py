@@ -29,13 +29,11 @@
 #   {glue:text}`variants.percentage_max` % of their live features are called interpretable.
 # - **What it is worth.** That is {glue:text}`variants.above_null_min` to {glue:text}`variants.above_null_max` points
 #   more than {term}`lists of random tokens <null list>`. A measure that hardly differs between a kind and
-#   its own null lists cannot rank the kinds. An autoencoder's fit and a transcoder's answer different
-#   questions.
+#   its own null lists cannot rank the kinds.
 # ```
 #
-# The paper trains one kind of dictionary: a transcoder with ReLU and an L1 penalty
-# {cite:p}`dunefsky2024transcoders`. Would another have told the same story? Here eight kinds are
-# trained on the same layers, the same tokens in the same order, from the same seed:
+# Eight kinds of dictionary are trained on the same layers, the same tokens in the same order, from the
+# same seed:
 #
 # - **ReLU + L1** under both losses of {doc}`02_training`. The one that this run uses is the reference.
 # - **JumpReLU** {cite:p}`rajamanoharan2024jumping`: every feature has a threshold of its own, below
@@ -66,18 +64,21 @@ chapter.not_comparable()
 # %% [markdown]
 # ## At the same L0
 #
-# A dictionary that may use more features explains more, so kinds are compared at one L0: that which
-# the reference reaches with the profile's coefficient. TopK and BatchTopK are given it as k
-# ({glue:text}`variants.k`, the mean over layers). JumpReLU's thresholds are moved towards it, all by one
-# factor. Where an L1 penalty decides, its weight is steered while training: after each logged step it is raised or lowered according to how far the mean L0 over layers
-# is from the reference's at the same step, and to the sum of all such differences so far. The table
-# gives the weight at the end and the L0 that came out on held-out cells, between
-# {glue:text}`variants.l0_ratio_min` and {glue:text}`variants.l0_ratio_max` times the reference's. Only
-# the mean L0 is matched; its distribution over layers may differ.
+# A dictionary that may use more features explains more, so kinds are compared at one L0, that of the
+# reference. On held-out cells the others came out between {glue:text}`variants.l0_ratio_min` and
+# {glue:text}`variants.l0_ratio_max` times it. Only the mean L0 is matched; its distribution over layers may
+# differ.
 #
 # All of these are trained for {glue:text}`variants.steps` steps of {glue:text}`variants.batch` tokens,
 # fewer than the transcoders of the other chapters, so the numbers here compare with each other and not
 # with those. Their features are counted in {glue:text}`variants.counted` cells.
+
+# %% [markdown] tags=["fold:How the L0 is matched"]
+# TopK and BatchTopK are given the reference's L0 as k ({glue:text}`variants.k`, the mean over layers).
+# JumpReLU's thresholds are moved towards it, all by one factor. Where there is an L1 penalty, its weight is
+# steered while training: after each logged step it is raised or lowered according to how far the mean L0
+# over layers is from the reference's at the same step, and to the sum of all such differences so far. The
+# table below gives the weight at the end.
 
 # %%
 trained = get_variants(model, corpus, chapter.profile)
@@ -89,16 +90,15 @@ table, layers = compared.table, compared.layers
 # %%
 chapter.library_warnings()
 
-# %% mystnb={"image": {"alt": "Above: fraction of variance unexplained against active features per token, for eight kinds of dictionary. Below, a row per kind: loss added by replacing one layer, live features, and share of them called interpretable beside that of null lists."}, "figure": {"caption": "Eight kinds of dictionary at the same mean L0. Above: large symbols are means over layers, small ones single layers; lower is better. Below: grey bars are lists made from random tokens.", "name": "fig-variants"}}
+# %% mystnb={"image": {"alt": "Above: fraction of variance unexplained against active features per token, for eight kinds of dictionary. Below, a row per kind: loss added by replacing one layer, live features, and share of them called interpretable beside that of null lists."}, "figure": {"caption": "Eight kinds of dictionary at the same mean L0. Above: large symbols are means over layers, small ones single layers; lower is better. Below: grey bars are lists made from random tokens.", "name": "fig-variants"}} tags=["unfold"]
 chapter.figure("variants", plots.variants(table, layers, rule))
 
 # %%
-chapter.table("variants", table, rows=0)
-shown = {"label": "kind", "k": "k", "l1_coefficient": "penalty", "l0": "L0", "fvu": "FVU",
+chapter.table("variants", table, rows=0, caption="Every kind with all its numbers")
+shown = {"label": "kind", "l1_coefficient": "penalty", "l0": "L0", "fvu": "FVU",
          "loss_increase": "loss +, one layer", "loss_increase_all": "loss +, all layers",
-         "live": "live (Fig. 3)", "live_table4": "live (Table 4)", "dead": "dead share",
-         "seconds_ratio": "time of a step"}
-chapter.show(table[list(shown)].rename(columns=shown), digits=3, caption=f"Means over layers on "
+         "live_table4": "live (Table 4)", "seconds_ratio": "time of a step"}
+chapter.show(table[list(shown)].rename(columns=shown), digits=2, caption=f"Means over layers on "
             f"{compared.cells} held-out cells; live features of all layers; time relative to the "
             "reference's")
 
@@ -109,9 +109,8 @@ for name in compared.rules:
 chapter.show(table[list(shares)].rename(columns=shares), digits=3, caption="Live features called "
             "interpretable as in Table 4, and null lists of as many random tokens, one for each feature")
 
-# %% tags=["fold:The same per layer"]
-chapter.table("variants_by_layer", layers, rows=len(layers) // len(table), caption="The same per layer "
-             "(here the reference; the file has all kinds)")
+# %%
+chapter.table("variants_by_layer", layers, rows=0, caption="The same per layer")
 
 # %%
 chapter.values({"steps": trained[0].history[-1]["step"], "batch": trained[0].profile.batch_tokens,
@@ -152,12 +151,11 @@ for key, values in (("percentage", own), ("above_null", own - table[f"null_{rule
 # kinds are small too, and FVU tells more; replacing all layers at once adds up what each of them misses.
 #
 # *Interpretability.* Between {glue:text}`variants.percentage_min` and
-# {glue:text}`variants.percentage_max` % of the live features are called interpretable, which is
-# {glue:text}`variants.above_null_min` to {glue:text}`variants.above_null_max` points more than lists of
-# as many random tokens (a negative number: fewer). A measure that hardly differs between a kind and its
-# own null lists cannot rank the kinds.
+# {glue:text}`variants.percentage_max` % of the live features are called interpretable. Less the percentage
+# of lists of as many random tokens, that is {glue:text}`variants.above_null_min` to
+# {glue:text}`variants.above_null_max` points.
 #
-# Four differences forbid reading one column alone.
+# Because of four differences between the kinds no column should be read alone.
 
 # %% [markdown] tags=["fold:Four differences between the kinds"]
 #
@@ -173,6 +171,6 @@ for key, values in (("percentage", own), ("above_null", own - table[f"null_{rule
 #   all of them are moved by one factor towards the wanted L0; only how they differ from one another is
 #   learnt. The penalty's weight is what makes an active feature cost what it costs the reference.
 #
-# Paulo et al. {cite:p}`paulo2025transcoders` find transcoders' features more interpretable than
+# {cite:t}`paulo2025transcoders` find transcoders' features more interpretable than
 # autoencoders' in language models, and better fits with a skip path. They judge interpretability by
 # explanations in words, not by gene sets.

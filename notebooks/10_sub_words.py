@@ -26,22 +26,21 @@
 # - **The paper says.** It does: "Subword tokenization fragments gene symbols", which depresses layer 0, and
 #   "domain-specific tokenizers" should help. It does not try.
 # - **We find.** With a token for each gene the small model is right for {glue:text}`sub_words.right_genes` %
-#   of the held-out cells, with sub-words for {glue:text}`sub_words.right_sub_words` %. That the first layer fires on
-#   fragments {glue:text}`sub_words.fragments`; that a token a gene lifts it
-#   {glue:text}`sub_words.dip_shrinks`; that it gains on what learnt nothing:
-#   {glue:text}`sub_words.lead_grows`.
+#   of the held-out cells, with sub-words for {glue:text}`sub_words.right_sub_words` %. Three expectations:
+#   the first layer fires on fragments ({glue:text}`sub_words.fragments`); a token a gene lifts its percentage
+#   ({glue:text}`sub_words.dip_shrinks`); its features then gain on features that learnt nothing
+#   ({glue:text}`sub_words.lead_grows`).
 # - **What it is worth.** The lead over the best control changes by {glue:text}`sub_words.lead_difference` points
 #   ({glue:text}`sub_words.lead_low` to {glue:text}`sub_words.lead_high`), and features of an
 #   {term}`untrained encoder` show the dip as well. There are {glue:text}`sub_words.seeds` seeds, and models
 #   far smaller than those of the other chapters.
 # ```
 #
-# The paper finds a dip in layer 0 and names a cause: "Subword tokenization fragments gene symbols",
-# so "Layer-0 features often fire on token fragments", "depressing GSEA yields". It expects of
-# "domain-specific tokenizers" that they "could improve mechanistic interpretability", and leaves that
-# to future work. Here it is tried: the same model and the same transcoders are trained twice, once
-# with a tokenizer that cuts gene names into sub-words and once with **a token for each gene**
-# (`tokenizer: genes` in a profile; the words of prompt and answer are cut as before).
+# The paper finds fewer interpretable features in layer 0 and names the cause: "Layer-0 features often fire
+# on token fragments", "depressing GSEA yields". Here the remedy that it leaves to future work is tried: the
+# same model and the same transcoders are trained twice, once with a tokenizer that cuts gene names into
+# sub-words and once with **a token for each gene** (`tokenizer: genes` in a profile; the words of prompt
+# and answer are cut as before).
 
 # %% tags=["parameters"]
 profile = "demo"
@@ -62,14 +61,11 @@ chapter.not_comparable()
 # model of {glue:text}`sub_words.layers` layers of width {glue:text}`sub_words.width` for
 # {glue:text}`sub_words.steps` steps of {glue:text}`sub_words.model_cells` cells each, in the same
 # order. The transcoders take as many steps, each with as many tokens as
-# {glue:text}`sub_words.batch_cells` cells have on average. So either run sees the same genes as often
-# and takes as many steps; the one with sub-words computes more, as a cell has
-# {glue:text}`sub_words.tokens_sub_words` tokens there and {glue:text}`sub_words.tokens_genes` with a
-# token a gene. All other settings are the profile's. The sizes are far below those of the other
-# chapters, so that {glue:text}`sub_words.seeds` seeds of everything that is drawn (weights, order of
-# cells, controls) fit in: numbers here compare with each other and not with those.
-#
-# With a token for each gene a cell's text is {glue:text}`sub_words.shorter` times shorter.
+# {glue:text}`sub_words.batch_cells` cells have on average. So both runs see the same genes as often. The one
+# with sub-words computes more: a cell has {glue:text}`sub_words.tokens_sub_words` tokens there and
+# {glue:text}`sub_words.tokens_genes` with a token a gene ({glue:text}`sub_words.shorter` times fewer). All
+# other settings are the profile's. The models are far smaller than those of the other chapters, so that
+# {glue:text}`sub_words.seeds` seeds fit in: numbers here compare with each other only.
 
 # %% [markdown] tags=["fold:Measures"]
 # The measures are those of the chapters before: loss and right answers ({doc}`01_cells_and_model`,
@@ -88,7 +84,7 @@ chapter.library_warnings()
 chapter.figure("sub_words", both_tokenizers(compared.runs))
 
 # %% tags=["fold:Every measure in numbers"]
-chapter.table("sub_words_runs", compared.runs, rows=0)
+chapter.table("sub_words_runs", compared.runs, rows=0, caption="Every measure of every run")
 chapter.table("sub_words", compared.table, rows=len(compared.table), digits=3,
               caption="Means over seeds; the difference is a token a gene less sub-words, with a "
               "95 % interval over the seeds (Student's t)")
@@ -111,18 +107,17 @@ tokens = found.loc[sub_words.QUOTED["tokens"]]
 chapter.rounded("sub_words.shorter", tokens["sub-words"] / tokens["a token a gene"], 1)
 
 # %% [markdown] tags=["unfold"]
-# Replacing all MLPs by transcoders adds {glue:text}`sub_words.added_sub_words` nats to a cell's text
-# with sub-words and {glue:text}`sub_words.added_genes` with a token a gene. The models are small, and are right for {glue:text}`sub_words.right_sub_words` % (sub-words) and
-# {glue:text}`sub_words.right_genes` % (a token a gene) of the held-out cells asked, where the commonest
-# type would be for {glue:text}`sub_words.commonest_genes` %. A cell's text costs them
-# {glue:text}`sub_words.loss_sub_words` and {glue:text}`sub_words.loss_genes` nats.
+# The models are right for {glue:text}`sub_words.right_sub_words` % (sub-words) and
+# {glue:text}`sub_words.right_genes` % (a token a gene) of the held-out cells; always saying the commonest
+# type would be right for {glue:text}`sub_words.commonest_genes` %. Their loss on a cell's text is
+# {glue:text}`sub_words.loss_sub_words` and {glue:text}`sub_words.loss_genes` nats, and replacing all MLPs by
+# transcoders adds {glue:text}`sub_words.added_sub_words` and {glue:text}`sub_words.added_genes`.
 
 # %% [markdown]
 # ## Does the paper's expectation hold?
 #
-# What is expected was fixed before a run was looked at; it **holds** if the whole interval lies on the
-# side that is expected, **fails** if it lies on the other, and is otherwise **not decided** by so few
-# seeds.
+# The expectations were written down before any run was looked at. One **holds** if the whole interval lies
+# on the expected side, **fails** if it lies on the other, and is otherwise **not decided** by so few seeds.
 #
 # - *Layer 0 fires on fragments: with sub-words, more of its features are scored sub-word than of later
 #   layers' features.* The share in layer 0 less that in later layers is
@@ -142,9 +137,9 @@ chapter.rounded("sub_words.shorter", tokens["sub-words"] / tokens["a token a gen
 # directions of the same models, the share scored sub-word in layer 0 less that in later layers is
 # {glue:text}`sub_words.untrained_fragments_sub_words` points with sub-words, and Table 4's percentage
 # in layer 0 less that in later layers is {glue:text}`sub_words.untrained_dip_sub_words` points with
-# sub-words and {glue:text}`sub_words.untrained_dip_genes` with a token a gene. What they show as well
-# is in the model's representation, and no property of transcoders.
+# sub-words and {glue:text}`sub_words.untrained_dip_genes` with a token a gene. What untrained features show
+# as well is a property of the model, not of transcoders.
 #
-# Nor does a percentage compare tokenizers by itself. Under the gene rule `token` a fragment counts for
-# all genes that contain it and a gene's own token for one, whoever fires on it, so controls move with
-# the tokenizer too. Under `occurrence` that choice is gone, and with a token a gene both rules are one.
+# Nor can the percentages of two tokenizers be compared directly. Under the gene rule `token` a fragment
+# counts for all genes that contain it and a gene's own token for one, so controls move with the tokenizer
+# too. Under `occurrence` they do not, and with a token a gene both rules are the same.

@@ -105,8 +105,8 @@ def test_what_the_page_says_is_what_the_table_says():
     failed, single = said["doubled-all-at-once"], said["doubled-one-at-a-time"]
     assert failed.startswith("failed (the sign is right in 0 of 25 cells, 95 % interval 0 % to "
                              "13 %")
-    assert "the correlation is 0.77" in failed
+    assert "correlation 0.77" in failed
     assert single.startswith("holds (the sign is right for 100 % of the features (100 in 25 cells)")
     assert prediction.key_point(table) == (
-        "the prediction holds for features taken away (all at once), doubled (one at a time); it "
-        "failed for features doubled (all at once)")
+        "The prediction holds for features taken away (all at once), doubled (one at a time). It "
+        "failed for features doubled (all at once).")

@@ -84,7 +84,7 @@ def test_a_perfect_model_is_right_for_odd_labels(read: tuple[Corpus, Profile]) -
     assert predict_answers(model, corpus, range(len(corpus))) == corpus.labels.tolist()
     study = case_study(calls_of(model, corpus, profile))  # type: ignore[arg-type]
     assert study.prediction == study.truth == profile.case_type == "CD19+ B"
-    assert "names to the letter" in study.origin and "none" not in study.origin
+    assert "names exactly" in study.origin and "none" not in study.origin
     right = named_right(model, corpus, 1)  # type: ignore[arg-type]
     assert set(corpus.labels[right]) == set(corpus.labels)
 

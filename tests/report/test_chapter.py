@@ -1,6 +1,8 @@
 """What a chapter opens: each part made once, when first asked for, and numbers as they read."""
 
+import ast
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
 
 from scfm_circuits import InputError
 from scfm_circuits.cells import corpus as corpora
-from scfm_circuits.common.profile import BUNDLED_CELLS, PLANTED_CELLS
+from scfm_circuits.common.profile import BUNDLED_CELLS, PLANTED_CELLS, ROOT
 from scfm_circuits.features import baselines
 from scfm_circuits.features import statistics as counts
 from scfm_circuits.models import loading
@@ -160,3 +162,21 @@ def test_numbers_read_as_asked_and_are_kept_in_full(monkeypatch: pytest.MonkeyPa
                     "share.none": None, "share.nan": None,
                     "many": 12345.678, "few": 0.256, "unknown": None, "p": 0.012345,
                     "p.none": None, "of.a": 4646, "of.b": True}
+
+
+def test_whatever_a_notebook_shows_is_the_last_of_its_cell() -> None:
+    # IPython shows the value of a cell's last statement only, and none of an `if` or a loop.
+    lost = []
+    for path in sorted((ROOT / "notebooks").glob("*.py")):
+        for cell in re.split(r"^# %%.*$", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            statements = ast.parse(cell).body
+            for node in ast.walk(ast.Module(statements[:-1] + [
+                    one for one in statements[-1:] if not isinstance(one, ast.Expr)], [])):
+                if (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+                        and ast.unparse(node.func.value) == "chapter"
+                        and node.func.attr in ("show", "table", "browse", "figure")
+                        and not any(one.arg == "rows" and ast.literal_eval(one.value) == 0
+                                    for one in node.keywords
+                                    if isinstance(one.value, ast.Constant))):
+                    lost.append(f"{path.stem}: {ast.unparse(node)[:60]}")
+    assert lost == []

@@ -94,12 +94,14 @@ def caveats(corpus: "Corpus") -> str:
         sentences = [corpus.genes_of(int(cell)) for cell in others]
         share = np.mean([gene in sentence for sentence in sentences])
         first = np.mean([sentence[0] == gene for sentence in sentences])
-        told.append(f"{gene} stands in the sentence of {100 * share:.0f} % of the cells that are "
-                    f"not {maker} cells, and first in {100 * first:.0f} %")
+        told.append(f"{gene} is in the sentence of {100 * share:.0f} % of the cells that are not "
+                    f"{maker} cells (and first in {100 * first:.0f} %)")
     n_mito = sum(symbol.startswith("MT-") for symbol in corpus.symbols)
-    return (f"These cells are the pancreas of one donor. The droplets in which they were measured "
-            f"hold free RNA of its hormone cells: {'; '.join(told)}. The reference that reads were "
-            f"matched to has {n_mito} mitochondrial genes (MT-), which other data sets rank high.")
+    mitochondrial = (f"{n_mito} genes are mitochondrial (MT-)" if n_mito else
+                     "Mitochondrial genes (MT-), which rank high in other data sets, are not among "
+                     "the genes counted")
+    return (f"These cells are from the pancreas of one donor. Free RNA of its hormone cells was "
+            f"measured along with other cells: {'; '.join(told)}. {mitochondrial}.")
 
 
 def read_package() -> "AnnData":

@@ -91,8 +91,8 @@ class Calls:
 
     unit = "nats"
     """What a call is measured in, as a page says it."""
-    named = one_named = "the model names to the letter"
-    none_named = "of which the model names none to the letter"
+    named = one_named = "the model names exactly"
+    none_named = "of which the model names none exactly"
     median_of = "whose label has the median probability"
     """What is said of cells that are named rightly, and of the one in the middle."""
 

@@ -138,18 +138,17 @@ def _sentence(row: Any) -> str:
                  f"({row.predictions:,} in {row.cells} cells)")
     return (f"{row.verdict} (the sign is right {signs}, 95 % interval "
             f"{100 * row.same_sign_low:.0f} % to {100 * row.same_sign_high:.0f} %; "
-            f"slope {row.slope:.3g}, R² about the line of identity {row.r2:.3g}; "
-            f"the correlation is {row.pearson:.2f})")
+            f"slope {row.slope:.2g}, R² {row.r2:.2g}, correlation {row.pearson:.2f})")
 
 
 def key_point(table: pd.DataFrame) -> str:
     """Which of `predictions` hold and which do not, in a sentence."""
     said = []
-    for verdict, begins in ((HOLDS, "the prediction holds for features"),
-                            (DIRECTION, "it has the right sign and the wrong size for features"),
-                            (FAILED, "it failed for features")):
+    for verdict, begins in ((HOLDS, "The prediction holds for features"),
+                            (DIRECTION, "It has the right sign and the wrong size for features"),
+                            (FAILED, "It failed for features")):
         some = table[table["verdict"] == verdict]
         if len(some):
             said.append(f"{begins} " + ", ".join(f"{row.done} ({row.features})"
-                                                 for row in some.itertuples(index=False)))
-    return "; ".join(said)
+                                                 for row in some.itertuples(index=False)) + ".")
+    return " ".join(said)

@@ -95,7 +95,7 @@ class KnownTypes(NamedTuple):
         ours, other, p = (self.of(MODEL, "percentage"), self.of(COMMONEST, "percentage"),
                           self.of(COMMONEST, "p"))
         return (f"The model does not know these types: it names {ours:.0f} % of "
-                f"{self.of(MODEL, 'cells')} held-out cells rightly, and always answering "
+                f"{self.of(MODEL, 'cells')} held-out cells correctly, and always answering "
                 f"{self.commonest!r} would be right for {other:.0f} % (p = {p:.2g} that the model "
                 "is no better, exact one-sided McNemar test). What this book explains is a guess.")
 

@@ -66,8 +66,8 @@ def shown_benchmark(report: "Report") -> "Shown | None":
     """The benchmark's figures as a table with its machine, or how to get them."""
     found = benchmark_table(BENCHMARK)
     if found is None:
-        return report.warning("It was not run on this machine: `make bench BENCH=training` does, "
-                              "in a few minutes.")
+        return report.warning("The benchmark was not run on this machine; "
+                              "`make bench BENCH=training` runs it in a few minutes.")
     frame, where = found
     return report.show(frame, caption=f"make bench BENCH=training, at the paper's layer size, on "
                                       f"{where}")

@@ -128,8 +128,8 @@ def test_the_largest_of_several_p_hides_how_each_control_does():
                           "p_controls": p.max(axis=0), "p_untrained_encoder": p[2]})
     table.loc[:9, "p_uniform"] = np.nan  # no control there
     found = single_controls(table, 0.05).set_index("control")
-    assert found.index.tolist() == ["uniform", "frequency matched", "untrained encoder",
-                                    "all, and a term"]
+    assert found.index.tolist() == ["uniform", "frequency-matched", "untrained encoder",
+                                    "all of them"]
     assert found["percentage"][:3].between(4, 6).all() and found["percentage"].iloc[3] < 0.2
     assert found.loc["uniform", "features"] == 3_990
     assert found.loc["uniform", "ahead"] == (p[0, 10:] < 0.05).sum()

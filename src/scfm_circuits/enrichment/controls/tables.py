@@ -110,10 +110,14 @@ def single_controls(verdicts: pd.DataFrame, fdr: float) -> pd.DataFrame:
     all together says nothing of each.
     """
     names = [str(name) for name in verdicts if str(name).startswith("p_")]
+    # Only some of a column's underscores are spaces.
+    heading_of = {kind.replace("-", "_").replace(" ", "_"): kind
+                  for kind in (*NULLS, "re-initialised model")}
     rows = []
     for name in sorted(names, key=lambda one: one == "p_controls"):
         p = verdicts[name].dropna()
-        shown = "all, and a term" if name == "p_controls" else name[2:].replace("_", " ")
+        shown = ("all of them" if name == "p_controls" else
+                 heading_of.get(name[2:], name[2:].replace("_", " ")))
         rows.append({"control": shown, "features": len(p), "ahead": int((p < fdr).sum()),
                      "percentage": 100 * float((p < fdr).mean()) if len(p) else np.nan})
     return pd.DataFrame(rows)

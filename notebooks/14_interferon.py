@@ -100,6 +100,8 @@ chapter.values({"by_effect": known_response.ranks_said(ranks, "effect"),
 # %% tags=["fold:Every known gene and every way"]
 chapter.table("interferon_known_truth", ranks.genes, rows=12, digits=3, caption="The known genes by "
               "every way: value (mean over cells, 0 where a cell has not the gene) and rank")
+
+# %%
 chapter.table("interferon_ranks", ranks.summary, digits=3, caption="Median rank of the known genes, "
               "and of random genes as frequent")
 
@@ -137,9 +139,13 @@ chapter.values(known_response.numbers(study, settings.seed), prefix="known.")
 # %% tags=["fold:Every score and every gene"]
 chapter.table("perturbation_scores", study.summary, rows=14, digits=3, caption="Each score against "
               "what taking genes out does: means over cells, 95 % intervals, and those of shuffled genes")
+
+# %%
 chapter.table("perturbation", study.by_gene.rename(columns={"score_paths": "predicted"}), rows=15,
               digits=3, caption="Every gene: its measured effect with a 95 % interval over cells, the "
               "own and the position part, what the circuit predicts, and both tests (nats)")
+
+# %%
 chapter.table("perturbation_cells", study.genes, rows=0)
 
 # %% [markdown]
@@ -164,6 +170,8 @@ by_type = perturbed_cells.together_by_type(together, settings.seed)
 chapter.show(by_type, digits=2, caption="Known and random genes deleted or moved to the front, by the "
              "cells' label: share of cells called the response, and the change of the contrast (nats) "
              "with its 95 % interval over cells")
+
+# %%
 chapter.table("interferon_together", together, rows=0)
 
 # %%
@@ -234,6 +242,8 @@ features = features.merge(given[["layer", "feature", "contribution"]], how="left
 chapter.table("interferon_features", features, digits=3, caption="Features that tell the label's cells: "
               "how they are read, for whom they fire, AUROC, and what they write straight to the contrast "
               "of such a cell (nats, mean)")
+
+# %%
 chapter.table("interferon_contributions", study.contributions, rows=0)
 
 # %%

@@ -50,6 +50,8 @@ from scfm_circuits.transcoders.training.settings import precision_of, training_m
 
 ANYWAY = "SCFM_ANYWAY"
 """Environment variable that turns refusals into warnings."""
+VALUES_ALONE = ("scGPT gives each gene a value, and the book's chapters ask a model for words or "
+                "genes; its transcoders alone are trained, by `python -m scfm_circuits train`.")
 GIB, CPU = 2**30, torch.device("cpu")
 OTHER, KEPT = 3 * GIB // 2, 0.2
 """A chapter's memory beside the parts (libraries, tables, figures), and the share of it all that is
@@ -135,7 +137,6 @@ def run_cost(profile: Profile, notebooks: Sequence[Notebook], stale: Collection[
     fits = all(size <= memory_available(place) for place, size in together.items())
     at_once = jobs or (side_by_side.usual_jobs() if fits else 1)
     problems = [*_disk_problems(disk), *memory_problems(profile, sizes, stages)]
-    refused = bool(problems) and not os.environ.get(ANYWAY)
     of = f" of {sizes.cells_in_file:,}" if sizes.cells != sizes.cells_in_file else ""
     lines = [f"{profile.name}: {sizes.cells:,}{of} cells, {'' if sizes.measured else 'about '}"
              f"{sizes.tokens / sizes.cells:.0f} tokens each, {sizes.tokens / 1e6:,.2f} M tokens; "
@@ -152,11 +153,9 @@ def run_cost(profile: Profile, notebooks: Sequence[Notebook], stale: Collection[
               for folder, size in disk.items()]
     lines += _memory_lines(stages, together if at_once > 1 else {})
     if profile.encoding == BINNED:
-        return Cost("\n".join(lines), "scGPT gives each gene a value, and the book's chapters ask "
-                    "a model for words or genes; its transcoders alone are trained, by `python -m "
-                    "scfm_circuits train`.", 0.0)
+        return Cost("\n".join(lines), VALUES_ALONE, 0.0)
     hint = f"(To try all the same, set {ANYWAY}=1.)"
-    if refused:
+    if problems and not os.environ.get(ANYWAY):
         return Cost("\n".join(lines), "\n".join([*problems, hint]), 0.0)
     rate = matrix_rate(profile, sizes, device)
     each = {one.name: run_seconds(profile, sizes, one.produces, 1, rate, REACHED[device.type])

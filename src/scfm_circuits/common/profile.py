@@ -21,7 +21,7 @@ from scfm_circuits.common.encodings import CELL_SENTENCE
 from scfm_circuits.common.files import own, owner_of
 from scfm_circuits.common.kept import PACKAGE
 from scfm_circuits.common.labels import normal_label
-from scfm_circuits.common.profile_files import explained, misfit, read_fields
+from scfm_circuits.common.profile_files import explained, misfit, over, read_fields
 
 ROOT = Path(os.environ.get("SCFM_ROOT", PACKAGE.parents[1]))
 PROFILES = ROOT / "notebooks" / "profiles"
@@ -408,21 +408,8 @@ def _read_chain(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return content
     if not isinstance(base, str):
         raise InputError(f"{path}: `extends` must be the name of a profile.")
-    return _over(_read_chain(profile_path(base, here=False), (*seen, path)), content)
-
-
-def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`own` fields over those of `base`; other cells or models do not keep the base's names, nor
-    cells how symbols are spelled."""
-    kept = dict(base)
-    other = {field for field in ("cells", "model")
-             if field in own and own[field] != base.get(field, Profile.model_fields[field].default)}
-    if other:
-        kept.pop("title", None)
-    if "cells" in other:
-        kept.pop("cells_name", None)
-        kept.pop("symbol_rule", None)
-    return {**kept, **own}
+    return over(_read_chain(profile_path(base, here=False), (*seen, path)), content,
+                Profile.model_fields)
 
 
 def load_profile(profile: str, overrides: Mapping[str, Any] | None = None) -> Profile:
@@ -438,7 +425,8 @@ def load_profile(profile: str, overrides: Mapping[str, Any] | None = None) -> Pr
     if "name" in overrides or "extends" in overrides:
         raise InputError("`name` and `extends` cannot be overridden; write a profile file instead.")
     try:
-        checked = Profile.model_validate({**_over(content, overrides), "name": path.stem})
+        checked = Profile.model_validate({
+            **over(content, overrides, Profile.model_fields), "name": path.stem})
     except ValidationError as error:
         raise InputError(explained(error, path, overrides, Profile.model_fields)) from None
     if overrides:

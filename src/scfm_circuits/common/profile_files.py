@@ -114,6 +114,21 @@ def explained(error: "ValidationError", path: Path, overrides: Mapping[str, Any]
     return f"Profile field `{key}` in {source}: {message}{got}. {about}".rstrip()
 
 
+def over(base: Mapping[str, Any], own: Mapping[str, Any], fields: Mapping[str, "FieldInfo"]
+         ) -> dict[str, Any]:
+    """`own` fields over those of `base`; other cells or models do not keep the base's names, nor
+    cells how symbols are spelled. fields: all that there are, with their defaults."""
+    kept = dict(base)
+    other = {field for field in ("cells", "model")
+             if field in own and own[field] != base.get(field, fields[field].default)}
+    if other:
+        kept.pop("title", None)
+    if "cells" in other:
+        kept.pop("cells_name", None)
+        kept.pop("symbol_rule", None)
+    return {**kept, **own}
+
+
 def misfit(profile: "Profile") -> str | None:
     """What of a profile's fields does not fit together, as `field: why`; None if all do."""
     if profile.model == "train":

@@ -32,6 +32,7 @@ from scfm_circuits.book.sizes import (
     CONTROLS,
     COUNTED,
     KINDS,
+    PERTURBED,
     SCORED,
     TRAINED,
     VALIDATED,
@@ -413,6 +414,17 @@ def test_kinds_are_counted_in_the_cells_that_the_profile_says(empty: Path) -> No
     assert counted(None) == counted(12) == counted(99) == 8 * works(whole, TINY)[
         COUNTED].operations["count"]
     assert counted(3) == pytest.approx(counted(None) / 4)
+
+
+def test_genes_are_taken_out_where_a_profile_knows_some(empty: Path) -> None:
+    def taken_out(**fields: Any) -> float:
+        profile = load_profile("smoke", fields)
+        return works(profile, TINY)[PERTURBED].operations["count"]
+
+    assert taken_out() == 0
+    # Twelve cells of 16 genes, each gene twice and the cell whole; 114 tokens of 12 cells, and two
+    # operations a weight.
+    assert taken_out(known_response=["ISG15"]) == pytest.approx(12 * 33 * 114 / 12 * 2 * 12_000)
 
 
 def test_the_time_of_the_small_real_profile_on_two_cores(empty: Path, monkeypatch: Any) -> None:

@@ -19,6 +19,7 @@ from scfm_circuits.cells.corpus import (
     split_cells,
     stored_corpus,
 )
+from scfm_circuits.circuits import known_response
 from scfm_circuits.common import manifest
 from scfm_circuits.common.encodings import CELL_SENTENCE, OWN_DICTIONARY
 from scfm_circuits.common.profile import ROOT, Profile, cells_path
@@ -41,7 +42,7 @@ guesses, on the large side."""
 # Work, by a file that its chapter leaves.
 CELLS, TRAINED, VALIDATED = "corpus/corpus.json", "transcoders/config.yaml", "tables/table1.csv"
 COUNTED, SCORED, CONTROLS = "features.npz", "tables/feature_scores.csv", "tables/table4.csv"
-KINDS = "tables/variants.csv"
+KINDS, PERTURBED = "tables/variants.csv", "tables/perturbation.csv"
 TRACED, INTERVENED = "tables/circuit_nodes.csv", "tables/circuit_faithfulness.csv"
 
 
@@ -177,6 +178,9 @@ def works(profile: Profile, sizes: Sizes) -> dict[str, Work]:
     own, control, kinds = profile.model == "train", profile.reinitialised_control, settings(profile)
     seen = profile.model_steps * profile.model_batch_cells * sizes.tokens / sizes.cells
     share = min(1.0, (profile.variant_cells or sizes.cells) / sizes.cells)
+    # Every gene of some cells, each taken out twice: with positions held, and moved up.
+    taken_out = bool(profile.known_response) * min(known_response.CELLS, sizes.cells) * (
+        1 + 2 * profile.genes_per_cell)
     return {
         CELLS: Work({"model": own * 3 * passed * seen}, "language_model",
                     own * 4 * sizes.parameters),
@@ -186,6 +190,7 @@ def works(profile: Profile, sizes: Sizes) -> dict[str, Work]:
         SCORED: Work({"count": counted}, "untrained", counts),
         CONTROLS: Work({"train": control * trained(profile), "count": control * counted},
                        "reinitialised", control * (one_set + counts)),
+        PERTURBED: Work({"count": taken_out * sizes.tokens / sizes.cells * passed}, "perturbation"),
         KINDS: Work({"train": len(kinds) * trained(variant_profile(profile, {})),
                      "count": len(kinds) * share * counted}, "variants",
                     len(kinds) * (one_set + counts)),

@@ -25,9 +25,9 @@
 #   are changed? Is the circuit enough by itself?
 # - **The paper says.** It has no control for its circuit, and leaves what circuits have in common to
 #   future work.
-# - **We find.** Taking the circuit away changes its target by {glue:text}`faithfulness.circuit` (−100 %: it
-#   is gone; median over {glue:text}`faithfulness.cells` cells); taking away other features at the same
-#   tokens changes it by {glue:text}`faithfulness.random`. Of {glue:text}`prediction.made` kinds of
+# - **We find.** Taking the circuit away changes its target by {glue:text}`faithfulness.circuit` of its value
+#   (median over {glue:text}`faithfulness.cells` cells); taking away other features at the same tokens changes
+#   it by {glue:text}`faithfulness.random`. Of {glue:text}`prediction.made` kinds of
 #   prediction {glue:text}`prediction.held` hold and {glue:text}`prediction.failed` failed. What taking a
 #   gene out does ({term}`knock-out`), circuits say better than cheap rivals by
 #   {glue:text}`knock_out.won` of {glue:text}`knock_out.measures` measures.

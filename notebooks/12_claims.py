@@ -105,7 +105,7 @@ chapter.browse("every_claim", everything[["exhibit", "claim", "paper", "ours", "
 # | structure of circuits: "inter-node relationships, information flow patterns" | flow by layer, heads, supernodes, overlap between cells, negative edges ({doc}`08_controls`); none of it is translated into biology |
 # | "domain-specific tokenizers" | a token for each gene, on small models of three seeds ({doc}`10_sub_words`) |
 # | other tasks, "like perturbation response prediction" | genes deleted and moved to the front, against a response that is known: chapter 14 of the book of the profile `interferon` |
-# | "other scFMs" | GPT-NeoX, Llama, Mistral, Qwen2, Gemma 2, Geneformer (BERT) and MaxToki can be loaded, and all chapters work on them ({doc}`your_cells`) |
+# | "other scFMs" | GPT-NeoX, Llama, Mistral, Qwen2, Gemma 2, Geneformer (BERT) and MaxToki can be loaded, and all chapters work on them ({doc}`your_cells`); small ones of MaxToki's and Geneformer's shape are trained and traced on the demo's cells, in the page *Other foundation models* |
 # | "model improvement and debugging" | features are taken out and doubled ({doc}`08_controls`); calls are steered and a wrong call is taken apart: chapter 15 of the book of the profile `interferon` |
 # | "the design of more interpretable architectures" | nothing |
 # | frameworks of scFeatureLens and of Claye et al. for single features | nothing |

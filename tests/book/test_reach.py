@@ -147,12 +147,13 @@ def test_a_folder_of_gene_sets_reaches_the_chapters_that_ask_for_them(
         monkeypatch.setenv("SCFM_GENE_SETS", str(folder))
 
     run = load_run("demo")
-    assert changes(run, name_it) == {key: {"gene sets"} for key in ("06", "07", "09", "10", "12")}
+    assert changes(run, name_it) == {
+        key: {"gene sets"} for key in ("06", "07", "09", "10", "12", "13")}
     # The same content elsewhere is the same library.
     assert changes(run, lambda: monkeypatch.setenv("SCFM_GENE_SETS", str(
         shutil.copytree(folder, data / "moved")))) == {}
     assert changes(run, (data / "moved" / "KEGG_2021_Human.gmt").unlink) == {
-        key: {"gene sets"} for key in ("06", "09", "10", "12")}
+        key: {"gene sets"} for key in ("06", "09", "10", "12", "13")}
 
 
 @pytest.mark.parametrize(("path", "stale"), [
@@ -161,7 +162,7 @@ def test_a_folder_of_gene_sets_reaches_the_chapters_that_ask_for_them(
     ("data/paper/table1.csv", {number: {"the paper's tables"} for number in
                                ("02", "03", "04", "05", "06", "07", "12")}),
     ("data/gene-sets/bundled_markers.gmt", {number: {"gene sets"} for number in
-                                            ("06", "07", "09", "10", "12")}),
+                                            ("06", "07", "09", "10", "12", "13")}),
     ("data/README.md", {}), ("data/human_eval/README.md", {}), ("data/planted/programs.yml", {}),
 ])
 def test_a_file_reaches_the_chapters_that_read_it(data: Path, path: str,
@@ -220,7 +221,7 @@ def test_planted_programs_are_the_cells_of_one_profile(data: Path) -> None:
         with open(data / "data" / "planted" / "programs.yml", "a") as file:
             file.write("# more\n")
 
-    assert {*changes(planted, change)} == {f"{number:02d}" for number in range(1, 13)}
+    assert {*changes(planted, change)} == {f"{number:02d}" for number in range(1, 14)}
 
 
 def test_every_reader_of_the_data_folder_is_known() -> None:

@@ -12,7 +12,7 @@ from gene_tokens import cells, counts, gene_corpus, profile_of
 from tiny_architectures import tiny
 
 from scfm_circuits.cells.corpus import load_corpus
-from scfm_circuits.circuits.origins import PARTS, SUM
+from scfm_circuits.circuits.origins import PARTS, STATE, SUM
 from scfm_circuits.common.profile import load_profile
 from scfm_circuits.enrichment.gene_sets import load_library
 from scfm_circuits.features.baselines import output_scale, reinitialised_transcoders
@@ -118,8 +118,8 @@ def test_a_small_run_is_measured_shown_and_kept(monkeypatch: pytest.MonkeyPatch,
     assert len(found.layers) == 3 * found.profile.model_layers
     assert len(shares_shown(table)) == 3 * len(
         [one for one in table if str(one).startswith("percentage_")])
-    shown = parts_shown(parts, "a")
-    assert shown.columns.tolist() == ["question", "part", *SHORT] and len(shown) == 20
+    shown = parts_shown(parts, STATE, "a")
+    assert shown.columns.tolist() == ["part", *SHORT] and len(shown) == 10
     assert (shown.loc[shown["part"] == "own rank", DECODER] == "n/a").all()
     assert len(by_type_shown(parts)) == len(parts[parts["part"] != SUM]) / 3
     assert {name for name, *_ in quoted(parts, "a")} == {*SHORT.values()}

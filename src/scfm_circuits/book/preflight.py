@@ -71,8 +71,9 @@ one H200 at the paper's size, where a step of training took 10.7 ms with 50 feat
 counting went through 50,000 tokens a second, Tables 1 and 2 through 5,263. On a CPU: read off
 `pbmc` on two cores, where training leaves out features that are zero."""
 TOKENIZERS, TOKENIZERS_SECONDS = "tables/sub_words.csv", 60.0
-"""The chapter with two tokenizers, by a file that it leaves. Its models are small in every profile;
-seconds as for `STARTED`."""
+OTHERS, OTHERS_SECONDS = "tables/other_models.csv", 45.0
+"""The chapters with two tokenizers and with other models, by a file that each leaves. Their models
+are small in every profile; seconds as for `STARTED`."""
 
 FIELDS = {
     "forward_cells": ("logits", "layers' inputs and outputs", "attention"),
@@ -384,5 +385,6 @@ def run_seconds(profile: Profile, sizes: Sizes, wanted: Collection[str], chapter
     nulls = live * NULL_SECONDS * profile.null_draws / 1000 * 2 / side_by_side.cores()
     total = sum(operations / reached[kind] for file, work in works(profile, sizes).items()
                 if file in wanted for kind, operations in work.operations.items())
-    small = TOKENIZERS_SECONDS * min(1.0, profile.model_steps / 300) * (TOKENIZERS in wanted)
+    small = sum(seconds * min(1.0, profile.model_steps / steps) for file, seconds, steps in (
+        (TOKENIZERS, TOKENIZERS_SECONDS, 300), (OTHERS, OTHERS_SECONDS, 1000)) if file in wanted)
     return chapters * STARTED + nulls * (CONTROLS in wanted) + small + total / rate

@@ -139,6 +139,10 @@ HEADINGS = {
     "no_label": "no label, %",
     "always_yes": "always yes",
     "training_f1": "F1 in training cells",
+    # Other models.
+    "percentage_enrichr": "called by enrichr, %",
+    "percentage_corpus": "called by corpus, %",
+    "percentage_gseapy": "called by gseapy, %",
 }
 
 

@@ -257,13 +257,10 @@ def lead(row: Mapping[Any, Any], rule: str) -> float:
     return row[f"percentage_{rule}"] - max(one for one in others if not np.isnan(one))
 
 
-def parts_shown(parts: pd.DataFrame, case_type: str) -> pd.DataFrame:
-    """The shares of all cells' right genes and of the case's type, with intervals: a row per
-    question and part, a column per model."""
-    chosen = parts[(parts["question"] == GENE) & (parts["cell_type"] == EVERY)
-                   | (parts["question"] == STATE) & (parts["cell_type"] == case_type)]
-    return _wide(chosen.assign(share=[_share(row) for row in chosen.to_dict("records")]),
-                 ["question", "part"])
+def parts_shown(parts: pd.DataFrame, question: str, cell_type: str) -> pd.DataFrame:
+    """The shares of one question and type, with intervals: a row per part, a column per model."""
+    chosen = parts[(parts["question"] == question) & (parts["cell_type"] == cell_type)]
+    return _wide(chosen.assign(share=[_share(row) for row in chosen.to_dict("records")]), ["part"])
 
 
 def by_type_shown(parts: pd.DataFrame) -> pd.DataFrame:

@@ -149,7 +149,8 @@ chapter.values({"tokens_per_gene": (corpus.gene >= 0).sum() / n_genes.sum(),
                 "tokens": corpus.mask.sum()}, prefix="cells.")
 chapter.value("cells.pieces", corpus.has_sub_words,
               "The tokenizer cuts gene names into pieces." if corpus.has_sub_words else
-              "Every gene is one token; a tokenizer cuts the other words into pieces.")
+              "Every gene is one token; a tokenizer cuts the other words into pieces."
+              if in_words else "Every gene is one token.")
 first = slice(0, 14)
 chapter.show(pd.DataFrame({
     "token": corpus.pieces(cell)[first],
@@ -163,7 +164,9 @@ chapter.show(pd.DataFrame({
 # The paper's model, C2S-Pythia-410m, is a GPT-NeoX with 24 layers of width 1,024. Its layers run
 # attention and MLP side by side: an MLP sees what earlier layers wrote, and not the attention of its own
 # layer. A profile that names a Hugging Face model loads it; the small profiles train one of the same
-# kind on the training cells. This run's model has {glue:text}`model.layers` layers of width
+# kind on the training cells; where genes are tokens, one of the shape of MaxToki (a Llama) or of
+# Geneformer (a BERT), whose MLPs see the attention of their own layer, too. This run's model has
+# {glue:text}`model.layers` layers of width
 # {glue:text}`model.width`.
 
 # %%

@@ -471,7 +471,7 @@ def test_make_plan_says_everything_and_does_nothing(empty: Path, capsys: pytest.
     assert main(["plan", "--profile", "smoke"]) == 0
     told = capsys.readouterr().out
     for word in ("smoke: 120 of 1,937 cells, about ", "disk  ", "memory  ", "time  ",
-                 "download  1.4 MB: GO_Biological_Process_2025", " for 12 chapters",
+                 "download  1.4 MB: GO_Biological_Process_2025", " for 13 chapters",
                  "12_claims: not executed yet"):
         assert word in told, word
     assert not (empty / "results").exists()

@@ -163,8 +163,9 @@ chapter.table("steering_chosen", study.chosen, digits=3, caption="What each draw
 #   {glue:text}`steering.without_by_effect` (by effect) and {glue:text}`steering.without_means_effect` nats.
 # - At equal cost each arm is read where its cost first reaches {glue:text}`steering.cost` nats, on a
 #   straight line between two doses.
-# - The feature by effect was added when the first look showed the others working against their label; no
-#   other choice was changed. In the last layer a push reaches the log-odds through the final norm alone.
+# - The feature by effect was added when the first look showed the others working against their label, and
+#   after that look the doses, cells and draws were cut to save time. How directions are chosen was not
+#   changed. In the last layer a push reaches the log-odds through the final norm alone.
 
 # %%
 wrong = wrong_calls.wrong_calls(model, transcoders, corpus, settings, statistics)

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from docutils.nodes import reference
 from sphinx.application import Sphinx
 
 SHOWN_VERSIONS = ("python", "torch", "transformers", "scanpy", "numpy")
@@ -137,6 +138,21 @@ def add_to_page(
     )
 
 
+def own_numbers(app: Sphinx, env: Any) -> list[str]:
+    """Give each chapter the number of its file, where a book lacks one before it."""
+    for page, record in app.companion["chapters"].items():  # type: ignore[attr-defined]
+        number = re.match(r"\d+", record.get("source", ""))
+        if number is None or not env.toc_secnumbers.get(page):
+            continue
+        references = [one for one in env.tocs[page].findall(reference) if one.get("secnumber")]
+        for node in [env.titles[page], *references]:
+            node["secnumber"] = [int(number[0]), *node["secnumber"][1:]]
+        env.toc_secnumbers[page] = {
+            anchor: (int(number[0]), *found[1:]) if found else found
+            for anchor, found in env.toc_secnumbers[page].items()}
+    return []
+
+
 def drop_thebe(
     app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: object
 ) -> None:
@@ -153,6 +169,8 @@ def drop_thebe(
 def setup(app: Sphinx) -> dict[str, object]:
     """Register with Sphinx."""
     app.connect("builder-inited", load)
+    # After Sphinx has numbered the chapters in their order.
+    app.connect("env-get-updated", own_numbers, priority=900)
     app.connect("html-page-context", add_to_page)
     # After the extensions that add scripts to single pages.
     app.connect("html-page-context", drop_thebe, priority=900)

@@ -1,9 +1,12 @@
 """What the front page says follows from the run's values, and only from them."""
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sphinx.application import Sphinx
 
 from scfm_circuits.book import front_page, search_words
 from scfm_circuits.common.files import write_json
@@ -94,3 +97,27 @@ def test_numbers_of_a_page_are_printed_as_such_and_code_is_left_alone() -> None:
     assert typeset(text) == (
         '<p title="5 % 1e-07">p = <span>5.9\xa0×\xa010<sup>\u221226</sup></span>, <span>70</span>'
         '\xa0%, 1\xa0×\xa010<sup>17</sup>; 5 %s L0e-1 v2e-05</p><pre>1e-05 5 %<b>1 %</b></pre>')
+
+
+def test_a_chapter_keeps_the_number_of_its_file_where_one_before_it_is_lacking(tmp_path: Path
+                                                                               ) -> None:
+    sys.path.insert(0, str(ROOT / "book" / "_ext"))
+    try:
+        from companion import own_numbers
+    finally:
+        sys.path.pop(0)
+    (tmp_path / "index.rst").write_text(
+        "Book\n====\n\n.. toctree::\n   :numbered: 1\n\n   01_a\n   03_c\n")
+    for name in ("01_a", "03_c"):
+        (tmp_path / f"{name}.rst").write_text(f"Chapter\n=======\n\nPart\n----\n\n{name}\n")
+    app: Any = Sphinx(tmp_path, None, tmp_path / "out", tmp_path / "trees", "html", status=None,
+                      confoverrides={"project": "book", "html_theme": "basic"})
+    app.companion = {"chapters": {name: {"source": f"{name}.py"} for name in ("01_a", "03_c")}}
+    app.connect("env-get-updated", own_numbers, priority=900)
+    app.build()
+    titles = {page: re.search(r"<title>(\d*)", (tmp_path / "out" / f"{page}.html").read_text())
+              for page in ("01_a", "03_c")}
+    assert {page: found and found[1] for page, found in titles.items()} == {
+        "01_a": "1", "03_c": "3"}
+    assert re.findall(r">(\d)\. Chapter", (tmp_path / "out" / "index.html").read_text())[:2] == [
+        "1", "3"]

@@ -75,9 +75,10 @@ chapter.not_comparable()
 
 # %% [markdown] tags=["fold:How sizes were chosen and what differs from the originals"]
 # Sizes of the models were fixed before a run, for a quarter of a minute each on one core; the transcoders
-# take as many steps as the profile trains its own model for. One setting was changed after a first run:
-# the transcoders' learning rate, because the decoder's MLPs write little and its transcoders missed more
-# than a constant would. It was chosen on FVU alone.
+# take as many steps as the profile trains its own model for. One setting was changed after a first run,
+# whose other results had been seen: the transcoders' learning rate, because the decoder's MLPs write little
+# and its transcoders missed more than a constant would. More steps alone did not mend that. It was chosen on
+# FVU alone.
 #
 # The originals have 217 and 104 million parameters, 20,000 genes, up to 4,094 genes a cell, and medians
 # over tens of millions of cells. With medians of one data set a gene that only one type expresses is

@@ -21,7 +21,7 @@ import pandas as pd
 import scipy.sparse as sp
 import yaml
 
-from scfm_circuits.book.chapters import NOTEBOOKS, read_notebooks
+from scfm_circuits.book.chapters import NOTEBOOKS, of_profile, read_notebooks
 from scfm_circuits.common.profile import ROOT, Profile, load_profile
 
 EMPTY = "Never seen <cell>"
@@ -145,7 +145,7 @@ def test_a_file_of_odd_labels_makes_a_book(tmp_path: Path) -> None:
     assert "cells of cells.h5ad" in page and f" {written.case_type}.\n" in page
     case = html.unescape((pages / "07_endothelial_case_study.html").read_text(encoding="utf-8"))
     assert written.case_type in case and "has no column of descriptions" in case
-    for notebook in read_notebooks(NOTEBOOKS):
+    for notebook in of_profile(read_notebooks(NOTEBOOKS), written):
         assert (pages / f"{notebook.page}.html").is_file()
     # A type that no cell has is in no file but the cells'.
     kept = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".h5ad"]

@@ -11,7 +11,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from docutils.nodes import reference
 from sphinx.application import Sphinx
 
 SHOWN_VERSIONS = ("python", "torch", "transformers", "scanpy", "numpy")
@@ -144,7 +143,9 @@ def own_numbers(app: Sphinx, env: Any) -> list[str]:
         number = re.match(r"\d+", record.get("source", ""))
         if number is None or not env.toc_secnumbers.get(page):
             continue
-        references = [one for one in env.tocs[page].findall(reference) if one.get("secnumber")]
+        # Texts among the nodes have no attributes.
+        references = [one for one in env.tocs[page].findall()
+                      if getattr(one, "attributes", {}).get("secnumber")]
         for node in [env.titles[page], *references]:
             node["secnumber"] = [int(number[0]), *node["secnumber"][1:]]
         env.toc_secnumbers[page] = {

@@ -158,7 +158,7 @@ for key, name in (("dead_share", "dead"), ("final_fvu", "fvu")):
 # At the end {glue:text}`training.final_l0` features are active per token on average over layers,
 # {glue:text}`training.final_fvu` of the outputs' variance is left unexplained, and
 # {glue:text}`training.dead_share` of the features are dead (they have not fired for
-# `dead_after_tokens` tokens).
+# a set number of tokens, the profile's `dead_after_tokens`).
 
 # %% [markdown]
 # ## What it costs

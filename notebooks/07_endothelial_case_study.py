@@ -169,7 +169,7 @@ outputs = {call.target.node.id: exports.Output(own, calls.probability(frozen, as
 exports.save_both(settings.results, "call", call.circuit, case.texts, case.genes,
                   slug=f"{settings.name}-call", scan=scan, outputs=outputs)
 
-# %% mystnb={"image": {"alt": "The cell's sentence, gene by gene, tinted by the direct contribution of its tokens to the call; above it the circuit of the call, layers upwards, with the answer on top."}, "figure": {"caption": "The cell as the model read it. Blue genes speak for the call and orange ones against it, the darker the more. Above, the circuit of the call: heads (diamonds, with a dotted line to what they read), features (circles) and what the transcoders leave unexplained (crosses), layers upwards.", "name": "fig-call-sentence"}}
+# %% mystnb={"image": {"alt": "The cell's sentence, gene by gene, tinted by the direct contribution of its tokens to the call; above it the circuit of the call, layers upwards, with the answer on top."}, "figure": {"caption": "The cell as the model read it. Blue genes speak for the call and orange ones against it, the stronger the colour the more. Above, the circuit of the call: heads (diamonds, with a dotted line to what they read), features (circles) and what the transcoders leave unexplained (crosses), layers upwards.", "name": "fig-call-sentence"}}
 drawn = (genes, dict(zip(by_gene["gene"], by_gene["contribution"], strict=True)), study.prediction,
          Traced(call.circuit, case.genes))
 chapter.figure("call_sentence", call_sentence(*drawn), call_sentence(*drawn, columns=ON_A_PHONE))

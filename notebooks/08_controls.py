@@ -68,7 +68,7 @@ study = studies.circuit_study(chapter.model, chapter.transcoders, corpus, settin
 # strongest feature of the last layer is traced, as the paper does. Then the circuit's features are changed
 # in the real model, and the target's {term}`pre-activation` is read again.
 
-# %% mystnb={"image": {"alt": "Left: predicted against measured change of the target when circuit features or random features are taken away. Right: measured changes when they are taken away, doubled, or left alone."}, "figure": {"caption": "What changing features does to the circuit's target, as a share of its pre-activation; -1 means that the target is gone. Each point is a cell; for random features it is the mean of several circuits, with their range as a line (left). Black: medians.", "name": "fig-faithfulness"}}
+# %% mystnb={"image": {"alt": "Left: predicted against measured change of the target when circuit features or random features are taken away. Right: measured changes when they are taken away, doubled, or left alone."}, "figure": {"caption": "What changing features does to the circuit's target, as a share of its pre-activation; -1 means that the target is gone. Each point is a cell; for random features it is the mean of several circuits, with their range as a line (left). Short bars: medians.", "name": "fig-faithfulness"}}
 chapter.figure("circuit_faithfulness", plots.faithfulness(study.effects))
 
 # %% tags=["fold:The same in numbers and by cell type"]

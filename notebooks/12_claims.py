@@ -22,7 +22,8 @@
 # Every number and every checkable sentence of the paper, with ours beside it. They do not all weigh
 # the same, so they are counted by what they stand on: **tested** on the model of this run;
 # **recomputed** from what the paper prints, which needs no model; a **transcription**, which says that
-# something is printed; or a **setting** of the run. Only the first say anything about the model.
+# something is printed; or a **setting** of the run. Only those of the first kind
+# say anything about the model.
 
 # %% tags=["parameters"]
 profile = "demo"

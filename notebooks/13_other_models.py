@@ -65,11 +65,12 @@ chapter.not_comparable()
 # - **A decoder of MaxToki's shape**: rotary positions, gated MLPs twice as wide as the stream.
 # - **An encoder of Geneformer's shape**: learnt positions, norms on the stream itself, MLPs four times as
 #   wide, trained on 15 % masked genes.
-# - **The same encoder with random weights**, and transcoders of its own: what neither data nor training
-#   gave.
+# - **The same encoder with random weights**, and transcoders of its own: what there is
+#   without any training of the model.
 #
-# Each has {glue:text}`other.layers` layers of width {glue:text}`other.width` and sees
-# {glue:text}`other.model_cells` cells in each of {glue:text}`other.steps` steps. Tokens are the
+# They are this chapter's own and not the model of the other chapters. Each has {glue:text}`other.layers`
+# layers of width {glue:text}`other.width`; the first two see {glue:text}`other.model_cells` cells in each of
+# {glue:text}`other.steps` steps. Tokens are the
 # {glue:text}`other.tokens` genes that most often stand among a cell's first {glue:text}`other.genes`.
 # Held-out cells enter neither medians nor tokens. Features are counted in {glue:text}`other.counted` cells.
 
@@ -116,7 +117,8 @@ chapter.show(compared.layers[["model", *compared.layers.columns.drop("model")]],
 #
 # Table 4's share of live features with a significant gene set ({doc}`06_enrichment`), beside features of an
 # untrained encoder on the same model, of transcoders trained on a model with random weights, and beside
-# lists of random genes as frequent as the feature's.
+# lists of random genes as frequent as the feature's. The encoder with random weights is itself a control:
+# beside it stand the lists only.
 
 # %%
 chapter.show(other_models.shares_shown(table), rows=12, digits=3, caption="Live features called "
@@ -153,7 +155,7 @@ chapter.figure("other_models", parts_of_readings(compared.parts, chapter.profile
 chapter.table("other_models_parts", compared.parts, rows=0)
 chapter.show(other_models.parts_shown(compared.parts, GENE, EVERY), rows=10, caption="The right gene: "
              "share of each part in the sum, %, with 95 % intervals over cells; n/a: no such part, or a "
-             "sum that could be zero")
+             "sum that could be zero; last row: the sum itself")
 
 # %%
 chapter.show(other_models.parts_shown(compared.parts, STATE, chapter.profile.case_type), rows=10,
@@ -186,7 +188,7 @@ for name, key, text, number in other_models.quoted(parts, used.case_type):
 # is read; in the encoder {glue:text}`other.encoder.gene_share` and {glue:text}`other.encoder.gene_features`,
 # with {glue:text}`other.encoder.gene_rank` from the rank of the masked place and
 # {glue:text}`other.encoder.gene_biases` from type and biases. A part below zero speaks against the right
-# gene. Of what tells {glue:text}`other.case_type` cells from others in the encoder,
+# gene; where there is one, the others may add up to more than 100 %. Of what tells {glue:text}`other.case_type` cells from others in the encoder,
 # {glue:text}`other.encoder.state_own` is in the genes' own embeddings and
 # {glue:text}`other.encoder.state_share` comes from other genes through attention. With random weights it
 # is {glue:text}`other.random.state_own` and {glue:text}`other.random.state_share`: what a distance without any

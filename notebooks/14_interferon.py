@@ -74,7 +74,7 @@ ranks = known_response.known_ranks(study, settings.known_response, settings.seed
 # {term}`contrast` of "{glue:text}`known.label`" loses is its effect ({glue:text}`known.cost`). Beside that
 # stands what circuits and cheaper scores say of the same genes without taking anything out.
 
-# %% mystnb={"image": {"alt": "A row for each way of ranking genes, measured ones, circuits and rivals: the ranks of the known genes, their median, and the range of medians of random genes as frequent."}, "figure": {"caption": "Ranks of the known genes among all genes (small points) and their median (large), by what is measured (black), by circuits (blue) and by rivals (orange). Grey: the middle 95 % of medians of random genes that stand in as many cells.", "name": "fig-known-response"}}
+# %% mystnb={"image": {"alt": "A row for each way of ranking genes, measured ones, circuits and rivals: the ranks of the known genes, their median, and the range of medians of random genes as frequent."}, "figure": {"caption": "Ranks of the known genes among all genes (small points) and their median (large), by what is measured (black, in dark mode white), by circuits (blue) and by rivals (orange). Grey: the middle 95 % of medians of random genes that stand in as many cells.", "name": "fig-known-response"}}
 chapter.figure("known_response", plots.known_ranks(ranks.genes, ranks.summary, known_response.CIRCUIT,
                                                    [*known_response.MEASURED]))
 

@@ -245,7 +245,7 @@ scored = concepts.concept_scores(model, transcoders, corpus, settings, statistic
 # training cells, and F1 is that of {glue:text}`concepts.held_out` held-out cells, as InterPLM and interpTFM
 # report it. A concept holds of cells (their label) or of tokens (part of a gene of a set).
 
-# %% mystnb={"image": {"alt": "For every concept the F1 on held-out cells of the best feature and of the best unit of an untrained encoder, of random directions, of MLP neurons and of principal components, with intervals, and a bar for saying yes to everything."}, "figure": {"caption": "Held-out F1 of the best unit among as many candidates of every kind, with 95 % intervals over cells; black: yes to everything.", "name": "fig-concepts"}}
+# %% mystnb={"image": {"alt": "For every concept the F1 on held-out cells of the best feature and of the best unit of an untrained encoder, of random directions, of MLP neurons and of principal components, with intervals, and a bar for saying yes to everything."}, "figure": {"caption": "Held-out F1 of the best unit among as many candidates of every kind, with 95 % intervals over cells; upright bars: yes to everything.", "name": "fig-concepts"}}
 chapter.figure("concept_scores", plots.concept_scores(scored.table))
 
 # %%

@@ -68,7 +68,7 @@ study = studies.circuit_study(chapter.model, chapter.transcoders, corpus, settin
 # strongest feature of the last layer is traced, as the paper does. Then the circuit's features are changed
 # in the real model, and the target's {term}`pre-activation` is read again.
 
-# %% mystnb={"image": {"alt": "Left: predicted against measured change of the target when circuit features or random features are taken away. Right: measured changes when they are taken away, doubled, or left alone."}, "figure": {"caption": "What changing features does to the circuit's target, as a share of its pre-activation; -1 means that the target is gone. Each point is a cell; for random features it is the mean of several circuits, with their range as a line (left). Short bars: medians.", "name": "fig-faithfulness"}}
+# %% mystnb={"image": {"alt": "Left: predicted against measured change of the target when circuit features or random features are taken away. Right: measured changes when they are taken away, doubled, or left alone."}, "figure": {"caption": "What changing features does to the circuit's target, as a share of its pre-activation; -1 means that the target is gone. Each point is a cell; for random features it is the mean of several circuits, with their range as a line (first panel). Short bars: medians.", "name": "fig-faithfulness"}}
 chapter.figure("circuit_faithfulness", plots.faithfulness(study.effects))
 
 # %% tags=["fold:The same in numbers and by cell type"]
@@ -354,7 +354,7 @@ chapter.values(common.counts(), prefix="structure.")
 # So far every circuit was of one cell. How few features, the same for all cells, name the cells' types
 # as often as all of them do? Features are chosen on {glue:text}`task.choice_cells` training cells and
 # tried on {glue:text}`task.cells` held-out cells. Features that are not kept are held at their mean over
-# tokens of the same kind (left), or silent as in Tables 1 and 2 (right).
+# tokens of the same kind (first panel), or silent as in Tables 1 and 2 (second panel).
 
 # %%
 task = task_circuit(chapter.model, chapter.transcoders, corpus, settings)

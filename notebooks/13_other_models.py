@@ -35,7 +35,7 @@
 # - **What it is worth.** Under the paper's likely rule {glue:text}`other.encoder.percentage` of the encoder's
 #   features are called interpretable, and {glue:text}`other.random.percentage` of those of an encoder with
 #   random weights. These models have a quarter of a million parameters and saw one donor's cells: they show
-#   that the tools go over, and nothing about Geneformer or MaxToki.
+#   that the tools carry over, and nothing about Geneformer or MaxToki.
 # ```
 #
 # The paper traces one model, which reads a cell as text. **Geneformer** {cite:p}`theodoris2023geneformer`
@@ -65,8 +65,8 @@ chapter.not_comparable()
 # - **A decoder of MaxToki's shape**: rotary positions, gated MLPs twice as wide as the stream.
 # - **An encoder of Geneformer's shape**: learnt positions, norms on the stream itself, MLPs four times as
 #   wide, trained on 15 % masked genes.
-# - **The same encoder with random weights**, and transcoders of its own: what there is
-#   without any training of the model.
+# - **The same encoder with random weights**, and transcoders trained on it: what comes out where the model
+#   learnt nothing.
 #
 # They are this chapter's own and not the model of the other chapters. Each has {glue:text}`other.layers`
 # layers of width {glue:text}`other.width`; the first two see {glue:text}`other.model_cells` cells in each of
@@ -127,9 +127,10 @@ chapter.show(other_models.shares_shown(table), rows=12, digits=3, caption="Live 
 # %% [markdown]
 # Under the paper's likely rule {glue:text}`other.encoder.percentage` of the encoder's features are called
 # interpretable, and {glue:text}`other.random.percentage` of the features of the encoder with random
-# weights. The decoder's are ahead of their best control by {glue:text}`other.decoder.lead` points, the
-# encoder's by {glue:text}`other.encoder.lead` (negative: a control scores higher). What {doc}`06_enrichment`
-# finds for the paper's percentage can be asked here of models of gene tokens, where no sub-word can be blamed.
+# weights. The lead over the best control is {glue:text}`other.decoder.lead` points for the decoder's
+# features and {glue:text}`other.encoder.lead` for the encoder's; below zero a control scores higher. What
+# {doc}`06_enrichment` finds for the paper's percentage can be asked here of models of gene tokens, where no
+# sub-word can be blamed.
 #
 # ## What a guess is made of
 #
@@ -148,7 +149,7 @@ chapter.show(other_models.shares_shown(table), rows=12, digits=3, caption="Live 
 # attention patterns alone, which are frozen here, so it has **no part for ranks**, which does not mean that
 # rank does not matter to it.
 
-# %% mystnb={"image": {"alt": "Two panels with a row for each kind of part: own token, own rank, own features, other genes, their ranks, features at other tokens, special tokens, errors, biases. Left, what each gives to the right gene's logit; right, its share of the distance between cells of the case's type and others; three models each, with 95 % intervals."}, "figure": {"caption": "Parts of the right gene's logit in all held-out cells (left), and of the distance between cells of the case's type and others (right). Bars are 95 % intervals over cells. A model whose sum could be zero has no shares.", "name": "fig-other-models"}}
+# %% mystnb={"image": {"alt": "Two panels with a row for each kind of part: own token, own rank, own features, other genes, their ranks, features at other tokens, special tokens, errors, biases. Left, what each gives to the right gene's logit; right, its share of the distance between cells of the case's type and others; three models each, with 95 % intervals."}, "figure": {"caption": "Parts of the right gene's logit in all held-out cells (first panel), and of the distance between cells of the case's type and others (second panel). Bars are 95 % intervals over cells. A model whose sum could be zero has no shares.", "name": "fig-other-models"}}
 chapter.figure("other_models", parts_of_readings(compared.parts, chapter.profile.case_type))
 
 # %%
@@ -196,7 +197,7 @@ for name, key, text, number in other_models.quoted(parts, used.case_type):
 #
 # ## What may be concluded
 #
-# - The tools go over to other models without a change: features, controls, circuits and closure are the same
+# - The tools carry over to other models without a change: features, controls, circuits and closure are the same
 #   code. That is about the tools and not about Geneformer or MaxToki.
 # - A share is a share of one sum. Patterns, norms and which features are active were held as they are in each
 #   cell; what decided on those is not in the parts.

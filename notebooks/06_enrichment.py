@@ -96,7 +96,7 @@ chapter.values({"stand_in": stand_in,
                 "libraries": ", ".join(library_title(one.name) for one in libraries)},
                prefix="enrichment.")
 chapter.value("table4.layout", "This run alone, with other gene sets than the paper's." if stand_in
-              else "On the left this run, on the right the paper's layer at the same relative depth.")
+              else "First this run, then the paper's layer at the same relative depth.")
 chapter.show(studies.beside_paper(table4, paper), caption="Table 4 of this run under the rule "
              f"{settings.enrichment_rule}" + ("" if stand_in else ", and the paper's"))
 

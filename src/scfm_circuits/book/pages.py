@@ -351,8 +351,9 @@ def exhibit_map(run: Run) -> str:
             f"{record['seconds']:.0f} s",
             f"<details><summary>modules and files</summary>{'<br>'.join(made)}</details>",
         ])
-    others = " and ".join(f"“{title}”" for title in _lacking(run).values())
-    said = f"\n\nThis profile's book has no chapter {others}: it does not apply." if others else ""
+    others = [f"“{title}”" for title in _lacking(run).values()]
+    said = (f"\n\nThis profile's book has no chapter {' and '.join(others)}: "
+            f"{'it does' if len(others) == 1 else 'they do'} not apply." if others else "")
     return _markdown_table(["Paper", "Chapter", "Run time", "Made by"], rows) + said
 
 

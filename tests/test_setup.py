@@ -73,6 +73,16 @@ def test_no_package_is_pinned_twice() -> None:
     assert not set(pins("requirements.lock")) & set(pins("requirements-dev.lock"))
 
 
+def test_progress_is_shown_as_text() -> None:
+    """`tqdm.auto` makes widgets in a notebook, whose page then fetches scripts from other hosts: no
+    book could be built of cells that are read in several chunks."""
+    sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "notebooks").glob("*.py")]
+    assert len(sources) > 100
+    assert not [path.name for path in sources
+                if re.search(r"tqdm\.(auto|notebook|autonotebook)|tqdm_notebook",
+                             path.read_text(encoding="utf-8"))]
+
+
 def test_what_is_imported_is_declared() -> None:
     wanted = (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["filters"])
     declared = {canonicalize_name(Requirement(text).name) for text in wanted}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import h5py
 import numpy as np
 import scipy.sparse as sp
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from scfm_circuits import InputError
 from scfm_circuits.common.files import first_line

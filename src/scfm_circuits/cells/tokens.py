@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from scfm_circuits import InputError
 from scfm_circuits.common.encodings import BINNED, GENE_TOKENS

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from scfm_circuits import InputError
 from scfm_circuits.common.files import first_line, only_one, read_json, sha256_of_file, write_json

@@ -210,9 +210,9 @@ for by, what in called.items():
     chapter.p_value(f"known.{by}.q", terms.loc[terms["list"] == what, "q"].min())
 
 # %% tags=["unfold"]
-chapter.show(best.drop(columns="best_term"), digits=2, caption=f"Known terms among those of {library.name}: "
-             "the best genes by what is measured, by the circuit and without a model (place: among all "
-             "terms, by p)")
+chapter.show(best.drop(columns=["genes", "p", "best_term"]), digits=2, caption="Known terms among those of "
+             f"{library.name.replace('_', ' ')}: the best genes by what is measured, by the circuit and "
+             "without a model (place: among all terms, by p)")
 
 # %% tags=["fold:All lists"]
 chapter.table("interferon_enrichment", terms, rows=20, digits=2, caption="The best genes by every way, "

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from chapter_code import executed
 from helpers import GENES, LABELS, tiny_profile
 from scipy.stats import rankdata, spearmanr
 from sklearn.metrics import roc_auc_score
@@ -204,29 +204,14 @@ def test_cells_without_genes_are_refused(parts, profile, monkeypatch):
 
 # --- the chapter ---------------------------------------------------------------------------------
 
-SMALL = {"max_cells": 40, "genes_per_cell": 24, "vocabulary_size": 400, "model_layers": 2,
-         "model_width": 32, "model_heads": 2, "model_steps": 20, "human_layer": 1, "expansion": 2,
-         "training_tokens": 4096, "batch_tokens": 512, "buffer_tokens": 4096, "warmup_steps": 2,
-         "null_draws": 21}
-
-
 def test_every_cell_of_the_chapter(monkeypatch, tmp_path):
     """Its code, executed on a few of the real cells where they are at hand and on simulated ones
     elsewhere, leaves all tables and every number that its text has."""
-    path = os.environ.get("SCFM_INTERFERON")
-    fields = {"cells": path} if path else {
-        "cells": "planted", "cells_are": "simulated", "label_column": "cell_type",
-        "case_type": "endothelial cell of artery", "known_response": ["VWF", "PECAM1", "CDH5"]}
     monkeypatch.setenv("SCFM_RESULTS", str(tmp_path))
     monkeypatch.setattr(known_response, "DRAWS", 50)
     monkeypatch.setattr(known_response.response_study, "__defaults__", (6,))
     notebook = jupytext.read(ROOT / "notebooks" / "14_interferon.py")
-    names: dict[str, Any] = {}
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            exec(cell.source, names)
-        if "parameters" in cell.metadata.get("tags", []):
-            names["overrides"] = {**SMALL, **fields}
+    names = executed(notebook, max_cells=40)
     results = names["settings"].results
     header = notebook.metadata["jupyter"]["scfm"] if "scfm" in notebook.metadata.get(
         "jupyter", {}) else notebook.metadata["scfm"]

@@ -1,15 +1,14 @@
 """A push does what arithmetic says, costs nothing at dose 0, and everything is chosen honestly."""
 
 import json
-import os
 import re
-from typing import Any
 
 import jupytext
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from chapter_code import executed
 from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders, tokens
 from hypothesis import given
 from hypothesis import strategies as st
@@ -243,31 +242,16 @@ def test_a_study_reads_held_out_cells_under_every_setting(tiny_parts, monkeypatc
 
 # --- the chapter ---------------------------------------------------------------------------------
 
-SMALL = {"max_cells": 60, "genes_per_cell": 24, "vocabulary_size": 400, "model_layers": 2,
-         "model_width": 32, "model_heads": 2, "model_steps": 20, "human_layer": 1, "expansion": 2,
-         "training_tokens": 4096, "batch_tokens": 512, "buffer_tokens": 4096, "warmup_steps": 2,
-         "null_draws": 21, "validation_share": 0.4}
-
-
 def test_every_cell_of_the_chapter(monkeypatch, tmp_path):
     """Its code, executed on a few of the real cells where they are at hand and on simulated ones
     elsewhere, leaves all tables and every number that its text has."""
-    path = os.environ.get("SCFM_INTERFERON")
-    fields = {"cells": path} if path else {
-        "cells": "planted", "cells_are": "simulated", "label_column": "cell_type",
-        "case_type": "endothelial cell of artery", "known_response": ["VWF", "PECAM1", "CDH5"]}
     monkeypatch.setenv("SCFM_RESULTS", str(tmp_path))
     for module, sizes in ((steering, {"SEEDS": 1, "SCORED_CELLS": 4, "TRACED_CELLS": 2}),
                           (wrong_calls, {"DRAWS": 1, "TRAINING_CELLS": 6, "ERRORS": 2})):
         for name, value in sizes.items():
             monkeypatch.setattr(module, name, value)
     notebook = jupytext.read(ROOT / "notebooks" / "15_steering.py")
-    names: dict[str, Any] = {}
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            exec(cell.source, names)
-        if "parameters" in cell.metadata.get("tags", []):
-            names["overrides"] = {**SMALL, **fields}
+    names = executed(notebook, max_cells=60, validation_share=0.4)
     results = names["settings"].results
     for name in ("steering", "debugging", "concept_scores"):
         assert len(pd.read_csv(results / "tables" / f"{name}.csv")) > 1

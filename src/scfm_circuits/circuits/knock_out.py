@@ -37,7 +37,7 @@ from scfm_circuits.circuits.token_means import (
     mean_activations,
     token_kinds,
 )
-from scfm_circuits.common.intervals import bootstrap_interval
+from scfm_circuits.common.intervals import bootstrap_interval, resampled
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.architectures import decoder
 from scfm_circuits.models.mlp_sites import faster_attention
@@ -277,7 +277,7 @@ def summarised(cells: pd.DataFrame, null: Mapping[str, np.ndarray], seed: int, d
                scores: Mapping[str, str] = SCORES) -> pd.DataFrame:
     """`compared`'s summary; null: by score (3, draws) means over cells of shuffled effects."""
     n, rows = cells["cell"].nunique(), []
-    counts = _resampled(seed, 1, n, draws)  # the same for every score
+    counts = resampled(generator(seed, "knock-outs", 1), n, draws)  # the same for every score
     for name, what in scores.items():
         part = cells[cells["score"] == name]
         row: dict[str, object] = {"score": name, "what": what}
@@ -288,12 +288,6 @@ def summarised(cells: pd.DataFrame, null: Mapping[str, np.ndarray], seed: int, d
                     f"{measure}_null_low": lowest, f"{measure}_null_high": highest}
         rows.append(row)
     return pd.DataFrame(rows).assign(cells=n)
-
-
-def _resampled(seed: int, use: int, n: int, draws: int) -> np.ndarray:
-    """(n_draws, n_cells) how often each resample of n cells has each."""
-    drawn = generator(seed, "knock-outs", use).integers(n, size=(draws, n))
-    return np.stack([np.bincount(one, minlength=n) for one in drawn])
 
 
 class Winner(NamedTuple):
@@ -322,7 +316,7 @@ def winners(cells: pd.DataFrame, summary: pd.DataFrame, seed: int, draws: int = 
     pair chosen.
     """
     by_score, found = summary.set_index("score"), {}
-    counts = _resampled(seed, 2, cells["cell"].nunique(), draws)
+    counts = resampled(generator(seed, "knock-outs", 2), cells["cell"].nunique(), draws)
     is_circuit = by_score.index.isin(CIRCUITS)
     for measure in MEASURES:
         means = by_score[measure]
@@ -359,7 +353,7 @@ def numbers(study: KnockOuts, seed: int) -> dict[str, str | int | float]:
             f"best of the rivals \"{SCORES[one.rival]}\" with {said[one.rival]}; the difference is "
             f"{with_interval(one.difference, one.low, one.high)}, so {ahead[one.verdict]} "
             f"(shuffled genes: {low:.2f} to {high:.2f})")
-    counts = _resampled(seed, 3, len(study.kept), DRAWS)
+    counts = resampled(generator(seed, "knock-outs", 3), len(study.kept), DRAWS)
     for name in Kept._fields:
         found[name] = with_interval(*bootstrap_interval(study.kept[name].to_numpy(), counts))
     return found

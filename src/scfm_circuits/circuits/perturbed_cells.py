@@ -23,7 +23,7 @@ from scfm_circuits.circuits.perturbation import (
     responses,
 )
 from scfm_circuits.common.files import digest
-from scfm_circuits.common.intervals import bootstrap_interval
+from scfm_circuits.common.intervals import bootstrap_interval, resampled
 from scfm_circuits.common.kept import kept_arrays
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.significance import benjamini_hochberg
@@ -115,8 +115,7 @@ def by_gene(table: pd.DataFrame, seed: int, values: Sequence[str] = ()) -> pd.Da
     for n in map(int, found["cells"].unique()):
         names = found.index[found["cells"] == n]
         if n > 1:
-            drawn = generator(seed, "resampled perturbed cells").integers(n, size=(DRAWS, n))
-            counts = np.stack([np.bincount(one, minlength=n) for one in drawn])
+            counts = resampled(generator(seed, "resampled perturbed cells"), n, DRAWS)
             some = np.stack([effects[gene] for gene in names])
             _, found.loc[names, "low"], found.loc[names, "high"] = bootstrap_interval(some, counts)
     tested = found.index[found["cells"] >= LEAST]
@@ -266,8 +265,7 @@ def together_by_type(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     rows = []
     for keys, part in per_cell.groupby(["how", "cell_type", "which"], sort=True):
         n = len(part)
-        drawn = generator(seed, "resampled perturbed cells").integers(n, size=(DRAWS, n))
-        counts = np.stack([np.bincount(one, minlength=n) for one in drawn])
+        counts = resampled(generator(seed, "resampled perturbed cells"), n, DRAWS)
         change, low, high = bootstrap_interval(part["change"].to_numpy(), counts)
         rows.append((*keys, n, part["genes"].mean(), part["said"].mean(), part["then"].mean(),
                      float(change), float(low), float(high)))

@@ -25,6 +25,11 @@ def wilson_interval(k: float, n: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def resampled(rng: np.random.Generator, n: int, draws: int) -> np.ndarray:
+    """(n_draws, n_cells) how often each resample of n cells, drawn with replacement, has each."""
+    return np.stack([np.bincount(one, minlength=n) for one in rng.integers(n, size=(draws, n))])
+
+
 def bootstrap_interval(
         values: np.ndarray, counts: np.ndarray,
         statistic: Callable[[np.ndarray], np.ndarray] = np.asarray,
@@ -40,6 +45,6 @@ def bootstrap_interval(
     Returns:
         The statistic of the cells as they are, and percentiles 2.5 and 97.5 of its resamples.
     """
-    resampled = statistic(values @ counts.T / values.shape[-1])
-    low, high = np.percentile(resampled, [2.5, 97.5], axis=-1)
+    found = statistic(values @ counts.T / values.shape[-1])
+    low, high = np.percentile(found, [2.5, 97.5], axis=-1)
     return statistic(values.mean(axis=-1)), low, high

@@ -57,8 +57,8 @@ chapter.not_comparable()
 # %% [markdown]
 # ## The same cells, the same genes
 #
-# Both tokenizers are given the same {glue:text}`sub_words.cells` cells, split alike, and train a new
-# model of {glue:text}`sub_words.layers` layers of width {glue:text}`sub_words.width` for
+# Both tokenizers are given the same {glue:text}`sub_words.cells` cells with at most
+# {glue:text}`sub_words.genes` genes each, split alike, and train a new model of {glue:text}`sub_words.layers` layers of width {glue:text}`sub_words.width` for
 # {glue:text}`sub_words.steps` steps of {glue:text}`sub_words.model_cells` cells each, in the same
 # order. The transcoders take as many steps, each with as many tokens as
 # {glue:text}`sub_words.batch_cells` cells have on average. So both runs see the same genes as often. The one
@@ -91,7 +91,8 @@ chapter.table("sub_words", compared.table, rows=len(compared.table), digits=3,
 
 # %%
 used, found = compared.profile, compared.table.set_index(["where", "measure"])
-chapter.values({"cells": compared.cells, "layers": used.model_layers, "width": used.model_width,
+chapter.values({"cells": compared.cells, "genes": used.genes_per_cell,
+                "layers": used.model_layers, "width": used.model_width,
                 "steps": used.model_steps, "model_cells": used.model_batch_cells,
                 "batch_cells": sub_words.BATCH_CELLS, "seeds": sub_words.SEEDS},
                prefix="sub_words.")

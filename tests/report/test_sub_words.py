@@ -48,7 +48,8 @@ def test_both_take_the_same_steps_over_the_same_genes(name: str) -> None:
     assert pieces.results != genes.results and profile.results in pieces.results.parents
     # Whatever a profile could say, it can say this.
     type(pieces).model_validate({**dict(pieces), "name": "any"})
-    for field, most in (("model_layers", 3), ("model_width", 64), ("model_steps", 300)):
+    for field, most in (("model_layers", 3), ("model_width", 64), ("model_steps", 300),
+                        ("genes_per_cell", 64)):
         assert getattr(pieces, field) <= min(most, getattr(profile, field) or most)
 
 
@@ -67,6 +68,17 @@ def test_both_have_the_same_cells_with_the_case_among_them(monkeypatch: pytest.M
         assert pieces.has_sub_words and not genes.has_sub_words
         assert pieces.cell_ids[case_cell(pieces, profile)] == corpus.cell_ids[
             case_cell(corpus, profile)]
+
+
+def test_of_long_sentences_the_first_genes_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = tiny_corpus(20)
+    monkeypatch.setattr(sub_words, "GENES", 3)
+    profile = load_profile("smoke", {"case_type": str(corpus.labels[corpus.held_out][0])})
+    cells = same_cells(corpus, profile)
+    for kind in KINDS:
+        assert [cells[kind].genes_of(i) for i in range(20)] == [
+            corpus.genes_of(i)[:3] for i in range(20)]
+        assert study_profile(profile, kind, 0, 20.0).genes_per_cell == 3
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0, 4.0], [0.5, 0.5, 0.5], [3.0, np.nan, 5.0]])

@@ -216,10 +216,13 @@ def _check_special(tokenizer: "PreTrainedTokenizerFast", labels: np.ndarray, sym
 
 
 def with_tokenizer(corpus: Corpus, profile: Profile, rows: np.ndarray) -> Corpus:
-    """Some cells of a corpus, split as they were, in the tokens of the profile's `tokenizer`."""
+    """Some cells of a corpus, split as they were, in the tokens of the profile's `tokenizer`.
+
+    Of a longer sentence the first `genes_per_cell` genes are taken.
+    """
     from scfm_circuits.cells.reading import RankedCells
 
-    sentences = [corpus.gene_ids_of(cell) for cell in rows]
+    sentences = [corpus.gene_ids_of(cell)[: profile.genes_per_cell] for cell in rows]
     ranking = np.full((len(rows), max(map(len, sentences))), -1, np.int32)
     for row, genes in zip(ranking, sentences, strict=True):
         row[: len(genes)] = genes

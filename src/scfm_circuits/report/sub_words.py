@@ -52,10 +52,10 @@ from scfm_circuits.transcoders.variants import schedules
 KINDS = {"train": "sub-words", "genes": "a token a gene"}
 """The tokenizers compared, as the profile's field `tokenizer` names them."""
 SEEDS = 3
-CELLS, LAYERS, WIDTH, HEADS, STEPS, MODEL_CELLS, BATCH_CELLS = 400, 3, 48, 4, 300, 8, 2
-"""At most so large, and no larger than the profile's own: cells; the model's layers, width, heads,
-training steps and cells in each of them. Then the cells in each step of the transcoders, which are
-trained for as many steps."""
+CELLS, GENES, LAYERS, WIDTH, HEADS, STEPS, MODEL_CELLS, BATCH_CELLS = 400, 64, 3, 48, 4, 300, 8, 2
+"""At most so large, and no larger than the profile's own: cells; the genes of each, its first; the
+model's layers, width, heads, training steps and cells in each of them. Then the cells in each step
+of the transcoders, which are trained for as many steps."""
 EARLY, LATE, BETWEEN = "layer 0", "later layers", "layer 0 less later layers"
 QUOTED = {"tokens": ("model", "tokens of a cell"),
           "right": ("model", "right answers, %"), "commonest": ("model", "commonest type, %"),
@@ -79,6 +79,7 @@ def study_profile(profile: Profile, tokenizer: str, seed: int, length: float) ->
         "name": f"{profile.name}/sub_words/{tokenizer}-{seed}", "tokenizer": tokenizer,
         "seed": profile.seed + seed, "model": "train", "model_revision": None,
         "human_layer": 0, "model_thinning": 1.0,
+        "genes_per_cell": min(GENES, profile.genes_per_cell),
         "model_layers": min(LAYERS, profile.model_layers or LAYERS), "model_width": width,
         "model_heads": math.gcd(HEADS, width), "model_steps": steps,
         "model_batch_cells": min(MODEL_CELLS, profile.model_batch_cells), "batch_tokens": batch,
@@ -93,8 +94,9 @@ def same_cells(corpus: Corpus, profile: Profile) -> dict[str, Corpus]:
     """The cells with either tokenizer: all, or `CELLS` drawn at random and the first case."""
     drawn = generator(profile.seed, "cells of both tokenizers").permutation(len(corpus))[:CELLS]
     rows = np.union1d(drawn, case_cell(corpus, profile))
-    return {kind: with_tokenizer(corpus, profile.model_copy(update={"tokenizer": kind}), rows)
-            for kind in KINDS}
+    genes = min(GENES, profile.genes_per_cell)
+    return {kind: with_tokenizer(corpus, profile.model_copy(update={
+        "tokenizer": kind, "genes_per_cell": genes}), rows) for kind in KINDS}
 
 
 def case_cell(corpus: Corpus, profile: Profile) -> int:

@@ -28,7 +28,8 @@
 # - **We find.** Taking the circuit away changes its target by {glue:text}`faithfulness.circuit` of its value
 #   (median over {glue:text}`faithfulness.cells` cells); taking away other features at the same tokens changes
 #   it by {glue:text}`faithfulness.random`. Of {glue:text}`prediction.made` kinds of
-#   prediction {glue:text}`prediction.held` hold and {glue:text}`prediction.failed` failed. What taking a
+#   prediction {glue:text}`prediction.held` hold, {glue:text}`prediction.direction` in sign only, and
+#   {glue:text}`prediction.failed` failed. What taking a
 #   gene out does ({term}`knock-out`), circuits say better than cheap rivals by
 #   {glue:text}`knock_out.won` of {glue:text}`knock_out.measures` measures.
 # - **What it is worth.** With every other feature at the mean of its own kind of token, the circuit keeps
@@ -177,8 +178,10 @@ chapter.figure("circuit_predictions", plots.predictions(study.effects, study.sin
 
 # %%
 chapter.values(prediction.sentences(tested), prefix="prediction.")
-chapter.values({"made": len(tested), "held": int((tested["verdict"] == prediction.HOLDS).sum()),
-                "failed": int((tested["verdict"] == prediction.FAILED).sum())}, prefix="prediction.")
+chapter.values({"made": len(tested), **{
+    name: int((tested["verdict"] == verdict).sum()) for name, verdict in (
+        ("held", prediction.HOLDS), ("direction", prediction.DIRECTION),
+        ("failed", prediction.FAILED))}}, prefix="prediction.")
 chapter.value("prediction.key_point", int((tested["verdict"] == prediction.HOLDS).sum()),
               prediction.key_point(tested))
 
@@ -224,7 +227,10 @@ chapter.table("knock_out_genes", taken_out.genes, rows=0, caption="Every gene of
               "it out takes from the call, and its scores")
 
 # %%
-chapter.values(knock_out.numbers(taken_out, settings.seed), prefix="knock_out.")
+numbers = knock_out.numbers(taken_out, settings.seed)
+won = numbers.pop("won")
+chapter.values(numbers, prefix="knock_out.")
+chapter.value("knock_out.won", won, f"{won or 'none'}")
 
 # %% [markdown]
 # - With signs: {glue:text}`knock_out.spearman`.
@@ -466,7 +472,8 @@ for target, row in (truth.over_all_types() if truth else {}).items():
         "precision", "recall", "random_precision", "random_recall", "p", "top_share", "top_p",
         "precision_most_expressed", "top_share_most_expressed")}, prefix=f"truth.{target}.")
 if truth:
-    chapter.table("planted_circuit_genes", truth.genes, rows=0)
+    chapter.table("planted_circuit_genes", truth.genes, rows=0, caption="Every gene of every "
+                  "circuit, and whether it is planted for the cell's type")
 chapter.table("planted_circuits", truth.circuits, rows=6, digits=3,
               caption="The same for every circuit") if truth else None
 
@@ -506,8 +513,10 @@ chapter.values(found.words() if found else dict.fromkeys(
     ("seeds", "fold", "right_genes", "right_sub_words")), prefix="truth.")
 chapter.value("truth.verdict", bool(found), verdict(found.comparisons) if found else "")
 if found:
-    chapter.table("known_truth", found.summary(), rows=0)
-    chapter.table("known_truth_models", found.models(), rows=0)
+    chapter.table("known_truth", found.summary(), rows=0, caption="Scores of the best unit of every "
+                  "kind for every truth")
+    chapter.table("known_truth_models", found.models(), rows=0, caption="The small models that "
+                  "these scores are of")
 
 # %% [markdown] tags=["only-if:truth.known"]
 # {glue:text}`truth.verdict`

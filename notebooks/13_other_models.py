@@ -57,7 +57,7 @@ from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.plots.other_models import parts_of_readings
 
 chapter = open_chapter("13_other_models", profile, overrides)
-chapter.not_comparable()
+chapter.not_comparable(other_models.study_profile(chapter.profile, "geneformer_v2"))
 
 # %% [markdown]
 # ## Two models and one without learning
@@ -94,7 +94,7 @@ table = compared.table
 chapter.library_warnings()
 
 # %%
-chapter.table("other_models", table, rows=0)
+chapter.table("other_models", table, rows=0, caption="The three models with all their measures")
 learnt = {"model": "model", "loss": "loss, nats", "frequencies": "of genes' frequencies",
           "by_type": "of frequencies in the type", "fvu": "FVU", "l0": "L0",
           "closure": "sums are off by"}
@@ -153,7 +153,8 @@ chapter.show(other_models.shares_shown(table), rows=12, digits=3, caption="Live 
 chapter.figure("other_models", parts_of_readings(compared.parts, chapter.profile.case_type))
 
 # %%
-chapter.table("other_models_parts", compared.parts, rows=0)
+chapter.table("other_models_parts", compared.parts, rows=0, caption="Every part for every model, "
+              "question and cell type")
 chapter.show(other_models.parts_shown(compared.parts, GENE, EVERY), rows=10, caption="The right gene: "
              "share of each part in the sum, %, with 95 % intervals over cells; n/a: no such part, or a "
              "sum that could be zero; last row: the sum itself")

@@ -150,7 +150,8 @@ chapter.table("perturbation", study.by_gene.rename(columns={"score_paths": "pred
               "own and the position part, what the circuit predicts, and both tests (nats)")
 
 # %%
-chapter.table("perturbation_cells", study.genes, rows=0)
+chapter.table("perturbation_cells", study.genes, rows=0, caption="Every gene of every cell: what "
+              "taking it out does, and its scores")
 
 # %% [markdown]
 # ## All known genes at once
@@ -176,7 +177,8 @@ chapter.show(by_type, digits=2, caption="Known and random genes deleted or moved
              "with its 95 % interval over cells")
 
 # %%
-chapter.table("interferon_together", together, rows=0)
+chapter.table("interferon_together", together, rows=0, caption="The same for every cell and draw of "
+              "random genes")
 
 # %%
 for how, treated in (("delete", True), ("front", False)):
@@ -248,7 +250,8 @@ chapter.table("interferon_features", features, digits=3, caption="Features that 
               "of such a cell (nats, mean)")
 
 # %%
-chapter.table("interferon_contributions", study.contributions, rows=0)
+chapter.table("interferon_contributions", study.contributions, rows=0, caption="What every active "
+              "feature writes straight to the contrast, by label")
 
 # %%
 chapter.values({"best_gene": str(corpus.symbols[int(gene["gene"])]), "features": len(features),

@@ -80,8 +80,9 @@ curve, compared = (of(study, settings.seed) for of in (steering_curves.curve, st
 chapter.figure("steering", plots.steering_curves(curve, study.label))
 
 # %%
-chapter.table("steering", curve, rows=0)
-chapter.table("steering_compared", compared, rows=0)
+chapter.table("steering", curve, rows=0, caption="Every direction at every dose, with intervals")
+chapter.table("steering_compared", compared, rows=0, caption="Directions at one norm and at one "
+              "cost, pushed towards the label and away from it")
 shown = compared[compared["pushed"] == "towards"]
 chapter.show(shown[["compared", "arm", "effect", "lower_95", "upper_95", "difference", "cost"]], digits=2,
              caption="Pushed towards the label, at one norm and at one cost: nats that its log-odds gain, how "
@@ -197,10 +198,9 @@ chapter.values({
     "training": said[wrong_calls.TRAINING], "random": said[wrong_calls.RANDOM]}, prefix="debugging.")
 for key in ("contrast", "by_features", "predicted", "measured"):
     chapter.rounded(f"debugging.{key}", getattr(wrong, key) if wrong else None, 2)
-if wrong:
-    chapter.table("debugging", wrong.table, rows=0)
-else:
-    chapter.table("debugging", study.chosen.iloc[:0], rows=0)
+kept = chapter.table("debugging", wrong.table if wrong else study.chosen.iloc[:0], rows=0,
+                     caption="What taking features away does, by label and draw")
+kept if wrong else None
 
 # %% [markdown] tags=["only-if:debugging.known"]
 # The case is a cell of {glue:text}`debugging.label` that the model calls {glue:text}`debugging.answer`, by

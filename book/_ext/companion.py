@@ -103,11 +103,13 @@ _MARKUP = re.compile(
 _PERCENT = re.compile(r"\s%(?!\w)")
 # As Python writes small and large numbers: 5.9e-26.
 _POWER = re.compile(r"(?<![\w.])(\d(?:\.\d+)?)e([+-]\d{2,3})(?!\w)")
+# Of a number that stands by itself: names such as IL-2 and ranges such as 3-5 keep their hyphen.
+_NEGATIVE = re.compile(r"(?<![^\s(\[])(?<!\\[(\[])-(?=\d)")
 
 
 def typeset(body: str) -> str:
     """The page with numbers as they are printed: a % is not parted from its number by a line's end,
-    and 5.9e-26 is 5.9 × 10⁻²⁶. Code is left as it is."""
+    5.9e-26 is 5.9 × 10⁻²⁶, and a negative number has a minus sign. Code is left as it is."""
     def power(match: re.Match[str]) -> str:
         exponent = str(int(match[2])).replace("-", "\N{MINUS SIGN}")
         return f"{match[1]}\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}10<sup>{exponent}</sup>"
@@ -115,7 +117,11 @@ def typeset(body: str) -> str:
     # Every third part is a tag or code, and the name of the code's tag follows it.
     parts = _MARKUP.split(body)
     for index in range(0, len(parts), 3):
-        parts[index] = _POWER.sub(power, _PERCENT.sub("\N{NO-BREAK SPACE}%", parts[index]))
+        text = _PERCENT.sub("\N{NO-BREAK SPACE}%", parts[index])
+        # Right behind a closed tag it is the end of a name.
+        if not (text.startswith("-") and parts[index - 2].startswith("</")):
+            text = _NEGATIVE.sub("\N{MINUS SIGN}", text)
+        parts[index] = _POWER.sub(power, text)
     return "".join(part for index, part in enumerate(parts) if index % 3 < 2)
 
 

@@ -19,6 +19,9 @@
   window.companionTable = (name, table) => received.set(name, table);
 
   const counted = (number) => number.toLocaleString("en-US");
+  // As on the rest of the page (companion.py), and so that either sign is found.
+  const printed = (text) => text.replace(/(?<![^\s([])-(?=\d)/g, "\u2212");
+  const typed = (text) => text.toLowerCase().replaceAll("\u2212", "-");
 
   class Column {
     constructor({ name, kind, values, codes, choose, link }) {
@@ -33,7 +36,7 @@
 
     /** Mark in `found` the rows whose text contains the word. */
     find(word, found) {
-      this.lower ??= this.values.map((value) => value.toLowerCase());
+      this.lower ??= this.values.map(typed);
       const hits = Uint8Array.from(this.lower, (text) => (text.includes(word) ? 1 : 0));
       if (!hits.includes(1)) return;
       for (let row = 0; row < found.length; row++) {
@@ -241,7 +244,7 @@
       for (const [{ codes }, code] of this.chosen) {
         for (let row = 0; row < this.rows; row++) if (codes[row] !== code) keep[row] = 0;
       }
-      for (const word of this.search.value.toLowerCase().split(/\s+/).filter(Boolean)) {
+      for (const word of typed(this.search.value).split(/\s+/).filter(Boolean)) {
         const found = new Uint8Array(this.rows);
         for (const column of this.columns) column.find(word, found);
         for (let row = 0; row < this.rows; row++) keep[row] &= found[row];
@@ -293,10 +296,10 @@
           line.nextSibling.remove();
           return;
         }
-        const said = this.folded.filter((column) => column.text(row));
+        const said = this.folded.map((column) => [column.name, printed(column.text(row))]);
         line.after(element("tr", { className: "unfolded" },
           element("td", { colSpan: this.seen.length + 1 }, element("dl", {}, ...said.flatMap(
-            (column) => [element("dt", {}, column.name), element("dd", {}, column.text(row))])))));
+            ([name, text]) => (text ? [element("dt", {}, name), element("dd", {}, text)] : []))))));
       });
       return element("td", { className: "opens" }, button);
     }
@@ -306,7 +309,8 @@
         const cell = element("td", { className: column.kind, "data-label": column.name });
         const text = column.text(row);
         const address = text && column.link ? this.address(column.link, row) : null;
-        const shown = address ? element("a", { href: address }, text) : text;
+        const said = printed(text);
+        const shown = address ? element("a", { href: address }, said) : said;
         if (column.kind === "long" && text) {
           cell.append(element("div", { className: "clamp", title: text }, shown));
         } else {

@@ -93,10 +93,28 @@ def test_numbers_of_a_page_are_printed_as_such_and_code_is_left_alone() -> None:
     finally:
         sys.path.pop(0)
     text = ('<p title="5 % 1e-07">p = <span>5.9e-26</span>, <span>70</span> %, 1e+17; 5 %s L0e-1 '
-            'v2e-05</p><pre>1e-05 5 %<b>1 %</b></pre>')
+            'v2e-05</p><pre>1e-05 5 %<b>1 %</b> -3</pre>')
     assert typeset(text) == (
         '<p title="5 % 1e-07">p = <span>5.9\xa0×\xa010<sup>\u221226</sup></span>, <span>70</span>'
-        '\xa0%, 1\xa0×\xa010<sup>17</sup>; 5 %s L0e-1 v2e-05</p><pre>1e-05 5 %<b>1 %</b></pre>')
+        '\xa0%, 1\xa0×\xa010<sup>17</sup>; 5 %s L0e-1 v2e-05</p><pre>1e-05 5 %<b>1 %</b> -3</pre>')
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("<td>-0.3</td><td>x</td>", "<td>\u22120.3</td><td>x</td>"),
+    ("<p>by -12 (-20 to -3), [-1, 2]</p>",
+     "<p>by \u221212 (\u221220 to \u22123), [\u22121, 2]</p>"),
+    ("<p>-1.5e-07</p>", "<p>\u22121.5\xa0×\xa010<sup>\u22127</sup></p>"),
+    *[(one, one) for one in (
+        "<p>IL-2, 3-5, CD4+-1, log10 E(f) - 3, -log10, --5</p>", "<p><i>MHC</i>-2</p>",
+        '<td data-sort="-0.3">x</td>', "<code>-1</code>", r"<span>\(-1\)</span>")],
+])
+def test_a_negative_number_has_a_minus_sign_and_a_name_its_hyphen(text: str, shown: str) -> None:
+    sys.path.insert(0, str(ROOT / "book" / "_ext"))
+    try:
+        from companion import typeset
+    finally:
+        sys.path.pop(0)
+    assert typeset(text) == shown
 
 
 def test_a_chapter_keeps_the_number_of_its_file_where_one_before_it_is_lacking(tmp_path: Path

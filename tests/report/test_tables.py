@@ -287,6 +287,29 @@ def test_a_browser_searches_sorts_chooses_and_pages(
     assert answer["foreign"] == 0 and answer["title"] == "Features"
 
 
+def test_negative_numbers_have_a_minus_sign_and_either_sign_finds_them(
+    report: Report, folder: Path, tmp_path: Path
+) -> None:
+    frame = pd.DataFrame({"gene": ["IL-2", "A", "B"], "change": [0.5, -2.0, -10.0],
+                          "share": ["-3 (-5 to 1)", "4", "n/a"]})
+    address = paged(report.browse("changes", frame), folder, tmp_path)
+    assert "-2" in (folder / "changes.csv").read_text()
+    rows = "[...document.querySelectorAll('tbody tr')].map((row) => row.innerText)"
+    with driven(tmp_path / "browser") as tab:
+        tab.open(address)
+        tab.until("document.querySelector('[role=status]')?.textContent")
+        assert tab.run(rows)[0].split("\t") == ["IL-2", "0.5", "\u22123 (\u22125 to 1)"]
+        tab.run("[...document.querySelectorAll('thead button')][1].click()")
+        assert [row.split("\t")[1] for row in tab.run(rows)] == ["\u221210", "\u22122", "0.5"]
+        for asked in ("-10", "\u221210"):
+            tab.run(f"""{{ const box = document.querySelector('input[type=search]');
+                box.value = '{asked}'; box.dispatchEvent(new Event('input')); }}""")
+            tab.until("document.querySelectorAll('tbody tr').length === 1")
+            assert tab.run(rows)[0].startswith("B")
+            tab.run("""[...document.querySelectorAll('button')].find(
+                (one) => one.textContent === 'Reset').click()""")
+
+
 def test_groups_stay_together_rows_open_and_the_address_keeps_the_choice(
     report: Report, folder: Path, tmp_path: Path
 ) -> None:

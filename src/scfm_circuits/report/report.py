@@ -182,16 +182,21 @@ class Report:
             "text/plain": "\n".join(said),
         })
 
-    def not_comparable(self) -> Shown | None:
-        """A note for profiles that train their own small model; None for any other."""
-        profile = self.profile
-        if profile.model != "train":
+    def not_comparable(self, own: Profile | None = None) -> Shown | None:
+        """A note for profiles that train their own small model; None for any other.
+
+        own: of the small models that a chapter trains for itself, whatever the profile's model is.
+        """
+        used = own or self.profile
+        if used.model != "train":
             return None
-        return self.warning(
-            f"Not comparable at this scale: the profile {profile.name} uses a model of "
-            f"{profile.model_layers} layers and width {profile.model_width}, trained on the spot. "
-            "Numbers that depend on scale stand beside the paper's without a verdict."
-        )
+        said = (f"this chapter trains models of its own, of {used.model_layers} layers and width "
+                f"{used.model_width}. No number of theirs is that of the models whose shape they "
+                "have." if own else
+                f"the profile {used.name} uses a model of {used.model_layers} layers and width "
+                f"{used.model_width}, trained on the spot. Numbers that depend on scale stand "
+                "beside the paper's without a verdict.")
+        return self.warning(f"Not comparable at this scale: {said}")
 
 
 def readable(value: Any, digits: int = 4) -> str:

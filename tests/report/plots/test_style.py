@@ -8,6 +8,7 @@ from itertools import pairwise
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pytest
+from matplotlib.lines import Line2D
 
 from scfm_circuits.report import plots
 from scfm_circuits.report.plots.style import NARROW, WIDE, narrow, panels
@@ -109,6 +110,16 @@ def test_a_legend_is_no_wider_than_a_phone(names: list[str]) -> None:
     figure.canvas.draw()
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    plt.close(figure)
+
+
+def test_a_legend_of_points_with_intervals_shows_points_on_a_phone() -> None:
+    figure, (axis,) = panels(1, width=7)
+    axis.errorbar([0, 1], [0, 1], yerr=0.1, fmt="s", label="a mean with its interval")
+    figure.legend(loc="outside lower center")
+    assert narrow(figure)
+    figure.canvas.draw()
+    assert "s" in {one.get_marker() for one in figure.legends[0].findobj(Line2D)}
     plt.close(figure)
 
 

@@ -58,7 +58,11 @@ def narrow(figure: Figure) -> bool:
         figure.set_size_inches(max(0.6 * width, NARROW),
                                (0.6 if len(placed) < len(figure.axes) else 1) * height)
     labels = [text.get_text() for legend in legends for text in legend.get_texts()]
-    handles = [handle for legend in legends for handle in legend.legend_handles
+    # Of a point with an interval a legend holds the line alone; the panel has both.
+    both = {label: handle for axis in figure.axes for handle, label in zip(
+        *axis.get_legend_handles_labels(), strict=True)}
+    drawn = [handle for legend in legends for handle in legend.legend_handles]
+    handles = [both.get(label, handle) for label, handle in zip(labels, drawn, strict=True)
                if handle is not None]
     for legend in legends:
         legend.remove()

@@ -613,6 +613,33 @@ def test_a_rate_that_is_too_high_is_said_after_the_warm_up(model, corpus, profil
     assert min(steps) > 3 and len(steps) <= 2
 
 
+@pytest.mark.parametrize(("fvu", "told"), [
+    ([520, 300, 180, 60, 30, 12, 3], []),  # tiny outputs: far off at the start, and coming down
+    ([520, 300, 180, 60, 30, 40, 3], []),  # as batches vary
+    ([520, 300, 180, 60, 30, 61, 3], [("diverges", 6)]),
+    ([1.2, 0.9, 400, 300, 200, 100, 20], [("diverges", 4)]),  # rose while the rate warmed up
+    ([1.2, 0.9, 9, 9, 9, 9, 9], []),
+    ([520, 500, 480, 450, 420, 400, 390], [("ends far worse than its mean output alone", 7)]),
+    ([520, 300, 180, None, 60, 30, 12], [("diverges", 4),
+                                         ("ends far worse than its mean output alone", 7)]),
+])
+def test_only_a_layer_whose_error_has_risen_diverges(model, corpus, profile, monkeypatch, capsys,
+                                                     fvu, told):
+    profile = changed(profile, warmup_steps=3, training_tokens=7 * profile.batch_tokens)
+    run = TrainingRun(model, corpus, profile)
+
+    def step(batch: Batch, *, log: bool) -> dict[str, Any]:
+        run.step += 1
+        layers = {key: [0.5, 0.5] for key in ("reconstruction", "sparsity", "l0", "dead")}
+        return {"step": run.step, "tokens": 0, **layers, "fvu": [0.5, fvu[run.step - 1]]}
+
+    monkeypatch.setattr(run, "train_step", step)
+    run.run(progress=False)
+    said = capsys.readouterr().out.splitlines()
+    assert [re.match(r"Warning: layer 1 ([\w ]*\w) \(.*\(step (\d)\)\.$", one).groups()  # type: ignore[union-attr]
+            for one in said] == [(what, str(at)) for what, at in told]
+
+
 def test_a_layer_that_dies_is_named_once(model, corpus, profile, capsys):
     profile = changed(profile, dead_after_tokens=100, loss="equation4")
     run = TrainingRun(model, corpus, profile)

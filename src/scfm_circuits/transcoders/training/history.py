@@ -16,6 +16,10 @@ MEASURES = ("reconstruction", "sparsity", "l0", "fvu", "dead")
 """What a row of the history holds, beside its step and tokens: a list of one number per layer,
 None where it was not finite."""
 
+FAR, RISEN = 10.0, 2.0
+"""A fraction of variance unexplained that only a failed or an unfinished training leaves; how many
+times above its lowest it has risen, and not just varied from batch to batch."""
+
 History = list[dict[str, Any]]
 Logged = Callable[[History], None]
 """Called with the history so far, each time a row is added."""
@@ -25,6 +29,30 @@ def known_mean(values: Sequence[float | None]) -> float:
     """Mean of a measure over layers, without those where it was not finite; NaN if all are so."""
     known = [one for one in values if one is not None]
     return sum(known) / len(known) if known else math.nan
+
+
+def trouble(history: History, layer: int, warm: bool, last: bool) -> str:
+    """What the last row says is wrong with a layer, as the end of a sentence; empty if nothing is.
+
+    A layer diverges if its loss is no finite number or, once the rate has warmed up (`warm`), if
+    its FVU is above `FAR` and `RISEN` times the lowest so far. Writing directions start with norm
+    1, so where an MLP writes little the first estimates are far off too; such a layer comes down
+    and is named only if it is still there in the run's last row (`last`).
+    """
+    row = history[-1]
+    loss, fvu, dead = (row[key][layer] for key in ("reconstruction", "fvu", "dead"))
+    if loss is None or fvu is None:
+        return "diverges (its loss is infinite or not a number); lower `learning_rate`"
+    told = f"(fraction of variance unexplained {fvu:.3g})"
+    lowest = min(one for row in history if (one := row["fvu"][layer]) is not None)
+    if warm and fvu > FAR and fvu > RISEN * lowest:
+        return f"diverges {told}; lower `learning_rate`"
+    if last and fvu > FAR:
+        return (f"ends far worse than its mean output alone {told}; train longer "
+                "(`training_tokens`) or change `learning_rate`")
+    if dead > 0.95:
+        return f"dies ({dead:.0%} of its features are dead); lower `l1_coefficient`"
+    return ""
 
 
 class TensorBoard:

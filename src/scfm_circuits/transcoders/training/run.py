@@ -33,7 +33,13 @@ from scfm_circuits.models.small_models import FAMILIES
 from scfm_circuits.transcoders.training import checkpoints
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer, Batch
 from scfm_circuits.transcoders.training.gradients import Measures
-from scfm_circuits.transcoders.training.history import MEASURES, Logged, TensorBoard, known_mean
+from scfm_circuits.transcoders.training.history import (
+    MEASURES,
+    Logged,
+    TensorBoard,
+    known_mean,
+    trouble,
+)
 from scfm_circuits.transcoders.training.interrupts import Stops, Terminated, stops_heeded
 from scfm_circuits.transcoders.training.optimizer import Stepper, resample
 from scfm_circuits.transcoders.training.processes import ALONE, FailedElsewhere, Ranks, started
@@ -233,23 +239,15 @@ class TrainingRun:
                 **dict(zip(MEASURES, numbers, strict=True))}
 
     def _show(self, row: Mapping[str, Any], bar: tqdm) -> None:
-        """Means over layers beside the bar; and say once of a layer that it diverges or dies."""
+        """Means over layers beside the bar; and say once what is wrong with a layer (`trouble`)."""
         shown = {}
         for key in ("reconstruction", "l0", "fvu", "dead"):
             mean = known_mean(row[key])
             shown[key] = f"{mean:.3g}" if math.isfinite(mean) else "none"
         bar.set_postfix(shown, refresh=False)
-        warm = self.step > self.profile.warmup_steps
-        for layer, (loss, fvu, dead) in enumerate(zip(row["reconstruction"], row["fvu"],
-                                                      row["dead"], strict=True)):
-            problem = ""
-            if loss is None or fvu is None:
-                problem = "diverges (its loss is infinite or not a number); lower `learning_rate`"
-            elif warm and fvu > 10:
-                problem = f"diverges (fraction of variance unexplained {fvu:.3g}); lower " \
-                          "`learning_rate`"
-            elif dead > 0.95:
-                problem = f"dies ({dead:.0%} of its features are dead); lower `l1_coefficient`"
+        warm, last = self.step > self.profile.warmup_steps, self.step == self.steps
+        for layer in range(self.n_layers):
+            problem = trouble(self.history, layer, warm, last)
             if problem and (problem[:4], layer) not in self._warned and self.ranks.first:
                 self._warned.add((problem[:4], layer))
                 bar.write(f"Warning: layer {layer} {problem} (step {self.step:,}).")

@@ -78,10 +78,14 @@ def tiny(family: str, *, layers: int = 3, width: int = 16, heads: int = 4, value
             scale * torch.randn(parameter.shape, dtype=dtype))
     if family in ("gemma2", *BERT_TYPE):  # the padding's embedding begins as zeros
         model.get_input_embeddings().weight[0] = torch.randn(model.config.hidden_size, dtype=dtype)
-    if not native_norms:
-        for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):
-                module.forward = _unrounded(module)
+    return model if native_norms else with_unrounded_norms(model)
+
+
+def with_unrounded_norms(model: Any) -> Any:
+    """The model, whose RMSNorms now compute in its own type; transformers rounds to float32."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = _unrounded(module)
     return model
 
 

@@ -8,12 +8,15 @@ import anndata
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import torch
 
 from scfm_circuits.cells.corpus import Corpus, load_corpus
-from scfm_circuits.common.encodings import RANK_VALUE
+from scfm_circuits.common.encodings import BINNED, GENE_TOKENS, RANK_VALUE
 from scfm_circuits.common.profile import Profile, load_profile
+from scfm_circuits.models.scgpt import ScGPT, ScGPTConfig
 
 GENES = [f"ENSG{i:011d}" for i in range(1, 9)]
+SCGPT_SPECIAL = GENE_TOKENS[BINNED].special
 NAMES = ["VWF", "PECAM1", "INS", "GCG", "B2M", "TMSB4X", "PLVAP", "FLT1"]
 
 
@@ -30,6 +33,19 @@ def dictionaries(folder: Path, encoding: str = "geneformer_v2", **changed: Any) 
         path.write_text(json.dumps(one))
         fields[field] = str(path)
     return fields
+
+
+def scgpt(folder: Path, names: Any = NAMES, special: tuple[str, ...] = SCGPT_SPECIAL
+          ) -> dict[str, str]:
+    """A made-up vocabulary, special tokens last as in scGPT's, and an untrained model of it;
+    profile fields by their files."""
+    vocabulary = {name: i for i, name in enumerate((*names, *special))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    torch.manual_seed(0)
+    ScGPT(ScGPTConfig(len(vocabulary), 16, 2, 2, 16, architectures=["ScGPT"])).save_pretrained(
+        folder / "model")
+    return {"encoding": "binned", "token_dictionary": str(folder / "vocab.json"),
+            "model": str(folder / "model"), "model_layers": 2, "human_layer": 1}
 
 
 def cells(folder: Path, values: np.ndarray, names: list[str] = NAMES, **columns: list[str]) -> str:

@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import anndata
 import numpy as np
 import pytest
 import scanpy
 import torch
+from gene_tokens import cells, counts, dictionaries, profile_of, scgpt
 from helpers import tiny_model, tiny_profile
 from huggingface_hub import constants
 from hypothesis import given
@@ -32,6 +34,7 @@ from scfm_circuits.book.sizes import (
     CONTROLS,
     COUNTED,
     KINDS,
+    KNOCKED_OUT,
     PERTURBED,
     SCORED,
     TRAINED,
@@ -44,6 +47,7 @@ from scfm_circuits.book.sizes import (
 from scfm_circuits.cells.corpus import load_corpus, rare_types
 from scfm_circuits.cells.packaged import open_packaged
 from scfm_circuits.common import manifest
+from scfm_circuits.common.encodings import BINNED, GENE_TOKENS
 from scfm_circuits.common.profile import Profile, load_profile
 from scfm_circuits.models.loading import get_model
 from scfm_circuits.models.small_models import build_small_model
@@ -112,6 +116,40 @@ def test_what_is_told_of_the_small_profiles_is_what_they_are(
     model = build_small_model(profile, len(corpus.tokenizer), found.padded)
     assert found.parameters == sum(one.numel() for one in model.parameters())
     assert found.vocabulary == len(corpus.tokenizer)
+
+
+@pytest.mark.parametrize("name", ["smoke_encoder", "smoke_decoder"])
+def test_cells_of_gene_tokens_are_as_long_as_they_are_told_to_be(empty: Path, name: str) -> None:
+    profile = load_profile(name)
+    before = run_sizes(profile)
+    corpus = load_corpus(profile)
+    found = run_sizes(profile)
+    assert found.measured and not before.measured
+    assert before.tokens == pytest.approx(found.tokens, rel=0.02)
+    assert (before.padded, before.genes, before.vocabulary, before.parameters) == (
+        found.padded, found.genes, found.vocabulary, found.parameters)
+    assert before.vocabulary == len(corpus.tokenizer)
+    assert before.counts == pytest.approx(found.counts, rel=0.02)
+
+
+@pytest.mark.parametrize("stored", ["csr", "dense", "csc"])
+@pytest.mark.parametrize("encoding", sorted(GENE_TOKENS))
+def test_genes_that_cells_express_are_counted_for_the_estimate(
+        empty: Path, encoding: str, stored: str) -> None:
+    """So few cells that all are looked at: what is told is what will be."""
+    values = counts(12)
+    values[::2, 3:] = 0
+    path = cells(empty, values)
+    data = anndata.read_h5ad(path)
+    data.X = {"csr": data.X, "dense": data.X.toarray(), "csc": data.X.tocsc()}[stored]
+    data.write_h5ad(path)
+    fields = scgpt(empty) if encoding == BINNED else dictionaries(empty, encoding)
+    profile = profile_of(path, fields, genes_per_cell=7)
+    before, corpus = run_sizes(profile), load_corpus(profile)
+    assert before.padded == corpus.tokens.shape[1]
+    longest = 12 * corpus.tokens.shape[1]  # csc has no rows to be looked at
+    assert before.tokens == (longest if stored == "csc" else corpus.mask.sum())
+    assert corpus.mask.sum() < longest
 
 
 def rare_notes(profile: Profile) -> list[str]:
@@ -386,18 +424,19 @@ def test_time_follows_what_is_done(empty: Path) -> None:
         return run_seconds(of, TINY, set(wanted), chapters, 1e6, reached)
 
     assert seconds(chapters=3) == 3 * preflight.STARTED
-    # By hand: ten operations a weight of a transcoder, and two a weight of the model; the buffer
-    # holds all tokens, so these pass the model once.
-    width = profile.expansion * 16
-    by_hand = 3 * 10 * profile.training_tokens * 16 * width + 2 * 86 * 12_000
+    # By hand: ten operations a weight of a transcoder, and two a weight of the model; of three
+    # layers, four more for each of a cell's tokens in the stream's 16 numbers. The buffer holds all
+    # tokens, so these pass the model once.
+    width, passed = profile.expansion * 16, 2 * 12_000 + 3 * 4 * 16 * 114 / 12
+    by_hand = 3 * 10 * profile.training_tokens * 16 * width + 86 * passed
     assert seconds(TRAINED) == pytest.approx(by_hand / 0.5e6)
     assert seconds(preflight.TOKENIZERS) == pytest.approx(
         preflight.TOKENIZERS_SECONDS * profile.model_steps / 300)
-    counted = 114 * (2 * 12_000 + 2 * 3 * 16 * width)
+    counted = 114 * (passed + 2 * 3 * 16 * width)
     assert seconds(COUNTED) == pytest.approx(counted / 0.1e6)
     # The original, all layers replaced and all removed; each of the three layers replaced, and
     # removed, from where it stands on: half of six passes; three transcoders twice.
-    validated = (114 - 86) * (6 * 2 * 12_000 + 2 * 3 * 4 * 16 * width)
+    validated = (114 - 86) * (6 * passed + 2 * 3 * 4 * 16 * width)
     assert seconds(VALIDATED) == pytest.approx(validated / 0.2e6)
     control = profile.model_copy(update={"reinitialised_control": True})
     more = seconds(CONTROLS, of=control) - seconds(CONTROLS)
@@ -417,14 +456,17 @@ def test_kinds_are_counted_in_the_cells_that_the_profile_says(empty: Path) -> No
 
 
 def test_genes_are_taken_out_where_a_profile_knows_some(empty: Path) -> None:
-    def taken_out(**fields: Any) -> float:
-        profile = load_profile("smoke", fields)
-        return works(profile, TINY)[PERTURBED].operations["count"]
+    def taken_out(file: str, profile: str = "smoke", **fields: Any) -> float:
+        return works(load_profile(profile, fields), TINY)[file].operations["count"]
 
-    assert taken_out() == 0
-    # Twelve cells of 16 genes, each gene twice and the cell whole; 114 tokens of 12 cells, and two
-    # operations a weight.
-    assert taken_out(known_response=["ISG15"]) == pytest.approx(12 * 33 * 114 / 12 * 2 * 12_000)
+    assert taken_out(PERTURBED) == 0
+    # Twelve cells of 16 genes, each gene twice and the cell whole; 114 tokens of 12 cells.
+    cell = 114 / 12 * (2 * 12_000 + 3 * 4 * 16 * 114 / 12)
+    assert taken_out(PERTURBED, known_response=["ISG15"]) == pytest.approx(12 * 33 * cell)
+    # In every book each gene of some cells is taken out once. Where genes are tokens, all tokens
+    # but <cls> and <eos> are genes.
+    assert taken_out(KNOCKED_OUT) == pytest.approx(12 * 17 * cell)
+    assert taken_out(KNOCKED_OUT, "smoke_encoder") == pytest.approx(12 * (1 + 114 / 12 - 2) * cell)
 
 
 def test_the_time_of_the_small_real_profile_on_two_cores(empty: Path, monkeypatch: Any) -> None:
@@ -499,6 +541,18 @@ def test_what_will_fail_is_told_before_any_work(empty: Path, changes: dict[str, 
         run_cost(load_profile("smoke", changes), WHOLE)
 
 
+@pytest.mark.parametrize(("values", "told"), [
+    (np.log1p(counts()), "rank-value encoding divides raw counts"),
+    (counts() - 9.0, "has negative expression values"),
+    (np.where(counts() > 9, np.nan, 1), "NaN, infinite")])
+def test_values_that_cannot_be_used_are_told_before_any_work(empty: Path, values: np.ndarray,
+                                                             told: str) -> None:
+    """A look at some cells: not when a chapter reads all."""
+    profile = profile_of(cells(empty, values), dictionaries(empty))
+    with pytest.raises(InputError, match=told):
+        run_cost(profile, WHOLE)
+
+
 @pytest.mark.parametrize("name", ["maxtoki", "geneformer", "geneformer_v1", "c2s_scale_1b",
                                   "c2s_scale_2b", "scgpt"])
 def test_other_models_are_planned_before_anything_is_here(empty: Path, name: str) -> None:
@@ -508,6 +562,8 @@ def test_other_models_are_planned_before_anything_is_here(empty: Path, name: str
     listed = manifest.entry("models", manifest.model_name(profile.model, profile.model_subfolder))
     assert listed is not None and listed.get("revision") == profile.model_revision
     assert (sizes.layers, sizes.cells) == (profile.model_layers, profile.max_cells)
+    if not profile.in_words:
+        assert any("each counts as " in one for one in sizes.notes)
     found = {one.what: one.bytes for one in downloads.missing(profile, sizes.parameters)}
     if name == "scgpt":
         assert found[f"{profile.model}, by hand"] == sum(

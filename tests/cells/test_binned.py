@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse as sp
-import torch
-from gene_tokens import NAMES, cells, counts, dictionaries, profile_of
+from gene_tokens import NAMES, cells, counts, dictionaries, profile_of, scgpt
 from helpers import TRAINING
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +23,6 @@ from scfm_circuits.common.encodings import GENE_TOKENS
 from scfm_circuits.common.profile import load_profile
 from scfm_circuits.features.statistics import corpus_pairs
 from scfm_circuits.models.loading import get_model
-from scfm_circuits.models.scgpt import ScGPT, ScGPTConfig
 from scfm_circuits.transcoders.training.run import TrainingRun
 
 SPECIAL = GENE_TOKENS["binned"].special
@@ -36,19 +34,8 @@ def _results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SCFM_RESULTS", str(tmp_path / "results"))
 
 
-def fields(folder: Path, names: Any = NAMES, special: tuple[str, ...] = SPECIAL) -> dict[str, str]:
-    """A made-up vocabulary, special tokens last as in scGPT's, and an untrained model of it."""
-    vocabulary = {name: i for i, name in enumerate((*names, *special))}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    torch.manual_seed(0)
-    ScGPT(ScGPTConfig(len(vocabulary), 16, 2, 2, 16, architectures=["ScGPT"])).save_pretrained(
-        folder / "model")
-    return {"encoding": "binned", "token_dictionary": str(folder / "vocab.json"),
-            "model": str(folder / "model"), "model_layers": 2, "human_layer": 1}
-
-
 def corpus_of(folder: Path, values: np.ndarray, **more: Any) -> Corpus:
-    return load_corpus(profile_of(cells(folder, values), fields(folder), **more))
+    return load_corpus(profile_of(cells(folder, values), scgpt(folder), **more))
 
 
 def their_bins(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -108,7 +95,7 @@ def test_logged_values_give_the_same_tokens_and_few_genes_the_most_expressed(tmp
 
 
 def test_training_and_circuits_take_it(tmp_path):
-    profile = profile_of(cells(tmp_path, counts(40)), fields(tmp_path), **TRAINING)
+    profile = profile_of(cells(tmp_path, counts(40)), scgpt(tmp_path), **TRAINING)
     corpus = load_corpus(profile)
     model, _ = get_model(profile, corpus, exact=True)
     training = TrainingRun(model, corpus, profile)
@@ -127,11 +114,11 @@ def test_training_and_circuits_take_it(tmp_path):
 ])
 def test_fields_that_do_not_fit(tmp_path, changes, told):
     with pytest.raises(InputError, match=told):
-        profile_of("none.h5ad", fields(tmp_path) | changes)
+        profile_of("none.h5ad", scgpt(tmp_path) | changes)
 
 
 def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path):
-    path, own = cells(tmp_path, counts()), fields(tmp_path)
+    path, own = cells(tmp_path, counts()), scgpt(tmp_path)
     known = Path(own["token_dictionary"])
     for content, told in (
             ({name: i for i, name in enumerate(NAMES)}, "no token <pad>, which `encoding: binned`"),
@@ -142,7 +129,7 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path):
         known.write_text(json.dumps(content))
         with pytest.raises(InputError, match=told):
             load_corpus(profile_of(path, own))
-    fields(tmp_path)
+    scgpt(tmp_path)
     bare = cells(tmp_path, counts(), [f"ENSG{i:011d}" for i in range(8)])
     with pytest.raises(InputError, match="names its genes by Ensembl identifiers, not symbols"):
         load_corpus(profile_of(bare, own))
@@ -150,7 +137,7 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(tmp_path):
 
 def test_a_vocabulary_of_another_size_is_not_the_models(tmp_path):
     """Its numbers of genes and levels would be taken apart wrongly."""
-    own = fields(tmp_path)
+    own = scgpt(tmp_path)
     other = {name: i for i, name in enumerate((*NAMES, "NEW", *SPECIAL))}
     Path(own["token_dictionary"]).write_text(json.dumps(other))
     profile = profile_of(cells(tmp_path, counts()), own)

@@ -19,9 +19,10 @@ from scfm_circuits.cells.corpus import (
     split_cells,
     stored_corpus,
 )
-from scfm_circuits.circuits import known_response
+from scfm_circuits.cells.dictionaries import read_gene_tokens
+from scfm_circuits.circuits import knock_out, known_response
 from scfm_circuits.common import manifest
-from scfm_circuits.common.encodings import CELL_SENTENCE, OWN_DICTIONARY
+from scfm_circuits.common.encodings import GENE_TOKENS, OWN_DICTIONARY
 from scfm_circuits.common.profile import ROOT, Profile, cells_path
 from scfm_circuits.features.counting import fixed_bytes
 from scfm_circuits.models.architectures import check_supported
@@ -42,7 +43,8 @@ guesses, on the large side."""
 # Work, by a file that its chapter leaves.
 CELLS, TRAINED, VALIDATED = "corpus/corpus.json", "transcoders/config.yaml", "tables/table1.csv"
 COUNTED, SCORED, CONTROLS = "features.npz", "tables/feature_scores.csv", "tables/table4.csv"
-KINDS, PERTURBED = "tables/variants.csv", "tables/perturbation.csv"
+KINDS, KNOCKED_OUT = "tables/variants.csv", "tables/knock_out.csv"
+PERTURBED = "tables/perturbation.csv"
 TRACED, INTERVENED = "tables/circuit_nodes.csv", "tables/circuit_faithfulness.csv"
 
 
@@ -81,10 +83,10 @@ def run_sizes(profile: Profile) -> Sizes:
         trained_on, told = int(lengths[~corpus.held_out].sum()), rare_types(corpus.labels, profile)
         check_shared_genes(profile, corpus.symbols.tolist())
     else:
-        in_file, genes, length, told = _cells(profile)
-        cells = min(in_file, profile.max_cells or in_file)
+        in_file, genes, kept, most, told = _cells(profile)
+        cells, length = min(in_file, profile.max_cells or in_file), _length(profile, kept)
         tokens, padded = round(cells * length), round(
-            length if profile.encoding != CELL_SENTENCE else 1.3 * length)
+            _length(profile, most) * (1.3 if profile.in_words else 1))
         trained_on = tokens - round(max(1, round(cells * profile.validation_share)) * length)
     config = model_config(profile, corpus, padded, genes)
     kind = getattr(transformers, check_supported(config.model_type, "").auto)
@@ -92,7 +94,7 @@ def run_sizes(profile: Profile) -> Sizes:
         weights = kind.from_config(config).parameters()
     layers, width = int(config.num_hidden_layers), int(config.hidden_size)
     features = profile.expansion * width
-    occurring = min(round(COUNT_SHARE * layers * features * PIECES["loaded"] * genes),
+    occurring = min(round(COUNT_SHARE * layers * features * _pieces(profile) * genes),
                     layers * tokens * MOST_ACTIVE)
     return Sizes(cells, in_file, genes, tokens, trained_on, padded, corpus is not None,
                  layers, width, int(config.num_attention_heads), int(config.vocab_size),
@@ -108,8 +110,7 @@ def model_config(profile: Profile, corpus: Corpus | None, length: int, genes: in
     length: of the longest prompt, in tokens; genes: of the cells, each a token perhaps.
     """
     if profile.model == "train":
-        own = genes if profile.tokenizer == "genes" else 0
-        rows = len(corpus.tokenizer) if corpus is not None else profile.vocabulary_size + own
+        rows = len(corpus.tokenizer) if corpus is not None else _vocabulary(profile, genes)
         return small_config(profile, rows, length)
     listed = manifest.entry("models", manifest.model_name(profile.model, profile.model_subfolder))
     try:
@@ -125,18 +126,28 @@ def model_config(profile: Profile, corpus: Corpus | None, length: int, genes: in
     return config
 
 
-def _cells(profile: Profile) -> tuple[int, int, float, list[str]]:
-    """(cells, genes, tokens of a cell, what to say) of the profile's cells, the third estimated,
-    the last empty for cells that are not here."""
-    length = (profile.genes_per_cell * PIECES.get(profile.tokenizer, PIECES["loaded"])
-              + len(profile.prompt + profile.response) / 4 + 4)  # and the question, an answer
-    if profile.encoding != CELL_SENTENCE:
-        length = profile.genes_per_cell + 2  # at most: no cell expresses all
+class _Cells(NamedTuple):
+    """Cells, their genes, how many of them a cell's sentence has on average (estimated) and at
+    most, and what to say of the cells."""
+
+    cells: int
+    genes: int
+    kept: float
+    most: int
+    told: list[str]
+
+
+def _cells(profile: Profile) -> _Cells:
+    """The profile's cells: looked at, or, if they are not here, as the manifest has them."""
     listed, path = manifest.entry("cells", profile.cells), cells_path(profile, ROOT)
     # One of another size will be set aside and fetched again.
     if listed is not None and path is not None and not (
             path.is_file() and path.stat().st_size == listed["bytes"]):
-        return int(listed["cells"]), int(listed["genes"]), length, []
+        told = [] if profile.in_words else [
+            "How many genes a cell expresses is known once the cells are here; until then each "
+            f"counts as {profile.genes_per_cell:,} genes (`genes_per_cell`), the most it can have."]
+        return _Cells(int(listed["cells"]), int(listed["genes"]), profile.genes_per_cell,
+                      profile.genes_per_cell, told)
     from scfm_circuits.cells.reading import describe_cells
 
     if not dictionaries_are_here(profile):  # what of the genes has a token is not known yet
@@ -146,8 +157,46 @@ def _cells(profile: Profile) -> tuple[int, int, float, list[str]]:
     held_out = split_cells(len(found.labels), profile.validation_share, profile.seed)
     check_case(found.labels, held_out, profile)
     check_shared_genes(profile, found.symbols)
-    return (found.n_cells, len(found.symbols), length,
-            found.decisions + rare_types(found.labels, profile))
+    genes = len(found.symbols)
+    if profile.token_dictionary == OWN_DICTIONARY:
+        genes = min(genes, profile.vocabulary_size - _special(profile))
+    most = min(profile.genes_per_cell, genes, found.most)
+    kept = float(found.expressed.clip(max=most).mean()) if len(found.expressed) else most
+    return _Cells(found.n_cells, genes, kept, most,
+                  found.decisions + rare_types(found.labels, profile))
+
+
+def _special(profile: Profile) -> int:
+    """Special tokens of the dictionary that the profile's encoding has."""
+    return len(GENE_TOKENS[profile.encoding].special)
+
+
+def _beside(profile: Profile) -> int:
+    """Tokens of a cell that are no gene's, where genes are tokens."""
+    way = GENE_TOKENS[profile.encoding]
+    return len(way.before + way.after)
+
+
+def _pieces(profile: Profile) -> float:
+    """Tokens of a gene's name, until a corpus is there."""
+    return PIECES.get(profile.tokenizer, PIECES["loaded"]) if profile.in_words else 1.0
+
+
+def _length(profile: Profile, genes: float) -> float:
+    """Tokens of a cell with so many genes, until a corpus is there."""
+    if not profile.in_words:
+        return genes + _beside(profile)
+    # And the question, an answer.
+    return genes * _pieces(profile) + len(profile.prompt + profile.response) / 4 + 4
+
+
+def _vocabulary(profile: Profile, genes: int) -> int:
+    """Rows of the embedding of a model that is trained, until a corpus is there."""
+    if profile.in_words:
+        return profile.vocabulary_size + genes * (profile.tokenizer == "genes")
+    if profile.token_dictionary != OWN_DICTIONARY and dictionaries_are_here(profile):
+        genes = len(read_gene_tokens(profile).genes)
+    return genes + _special(profile)
 
 
 class Work(NamedTuple):
@@ -162,7 +211,9 @@ class Work(NamedTuple):
 def works(profile: Profile, sizes: Sizes) -> dict[str, Work]:
     """Work by a file that its chapter leaves."""
     width, one_set, counts = profile.expansion * sizes.width, sizes.one_set, sizes.counts
-    passed = 2.0 * sizes.parameters  # operations of a token
+    length = sizes.tokens / sizes.cells
+    # Operations of a token: two a weight, and attention's products with all tokens of its cell.
+    passed = 2.0 * sizes.parameters + 4.0 * sizes.layers * sizes.width * length
     encoded = 2.0 * sizes.layers * sizes.width * width
     counted = sizes.tokens * (passed + encoded)
     # The model whole three times, and each layer alone twice, of which half a pass is left.
@@ -172,15 +223,18 @@ def works(profile: Profile, sizes: Sizes) -> dict[str, Work]:
     def trained(run: Profile) -> float:
         kept = sizes.training_tokens <= run.buffer_tokens  # then the model runs once
         return training_operations(sizes.layers, sizes.width, width, run.training_tokens,
-                                   sizes.parameters // sizes.layers,
+                                   round(passed / 2 / sizes.layers),
                                    sizes.training_tokens if kept else None)
 
     own, control, kinds = profile.model == "train", profile.reinitialised_control, settings(profile)
     seen = profile.model_steps * profile.model_batch_cells * sizes.tokens / sizes.cells
     share = min(1.0, (profile.variant_cells or sizes.cells) / sizes.cells)
-    # Every gene of some cells, each taken out twice: with positions held, and moved up.
-    taken_out = bool(profile.known_response) * min(known_response.CELLS, sizes.cells) * (
-        1 + 2 * profile.genes_per_cell)
+    genes = profile.genes_per_cell if profile.in_words else length - _beside(profile)
+
+    def taken_out(cells: int, times: int) -> float:
+        """Every gene of some cells, each so many times."""
+        return min(cells, sizes.cells) * (1 + times * genes) * length * passed
+
     return {
         CELLS: Work({"model": own * 3 * passed * seen}, "language_model",
                     own * 4 * sizes.parameters),
@@ -190,7 +244,10 @@ def works(profile: Profile, sizes: Sizes) -> dict[str, Work]:
         SCORED: Work({"count": counted}, "untrained", counts),
         CONTROLS: Work({"train": control * trained(profile), "count": control * counted},
                        "reinitialised", control * (one_set + counts)),
-        PERTURBED: Work({"count": taken_out * sizes.tokens / sizes.cells * passed}, "perturbation"),
+        KNOCKED_OUT: Work({"count": taken_out(knock_out.CELLS, 1)}),
+        # Twice: with positions held, and moved up.
+        PERTURBED: Work({"count": bool(profile.known_response) * taken_out(
+            known_response.CELLS, 2)}, "perturbation"),
         KINDS: Work({"train": len(kinds) * trained(variant_profile(profile, {})),
                      "count": len(kinds) * share * counted}, "variants",
                     len(kinds) * (one_set + counts)),

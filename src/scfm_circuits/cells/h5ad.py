@@ -343,26 +343,42 @@ def _check_filters(place: Any) -> None:
                                  "hdf5plugin, or write the file again with compression='gzip'")
 
 
-def row_chunks(matrix: Any, rows: np.ndarray, where: str) -> Iterator[tuple[slice, Any]]:
+def by_gene(matrix: Any, where: str) -> bool:
+    """Whether a stored matrix has no rows that can be read one by one; InputError if it is too
+    large to be read whole."""
+    if not isinstance(matrix, StoredSparse) or matrix.order == "csr":
+        return False
+    n_values = int(matrix.indptr[-1])
+    if n_values > _CSC_VALUES:
+        raise InputError(f"{where} holds {n_values:,} values ordered by gene (csc), which cannot "
+                         "be read cell by cell; store the matrix as csr.")
+    return True
+
+
+def stored_in_rows(matrix: Any) -> np.ndarray | None:
+    """(n_cells,) how many values each row has stored, where that is known without reading them."""
+    if isinstance(matrix, StoredSparse):
+        return None if matrix.order == "csc" else np.diff(matrix.indptr)
+    return np.diff(matrix.tocsr().indptr) if hasattr(matrix, "tocsr") else None
+
+
+def row_chunks(matrix: Any, rows: np.ndarray, where: str, size: int = _CHUNK_ROWS
+               ) -> Iterator[tuple[slice, Any]]:
     """The chosen rows, chunk by chunk in the file's order: (their part of `rows`, values).
 
-    matrix: as in `Opened`; rows: ascending row numbers. Chunks without a chosen row are not read.
-    A chunk's rows depend on the file alone, so that memory is bounded however many are chosen.
-    InputError if a part cannot be read.
+    matrix: as in `Opened`; rows: ascending row numbers; size: rows of a chunk, of which those
+    without a chosen row are not read. A chunk's rows depend on the file alone, so that memory is
+    bounded however many are chosen. InputError if a part cannot be read.
     """
     with unreadable(where):
-        if isinstance(matrix, StoredSparse) and matrix.order == "csc":
-            n_values = int(matrix.indptr[-1])
-            if n_values > _CSC_VALUES:
-                raise InputError(f"{where} holds {n_values:,} values ordered by gene (csc), which "
-                                 "cannot be read cell by cell; store the matrix as csr.")
+        if by_gene(matrix, where):
             matrix = matrix.loaded()
         elif isinstance(matrix, (sp.csr_matrix, sp.csc_matrix, sp.csr_array, sp.csc_array)):
             matrix.check_format()
             matrix = matrix.tocsr()
-    starts = np.unique(rows // _CHUNK_ROWS) * _CHUNK_ROWS
-    for start in tqdm(starts, desc="cells", unit="chunk", disable=len(starts) < 2):
-        stop = min(start + _CHUNK_ROWS, matrix.shape[0])
+    starts = np.unique(rows // size) * size
+    for start in tqdm(starts, desc="cells", unit="chunk", disable=len(starts) < 2 or size == 1):
+        stop = min(start + size, matrix.shape[0])
         a, b = np.searchsorted(rows, [start, stop])
         with unreadable(where):
             values = matrix[int(start):int(stop)][rows[a:b] - start]

@@ -15,7 +15,15 @@ import scipy.sparse as sp
 from scfm_circuits import InputError
 from scfm_circuits.cells.binned import levels_of
 from scfm_circuits.cells.corpus import split_cells
-from scfm_circuits.cells.h5ad import Opened, in_memory, open_h5ad, part_of, row_chunks
+from scfm_circuits.cells.h5ad import (
+    Opened,
+    by_gene,
+    in_memory,
+    open_h5ad,
+    part_of,
+    row_chunks,
+    stored_in_rows,
+)
 from scfm_circuits.cells.rank_value import as_ranks, coded_genes, own_genes, own_tokens
 from scfm_circuits.cells.ranking import top_genes
 from scfm_circuits.cells.symbols import (
@@ -71,6 +79,8 @@ class RankedCells(About):
     levels: np.ndarray | None = None
 
 
+LOOKED_AT = 32
+"""Cells of which the expression is looked at before all are read."""
 _SCALED = 0.01
 """Share of negative values above which they are not errors: centring makes about half negative."""
 Take = Callable[[np.ndarray, sp.csr_matrix], None]
@@ -190,27 +200,51 @@ def _readable(data: Opened, part: str, field: str, where: str) -> None:
 
 
 class Description(NamedTuple):
-    """What is known of cells without their expression.
+    """What is known of cells from their tables and a look at `LOOKED_AT` of them.
 
     n_cells: all that there are. symbols: n_genes. labels: of the cells that the profile draws.
-    decisions: as of `About`, as far as they are made without expression.
+    decisions: as of `About`, as far as they are made without expression. expressed: how many genes
+    each cell that was looked at expresses, of those that have a token; none where cells cannot be
+    read one by one. most: genes that a drawn cell expresses at most, as far as that is known.
     """
 
     n_cells: int
     symbols: list[str]
     labels: np.ndarray
     decisions: list[str]
+    expressed: np.ndarray
+    most: int
 
 
 def describe_cells(profile: Profile) -> Description:
-    """Look at the profile's cells, checked as `read_chunks` does, but for their expression."""
+    """Look at the profile's cells, checked as `read_chunks` does; of their expression, that of some
+    cells, evenly spaced among those that are drawn."""
     data = _open(profile)
     try:
         parts = _parts(data, profile)
+        drawn = _drawn(parts.labels, profile)
+        expressed = _some_expressed(parts, drawn, profile)
+        stored = stored_in_rows(parts.matrix)
     finally:
         data.close()
-    return Description(len(parts.labels), parts.symbols,
-                       parts.labels[_drawn(parts.labels, profile)], parts.decisions)
+    most = len(parts.symbols) if stored is None else min(len(parts.symbols), stored[drawn].max())
+    return Description(len(parts.labels), parts.symbols, parts.labels[drawn], parts.decisions,
+                       expressed, int(most))
+
+
+def _some_expressed(parts: _Parts, drawn: np.ndarray, profile: Profile) -> np.ndarray:
+    where, found = profile.cells, [np.zeros(0, np.int64)]
+
+    def take(rows: np.ndarray, part: sp.csr_matrix) -> None:
+        found.append(np.diff(part.indptr))
+
+    if not by_gene(parts.matrix, where):
+        checked = _counted(take, None, where) if profile.encoding in RANK_VALUE else take
+        places = np.linspace(0, len(drawn) - 1, min(len(drawn), LOOKED_AT))
+        rows = drawn[places.round().astype(int)]
+        for some, values in row_chunks(parts.matrix, rows, where, size=1):
+            checked(rows[some], _checked(values, rows[some], where, parts.join))
+    return np.concatenate(found)
 
 
 def _drawn(labels: np.ndarray, profile: Profile) -> np.ndarray:
@@ -305,10 +339,7 @@ def _expression(matrix: Any, chosen: np.ndarray, join: sp.csr_matrix | None, whe
     seen, whole = np.zeros(n_genes, bool), True
     empty: list[int] = []
     for some, values in row_chunks(matrix, chosen, where):
-        part = _checked(values, chosen[some], where)
-        if join is not None:
-            part = sp.csr_matrix(part @ join)
-            part.sort_indices()
+        part = _checked(values, chosen[some], where, join)
         seen[part.indices] = True
         whole = whole and np.array_equal(part.data, np.rint(part.data))
         filled = np.diff(part.indptr) > 0
@@ -375,8 +406,10 @@ def _labels(observations: "pd.DataFrame", column: str, where: str
     return normal_labels(observations[column].astype(str))
 
 
-def _checked(values: Any, rows: np.ndarray, where: str) -> sp.csr_matrix:
-    """Some rows' values as sparse rows; refuses NaN, infinite and negative values."""
+def _checked(values: Any, rows: np.ndarray, where: str, join: sp.csr_matrix | None
+             ) -> sp.csr_matrix:
+    """Some rows' values as sparse rows, symbols joined by `join`; refuses NaN, infinite and
+    negative values."""
     with np.errstate(over="ignore"):  # becomes infinite
         sparse = sp.csr_matrix(values, dtype=np.float32)
     if not np.isfinite(sparse.data).all():
@@ -394,6 +427,8 @@ def _checked(values: Any, rows: np.ndarray, where: str) -> sp.csr_matrix:
                          f"({_first(sparse, below, rows)}), {why}.")
     sparse.sum_duplicates()
     sparse.eliminate_zeros()
+    if join is not None:
+        sparse = sp.csr_matrix(sparse @ join)
     sparse.sort_indices()
     return sparse
 

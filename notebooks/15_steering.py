@@ -26,12 +26,13 @@
 #   where a concept holds? At what cost, and better than plainer directions?
 # - **The paper says.** It names model improvement and debugging as uses of interpretable features, and
 #   shows neither.
-# - **We find.** At one norm, a push along the feature that tells {glue:text}`steering.label` best moves the
-#   call by {glue:text}`steering.auroc_effect`, along the difference of means by
-#   {glue:text}`steering.means_effect`, along the feature that the frozen model names by
-#   {glue:text}`steering.by_effect`. Taking {glue:text}`debugging.features` features away that made one
-#   wrong call {glue:text}`debugging.case_short`. The best feature's F1 is ahead of every other kind of unit
-#   for {glue:text}`concepts.ahead` of {glue:text}`concepts.all` concepts.
+# - **We find.** Pushes of the same norm move the log-odds of {glue:text}`steering.label` by
+#   {glue:text}`steering.auroc_effect` along the feature that tells it best, by
+#   {glue:text}`steering.means_effect` along the difference of means, and by
+#   {glue:text}`steering.by_effect` along the feature that the circuits' frozen model names. Taking the
+#   {glue:text}`debugging.features` features away that made one wrong call
+#   {glue:text}`debugging.case_short`. The best feature's F1 is ahead of every other kind of unit for
+#   {glue:text}`concepts.ahead` of {glue:text}`concepts.all` concepts.
 # - **What it is worth.** A feature that tells a label need not make the call. A repair counts only beside
 #   what it breaks in all held-out cells.
 # ```
@@ -84,9 +85,11 @@ chapter.table("steering", curve, rows=0, caption="Every direction at every dose,
 chapter.table("steering_compared", compared, rows=0, caption="Directions at one norm and at one "
               "cost, pushed towards the label and away from it")
 shown = compared[compared["pushed"] == "towards"]
-chapter.show(shown[["compared", "arm", "effect", "lower_95", "upper_95", "difference", "cost"]], digits=2,
-             caption="Pushed towards the label, at one norm and at one cost: nats that its log-odds gain, how "
-             "much more the feature by effect gains, and the cost in nats per token of a gene")
+heads = {"compared": "compared at", "arm": "pushed along", "effect": "gain, nats", "lower_95": "95 % from",
+         "upper_95": "95 % to", "difference": "feature by effect: more by", "cost": "cost"}
+chapter.show(shown[list(heads)].rename(columns=heads), digits=2,
+             caption="Pushed towards the label, at one norm and at one cost: what its log-odds gain, how "
+             "much more they gain along the feature by effect, and the cost in nats per token of a gene")
 
 # %%
 first = study.chosen.iloc[0]
@@ -102,7 +105,7 @@ for key, arm in names.items():
             chapter.value(f"steering.{word}_beside_{key}",
                           steering_curves.beside(compared, "towards", how, arm))
 chapter.values({"label": study.label, "layer": int(first["layer"]), "cells": len(study.labels),
-                "seeds": steering.SEEDS, "training": int(first["cells"]), "cost": steering_curves.COST,
+                "seeds": steering.SEEDS, "random_draws": steering.RANDOM_DRAWS, "training": int(first["cells"]), "cost": steering_curves.COST,
                 "norm": steering_curves.NORM, "top": steering.BEST_SET.format(5),
                 "layers": ", ".join(map(str, sorted(set(study.chosen["layer"])))),
                 "features": study.chosen.groupby("arm")["feature"].nunique()[steering.BEST],
@@ -140,29 +143,36 @@ for key, arm in names.items():
 # {glue:text}`steering.label` best writes against it, as a layer does that corrects what earlier layers have
 # settled.
 
-# %% tags=["fold:How it is chosen and compared and every dose"]
-chapter.show(curve[["arm", "dose", "typical", "change", "lower_95", "upper_95", "to_label", "from_label",
-                    "others_right", "no_label", "cost"]], digits=2,
-             caption="Every arm and dose (none: taken away): nats that the label's log-odds gain; calls that "
-             "turn to it and from it, cells of other labels answered rightly, answers that are no label (%); "
-             "cost in nats")
+# %% tags=["fold:How directions are chosen and compared at every dose"]
+doses = np.where(curve["done"] == steering_curves.TAKEN_AWAY, "taken away", curve["dose"].map("{:g}".format))
+heads = {"arm": "pushed along", "dose": "dose", "typical": "typical", "change": "gain, nats",
+         "lower_95": "95 % from", "upper_95": "95 % to", "to_label": "turn to it, %",
+         "from_label": "turn from it, %", "cost": "cost"}
+# Rounded, as what is next to nothing would be a power of ten.
+chapter.show(curve.round(4).replace(-0.0, 0.0).assign(dose=doses)[list(heads)].rename(columns=heads),
+             digits=2, caption="Every direction and dose: what the label's log-odds gain, calls that turn to "
+             "the label and from it, and the cost in nats per token of a gene")
 
 # %%
-chapter.table("steering_chosen", study.chosen, digits=3, caption="What each draw of training cells chooses")
+chapter.table("steering_chosen", study.chosen, digits=2, columns={
+    "seed": "draw", "arm": "chosen", "layer": "layer", "feature": "feature", "auroc": "AUROC, training",
+    "held_out_auroc": "AUROC, held-out", "predicted": "predicted, nats", "norm": "norm at dose 1"},
+              caption="What each draw of training cells chooses, and what the frozen model predicts of a push")
 
 # %% [markdown]
-# - {glue:text}`steering.cells` held-out cells are read, as many of every label as far as there are any.
-#   *Log-odds* are the {term}`contrast`. The *cost* is what the loss on tokens of genes gains over
-#   {glue:text}`steering.before` nats.
-# - Seeds are {glue:text}`steering.seeds` draws of {glue:text}`steering.training` training cells on which all
-#   is chosen anew, and as many random features twice; model and transcoders are the same. The draws chose
-#   {glue:text}`steering.features` different features by AUROC, in layer {glue:text}`steering.layers`.
-# - *typical* says how many times the push is what the arm's features write where they fire: a push of this
-#   norm is far more than any of them ever writes.
+# - {glue:text}`steering.cells` held-out cells are read, of each label in turn. *Log-odds* are the
+#   {term}`contrast`. The *dose* is the norm of the push, in units of the mean norm of what the MLP writes.
+#   The *cost* is what the loss on tokens of genes gains over {glue:text}`steering.before` nats.
+# - All is chosen anew on {glue:text}`steering.seeds` draws of {glue:text}`steering.training` training cells,
+#   each with {glue:text}`steering.random_draws` random features; model and transcoders are the same. The
+#   draws chose {glue:text}`steering.features` different features by AUROC, of layers
+#   {glue:text}`steering.layers`.
+# - *Typical*: how many times as strong the push is as what its features typically write where they fire. Far
+#   above 1, no cell's text brings the model there.
 # - *Taken away*: what the features write, wherever they fire; of the difference of means what is written
 #   along it. The log-odds then change by {glue:text}`steering.without_auroc_effect` (feature by AUROC),
 #   {glue:text}`steering.without_by_effect` (by effect) and {glue:text}`steering.without_means_effect` nats.
-# - At equal cost each arm is read where its cost first reaches {glue:text}`steering.cost` nats, on a
+# - At equal cost each direction is read where its cost first reaches {glue:text}`steering.cost` nats, on a
 #   straight line between two doses.
 # - The feature by effect was added when the first look showed the others working against their label, and
 #   after that look the doses, cells and draws were cut to save time. How directions are chosen was not
@@ -184,7 +194,7 @@ totals = wrong.table[wrong.table["label"] == wrong_calls.EVERY] if wrong else No
 chapter.show(totals[["removed", "right_before", "right_after", "repaired", "broken", "p", "case_right"]],
              digits=2, caption="Taken away in all held-out cells: right answers before and after, wrong ones "
              "repaired, right ones broken, p of the exact McNemar test, and whether the case itself is "
-             "right then") if wrong else None
+             f"answered rightly then; {wrong_calls.DRAWS} draws of random features") if wrong else None
 
 # %%
 said = {removed: wrong_calls.what_it_does(wrong, removed) if wrong else "" for removed in
@@ -203,32 +213,35 @@ kept = chapter.table("debugging", wrong.table if wrong else study.chosen.iloc[:0
 kept if wrong else None
 
 # %% [markdown] tags=["only-if:debugging.known"]
-# The case is a cell of {glue:text}`debugging.label` that the model calls {glue:text}`debugging.answer`, by
-# {glue:text}`debugging.contrast` nats, of which all features together give
-# {glue:text}`debugging.by_features`. Without the {glue:text}`debugging.features` features that give most,
-# this should change by {glue:text}`debugging.predicted` nats, and changes by
-# {glue:text}`debugging.measured`. Over all held-out cells
+# The case is a cell of the label "{glue:text}`debugging.label`" that the model calls
+# "{glue:text}`debugging.answer`", by {glue:text}`debugging.contrast` nats. All features together, those that
+# speak for this answer and those that speak against it, give {glue:text}`debugging.by_features` of them.
+# Without the {glue:text}`debugging.features` that speak for it most, the {glue:text}`debugging.contrast`
+# nats should change by {glue:text}`debugging.predicted`, and change by {glue:text}`debugging.measured`. Over
+# all held-out cells
 #
-# - taking them away {glue:text}`debugging.case`;
+# - taking these features away {glue:text}`debugging.case`;
 # - taking as many away that made {glue:text}`debugging.errors` wrong calls of training cells
 #   {glue:text}`debugging.training`;
-# - taking as many random features away that fire alike {glue:text}`debugging.random`.
+# - taking as many random features away that fire as often and as strongly {glue:text}`debugging.random`.
 #
 # What features do not give comes along paths of embeddings, biases and the transcoders' errors: where that
 # is most of a call, no features can be blamed for it, and none repairs it.
 
 # %% tags=["only-if:debugging.known", "fold:By label and by feature"]
-chapter.show(wrong.table[wrong.table["label"] != wrong_calls.EVERY], digits=2,
+chapter.show(wrong.table.loc[wrong.table["label"] != wrong_calls.EVERY, [
+    "removed", "label", "cells", "right_before", "right_after", "repaired", "broken", "p"]], digits=2,
              caption="The same by label") if wrong else None
 
 # %% tags=["only-if:debugging.known"]
-chapter.show(wrong.features, digits=2, caption="The features, and the nats that each gives the log-odds "
-             "of the case's answer along all paths of the frozen model") if wrong else None
+chapter.show(wrong.features.rename(columns={"gives": "gives, nats"}), digits=2, caption="The features, and "
+             "what each gives the log-odds of the wrong answer along all paths of the frozen model (of "
+             "training errors the mean)") if wrong else None
 
 # %% [markdown] tags=["only-if:debugging.known"]
 # As many features are taken as together give the wrong call all of its log-odds, ten at most. With two
-# labels, features that speak for one of them repair the cells of the other and break its own: the table by
-# label shows whether more is repaired than the scale is tipped.
+# labels, features that speak for one of them repair cells of the other and break cells of its own: the table
+# by label tells a repair from a mere shift towards one label.
 
 # %%
 training = np.flatnonzero(~corpus.held_out)
@@ -241,11 +254,13 @@ scored = concepts.concept_scores(model, transcoders, corpus, settings, statistic
 # %% [markdown]
 # ## Where a concept holds
 #
-# A unit says yes where it lies above a cut. Unit and cut are chosen on {glue:text}`concepts.training`
+# Is there a feature that fires where a concept holds, and nowhere else? A concept is a label of cells, or a
+# set of genes, which holds where a token is part of one of them. A unit (a feature, a neuron, a direction)
+# says yes where its value lies above a cut. Unit and cut are chosen on {glue:text}`concepts.training`
 # training cells, and F1 is that of {glue:text}`concepts.held_out` held-out cells, as InterPLM and interpTFM
-# report it. A concept holds of cells (their label) or of tokens (part of a gene of a set).
+# report it.
 
-# %% mystnb={"image": {"alt": "For every concept the F1 on held-out cells of the best feature and of the best unit of an untrained encoder, of random directions, of MLP neurons and of principal components, with intervals, and a bar for saying yes to everything."}, "figure": {"caption": "Held-out F1 of the best unit among as many candidates of every kind, with 95 % intervals over cells; upright bars: yes to everything.", "name": "fig-concepts"}}
+# %% mystnb={"image": {"alt": "For every concept the F1 on held-out cells of the best feature and of the best unit of an untrained encoder, of random directions, of MLP neurons and of principal components, with intervals, and a bar for saying yes to everything."}, "figure": {"caption": "Held-out F1 of the best unit among as many candidates of every kind, with 95 % intervals over cells; upright bars: the F1 of saying yes everywhere.", "name": "fig-concepts"}}
 chapter.figure("concept_scores", plots.concept_scores(scored.table))
 
 # %%
@@ -268,13 +283,18 @@ for key, number in {"f1": response["f1"], "low": response["lower_95"], "high": r
 # %% [markdown]
 # For {glue:text}`concepts.response` the best feature reaches an F1 of {glue:text}`concepts.f1`
 # ({glue:text}`concepts.low` to {glue:text}`concepts.high`), the best rival ({glue:text}`concepts.rival`)
-# {glue:text}`concepts.rival_f1`, and saying yes to everything {glue:text}`concepts.always`. Features are
+# {glue:text}`concepts.rival_f1`, and saying yes everywhere {glue:text}`concepts.always`. Features are
 # ahead of *every* rival, by an interval over cells, for {glue:text}`concepts.ahead` of
 # {glue:text}`concepts.all` concepts, and behind one at least for {glue:text}`concepts.behind`.
 
 # %% tags=["fold:Every concept and how units are read"]
-chapter.table("concept_scores", table, digits=2, rows=len(table), caption="Held-out F1 of the best unit "
-              "of every kind; the difference is what the features have more")
+chapter.show(table.pivot_table(index=["concept", "always_yes"], columns="units", values="f1", sort=False)
+             .reset_index().rename(columns={"always_yes": "yes everywhere"}), digits=2,
+             caption="Held-out F1 of the best unit of every kind")
+
+# %%
+chapter.table("concept_scores", table, rows=0, caption="The same with intervals, draws, and what the "
+              "features have more")
 
 # %% [markdown]
 # - All kinds offer {glue:text}`concepts.candidates` candidates; of a kind with more they are drawn, and

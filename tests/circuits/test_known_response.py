@@ -28,6 +28,7 @@ from scfm_circuits.circuits.known_response import (
     SCORES,
     ResponseStudy,
     best_rival,
+    best_terms,
     enriched,
     known_ranks,
     numbers,
@@ -35,6 +36,7 @@ from scfm_circuits.circuits.known_response import (
     ranks_said,
     response_study,
     telling_features,
+    terms_shown,
 )
 from scfm_circuits.common.profile import ROOT
 from scfm_circuits.enrichment.gene_sets import gene_sets_from_dict
@@ -170,6 +172,12 @@ def test_planted_terms_are_found_by_those_who_see_them():
     assert called["genes"] == 6 and called["n_overlap"] == 6
     assert rows.loc[(MEASURED["effect"], "absent"), "q"] == 1
     assert rows.loc[(SCORES["attention"], "response"), "n_overlap"] < 6
+    shown = terms_shown(found, {MEASURED["own"]: "own", MEASURED["effect"]: "whole"})
+    assert list(shown) == ["term", "whole", "own"] and set(shown["term"]) == set(found["term"])
+    assert shown.set_index("term").loc["response", "whole"] == f"{measured['q']:.2g} (6)"
+    best = best_terms(found).set_index("list")
+    assert list(best.index) == list(dict.fromkeys(found["list"]))
+    assert best.loc[MEASURED["effect"], "q"] == measured["q"] and best["place"].min() == 1
 
 
 def test_features_are_chosen_on_training_cells(parts, profile):
@@ -189,7 +197,8 @@ def test_features_are_chosen_on_training_cells(parts, profile):
             z = transcoders.layer_activations(row.layer, inputs[row.layer])[:, row.feature]
             values.append(float({"mean": z.mean(), "largest": z.max(), "last": z[-1]}[row.read]))
         auroc = roc_auc_score(truth, values)
-        assert row.auroc == pytest.approx(auroc if row.fires_for == "the response" else 1 - auroc)
+        assert row.held_out_auroc == pytest.approx(
+            auroc if row.fires_for == "the response" else 1 - auroc)
     assert corpus.symbols[int(gene["gene"])] in GENES and 0.5 <= gene["training_auroc"] <= 1
     one_label = dataclasses.replace(corpus, labels=np.full(len(corpus), LABEL))
     with pytest.raises(InputError, match="stratified"):

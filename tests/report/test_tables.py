@@ -356,6 +356,15 @@ def test_groups_stay_together_rows_open_and_the_address_keeps_the_choice(
         assert tab.run(rows) == before and tab.errors == []
 
 
+def test_a_page_may_show_some_columns_by_other_names_and_the_file_has_all(
+    report: Report, folder: Path
+) -> None:
+    frame = pd.DataFrame({"q": [0.5], "place": [3], "gene": ["A"]})
+    shown = report.table("some", frame, columns={"gene": "gene", "q": "FDR"}).bundle["text/html"]
+    assert re.findall(r"<th [^>]*>([^<]*)<", shown) == ["gene", "FDR"] and ">3<" not in shown
+    assert (folder / "some.csv").read_text() == "q,place,gene\n0.5,3,A\n"
+
+
 def test_a_table_is_grouped_by_what_it_has(report: Report) -> None:
     with pytest.raises(InputError, match="fold or filter by 'no'; name a column"):
         report.browse("claims", features(3), grouped=Grouped("layer", ["no"]))

@@ -252,7 +252,7 @@ def telling_features(model: "PreTrainedModel", transcoders: "Transcoders",
 
     As many training cells as held-out ones, evenly spaced. A feature is read in three ways, of
     which the best is chosen with it. Columns: layer, feature, read (`WAYS`), fires_for (the
-    response or not), training_auroc, auroc (held-out; above 1/2: it tells as it did in training),
+    response or not), training_auroc, held_out_auroc (above 1/2: it tells as it did in training),
     known (genes of `known_response` in its gene list), genes (the first of that list). And the
     held-out AUROC of the best single gene, chosen in the same way, with its name's place in
     `corpus.symbols`.
@@ -279,7 +279,8 @@ def telling_features(model: "PreTrainedModel", transcoders: "Transcoders",
     table["known"] = [", ".join(gene for gene in profile.known_response if gene in genes)
                       for genes in lists]
     table["genes"] = [", ".join(genes[:6]) for genes in lists]
-    order = ["layer", "feature", "read", "fires_for", "training_auroc", "auroc", "known", "genes"]
+    order = ["layer", "feature", "read", "fires_for", "training_auroc", "held_out_auroc", "known",
+             "genes"]
     return table[order], _best_gene(corpus, both, len(training), truth, other)
 
 
@@ -293,7 +294,7 @@ def _chosen(units: np.ndarray, n_training: int, truth: np.ndarray, other: np.nda
     return pd.DataFrame({
         "unit": order, "fires_for": np.where(towards, "the response", "the others"),
         "training_auroc": np.where(towards, area[order], 1 - area[order]),
-        "auroc": np.where(towards, held_out, 1 - held_out)})
+        "held_out_auroc": np.where(towards, held_out, 1 - held_out)})
 
 
 def _best_gene(corpus: "Corpus", cells: np.ndarray, n_training: int, truth: np.ndarray,
@@ -306,8 +307,8 @@ def _best_gene(corpus: "Corpus", cells: np.ndarray, n_training: int, truth: np.n
     used = np.unique(ranking[ranking >= 0])
     ranking = np.where(ranking >= 0, np.searchsorted(used, ranking), -1)
     best = _chosen(read_genes(ranking, len(used)), n_training, truth, other).iloc[0]
-    return {"gene": float(used[int(best["unit"])]), "training_auroc": float(
-        best["training_auroc"]), "auroc": float(best["auroc"])}
+    return {"gene": float(used[int(best["unit"])]), **{
+        name: float(best[name]) for name in ("training_auroc", "held_out_auroc")}}
 
 
 # --- what a page says ----------------------------------------------------------------------------
@@ -331,7 +332,7 @@ def numbers(study: ResponseStudy, seed: int) -> dict[str, str | int | float]:
                 *by.loc[name, ["spearman", "spearman_low", "spearman_high"]])
         found[f"{truth}_ahead"] = {
             "the circuit": "the circuit is ahead", "the rival": "the rival is ahead",
-            "neither": "neither is ahead by its whole interval"}[best.verdict]
+            "neither": "neither is clearly ahead"}[best.verdict]
         low, high = summary["spearman_null_low"].min(), summary["spearman_null_high"].max()
         found[f"{truth}_shuffled"] = f"{low:.2f} to {high:.2f}"
     for part in ("own", "position"):
@@ -345,6 +346,22 @@ def numbers(study: ResponseStudy, seed: int) -> dict[str, str | int | float]:
         "own_paired": int((table["own_q"] < LEVEL).sum()),
         "pooled": int((table["pooled_q"] < LEVEL).sum()), "shuffled_paired": paired,
         "shuffled_pooled": pooled}
+
+
+def terms_shown(terms: pd.DataFrame, lists: Mapping[str, str]) -> pd.DataFrame:
+    """`enriched` with a row per term, a column for each of some lists (by its name, as the page
+    calls it), and in it q with the genes shared."""
+    rows = terms[terms["list"].isin(list(lists))]
+    said = [f"{row.q:.2g} ({row.n_overlap})" for row in rows.itertuples()]
+    return rows.assign(list=rows["list"].map(dict(lists)), said=said).pivot_table(
+        index="term", columns="list", values="said", aggfunc="first", sort=False).reset_index()
+
+
+def best_terms(terms: pd.DataFrame) -> pd.DataFrame:
+    """Of each list of `enriched` the known term with the smallest p: list, genes, q, place, and the
+    list's best_term."""
+    best = terms.loc[terms.groupby("list", sort=False)["p"].idxmin()]
+    return best[["list", "genes", "q", "place", "best_term"]]
 
 
 def ranks_said(ranks: KnownRanks, by: str) -> str:

@@ -239,7 +239,7 @@ def what_it_does(study: WrongCalls, removed: str = CASE) -> str:
                 f"({len(rows)} draws; right answers {_span(rows['right_after'])} of "
                 f"{rows['cells'].iloc[0]})")
     row = rows.iloc[0]
-    verdict = ("which luck would do as often" if row["p"] >= 0.05 else
+    verdict = ("no more than chance does" if row["p"] >= 0.05 else
                "more right answers than before" if row["repaired"] > row["broken"] else
                "fewer right answers than before")
     return (f"repairs {row['repaired']} and breaks {row['broken']} (right answers "

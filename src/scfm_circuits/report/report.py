@@ -50,14 +50,18 @@ class Report:
     def table(
         self, name: str, frame: "pd.DataFrame", *,
         caption: str | None = None, rows: int | None = None, digits: int = 4,
+        columns: Mapping[str, str] | None = None,
     ) -> Shown:
         """Write `tables/<name>.csv` in full and show at most `rows` rows of it.
 
         digits: significant digits of a floating-point number on the page; the file has ten.
+        columns: those that the page shows, in this order, with what stands over each; by default
+        all, as `headings` has them.
         """
         path = self._csv(name)
         write_atomic(path, _csv_text(frame))
-        return Shown(table_bundle(frame, caption, rows, digits, path))
+        shown = frame if columns is None else frame[list(columns)].rename(columns=columns)
+        return Shown(table_bundle(shown, caption, rows, digits, path))
 
     def browse(
         self, name: str, frame: "pd.DataFrame", *,

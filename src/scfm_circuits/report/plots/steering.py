@@ -29,7 +29,7 @@ def steering_curves(curve: pd.DataFrame, label: str) -> Figure:
     curve: `steering_curves.curve`. Bands are 95 % intervals over cells, thin lines the lowest and
     highest seed or draw. A dose below 0 pushes away from the label.
     """
-    figure, axes = panels(3, width=4.1, height=3.8)
+    figure, axes = panels(3, width=3.5, height=3.5)
     pushes = curve[(curve["done"] == ADDED) & (curve["arm"] != "nothing")]
     for arm in dict.fromkeys(pushes["arm"]):
         colour = _COLOURS.get(arm, PURPLE)
@@ -49,7 +49,7 @@ def steering_curves(curve: pd.DataFrame, label: str) -> Figure:
         axis.axvline(0, color="black", linewidth=0.6)
         axis.set(xlabel="norm of the push (0: none)")
     axes[0].axhline(0, color="black", linewidth=0.6)
-    axes[0].set(ylabel="nats that the contrast gains", title=f"log-odds of {literal(label, 24)}")
+    axes[0].set(ylabel="nats gained", title=f"log-odds of {literal(label, 24)}")
     axes[1].set(ylabel="% of the cells", ylim=(-3, 103), title="called so")
     axes[2].set(ylabel="nats per token of a gene", title="what it costs")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
@@ -72,7 +72,7 @@ def concept_scores(table: pd.DataFrame) -> Figure:
     for at, concept in enumerate(concepts):
         own = table[table["concept"] == concept].set_index("units")
         axis.vlines(own["always_yes"].iloc[0], at - 0.4, at + 0.4, color="black", linewidth=2,
-                    label="" if at else "always yes")
+                    label="" if at else "yes everywhere")
         for kind, up in zip(kinds, shift, strict=True):
             row = own.loc[kind]
             axis.hlines(at + up, row["lower_95"], row["upper_95"], color=colours[kind])

@@ -13,7 +13,7 @@
 #     produces: [tables/circuit_nodes.csv, tables/circuit_enrichment.csv, tables/paper_case.csv, tables/paper_case_nulls.csv, circuits/*.json, circuits/*.js, circuits/*.graphml]
 #     libraries: [case_library, CellMarker_Augmented_2021]
 #     exhibits: "Figures 4 and 5, the case study"
-#     modules: [circuits/contrast, circuits/attribution, circuits/equation_5, circuits/case_targets, circuits/graph, enrichment/over_representation]
+#     modules: [circuits/contrast, circuits/attribution, circuits/case_targets, circuits/graph, enrichment/over_representation]
 # ---
 
 # %% [markdown]
@@ -47,8 +47,8 @@ import pandas as pd
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.tokens import question
-from scfm_circuits.circuits import attribution, circuit, equation_5, exports, search
-from scfm_circuits.circuits.calls import calls_of
+from scfm_circuits.circuits import attribution, circuit, exports, search
+from scfm_circuits.circuits.calls import calls_of, sums_by_source
 from scfm_circuits.circuits.case_study import case_study
 from scfm_circuits.circuits.case_targets import (
     DRAWS,
@@ -274,7 +274,7 @@ chapter.show(both.drop(columns=[one for one in both if one.startswith("ends_")])
 whole = graph.whole
 exports.save_both(settings.results, "call_graph", graph.pruned, case.texts, case.genes,
                   slug=f"{settings.name}-call-graph", scan=scan, outputs=outputs)
-chapter.values(graph.counts(greedy=call.circuit.feature_ids()), prefix="graph.")
+chapter.values(graph.counts(greedy={node.id for node in call.circuit.features}), prefix="graph.")
 chapter.value("graph.memory", graph.memory, f"{graph.memory / 2**20:,.0f} MiB")
 chapter.value("graph.closure_max", whole.closure_max_relative, f"{whole.closure_max_relative:.1e}")
 chapter.rounded("graph.replacement", graph.replacement, 2)
@@ -416,7 +416,7 @@ chapter.value("case.types_said", same, f"all {all_types} types" if same == all_t
 
 # %% mystnb={"image": {"alt": "Bars of the signed contributions to the target's pre-activation: features, attention heads, embedding, error, constant."}, "figure": {"caption": "The target feature's pre-activation as a sum of its sources. Error is what the transcoders leave unexplained of earlier layers' MLPs.", "name": "fig-sum"}}
 parts = attribution.contributions(frozen, reading)
-sums = search.sums_by_source(parts)
+sums = sums_by_source(parts)
 chapter.figure("case_sum", plots.contribution_kinds(sums))
 
 # %%
@@ -429,7 +429,7 @@ chapter.table("case_sum", pd.DataFrame({
 }), caption="The sum, and what the model itself computes", digits=7)
 
 # %%
-as_printed = equation_5.compare_equation_5(frozen, parts, last, strongest[0], position)
+as_printed = attribution.compare_equation_5(frozen, parts, last, strongest[0], position)
 chapter.rounded("case.equation5_correlation", as_printed.correlation, 2)
 chapter.rounded("case.equation5_ratio", as_printed.ratio, 2)
 

@@ -24,20 +24,17 @@ from scfm_circuits.circuits import knock_out, structure
 from scfm_circuits.circuits.attribution import (
     closure,
     contributions,
+    equation_5,
     feature_direction,
     logit_direction,
 )
-from scfm_circuits.circuits.equation_5 import equation_5
+from scfm_circuits.circuits.calls import gene_contributions
+from scfm_circuits.circuits.case_targets import strongest_at_end
 from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.graph import attribution_graph, feature_target
 from scfm_circuits.circuits.graph_scores import completeness_score, effect_ends, prune
 from scfm_circuits.circuits.interventions import FeatureAt, compare_interventions
-from scfm_circuits.circuits.search import (
-    gene_contributions,
-    strongest_at_end,
-    strongest_features,
-    trace_feature,
-)
+from scfm_circuits.circuits.search import strongest_features, trace_feature
 from scfm_circuits.circuits.token_means import mean_activations, token_kinds
 from scfm_circuits.features import baselines
 from scfm_circuits.features.statistics import corpus_pairs, count_features

@@ -19,14 +19,15 @@ from scfm_circuits import InputError
 from scfm_circuits.circuits.attribution import (
     Reading,
     closure,
+    compare_equation_5,
     contributions,
+    equation_5,
     feature_direction,
     head_direction,
     logit_direction,
     through_attention,
 )
 from scfm_circuits.circuits.direct_effects import direct_effects, sources_of
-from scfm_circuits.circuits.equation_5 import compare_equation_5, equation_5
 from scfm_circuits.circuits.frozen import Frozen, freeze
 from scfm_circuits.transcoders.transcoder import Variant
 

@@ -12,7 +12,17 @@ from helpers import model_for, tiny_corpus, tiny_model, tiny_transcoders, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scfm_circuits.circuits.attribution import contributions, feature_direction, logit_direction
+from scfm_circuits.circuits.attribution import (
+    contributions,
+    feature_direction,
+    logit_direction,
+)
+from scfm_circuits.circuits.calls import (
+    gene_contributions,
+    sums_by_gene_or_not,
+    sums_by_source,
+)
+from scfm_circuits.circuits.case_targets import strongest_at_end
 from scfm_circuits.circuits.circuit import (
     Circuit,
     Node,
@@ -23,17 +33,10 @@ from scfm_circuits.circuits.circuit import (
     node_table,
     share_kept,
 )
-from scfm_circuits.circuits.exports import Output, collapsed_edges, neuronpedia_graph, save_graph
+from scfm_circuits.circuits.exports import Output, collapsed_edges, neuronpedia_graph
 from scfm_circuits.circuits.frozen import Frozen, freeze
-from scfm_circuits.circuits.search import (
-    gene_contributions,
-    strongest_at_end,
-    strongest_features,
-    sums_by_gene_or_not,
-    sums_by_source,
-    trace,
-    trace_feature,
-)
+from scfm_circuits.circuits.search import strongest_features, trace, trace_feature
+from scfm_circuits.common.files import write_json
 
 OPTIONS = {"branches": 8, "depth": 4, "max_nodes": 40}
 TEXTS = [f"t{i}" for i in range(9)]
@@ -272,16 +275,8 @@ def test_the_graph_has_the_schema_of_neuronpedia(frozen, circuit, whole, tmp_pat
         for link in graph["links"]:
             assert link["source"] in ids and link["target"] in ids
             assert np.isfinite(link["weight"])
-        path = save_graph(tmp_path / "graph.json", graph)
+        path = write_json(tmp_path / "graph.json", graph)
         assert json.loads(path.read_text()) == json.loads(json.dumps(graph, allow_nan=False))
-
-
-def test_labels_name_nodes_in_the_graph(circuit):
-    graph = neuronpedia_graph(circuit, TEXTS, slug="s", scan="m",
-                              labels={circuit.target: "MT-CO1 <b>"})
-    names = {node["node_id"]: node["clerp"] for node in graph["nodes"]}
-    assert names[circuit.target] == "MT-CO1 <b>"
-    assert all(name.startswith("t") for node, name in names.items() if node != circuit.target)
 
 
 def test_a_logit_circuit_adds_up(frozen):
@@ -388,8 +383,8 @@ def test_the_target_keeps_what_its_expansion_keeps(circuit):
     kept = [edge.weight for edge in circuit.edges if edge.target == circuit.target]
     assert share_kept(circuit) == pytest.approx(np.abs(kept).sum() / first.absolute)
     assert 0 < share_kept(circuit) <= 1
-    ids = circuit.feature_ids()
-    assert circuit.target not in ids and all(name.startswith("L") for name in ids)
+    ids = [node.id for node in circuit.features]
+    assert ids and circuit.target not in ids and all(name.startswith("L") for name in ids)
 
 
 def test_the_gene_table_orders_genes_as_the_circuit_does(circuit):

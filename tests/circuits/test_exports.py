@@ -20,13 +20,13 @@ from scfm_circuits.circuits.exports import (
     Output,
     neuronpedia_graph,
     save_both,
-    save_graph,
     save_graphml,
 )
 from scfm_circuits.circuits.frozen import Frozen, freeze
 from scfm_circuits.circuits.graph import AttributionGraph, attribution_graph, feature_target
 from scfm_circuits.circuits.graph_scores import influence, prune
 from scfm_circuits.circuits.search import trace, trace_feature
+from scfm_circuits.common.files import write_json
 
 TEXTS = [f"t{i}" for i in range(8)]
 GENES = ["VWF", None, "MT-CO1", "VWF", None, "PTPRB", None, None]
@@ -127,7 +127,7 @@ def edges_of(circuit: Circuit | AttributionGraph) -> dict[tuple[str, str], float
 
 def test_the_json_fits_the_schema(circuit, tmp_path):
     graph = as_graph(circuit)
-    path = save_graph(tmp_path / "graph.json", graph)
+    path = write_json(tmp_path / "graph.json", graph)
     jsonschema.Draft7Validator.check_schema(SCHEMA)
     jsonschema.validate(json.loads(path.read_text()), SCHEMA)
     ids = [node["node_id"] for node in graph["nodes"]]
@@ -266,16 +266,14 @@ HOSTILE = ["<img src=x onerror=alert(1)>", "a & b", "]]>", '"', "'", "\x00\x01\x
 
 def test_hostile_text_stays_text(frozen, tmp_path):
     circuit = trace_feature(frozen, 2, 5, 7, branches=9, depth=4, max_nodes=60)
-    path = save_graphml(tmp_path / "one.graphml", circuit, HOSTILE, HOSTILE,
-                        labels={circuit.target: "</data><node id='x'/>\x07"})
+    path = save_graphml(tmp_path / "one.graphml", circuit, HOSTILE, HOSTILE)
     found, _ = read_graphml(path)
     assert set(found) == set(circuit.nodes)
-    assert found[circuit.target]["label"] == "</data><node id='x'/>"
     kept = [*HOSTILE[:5], "[0m", "", ""]
     for name, node in circuit.nodes.items():
-        assert found[name]["token"] == found[name]["gene"] == kept[node.source]
+        assert {found[name][key] for key in ("token", "label", "gene")} == {kept[node.source]}
     graph = neuronpedia_graph(circuit, HOSTILE, slug="s", scan="m")
-    read = json.loads(save_graph(tmp_path / "one.json", graph).read_text())
+    read = json.loads(write_json(tmp_path / "one.json", graph).read_text())
     assert read["metadata"]["prompt_tokens"] == HOSTILE
 
 

@@ -18,10 +18,10 @@ from scfm_circuits import InputError
 from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.circuits import directions, steering, wrong_calls
 from scfm_circuits.circuits.attribution import feature_direction
+from scfm_circuits.circuits.case_targets import activations_at_end
 from scfm_circuits.circuits.contrast import contrast_of
 from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.interventions import FeatureAt, frozen_change, scale_features
-from scfm_circuits.circuits.search import activations_at_end
 from scfm_circuits.common.profile import ROOT
 from scfm_circuits.features.statistics import count_features
 from scfm_circuits.models.architectures import decoder

@@ -1,8 +1,7 @@
 """Figures 4 and 5 and what tests them.
 
-Reading order: `frozen`, `attribution`, `equation_5`, `circuit`, `search`, `contrast`,
-`direct_effects`, `graph`, `graph_scores`, `exports`, `view`; then `interventions` (with
-`token_means`), `prediction`, `structure`, `studies`, `perturbation`, `perturbed_cells`,
-`knock_out`, `task_circuit`, `task_curves`, `case_study`, `case_targets`, `planted_genes`,
-`known_response`.
+Reading order: `frozen`, `attribution`, `circuit`, `search`, `contrast`, `direct_effects`, `graph`,
+`graph_scores`, `exports`, `view`; then `interventions` (with `token_means`), `prediction`,
+`structure`, `studies`, `perturbation`, `perturbed_cells`, `knock_out`, `task_circuit`,
+`task_curves`, `case_study`, `case_targets`, `planted_genes`, `known_response`.
 """

@@ -8,7 +8,7 @@ so a pre-activation is a sum over what was written into the residual stream:
 1. `freeze` runs the model once and keeps patterns, scales, residuals and activations.
 2. `feature_direction` and `logit_direction` pull an encoder row or an unembedding row back through
    its norm to the residual stream: u = C(g * f) / sigma, with C subtracting the mean in LayerNorm
-   and doing nothing in RMSNorm. This is what the paper's Equation 5 leaves out.
+   and doing nothing in RMSNorm. This is what the paper's Equation 5 leaves out (`equation_5`).
 3. `contributions` gives every node's share of u . residual, and the constant from the biases. Where
    a norm stands on the stream itself (BERT), u changes at it in the same way, and its bias counts.
 4. `head_direction` goes one attention hop further: what a head read at its source token.
@@ -24,6 +24,7 @@ float64 model with RMSNorm they are as good as float32.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -288,3 +289,38 @@ def closure(frozen: Frozen, reading: Reading) -> float:
         largest = max(largest, *(float(part.abs().max()) for part in parts if part.numel()))
         total = total + parts.total()
     return abs(float(total - reading.value)) / max(largest, 1e-30)
+
+
+# --- the paper's Equation 5 ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def equation_5(frozen: Frozen, layer: int, feature: int, position: int) -> Tensor:
+    """The paper's Equation 5 as printed: z * (f_dec . f_enc), (layer, n_features).
+
+    It reads the residual stream as if there were no norm before the MLP; kept for comparison.
+    """
+    t = frozen.transcoders
+    return frozen.activations[:layer, position] * torch.einsum(
+        "lfd,d->lf", t.W_dec[:layer], t.W_enc[layer, feature])
+
+
+class Equation5(NamedTuple):
+    """The paper's Equation 5 beside the exact contributions, over the features active at a token.
+
+    correlation: NaN for fewer than three of them. ratio: of the sums over all features; NaN if the
+    exact one is 0.
+    """
+
+    correlation: float
+    ratio: float
+
+
+def compare_equation_5(frozen: Frozen, parts: Contributions, layer: int, feature: int,
+                       position: int) -> Equation5:
+    """Equation 5 as printed against `parts`, the exact contributions to the same feature."""
+    raw = equation_5(frozen, layer, feature, position).flatten().cpu().numpy()
+    exact = parts.features.flatten().cpu().numpy()
+    active = frozen.activations[:layer, position].flatten().cpu().numpy() > 0
+    agreement = np.corrcoef(raw[active], exact[active])[0, 1] if active.sum() > 2 else np.nan
+    return Equation5(float(agreement), float(raw.sum() / exact.sum()) if exact.sum() else np.nan)

@@ -20,18 +20,18 @@ from torch import Tensor, nn
 
 from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt
 from scfm_circuits.cells.tokens import token_texts
-from scfm_circuits.circuits.attribution import Reading, contributions, one_by_one
+from scfm_circuits.circuits.attribution import Contributions, Reading, contributions, one_by_one
 from scfm_circuits.circuits.circuit import Circuit, Node
 from scfm_circuits.circuits.contrast import ONE_TYPE, Contrast, answered, contrast_of, contrasts_of
 from scfm_circuits.circuits.direct_effects import whole_sum
 from scfm_circuits.circuits.frozen import Frozen
 from scfm_circuits.circuits.interventions import Call
 from scfm_circuits.circuits.perturbation import Readout, hidden, of_call
-from scfm_circuits.circuits.search import gene_contributions, sums_by_gene_or_not, trace
+from scfm_circuits.circuits.search import limits, trace
 from scfm_circuits.models.answers import label_probability, predict_answers
 from scfm_circuits.models.architectures import architecture_of
 from scfm_circuits.models.mlp_sites import mask_token
-from scfm_circuits.models.states import embeddings, get_states, mean_over_genes
+from scfm_circuits.models.states import embeddings, genes_at, get_states, mean_over_genes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -167,7 +167,7 @@ class Calls:
 
     def by_gene(self, frozen: Frozen, call: Call, genes: list[str | None]) -> pd.DataFrame:
         """What each gene's tokens give the call, most positive first: gene, contribution, and what
-        it is the sum of. In words: what attention brings directly (`search.gene_contributions`)."""
+        it is the sum of. In words: what attention brings directly (`gene_contributions`)."""
         return gene_contributions(contributions(frozen, call.start(frozen)[1]), genes)
 
     def sums(self, frozen: Frozen, call: Call, by_gene: pd.DataFrame) -> dict[str, float]:
@@ -229,7 +229,7 @@ class StateCalls(Calls):
     def scored(self, rows: np.ndarray, tokens: Tensor, last: Tensor, calls: Sequence[Any]
                ) -> Scored:
         """Of the cells `rows`: whether their own types are nearest, and the calls."""
-        of_gene = torch.from_numpy(self.corpus.gene[rows, : tokens.shape[1]] >= 0).to(last.device)
+        of_gene = genes_at(self.corpus, rows, tokens.shape[1], last.device)
         embedded = mean_over_genes(last.double(), of_gene).cpu().numpy()
         values = [float(one.read(self.model, last[place : place + 1], of_gene[place : place + 1]))
                   for place, one in enumerate(calls)]
@@ -305,5 +305,43 @@ def calls_of(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile") -> 
 
 def trace_call(frozen: Frozen, call: Call, profile: "Profile") -> Circuit:
     """The greedy circuit of a call (`search.trace`), as large as the profile's circuits are."""
-    return trace(frozen, *call.start(frozen), branches=profile.circuit_branches,
-                 depth=profile.circuit_depth, max_nodes=profile.circuit_nodes)
+    return trace(frozen, *call.start(frozen), **limits(profile))
+
+
+# --- direct contributions, summed up -------------------------------------------------------------
+
+
+def gene_contributions(parts: Contributions, genes: list[str | None]) -> pd.DataFrame:
+    """What attention brings to a reading from each gene's tokens, directly, most positive first.
+
+    genes: (n_pos,) the gene of each token. Columns: gene, contribution (signed sum over heads and
+    tokens), absolute (sum of absolute values), strongest_head ("layer.head").
+    """
+    heads = parts.heads.cpu().numpy()
+    rows = []
+    for gene in dict.fromkeys(gene for gene in genes if gene):
+        own = heads[:, :, [g == gene for g in genes]]
+        layer, head = np.unravel_index(np.abs(own.sum(axis=2)).argmax(), own.shape[:2])
+        rows.append((gene, float(own.sum()), float(np.abs(own).sum()), f"{layer}.{head}"))
+    frame = pd.DataFrame(rows, columns=["gene", "contribution", "absolute", "strongest_head"])
+    return frame.sort_values(["contribution", "gene"], ascending=[False, True], ignore_index=True)
+
+
+def sums_by_source(parts: Contributions) -> dict[str, float]:
+    """A reading's contributions summed by what they come from; they add up to its value."""
+    return {
+        "features of earlier layers": float(parts.features.sum()),
+        "attention heads": float(parts.heads.sum()), "token embedding": float(parts.embedding),
+        "transcoder error": float(parts.errors.sum()), "constant (biases)": float(parts.constant)}
+
+
+def sums_by_gene_or_not(parts: Contributions, by_gene: pd.DataFrame) -> dict[str, float]:
+    """`sums_by_source` with attention split by whether the token read belongs to a gene.
+
+    by_gene: `gene_contributions` of the same parts.
+    """
+    on_genes, whole = float(by_gene["contribution"].sum()), sums_by_source(parts)
+    features, heads, *others = whole.values()
+    _, _, *names = whole
+    return {"features": features, "attention to genes": on_genes,
+            "attention to other tokens": heads - on_genes, **dict(zip(names, others, strict=True))}

@@ -11,10 +11,11 @@ beside those of random genes of the sentence (`gene_nodes`), and what it keeps o
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.stats import rankdata
 
 from scfm_circuits.cells.prompts import AnsweredPrompt
@@ -31,18 +32,21 @@ from scfm_circuits.circuits.interventions import (
     held_at_means,
     kept_alone,
 )
-from scfm_circuits.circuits.search import activations_at_end, strongest_at_end, trace
+from scfm_circuits.circuits.search import limits, trace
 from scfm_circuits.circuits.structure import features_at
 from scfm_circuits.circuits.token_means import (
     Means,
     cells_averaged,
     mean_activations,
-    token_kinds,
+    prompt_kinds,
 )
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.background import prepare_background
 from scfm_circuits.enrichment.over_representation import over_representation
 from scfm_circuits.enrichment.rules import RULES, Rule
+from scfm_circuits.features.unit_scores import aurocs
+from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
+from scfm_circuits.transcoders.transcoder import Transcoders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +54,6 @@ if TYPE_CHECKING:
     from scfm_circuits.cells.corpus import Corpus
     from scfm_circuits.common.profile import Profile
     from scfm_circuits.enrichment.gene_sets import GeneSets
-    from scfm_circuits.transcoders.transcoder import Transcoders
 
 PLACE = "a feature of this place in the text"
 """What a feature is called that is the strongest at its place in most cells of all types."""
@@ -60,6 +63,31 @@ in; draws of random gene nodes."""
 
 
 # --- how special is a feature? -------------------------------------------------------------------
+
+
+@torch.no_grad()
+def activations_at_end(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
+                       cells: np.ndarray, layer: int, place: str, forward_cells: int) -> np.ndarray:
+    """(n_cells, n_features) activations of a layer where each cell's case would be read.
+
+    place: `answer` or `query`, as the profile's `case_position`.
+    """
+    ends = corpus.answer_end if place == "answer" else corpus.answer_start - 1
+    found = []
+    for rows, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
+        # Kept tokens stand cell after cell, so a cell's own start where the earlier ones end.
+        starts = np.concatenate([[0], np.cumsum(corpus.lengths[rows])[:-1]])
+        chosen = torch.from_numpy(starts + ends[rows]).to(tokens.device)
+        inputs = mlp_sites(model, tokens, mask).inputs[layer][chosen]
+        found.append(transcoders.layer_activations(layer, inputs).cpu().numpy())
+    return np.concatenate(found)
+
+
+def strongest_at_end(*where: Any) -> np.ndarray:
+    """(n_cells,) the most active feature of a layer, -1 if none is active; `activations_at_end`
+    says where, and takes the same arguments."""
+    found = activations_at_end(*where)
+    return np.where(found.max(axis=1) > 0, found.argmax(axis=1), -1)
 
 
 class TargetElsewhere(NamedTuple):
@@ -78,7 +106,7 @@ class TargetElsewhere(NamedTuple):
         return PLACE if self.share > 0.5 else "not a feature of this place in most texts"
 
 
-def target_elsewhere(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
+def target_elsewhere(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
                      profile: "Profile", layer: int, feature: int, most: int = 200
                      ) -> TargetElsewhere:
     """Read the first `most` held-out cells where the profile reads its case."""
@@ -89,7 +117,7 @@ def target_elsewhere(model: "PreTrainedModel", transcoders: "Transcoders", corpu
                            len(np.unique(corpus.labels[cells[same]])))
 
 
-def call_features(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
+def call_features(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
                   profile: "Profile", label: str) -> pd.DataFrame:
     """The last layer's features at the question's last token, the most specific to `label` first.
 
@@ -126,10 +154,10 @@ def _auroc(by_type: dict[str, np.ndarray], label: str) -> np.ndarray | float:
     own = by_type.get(label)
     if own is None or len(by_type) < 2:
         return np.nan
-    n, areas = len(own), []
+    areas = []
     for other in (z for one, z in by_type.items() if one != label):
-        ranks = rankdata(np.concatenate([own, other]), axis=0)[:n].sum(axis=0)
-        areas.append((ranks - n * (n + 1) / 2) / (n * len(other)))
+        both = np.concatenate([own, other])
+        areas.append(aurocs(rankdata(both, axis=0), np.arange(len(both)) < len(own)))
     return np.mean(areas, axis=0)
 
 
@@ -254,7 +282,7 @@ class CaseTargets(NamedTuple):
         return self._of(feature_target(self.frozen, layer, feature, position),
                         FeatureAt(layer, feature, position))
 
-    def of_gene(self, asked: GeneCall, transcoders: "Transcoders") -> Traced:
+    def of_gene(self, asked: GeneCall, transcoders: Transcoders) -> Traced:
         """The circuit of a gene that the model is asked, in the text that it is shown."""
         frozen = freeze(self.model, transcoders, asked.prompt.encoded.tokens)
         return self._replace(frozen=frozen, case=asked.prompt).call(asked.call)
@@ -262,10 +290,8 @@ class CaseTargets(NamedTuple):
     def _of(self, target: Target, asked: FeatureAt | Call) -> Traced:
         """asked: how the model is asked for the target."""
         profile, case = self.profile, self.case
-        circuit = trace(self.frozen, target.node, target.reading, branches=profile.circuit_branches,
-                        depth=profile.circuit_depth, max_nodes=profile.circuit_nodes)
-        nodes = node_table(circuit, case.texts, case.genes)
-        kinds = token_kinds(case.encoded.gene, case.encoded.place, case.answer_start)
+        circuit = trace(self.frozen, target.node, target.reading, **limits(profile))
+        nodes, kinds = node_table(circuit, case.texts, case.genes), prompt_kinds(case)
 
         def kept(held: HeldAtMeans) -> Kept:
             return kept_alone(self.model, self.frozen, features_at(circuit), asked, target.reading,
@@ -279,7 +305,7 @@ class CaseTargets(NamedTuple):
             kept(held_at_means(self.frozen, self.means.over_all_tokens(), np.zeros_like(kinds))))
 
 
-def case_targets(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
+def case_targets(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
                  profile: "Profile", study: CaseStudy, library: "GeneSets") -> CaseTargets:
     """The case, frozen, with means over the training cells that chapter 08 takes them over."""
     averaged = cells_averaged(corpus, generator(profile.seed, "interventions"))

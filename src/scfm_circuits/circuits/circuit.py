@@ -131,9 +131,11 @@ class Circuit:
                 result[edge.source] += share * result[node.id]
         return result
 
-    def feature_ids(self) -> set[str]:
-        """Ids of the features' nodes, without the target."""
-        return {node.id for node in self.nodes.values() if node.kind == "feature"} - {self.target}
+    @property
+    def features(self) -> list[Node]:
+        """The features' nodes, without the target."""
+        return [node for node in self.nodes.values()
+                if node.kind == "feature" and node.id != self.target]
 
     def share(self, edge: Edge) -> float:
         """|weight| over all absolute contributions to the edge's target."""
@@ -194,16 +196,14 @@ def expansion_table(circuit: Circuit) -> pd.DataFrame:
 
 def circuit_genes(nodes: pd.DataFrame) -> list[str]:
     """Genes on whose tokens nodes stand, by their nodes' summed influence (paper: 9 genes)."""
-    with_gene = nodes[nodes["gene"] != ""]
-    total = with_gene.groupby("gene", sort=True)["influence"].sum()
-    return total.sort_values(ascending=False, kind="stable").index.tolist()
+    return gene_table(nodes)["gene"].tolist()
 
 
 def gene_table(nodes: pd.DataFrame) -> pd.DataFrame:
     """`node_table` by the gene on whose tokens nodes stand: gene, nodes, influence (summed)."""
     rows = nodes[nodes["gene"] != ""].groupby("gene").agg(
-        nodes=("node", "size"), influence=("influence", "sum")).reset_index()
-    return rows.sort_values("influence", ascending=False, ignore_index=True)
+        nodes=("influence", "size"), influence=("influence", "sum")).reset_index()
+    return rows.sort_values("influence", ascending=False, kind="stable", ignore_index=True)
 
 
 def share_kept(circuit: Circuit) -> float:

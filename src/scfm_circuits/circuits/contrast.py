@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import pandas as pd
 from torch import Tensor, nn
 
 from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt
@@ -29,7 +30,6 @@ from scfm_circuits.common.labels import listed
 from scfm_circuits.models.architectures import unembedded
 
 if TYPE_CHECKING:
-    import pandas as pd
     from transformers import PreTrainedTokenizerFast
 
     from scfm_circuits.cells.corpus import Corpus
@@ -70,11 +70,9 @@ class Contrast(NamedTuple):
             return own - logits.mean(dim=-1)
         return own - logits[..., list(self.others)].logsumexp(dim=-1)
 
-    def table(self, frozen: Frozen, tokenizer: "PreTrainedTokenizerFast") -> "pd.DataFrame":
+    def table(self, frozen: Frozen, tokenizer: "PreTrainedTokenizerFast") -> pd.DataFrame:
         """The tokens where the call is read, the answer's own first: token, labels that have it,
         logit, and share, its probability among them."""
-        import pandas as pd
-
         tokens = [self.token, *self.others]
         logits = frozen.logits[self.position, tokens].double()
         return pd.DataFrame({

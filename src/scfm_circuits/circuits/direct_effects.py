@@ -5,8 +5,8 @@ it reads of the stream. That gives, for each reading, a (n_pos, d_model) pull on
 each layer, and its product with what an MLP's features, its error and the embeddings wrote there
 are their effects. This is the gradient of the frozen linear model in closed form.
 
-The constant is what the biases give along the way, never the rest. `total_pulls` goes on through
-the features, as if those that are active were linear.
+The constant is what the biases give along the way, never the rest. `total_pulls` and `all_paths` go
+on through the features, as if those that are active were linear.
 """
 
 from collections.abc import Callable, Sequence
@@ -211,35 +211,6 @@ def _read_mlp(frozen: Frozen, sources: Sources, layer: int, pull: Tensor, effect
     effects[:, at:at + n_pos] = torch.einsum("bsd,sd->bs", pull, frozen.error[layer, :n_pos])
 
 
-@torch.no_grad()
-def all_paths(frozen: Frozen, reading: Reading) -> Tensor:
-    """(n_pos,) what each token's own embedding gives a reading along all paths of the frozen model.
-
-    Paths run through attention and through features, where each active one passes on what its
-    encoder reads: its row of W_enc, pulled back through the frozen norm, times its decoder. Which
-    features are active, patterns and scales stay as they are on this text. Biases and errors start
-    paths of their own, which are not counted here. The product of the embeddings with the gradient
-    of the linear replacement model.
-    """
-    t = frozen.transcoders
-    pull = torch.zeros_like(frozen.residual[:1])
-    pull[0, reading.position] = reading.vector
-    ignored = pull.new_zeros(1)
-    for layer in range(reading.attention_limit - 1, -1, -1):
-        through = 0.0 * pull
-        if layer < reading.mlp_limit:
-            _across(frozen.end[layer], pull, ignored)
-            at_features = pull[0] @ t.W_dec[layer].T * (frozen.activations[layer] > 0)
-            read = frozen.weights[layer].ln2_gain * (at_features @ t.W_enc[layer])
-            through = (frozen.centre(read) / frozen.sigma2[layer][:, None])[None]
-        if not frozen.parallel:  # the MLP reads what this layer's attention wrote
-            pull, through = pull + through, 0.0 * pull
-        _across(frozen.middle[layer], pull, ignored)
-        _pull_through_attention(frozen, layer, pull, ignored)
-        pull = pull + through
-    return _leaf_effects(frozen, pull, ignored).sum(dim=0)[0]
-
-
 def _pull_through_attention(frozen: Frozen, layer: int, pull: Tensor, constant: Tensor) -> None:
     """Add to each pull what it reads through one layer's attention; add that layer's biases."""
     w, n_pos = frozen.weights[layer], pull.shape[1]
@@ -258,7 +229,6 @@ def _pull_through_attention(frozen: Frozen, layer: int, pull: Tensor, constant: 
 # --- through the features ------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def total_pulls(frozen: Frozen, reading: Reading) -> Tensor:
     """(n_layers, n_pos, d_model): what a reading reads of each MLP's output, on all paths.
 
@@ -266,29 +236,40 @@ def total_pulls(frozen: Frozen, reading: Reading) -> Tensor:
     are; patterns, the norms' scales and the transcoders' errors are frozen. A feature's total
     effect is its activation times the product of its decoder row and the pull where it writes.
     """
-    t, n_pos = frozen.transcoders, len(frozen.tokens)
-    pull = reading.vector.new_zeros(1, n_pos, reading.vector.shape[-1])
+    return _pulled_through(frozen, reading)[0]
+
+
+def all_paths(frozen: Frozen, reading: Reading) -> Tensor:
+    """(n_pos,) what each token's own embedding gives a reading along all paths of the frozen model.
+
+    Paths run as in `total_pulls`. Biases and errors start paths of their own, which are not counted
+    here. The product of the embeddings with the gradient of the linear replacement model.
+    """
+    return _pulled_through(frozen, reading)[1]
+
+
+@torch.no_grad()
+def _pulled_through(frozen: Frozen, reading: Reading) -> tuple[Tensor, Tensor]:
+    """`total_pulls` and `all_paths`. An active feature passes on what its encoder reads: its row of
+    W_enc, pulled back through the frozen norm, times what is read of its decoder row."""
+    t = frozen.transcoders
+    pull = reading.vector.new_zeros(1, *frozen.residual.shape[1:])
     pull[0, reading.position] = reading.vector
     pulls = pull.new_zeros(t.n_layers, *pull.shape[1:])
-    unused = torch.zeros_like(pull[:, 0, 0])
-
-    def through_mlp(layer: int) -> Tensor:
-        if layer >= reading.mlp_limit:
-            return torch.zeros_like(pull)
-        _across(frozen.end[layer], pull, unused)
-        pulls[layer] = pull[0]
-        active = (frozen.activations[layer] > 0).to(pull)
-        at_norm = (pull[0] @ t.W_dec[layer].T * active) @ t.W_enc[layer]
-        back = frozen.centre(frozen.weights[layer].ln2_gain * at_norm)
-        return (back / frozen.sigma2[layer][:, None])[None]
-
-    for layer in range(t.n_layers - 1, -1, -1):
-        through = through_mlp(layer)  # of a parallel block, which sees the stream below the layer
-        if not frozen.parallel:
+    unused = pull.new_zeros(1)
+    for layer in range(reading.attention_limit - 1, -1, -1):
+        through = torch.zeros_like(pull)
+        if layer < reading.mlp_limit:
+            _across(frozen.end[layer], pull, unused)
+            pulls[layer] = pull[0]
+            active = (frozen.activations[layer] > 0).to(pull)
+            at_norm = (pull[0] @ t.W_dec[layer].T * active) @ t.W_enc[layer]
+            back = frozen.centre(frozen.weights[layer].ln2_gain * at_norm)
+            through = (back / frozen.sigma2[layer][:, None])[None]
+        if not frozen.parallel:  # the MLP reads what this layer's attention wrote
             pull = pull + through
-        if layer < reading.attention_limit:
-            _across(frozen.middle[layer], pull, unused)
-            _pull_through_attention(frozen, layer, pull, unused)
+        _across(frozen.middle[layer], pull, unused)
+        _pull_through_attention(frozen, layer, pull, unused)
         if frozen.parallel:
             pull = pull + through
-    return pulls
+    return pulls, _leaf_effects(frozen, pull, unused).sum(dim=0)[0]

@@ -92,19 +92,19 @@ _FEATURE_TYPES = {"feature": "cross layer transcoder", "error": "mlp reconstruct
 
 
 def neuronpedia_graph(circuit: Circuit | AttributionGraph, texts: Sequence[str], *, slug: str,
-                      scan: str, labels: Mapping[str, str] | None = None,
-                      outputs: Mapping[str, Output] | None = None) -> dict[str, Any]:
+                      scan: str, outputs: Mapping[str, Output] | None = None
+                      ) -> dict[str, Any]:
     """The circuit in the graph schema of Neuronpedia and circuit-tracer.
 
-    texts: (n_pos,) token texts. labels: by node id, else a node is called by its token. outputs:
-    by node id, for every logit node; the viewer reads its probability out of its label. A node's
-    `influence` is, as the viewer wants it, the share of all influence held by it and those above
-    it; targets have 0, so that they are shown at every threshold. Error nodes have identifiers of
+    texts: (n_pos,) token texts, by which nodes are called. outputs: by node id, for every logit
+    node; the viewer reads its probability out of its label. A node's `influence` is, as the viewer
+    wants it, the share of all influence held by it and those above it; targets have 0, so that they
+    are shown at every threshold. Error nodes have identifiers of
     their own (`err_...`), which cannot collide with features of layer 0. `feature` is unique over
     layers, as in circuit-tracer: Cantor's number of a feature's layer and index, a token's
     position, a logit's token, -1 for others. Raises InputError if texts or outputs are missing.
     """
-    plain, labels, outputs = _plain(circuit), labels or {}, outputs or {}
+    plain, outputs = _plain(circuit), outputs or {}
     shown = [node for node in plain.nodes if node.kind != "head"]
     _check_texts(shown, texts)
     if missing := [node.id for node in shown if node.kind == "logit" and node.id not in outputs]:
@@ -116,7 +116,7 @@ def neuronpedia_graph(circuit: Circuit | AttributionGraph, texts: Sequence[str],
         "node_id": node.id, "feature": _feature_number(node),
         "layer": "E" if node.kind == "embedding" else str(node.layer), "ctx_idx": node.position,
         "feature_type": _FEATURE_TYPES[node.kind], "jsNodeId": f"{node.id}-0",
-        "clerp": labels.get(node.id, texts[node.position]),
+        "clerp": texts[node.position],
         "influence": float(above.get(node.id, 0.0)),
         "activation": max(node.value, 0.0) if node.kind == "feature" else None,
         **(_of_output(outputs[node.id], node.id in plain.targets) if node.kind == "logit" else {}),
@@ -158,11 +158,6 @@ def _check_texts(nodes: Sequence[Node], texts: Sequence[str | None]) -> None:
                          f"genes for {len(texts)} tokens; give those of the same prompt.")
 
 
-def save_graph(path: Path, graph: dict[str, Any]) -> Path:
-    """Write a graph as JSON."""
-    return write_json(path, graph)
-
-
 # --- GraphML -------------------------------------------------------------------------------------
 
 # What XML 1.0 has no way to write, not even escaped: most control characters, lone surrogates and
@@ -175,7 +170,7 @@ def _xml_text(text: str) -> str:
 
 
 def save_graphml(path: Path, circuit: Circuit | AttributionGraph, texts: Sequence[str],
-                 genes: Sequence[str | None], *, labels: Mapping[str, str] | None = None) -> Path:
+                 genes: Sequence[str | None]) -> Path:
     """Write nodes and edges as GraphML.
 
     texts, genes: (n_pos,) token texts and the gene of each token (None outside genes); a head
@@ -186,18 +181,17 @@ def save_graphml(path: Path, circuit: Circuit | AttributionGraph, texts: Sequenc
     """
     import networkx as nx
 
-    plain, labels = _plain(circuit), labels or {}
+    plain = _plain(circuit)
     for one in (texts, genes):
         _check_texts(plain.nodes, one)
     graph = nx.DiGraph(closure_max_relative=plain.closure)
     for node in plain.nodes:
-        row = plain.rows.get(node.id)
+        row, token = plain.rows.get(node.id), _xml_text(texts[node.source])
         adds_up = {"constant": row.constant, "not_kept": row.not_kept} if row else {}
         graph.add_node(
             _xml_text(node.id), kind=node.kind, layer=node.layer, position=node.position,
-            source=node.source, index=node.index, token=_xml_text(texts[node.source]),
-            gene=_xml_text(genes[node.source] or ""),
-            label=_xml_text(labels.get(node.id, texts[node.source])), value=float(node.value),
+            source=node.source, index=node.index, token=token,
+            gene=_xml_text(genes[node.source] or ""), label=token, value=float(node.value),
             influence=plain.influence[node.id], target=node.id in plain.targets, **adds_up)
     for edge in plain.edges:
         graph.add_edge(_xml_text(edge.source), _xml_text(edge.target), weight=edge.weight,
@@ -216,6 +210,6 @@ def save_both(results: Path, name: str, circuit: Circuit | AttributionGraph, tex
     """Write `circuits/<name>.json` for Neuronpedia and `circuits/<name>.graphml` under results;
     outputs: as in `neuronpedia_graph`."""
     folder = Path(results) / "circuits"
-    save_graph(folder / f"{name}.json", neuronpedia_graph(circuit, texts, slug=slug, scan=scan,
+    write_json(folder / f"{name}.json", neuronpedia_graph(circuit, texts, slug=slug, scan=scan,
                                                           outputs=outputs))
     save_graphml(folder / f"{name}.graphml", circuit, texts, genes)

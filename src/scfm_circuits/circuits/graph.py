@@ -26,7 +26,7 @@ from scfm_circuits.circuits.attribution import Reading, feature_direction
 from scfm_circuits.circuits.circuit import Kind, Node
 from scfm_circuits.circuits.direct_effects import Sources, direct_effects, extent, sources_of
 from scfm_circuits.circuits.frozen import Frozen
-from scfm_circuits.circuits.search import leaf_node
+from scfm_circuits.circuits.search import feature_start, leaf_node
 
 
 class Target(NamedTuple):
@@ -87,8 +87,7 @@ class AttributionGraph:
 def feature_target(frozen: Frozen, layer: int, feature: int, position: int, weight: float = 1.0
                    ) -> Target:
     """One feature's pre-activation at one position."""
-    reading = feature_direction(frozen, layer, feature, position)
-    return Target(Node.of_feature(layer, feature, position, reading.value), reading, weight)
+    return Target(*feature_start(frozen, layer, feature, position), weight)
 
 
 # --- rows ----------------------------------------------------------------------------------------

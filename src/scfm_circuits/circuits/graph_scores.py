@@ -7,9 +7,10 @@ influence = weights (A_hat + A_hat^2 + ...). Its scores see kept edges only and 
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy.sparse import csr_array
 
 from scfm_circuits import InputError
@@ -20,9 +21,6 @@ from scfm_circuits.circuits.graph import (
     attribution_graph,
     graph_memory,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def _shares(matrix: csr_array, total: np.ndarray | None = None) -> csr_array:
@@ -182,10 +180,8 @@ class GraphStudy(NamedTuple):
         """`completeness_score` of the whole graph."""
         return completeness_score(self.whole)
 
-    def table(self) -> "pd.DataFrame":
+    def table(self) -> pd.DataFrame:
         """Before and after pruning: nodes by kind, edges, scores, and where effects end."""
-        import pandas as pd
-
         graphs = (self.whole, self.pruned)
         return pd.DataFrame({
             "graph": ["before pruning", "after pruning"],

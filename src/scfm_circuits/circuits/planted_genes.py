@@ -15,11 +15,11 @@ from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt
 from scfm_circuits.cells.simulated import Plan
-from scfm_circuits.circuits.attribution import Reading, feature_direction
+from scfm_circuits.circuits.attribution import Reading
 from scfm_circuits.circuits.circuit import Node, node_table
 from scfm_circuits.circuits.contrast import contrast_of
 from scfm_circuits.circuits.frozen import Frozen, freeze
-from scfm_circuits.circuits.search import strongest_features, trace
+from scfm_circuits.circuits.search import feature_start, limits, strongest_features, trace
 from scfm_circuits.common.profile import Profile
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.significance import percent, ratio
@@ -66,8 +66,7 @@ def circuit_gene_table(model: "GPTNeoXForCausalLM", transcoders: Transcoders, co
         frozen = freeze(model, transcoders, case.encoded.tokens)
         genes = corpus.genes_of(cell)
         for target, start in _starts(frozen, corpus, case).items():
-            circuit = trace(frozen, *start, branches=profile.circuit_branches,
-                            depth=profile.circuit_depth, max_nodes=profile.circuit_nodes)
+            circuit = trace(frozen, *start, **limits(profile))
             nodes = node_table(circuit, case.texts, case.genes)
             sums = nodes.groupby("gene")["influence"].agg(["size", "sum"]).reindex(genes).fillna(0)
             frames.append(pd.DataFrame({
@@ -84,8 +83,7 @@ def _starts(frozen: Frozen, corpus: Corpus, case: AnsweredPrompt
     last, position = len(frozen.weights) - 1, case.position
     starts = {}
     for feature in strongest_features(frozen, last, position, 1):
-        reading = feature_direction(frozen, last, feature, position)
-        starts["feature"] = (Node.of_feature(last, feature, position, reading.value), reading)
+        starts["feature"] = feature_start(frozen, last, feature, position)
     return {**starts, "call": contrast_of(corpus, case).start(frozen)}
 
 

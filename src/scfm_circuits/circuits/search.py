@@ -4,7 +4,6 @@ import heapq
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -19,13 +18,9 @@ from scfm_circuits.circuits.attribution import (
 )
 from scfm_circuits.circuits.circuit import Circuit, Edge, Expansion, Kind, Node
 from scfm_circuits.circuits.frozen import Frozen
-from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
-from scfm_circuits.transcoders.transcoder import Transcoders
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from scfm_circuits.cells.corpus import Corpus
+    from scfm_circuits.common.profile import Profile
 
 
 class _Contributor(NamedTuple):
@@ -86,12 +81,22 @@ def trace(frozen: Frozen, target: Node, reading: Reading, *, branches: int, dept
     return circuit
 
 
+def limits(profile: "Profile") -> dict[str, Any]:
+    """The options of `trace` as the profile has them."""
+    return {"branches": profile.circuit_branches, "depth": profile.circuit_depth,
+            "max_nodes": profile.circuit_nodes}
+
+
+def feature_start(frozen: Frozen, layer: int, feature: int, position: int) -> tuple[Node, Reading]:
+    """A feature at a token as the node at which a circuit ends, and its pre-activation."""
+    reading = feature_direction(frozen, layer, feature, position)
+    return Node.of_feature(layer, feature, position, reading.value), reading
+
+
 def trace_feature(frozen: Frozen, layer: int, feature: int, position: int, **options: Any
                   ) -> Circuit:
     """`trace` of one feature at one position; options as there."""
-    reading = feature_direction(frozen, layer, feature, position)
-    node = Node.of_feature(layer, feature, position, reading.value)
-    return trace(frozen, node, reading, **options)
+    return trace(frozen, *feature_start(frozen, layer, feature, position), **options)
 
 
 def _contributors(frozen: Frozen, reading: Reading, branches: int
@@ -173,64 +178,3 @@ def strongest_features(frozen: Frozen, layer: int, position: int, n: int) -> lis
     z = frozen.activations[layer, position]
     top = torch.topk(z, min(n, len(z)))
     return [int(i) for i, value in zip(top.indices, top.values, strict=True) if value > 0]
-
-
-@torch.no_grad()
-def activations_at_end(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
-                       cells: np.ndarray, layer: int, place: str, forward_cells: int) -> np.ndarray:
-    """(n_cells, n_features) activations of a layer where each cell's case would be read.
-
-    place: `answer` or `query`, as the profile's `case_position`.
-    """
-    ends = corpus.answer_end if place == "answer" else corpus.answer_start - 1
-    found = []
-    for rows, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
-        # Kept tokens stand cell after cell, so a cell's own start where the earlier ones end.
-        starts = np.concatenate([[0], np.cumsum(corpus.lengths[rows])[:-1]])
-        chosen = torch.from_numpy(starts + ends[rows]).to(tokens.device)
-        inputs = mlp_sites(model, tokens, mask).inputs[layer][chosen]
-        found.append(transcoders.layer_activations(layer, inputs).cpu().numpy())
-    return np.concatenate(found)
-
-
-def strongest_at_end(*where: Any) -> np.ndarray:
-    """(n_cells,) the most active feature of a layer, -1 if none is active; `activations_at_end`
-    says where, and takes the same arguments."""
-    found = activations_at_end(*where)
-    return np.where(found.max(axis=1) > 0, found.argmax(axis=1), -1)
-
-
-def gene_contributions(parts: Contributions, genes: list[str | None]) -> pd.DataFrame:
-    """What attention brings to a reading from each gene's tokens, directly, most positive first.
-
-    genes: (n_pos,) the gene of each token. Columns: gene, contribution (signed sum over heads and
-    tokens), absolute (sum of absolute values), strongest_head ("layer.head").
-    """
-    heads = parts.heads.cpu().numpy()
-    rows = []
-    for gene in dict.fromkeys(gene for gene in genes if gene):
-        own = heads[:, :, [g == gene for g in genes]]
-        layer, head = np.unravel_index(np.abs(own.sum(axis=2)).argmax(), own.shape[:2])
-        rows.append((gene, float(own.sum()), float(np.abs(own).sum()), f"{layer}.{head}"))
-    frame = pd.DataFrame(rows, columns=["gene", "contribution", "absolute", "strongest_head"])
-    return frame.sort_values(["contribution", "gene"], ascending=[False, True], ignore_index=True)
-
-
-def sums_by_source(parts: Contributions) -> dict[str, float]:
-    """A reading's contributions summed by what they come from; they add up to its value."""
-    return {
-        "features of earlier layers": float(parts.features.sum()),
-        "attention heads": float(parts.heads.sum()), "token embedding": float(parts.embedding),
-        "transcoder error": float(parts.errors.sum()), "constant (biases)": float(parts.constant)}
-
-
-def sums_by_gene_or_not(parts: Contributions, by_gene: pd.DataFrame) -> dict[str, float]:
-    """`sums_by_source` with attention split by whether the token read belongs to a gene.
-
-    by_gene: `gene_contributions` of the same parts.
-    """
-    on_genes, whole = float(by_gene["contribution"].sum()), sums_by_source(parts)
-    features, heads, *others = whole.values()
-    _, _, *names = whole
-    return {"features": features, "attention to genes": on_genes,
-            "attention to other tokens": heads - on_genes, **dict(zip(names, others, strict=True))}

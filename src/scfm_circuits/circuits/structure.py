@@ -154,16 +154,14 @@ def inhibition(circuit: Circuit) -> Inhibition:
 
 def features_at(circuit: Circuit) -> list[FeatureAt]:
     """The circuit's features (without the target), each at its token."""
-    return [FeatureAt(node.layer, node.index, node.position) for node in circuit.nodes.values()
-            if node.kind == "feature" and node.id != circuit.target]
+    return [FeatureAt(node.layer, node.index, node.position) for node in circuit.features]
 
 
 def circuit_features(circuit: Circuit) -> dict[FeatureOf, list[Node]]:
     """The circuit's features (without the target), each with its nodes."""
     found: dict[FeatureOf, list[Node]] = {}
-    for node in circuit.nodes.values():
-        if node.kind == "feature" and node.id != circuit.target:
-            found.setdefault((node.layer, node.index), []).append(node)
+    for node in circuit.features:
+        found.setdefault((node.layer, node.index), []).append(node)
     return found
 
 

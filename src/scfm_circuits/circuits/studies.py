@@ -25,7 +25,7 @@ from scfm_circuits.circuits.interventions import (
     compare_interventions,
     scale_each,
 )
-from scfm_circuits.circuits.search import strongest_features, trace_feature
+from scfm_circuits.circuits.search import limits, strongest_features, trace_feature
 from scfm_circuits.circuits.structure import (
     ENDS,
     OverlapTest,
@@ -45,7 +45,7 @@ from scfm_circuits.circuits.token_means import (
     Means,
     cells_averaged,
     mean_activations,
-    token_kinds,
+    prompt_kinds,
 )
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.features.contexts import token_families
@@ -161,13 +161,11 @@ def _of_cell(model: "PreTrainedModel", transcoders: Transcoders, corpus: Corpus,
     if not strongest:
         return None
     target = FeatureAt(last, strongest[0], case.position)
-    circuit = trace_feature(frozen, *target, branches=profile.circuit_branches,
-                            depth=profile.circuit_depth, max_nodes=profile.circuit_nodes)
+    circuit = trace_feature(frozen, *target, **limits(profile))
     chosen = features_at(circuit)
     reading = feature_direction(frozen, *target)
-    kinds = token_kinds(case.encoded.gene, case.encoded.place, case.answer_start)
-    compared = compare_interventions(model, frozen, chosen, target, reading, means, kinds, rng,
-                                     draws=DRAWS)
+    compared = compare_interventions(model, frozen, chosen, target, reading, means,
+                                     prompt_kinds(case), rng, draws=DRAWS)
     parts = contributions(frozen, reading)
     keys = dict(zip(KEYS, (str(corpus.cell_ids[cell]), str(corpus.labels[cell]), target.feature),
                     strict=True))

@@ -31,7 +31,13 @@ from scfm_circuits.circuits.direct_effects import total_pulls
 from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.interventions import Call, at_places
 from scfm_circuits.circuits.studies import studied_cells
-from scfm_circuits.circuits.token_means import Means, kinds_of, mean_activations, token_kinds
+from scfm_circuits.circuits.token_means import (
+    MEAN_CELLS,
+    Means,
+    kinds_of,
+    mean_activations,
+    prompt_kinds,
+)
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.architectures import architecture_of, decoder
 from scfm_circuits.models.mlp_sites import (
@@ -63,9 +69,9 @@ SHARES = (1 / 256, 1 / 64, 1 / 16, 1 / 4)
 """Shares of the firing features that are kept."""
 DRAWS = 3
 """Random choices of features."""
-MEAN_CELLS, CHOICE_CELLS, CHOICE_PER_TYPE, SCORED_CELLS, SCORED_PER_TYPE = 100, 40, 5, 96, 16
-"""Training cells that means are taken over; training cells that features are chosen on, and
-held-out cells that are asked, at most, and of one type at most."""
+CHOICE_CELLS, CHOICE_PER_TYPE, SCORED_CELLS, SCORED_PER_TYPE = 40, 5, 96, 16
+"""Training cells that features are chosen on, and held-out cells that are asked, at most, and of
+one type at most."""
 BIN = 16
 """Features of a layer, neighbours in how often they fire, among which a random choice exchanges."""
 
@@ -127,8 +133,7 @@ def choose(calls: Calls, transcoders: Transcoders, cells: np.ndarray, means: Mea
         prompt = calls.prompt(cell)
         call = calls.call(prompt, str(calls.corpus.labels[cell]))
         frozen = freeze(calls.model, transcoders, prompt.encoded.tokens)
-        kinds = means.places(token_kinds(prompt.encoded.gene, prompt.encoded.place,
-                                         prompt.answer_start))
+        kinds = means.places(prompt_kinds(prompt))
         pulls = {INFLUENCE: total_pulls(frozen, call.start(frozen)[1]),
                  GRADIENT: output_gradients(calls.model, frozen.tokens, call)}
         for layer in range(transcoders.n_layers):

@@ -16,6 +16,7 @@ from scfm_circuits.transcoders.transcoder import Transcoders
 
 if TYPE_CHECKING:
     from scfm_circuits.cells.corpus import Corpus
+    from scfm_circuits.cells.prompts import AnsweredPrompt
 
 MEAN_CELLS = 100
 """Training cells that means are taken over."""
@@ -42,6 +43,11 @@ def token_kinds(gene: np.ndarray, place: np.ndarray, answer_start: int) -> np.nd
     kinds[answer_start:] = _ANSWER
     kinds[n - 1] = _ANSWER_END if answer_start < n else kinds[n - 1]
     return kinds
+
+
+def prompt_kinds(prompt: "AnsweredPrompt") -> np.ndarray:
+    """`token_kinds` of a prompt with its answer."""
+    return token_kinds(prompt.encoded.gene, prompt.encoded.place, prompt.answer_start)
 
 
 class Means(NamedTuple):

@@ -26,7 +26,7 @@ from scfm_circuits.cells.corpus import Corpus, with_tokenizer
 from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.circuits.circuit import circuit_genes, node_table, share_kept
 from scfm_circuits.circuits.frozen import freeze
-from scfm_circuits.circuits.search import strongest_features, trace_feature
+from scfm_circuits.circuits.search import limits, strongest_features, trace_feature
 from scfm_circuits.common.compiled import n_threads
 from scfm_circuits.common.profile import Profile
 from scfm_circuits.common.randomness import generator
@@ -216,9 +216,7 @@ def circuit_rows(parts: Parts) -> list[Row]:
         names = ("nodes", "edges", "closure", "kept, %", "nodes on genes, %", "genes named")
         values = [np.nan] * len(names)
         if strongest := strongest_features(frozen, last, case.position, 1):
-            found = trace_feature(frozen, last, strongest[0], case.position,
-                                  branches=profile.circuit_branches, depth=profile.circuit_depth,
-                                  max_nodes=profile.circuit_nodes)
+            found = trace_feature(frozen, last, strongest[0], case.position, **limits(profile))
             nodes = node_table(found, case.texts, case.genes)
             values = [len(nodes), len(found.edges), found.closure_max_relative,
                       100 * share_kept(found), 100 * float((nodes["gene"] != "").mean()),

@@ -40,9 +40,9 @@ def call_sentence(genes: Sequence[str], contributions: Mapping[str, float], answ
     """A cell's sentence, its genes tinted by what they contribute to the call.
 
     genes: the sentence in rank order; it reads from left to right and from top to bottom.
-    contributions: signed, by gene (such as `search.gene_contributions`); the darkest tint is the
-    largest size among them. answer: what the model says. traced: the circuit drawn above, with the
-    edges that carry most of its target's contributions; whatever the target is, it is on top.
+    contributions: signed, by gene (such as `calls.gene_contributions`); the darkest tint is the
+    largest size among them. answer: what the model says. traced: the circuit drawn above, with
+    the edges that carry most of its target's contributions; whatever the target is, it is on top.
     columns: genes in a row, `ON_A_PHONE` for a narrow picture with letters of the same size.
     """
     shown = list(genes)[:MOST_GENES]

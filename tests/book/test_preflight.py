@@ -16,6 +16,8 @@ from helpers import tiny_model, tiny_profile
 from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_architectures import tiny
 from tokenizers.processors import TemplateProcessing
 
 from scfm_circuits import InputError
@@ -553,6 +555,30 @@ def test_values_that_cannot_be_used_are_told_before_any_work(empty: Path, values
         run_cost(profile, WHOLE)
 
 
+@pytest.mark.parametrize("rows", [11, 12, 13, 400])
+def test_a_model_of_another_dictionary_is_told_before_any_work(empty: Path, rows: int) -> None:
+    tiny("bert", vocabulary=rows).float().save_pretrained(empty / "model")
+    profile = profile_of(cells(empty, counts()), dictionaries(empty), model_layers=None,
+                         model=str(empty / "model"), tokenizer="train", human_layer=0)
+    if rows in (12, 13):  # rows that fill up are no genes
+        assert run_sizes(profile).vocabulary == rows
+        return
+    with pytest.raises(InputError, match=f"has 12 tokens, but the model has {rows} rows"):
+        run_cost(profile, WHOLE)
+
+
+def test_weights_that_are_missing_are_told_before_any_work(empty: Path) -> None:
+    tiny("bert", vocabulary=12).float().save_pretrained(empty / "model")
+    path = empty / "model" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["bert.encoder.layer.1.intermediate.dense.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    profile = profile_of(cells(empty, counts()), dictionaries(empty), model_layers=None,
+                         model=str(empty / "model"), tokenizer="train", human_layer=0)
+    with pytest.raises(InputError, match=r"lacks the weights bert.encoder.layer.1.intermediate"):
+        run_cost(profile, WHOLE)
+
+
 @pytest.mark.parametrize("name", ["maxtoki", "geneformer", "geneformer_v1", "c2s_scale_1b",
                                   "c2s_scale_2b", "scgpt"])
 def test_other_models_are_planned_before_anything_is_here(empty: Path, name: str) -> None:
@@ -571,6 +597,9 @@ def test_other_models_are_planned_before_anything_is_here(empty: Path, name: str
         # Of the 51.86 million that its authors count, those of other heads are left out.
         assert sizes.parameters == 50_804_225
         assert any("in a browser" in one for one in downloads.notes(profile))
+        told = run_cost(profile, WHOLE)
+        assert "a value and no probability" in told.refusal and "\n" not in told.refusal
+        assert "(training: " in told.text  # nothing else is done
         return
     weights = found[manifest.model_name(profile.model, profile.model_subfolder)]
     if "files" in listed:  # of Gemma 2, in half precision; else in single

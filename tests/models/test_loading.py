@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers import LABELS, model_for, tiny_corpus, tiny_model, tiny_profile, tokens
 from pretended_gpu import pretended_gpu
 from safetensors.torch import load_file, save_file
-from tiny_architectures import FAMILIES, LLAMA_TYPE, tiny
+from tiny_architectures import ALL_FAMILIES, FAMILIES, LLAMA_TYPE, tiny
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -22,7 +23,14 @@ from scfm_circuits import InputError
 from scfm_circuits.common.profile import Profile
 from scfm_circuits.models import mlp_sites as mlp_sites_module
 from scfm_circuits.models.answers import answer_prompt, predict_answers
-from scfm_circuits.models.loading import check_vocabulary, get_model, load_model
+from scfm_circuits.models.architectures import architecture_of, check_supported
+from scfm_circuits.models.loading import (
+    check_checkpoint,
+    check_vocabulary,
+    get_model,
+    load_config,
+    load_model,
+)
 from scfm_circuits.models.mlp_sites import (
     Sites,
     batches,
@@ -394,11 +402,13 @@ def test_weights_of_layers_that_would_not_be_used_are_refused(tmp_path, family):
     tensors["classifier.weight"] = torch.zeros(2, 16)
     save_file(tensors, path, metadata={"format": "pt"})
     load_model(tmp_path)
+    heads_checked(tmp_path)
     name = next(one for one in tensors if ".1." in one and one.endswith("weight"))
     tensors[name.replace("weight", "lora_A.weight")] = torch.zeros(2, 16)
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"which would not be used: .*lora_A\.weight"):
-        load_model(tmp_path)
+    for reader in (load_model, heads_checked):
+        with pytest.raises(InputError, match=r"which would not be used: .*lora_A\.weight"):
+            reader(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gemma2", "scgpt"])
@@ -412,11 +422,55 @@ def test_weights_that_are_missing_are_named(tmp_path, family):
     for name in lost:
         tensors[name.replace(".1.", ".1.flash.")] = tensors.pop(name)
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(InputError) as error:
-        load_model(tmp_path)
-    told = str(error.value)
-    assert f"it lacks the weights {', '.join(lost[:3])} and {len(lost) - 3} more" in told
-    assert "\n" not in told
+    for reader in (load_model, heads_checked):
+        with pytest.raises(InputError) as error:
+            reader(tmp_path)
+        told = str(error.value)
+        assert f"it lacks the weights {', '.join(lost[:3])} and {len(lost) - 3} more" in told
+        assert "\n" not in told
+
+
+def heads_checked(folder: Path) -> None:
+    """`check_checkpoint` of a folder's model."""
+    config = load_config(folder)
+    kind = getattr(transformers, check_supported(config.model_type, "").auto)
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    check_checkpoint(str(folder), "", model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_what_loads_is_not_refused_by_its_names(tmp_path, family, tied):
+    model = tiny(family, dtype=torch.float32, native_norms=True)
+    if family != "scgpt":
+        model.config.tie_word_embeddings = tied
+        model.tie_weights()
+    model.save_pretrained(tmp_path)
+    heads_checked(tmp_path)
+    path = tmp_path / "model.safetensors"
+    body = architecture_of(model).body + "."
+    named = {name.removeprefix(body).replace("LayerNorm.weight", "LayerNorm.gamma"): one
+             for name, one in load_file(path).items()}
+    if family not in ("bert", "bert-gelu"):  # others have their head beside a body of that name
+        named = load_file(path)
+    save_file(named, path, metadata={"format": "pt"})
+    load_model(tmp_path)
+    heads_checked(tmp_path)
+    path.write_bytes(b"")  # what cannot be read is told of when it is
+    heads_checked(tmp_path)
+
+
+def test_a_head_for_cell_types_is_none_for_genes(tmp_path):
+    """As Geneformer's own code leaves it when it is tuned to tell types apart."""
+    tuned = transformers.BertForSequenceClassification(tiny("bert").config)
+    tuned.save_pretrained(tmp_path)
+    config = load_config(tmp_path)
+    with torch.device("meta"):
+        model = transformers.BertForMaskedLM(config)
+    for reader in (load_model, lambda folder: check_checkpoint(str(folder), "", model)):
+        with pytest.raises(InputError, match=r"lacks the weights cls\.predictions\."):
+            reader(tmp_path)
 
 
 def test_a_model_that_answers_nothing_is_not_asked(monkeypatch, tmp_path):

@@ -50,8 +50,9 @@ from scfm_circuits.transcoders.training.settings import precision_of, training_m
 
 ANYWAY = "SCFM_ANYWAY"
 """Environment variable that turns refusals into warnings."""
-VALUES_ALONE = ("scGPT gives each gene a value, and the book's chapters ask a model for words or "
-                "genes; its transcoders alone are trained, by `python -m scfm_circuits train`.")
+VALUES_ALONE = ("scGPT gives each gene a value and no probability, so Tables 1 and 2, and what the "
+                "book's chapters ask a model (which word, which gene), have no answer in it; its "
+                "transcoders alone are trained, by `python -m scfm_circuits train`.")
 GIB, CPU = 2**30, torch.device("cpu")
 OTHER, KEPT = 3 * GIB // 2, 0.2
 """A chapter's memory beside the parts (libraries, tables, figures), and the share of it all that is
@@ -131,6 +132,8 @@ def run_cost(profile: Profile, notebooks: Sequence[Notebook], stale: Collection[
                          "token alone. Set `model_layers` to at least 2, or name another `model`.")
     chapters = [one for one in notebooks if stale is None or one.name in stale]
     wanted = {file for one in chapters for file in one.produces}
+    if profile.encoding == BINNED:
+        wanted &= {CELLS, TRAINED}
     found = missing(profile, sizes.parameters)
     disk = disk_needed(profile, sizes, found, wanted)
     stages = [one for one in memory_stages(profile, sizes, device) if {*one.leaves} & wanted]

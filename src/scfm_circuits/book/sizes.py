@@ -26,7 +26,12 @@ from scfm_circuits.common.encodings import GENE_TOKENS, OWN_DICTIONARY
 from scfm_circuits.common.profile import ROOT, Profile, cells_path
 from scfm_circuits.features.counting import fixed_bytes
 from scfm_circuits.models.architectures import check_supported
-from scfm_circuits.models.loading import check_layers, load_config
+from scfm_circuits.models.loading import (
+    check_checkpoint,
+    check_dictionary,
+    check_layers,
+    load_config,
+)
 from scfm_circuits.models.small_models import small_config
 from scfm_circuits.transcoders.training.cost import training_operations
 from scfm_circuits.transcoders.variants import settings, variant_profile
@@ -91,14 +96,16 @@ def run_sizes(profile: Profile) -> Sizes:
     config = model_config(profile, corpus, padded, genes)
     kind = getattr(transformers, check_supported(config.model_type, "").auto)
     with torch.device("meta"):  # the number of weights, without making them
-        weights = kind.from_config(config).parameters()
+        model = kind.from_config(config)
+    if profile.model != "train":
+        check_checkpoint(profile.model, profile.model_subfolder, model)
     layers, width = int(config.num_hidden_layers), int(config.hidden_size)
     features = profile.expansion * width
     occurring = min(round(COUNT_SHARE * layers * features * _pieces(profile) * genes),
                     layers * tokens * MOST_ACTIVE)
     return Sizes(cells, in_file, genes, tokens, trained_on, padded, corpus is not None,
                  layers, width, int(config.num_attention_heads), int(config.vocab_size),
-                 sum(one.numel() for one in weights),
+                 sum(one.numel() for one in model.parameters()),
                  4 * layers * (2 * features * width + features + 2 * width),
                  fixed_bytes(layers * features, profile.contexts_per_feature) + 8 * occurring, told)
 
@@ -123,6 +130,9 @@ def model_config(profile: Profile, corpus: Corpus | None, length: int, genes: in
 
         config = AutoConfig.for_model(**{**listed.get("expected", {}), **listed["config"]})
     check_layers(profile, int(config.num_hidden_layers))
+    if not profile.in_words and dictionaries_are_here(profile):
+        known = read_gene_tokens(profile)
+        check_dictionary(config, len(known.genes) + len(known.special))
     return config
 
 

@@ -2,12 +2,13 @@
 
 import copy
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from scfm_circuits import InputError
@@ -17,7 +18,7 @@ from scfm_circuits.common.files import atomic_folder, digest, first_line
 from scfm_circuits.common.kept import Stamp, read_record, stamp_of, write_record
 from scfm_circuits.common.profile import model_source
 from scfm_circuits.common.randomness import generator
-from scfm_circuits.models.architectures import check_supported
+from scfm_circuits.models.architectures import architecture_of, check_supported
 from scfm_circuits.models.mlp_sites import best_device, moved_to, not_finite
 from scfm_circuits.models.small_models import TRAINING_FIELDS, TrainingCurve, train_small_model
 
@@ -28,8 +29,14 @@ if TYPE_CHECKING:
     from scfm_circuits.common.profile import Profile
 
 _FIELDS = ("seed", "model", "model_revision", "model_subfolder", *TRAINING_FIELDS)
-_OF_A_LAYER = re.compile(r"\.layers?\.\d+\..*weight$")
-"""Names of a layer's weights in a checkpoint; old ones hold masks too, which end in `bias`."""
+_IN_A_LAYER = re.compile(r"\.layers?\.\d+\.")
+_OF_A_LAYER = re.compile(_IN_A_LAYER.pattern + r".*weight$")
+"""Names of a layer's tensors, and of its weights; old ones hold masks too, which end in `bias`."""
+_FILLED = 128
+"""Rows by which embeddings are filled up, at most."""
+_FIRST = {"gamma": "weight", "beta": "bias"}
+_FIRST_NORMS = re.compile(r"\.(gamma|beta)$")
+"""What BERT's first checkpoints call the weights of norms."""
 
 
 def _without_widgets() -> None:
@@ -107,20 +114,58 @@ def load_model(name: str | Path, revision: str | None = None,
             trust_remote_code=False, attn_implementation="eager", output_loading_info=True,
         )
         # transformers fills missing weights with random numbers and only warns.
-        lacking = sorted(loading["missing_keys"])
-        if lacking:
-            raise ValueError(f"it lacks the weights {', '.join(lacking[:3])}"
-                             + f" and {len(lacking) - 3} more" * (len(lacking) > 3))
-        foreign = sorted(one for one in loading["unexpected_keys"] if _OF_A_LAYER.search(one))
-        if foreign:
-            raise ValueError(f"its layers have weights that a {config.model_type} has not, and "
-                             f"which would not be used: {', '.join(foreign[:3])}")
+        _check_names(loading["missing_keys"], loading["unexpected_keys"], config.model_type)
         odd = not_finite(model)
         if odd is not None:
             raise ValueError(f"its weight {odd} holds a value that is no finite number")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _cannot_load(name, error) from None
     return model.eval()
+
+
+def check_checkpoint(name: str, subfolder: str, model: nn.Module) -> None:
+    """Before any work: InputError, as of `load_model`, if in a folder's safetensors the layers, or
+    the head behind them, do not have the weights of the family, by name.
+
+    Only the heads of the files are read. What is in no folder here, or cannot be read, is left to
+    `load_model`, as are the embeddings, which some checkpoints call by older names.
+    model: of the folder's configuration; its weights may be on the meta device.
+    """
+    found: set[str] = set()
+    try:
+        for path in sorted(Path(_source(name), subfolder).glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                found.update(file.keys())
+    except (InputError, OSError, SafetensorError):
+        return
+    family, config = architecture_of(model), cast("PreTrainedConfig", model.config)
+
+    def plain(key: str) -> str:  # transformers takes names without the body's, and BERT's first
+        return _FIRST_NORMS.sub(lambda old: f".{_FIRST[old[1]]}",
+                                key.removeprefix(f"{family.body}."))
+
+    known, wanted = {plain(key) for key in found}, {
+        plain(key): key for key, _ in model.named_parameters()}
+    lacking = [key for short, key in wanted.items() if short not in known and (
+        _IN_A_LAYER.search(key) or (family.head and key.startswith(f"{family.head}.")))]
+    foreign = [key for key in found if plain(key) not in wanted]
+    try:
+        _check_names(lacking if found else (), foreign, config.model_type)
+    except ValueError as error:
+        raise _cannot_load(name, error) from None
+
+
+def _check_names(missing: Iterable[str], unexpected: Iterable[str], family: str) -> None:
+    """ValueError for weights that a checkpoint lacks, or for those of layers that its family has
+    not."""
+    lacking = sorted(missing)
+    if lacking:
+        raise ValueError(f"it lacks the weights {', '.join(lacking[:3])}"
+                         + f" and {len(lacking) - 3} more" * (len(lacking) > 3))
+    foreign = sorted(one for one in unexpected if _OF_A_LAYER.search(f".{one}"))
+    if foreign:
+        raise ValueError(f"its layers have weights that a {family} has not, and which would not be "
+                         f"used: {', '.join(foreign[:3])}")
 
 
 def _cannot_load(name: str | Path, error: Exception) -> InputError:
@@ -192,10 +237,8 @@ def check_vocabulary(model: nn.Module, corpus: "Corpus") -> None:
     """Raise InputError if the corpus has token ids or lengths that the model cannot take."""
     config: Any = model.config
     largest, length = int(corpus.tokens.max()), corpus.tokens.shape[1]
-    if hasattr(config, "levels") and len(corpus.tokenizer) != config.vocab_size:
-        raise InputError(f"The token dictionary has {len(corpus.tokenizer):,} tokens, but the "
-                         f"model has {config.vocab_size:,} rows; set `token_dictionary` to the "
-                         "vocab.json that came with the model.")
+    if not corpus.has_answers:
+        check_dictionary(config, len(corpus.tokenizer))
     if largest >= config.vocab_size * getattr(config, "levels", 1):
         raise InputError(f"The tokenizer gives token {largest}, but the model has "
                          f"{config.vocab_size} rows; `tokenizer` and `model` do not belong "
@@ -203,6 +246,16 @@ def check_vocabulary(model: nn.Module, corpus: "Corpus") -> None:
     if length > config.max_position_embeddings:
         raise InputError(f"The longest cell has {length} tokens, the model takes "
                          f"{config.max_position_embeddings}; lower `genes_per_cell`.")
+
+
+def check_dictionary(config: Any, tokens: int) -> None:
+    """InputError if a model whose tokens are genes has another number of them than the dictionary,
+    but for rows that fill its embedding up to a round number."""
+    more = config.vocab_size - tokens
+    if not 0 <= more < (1 if hasattr(config, "levels") else _FILLED):
+        raise InputError(f"The token dictionary has {tokens:,} tokens, but the model has "
+                         f"{config.vocab_size:,} rows; set `token_dictionary` to the one that came "
+                         "with the model.")
 
 
 @torch.no_grad()

@@ -109,8 +109,9 @@ chapter.show(table[list(learnt)].rename(columns=learnt), digits=3, caption="Loss
 # single precision in either kind of model, norms on the stream and attention to both sides included.
 
 # %% tags=["fold:The same per layer"]
-chapter.show(compared.layers[["model", *compared.layers.columns.drop("model")]],
-             rows=len(compared.layers), digits=3, caption="Per layer")
+chapter.show(compared.layers[["model", *compared.layers.columns.drop("model")]]
+             .replace({"model": other_models.SHORT}), digits=3, caption="Per layer (random: the encoder with "
+             "random weights)")
 
 # %% [markdown]
 # ## Are their features interpretable?
@@ -122,7 +123,8 @@ chapter.show(compared.layers[["model", *compared.layers.columns.drop("model")]],
 
 # %%
 chapter.show(other_models.shares_shown(table), rows=12, digits=3, caption="Live features called "
-             "interpretable, %, with Wilson's 95 % interval; and what learnt nothing")
+             "interpretable, %, with Wilson's 95 % interval, beside what learnt nothing; random: the encoder "
+             "with random weights")
 
 # %% [markdown]
 # Under the paper's likely rule {glue:text}`other.encoder.percentage` of the encoder's features are called
@@ -165,7 +167,8 @@ chapter.show(other_models.parts_shown(compared.parts, STATE, chapter.profile.cas
 
 # %% tags=["fold:For each cell type"]
 chapter.browse("other_models_by_type", other_models.by_type_shown(compared.parts),
-               caption="Share of each part, %, by cell type", rows=20)
+               caption="Share of each part, %, by cell type (random: the encoder with random weights)",
+               rows=20)
 
 # %%
 used, parts = compared.profile, compared.parts

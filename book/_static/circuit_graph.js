@@ -15,6 +15,8 @@
   const EDGE = 3;
   const LABEL_ROOM = 13;
   const LETTER = 6.8;
+  // Where a picture is narrower, most of it is edges: names of nodes nobody asked for wait for a zoom.
+  const WIDE_ENOUGH = 420;
   const LONGEST = { text: 18, token: 7, gene: 10, label: 26 };
 
   /** Marks by kind, all of about one area; not by colour alone. */
@@ -273,8 +275,9 @@
       const { owner } = this;
       const first = (node) => (node === owner.selected ? 4 : node === owner.target ? 3
         : owner.pins.has(node.id) || owner.labels.has(node.id) ? 2 : node.influence);
-      const named = [...this.present].filter((node) => node.kind === "feature"
-        || node.kind === "logit" || first(node) >= 2);
+      const room = this.visibleWidth * this.transform.k >= WIDE_ENOUGH;
+      const named = [...this.present].filter((node) => first(node) >= 2
+        || (room && (node.kind === "feature" || node.kind === "logit")));
       const [taken, marks] = [[], [...this.present]];
       const shown = d3.sort(named, (node) => -first(node)).flatMap((node) => {
         const [x, y] = this.at(node);

@@ -232,18 +232,18 @@ def _log_frequencies(corpus: Corpus) -> dict[str, np.ndarray]:
 # --- as the page shows it ------------------------------------------------------------------------
 
 SHORT = {DECODER: "decoder", ENCODER: "encoder", RANDOM: "random"}
-"""What numbers in the prose call the models."""
+"""What numbers in the prose and tables with no room call the models."""
 _QUOTED = {"gene_share": (GENE, "other genes"), "gene_features": (GENE, "own features"),
            "gene_rank": (GENE, "own rank"), "gene_biases": (GENE, "type and biases"),
            "state_own": (STATE, "own token"), "state_share": (STATE, "other genes")}
 
 
 def shares_shown(table: pd.DataFrame) -> pd.DataFrame:
-    """`Compared.table`'s percentages, a row per rule and model."""
+    """`Compared.table`'s percentages, a row per rule and model (`SHORT`)."""
     rules = [str(one).removeprefix("percentage_") for one in table
              if str(one).startswith("percentage_")]
     return pd.DataFrame([{
-        "rule": rule, "model": row["model"], "features": row[f"percentage_{rule}"],
+        "rule": rule, "model": SHORT[row["model"]], "features": row[f"percentage_{rule}"],
         "lower_95": row[f"lower_95_{rule}"], "upper_95": row[f"upper_95_{rule}"],
         "untrained encoder": row[f"untrained_{rule}"],
         "re-initialised model": row[f"reinitialised_{rule}"],
@@ -264,10 +264,10 @@ def parts_shown(parts: pd.DataFrame, question: str, cell_type: str) -> pd.DataFr
 
 
 def by_type_shown(parts: pd.DataFrame) -> pd.DataFrame:
-    """Every type's shares: a row per question, type and part, a column per model."""
+    """Every type's shares: a row per question, type and part, a column per model (`SHORT`)."""
     kept = parts[parts["part"] != SUM]
     return _wide(kept.assign(share=[_share(row) for row in kept.to_dict("records")]),
-                 ["question", "cell_type", "cells", "part"])
+                 ["question", "cell_type", "cells", "part"]).rename(columns=SHORT)
 
 
 def _wide(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:

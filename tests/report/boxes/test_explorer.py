@@ -337,3 +337,15 @@ def test_a_finger_chooses_the_nearest_and_the_panel_says_where_it_fires(tab: Tab
             "'keydown', { key: 'Escape', bubbles: true }))")
     assert not tab.run("document.querySelector('.circuit').classList.contains('full')")
     assert tab.errors == []
+
+
+def test_on_a_phone_only_the_target_is_named_until_there_is_room(tab: Tab, page: str) -> None:
+    labels = "document.querySelectorAll('.circuit-labels text').length"
+    opened_at(tab, page)
+    wide = tab.run(labels)
+    opened_at(tab, page, width=390)
+    few = tab.run(labels)
+    assert few <= 1 < wide
+    named = [tab.run(f"""([...document.querySelectorAll('.circuit-viewing button')].find((one) =>
+        one.textContent === '+').click(), {labels})""") for _ in range(4)]
+    assert max(named) > few and tab.errors == [], named

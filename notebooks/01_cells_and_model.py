@@ -213,7 +213,8 @@ chapter.figure("language_model_training", training_curve(curve.step, curve.loss)
 # %%
 known = chapter.known_types
 by_type, accuracy = pd.DataFrame(known.by_type), pd.DataFrame(known.accuracy)
-chapter.table("cell_type_accuracy", accuracy, digits=3, caption="Held-out cells answered correctly "
+chapter.table("cell_type_accuracy", accuracy, digits=3, columns={
+    one: one for one in accuracy if one != "cells"}, caption="Held-out cells answered correctly "
               "(percentage with a 95 % interval; mean over types with "
               f"{ENOUGH} or more of these cells)")
 

@@ -6,7 +6,7 @@
 (window.companionParts ??= []).push((tools) => {
   const { element } = tools;
   const PER_LINE = 4;
-  const MARGIN = { left: 74, right: 10, top: 12, bottom: 118 };
+  const MARGIN = { left: 74, right: 10, top: 12, bottom: 138 };
   const HEIGHT = { least: 240, most: 460, line: 30 };
   const MOST_ZOOM = 12;
   const RADIUS = { least: 2.6, most: 9 };

@@ -153,8 +153,8 @@ class Calls:
         if not call.others:
             return ONE_TYPE
         return (f"Here the answer's token is \"{own}\", predicted at the token "
-                f"\"{prompt.texts[call.position]}\"; {sum(map(len, call.labels))} other labels "
-                f"part from it there, with {len(call.others)} different tokens.")
+                f"\"{prompt.texts[call.position]}\". Other labels that part from it "
+                f"there: {sum(map(len, call.labels))} (different tokens: {len(call.others)}).")
 
     def name(self, call: Any, answer: str) -> str:
         """What the call's node is called in other programs."""

@@ -20,6 +20,7 @@ from scfm_circuits.report.plots.cells_and_training import (
     confusion_matrix,
 )
 from scfm_circuits.report.plots.features import l0_per_layer
+from scfm_circuits.report.plots.sentence import MOST_GENES, ON_A_PHONE, call_sentence
 
 
 @pytest.fixture(autouse=True)
@@ -177,3 +178,24 @@ def test_known_genes_stand_in_the_row_that_names_their_way():
     assert found == {("measured", 1), ("paths", 20), ("attention", 300)}
     # The first way is on top.
     assert [names[place] for place in sorted(names, reverse=True)] == ways
+
+
+@pytest.mark.parametrize("columns", [5, ON_A_PHONE])
+def test_what_a_sentence_leaves_out_stands_clear_of_its_legend(columns: int) -> None:
+    genes = [f"GENE{i}" for i in range(MOST_GENES + 39)]
+    figure = call_sentence(genes, {"GENE0": 1.0}, "B cell", columns=columns)
+    figure.canvas.draw()
+    legend, rest = ([text.get_window_extent() for text in figure.axes[0].texts
+                     if text.get_text().startswith(begins)] for begins in ("speaks", "39 more"))
+    assert len(legend) == 2 and len(rest) == 1
+    assert not any(rest[0].overlaps(one) for one in legend)
+
+
+@pytest.mark.parametrize("types", [1, 2, 12])
+def test_the_legend_of_cells_covers_no_bar(types: int) -> None:
+    labels = np.repeat([f"type {i}" for i in range(types)], 10)
+    figure = cells_per_type(labels, np.arange(len(labels)) % 5 == 0)
+    figure.canvas.draw()
+    [legend] = figure.legends
+    assert not legend.get_window_extent().overlaps(figure.axes[0].get_window_extent())
+    assert figure.axes[0].get_window_extent().height > 20 * types

@@ -37,7 +37,7 @@ def cells_per_type(labels: np.ndarray, held_out: np.ndarray) -> Figure:
         others = counts.iloc[:rest].sum().to_frame().T
         counts = pd.concat([others, counts.iloc[rest:]], ignore_index=True)
         names = [f"{rest:,} other types", *names[rest:]]
-    figure, (axis,) = panels(1, width=7.5, height=0.5 + 0.36 * len(counts))
+    figure, (axis,) = panels(1, width=7.5, height=0.9 + 0.36 * len(counts))
     places, left = np.arange(len(counts)), np.zeros(len(counts))
     for name, colour in (("training", BLUE), ("held out", ORANGE)):
         values = counts.get(name, pd.Series(0, counts.index)).to_numpy()
@@ -46,7 +46,7 @@ def cells_per_type(labels: np.ndarray, held_out: np.ndarray) -> Figure:
     axis.set_yticks(places, names)
     axis.set(xlabel="cells")
     axis.grid(axis="y", visible=False)
-    axis.legend(loc="lower right")  # the rarest types are below
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

@@ -51,8 +51,9 @@ def call_sentence(genes: Sequence[str], contributions: Mapping[str, float], answ
              reversed(list(enumerate(shown)))}
     layers = _layers(traced.circuit) if traced else []
     top = _STEP * (len(layers) + 0.6)
-    # What has no room beside the legend of a narrow picture is below it.
-    below = 0.8 if columns < COLUMNS else 0.0
+    rest = f"{len(genes) - len(shown)} more genes; " if len(genes) > len(shown) else ""
+    # What has no room beside the legend is below it.
+    below = 0.8 if rest or columns < COLUMNS else 0.0
     figure, axis = plt.subplots(figsize=(6.4 if columns >= COLUMNS else 4.2,
                                          0.33 * (rows + top + 1.9 + below)), layout="constrained")
     axis.set(xlim=(0, columns), ylim=(-rows - 1.0 - below, top + 0.9))
@@ -65,7 +66,6 @@ def call_sentence(genes: Sequence[str], contributions: Mapping[str, float], answ
     said = literal(answer) or "(nothing)"
     axis.text(columns / 2, top + 0.45, f"the model says: {said}", ha="center", va="center",
               fontsize=14, fontweight="bold")
-    rest = f"{len(genes) - len(shown)} more genes; " if len(genes) > len(shown) else ""
     for x, colour, text in ((0.05, BLUE, "speaks for it"), (1.5, ORANGE, "speaks against it")):
         axis.add_patch(plt.Rectangle((x, -rows - 0.75), 0.15, 0.45, color=colour))
         axis.text(x + 0.22, -rows - 0.52, text, va="center", fontsize=11)

@@ -157,3 +157,5 @@ class MadeUp:
     place: np.ndarray
     mask: np.ndarray
     occurring = Corpus.occurring
+    occurring_symbols = Corpus.occurring_symbols
+    cells_with = Corpus.cells_with

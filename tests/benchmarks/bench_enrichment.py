@@ -95,10 +95,8 @@ def time_nulls(
 ) -> float:
     """Seconds for one replicate: a uniform null list per feature, drawn and tested, in threads."""
     genes = sorted(set().union(*(library.genes for library in libraries)))
-    universes = [prepare_background(library, genes) for library in libraries]
-    tester = Tester("corpus", 0.05, tuple(
-        (library, universe, gene_ids(genes, universe))
-        for library, universe in zip(libraries, universes, strict=True)))
+    tester = Tester("corpus", "all", 0.05, tuple(
+        gene_ids(genes, prepare_background(library, genes)) for library in libraries))
     lengths = [len(members) for members in lists]
 
     def replicate(seed: int) -> None:

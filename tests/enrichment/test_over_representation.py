@@ -19,7 +19,13 @@ from scipy.stats import binomtest, false_discovery_control, hypergeom
 from scfm_circuits import InputError
 from scfm_circuits.common.compiled import compiled
 from scfm_circuits.enrichment import over_representation as e
-from scfm_circuits.enrichment.background import Family, encode_ids, encode_lists, prepare_background
+from scfm_circuits.enrichment.background import (
+    Family,
+    encode_ids,
+    encode_lists,
+    gene_ids,
+    prepare_background,
+)
 from scfm_circuits.enrichment.gene_sets import GeneSets, gene_sets_from_dict, load_library
 from scfm_circuits.enrichment.kernels import log_factorial_table, log_upper_tails
 from scfm_circuits.enrichment.null_lists import ragged, uniform_null
@@ -324,7 +330,7 @@ def test_uniform_lists_stay_at_the_nominal_level_under_the_corpus_rule(length: i
     for name in ("corpus", "enrichr"):
         rule = RULES[name]
         universe = prepare_background(library, rule.background_for(corpus))
-        encoded = encode_ids(null, corpus, library, universe)
+        encoded = encode_ids(null, gene_ids(corpus, universe))
         result = e.over_representation(encoded, library, background=universe, family=rule.family)
         shares[name] = int((result.n_significant > 0).sum())
     # P-values of a discrete test are at least as large as uniform ones: at or below 5 %.
@@ -338,19 +344,20 @@ def test_encoding_ids_equals_encoding_symbols() -> None:
     genes = [*library.genes[::2], "C1orf112", "C1ORF112", "nowhere"]
     ids = [[0, 1, 2], [len(genes) - 3, len(genes) - 2, 5], [len(genes) - 1], []]
     for background in (500, None, library.genes[:50]):
-        by_id = encode_ids(ragged(ids), genes, library, background)
+        known = gene_ids(genes, prepare_background(library, background))
+        by_id = encode_ids(ragged(ids), known)
         by_symbol = encode_lists([[genes[i] for i in one] for one in ids], library, background)
         for ours, theirs in zip(by_id, by_symbol, strict=True):
             assert ours.tolist() == theirs.tolist()
     with pytest.raises(InputError, match="outside the"):
-        encode_ids(ragged([[len(genes)]]), genes, library, 500)
+        encode_ids(ragged([[len(genes)]]), known)
 
 
 def test_memory_does_not_grow_with_terms_times_lists() -> None:
     library = small_library(8, n_terms=500, n_genes=1000)
     null = uniform_null(np.full(20_000, 20), len(library.genes), np.random.default_rng(0))
-    encoded = encode_ids(null, library.genes, library, 5000)
     universe = prepare_background(library, 5000)
+    encoded = encode_ids(null, gene_ids(library.genes, universe))
     tracemalloc.start()
     e.over_representation(encoded, library, background=universe)
     peak = tracemalloc.get_traced_memory()[1]

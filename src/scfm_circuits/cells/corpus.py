@@ -102,10 +102,21 @@ class Corpus:
         """Whether any gene is cut into several tokens."""
         return bool((self.place > 0).any())
 
-    @property
+    @cached_property
     def occurring(self) -> np.ndarray:
         """Ids of the genes that stand in any cell's sentence, ascending."""
         return np.unique(self.gene[self.gene >= 0])
+
+    @property
+    def occurring_symbols(self) -> list[str]:
+        """The symbols of these genes."""
+        found: list[str] = self.symbols[self.occurring].tolist()
+        return found
+
+    @cached_property
+    def cells_with(self) -> np.ndarray:
+        """(n_genes,) in how many cells each gene stands, however many tokens its name has."""
+        return np.bincount(self.gene[(self.place == 0) & self.mask], minlength=len(self.symbols))
 
     def gene_ids_of(self, cell: int) -> np.ndarray:
         """The cell's sentence as gene ids, in rank order."""

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from scipy.stats import rankdata
 
+from scfm_circuits import InputError
 from scfm_circuits.cells.prompts import AnsweredPrompt
 from scfm_circuits.circuits.calls import GeneCall
 from scfm_circuits.circuits.case_study import CaseStudy
@@ -32,7 +33,7 @@ from scfm_circuits.circuits.interventions import (
     held_at_means,
     kept_alone,
 )
-from scfm_circuits.circuits.search import limits, trace
+from scfm_circuits.circuits.search import limits, strongest_features, trace
 from scfm_circuits.circuits.structure import features_at
 from scfm_circuits.circuits.token_means import (
     Means,
@@ -277,6 +278,18 @@ class CaseTargets(NamedTuple):
         """The circuit of the call."""
         return self._of(Target(*call.start(self.frozen), 1.0), call)
 
+    def strongest(self, n: int) -> list[int]:
+        """The n features of the last layer that are most active where the case is read.
+
+        Raises InputError if there is none.
+        """
+        last = len(self.frozen.weights) - 1
+        found = strongest_features(self.frozen, last, self.case.position, n)
+        if not found:
+            raise InputError("No feature of the last layer is active at the target token; lower "
+                             "`l1_coefficient` or train on more tokens.")
+        return found
+
     def feature(self, layer: int, feature: int, position: int) -> Traced:
         """The circuit of a feature at a token."""
         return self._of(feature_target(self.frozen, layer, feature, position),
@@ -313,4 +326,4 @@ def case_targets(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Co
         model, freeze(model, transcoders, study.prompt.encoded.tokens), study.prompt,
         study.sentence, profile,
         mean_activations(model, transcoders, corpus, averaged, profile.forward_cells), library,
-        RULES[profile.enrichment_rule], set(corpus.symbols[corpus.occurring].tolist()))
+        RULES[profile.enrichment_rule], set(corpus.occurring_symbols))

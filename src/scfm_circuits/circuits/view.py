@@ -1,6 +1,6 @@
 """A circuit as plain data for the interactive figure in the page.
 
-`view` gives nodes, edges, rows (layers) and columns (tokens); `circuit_script` wraps them
+`circuit_view` gives nodes, edges, rows (layers) and columns (tokens); `boxes.circuit` wraps them
 as a script, because a page opened from disk may load a script but not fetch a file; and
 `book/_static/circuit.js` draws them with d3 (book/_extra/vendor/d3). `feature_details` adds what is
 known about features.
@@ -120,8 +120,8 @@ def feature_details(
     from scfm_circuits.features.contexts import token_table
     from scfm_circuits.features.gene_lists import gene_lists
 
-    rule, symbols = RULES["corpus"], corpus.symbols[corpus.occurring]
-    universe = prepare_background(library, rule.background_for(symbols.tolist()))
+    rule = RULES["corpus"]
+    universe = prepare_background(library, rule.background_for(corpus.occurring_symbols))
     found: dict[tuple[int, int], Detail] = {}
     used = {(node.layer, node.index) for node in circuit.nodes.values() if node.kind == "feature"}
     for layer in sorted({layer for layer, _ in used}):

@@ -201,8 +201,9 @@ def encode_lists(
 
 
 class GeneIds(NamedTuple):
-    """The genes that lists name by id, as the library and the background know them."""
+    """The genes that lists name by id, as a library and a background know them."""
 
+    universe: Background
     canonical: IntArray
     """The same number for all spellings of a symbol, (n_genes,)."""
     counts: NDArray[np.bool_]
@@ -215,27 +216,19 @@ def gene_ids(genes: Sequence[str], universe: Background) -> GeneIds:
     """Look the symbols up once, for many calls of `encode_ids`."""
     symbol_ids = _SymbolIds()
     canonical = np.array([symbol_ids[gene] for gene in genes], dtype=np.int64)
-    return GeneIds(canonical, *_looked_up(list(symbol_ids.names), universe))
+    return GeneIds(universe, canonical, *_looked_up(list(symbol_ids.names), universe))
 
 
-def encode_ids(
-    lists: Ragged,
-    genes: Sequence[str] | GeneIds,
-    library: GeneSets,
-    background: int | Collection[str] | Background | None,
-) -> Encoded:
+def encode_ids(lists: Ragged, genes: GeneIds) -> Encoded:
     """As `encode_lists`, for lists that are ids into `genes` already (the nulls): far faster.
 
-    Raises:
-        InputError: an id outside `genes`, or as `prepare_background`.
+    Raises InputError for an id outside `genes`.
     """
-    universe = prepare_background(library, background)
-    known = genes if isinstance(genes, GeneIds) else gene_ids(genes, universe)
-    n_genes = known.canonical.size
+    n_genes = genes.canonical.size
     if lists.ids.size and not 0 <= lists.ids.min() <= lists.ids.max() < n_genes:
         raise InputError(f"The lists hold an id outside the {n_genes} genes they refer to.")
     indptr = np.asarray(lists.indptr, dtype=np.int64)
-    return _compact(indptr, known.canonical[lists.ids], known.counts, known.gene)
+    return _compact(indptr, genes.canonical[lists.ids], genes.counts, genes.gene)
 
 
 def _looked_up(names: Sequence[str], universe: Background

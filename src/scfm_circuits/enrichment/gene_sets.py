@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -64,14 +64,19 @@ class GeneSets:
     """Where it came from: "file", "download", "bundled" or "memory"."""
     sha256: str
     """SHA-256 of the file's bytes; of the content for a library built in memory."""
-    warning: str | None = field(default=None)
+    warning: str | None = None
     """What a reader should know about this copy, e.g. that it is another version; None if fine."""
-    missing: tuple[str, str] | None = field(default=None)
+    missing: tuple[str, str] | None = None
     """Of the bundled library where it stands in for another: that one's name, and why it is not
     there."""
 
     def __len__(self) -> int:
         return len(self.terms)
+
+    @property
+    def title(self) -> str:
+        """Its name as people read it: `KEGG_2021_Human` without the underscores."""
+        return self.name.replace("_", " ")
 
     @cached_property
     def sizes(self) -> IntArray:

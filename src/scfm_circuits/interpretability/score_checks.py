@@ -24,9 +24,10 @@ from scfm_circuits.cells.simulated import Plan
 from scfm_circuits.cells.tokens import token_texts
 from scfm_circuits.common.profile import ROOT
 from scfm_circuits.common.randomness import generator
-from scfm_circuits.enrichment.controls.layer_counts import testers
+from scfm_circuits.enrichment.controls.layer_counts import tester_of
 from scfm_circuits.enrichment.gene_sets import gene_sets_from_dict
 from scfm_circuits.enrichment.null_lists import ragged
+from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.features.gene_lists import gene_list_ids
 from scfm_circuits.features.statistics import FeatureStatistics
 from scfm_circuits.interpretability.deck import FEATURE, RANDOM
@@ -281,8 +282,7 @@ def planted_score_table(scores: FeatureScores, statistics: Mapping[str, FeatureS
     told["program"] = ""
     library = gene_sets_from_dict("planted programs",
                                   {one.name: one.genes for one in plan.programs})
-    tester = next(one for one in testers([library], corpus, profile)
-                  if one.rule == "corpus")
+    tester = tester_of(RULES["corpus"], [library], corpus, profile.fdr)
     by_gene = profile.model_copy(update={"gene_rule": "occurrence"})
     for source, one in statistics.items():
         for layer, part in told[told["source"] == source].groupby("layer"):

@@ -189,16 +189,20 @@ def score_features(statistics: FeatureStatistics, held_out: Sequence[sp.csr_matr
             before = sp.csr_matrix(inside - after)
             before.eliminate_zeros()
             fired = np.maximum(statistics.fired[layer, chosen], 1)
-            part = score_counts(before, after, kinds)
-            for place, (name, column) in enumerate({
-                "layer": layer, "feature": chosen,
-                "log10_E_f": statistics.log10_frequency[layer, chosen],
-                "in_genes": np.asarray(inside.sum(axis=1)).ravel() / fired,
-            }.items()):
-                part.insert(place, name, column)
-            parts.append(part)
+            parts.append(_of_features(
+                score_counts(before, after, kinds), statistics, layer, chosen,
+                np.asarray(inside.sum(axis=1)).ravel() / fired))
             bar.update(len(chosen))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _of_features(scores: pd.DataFrame, statistics: FeatureStatistics, layer: int,
+                 features: np.ndarray, in_genes: np.ndarray | float) -> pd.DataFrame:
+    """The scores behind the columns of `score_features` that say whose they are."""
+    return pd.concat([pd.DataFrame({
+        "layer": layer, "feature": features,
+        "log10_E_f": statistics.log10_frequency[layer, features], "in_genes": in_genes}), scores],
+        axis=1)
 
 
 def _blocks(live: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -265,12 +269,8 @@ def score_random_tokens(statistics: FeatureStatistics, kinds: Kinds, live: np.nd
         inside = statistics.counts[layer][chosen][:, kinds.pairs.pair]
         train, held_out = random_token_counts(kinds.pairs, np.asarray(inside.sum(axis=1)).ravel(),
                                               rng)
-        part = score_counts(train, held_out, kinds)
-        part.insert(0, "layer", layer)
-        part.insert(1, "feature", chosen)
-        part.insert(2, "log10_E_f", statistics.log10_frequency[layer, chosen])
-        part.insert(3, "in_genes", 1.0)
-        parts.append(part)
+        parts.append(_of_features(score_counts(train, held_out, kinds), statistics, layer, chosen,
+                                  1.0))
     return pd.concat(parts, ignore_index=True)
 
 

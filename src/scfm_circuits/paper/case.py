@@ -23,7 +23,13 @@ from scipy import stats
 from scfm_circuits import InputError
 from scfm_circuits.common.intervals import wilson_interval
 from scfm_circuits.common.randomness import generator
-from scfm_circuits.enrichment.background import Background, Encoded, encode_ids, prepare_background
+from scfm_circuits.enrichment.background import (
+    Background,
+    Encoded,
+    encode_ids,
+    gene_ids,
+    prepare_background,
+)
 from scfm_circuits.enrichment.gene_sets import GeneSets
 from scfm_circuits.enrichment.null_lists import Ragged, uniform_null
 from scfm_circuits.enrichment.over_representation import over_representation
@@ -176,7 +182,7 @@ def _encoded(
         ids = np.column_stack([np.full(draws, len(pool)), ids])
         pool = [*pool, kept]
     lists = Ragged(np.arange(draws + 1) * length, ids.ravel())
-    return encode_ids(lists, pool, universe.library, universe)
+    return encode_ids(lists, gene_ids(pool, universe))
 
 
 def null_row(table: pd.DataFrame, kind: str, rule: str = "enrichr", family: str = "hit"
@@ -203,9 +209,9 @@ def in_words(row: pd.Series) -> str:
 def rates_by_rule(table: pd.DataFrame, settings: Sequence[CaseRule]) -> pd.DataFrame:
     """`case_nulls` for reading: a row per list, a column per setting, rates in words."""
     shown = table[["list", "called"]].drop_duplicates(ignore_index=True)
-    for rule, universe in settings:
-        rows = table[(table["rule"] == rule.name) & (table["bh_family"] == rule.family)]
-        shown[CaseRule(rule, universe).label] = [in_words(row) for _, row in rows.iterrows()]
+    for one in settings:
+        rows = table[(table["rule"] == one.rule.name) & (table["bh_family"] == one.rule.family)]
+        shown[one.label] = [in_words(row) for _, row in rows.iterrows()]
     return shown
 
 
@@ -223,6 +229,7 @@ def words_of(table: pd.DataFrame) -> dict[str, str]:
         words |= {kind: rows["hit"]["list"], "draws": f"{rows['hit']['draws']:,}",
                   **{f"{kind}_{family}": in_words(row) for family, row in rows.items()}}
     return words
+
 
 def combined_score(overlap: int, term: int, query: int, population: int) -> tuple[float, float]:
     """The Enrichr server's Combined Score, -ln(p) x odds ratio, and its one-sided Fisher p."""

@@ -30,9 +30,10 @@ from scfm_circuits.circuits.search import limits, strongest_features, trace_feat
 from scfm_circuits.common.compiled import n_threads
 from scfm_circuits.common.profile import Profile
 from scfm_circuits.common.randomness import generator
-from scfm_circuits.enrichment.controls.layer_counts import Tester, testers
+from scfm_circuits.enrichment.controls.layer_counts import Tester, tester_of
 from scfm_circuits.enrichment.controls.other_dictionaries import HELD_OUT, feature_measures
 from scfm_circuits.enrichment.gene_sets import GeneSets
+from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.features.statistics import FeatureStatistics
 from scfm_circuits.interpretability.deck import FEATURE, UNTRAINED
 from scfm_circuits.interpretability.scores import (
@@ -251,7 +252,7 @@ def compare_tokenizers(corpus: Corpus, profile: Profile, libraries: Sequence[Gen
     process dies.
     """
     cells = same_cells(corpus, profile)
-    ready = [one for one in testers(libraries, cells["train"], profile) if one.rule == _RULE]
+    ready = [tester_of(RULES[_RULE], libraries, cells["train"], profile.fdr)]
     runs = [(kind, study_profile(profile, kind, seed, float(cells[kind].lengths.mean())))
             for seed in range(SEEDS) for kind in KINDS]
     at_once = processes or (1 if torch.cuda.is_available() else min(2, n_threads()))

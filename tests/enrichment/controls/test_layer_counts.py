@@ -66,7 +66,7 @@ def test_an_impossible_overlap_is_an_error_whatever_term_comes_next(parts, profi
     genes = [f"G{i}" for i in range(25)]
     library = gene_sets_from_dict("l", {"large": genes[:20], "small": genes[:3]})
     universe = prepare_background(library, 22)
-    tester = layer_counts.Tester("enrichr", 0.05, ((library, universe, gene_ids(genes, universe)),))
+    tester = layer_counts.Tester("enrichr", "hit", 0.05, (gene_ids(genes, universe),))
     with pytest.raises(InputError, match="does not fit the background"):
         tester.counted(ragged([[*range(3), *range(5, 25)][:22]]))
 

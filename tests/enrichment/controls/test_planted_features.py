@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
+from helpers import MadeUp, model_for, tiny_corpus, tiny_profile, tiny_transcoders
 
 from scfm_circuits import InputError
-from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.enrichment.controls import layer_counts, planted_features
 from scfm_circuits.enrichment.controls.planted_features import planted_statistics
 from scfm_circuits.enrichment.controls.tables import verdict_table
@@ -70,12 +69,8 @@ def test_the_controls_let_planted_features_pass_and_stop_random_ones(profile):
     terms |= {f"F{i}": [f"G{j}" for j in range(4 * i, 4 * i + 4)] for i in range(n_genes // 4)}
     library = gene_sets_from_dict("made up", terms)
 
-    class MadeUp:
-        occurring = Corpus.occurring
-
-    corpus = MadeUp()
-    corpus.symbols, corpus.gene = symbols, np.repeat(gene, 3)
-    corpus.place, corpus.mask = np.zeros(corpus.gene.size), np.ones(corpus.gene.size, bool)
+    stands = np.repeat(gene, 3)
+    corpus = MadeUp(symbols, stands, 0 * stands, stands >= 0)
     at_random = FeatureStatistics(10_000, fired, token, gene, pair_count,
                                   (layer_counts.sp.csr_matrix(fires),), np.zeros((1, 1)))
     planted, table = planted_statistics(at_random, corpus, [library], profile, n=20)

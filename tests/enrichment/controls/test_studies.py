@@ -169,7 +169,7 @@ def test_every_feature_has_its_best_term(parts, profile):
     live = statistics.live(profile.live_cut_table4)
     assert len(found.features) == live.sum()
     assert found.features["p_controls"].is_monotonic_increasing
-    symbols, rule = studies.occurring_symbols(corpus), RULES["corpus"]
+    symbols, rule = corpus.occurring_symbols, RULES["corpus"]
     for row in found.features[:10].itertuples():
         tables = [term_table(row.genes.split(), one, background=rule.background_for(symbols),
                              family=rule.family, odds=rule.odds) for one in libraries]

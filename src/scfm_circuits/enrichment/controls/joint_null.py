@@ -21,10 +21,11 @@ from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.compiled import n_threads
 from scfm_circuits.common.kept import kept_arrays, stamp_of
 from scfm_circuits.common.randomness import generator
-from scfm_circuits.enrichment.controls.layer_counts import FREQUENCY_BINS, Tester, testers
+from scfm_circuits.enrichment.controls.layer_counts import FREQUENCY_BINS, Tester, tester_of
 from scfm_circuits.enrichment.controls.tables import FEATURES
 from scfm_circuits.enrichment.gene_sets import GeneSets
 from scfm_circuits.enrichment.null_lists import Ragged, quantile_bins, ragged
+from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.features.baselines import DIRECTIONS
 from scfm_circuits.features.gene_lists import gene_list_ids
 from scfm_circuits.features.statistics import FeatureStatistics
@@ -68,7 +69,7 @@ def joint_null(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: 
     layers. Kept in `results/<profile>/controls/`.
     """
     lists, group = _lists(kinds, corpus, profile)
-    cells = _cells_with(corpus)
+    cells = corpus.cells_with
     n_layers = len(next(iter(kinds.values())).fired)
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(one).tobytes() for one in
                                      (lists.indptr, lists.ids, group, cells)))
@@ -77,7 +78,7 @@ def joint_null(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: 
                      libraries=[library.content_sha256 for library in libraries])
 
     def make() -> JointNull:
-        tester = next(one for one in testers(libraries, corpus, profile) if one.rule == "corpus")
+        tester = tester_of(RULES["corpus"], libraries, corpus, profile.fdr)
         return _relabelled(tuple(kinds), n_layers, lists, group, cells, tester, profile)
 
     return kept_arrays(profile.results / "controls" / f"joint_{profile.gene_rule}.npz", stamp, make,
@@ -104,12 +105,6 @@ def some_of(features: np.ndarray) -> np.ndarray:
     """At most MOST_LISTS of the features, evenly spaced."""
     places = np.linspace(0, len(features) - 1, min(MOST_LISTS, len(features))).astype(int)
     return features[places]
-
-
-def _cells_with(corpus: Corpus) -> np.ndarray:
-    """(n_genes,) in how many cells each gene stands."""
-    stands = corpus.gene[(corpus.place == 0) & corpus.mask]
-    return np.bincount(stands[stands >= 0], minlength=len(corpus.symbols))
 
 
 def relabelling(cells: np.ndarray, used: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -32,7 +32,7 @@ from scfm_circuits.common.kept import Stamp, kept_arrays, stamp_of
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment import kernels
 from scfm_circuits.enrichment.background import (
-    Background,
+    Family,
     GeneIds,
     encode_ids,
     gene_ids,
@@ -51,7 +51,7 @@ from scfm_circuits.enrichment.null_lists import (
     uniform_null,
 )
 from scfm_circuits.enrichment.over_representation import OverRepresentation, over_representation
-from scfm_circuits.enrichment.rules import RULES
+from scfm_circuits.enrichment.rules import RULES, Rule
 from scfm_circuits.features.gene_lists import MIN_FIRINGS, containment, gene_list_ids
 from scfm_circuits.features.statistics import FeatureStatistics
 
@@ -106,25 +106,25 @@ class Tester:
     """One rule on all libraries, for lists of the corpus's gene ids; safe to share by threads."""
 
     rule: str
+    family: Family
     alpha: float
-    parts: tuple[tuple[GeneSets, Background, GeneIds], ...]
+    genes: tuple[GeneIds, ...]
+    """The corpus's genes, library by library."""
 
     def tested(self, lists: Ragged) -> list[OverRepresentation]:
         """Everything about each list, library by library."""
-        family = RULES[self.rule].family
-        return [over_representation(encode_ids(lists, ids, library, universe), library,
-                                    background=universe, family=family, alpha=self.alpha)
-                for library, universe, ids in self.parts]
+        return [over_representation(encode_ids(lists, genes), genes.universe.library,
+                                    background=genes.universe, family=self.family,
+                                    alpha=self.alpha) for genes in self.genes]
 
     def counted(self, lists: Ragged) -> tuple[np.ndarray, np.ndarray]:
         """Whether each list is called by any library, and its smallest p; in one thread."""
         n = lists.lengths.size
         called, smallest = np.zeros(n, bool), np.ones(n)
         min_p, significant = np.empty(n), np.empty(n, np.int64)
-        for library, universe, ids in self.parts:
-            encoded = encode_ids(lists, ids, library, universe)
-            terms = universe.term_index
-            setting = universe.setting(RULES[self.rule].family, self.alpha)
+        for genes in self.genes:
+            encoded, terms = encode_ids(lists, genes), genes.universe.term_index
+            setting = genes.universe.setting(self.family, self.alpha)
             # Lists of one length share their tails.
             order = np.argsort(encoded.n_query, kind="stable")
             kernels.count_lists(order, encoded, terms, setting, kernels.scratch(terms), min_p,
@@ -136,20 +136,22 @@ class Tester:
         return called, smallest
 
 
+def tester_of(rule: Rule, libraries: Sequence[GeneSets], corpus: Corpus, alpha: float) -> Tester:
+    """A tester of the rule, for which the genes that occur are the background `corpus`."""
+    symbols, background = corpus.symbols.tolist(), rule.background_for(corpus.occurring_symbols)
+    known = []
+    for library in libraries:
+        universe = prepare_background(library, background)
+        # Computed here, once: threads would each do it for themselves.
+        _ = universe.term_index, universe.log_factorials
+        known.append(gene_ids(symbols, universe))
+    return Tester(rule.name, rule.family, alpha, tuple(known))
+
+
 def testers(libraries: Sequence[GeneSets], corpus: Corpus, profile: "Profile") -> list[Tester]:
-    """A tester for each rule shown; the rule `corpus` has the genes that occur as background."""
-    symbols = corpus.symbols.tolist()
-    occurring = corpus.symbols[corpus.occurring].tolist()
-    ready = []
-    for name in rules_shown(profile):
-        parts = []
-        for library in libraries:
-            universe = prepare_background(library, RULES[name].background_for(occurring))
-            # Computed here, once: threads would each do it for themselves.
-            _ = universe.term_index, universe.log_factorials
-            parts.append((library, universe, gene_ids(symbols, universe)))
-        ready.append(Tester(name, profile.fdr, tuple(parts)))
-    return ready
+    """A tester for each rule shown."""
+    return [tester_of(RULES[name], libraries, corpus, profile.fdr)
+            for name in rules_shown(profile)]
 
 
 class NullSource(NamedTuple):
@@ -201,24 +203,17 @@ def null_source(statistics: FeatureStatistics, layer: int, features: np.ndarray,
     fired = sp.csr_matrix(statistics.counts[layer][features][:, inside] @ by_token)
     contains = containment(statistics, corpus, profile)
     return NullSource(
-        Ragged(own.indptr, np.searchsorted(used, own.ids)), used,
-        _cells_with(used, corpus),
+        Ragged(own.indptr, np.searchsorted(used, own.ids)), used, corpus.cells_with[used],
         TokenCounts(fired.indptr, fired.indices, fired.data),
         token_families(token, place, counts,
                        contains=None if contains is None else contains[:, used]), profile)
-
-
-def _cells_with(used: np.ndarray, corpus: Corpus) -> np.ndarray:
-    """In how many cells some genes stand; how many tokens their names have does not matter."""
-    stands = corpus.gene[(corpus.place == 0) & corpus.mask]
-    return np.asarray(np.bincount(stands, minlength=used.max(initial=0) + 1)[used])
 
 
 def own_genes_kept(statistics: FeatureStatistics, corpus: Corpus, profile: "Profile"
                    ) -> dict[str, float]:
     """Mean share of the live features' own genes that null lists hold again, by kind of null."""
     used = np.unique(statistics.pair_gene[statistics.pair_gene >= 0])
-    occurrences = _cells_with(used, corpus)
+    occurrences = corpus.cells_with[used]
     shares: dict[str, list[np.ndarray]] = {"uniform": [], "frequency-matched": []}
     for layer in range(len(statistics.fired)):
         features = np.flatnonzero(statistics.live(profile.live_cut_table4)[layer])

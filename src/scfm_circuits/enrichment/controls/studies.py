@@ -6,7 +6,8 @@
 4. What is left as more is demanded (`demands`), and every feature's terms (`feature_tables`)?
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,22 +16,16 @@ import pandas as pd
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.intervals import wilson_interval
 from scfm_circuits.common.randomness import generator
-from scfm_circuits.enrichment.background import (
-    Background,
-    Family,
-    GeneIds,
-    encode_ids,
-    gene_ids,
-    prepare_background,
-)
 from scfm_circuits.enrichment.controls.joint_null import some_of
 from scfm_circuits.enrichment.controls.layer_counts import (
     BAND_DRAWS,
     NULLS,
     LayerControls,
+    Tester,
     get_controls,
     layer_controls,
     null_source,
+    tester_of,
     testers,
 )
 from scfm_circuits.enrichment.controls.planted_features import planted_statistics
@@ -44,7 +39,6 @@ from scfm_circuits.enrichment.controls.tables import (
 )
 from scfm_circuits.enrichment.gene_sets import GeneSets
 from scfm_circuits.enrichment.null_lists import Ragged, ragged, uniform_null
-from scfm_circuits.enrichment.over_representation import over_representation
 from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.enrichment.terms import top_terms
 from scfm_circuits.features.baselines import DIRECTIONS
@@ -56,8 +50,6 @@ if TYPE_CHECKING:
     from scfm_circuits.common.profile import Profile
 
 Baselines = Mapping[str, FeatureStatistics]
-Known = tuple[Background, GeneIds]
-"""A library with a background, and what these know the corpus's genes as."""
 
 PURITIES = (1.0, 0.5, 0.25)
 """Shares of a planted feature's genes that are its term's."""
@@ -65,13 +57,9 @@ _LISTS = {"top 10": ("top", 10), "top 30": ("top", 30), "top 100": ("top", 100),
           "half of the activations": ("share", 0), "all activating genes": ("all", 0)}
 
 
-def occurring_symbols(corpus: Corpus) -> list[str]:
-    """Symbols of the genes that occur in prompts."""
-    return corpus.symbols[corpus.occurring].tolist()
-
-
-def library_table(libraries: Sequence[GeneSets], symbols: Sequence[str]) -> pd.DataFrame:
+def library_table(libraries: Sequence[GeneSets], corpus: Corpus) -> pd.DataFrame:
     """One row per library: its size, its source, and how many of the corpus's genes it lacks."""
+    symbols = corpus.occurring_symbols
     return pd.DataFrame([{
         "library": one.name, "terms": len(one.terms), "genes": len(one.genes), "from": one.source,
         "corpus genes": len(symbols),
@@ -229,34 +217,30 @@ def choices(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Pr
     frequency-matched and of token-preserving lists of the trained features. Of other kinds and for
     draws at most MOST_LISTS lists a layer.
     """
-    symbols = occurring_symbols(corpus)
     rule = RULES[profile.enrichment_rule]
 
-    def known(background: int | Collection[str] | None) -> list[Known]:
-        universes = [prepare_background(one, background) for one in libraries]
-        return [(one, gene_ids(corpus.symbols.tolist(), one)) for one in universes]
+    def tester(**other: Any) -> Tester:
+        return tester_of(replace(rule, **other), libraries, corpus, profile.fdr)
 
-    own = known(rule.background_for(symbols))
-    tried: list[tuple[str, Profile, list[Known], Family, bool]] = [
-        (label, profile.model_copy(update=update), own, rule.family, True)
-        for label, update in _other_lists(profile, [one for one, _ in own], len(symbols)).items()]
-    tried += [(f"background {label}, BH over {family} terms", profile, backgrounds, family, False)
-              for label, backgrounds in (("20000", known(20_000)), ("corpus genes", known(symbols)))
-              for family in ("hit", "all")]
-    return pd.DataFrame([{
-        "choice": label, **_under(kinds, corpus, used, backgrounds, family, with_nulls)}
-        for label, used, backgrounds, family, with_nulls in tried])
+    own = tester()
+    tried = [(label, profile.model_copy(update=update), own, True)
+             for label, update in _other_lists(profile, own, len(corpus.occurring)).items()]
+    for label, other in (("20000", tester(background=20_000)),
+                         ("corpus genes", tester(background="corpus"))):
+        tried += [(f"background {label}, BH over {one.family} terms", profile, one, False)
+                  for one in (replace(other, family="hit"), replace(other, family="all"))]
+    return pd.DataFrame([{"choice": label, **_under(kinds, corpus, used, asked, with_nulls)}
+                         for label, used, asked, with_nulls in tried])
 
 
-def _other_lists(profile: "Profile", own: Sequence[Background], n_genes: int
-                 ) -> dict[str, dict[str, Any]]:
+def _other_lists(profile: "Profile", own: Tester, n_genes: int) -> dict[str, dict[str, Any]]:
     """What each choice of list changes in the profile."""
     found: dict[str, dict[str, Any]] = {
         f"list: {label}": {"list_rule": rule, "list_size": size or profile.list_size,
                            "list_share": 0.5}
         for label, (rule, size) in _LISTS.items()}
-    largest = max(int(one.sizes.max()) for one in own)
-    if n_genes + largest > min(one.total for one in own):
+    largest = max(int(one.universe.sizes.max()) for one in own.genes)
+    if n_genes + largest > min(one.universe.total for one in own.genes):
         del found["list: all activating genes"]  # no longer a draw from the background
     if profile.gene_score != "count":
         del found["list: half of the activations"]
@@ -273,7 +257,7 @@ def _other_lists(profile: "Profile", own: Sequence[Background], n_genes: int
 
 
 def _under(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Profile",
-           backgrounds: Sequence[Known], family: Family, with_nulls: bool) -> dict[str, Any]:
+           asked: Tester, with_nulls: bool) -> dict[str, Any]:
     """One row of `choices` but its name."""
     counts = {kind: np.zeros(2, np.int64) for kind in kinds}
     nulls = {kind: np.zeros(2, np.int64) for kind in NULLS[1:] if with_nulls}
@@ -284,7 +268,7 @@ def _under(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Pro
             if kind != FEATURES:
                 features = some_of(features)
             lists = ragged(gene_list_ids(statistics, layer, features, corpus, profile))
-            counts[kind] += len(lists.lengths), _called(lists, backgrounds, family, profile.fdr)
+            counts[kind] += len(lists.lengths), _called(lists, asked)
         if not nulls:
             continue
         statistics = kinds[FEATURES]
@@ -293,7 +277,7 @@ def _under(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Pro
         source = null_source(statistics, layer, features, given, corpus, profile)
         for kind, sums in nulls.items():
             drawn = source.draw(kind, rng, 1)
-            sums += len(drawn.lengths), _called(drawn, backgrounds, family, profile.fdr)
+            sums += len(drawn.lengths), _called(drawn, asked)
     live, hits = counts.pop(FEATURES)
     percentages = {kind: 100 * called / tested if tested else np.nan
                    for kind, (tested, called) in {**counts, **nulls}.items()}
@@ -301,12 +285,9 @@ def _under(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Pro
             "percentage": 100 * hits / live if live else np.nan, **percentages}
 
 
-def _called(lists: Ragged, backgrounds: Sequence[Known], family: Family, fdr: float) -> int:
+def _called(lists: Ragged, asked: Tester) -> int:
     """How many lists of gene ids have a significant term in any library."""
-    called = [over_representation(encode_ids(lists, ids, one.library, one), one.library,
-                                  background=one, family=family, alpha=fdr).n_significant > 0
-              for one, ids in backgrounds]
-    return int(np.any(called, axis=0).sum())
+    return int(np.any([one.n_significant > 0 for one in asked.tested(lists)], axis=0).sum())
 
 
 # --- would a good feature pass? ------------------------------------------------------------------
@@ -415,8 +396,8 @@ class FeatureTables(NamedTuple):
 def feature_tables(study: Table4Study, statistics: FeatureStatistics, corpus: Corpus,
                    profile: "Profile", libraries: Sequence[GeneSets]) -> FeatureTables:
     """Tokens, genes and best terms of every live feature under the gene rule `occurrence`."""
-    rule, symbols = RULES["corpus"], occurring_symbols(corpus)
-    tokens, genes, terms = [], [], []
+    rule = RULES["corpus"]
+    symbols, tokens, genes, terms = corpus.occurring_symbols, [], [], []
     for layer, one in enumerate(study.counted):
         tokens += top_tokens(statistics, layer, one.features, corpus)
         of_layer = gene_lists(statistics, layer, one.features, corpus, by_occurrence(profile))

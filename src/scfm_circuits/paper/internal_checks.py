@@ -1,13 +1,12 @@
 """The paper's own numbers, and what they say about one another.
 
-`read_paper` reads `data/paper/*.csv` (the exhibits exactly as printed); every function marked
-`@check` then tests the paper against itself: fractions, cuts, gene lists, the layers' pattern and
-the loss against the KL divergence. Sums that the paper does not print are nothing to test.
-`internal_values` runs them all; `claims` puts them into the ledger.
+`read_paper` reads `data/paper/*.csv` (the exhibits exactly as printed); `internal_values` tests the
+paper against itself, exhibit by exhibit: fractions, cuts, gene lists, the layers' pattern and the
+loss against the KL divergence. Sums that the paper does not print are nothing to test. `claims`
+puts the values into the ledger.
 """
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from scipy import stats
@@ -26,72 +25,40 @@ from scfm_circuits.paper.intervals import (
 Value = float | int | bool | str | None
 
 
-Check = Callable[[PaperTables], Value | dict[str, Value]]
-CHECKS: dict[str, Check] = {}
-
-
-def check(name: str) -> Callable[[Check], Check]:
-    """Register a check: its result is `internal.<name>`, or `internal.<name>.<key>` for a dict."""
-
-    def register(function: Check) -> Check:
-        if name in CHECKS:
-            raise ValueError(f"two checks are called {name}")
-        CHECKS[name] = function
-        return function
-
-    return register
-
-
 def internal_values(folder: str | Path | None = None) -> dict[str, Value]:
-    """All internal checks, computed from `data/paper/*.csv`: dotted key -> value."""
+    """All internal checks, computed from `data/paper/*.csv`: `internal.<name>` -> value."""
     paper = read_paper(folder)
-    values: dict[str, Value] = {}
-    for name, function in CHECKS.items():
-        result = function(paper)
-        if isinstance(result, dict):
-            values |= {f"internal.{name}.{key}": value for key, value in result.items()}
-        else:
-            values[f"internal.{name}"] = result
-    return values
+    found = _training(paper) | _table3(paper) | _table4(paper) | _case(paper)
+    return {f"internal.{name}": value for name, value in found.items()}
 
 
-# --- Tables 1 and 2 ----------------------------------------------------------------------------
-
-@check("excess_loss")
-def _excess_loss(paper: PaperTables) -> dict[str, Value]:
+def _training(paper: PaperTables) -> dict[str, Value]:
+    """Tables 1 and 2, and the width of a layer."""
     # For a calibrated original model, E[loss_modified - loss_original] = KL(original || modified).
     original = paper.loss["Original"]
-    return {
-        "transcoder": paper.loss["Transcoder"] - original,
-        "no_mlp": paper.loss["No MLP"] - original,
-    }
-
-
-# --- training ----------------------------------------------------------------------------------
-
-@check("width_is_expansion_times_model_width")
-def _width(paper: PaperTables) -> float:
-    return paper.settings["expansion"] * MODEL_WIDTH
+    return {"excess_loss.transcoder": paper.loss["Transcoder"] - original,
+            "excess_loss.no_mlp": paper.loss["No MLP"] - original,
+            "width_is_expansion_times_model_width": paper.settings["expansion"] * MODEL_WIDTH}
 
 
 # --- Table 3 -----------------------------------------------------------------------------------
 
-@check("table3_count")
-def _table3_count(paper: PaperTables) -> dict[str, Value]:
-    yes = int((paper.table3["gene_level_interpretable"] == "Yes").sum())
-    rows = len(paper.table3)
-    return {"rows": rows, "yes": yes, "share": yes / rows}
 
-
-@check("table3_all_live")
-def _table3_all_live(paper: PaperTables) -> bool:
-    return bool((paper.table3["log10_E_f"] >= paper.settings["live_cut_table3"]).all())
-
-
-@check("table3_ids_valid")
-def _table3_ids_valid(paper: PaperTables) -> bool:
-    ids = paper.table3["feature"]
-    return bool(ids.is_unique and ids.between(0, paper.settings["width"] - 1).all())
+def _table3(paper: PaperTables) -> dict[str, Value]:
+    table, ids, cut = paper.table3, paper.table3["feature"], paper.settings["live_cut_table3"]
+    yes = int((table["gene_level_interpretable"] == "Yes").sum())
+    found: dict[str, Value] = {
+        "table3_count.rows": len(table), "table3_count.yes": yes,
+        "table3_count.share": yes / len(table),
+        "table3_all_live": bool((table["log10_E_f"] >= cut).all()),
+        "table3_ids_valid": bool(ids.is_unique
+                                 and ids.between(0, paper.settings["width"] - 1).all())}
+    # A row is consistent if its feature is live and each gene it names contains its token.
+    for row in table.to_dict("records"):
+        token, genes = named_genes(row["activating_tokens"])
+        found[f"table3_row.{row['feature']}"] = (
+            row["log10_E_f"] >= cut and all(token in gene for gene in genes))
+    return found
 
 
 def named_genes(description: str) -> tuple[str, list[str]]:
@@ -110,93 +77,51 @@ def named_genes(description: str) -> tuple[str, list[str]]:
     return token, re.findall(r"\b[A-Z][A-Z0-9-]{2,}\b", where or "")
 
 
-@check("table3_row")
-def _table3_row(paper: PaperTables) -> dict[str, Value]:
-    """A row is consistent if its feature is live and each gene it names contains its token."""
-    result: dict[str, Value] = {}
-    for row in paper.table3.itertuples(index=False):
-        token, genes = named_genes(str(row.activating_tokens))
-        live = float(str(row.log10_E_f)) >= paper.settings["live_cut_table3"]
-        result[str(row.feature)] = live and all(token in gene for gene in genes)
-    return result
-
-
 # --- Table 4 -----------------------------------------------------------------------------------
 
-@check("table4_fractions")
-def _table4_fractions(paper: PaperTables) -> bool:
-    table = paper.table4
-    exact = 100 * table["interpretable"] / table["total"]
-    printed = table["interpretable"].astype(str) + "/" + table["total"].astype(str)
-    rounded = (exact - table["percentage"]).abs() <= 0.005 + 1e-9
-    return bool((printed == table["fraction"]).all() and rounded.all())
 
-
-@check("table4_layers")
-def _table4_layers(paper: PaperTables) -> int:
-    return int(paper.table4["layer"].nunique())
-
-
-@check("table4_pattern")
-def _table4_pattern(paper: PaperTables) -> dict[str, Value]:
-    """What the text says of the table's layers, from its counts, each with its interval."""
+def _table4(paper: PaperTables) -> dict[str, Value]:
     table = paper.table4
     percent = 100 * table["interpretable"] / table["total"]
+    printed = table["interpretable"].astype(str) + "/" + table["total"].astype(str)
+    rounded = (percent - table["percentage"]).abs() <= 0.005 + 1e-9
     shares = Shares.given(percent.to_list(), table["total"].to_list())
-    return {**layers_over(shares, 80).named("over_80"),
-            **layer0_difference(shares).named("layer0"),
-            **late_less_early(shares, len(table)).named("late_less_early")}
-
-
-@check("table4_rises_after_layer0")
-def _table4_rises_after_layer0(paper: PaperTables) -> bool:
-    later = paper.table4[paper.table4["layer"] > 0]
+    later = table[table["layer"] > 0]
     trend = stats.spearmanr(later["layer"], later["percentage"])
-    return bool(trend.statistic > 0 and trend.pvalue < 0.05)
-
-
-@check("table4_best_layer_of_all_features")
-def _table4_best_layer_of_all_features(paper: PaperTables) -> float:
-    """Percent of all features of a layer, not only of its live ones, in the best layer."""
-    return float(100 * paper.table4["interpretable"].max() / paper.settings["width"])
+    return {
+        "table4_fractions": bool((printed == table["fraction"]).all() and rounded.all()),
+        "table4_layers": int(table["layer"].nunique()),
+        # What the text says of the layers, from the counts, each with its interval.
+        **layers_over(shares, 80).named("table4_pattern.over_80"),
+        **layer0_difference(shares).named("table4_pattern.layer0"),
+        **late_less_early(shares, len(table)).named("table4_pattern.late_less_early"),
+        "table4_rises_after_layer0": bool(trend.statistic > 0 and trend.pvalue < 0.05),
+        # Percent of all features of a layer, not only of its live ones, in the best layer.
+        "table4_best_layer_of_all_features": float(
+            100 * table["interpretable"].max() / paper.settings["width"])}
 
 
 # --- Figures 1, 4, 5 and the case study --------------------------------------------------------
 
-@check("figure4")
-def _figure4(paper: PaperTables) -> dict[str, Value]:
-    genes = paper.prompt_genes
-    return {"count": len(genes), "distinct": len(set(genes)) == len(genes)}
 
-
-@check("circuit_genes")
-def _circuit_genes(paper: PaperTables) -> dict[str, Value]:
-    nodes = set(paper.circuit["gene"])
-    return {
-        "count": len(nodes),
-        "literature": int((paper.circuit["literature"] == "yes").sum()),
-        "figure1": set(paper.case["figure1_genes"].split(";")) <= nodes,
-    }
-
-
-@check("endothelial_genes")
-def _endothelial_genes(paper: PaperTables) -> dict[str, Value]:
-    """Do the nine hold more of the genes of their term than nine of the prompt's by luck?"""
+def _case(paper: PaperTables) -> dict[str, Value]:
+    genes, nodes, case = paper.prompt_genes, set(paper.circuit["gene"]), paper.case
+    # Do the nine hold more of the genes of their term than nine of the prompt's by luck?
     term = server_case().query("term != ''").iloc[0]
-    found = overlap(int(term["overlap"]), TERM_IN_PROMPT, len(paper.circuit),
-                    len(paper.prompt_genes))
-    return {} if found is None else {**found.beyond.named("beyond"), "told": found.told}
-
-
-@check("case_feature_valid")
-def _case_feature_valid(paper: PaperTables) -> bool:
-    return 0 <= int(paper.case["feature"]) < paper.settings["width"]
-
-
-@check("score_is_gsea")
-def _score_is_gsea(paper: PaperTables) -> bool:
-    # A GSEA enrichment score is a signed Kolmogorov-Smirnov-like deviation (Subramanian 2005).
-    return abs(float(paper.case["enrichment_score"])) <= 1
+    found = overlap(int(term["overlap"]), TERM_IN_PROMPT, len(paper.circuit), len(genes))
+    endothelial = {} if found is None else {
+        **found.beyond.named("endothelial_genes.beyond"), "endothelial_genes.told": found.told}
+    return {
+        "figure4.count": len(genes), "figure4.distinct": len(set(genes)) == len(genes),
+        "circuit_genes.count": len(nodes),
+        "circuit_genes.literature": int((paper.circuit["literature"] == "yes").sum()),
+        "circuit_genes.figure1": set(case["figure1_genes"].split(";")) <= nodes,
+        **endothelial,
+        "case_feature_valid": 0 <= int(case["feature"]) < paper.settings["width"],
+        # A GSEA enrichment score is a signed Kolmogorov-Smirnov-like deviation (Subramanian 2005).
+        "score_is_gsea": abs(float(case["enrichment_score"])) <= 1,
+        # Equal at the four decimals the paper prints.
+        "fdr_differs_from_p": abs(_implied_p(paper) - float(case["fdr"])) > 0.5e-4}
 
 
 def _implied_p(paper: PaperTables) -> float:
@@ -219,9 +144,3 @@ def _implied_p(paper: PaperTables) -> float:
                 high = middle
         implied.append(combined_score(2, term, query, low)[1])
     return max(implied, key=lambda p: abs(p - fdr))
-
-
-@check("fdr_differs_from_p")
-def _fdr_differs_from_p(paper: PaperTables) -> bool:
-    # Equal at the four decimals the paper prints.
-    return abs(_implied_p(paper) - float(paper.case["fdr"])) > 0.5e-4

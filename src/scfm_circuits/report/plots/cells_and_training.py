@@ -7,7 +7,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
 from scfm_circuits.report.plots.style import (
     BLUE,
@@ -16,8 +15,10 @@ from scfm_circuits.report.plots.style import (
     ORANGE,
     PURPLE,
     layer_colours,
+    legend_below,
     literal,
     panels,
+    plain_log,
     ticks,
 )
 from scfm_circuits.transcoders.validation import ALL, LATER
@@ -103,16 +104,14 @@ def transcoder_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
                       linewidth=1.2, label=f"layer {layer}")
         axis.set(ylabel=label, yscale=kind)
         if kind == "log":
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_locator(NullLocator())
+            plain_log(axis.yaxis)
     dead = axes[1, 1]
     dead.set_ylim(0, max(5.0, dead.get_ylim()[1]))
     for axis in axes[1]:
         axis.set(xlabel=f"training tokens ({unit}s)")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
     if n_layers <= 12:
-        figure.legend(handles, labels, loc="outside right upper", frameon=False)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper",
+                      frameon=False)
     return figure
 
 
@@ -179,5 +178,5 @@ def answers_by_layer(answers: pd.DataFrame) -> Figure:
                     [*map(str, ticks(n_layers)), *(names[one] for one in together)])
     axis.set(xlabel="layer", ylabel="answers that are right (%)", ylim=(-3, 103))
     axis.grid(axis="x", visible=False)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    legend_below(figure, 4)
     return figure

@@ -17,6 +17,7 @@ from scfm_circuits.report.plots.style import (
     ORANGE,
     PURPLE,
     RED,
+    legend_below,
     literal,
     panels,
     ticks,
@@ -42,8 +43,9 @@ def contribution_kinds(shares: Mapping[str, float], of: str = "the target's pre-
     return figure
 
 
-_MARKERS = {"feature": ("o", GREEN), "head": ("D", PURPLE), "embedding": ("s", GREY),
-            "error": ("X", RED), "logit": ("*", "black")}
+MARKERS = {"feature": ("o", GREEN), "head": ("D", PURPLE), "embedding": ("s", GREY),
+           "error": ("X", RED), "logit": ("*", "black")}
+"""The mark and colour of each kind of node."""
 _SIDE_BY_SIDE = 12
 """Nodes that fit beside each other across a picture of a circuit."""
 _NAMED = 12
@@ -77,7 +79,7 @@ def circuit_picture(circuit: "Circuit", texts: Sequence[str], genes: Sequence[st
         axis.plot(*zip(start, end, strict=True), color=BLUE if adds else ORANGE, alpha=0.55,
                   linewidth=0.5 + 6 * (share / top) ** 0.5, zorder=1)
     sizes = [sum(influence[node.id] for node in members) for members, _ in supernodes]
-    for kind, (marker, colour) in _MARKERS.items():
+    for kind, (marker, colour) in MARKERS.items():
         chosen = [(where, size) for (members, where), size in zip(supernodes, sizes, strict=True)
                   if members[0].kind == kind]
         if chosen:
@@ -106,7 +108,7 @@ def circuit_picture(circuit: "Circuit", texts: Sequence[str], genes: Sequence[st
     axis.set_yticks([-1, *range(n_layers)], ["embedding", *(f"layer {i}" for i in range(n_layers))])
     axis.set_xlim(-0.6, len(positions) - 0.4)
     axis.grid(axis="x", visible=False)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=11)
+    legend_below(figure, 4, fontsize=11)
     return figure
 
 
@@ -188,9 +190,9 @@ def faithfulness(frame: pd.DataFrame) -> Figure:
     axes[1].grid(axis="x", visible=False)
     labels = {"circuit": "the circuit", "same token": "others at the same tokens",
               "same size": "others of the same size", "none": "no feature (all at their means)"}
-    handles = [axes[0].scatter([], [], s=30, color=_CIRCUIT_COLOURS[kind]) for kind in kinds]
-    figure.legend(handles, [labels[kind] for kind in kinds], loc="outside lower center",
-                  ncols=len(kinds), frameon=False)
+    for kind in kinds:
+        axes[0].scatter([], [], s=30, color=_CIRCUIT_COLOURS[kind], label=labels[kind])
+    legend_below(figure, len(kinds))
     return figure
 
 
@@ -212,8 +214,7 @@ def predictions(effects: pd.DataFrame, singles: pd.DataFrame) -> Figure:
         axis.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(xlabel="predicted change / target", ylabel="measured change / target", title=title)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    legend_below(figure, 2)
     return figure
 
 
@@ -248,8 +249,7 @@ def task_curves(curve: pd.DataFrame) -> Figure:
         axis.set_xticks(shares, [f"1/{round(1 / share)}" for share in shares])
         axis.set(title=f"others at {others}", xlabel="share of the firing features kept",
                  ylabel="% of the right answers kept", ylim=(0, 104))
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    legend_below(figure, 3)
     return figure
 
 
@@ -286,8 +286,7 @@ def circuit_flow(flow: pd.DataFrame) -> Figure:
         axis.set(title=title, xlabel="layer", xlim=(-3.6, n_layers - 0.4))
         axis.grid(axis="x", visible=False)
     axes[0].set_ylabel("% of the target's contributions")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    legend_below(figure, 3)
     return figure
 
 

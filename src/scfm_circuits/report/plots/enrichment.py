@@ -17,6 +17,7 @@ from scfm_circuits.report.plots.style import (
     ORANGE,
     PURPLE,
     RED,
+    legend_below,
     literal,
     panels,
     ticks,
@@ -66,9 +67,7 @@ def share_with_controls(frame: pd.DataFrame, joint: pd.DataFrame,
         axis.set(title=_RULE_TITLES.get(rule, literal(rule)) + f"\ngenes by {literal(gene_rule)}",
                  xlabel="layer", ylim=(-3, 105), xticks=ticks(n_layers))
     axes[0].set_ylabel("lists called interpretable (%)")
-    named = {label: handle for axis in axes
-             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, frameon=False)
+    legend_below(figure, 3)
     return figure
 
 
@@ -104,7 +103,7 @@ def table4_with_nulls(shares: pd.DataFrame, profile: "Profile",
     at = "" if paper is None else " (the paper's at the same relative depth)"
     axis.set(xlabel=f"layer{at}", ylabel="lists called interpretable (%)", ylim=(0, 103),
              xticks=ticks(n_layers))
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=11)
+    legend_below(figure, 2, fontsize=11)
     return figure
 
 
@@ -143,5 +142,5 @@ def beyond_controls(layers: Sequence[int], called: Mapping[str, Sequence[float]]
             axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
     axis.set(xlabel="layer", ylabel="% of live features", ylim=(0, 110), xticks=list(layers))
     axis.grid(axis="x", visible=False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    legend_below(figure, 2)
     return figure

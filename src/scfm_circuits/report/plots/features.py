@@ -10,7 +10,16 @@ from scfm_circuits.features.known_truth import ALWAYS, TRANSCODERS
 from scfm_circuits.features.unit_scores import AUROC, F1
 from scfm_circuits.interpretability.deck import FEATURE, RANDOM, UNTRAINED
 from scfm_circuits.interpretability.scores import EITHER, FAMILY, GENE, NONE, SUB_WORD
-from scfm_circuits.report.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, panels, ticks
+from scfm_circuits.report.plots.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    legend_below,
+    panels,
+    ticks,
+)
 
 SHOWN = {GENE: BLUE, FAMILY: GREEN, EITHER: PURPLE, SUB_WORD: ORANGE, NONE: GREY}
 """Verdicts in the order in which bars are stacked, with their colours."""
@@ -39,8 +48,7 @@ def explained_per_layer(shares: pd.DataFrame) -> Figure:
     axes[0].set(ylabel="% of those with a verdict")
     for axis in axes[1:]:
         axis.set(yticklabels=[])
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
-                  frameon=False)
+    legend_below(figure, 5)
     return figure
 
 
@@ -63,8 +71,7 @@ def prediction_by_kind(features: pd.DataFrame, decoys: pd.DataFrame) -> Figure:
         axis.set(title=f"up to three {title}", xlabel="F1 on held-out cells of at least",
                  xlim=(0, 1), ylim=(0, 100))
     axes[0].set(ylabel="% of features")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
-                  frameon=False)
+    legend_below(figure, 3)
     return figure
 
 
@@ -86,7 +93,7 @@ def l0_per_layer(mean: np.ndarray, quantiles: np.ndarray,
                       color="black", capsize=4, label="the paper's layer 12, from its tables")
     axis.set(xlabel="layer", ylabel="active features\nper token (L0)", ylim=(0, None),
              xticks=ticks(len(mean)))
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=11)
+    legend_below(figure, 2, fontsize=11)
     return figure
 
 
@@ -149,6 +156,5 @@ def known_truth_scores(summary: pd.DataFrame) -> Figure:
     axes[0][0].invert_yaxis()
     for axis in axes[-1]:
         axis.set_xlabel("on held-out cells")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
-                  frameon=False)
+    legend_below(figure, 2)
     return figure

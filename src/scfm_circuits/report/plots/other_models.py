@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scfm_circuits.circuits.origins import EVERY, GENE, PARTS, STATE
-from scfm_circuits.report.plots.style import BLUE, GREY, ORANGE, literal, panels
+from scfm_circuits.report.plots.style import BLUE, GREY, ORANGE, legend_below, literal, panels
 
 
 def parts_of_readings(parts: pd.DataFrame, case_type: str) -> Figure:
@@ -20,8 +20,7 @@ def parts_of_readings(parts: pd.DataFrame, case_type: str) -> Figure:
     _panel(right, parts[(parts["question"] == STATE) & (parts["cell_type"] == case_type)], "share_")
     right.set_xlabel("share of the distance to\nother cells' mean embedding")
     right.tick_params(labelleft=False)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", frameon=False)
+    legend_below(figure)
     return figure
 
 

@@ -10,7 +10,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from scfm_circuits.report.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, literal
+from scfm_circuits.report.plots.circuits import MARKERS
+from scfm_circuits.report.plots.style import BLUE, ORANGE, literal
 
 if TYPE_CHECKING:
     from scfm_circuits.circuits.circuit import Circuit, Node
@@ -22,8 +23,6 @@ LONGEST_GENE = 12
 MAX_EDGES = 45
 _STEP = 1.15
 """Height of a layer of the circuit, in rows of the sentence."""
-_MARKS = {"feature": ("o", GREEN), "head": ("D", PURPLE), "error": ("X", RED),
-          "embedding": ("s", GREY)}
 
 Place = tuple[float, float]
 
@@ -141,7 +140,7 @@ def _draw_circuit(axis: Axes, traced: Traced, layers: list[list["Node"]],
                       color=BLUE if weight > 0 else ORANGE,
                       linewidth=0.4 + 2.6 * (share / most) ** 0.5)
     drawn = [node for nodes in layers for node in nodes] + [circuit.nodes[circuit.target]]
-    for kind, (mark, colour) in {**_MARKS, "logit": ("*", "black")}.items():
+    for kind, (mark, colour) in MARKERS.items():
         chosen = [node for node in drawn if node.kind == kind]
         if chosen:
             x, y = zip(*(place[node.id] for node in chosen), strict=True)

@@ -16,6 +16,7 @@ from scfm_circuits.report.plots.style import (
     GREY,
     ORANGE,
     PURPLE,
+    legend_below,
     literal,
     panels,
 )
@@ -52,8 +53,7 @@ def steering_curves(curve: pd.DataFrame, label: str) -> Figure:
     axes[0].set(ylabel="nats gained", title=f"log-odds of {literal(label, 24)}")
     axes[1].set(ylabel="% of the cells", ylim=(-3, 103), title="called so")
     axes[2].set(ylabel="nats per token of a gene", title="what it costs")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
-                  frameon=False)
+    legend_below(figure, 3)
     return figure
 
 
@@ -82,5 +82,5 @@ def concept_scores(table: pd.DataFrame) -> Figure:
     axis.set_yticks(range(len(concepts)), [literal(concept, 48) for concept in concepts])
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    legend_below(figure, 3)
     return figure

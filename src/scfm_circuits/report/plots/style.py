@@ -8,10 +8,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.legend import Legend
-from matplotlib.ticker import FixedFormatter, FuncFormatter
+from matplotlib.ticker import FixedFormatter, FuncFormatter, LogLocator, NullLocator
 
 sns.set_theme(context="notebook", style="whitegrid", palette="colorblind",
               rc={"figure.dpi": 100, "axes.titlesize": "medium", "axes.titleweight": "bold"})
@@ -27,6 +28,26 @@ def panels(n: int, *, width: float = 4.4, height: float = 3.4) -> tuple[Figure, 
     """A figure of n panels side by side; width and height of one in inches."""
     figure, axes = plt.subplots(1, n, figsize=(width * n, height), constrained_layout=True)
     return figure, np.atleast_1d(axes).tolist()
+
+
+def legend_below(figure: Figure, columns: int = 1, **options: Any) -> None:
+    """One legend for all panels, below them, which names what they have in common once."""
+    named = _named(figure)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns,
+                  frameon=False, **options)
+
+
+def _named(figure: Figure) -> dict[str, Any]:
+    """What a legend shows beside each name that the figure's panels have."""
+    return {label: handle for axis in figure.axes for handle, label in zip(
+        *axis.get_legend_handles_labels(), strict=True)}
+
+
+def plain_log(scale: Axis) -> None:
+    """Few marks on a logarithmic scale, as plain numbers."""
+    scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    scale.set_major_formatter("{x:g}")
+    scale.set_minor_locator(NullLocator())
 
 
 def narrow(figure: Figure) -> bool:
@@ -59,8 +80,7 @@ def narrow(figure: Figure) -> bool:
                                (0.6 if len(placed) < len(figure.axes) else 1) * height)
     labels = [text.get_text() for legend in legends for text in legend.get_texts()]
     # Of a point with an interval a legend holds the line alone; the panel has both.
-    both = {label: handle for axis in figure.axes for handle, label in zip(
-        *axis.get_legend_handles_labels(), strict=True)}
+    both = _named(figure)
     drawn = [handle for legend in legends for handle in legend.legend_handles]
     handles = [both.get(label, handle) for label, handle in zip(labels, drawn, strict=True)
                if handle is not None]

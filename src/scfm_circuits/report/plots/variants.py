@@ -10,9 +10,18 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from scfm_circuits.report.plots.style import BLUE, BROWN, GREEN, GREY, ORANGE, PURPLE, literal
+from scfm_circuits.report.plots.style import (
+    BLUE,
+    BROWN,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    literal,
+    plain_log,
+)
 
 _STYLES = {"relu": (BLUE, "o"), "jumprelu": (GREEN, "D"), "topk": (ORANGE, "s"),
            "batchtopk": (PURPLE, "^"), "relu_skip": (BLUE, "P"), "topk_skip": (ORANGE, "X"),
@@ -43,9 +52,7 @@ def variants(table: pd.DataFrame, layers: pd.DataFrame, rule: str) -> Figure:
     scatter.set(xscale="log", yscale="log", xlabel="active features per token (L0), held-out cells",
                 ylabel="FVU, held-out cells")
     for scale in (scatter.xaxis, scatter.yaxis):
-        scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        scale.set_major_formatter("{x:g}")
-        scale.set_minor_locator(NullLocator())
+        plain_log(scale)
     scatter.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     first = figure.add_subplot(grid[1, 0])
     second, third = (figure.add_subplot(grid[1, i], sharey=first) for i in (1, 2))

@@ -42,23 +42,12 @@ import numpy as np
 import pandas as pd
 
 from scfm_circuits.cells.packaged import caveats
-from scfm_circuits.cells.tokens import question
+from scfm_circuits.cells.tokens import written
 from scfm_circuits.common.encodings import RANK_VALUE
 from scfm_circuits.common.profile import PACKAGED_CELLS
-from scfm_circuits.models.known_types import (
-    COMMONEST,
-    ENOUGH,
-    MODEL,
-    RANKS,
-    REDRAWN,
-    REGRESSION,
-)
+from scfm_circuits.models.known_types import COMMONEST, ENOUGH, MODEL, RANKS, REDRAWN, REGRESSION
 from scfm_circuits.report.chapter import open_chapter
-from scfm_circuits.report.plots.cells_and_training import (
-    cells_per_type,
-    confusion_matrix,
-    training_curve,
-)
+from scfm_circuits.report.plots import cells_and_training as plots
 
 chapter = open_chapter("01_cells_and_model", profile, overrides)
 corpus = chapter.corpus
@@ -87,7 +76,7 @@ chapter.table("cell_types", types.sort_values("cells", ascending=False, ignore_i
               caption="Cells of each type")
 
 # %% mystnb={"image": {"alt": "Bars of the number of cells of each type, training and held-out cells stacked."}, "figure": {"caption": "Cells of each type, and how many of them are held out.", "name": "fig-cells"}} tags=["unfold"]
-chapter.figure("cells_per_type", cells_per_type(corpus.labels, corpus.held_out))
+chapter.figure("cells_per_type", plots.cells_per_type(corpus.labels, corpus.held_out))
 
 # %%
 chapter.warning(caveats(corpus) if chapter.profile.cells == PACKAGED_CELLS else None)
@@ -126,8 +115,7 @@ cell = int(np.flatnonzero(corpus.held_out & (corpus.labels == chapter.profile.ca
 n_genes = (corpus.place == 0).sum(axis=1)
 chapter.values({"k": chapter.profile.genes_per_cell, "n_genes_in_prompt": n_genes[cell]},
                prefix="cells.")
-print(question(chapter.profile).replace("{genes}", " ".join(corpus.genes_of(cell)))
-      + chapter.profile.response.replace("{label}", str(corpus.labels[cell])) if in_words
+print(written(chapter.profile, corpus.genes_of(cell), corpus.labels[cell]) if in_words
       else " ".join(corpus.pieces(cell)))
 
 # %% [markdown]
@@ -190,7 +178,7 @@ chapter.show(pd.DataFrame([
 ], columns=["setting", "this run"]), caption="How the model was trained") if curve.step else None
 
 # %% mystnb={"image": {"alt": "Line of the language model's training loss falling with steps; empty if the model was loaded."}, "figure": {"caption": "Training loss of the small language model (a model that was loaded has no curve).", "name": "fig-lm"}}
-chapter.figure("language_model_training", training_curve(curve.step, curve.loss))
+chapter.figure("language_model_training", plots.training_curve(curve.step, curve.loss))
 
 # %% [markdown]
 # ### What does it know about the cells?
@@ -256,7 +244,7 @@ chapter.table("cell_type_answers", by_type, digits=3, caption="Answers for held-
 
 # %% mystnb={"image": {"alt": "Heat map of true types against the model's answers for held-out cells, each row coloured by its shares, with the numbers of cells."}, "figure": {"caption": "What the model answers (columns, numbered as the rows) for held-out cells of each type (rows, with their number of cells). Colour: share of the row. On the diagonal the answer is right.", "name": "fig-confusion"}} tags=["unfold"]
 confusion = pd.DataFrame(known.confusion).set_index("cell type")
-chapter.figure("cell_type_confusion", confusion_matrix(confusion))
+chapter.figure("cell_type_confusion", plots.confusion_matrix(confusion))
 
 # %%
 chapter.table("cell_type_confusion", confusion.reset_index(), rows=0,

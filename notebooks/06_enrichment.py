@@ -44,17 +44,10 @@ overrides: dict = {}
 
 # %%
 from scfm_circuits.enrichment import prerank
-from scfm_circuits.enrichment.controls import joint_null, studies
-from scfm_circuits.enrichment.controls.layer_counts import ENOUGH, own_genes_kept
-from scfm_circuits.enrichment.controls.tables import single_controls
+from scfm_circuits.enrichment.controls import joint_null, layer_counts, studies, tables
 from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.report.chapter import open_chapter
-from scfm_circuits.report.plots.enrichment import (
-    beyond_controls,
-    share_with_controls,
-    table4_with_nulls,
-)
-from scfm_circuits.report.tables import library_title
+from scfm_circuits.report.plots import enrichment as plots
 
 chapter = open_chapter("06_enrichment", profile, overrides)
 settings = chapter.profile
@@ -66,7 +59,6 @@ chapter.library_warnings()
 
 # %%
 corpus, libraries = chapter.corpus, chapter.libraries
-symbols = studies.occurring_symbols(corpus)
 
 # %%
 statistics, baselines = chapter.statistics, chapter.baselines
@@ -93,7 +85,7 @@ chapter.value("enrichment.statement", RULES[settings.enrichment_rule].statement)
 table4, paper = study.table, None if stand_in else chapter.paper.table4
 chapter.table("table4", table4, rows=0, caption="Live and interpretable features of each layer")
 chapter.values({"stand_in": stand_in,
-                "libraries": ", ".join(library_title(one.name) for one in libraries)},
+                "libraries": ", ".join(one.title for one in libraries)},
                prefix="enrichment.")
 chapter.value("table4.layout", "This run alone, with other gene sets than the paper's." if stand_in
               else "First this run, then the paper's layer at the same relative depth.")
@@ -103,7 +95,7 @@ chapter.show(studies.beside_paper(table4, paper), caption="Table 4 of this run u
 # %% mystnb={"image": {"alt": "Percentage of gene lists called interpretable against layer: the features of this run, the paper's, a grey band for lists of random genes and tokens, and an orange band for features that no dictionary learning on this model made."}, "figure": {"caption": "Table 4 as one picture, by the paper's likely rule. Bands go from the lowest to the highest of their kind, with 95 % intervals. Orange: an encoder without training, a model with random weights, single neurons, principal components. Grey: lists of random genes and tokens.", "name": "fig-table4"}}
 shares = studies.by_gene_rule(study, settings)
 percentages = None if paper is None else paper["percentage"].to_numpy()
-chapter.figure("table4", table4_with_nulls(shares, settings, percentages))
+chapter.figure("table4", plots.table4_with_nulls(shares, settings, percentages))
 
 # %%
 for row in table4.itertuples():
@@ -131,7 +123,7 @@ chapter.value("table4.paper_percentage", printed, "." if printed is None else
 # {glue:text}`controls.libraries`, {glue:text}`enrichment.n_terms` terms.
 
 # %%
-used = studies.library_table(libraries, symbols)
+used = studies.library_table(libraries, corpus)
 chapter.table("gene_set_libraries", used, rows=0, caption="Libraries with their source and checksum")
 chapter.show(used.drop(columns=["from", "sha256"]), caption="Libraries used on this page; symbols are "
              "compared in upper case, terms of every size are tested")
@@ -147,7 +139,7 @@ chapter.show(used.drop(columns=["from", "sha256"]), caption="Libraries used on t
 joint = joint_null.joint_study(statistics, others, corpus, settings, libraries)
 
 # %% mystnb={"image": {"alt": "One panel per choice of rules: percentage of lists called interpretable against layer, as a thick line for the trained features, thin lines for three kinds of null lists, points for four kinds of other features, and a band for relabelled genes."}, "figure": {"caption": "Share of lists called interpretable, layer by layer. The thick line is the trained features; thin lines are null lists; points are features that no dictionary learning on this model made, with 95 % intervals; the band holds 95 % of what the trained features' own lists score when the genes have exchanged their names. enrichr is the rule that the paper most likely used, corpus takes the corpus as background and every term into the correction.", "name": "fig-controls"}}
-chapter.figure("table4_controls", share_with_controls(shares, joint.shares, percentages))
+chapter.figure("table4_controls", plots.share_with_controls(shares, joint.shares, percentages))
 
 # %% [markdown]
 # Under the rule `enrichr`, the paper's most likely one, {glue:text}`controls.enrichr.features` of the
@@ -184,10 +176,10 @@ chapter.figure("table4_controls", share_with_controls(shares, joint.shares, perc
 # lists of a layer together ({glue:text}`controls.draws` times).
 
 # %% tags=["fold:Every control in numbers"]
-for kind, share in own_genes_kept(statistics, corpus, settings).items():
+for kind, share in layer_counts.own_genes_kept(statistics, corpus, settings).items():
     chapter.percent(f"controls.kept.{kind}", share)
-chapter.values({"draws": settings.null_draws, "band_draws": study.band_draws, "enough": ENOUGH},
-               prefix="controls.")
+chapter.values({"draws": settings.null_draws, "band_draws": study.band_draws,
+                "enough": layer_counts.ENOUGH}, prefix="controls.")
 chapter.table("table4_shares", shares, rows=0, caption="Share of lists called interpretable, of the "
               "features and of every control, by rule and layer")
 chapter.table("table4_joint", joint.shares, rows=0, caption="The same share beside that of the same "
@@ -215,7 +207,7 @@ for rule, column in by_rule.items():
     chapter.rounded(f"controls.lead.{rule}", float(together.lead[rule]), 1)
 chapter.rounded("table4.corpus_percentage", float(by_rule.loc["features", "corpus"]), 1)
 chapter.value("controls.libraries", ", ".join(
-    library_title(one.name) + (" (bundled)" if one.source == "bundled" else "") for one in libraries))
+    one.title + (" (bundled)" if one.source == "bundled" else "") for one in libraries))
 for gene_rule in ("token", "occurrence"):
     for kind in ("re-initialised model", *joint_null.SAME_MODEL):
         chapter.value(f"ahead.{gene_rule}.{kind.replace(' ', '-')}", *joint.ahead(gene_rule, kind))
@@ -282,7 +274,7 @@ chapter.table("table4_choices", choices, digits=3, caption="Share called interpr
 left = studies.demands(study.verdicts, len(table4), settings.fdr)
 
 # %% mystnb={"image": {"alt": "Bars per layer: percentage of live features left as more is demanded, from a term under the paper's likely rule to beating all controls."}, "figure": {"caption": "What is left of the live features, layer by layer, as more is demanded of them (gene rule occurrence).", "name": "fig-beyond"}}
-chapter.figure("table4_beyond", beyond_controls(list(range(len(table4))), left))
+chapter.figure("table4_beyond", plots.beyond_controls(list(range(len(table4))), left))
 
 # %%
 p = study.verdicts["p_controls"]
@@ -309,7 +301,7 @@ chapter.value("controls.commonest_count", int(commonest.iloc[0]) if len(ahead) e
 # ({glue:text}`controls.beyond_percentage` %) are beyond all controls after correction over the features.
 
 # %% tags=["fold:Each control by itself"]
-singles = single_controls(study.verdicts, settings.fdr)
+singles = tables.single_controls(study.verdicts, settings.fdr)
 chapter.table("table4_single_controls", singles, digits=3, caption="Features ahead of each control by "
               f"itself, uncorrected (p < {settings.fdr:g})")
 

@@ -45,25 +45,16 @@ overrides: dict = {}
 # %%
 import pandas as pd
 
-from scfm_circuits import InputError
-from scfm_circuits.cells.tokens import question
-from scfm_circuits.circuits import attribution, circuit, exports, search
+from scfm_circuits.cells.tokens import written
+from scfm_circuits.circuits import attribution, case_targets, circuit, exports
 from scfm_circuits.circuits.calls import calls_of, sums_by_source
 from scfm_circuits.circuits.case_study import case_study
-from scfm_circuits.circuits.case_targets import (
-    DRAWS,
-    call_features,
-    case_targets,
-    marker_genes,
-    target_elsewhere,
-)
 from scfm_circuits.circuits.graph_scores import graph_study
 from scfm_circuits.paper import case as printed_case
-from scfm_circuits.report.boxes.explorer import Explored, explore, further_calls
+from scfm_circuits.report.boxes import explorer
 from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.plots import circuits as plots
-from scfm_circuits.report.plots.sentence import ON_A_PHONE, Traced, call_sentence
-from scfm_circuits.report.tables import library_title
+from scfm_circuits.report.plots import sentence
 
 chapter = open_chapter("07_endothelial_case_study", profile, overrides, exact=True)
 settings, corpus = chapter.profile, chapter.corpus
@@ -91,7 +82,8 @@ chapter.values({
 
 # %%
 library = chapter.library(settings.case_library)
-targets = case_targets(chapter.model, chapter.transcoders, corpus, settings, study, library)
+targets = case_targets.case_targets(chapter.model, chapter.transcoders, corpus, settings, study,
+                                    library)
 frozen, asked = targets.frozen, calls.call(case, study.prediction)
 call = targets.call(asked)
 by_gene = calls.by_gene(frozen, asked, case.genes)
@@ -155,13 +147,13 @@ chapter.percent("call.prompt_token_share", float((call.nodes["gene"] == "").mean
 # chosen too.
 
 # %%
-explore(chapter, [
-    Explored("call", f"{study.prediction}: the call of this chapter", "The cell of this chapter: "
-             "what led to its call.", call.circuit, case.texts, case.genes,
-             f"call: {study.prediction}"), *further_calls(
-                 calls, chapter.transcoders, but=study.prediction)], library,
-        caption="The circuit of the call to explore: layers upwards, tokens along; the "
-        "larger a node, the more of the target's contributions pass through it")
+explorer.explore(chapter, [
+    explorer.Explored("call", f"{study.prediction}: the call of this chapter",
+                      "The cell of this chapter: what led to its call.", call.circuit, case.texts,
+                      case.genes, f"call: {study.prediction}"),
+    *explorer.further_calls(calls, chapter.transcoders, but=study.prediction)], library,
+    caption="The circuit of the call to explore: layers upwards, tokens along; the "
+    "larger a node, the more of the target's contributions pass through it")
 
 # %%
 scan = f"scfm-{settings.name}"
@@ -171,16 +163,16 @@ exports.save_both(settings.results, "call", call.circuit, case.texts, case.genes
 
 # %% mystnb={"image": {"alt": "The cell's sentence, gene by gene, tinted by the direct contribution of its tokens to the call; above it the circuit of the call, layers upwards, with the answer on top."}, "figure": {"caption": "The cell as the model read it. Blue genes speak for the call and orange ones against it, the stronger the colour the more. Above, the circuit of the call: heads (diamonds, with a dotted line to what they read), features (circles) and what the transcoders leave unexplained (crosses), layers upwards.", "name": "fig-call-sentence"}}
 drawn = (genes, dict(zip(by_gene["gene"], by_gene["contribution"], strict=True)), study.prediction,
-         Traced(call.circuit, case.genes))
-chapter.figure("call_sentence", call_sentence(*drawn), call_sentence(*drawn, columns=ON_A_PHONE))
+         sentence.Traced(call.circuit, case.genes))
+chapter.figure("call_sentence", sentence.call_sentence(*drawn),
+               sentence.call_sentence(*drawn, columns=sentence.ON_A_PHONE))
 
 # %% [markdown]
 # {glue:text}`call.tint`
 # {doc}`08_controls` takes each gene out and says without which one the call loses most.
 
 # %% tags=["fold:The prompt and where the call is read in it"]
-print(question(settings).replace("{genes}", " ".join(genes)) + settings.response.replace(
-    "{label}", study.prediction) if settings.in_words else " ".join(case.texts))
+print(written(settings, genes, study.prediction) if settings.in_words else " ".join(case.texts))
 
 # %% [markdown]
 # The case study of this profile is about the type {glue:text}`case.type`. The sentence traced is
@@ -302,7 +294,7 @@ for end, share in graph.ends.items():
 # networkx read.
 
 # %% tags=["fold:A feature of the last layer that tells this type from the others"]
-specific = call_features(chapter.model, chapter.transcoders, corpus, settings, study.truth)
+specific = case_targets.call_features(chapter.model, chapter.transcoders, corpus, settings, study.truth)
 asking = case.answer_start - 1
 active = frozen.activations[last, asking, specific["feature"].to_numpy(int)].cpu().numpy() > 0
 chosen = specific[active].head(1)
@@ -334,7 +326,7 @@ for name in ("auroc", "held_out_auroc"):
 # held-out cells.
 
 # %%
-gene = calls.gene_call(case, marker_genes(library, settings.case_type))
+gene = calls.gene_call(case, case_targets.marker_genes(library, settings.case_type))
 of_gene = targets.of_gene(gene, chapter.transcoders) if gene else None
 
 # %% [markdown] tags=["only-if:gene.asked"]
@@ -371,10 +363,7 @@ chapter.table("gene_nodes", of_gene.nodes, rows=10, caption="The most influentia
 # {glue:text}`case.after_the_call`
 
 # %%
-strongest = search.strongest_features(frozen, last, position, 8)
-if not strongest:
-    raise InputError("No feature of the last layer is active at the target token; lower "
-                     "`l1_coefficient` or train on more tokens.")
+strongest = targets.strongest(8)
 traced = targets.feature(last, strongest[0], position)
 
 # %% tags=["fold:The target's contributions add up; those of the paper's Equation 5 do not"]
@@ -387,8 +376,8 @@ chapter.table("case_features", pd.DataFrame({
 }), caption="Most active features of the last layer at that token")
 
 # %%
-elsewhere = target_elsewhere(chapter.model, chapter.transcoders, corpus, settings, last,
-                             strongest[0])
+elsewhere = case_targets.target_elsewhere(chapter.model, chapter.transcoders, corpus, settings, last,
+                                          strongest[0])
 chapter.percent("case.same_target", elsewhere.share)
 chapter.values({"n_types": elsewhere.types, "same_target_types": elsewhere.same_types,
                 "target_is": elsewhere.called}, prefix="case.")
@@ -444,9 +433,9 @@ chapter.figure("figure5_circuit", plots.circuit_picture(traced.circuit, case.tex
                                                         last + 1))
 
 # %%
-explore(chapter, [Explored("case_study", "the paper's target", "", traced.circuit, case.texts,
-                           case.genes)], library,
-        caption="The circuit of the paper's target to explore")
+explorer.explore(chapter, [explorer.Explored("case_study", "the paper's target", "", traced.circuit,
+                                             case.texts, case.genes)], library,
+                 caption="The circuit of the paper's target to explore")
 
 # %%
 exports.save_both(settings.results, "case_study", traced.circuit, case.texts, case.genes,
@@ -492,29 +481,28 @@ chapter.show(rows.drop(columns=["nodes", "terms_below", "random_below"]), digits
 # about the circuit.
 
 # %% tags=["fold:The nodes and genes of each circuit"]
-def of_all(parts):
-    return pd.concat([part.assign(target=name)[["target", *part]] for name, part in parts.items()],
-                     ignore_index=True)
+def of_all(table):
+    tables = {name: table(one) for name, one in traced_all.items()}
+    return pd.concat(tables, names=["target"]).reset_index("target")
 
 
-nodes = of_all({name: one.nodes for name, one in traced_all.items()})
+nodes = of_all(lambda one: one.nodes)
 chapter.table("circuit_nodes", nodes, rows=0, caption="The nodes of each circuit with all their numbers")
 chapter.show(nodes.groupby("target", sort=False).head(7)[
     ["target", "kind", "layer", "feature", "token", "gene", "influence"]], digits=2,
     caption="The most influential nodes of each circuit")
 
 # %%
-chapter.table("circuit_edges", of_all({
-    name: circuit.edge_table(one.circuit) for name, one in traced_all.items()}), rows=0,
-    caption="The edges of each circuit")
+chapter.table("circuit_edges", of_all(lambda one: circuit.edge_table(one.circuit)), rows=0,
+              caption="The edges of each circuit")
 
 # %%
-chapter.table("circuit_expansions", of_all({
-    name: circuit.expansion_table(one.circuit) for name, one in traced_all.items()}), rows=0,
-    caption="Closure: kept edges, biases and the parts not kept add up to each node's value")
+chapter.table("circuit_expansions", of_all(lambda one: circuit.expansion_table(one.circuit)),
+              rows=0, caption="Closure: kept edges, biases and the parts not kept add up to each "
+              "node's value")
 
 # %%
-by_genes = of_all({name: circuit.gene_table(one.nodes) for name, one in traced_all.items()})
+by_genes = of_all(lambda one: circuit.gene_table(one.nodes))
 chapter.table("circuit_genes", by_genes, rows=0, caption="Every gene that a circuit has nodes on")
 chapter.show(by_genes.groupby("target", sort=False).head(6), digits=2,
              caption="The genes that each circuit's nodes are on, most influential first")
@@ -524,14 +512,13 @@ everything = targets.rule.terms(genes, library, targets.symbols)
 
 # %%
 chapter.values({
-    "library": library_title(library.name), "stand_in": chapter.stand_in(settings.case_library),
+    "library": library.title, "stand_in": chapter.stand_in(settings.case_library),
     "best_term_all": everything["Term"].iloc[0] if len(everything) else None,
-    "statement": targets.rule.statement, "random_draws": DRAWS,
+    "statement": targets.rule.statement, "random_draws": case_targets.DRAWS,
     "fdr_cut": settings.fdr}, prefix="case.")
-chapter.table("circuit_enrichment", of_all({
-    name: one.genes.terms for name, one in traced_all.items()}).assign(
+chapter.table("circuit_enrichment", of_all(lambda one: one.genes.terms).assign(
     rule=targets.rule.name, library=library.name), rows=12,
-    caption=f"Terms of {library_title(library.name)} enriched among the circuits' genes. {targets.rule.statement}")
+    caption=f"Terms of {library.title} enriched among the circuits' genes. {targets.rule.statement}")
 
 # %% [markdown]
 # {glue:text}`case.statement` Heads are counted at the token they read. The column p is how often

@@ -836,6 +836,7 @@ CIRCUIT = (
     "from scfm_circuits.circuits.exports import save_both\n"
     "from scfm_circuits.circuits.view import circuit_view\n"
     "from scfm_circuits.circuits.circuit import Circuit, Edge, Expansion, Node\n"
+    "from scfm_circuits.report.boxes.circuit import Choice\n"
     f"texts = [{HOSTILE!r}, '.']\n"
     "nodes = {'L1_F7_P1': Node('L1_F7_P1', 'feature', 1, 1, 1, 7, 4.0),\n"
     "         'L0_F3_P1': Node('L0_F3_P1', 'feature', 0, 1, 1, 3, 2.0),\n"
@@ -846,7 +847,8 @@ CIRCUIT = (
     "circuit = Circuit('L1_F7_P1', nodes, edges, sums)\n"
     "save_both(report.profile.results, 'case', circuit, texts, [None, None], slug='case',\n"
     "          scan='scfm-tiny')\n"
-    "display(report.circuit('case', circuit_view(circuit, texts, [None, None]), caption='All'))\n"
+    "case = Choice('case', 'case', circuit_view(circuit, texts, [None, None]))\n"
+    "display(report.circuit(case, caption='All'))\n"
 )
 
 

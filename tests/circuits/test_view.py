@@ -28,7 +28,7 @@ from scfm_circuits.enrichment.terms import term_table
 from scfm_circuits.features.contexts import token_table
 from scfm_circuits.features.gene_lists import gene_lists
 from scfm_circuits.features.statistics import count_features
-from scfm_circuits.report.boxes.circuit import circuit_script
+from scfm_circuits.report.boxes.circuit import Choice
 from scfm_circuits.report.report import Report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,7 +154,7 @@ def test_numbers_that_are_none() -> None:
 def test_no_text_ends_the_script(text: str) -> None:
     texts = [text + HOSTILE] * 6
     view = circuit_view(made(), texts, GENES, {"A": {"term": text, "genes": [HOSTILE]}})
-    script = circuit_script("case", view)
+    script = Choice("case", "", view).script
     assert script.isascii() and not set("<>&") & set(script) and script.count("\n") == 1
     match = re.fullmatch(r'companionCircuit\("case", (\{.*\})\);\n', script)
     assert match and json.loads(match[1]) == view
@@ -199,9 +199,10 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
 
 def test_the_page_without_a_script(report: Report, tmp_path: Path) -> None:
     view = circuit_view(made(), TEXTS, GENES, max_edges=3)
-    shown = report.circuit("case", view, caption=HOSTILE)
+    case = Choice("case", "case", view)
+    shown = report.circuit(case, caption=HOSTILE)
     text = shown.bundle["text/html"]
-    assert (tmp_path / "smoke" / "circuits" / "case.js").read_text() == circuit_script("case", view)
+    assert (tmp_path / "smoke" / "circuits" / "case.js").read_text() == case.script
     assert "(3 of 5 edges)" in text and 'href="downloads/circuits/case.json">' in text
     (listed,) = re.findall(r'data-choices="([^"]*)"', text)
     ((name, title, source),) = json.loads(html.unescape(listed))
@@ -210,7 +211,7 @@ def test_the_page_without_a_script(report: Report, tmp_path: Path) -> None:
     assert 'data-library="vendor/d3/d3.min.js"' in text and not re.search(r"<(script|img)", text)
     assert "3 of 5 edges" in repr(shown)
     with pytest.raises(InputError, match="must be made of letters"):
-        report.circuit("../case", view)
+        report.circuit(case._replace(name="../case"))
 
 
 def test_the_library_is_the_one_recorded() -> None:
@@ -320,7 +321,8 @@ SCRIPTS = ("circuit.js", "circuit_graph.js", "circuit_panel.js", "evidence.js", 
 
 def driven(report: Report, folder: Path, width: int) -> dict[str, Any]:
     """What the driver saw in a page with the circuit `made`."""
-    shown = report.circuit("case", circuit_view(made(), TEXTS, GENES, DETAILS), caption="All")
+    case = Choice("case", "case", circuit_view(made(), TEXTS, GENES, DETAILS))
+    shown = report.circuit(case, caption="All")
     shutil.copytree(folder / "smoke" / "circuits", folder / "downloads" / "circuits")
     shutil.copytree(VENDOR, folder / "vendor" / "d3")
     for name in SCRIPTS:

@@ -27,12 +27,6 @@ class AnsweredPrompt(NamedTuple):
     position: int
 
 
-def written(profile: Profile, genes: Sequence[str], answer: str) -> str:
-    """A sentence's prompt followed by the given answer, as text."""
-    return (question(profile).replace("{genes}", " ".join(genes))
-            + profile.response.replace("{label}", answer))
-
-
 def answered_sentence(tokenizer: "PreTrainedTokenizerFast", profile: Profile, genes: Sequence[str],
                       gene_ids: Sequence[int] | np.ndarray, answer: str) -> AnsweredPrompt:
     """A sentence's prompt followed by the given answer, as the case study traces it.

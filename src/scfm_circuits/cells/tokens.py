@@ -342,6 +342,12 @@ def question(profile: "Profile") -> str:
             .replace("{organism}", profile.organism))
 
 
+def written(profile: "Profile", genes: Sequence[str], answer: str) -> str:
+    """A sentence's prompt followed by the given answer, as text."""
+    return (question(profile).replace("{genes}", " ".join(genes))
+            + profile.response.replace("{label}", answer))
+
+
 def encode_prompt(
     tokenizer: "PreTrainedTokenizerFast", prompt: str, genes: Sequence[str],
     gene_ids: Sequence[int] | np.ndarray, answer: str = "", *, end: bool = False,

@@ -8,7 +8,7 @@ files, labels, profiles) and is escaped.
 import html
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from scfm_circuits.report.tables import Grouped, as_code, browsable, number, pla
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from scfm_circuits.report.boxes.circuit import Choice
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -104,6 +106,7 @@ class Report:
         page has its caption and alternative text from the cell's `mystnb` metadata.
         """
         import matplotlib as mpl
+        import matplotlib.pyplot as plt
 
         from scfm_circuits.report.plots.style import narrow
 
@@ -124,7 +127,7 @@ class Report:
             (folder / "narrow" / f"{name}.png").unlink(missing_ok=True)
         for one in (figure, phone):
             if one is not None:
-                _let_go(one)
+                plt.close(one)  # else the notebook would show it a second time
         png = (folder / f"{name}.png").read_bytes()
         # A PNG's header holds its width in pixels; at 200 dots per inch, half of it is the natural
         # width on a screen.
@@ -133,26 +136,18 @@ class Report:
             {"image/png": png, "text/plain": f"<Figure {name}>"}, {"image/png": {"width": width}}
         )
 
-    def circuit(
-        self, name: str, view: Mapping[str, Any], *, caption: str | None = None, title: str = "",
-        others: Sequence[tuple[str, str, Mapping[str, Any]]] = (),
-    ) -> Shown:
-        """Write `circuits/<name>.js` and show the circuit as a figure to explore.
+    def circuit(self, *choices: "Choice", caption: str | None = None) -> Shown:
+        """Write `circuits/<name>.js` of each and show them as a figure to explore, the first first.
 
-        view: from `view.circuit_view`. title: what the list of circuits calls it. others: further
-        circuits to choose from, as (name, title, view). The page links to `circuits/<name>.json`
-        and `.graphml`, the exports of the same circuits (`exports.save_both`), which the chapter
-        writes too.
+        The page links to `circuits/<name>.json` and `.graphml`, the exports of the same circuits
+        (`exports.save_both`), which the chapter writes too.
         """
-        from scfm_circuits.report.boxes.circuit import Choice, circuit_bundle, circuit_script
+        from scfm_circuits.report.boxes.circuit import circuit_bundle
 
-        choices = []
-        for one, called, shown in [(name, title or name, view), *others]:
-            _checked_name(one, "circuit")
-            choices.append(Choice(one, called, circuit_script(one, shown)))
-        for choice in choices:
-            write_atomic(self.profile.results / "circuits" / f"{choice.name}.js", choice.script)
-        return Shown(circuit_bundle(view, caption, choices))
+        for one in choices:
+            path = self.profile.results / "circuits" / f"{_checked_name(one.name, 'circuit')}.js"
+            write_atomic(path, one.script)
+        return Shown(circuit_bundle(choices, caption))
 
     def value(self, key: str, value: Any, text: str | None = None) -> None:
         """Keep a number in `values/<chapter>.json` and make it available to the prose.
@@ -251,10 +246,3 @@ def _glue(key: str, text: str) -> None:
     # A string is glued in quotes. The glue role evaluates what it finds: without them `4,646` would
     # read (4, 646) and `0.00` would read 0.0.
     glue(key, text, display=False)
-
-
-def _let_go(figure: "Figure") -> None:
-    """Take the figure out of pyplot's hands, else the notebook would show it a second time."""
-    import matplotlib.pyplot as plt
-
-    plt.close(figure)

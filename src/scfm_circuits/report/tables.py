@@ -107,17 +107,12 @@ def shown_columns(frame: "pd.DataFrame", digits: int) -> list[Column]:
         values = [plain(value) for value in column]
         texts = [as_text(value) for value in values]
         if name == "library":
-            texts = [library_title(text) for text in texts]
+            texts = [text.replace("_", " ") for text in texts]  # as `GeneSets.title`
         # Long texts are given room: a browser would break them into a column of single words.
         kind = ("number" if is_numeric_dtype(column)
                 else "long" if any(len(text) > LONG for text in texts) else "")
         columns.append(Column(heading(str(name)), kind, values, texts, not is_float_dtype(column)))
     return columns
-
-
-def library_title(name: str) -> str:
-    """A gene-set library's name as people read it: `KEGG_2021_Human` without the underscores."""
-    return name.replace("_", " ")
 
 
 def with_intervals(columns: Sequence[Column]) -> list[Column]:

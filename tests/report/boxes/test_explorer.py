@@ -32,6 +32,7 @@ from scfm_circuits.report.boxes.activity import (
     looked_at,
     read_activity,
 )
+from scfm_circuits.report.boxes.circuit import Choice
 from scfm_circuits.report.report import Report
 
 HOSTILE = "</script><img src=x onerror=\"document.title='pwned'\"><b>"
@@ -173,7 +174,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SCFM_RESULTS", str(folder))
         shown = Report(load_profile("smoke"), "07").circuit(
-            "one", views[0], title="The first cell", others=[("two", HOSTILE, views[1])])
+            Choice("one", "The first cell", views[0]), Choice("two", HOSTILE, views[1]))
     shutil.copytree(folder / "smoke" / "circuits", folder / "downloads" / "circuits")
     shutil.copytree(ROOT / "book" / "_extra" / "vendor" / "d3", folder / "vendor" / "d3")
     names = ["dom.js", "circuit.js", "circuit_graph.js", "circuit_panel.js", "evidence.js",

@@ -11,28 +11,27 @@ LIBRARY = "vendor/d3/d3.min.js"
 """Where the pages find d3. It is loaded when a circuit comes near, not on every page."""
 
 
-def circuit_script(name: str, view: Mapping[str, Any]) -> str:
-    """The view as a script: `companionCircuit("<name>", {...});` around ASCII JSON."""
-    return script_call("companionCircuit", name, dict(view))
-
-
 class Choice(NamedTuple):
-    """A circuit that a reader can choose. title: as the list calls it, untrusted; script: the text
-    of `circuits/<name>.js`."""
+    """A circuit that a reader can choose: the name of its files, what the list calls it
+    (untrusted), and what `view.circuit_view` gives."""
 
     name: str
     title: str
-    script: str
+    view: Mapping[str, Any]
+
+    @property
+    def script(self) -> str:
+        """The view as a script: `companionCircuit("<name>", {...});` around ASCII JSON."""
+        return script_call("companionCircuit", self.name, dict(self.view))
 
 
-def circuit_bundle(view: Mapping[str, Any], caption: str | None, choices: Sequence[Choice]
-                   ) -> dict[str, str]:
+def circuit_bundle(choices: Sequence[Choice], caption: str | None) -> dict[str, str]:
     """MIME bundle of the box that circuit.js fills.
 
-    choices: the circuits to choose from, the first of which is shown; view: that of the first.
-    Without the script, a sentence leads to its files, `circuits/<name>.json` and `.graphml`.
+    choices: the circuits to choose from, the first of which is shown. Without the script, a
+    sentence leads to its files, `circuits/<name>.json` and `.graphml`.
     """
-    name = choices[0].name
+    name, _, view = choices[0]
     counted = f"{len(view['edges']):,} of {view['total_edges']:,} edges"
     title = f'<p class="table-caption">{html.escape(caption)}</p>\n' if caption else ""
     lines = [caption, f"<Circuit {name}: {counted}; {len(choices)} to choose from>"]

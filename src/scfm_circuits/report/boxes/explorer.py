@@ -9,6 +9,7 @@ import numpy as np
 from scfm_circuits.circuits.circuit import Circuit
 from scfm_circuits.circuits.view import Detail, circuit_view, feature_details
 from scfm_circuits.report.boxes.activity import Activity, FeaturePlace, contexts_at, read_activity
+from scfm_circuits.report.boxes.circuit import Choice
 
 if TYPE_CHECKING:
     from scfm_circuits.circuits.calls import Calls
@@ -83,14 +84,14 @@ def further_calls(calls: "Calls", transcoders: "Transcoders", but: str) -> list[
     return found
 
 
-def explorer_views(chapter: "Chapter", circuits: Sequence[Explored], library: "GeneSets"
-                   ) -> list[dict[str, Any]]:
-    """The view of each circuit, with what its features fire on."""
+def explore(chapter: "Chapter", circuits: Sequence[Explored], library: "GeneSets", caption: str
+            ) -> "Shown":
+    """The explorer of some circuits, the first of which is shown, with what features fire on."""
     activity = _activity(chapter)
     features = sorted({(node.layer, node.index) for one in circuits
                        for node in one.circuit.nodes.values() if node.kind == "feature"})
     contexts = strongest_contexts(chapter, features)
-    views = []
+    choices = []
     for one in circuits:
         details = feature_details(one.circuit, chapter.statistics, chapter.corpus, chapter.profile,
                                   library)
@@ -101,9 +102,9 @@ def explorer_views(chapter: "Chapter", circuits: Sequence[Explored], library: "G
         if one.target:
             details[one.circuit.target] = {**details.get(one.circuit.target, Detail()),
                                            "label": one.target}
-        views.append(circuit_view(one.circuit, one.texts, one.genes, details, about=one.about,
-                                  types_note=activity.note))
-    return views
+        choices.append(Choice(one.name, one.title, circuit_view(
+            one.circuit, one.texts, one.genes, details, about=one.about, types_note=activity.note)))
+    return chapter.circuit(*choices, caption=caption)
 
 
 @lru_cache(maxsize=1)
@@ -111,15 +112,6 @@ def _activity(chapter: "Chapter") -> Activity:
     """By cell type alone; a chapter shows several explorers."""
     return read_activity(chapter.model, chapter.transcoders, chapter.statistics, chapter.corpus,
                          chapter.profile, samples=False)
-
-
-def explore(chapter: "Chapter", circuits: Sequence[Explored], library: "GeneSets", caption: str
-            ) -> "Shown":
-    """The explorer of some circuits, the first of which is shown."""
-    views = explorer_views(chapter, circuits, library)
-    others = [(one.name, one.title, view) for one, view in zip(circuits, views, strict=True)]
-    return chapter.circuit(circuits[0].name, views[0], caption=caption, title=circuits[0].title,
-                           others=others[1:])
 
 
 def strongest_contexts(chapter: "Chapter", features: Sequence[tuple[int, int]]

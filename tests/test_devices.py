@@ -165,7 +165,7 @@ def test_counts_of_features(gpu: torch.device, variant: Variant) -> None:
     def work(model: Any, t: Transcoders, corpus: Corpus) -> Any:
         pairs, _, _, index = corpus_pairs(corpus)
         return (count_features(model, t, corpus, 4, 3, progress=False),
-                count_held_out(model, t, corpus, 4, index, len(pairs), progress=False))
+                count_held_out(model, t, corpus, 4, index, len(pairs)))
     on_both(gpu, work, variant=variant, relative=1e-6)  # sums of activations are kept in float32
 
 

@@ -239,7 +239,7 @@ def test_order_is_folder_then_environment_then_cache(
     (places[0] / "Mine.gmt").unlink()
     found.append(load_library("Mine", places[0]).terms[0])
     (places[1] / "Mine.gmt").unlink()
-    found.append(load_library("Mine", places[0], offline=True).terms[0])
+    found.append(load_library("Mine", places[0]).terms[0])
     assert found == ["place0", "place1", "place2"]
 
 
@@ -307,13 +307,9 @@ def test_unknown_library_is_asked_for_once_and_others_still_work(
     assert len(server.calls) == 2
 
 
-@pytest.mark.parametrize("switch", ["argument", "environment"])
-def test_offline_falls_back_on_the_bundled_sets(
-    monkeypatch: pytest.MonkeyPatch, switch: str
-) -> None:
-    if switch == "environment":
-        monkeypatch.setenv("SCFM_OFFLINE", "1")
-    library = load_library(KEGG, offline=switch == "argument")
+def test_offline_falls_back_on_the_bundled_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCFM_OFFLINE", "1")
+    library = load_library(KEGG)
     assert library.source == "bundled"
     assert library.warning is not None and "not comparable" in library.warning
     assert "SCFM_GENE_SETS" in library.warning

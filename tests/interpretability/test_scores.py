@@ -145,11 +145,9 @@ def test_held_out_counts_are_the_counts_of_the_held_out_cells():
     transcoders = tiny_transcoders(model)
     everything = count_features(model, transcoders, corpus, 8, progress=False)
     _, _, _, index = corpus_pairs(corpus)
-    part = count_held_out(model, transcoders, corpus, 5, index, len(everything.pair_count),
-                          progress=False)
+    part = count_held_out(model, transcoders, corpus, 5, index, len(everything.pair_count))
     corpus.held_out[:] = ~corpus.held_out
-    rest = count_held_out(model, transcoders, corpus, 7, index, len(everything.pair_count),
-                          progress=False)
+    rest = count_held_out(model, transcoders, corpus, 7, index, len(everything.pair_count))
     for whole, one, other in zip(everything.counts, part, rest, strict=True):
         assert abs(whole - one - other).sum() == 0
         assert one.sum() > 0
@@ -218,7 +216,7 @@ def test_everything_runs_on_a_small_run(tmp_path, monkeypatch, tokenizer):
     kinds = feature_scores.corpus_kinds(statistics, corpus, run)
     counted = get_held_out_counts(model, transcoders, corpus, run)
     some = live & (np.arange(len(live)) > 0)[:, None]
-    blocks = feature_scores.score_features(statistics, counted, kinds, some, progress=False)
+    blocks = feature_scores.score_features(statistics, counted, kinds, some)
     whole = scores.features[scores.features["layer"] > 0].reset_index(drop=True)
     pd.testing.assert_frame_equal(blocks, whole[blocks.columns])
     margins = margin_table(scores).set_index(["source", "margin"])

@@ -210,7 +210,7 @@ def _bundled_genes() -> frozenset[str]:
     return frozenset(cell for line in lines for cell in line.cells[1:])
 
 
-def load_library(name: str, folder: str | Path | None = None, *, offline: bool = False) -> GeneSets:
+def load_library(name: str, folder: str | Path | None = None) -> GeneSets:
     """Find the library `name` (file `<name>.gmt`); the module docstring gives the order.
 
     A copy whose content differs from data/manifest.yml carries a warning, not an error. If nothing
@@ -220,7 +220,6 @@ def load_library(name: str, folder: str | Path | None = None, *, offline: bool =
     Args:
         name: Enrichr's name of the library, e.g. "KEGG_2021_Human".
         folder: folder of GMT files, searched first.
-        offline: do not download; the environment variable SCFM_OFFLINE=1 does the same.
 
     Raises:
         InputError: a named folder does not exist, or a file that is there cannot be used.
@@ -235,7 +234,7 @@ def load_library(name: str, folder: str | Path | None = None, *, offline: bool =
         return _with_manifest_warning(read_gmt(here))
     if name == BUNDLED_LIBRARY:
         return replace(read_gmt(_bundled_path()), source="bundled")
-    if offline or downloads_are_off():
+    if downloads_are_off():
         return _bundled(name, "downloads are switched off")
     try:
         return _with_manifest_warning(_download(name))

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from scfm_circuits.common.profile import Profile
 
+_ROOMS = ("features", "interpretability/mentions", "transcoders/active_entries")
+
+
 class Mentions(NamedTuple):
     """On which mentions of genes n features fire, over some cells.
 
@@ -41,8 +44,6 @@ def as_arrays(matrix: Any) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArra
     """A csr matrix's (indptr, indices, data) in the types that the loops are compiled for."""
     return (matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64),
             matrix.data.astype(np.float64))
-
-_ROOMS = ("features", "interpretability/mentions", "transcoders/active_entries")
 
 
 def get_held_out_counts(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus,
@@ -63,12 +64,12 @@ def get_held_out_counts(model: "GPTNeoXForCausalLM", transcoders: Transcoders, c
 
 
 def count_held_out(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus: Corpus,
-                   forward_cells: int, index: np.ndarray, n_pairs: int, *, progress: bool = True
+                   forward_cells: int, index: np.ndarray, n_pairs: int
                    ) -> tuple[sp.csr_matrix, ...]:
     """The pass itself; index: (n_cells, length) the pair of each token, from `corpus_pairs`."""
     rows = np.flatnonzero(corpus.held_out)
     totals = count_activations(model, transcoders, of_cells(corpus, rows), index[rows], n_pairs,
-                               forward_cells, 1, progress)
+                               forward_cells, 1, progress=True)
     return totals.counts.matrices()
 
 

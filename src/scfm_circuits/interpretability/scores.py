@@ -65,6 +65,8 @@ MIN_FIRED = 5
 """Held-out mentions that a feature must fire on to get a verdict."""
 RANDOM_TOKENS = 3
 """A decoy of random tokens has at least so many of them."""
+DECOYS = 256
+"""Decoys of either kind that are scored in each layer, at most."""
 _FEATURES_AT_ONCE = 2048
 
 
@@ -174,14 +176,14 @@ def verdicts(scores: pd.DataFrame, margin: float = MARGIN) -> np.ndarray:
 
 
 def score_features(statistics: FeatureStatistics, held_out: Sequence[sp.csr_matrix], kinds: Kinds,
-                   live: np.ndarray, *, progress: bool = True) -> pd.DataFrame:
+                   live: np.ndarray) -> pd.DataFrame:
     """`score_counts` for the features that are live, (n_layers, n_features) bool.
 
     Columns before its own: layer, feature, log10_E_f, in_genes (share of its activations that are
     inside genes: the score is about these alone).
     """
     parts = []
-    with tqdm(total=int(live.sum()), desc="scores", unit="feature", disable=not progress) as bar:
+    with tqdm(total=int(live.sum()), desc="scores", unit="feature") as bar:
         for layer, chosen in _blocks(live):
             counts = statistics.counts[layer][chosen]
             inside = counts[:, kinds.pairs.pair]
@@ -255,17 +257,16 @@ def random_token_counts(pairs: SplitPairs, fired: np.ndarray, rng: np.random.Gen
     return made[0], made[1]
 
 
-def score_random_tokens(statistics: FeatureStatistics, kinds: Kinds, live: np.ndarray, seed: int,
-                        per_layer: int = 256) -> pd.DataFrame:
+def score_random_tokens(statistics: FeatureStatistics, kinds: Kinds, live: np.ndarray, seed: int
+                        ) -> pd.DataFrame:
     """`score_features` of decoys that fire on random tokens as often as live features do.
 
-    Each matches one of up to `per_layer` live features of the layer, drawn at random (column
-    feature).
+    Each matches one of up to `DECOYS` live features of the layer, drawn at random (column feature).
     """
     parts = []
     for layer, row in enumerate(live):
         rng = generator(seed, "scores of random tokens", layer)
-        chosen = np.sort(rng.permutation(np.flatnonzero(row))[:per_layer])
+        chosen = np.sort(rng.permutation(np.flatnonzero(row))[:DECOYS])
         inside = statistics.counts[layer][chosen][:, kinds.pairs.pair]
         train, held_out = random_token_counts(kinds.pairs, np.asarray(inside.sum(axis=1)).ravel(),
                                               rng)
@@ -290,7 +291,7 @@ def feature_scores(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
     """Scores of every live feature of every layer (cut of Figure 3), and of decoys beside them.
 
     sets: as in `corpus_kinds`. The untrained encoder is that of the controls, as wide as the
-    transcoders, and up to 256 of its live features of each layer are scored.
+    transcoders.
     """
     kinds = corpus_kinds(statistics, corpus, profile, sets)
     held_out = get_held_out_counts(model, transcoders, corpus, profile)
@@ -305,7 +306,7 @@ def feature_scores(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
     some = np.zeros_like(live)
     for layer, row in enumerate(other.live(profile.live_cut)):
         rng = generator(profile.seed, "scored features of the untrained encoder", layer)
-        some[layer, rng.permutation(np.flatnonzero(row))[:256]] = True
+        some[layer, rng.permutation(np.flatnonzero(row))[:DECOYS]] = True
     return FeatureScores(features, pd.concat([
         score_features(other, counted, kinds, some).assign(source=UNTRAINED),
         score_random_tokens(statistics, kinds, live, profile.seed).assign(source=RANDOM)],

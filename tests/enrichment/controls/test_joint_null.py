@@ -77,7 +77,7 @@ def test_lists_that_share_their_genes_have_a_wide_null(profile):
     joint = joint_null({"features": statistics}, corpus(), profile, sets)
     of_layer = 100 * joint.null[:, 0, 0] / 30
     assert set(of_layer) == {0.0, 100.0}
-    counted = get_controls(statistics, {}, corpus(), profile, sets, progress=False)
+    counted = get_controls(statistics, {}, corpus(), profile, sets)
     one_by_one = 100 * counted[0].null_called[1, 1] / 30
     assert of_layer.mean() == pytest.approx(one_by_one.mean(), abs=8)
     assert of_layer.std() > 3.5 * one_by_one.std() > 0

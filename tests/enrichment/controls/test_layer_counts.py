@@ -170,7 +170,7 @@ def test_controls_are_kept_and_made_again_when_something_changes(parts, profile,
                         lambda *a, **k: computed.append(a[2]) or original(*a, **k))
 
     def run(used=profile, sets=libraries):
-        return get_controls(statistics, {"other": other}, corpus, used, sets, progress=False)
+        return get_controls(statistics, {"other": other}, corpus, used, sets)
 
     first, second = run(), run()
     assert computed == [0, 1]

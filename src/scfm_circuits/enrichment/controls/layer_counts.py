@@ -236,8 +236,7 @@ def layer_controls(statistics: FeatureStatistics, baselines: Mapping[str, Featur
     min_p = np.array([np.min([one.min_p for one in results], axis=0) for results in tested])
     corpus_rule = [tester.rule for tester in ready].index("corpus")
     source = null_source(statistics, layer, features, own, corpus, profile)
-    called, null_p = _nulls(source, ready, min_p[corpus_rule], corpus_rule, layer,
-                            bar)
+    called, null_p = _nulls(source, ready, min_p[corpus_rule], corpus_rule, layer, bar)
     others = []
     for other in baselines.values():
         chosen = np.flatnonzero(other.live(profile.live_cut_table4)[layer])
@@ -341,8 +340,8 @@ def _jobs(races: Sequence[Race], source: NullSource, start: int, end: int
 
 
 def get_controls(statistics: FeatureStatistics, baselines: Mapping[str, FeatureStatistics],
-                 corpus: Corpus, profile: "Profile", libraries: Sequence[GeneSets], *,
-                 progress: bool = True) -> list[LayerControls]:
+                 corpus: Corpus, profile: "Profile", libraries: Sequence[GeneSets]
+                 ) -> list[LayerControls]:
     """`layer_controls` of every layer, kept in `results/<profile>/controls/`.
 
     The folder in there is named by gene rule and number of draws, so that runs of one profile that
@@ -354,8 +353,7 @@ def get_controls(statistics: FeatureStatistics, baselines: Mapping[str, FeatureS
     most = live * len(NULLS) * profile.null_draws
     print(f"Testing {int(live.sum()):,} live features against up to {profile.null_draws:,} null "
           f"lists of {len(NULLS)} kinds each.")
-    bar: tqdm[Any] = tqdm(desc="null lists", unit="list", unit_scale=True, disable=not progress,
-               total=int(most.sum()))
+    bar: tqdm[Any] = tqdm(desc="null lists", unit="list", unit_scale=True, total=int(most.sum()))
     layers = []
     with bar:
         for layer in range(len(live)):

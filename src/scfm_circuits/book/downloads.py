@@ -290,18 +290,13 @@ def check_weights(profile: Profile, folder: Path) -> list[str]:
     return told
 
 
-def fetch_gene_sets(profile: Profile) -> list[str]:
-    """The profile's libraries as `gene_sets` finds or fetches them; returns its warnings."""
-    return warnings_of(load_library(name, profile.gene_sets)
-                       for name in dict.fromkeys((*profile.libraries, profile.case_library)))
-
-
 def fetch_data(profile: Profile) -> None:
     """Fetch a profile's cells, dictionaries, model and gene sets, and say where they are."""
     dictionaries = fetch_dictionaries(profile)
     folders = fetch_model(profile)  # what needs a hand or a login is told before gigabytes come
     cells = fetch_cells(profile)
-    warnings = fetch_gene_sets(profile)
+    names = dict.fromkeys((*profile.libraries, profile.case_library))
+    warnings = warnings_of(load_library(name, profile.gene_sets) for name in names)
     for what, where in (("Cells", [cells] if cells else []), ("Dictionary", dictionaries),
                         ("Model and tokenizer", folders)):
         for one in where:

@@ -33,7 +33,7 @@ from scfm_circuits.book.execution import ExecutionFailed
 from scfm_circuits.book.gate import without_colours
 from scfm_circuits.book.result_files import download_list
 from scfm_circuits.common.files import only_one, read_json, sha256_of_file, write_atomic, write_json
-from scfm_circuits.common.profile import ROOT, Profile
+from scfm_circuits.common.profile import ROOT
 from scfm_circuits.report.boxes.feature_files import FOLDER, index_box
 from scfm_circuits.report.boxes.rating import rating_box
 
@@ -194,7 +194,9 @@ def stage(run: Run, source: Path) -> None:
     write_json(source / "companion.json", {
         "run": read_json(run.profile.results / "provenance.json"),
         "chapters": records,
-        "model": _own_model(run.profile),
+        # What a model is that the run trains itself; nothing is said of one that is loaded.
+        "model": (f"of {run.profile.model_layers} layers" if run.profile.model == "train"
+                  else None),
         "narrow": _narrow_figures(run.profile.results / "figures"),
     })
 
@@ -204,11 +206,6 @@ def _narrow_figures(folder: Path) -> dict[str, str]:
     file: the SHA-256 of its content."""
     return {sha256_of_file(folder / path.name): f"downloads/figures/narrow/{path.name}"
             for path in folder.glob("narrow/*.png") if (folder / path.name).is_file()}
-
-
-def _own_model(profile: Profile) -> str | None:
-    """What a model is that the run trains itself, in a few words; None for one that is loaded."""
-    return f"of {profile.model_layers} layers" if profile.model == "train" else None
 
 
 def _record(run: Run, name: str) -> dict[str, Any]:

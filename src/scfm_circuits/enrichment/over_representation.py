@@ -74,10 +74,12 @@ def over_representation(
     if not 0 < alpha < 1:
         raise InputError(f"alpha is {alpha}; use a level between 0 and 1, such as 0.05.")
     encoded, universe = checked_lists(lists, library, background, family)
-    result = _empty_result(encoded)
+    n = encoded.n_query.size
+    result = OverRepresentation(encoded.n_query, np.zeros(n, np.int64), np.zeros(n, np.int64),
+                                np.ones(n), np.ones(n), np.full(n, -1, np.int64))
     setting, terms = universe.setting(family, alpha), universe.term_index
     available = threads or numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    n_threads = max(1, min(available, encoded.n_query.size // 64))
+    n_threads = max(1, min(available, n // 64))
     # Dealt out by length, so that each thread has its share of the long ones.
     by_length = np.argsort(encoded.n_query, kind="stable")
 
@@ -90,9 +92,3 @@ def over_representation(
     if np.isnan(result.min_p).any():
         raise impossible_list(int(np.isnan(result.min_p).argmax()), universe)
     return result
-
-
-def _empty_result(encoded: Encoded) -> OverRepresentation:
-    n = encoded.n_query.size
-    return OverRepresentation(encoded.n_query, np.zeros(n, np.int64), np.zeros(n, np.int64),
-                              np.ones(n), np.ones(n), np.full(n, -1, np.int64))

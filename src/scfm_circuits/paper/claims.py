@@ -169,10 +169,6 @@ class Claim(BaseModel):
         exponent = Decimal(repr(self.value)).as_tuple().exponent
         return -exponent if isinstance(exponent, int) else 0
 
-    def can_be_judged(self, profile: str) -> bool:
-        """Whether a value of this profile may be held against the paper's."""
-        return "all" in self.profiles or profile in self.profiles
-
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML's safe loader, except that a key given twice is an error instead of the last winning."""
@@ -250,7 +246,7 @@ def judge(claim: Claim, ours: Value, profile: str, interval: Interval = (None, N
     interval: low and high end, in the claim's unit. others: `Libraries.others` of the run.
     Raises InputError if the value's type does not fit the claim.
     """
-    if not claim.can_be_judged(profile):
+    if not {"all", profile} & {*claim.profiles}:
         return "not comparable at this scale"
     if ours is None:
         return "not measured"

@@ -493,8 +493,8 @@ chapter.show(nodes.groupby("target", sort=False).head(7)[
     caption="The most influential nodes of each circuit")
 
 # %%
-chapter.table("circuit_edges", of_all(lambda one: circuit.edge_table(one.circuit)), rows=0,
-              caption="The edges of each circuit")
+chapter.table("circuit_edges", of_all(lambda one: circuit.edge_table(one.circuit).rename(
+    columns={"target": "target_node"})), rows=0, caption="The edges of each circuit")
 
 # %%
 chapter.table("circuit_expansions", of_all(lambda one: circuit.expansion_table(one.circuit)),

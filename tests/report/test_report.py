@@ -109,6 +109,13 @@ def test_a_table_without_rows_is_a_link_to_its_file(report: Report) -> None:
     assert ("a", {"href": "downloads/tables/numbers.csv"}) in page.tags
 
 
+def test_a_file_has_no_two_columns_of_one_name(report: Report) -> None:
+    frame = pd.DataFrame([["a", "b", "c"]], columns=["target", "source", "target"])
+    for write in (report.table, report.browse):
+        with pytest.raises(InputError, match="two columns 'target'"):
+            write("edges", frame)
+
+
 def test_missing_numbers_are_blank(report: Report) -> None:
     shown = report.show(pd.DataFrame({"x": [np.nan, 12345.678], "y": [None, "a"]}))
     assert Reader(shown.bundle["text/html"]).cells == ["x", "y", "", "", "12,346", "a"]

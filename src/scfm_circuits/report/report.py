@@ -58,9 +58,9 @@ class Report:
 
         digits: significant digits of a floating-point number on the page; the file has ten.
         columns: those that the page shows, in this order, with what stands over each; by default
-        all, as `headings` has them.
+        all, as `headings` has them. Raises InputError for two columns of one name.
         """
-        path = self._csv(name)
+        path = self._csv(name, frame)
         write_atomic(path, _csv_text(frame))
         shown = frame if columns is None else frame[list(columns)].rename(columns=columns)
         return Shown(table_bundle(shown, caption, rows, digits, path))
@@ -82,13 +82,16 @@ class Report:
         Raises InputError if `rows` is not positive, if a link or `grouped` names a column that is
         not there, or if a link leads anywhere but to a web address or a path in the book.
         """
-        path = self._csv(name)
+        path = self._csv(name, frame)
         bundle, script = browsable(frame, caption, rows, digits, path, links, grouped)
         write_atomic(path, _csv_text(frame))
         write_atomic(path.with_suffix(".js"), script)
         return Shown(bundle)
 
-    def _csv(self, name: str) -> Path:
+    def _csv(self, name: str, frame: "pd.DataFrame") -> Path:
+        twice = frame.columns[frame.columns.duplicated()]
+        if len(twice):
+            raise InputError(f"The table {name} has two columns {twice[0]!r}; rename one of them.")
         return self.profile.results / "tables" / f"{_checked_name(name, 'table')}.csv"
 
     def show(

@@ -19,7 +19,7 @@ from scfm_circuits import InputError
 from scfm_circuits.__main__ import main
 from scfm_circuits.book import chapters as freshness
 from scfm_circuits.book import cli as book
-from scfm_circuits.book import execution, gate, pages, screen
+from scfm_circuits.book import execution, front_page, gate, pages, screen
 from scfm_circuits.book.chapters import load_run, plan
 from scfm_circuits.common import files, kept, manifest, profile
 from scfm_circuits.common.files import write_json
@@ -758,7 +758,7 @@ def test_only_claims_tested_on_the_model_are_counted(project: Project) -> None:
              "Table 2,not a test,transcription", "Table 3,not a test,setting"]
     (folder / "claims.csv").write_text("exhibit,verdict,standing\n" + "\n".join(lines) + "\n")
     table = [[cell.strip() for cell in line.strip("|").split(" | ")]
-             for line in pages.verdict_counts(load_run("tiny")).splitlines()]
+             for line in front_page.verdict_counts(load_run("tiny").profile.results).splitlines()]
     assert table[0] == ["Exhibit", "match", "off", "not measured"]
     assert table[2:] == [["Table 1", "1", "1", ""], ["Fig. 2", "", "1", ""],
                          ["a\\|b", "", "", "1"], ["**all**", "1", "2", "1"]]

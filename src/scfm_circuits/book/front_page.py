@@ -1,11 +1,13 @@
-"""The parts of the front page that come from the run: which model, what was found, the picture.
+"""The parts of the front page that come from the run: model, findings, picture, verdicts, imprint.
 
 All numbers are read from the chapters' `values/*.json`; what a run does not have is left out. Texts
 come from profiles and labels and are escaped.
 """
 
 import csv
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -126,9 +128,45 @@ def picture(profile: Profile) -> str:
             "unexplained.</figcaption></figure>")
 
 
-def imprint(commit: str | None) -> str:
-    """Repository and licence, as CITATION.cff says (the authors are at the foot of every page);
-    commit: of the run."""
+def verdict_counts(results: Path) -> str:
+    """How many claims that were tested on this run's model got which verdict, by exhibit.
+
+    From the run's `claims.csv`. What is recomputed from print, a transcription or a setting says
+    nothing about the model and is counted on the ledger's own page.
+    """
+    from scfm_circuits.paper.claims import VERDICTS
+
+    path = results / "claims.csv"
+    if not path.is_file():
+        return "This run has no claims ledger."
+    with open(path, encoding="utf-8", newline="") as handle:
+        tested = [claim for claim in csv.DictReader(handle) if claim["standing"] == "tested"]
+    shown = [verdict for verdict in VERDICTS if any(one["verdict"] == verdict for one in tested)]
+    groups = {cell(exhibit): [claim for claim in tested if claim["exhibit"] == exhibit]
+              for exhibit in dict.fromkeys(claim["exhibit"] for claim in tested)}
+    rows = []
+    for title, group in (groups | {"**all**": tested}).items():
+        counts = Counter(claim["verdict"] for claim in group)
+        rows.append([title, *(str(counts[verdict] or "") for verdict in shown)])
+    return markdown_table(["Exhibit", *shown], rows)
+
+
+def cell(text: object) -> str:
+    """Untrusted text as one cell of a Markdown table."""
+    flat = " ".join(str(text).split())
+    return re.sub(r"([\\`*_{}\[\]<>|$])", r"\\\1", flat)
+
+
+def markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table of cells that are Markdown already."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def imprint(results: Path) -> str:
+    """Repository and licence, as CITATION.cff says (the authors are at the foot of every page), and
+    the run's commit."""
+    commit = read_json(results / "provenance.json").get("commit")
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     where = cited.get("repository-code")
     code = (f'<a href="{escape(where, quote=True)}">Code and notebooks</a>' if where

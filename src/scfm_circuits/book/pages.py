@@ -10,7 +10,6 @@
 pages are moved to `html-old/`, and they are removed when the new ones are there.
 """
 
-import csv
 import hashlib
 import html
 import itertools
@@ -19,8 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +118,7 @@ def fingerprint(run: Run) -> str:
              and "_build" not in path.parts and "__pycache__" not in path.parts]
     files += [run.output(notebook.name) for notebook in run.notebooks]
     files += sorted(_downloads(run))
-    files += [Path(__file__)]
+    files += sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(run.profile.name.encode())
     for path in files:
         digest.update(f"{path.name}\0{sha256_of_file(path)}\n".encode())
@@ -300,21 +298,22 @@ def _to_be_seen(cell: Mapping[str, Any]) -> bool:
 
 def _filled(run: Run, text: str) -> str:
     """The page with its generated parts in place of `<!-- generated: name -->`."""
-    commit = read_json(run.profile.results / "provenance.json").get("commit")
-    parts = {"model": lambda run: front_page.model_box(run.profile),
-             "findings": lambda run: front_page.findings(run.profile),
-             "picture": lambda run: front_page.picture(run.profile),
-             "imprint": lambda run: front_page.imprint(commit),
-             "exhibits": exhibit_map, "verdicts": verdict_counts,
-             "downloads": lambda run: download_list(run, _downloads(run)),
-             "features": lambda run: index_box(run.profile.results / FOLDER),
-             "rating": lambda run: rating_box(run.profile.results / "human_eval" / "deck.json")}
+    results = run.profile.results
+    parts = {"model": lambda: front_page.model_box(run.profile),
+             "findings": lambda: front_page.findings(run.profile),
+             "picture": lambda: front_page.picture(run.profile),
+             "verdicts": lambda: front_page.verdict_counts(results),
+             "imprint": lambda: front_page.imprint(results),
+             "exhibits": lambda: exhibit_map(run),
+             "downloads": lambda: download_list(run, _downloads(run)),
+             "features": lambda: index_box(results / FOLDER),
+             "rating": lambda: rating_box(results / "human_eval" / "deck.json")}
 
     def part(match: re.Match[str]) -> str:
         name = match.group(1)
         if name not in parts:
             raise InputError(f"A page asks for the generated part {name!r}, which does not exist.")
-        return parts[name](run)
+        return parts[name]()
 
     return _without_links(run, re.sub(r"<!-- generated: ([\w-]+) -->", part, text))
 
@@ -344,48 +343,14 @@ def exhibit_map(run: Run) -> str:
                 *(f"`{pattern}`" for pattern in notebook.produces)]
         rows.append([
             notebook.exhibits or "beyond the paper",
-            f"[{_cell(record['title'])}]({notebook.page}.ipynb)",
+            f"[{front_page.cell(record['title'])}]({notebook.page}.ipynb)",
             f"{record['seconds']:.0f} s",
             f"<details><summary>modules and files</summary>{'<br>'.join(made)}</details>",
         ])
     others = [f"“{title}”" for title in _lacking(run).values()]
     said = (f"\n\nThis profile's book has no chapter {' and '.join(others)}: "
             f"{'it does' if len(others) == 1 else 'they do'} not apply." if others else "")
-    return _markdown_table(["Paper", "Chapter", "Run time", "Made by"], rows) + said
-
-
-def verdict_counts(run: Run) -> str:
-    """How many claims that were tested on this run's model got which verdict, by exhibit.
-
-    From the run's `claims.csv`. What is recomputed from print, a transcription or a setting says
-    nothing about the model and is counted on the ledger's own page.
-    """
-    from scfm_circuits.paper.claims import VERDICTS
-
-    path = run.profile.results / "claims.csv"
-    if not path.is_file():
-        return "This run has no claims ledger."
-    with open(path, encoding="utf-8", newline="") as handle:
-        tested = [claim for claim in csv.DictReader(handle) if claim["standing"] == "tested"]
-    shown = [verdict for verdict in VERDICTS if any(one["verdict"] == verdict for one in tested)]
-    groups = {_cell(exhibit): [claim for claim in tested if claim["exhibit"] == exhibit]
-              for exhibit in dict.fromkeys(claim["exhibit"] for claim in tested)}
-    rows = []
-    for title, group in (groups | {"**all**": tested}).items():
-        counts = Counter(claim["verdict"] for claim in group)
-        rows.append([title, *(str(counts[verdict] or "") for verdict in shown)])
-    return _markdown_table(["Exhibit", *shown], rows)
-
-
-def _cell(text: object) -> str:
-    """Untrusted text as one cell of a Markdown table."""
-    flat = " ".join(str(text).split())
-    return re.sub(r"([\\`*_{}\[\]<>|$])", r"\\\1", flat)
-
-
-def _markdown_table(header: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return front_page.markdown_table(["Paper", "Chapter", "Run time", "Made by"], rows) + said
 
 
 # --- the builder ---------------------------------------------------------------------------------

@@ -58,8 +58,9 @@ check: $(READY) ## The gate: are all executed chapters of PROFILE whole and fres
 # Through the environment, where a shell takes no character of it for its own.
 profile: export H5AD := $(H5AD)
 profile: export OUT := $(OUT)
+profile: export EXTENDS := $(EXTENDS)
 profile: export OVERWRITE := $(OVERWRITE)
-profile: $(READY) ## A first profile for your cells [H5AD=cells.h5ad OUT=mine.yml OVERWRITE=1]
+profile: $(READY) ## A first profile for your cells [H5AD=cells.h5ad OUT=mine.yml EXTENDS=geneformer OVERWRITE=1]
 	@$(RUN) profile
 
 test: lint types unit smoke ## Lint, types, unit tests, and the whole book on PROFILE=smoke

@@ -56,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     writer = command("profile", "write a first profile for your own .h5ad file")
     writer.add_argument("h5ad", nargs="?", default=os.environ.get("H5AD", ""))
     writer.add_argument("--out", default=os.environ.get("OUT") or "mine.yml")
-    writer.add_argument("--extends", default="demo", help="the profile it is based on")
+    writer.add_argument("--extends", default=os.environ.get("EXTENDS") or "demo",
+                        help="the profile it is based on")
     writer.add_argument("--overwrite", action="store_true",
                         default=os.environ.get("OVERWRITE", "") not in ("", "0"))
     return parser

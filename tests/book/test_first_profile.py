@@ -30,6 +30,7 @@ from scfm_circuits.book.first_profile import (
 from scfm_circuits.cells.corpus import split_cells
 from scfm_circuits.cells.reading import draw_cells
 from scfm_circuits.cells.symbols import SYMBOL_COLUMNS
+from scfm_circuits.common import manifest
 from scfm_circuits.common.labels import normal_label
 from scfm_circuits.common.profile import ROOT, Profile, load_profile
 
@@ -207,6 +208,50 @@ def test_repeated_symbols_are_added_up(tmp_path: Path) -> None:
     data = some_data(names=["CD3D", "cd3d", "LYZ", "NKG7"])
     profile, cells = written(tmp_path, data)
     assert profile.duplicate_symbols == "sum" and cells.expression.shape == (60, 3)
+
+
+# --- for models whose tokens are genes -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("base", "index", "columns", "fields"), [
+    ("geneformer", SYMBOLS, {"gene_ids": ENSEMBL}, ("gene_ids", None, None)),
+    ("geneformer", ENSEMBL, {"symbol": SYMBOLS}, (None, None, "symbol")),
+    ("maxtoki", [f"{one}.7" for one in ENSEMBL], {}, (None, "geneformer_v2_names", None)),
+    ("geneformer_v1", ENSEMBL, {"length": range(4)}, (None, "geneformer_v1_names", None)),
+    ("geneformer_v1", SYMBOLS, {}, (None, "geneformer_v1_mapping", None)),
+    ("maxtoki", range(4), {"symbol": SYMBOLS}, (None, "geneformer_v2_mapping", "symbol")),
+])
+def test_how_genes_are_found_by_a_model_of_gene_tokens(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        base: str, index: Any, columns: dict[str, Any], fields: tuple[str | None, ...]) -> None:
+    monkeypatch.setenv("SCFM_CACHE", str(tmp_path / "cache"))  # dictionaries are not here yet
+    data = some_data(names=[str(one) for one in index])
+    for name, entries in columns.items():
+        data.var[name] = entries
+    data.layers["counts"] = data.X
+    data.X = np.log1p(data.X)
+    data.write_h5ad(tmp_path / "cells.h5ad")
+    out = str(tmp_path / "mine.yml")
+    assert main(["profile", str(tmp_path / "cells.h5ad"), "--out", out, "--extends", base]) == 0
+    found, settings = load_profile(out), load_profile(base)
+    assert (found.ensembl_column, found.gene_mapping, found.symbol_column) == fields
+    assert (found.matrix, found.encoding, found.model) == ("counts", base.replace(
+        "geneformer", "geneformer_v2").replace("v2_v1", "v1"), settings.model)
+    for name in {found.gene_mapping} - {None}:
+        assert manifest.entry("dictionaries", name) is not None
+    assert f"  ensembl_column: {fields[0]!r}\n" in capsys.readouterr().out
+
+
+def test_a_model_that_ranks_counts_is_given_no_other_values(tmp_path: Path) -> None:
+    data = some_data(np.log1p(counts()), names=ENSEMBL)
+    data.write_h5ad(tmp_path / "cells.h5ad")
+    with pytest.raises(InputError, match=r"\(X is normalised\); put counts into X, raw"):
+        write_profile(tmp_path / "cells.h5ad", tmp_path / "other.yml", "geneformer")
+    data.var_names = [f"{i}" for i in range(4)]
+    data.X = counts()
+    data.write_h5ad(tmp_path / "cells.h5ad")
+    with pytest.raises(InputError, match="no gene symbols: the index of var holds identifiers"):
+        write_profile(tmp_path / "cells.h5ad", tmp_path / "other.yml", "geneformer")
 
 
 # --- labels --------------------------------------------------------------------------------------
@@ -404,8 +449,9 @@ def test_make_hands_paths_over_as_they_are(tmp_path: Path) -> None:
     (tmp_path / ".venv" / ".ready").touch()
     done = subprocess.run(
         ["make", "-C", str(tmp_path), "-f", str(ROOT / "Makefile"), "profile",
-         f"H5AD={name.replace('$', '$$')}", "OUT=own.yml"],
+         f"H5AD={name.replace('$', '$$')}", "OUT=own.yml", "EXTENDS=pbmc"],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
     assert done.returncode == 0, done.stderr
     assert load_profile(str(tmp_path / "own.yml")).cells == str((tmp_path / name).resolve())
+    assert yaml.safe_load((tmp_path / "own.yml").read_text())["extends"] == "pbmc"
     assert not (tmp_path / "ran").exists()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import scanpy
 import torch
@@ -152,6 +153,19 @@ def test_genes_that_cells_express_are_counted_for_the_estimate(
     longest = 12 * corpus.tokens.shape[1]  # csc has no rows to be looked at
     assert before.tokens == (longest if stored == "csc" else corpus.mask.sum())
     assert corpus.mask.sum() < longest
+
+
+def test_cells_are_as_long_before_their_dictionaries_are_fetched(empty: Path) -> None:
+    """More genes than a dictionary that is made here would have tokens."""
+    data = anndata.AnnData(np.ones((20, 400), np.float32), pd.DataFrame(
+        {"type": ["a", "b"] * 10}, index=[f"c{i}" for i in range(20)]), pd.DataFrame(
+        index=[f"ENSG{i:011d}" for i in range(400)]))
+    data.write_h5ad(empty / "mine.h5ad")
+    profile = load_profile("geneformer", {
+        "cells": str(empty / "mine.h5ad"), "label_column": "type", "case_type": "a",
+        "symbol_column": None, "validation_share": 0.5, "vocabulary_size": 300})
+    found = run_sizes(profile)
+    assert (found.tokens, found.padded, found.genes) == (20 * 402, 402, 400)
 
 
 def rare_notes(profile: Profile) -> list[str]:

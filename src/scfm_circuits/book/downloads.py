@@ -7,12 +7,13 @@ huggingface_hub, which takes up what was cut. Weights are then held against data
 import contextlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.dictionaries import FILES, dictionary_file
 from scfm_circuits.cells.tokens import begin_token_note, load_tokenizer
 from scfm_circuits.common import manifest
+from scfm_circuits.common.encodings import OWN_DICTIONARY
 from scfm_circuits.common.fetch import PIP, Remote, fetch, missing_bytes
 from scfm_circuits.common.files import first_line, read_json, sha256_of_file, write_json
 from scfm_circuits.common.labels import names_no_type
@@ -30,6 +31,9 @@ from scfm_circuits.enrichment.gene_sets import (
 from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.interpretability.explanations import read_gene_groups
 from scfm_circuits.paper.case import LIBRARY as PAPERS_LIBRARY
+
+if TYPE_CHECKING:
+    from scfm_circuits.cells.reading import Description
 
 UNKNOWN = 3 * 2**20
 """Bytes of a small file whose size is not known."""
@@ -147,6 +151,16 @@ def dictionaries_are_here(profile: Profile) -> bool:
     """Whether none of the profile's dictionaries is to be fetched first."""
     return all(path.is_file() for _, path in _dictionaries(profile)) and (
         not manifest.by_hand(profile.model) or located("model", profile.model).is_dir())
+
+
+def described(profile: Profile) -> "Description":
+    """`describe_cells`; as long as a dictionary is to be fetched, as if every gene had a token."""
+    from scfm_circuits.cells.reading import describe_cells
+
+    if not dictionaries_are_here(profile):
+        profile = profile.model_copy(update={
+            "token_dictionary": OWN_DICTIONARY, "duplicate_symbols": "sum"})
+    return describe_cells(profile)
 
 
 def _on_the_hub(profile: Profile) -> list[str]:

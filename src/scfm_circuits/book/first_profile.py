@@ -19,6 +19,7 @@ import yaml
 from scfm_circuits import InputError
 from scfm_circuits.cells.h5ad import open_h5ad, unreadable
 from scfm_circuits.cells.symbols import possible_symbols, symbol_columns
+from scfm_circuits.common.encodings import CELL_SENTENCE, ENSEMBL, RANK_VALUE
 from scfm_circuits.common.files import write_atomic
 from scfm_circuits.common.labels import names_no_type, normal_label, normal_labels
 from scfm_circuits.common.profile import PROFILES, Name, Profile, load_profile
@@ -32,6 +33,8 @@ EXPECTED_HELD_OUT = 10
 """Held-out cells of the traced type that a draw should leave on average."""
 SAMPLED = 200_000
 """Values of a matrix that are looked at, in three blocks."""
+IDENTIFIERS = "ensembl_column", "gene_mapping"
+"""Fields that say how a rank-value encoding finds genes."""
 
 _MOST_LABELS = 200
 # Compared without case, spaces, points and underscores.
@@ -119,22 +122,27 @@ def _unread(aside: Mapping[str, str], *parts: str) -> list[str]:
             if part.split("[")[0] in parts]
 
 
-def choose_matrix(found: Peek, where: str) -> Choice:
+def choose_matrix(found: Peek, where: str, encoding: str = CELL_SENTENCE) -> Choice:
     """Counts if there are any, else log-normalised values; InputError if none can be ranked.
 
-    A layer is taken for the counts by its name too: `unspliced` holds counts, but not of all.
+    A layer is taken for the counts by its name too: `unspliced` holds counts, but not of all. A
+    rank-value encoding takes nothing but counts.
     """
     counted = [name for name in found.kinds if _plain(name) in _COUNT_LAYERS and name != "raw"]
     order = [(name, "counts") for name in (*counted, "raw", "X")]
-    order += [(name, "normalised") for name in ("raw", "X")]
-    order += [(name, kind) for kind in ("counts", "normalised") for name in found.kinds]
+    if encoding not in RANK_VALUE:
+        order += [(name, "normalised") for name in ("raw", "X")]
+    order += [(name, "counts") for name in found.kinds]
+    if encoding not in RANK_VALUE:
+        order += [(name, "normalised") for name in found.kinds]
     chosen = next((name for name, kind in order if found.kinds.get(name) == kind), None)
     if chosen is None:
         held = [f"{name} is {kind}" for name, kind in found.kinds.items()]
         held += _unread(found.aside, "X", "raw", "layers")
+        wanted = ("counts" if encoding in RANK_VALUE else "counts or log-normalised values")
         raise InputError(f"{where} has no values to rank genes by "
-                         f"({'; '.join(held) or 'neither X, raw nor a layer'}); put counts or "
-                         "log-normalised values into X, raw or a layer.")
+                         f"({'; '.join(held) or 'neither X, raw nor a layer'}); put {wanted} into "
+                         "X, raw or a layer.")
     seen = "; ".join(f"{name!r}: {kind}" for name, kind in found.kinds.items())
     return Choice(chosen, f"seen in samples: {seen}")
 
@@ -164,6 +172,42 @@ def choose_symbols(variables: "pd.DataFrame", where: str, table: str = "var"
                   f"{repeated:,} columns have a symbol that another has too" if repeated
                   else "no symbol is there twice")
     return column, rule
+
+
+def choose_genes(variables: "pd.DataFrame", where: str, table: str, encoding: str
+                 ) -> dict[str, Choice]:
+    """The fields of `choose_symbols`; for a rank-value encoding also those by which it finds genes.
+
+    That is a column of Ensembl identifiers, the index before others, or else symbols through the
+    model's dictionary of names. With identifiers symbols may be missing: that dictionary has names.
+    """
+    def identified(column: str | None) -> bool:
+        entries = variables.index if column is None else variables[column]
+        return 2 * sum(bool(ENSEMBL.match(str(one))) for one in entries) > len(entries)
+
+    coded, named = encoding in RANK_VALUE, True
+    found = [one for one in (None, *variables.columns) if coded and identified(one)]
+    try:
+        symbols = choose_symbols(variables, where, table)
+    except InputError:
+        if not found:
+            raise
+        named, symbols = False, (Choice(None, "no column holds symbols"),
+                                 Choice("error", "genes are found by their identifiers"))
+    fields = dict(zip(("symbol_column", "duplicate_symbols"), symbols, strict=True))
+    if not coded:
+        return fields
+    version = encoding if encoding == "geneformer_v1" else "geneformer_v2"
+    if not found:
+        return fields | dict(zip(IDENTIFIERS, (
+            Choice(None, "no column holds Ensembl identifiers"),
+            Choice(f"{version}_mapping", "finds genes by their symbols")), strict=True))
+    entry = variables.index[0] if found[0] is None else variables[found[0]].iloc[0]
+    return fields | dict(zip(IDENTIFIERS, (
+        Choice(found[0], f"Ensembl identifiers, such as {_listed([entry])}"),
+        Choice(None, "symbols and identifiers are in the file") if named else
+        Choice(f"{version}_names", "calls genes by their names, which the file has not")),
+        strict=True))
 
 
 def choose_labels(observations: "pd.DataFrame", where: str, unread: list[str] | None = None
@@ -269,12 +313,13 @@ def profile_fields(path: Path, base: str = "demo") -> dict[str, Choice]:
     """The fields that the file decides, with a comment for each; InputError if it fits none."""
     where = str(path)
     settings, found = load_profile(base), peek(path)
-    matrix = choose_matrix(found, where)
+    matrix = choose_matrix(found, where, settings.encoding)
     genes = found.variables[matrix.value]
     if not len(found.observations) or not len(genes):
         raise InputError(f"{where} holds {len(found.observations)} cells and {len(genes)} genes; "
                          "there is nothing to read.")
-    column, repeated = choose_symbols(genes, where, "raw.var" if matrix.value == "raw" else "var")
+    chosen = choose_genes(genes, where, "raw.var" if matrix.value == "raw" else "var",
+                          settings.encoding)
     label = choose_labels(found.observations, where, _unread(found.aside, "obs"))
     labels, _ = normal_labels(found.observations[label.value].astype(str))
     case, most = choose_case(labels, settings)
@@ -283,7 +328,7 @@ def profile_fields(path: Path, base: str = "demo") -> dict[str, Choice]:
                         f"{len(found.observations):,} cells, {len(genes):,} genes"),
         "cells_are": Choice("real", "simulated, if nobody measured them"),
         "cells_name": Choice(f"cells of {path.name}", "what the pages call them"),
-        "matrix": matrix, "symbol_column": column, "duplicate_symbols": repeated,
+        "matrix": matrix, **chosen,
         "label_column": label, "case_type": case,
     }
     return fields | ({"max_cells": most} if most else {})
@@ -347,14 +392,14 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 def first_profile(h5ad: str, out: str, base: str = "demo", overwrite: bool = False) -> None:
     """`write_profile`, and say what was chosen and what reading the cells will do."""
-    from scfm_circuits.cells.reading import describe_cells
+    from scfm_circuits.book.downloads import described
 
     if not h5ad:
         raise InputError("Give the cells: make profile H5AD=path/to/cells.h5ad.")
     written = write_profile(Path(h5ad), Path(out), base, overwrite)
     for field in ("matrix", "symbol_column", "duplicate_symbols", "label_column", "case_type",
-                  "max_cells"):
+                  "max_cells", *IDENTIFIERS[: 2 * (written.encoding in RANK_VALUE)]):
         print(f"  {field}: {getattr(written, field)!r}")
-    for note in describe_cells(written).decisions:
+    for note in described(written).decisions:
         print(f"  {note}")
     print(f"Wrote {out}; look at it, then: make book PROFILE={out}")

@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from scfm_circuits import InputError
-from scfm_circuits.book.downloads import check_shared_genes, dictionaries_are_here
+from scfm_circuits.book.downloads import (
+    check_shared_genes,
+    described,
+    dictionaries_are_here,
+)
 from scfm_circuits.cells.corpus import (
     Corpus,
     check_case,
@@ -158,12 +162,7 @@ def _cells(profile: Profile) -> _Cells:
             f"counts as {profile.genes_per_cell:,} genes (`genes_per_cell`), the most it can have."]
         return _Cells(int(listed["cells"]), int(listed["genes"]), profile.genes_per_cell,
                       profile.genes_per_cell, told)
-    from scfm_circuits.cells.reading import describe_cells
-
-    if not dictionaries_are_here(profile):  # what of the genes has a token is not known yet
-        profile = profile.model_copy(update={
-            "token_dictionary": OWN_DICTIONARY, "duplicate_symbols": "sum"})
-    found = describe_cells(profile)
+    found = described(profile)
     held_out = split_cells(len(found.labels), profile.validation_share, profile.seed)
     check_case(found.labels, held_out, profile)
     check_shared_genes(profile, found.symbols)

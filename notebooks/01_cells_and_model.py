@@ -120,9 +120,8 @@ print(written(chapter.profile, corpus.genes_of(cell), corpus.labels[cell]) if in
 
 # %% [markdown]
 # {glue:text}`cells.pieces` Every token remembers the gene it came from and its
-# place in it; {glue:text}`cells.others` to no gene. A gene of this corpus
-# takes {glue:text}`cells.tokens_per_gene` tokens on average, a gene of the paper's sentence 3.30 (with
-# Pythia's tokenizer).
+# place in it; {glue:text}`cells.others` to no gene. Tokens of a gene, on average:
+# {glue:text}`cells.tokens_per_gene` in this corpus, 3.30 in the paper's sentence (with Pythia's tokenizer).
 
 # %% [markdown] tags=["fold:The paper's prompt and the tokens of that cell"]
 # The paper prints its prompt (Figure 4): the sentence, a full stop, a blank line and "The corresponding
@@ -202,7 +201,7 @@ chapter.figure("language_model_training", plots.training_curve(curve.step, curve
 known = chapter.known_types
 by_type, accuracy = pd.DataFrame(known.by_type), pd.DataFrame(known.accuracy)
 chapter.table("cell_type_accuracy", accuracy, digits=3, columns={
-    one: one for one in accuracy if one != "cells"}, caption="Held-out cells answered correctly "
+    one: one for one in accuracy if one not in ("cells", "right")}, caption="Held-out cells answered correctly "
               "(percentage with a 95 % interval; mean over types with "
               f"{ENOUGH} or more of these cells)")
 

@@ -31,8 +31,8 @@
 #   still names {glue:text}`mlps.right.transcoder` of the cells correctly
 #   ({glue:text}`mlps.right.original` untouched).
 # - **What it is worth.** With every MLP held at its mean, which tells nothing of the cell, the model names
-#   {glue:text}`mlps.right.mean`. The loss is a mean over all tokens, few of which depend on what the model
-#   knows of the cell. And a small model on few cells is no evidence about the paper's.
+#   {glue:text}`mlps.right.mean`. {glue:text}`mlps.loss_is` And a small model on few cells is no
+#   evidence about the paper's.
 # ```
 
 # %% tags=["parameters"]
@@ -102,7 +102,8 @@ chapter.table("table2", table2, caption="Table 2: KL(original || modified) in na
 # "No MLP" takes two things away: what an MLP says about the token at hand, and the constant that it
 # writes on any token. Under {term}`mean ablation` the constant stays: every MLP writes its mean output over
 # the tokens of {glue:text}`mlps.mean_cells` training cells. {glue:text}`mlps.constant`
-#
+
+# %% [markdown] tags=["only-if:mlps.in_words"]
 # Table 1 is a mean over very different tokens, few of which are the answer.
 
 # %% tags=["fold:The loss by kind of predicted token"]
@@ -123,6 +124,9 @@ chapter.table("table1_kinds", names, digits=3,
 in_words = chapter.profile.in_words
 chapter.values({"in_words": in_words, "by_state": not in_words,
                 "shares": validation.shares_said(found.kinds)}, prefix="mlps.")
+chapter.value("mlps.loss_is", in_words, "The loss is a mean over all tokens, few of which depend on what the "
+              "model knows of the cell." if in_words else
+              "The loss is a mean over the genes that are asked, common and rare.")
 chapter.value("table1.asked", in_words, validation.asked_said(chapter.model, in_words))
 
 # %% [markdown] tags=["unfold"]

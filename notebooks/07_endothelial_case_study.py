@@ -176,7 +176,7 @@ print(written(settings, genes, study.prediction) if settings.in_words else " ".j
 
 # %% [markdown]
 # The case study of this profile is about the type {glue:text}`case.type`. The sentence traced is
-# {glue:text}`case.origin`. Its {glue:text}`case.n_prompt_genes` genes and the words around them take
+# {glue:text}`case.origin`. Its {glue:text}`case.n_prompt_genes` genes and what stands around them take
 # {glue:text}`case.n_tokens` tokens. The prompt that the paper prints in its Figure 4 is none of the
 # model's own templates ({doc}`01_cells_and_model`). In the explorer, each other cell is the first
 # held-out cell of its type that the model names rightly, commonest type first. Terms are of the library
@@ -349,8 +349,9 @@ chapter.values({name: said.get(name) for name in (
     "rank", "log_odds", "nodes", "gene_nodes", "keeps", "nothing_keeps")}, prefix="gene.")
 chapter.value("gene.closure_max", bool(gene),
               f"{of_gene.circuit.closure_max_relative:.1e}" if gene else "")
-chapter.table("gene_nodes", of_gene.nodes, rows=10, caption="The most influential nodes of the gene's "
-              "circuit") if gene else None
+chapter.table("gene_nodes", of_gene.nodes, rows=10, columns={
+    one: one for one in ("kind", "layer", "feature", "head", "token", "gene", "value", "influence")},
+              caption="The most influential nodes of the gene's circuit") if gene else None
 
 # %% [markdown]
 # ## The paper's target, and a caution
@@ -476,8 +477,8 @@ chapter.show(rows.drop(columns=["nodes", "terms_below", "random_below"]), digits
 # For the call the best term is "{glue:text}`call.best_term`"
 # (p = {glue:text}`call.p_random` against random genes of the sentence), for the paper's target
 # "{glue:text}`case.best_term`" (p = {glue:text}`case.p_random`). The whole prompt's genes, with no
-# circuit at all, give "{glue:text}`case.best_term_all`": they are the cell's own most expressed
-# genes, so a term that fits the cell shows that the prompt fits the cell before it shows anything
+# circuit at all, give "{glue:text}`case.best_term_all`": they are the genes that rank first in
+# the cell, so a term that fits the cell shows that the prompt fits the cell before it shows anything
 # about the circuit.
 
 # %% tags=["fold:The nodes and genes of each circuit"]

@@ -87,6 +87,9 @@ chapter.table("circuit_faithfulness", study.effects, rows=0, caption="The same f
               "change")
 
 # %%
+chapter.value("faithfulness.kinds", settings.in_words, "first pieces of genes, later pieces, each word of the "
+              "question, the answer's last token, its other tokens" if settings.in_words else
+              "genes, and each special token")
 for name, number in {**found.numbers, **found.ratios}.items():
     share = isinstance(number, float) and name != "n_features" and not name.startswith("size_")
     (chapter.percent if share else chapter.value)(f"faithfulness.{name}", number)
@@ -117,8 +120,8 @@ for name, number in {**found.numbers, **found.ratios}.items():
 # - **Alone:** they run, and every feature outside the circuit is held at its mean over all tokens of
 #   {glue:text}`faithfulness.mean_cells` training cells. MLPs are replaced by their transcoders, with
 #   the error that these make on the unchanged text.
-# - **Alone, own kind:** the same with means over tokens of one kind: first pieces of genes, later
-#   pieces, each word of the question, the answer's last token, its other tokens. What the form of any
+# - **Alone, own kind:** the same with means over tokens of one kind: {glue:text}`faithfulness.kinds`.
+#   What the form of any
 #   cell's text brings is then left in; what is lost is specific to this cell.
 #
 # Each is done with as many other active features, {glue:text}`faithfulness.draws` times for either

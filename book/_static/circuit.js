@@ -257,7 +257,7 @@
     briefly(node) {
       const own = this.labels.has(node.id) ? `${this.labels.get(node.id)}: ` : "";
       return `${own}${node.label}, at ${tools.circuitTexts.visible(node.token)}${
-        node.gene ? ` (${node.gene})` : ""}`;
+        node.gene && node.gene !== node.token.trim() ? ` (${node.gene})` : ""}`;
     }
 
     rename(node, text) {

@@ -16,6 +16,8 @@ HEADINGS = {
     # Cells and the model.
     "held_out": "held out",
     "mean_over_types": "mean over types, %",
+    "mean_low": "mean: 95 % from",
+    "mean_high": "mean: 95 % to",
     "only_model": "only the model is right",
     "only_this": "only this one is right",
     "commonest_answer": "commonest answer",

@@ -68,7 +68,7 @@ def call_sentence(genes: Sequence[str], contributions: Mapping[str, float], answ
     for x, colour, text in ((0.05, BLUE, "speaks for it"), (1.5, ORANGE, "speaks against it")):
         axis.add_patch(plt.Rectangle((x, -rows - 0.75), 0.15, 0.45, color=colour))
         axis.text(x + 0.22, -rows - 0.52, text, va="center", fontsize=11)
-    axis.text(columns - 0.05, -rows - 0.52 - below, f"{rest}most expressed first", ha="right",
+    axis.text(columns - 0.05, -rows - 0.52 - below, f"{rest}highest rank first", ha="right",
               va="center", fontsize=11, color="0.35")
     return figure
 

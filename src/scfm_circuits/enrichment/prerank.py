@@ -50,7 +50,6 @@ def prerank_table(
     min_size: int = SMALLEST,
     max_size: int = 500,
     permutations: int = 1000,
-    threads: int = 1,
 ) -> pd.DataFrame:
     """Every term of every library within the size limits, for every ranking.
 
@@ -61,8 +60,6 @@ def prerank_table(
         min_size, max_size: genes a term must have in the ranking.
         permutations: random sets of the same size per term. Memory grows with it and with the
             number of genes times terms. P and FDR can be 0: no permutation went beyond the term.
-        threads: of gseapy for each ranking and library, several of which are tested side by side;
-            it takes at most one fewer than there are cores; changes no number.
 
     Returns:
         One row per tested term: ranking, library, Term, n_genes (of the term in the ranking), ES
@@ -89,15 +86,14 @@ def prerank_table(
         sets = _sets_within(library, genes, min_size, max_size)
         if not sets:
             return None
-        table = _prerank(genes, sets, min_size, max_size, permutations, threads, seed)
+        table = _prerank(genes, sets, min_size, max_size, permutations, seed)
         table.insert(0, "ranking", label)  # type: ignore[arg-type]
         table.insert(1, "library", library.name)
         return table
 
     import gseapy  # noqa: F401  (threads must not import it side by side)
 
-    # gseapy lets other threads run, and leaves at least one core to them.
-    with ThreadPoolExecutor(max(1, n_threads() // threads)) as pool:
+    with ThreadPoolExecutor(n_threads()) as pool:  # gseapy lets other threads run
         found = pool.map(tested, *zip(*product(ordered, libraries), strict=True))
         parts = [one for one in found if one is not None]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
@@ -163,7 +159,7 @@ def _sets_within(library: GeneSets, genes: Sequence[str], min_size: int, max_siz
 
 
 def _prerank(genes: Sequence[str], sets: dict[str, list[str]], min_size: int, max_size: int,
-             permutations: int, threads: int, seed: int) -> pd.DataFrame:
+             permutations: int, seed: int) -> pd.DataFrame:
     """gseapy's result for one ranking and library, in our columns."""
     import gseapy
 
@@ -172,7 +168,7 @@ def _prerank(genes: Sequence[str], sets: dict[str, list[str]], min_size: int, ma
     # Sets given as a mapping and no folder: nothing is fetched, nothing is written.
     result = gseapy.prerank(
         scores, sets, outdir=None, no_plot=True, verbose=False, min_size=min_size,
-        max_size=max_size, permutation_num=permutations, weight=0.0, threads=threads, seed=seed,
+        max_size=max_size, permutation_num=permutations, weight=0.0, threads=1, seed=seed,
     ).res2d
     table = pd.DataFrame({
         "Term": result["Term"].astype(str),

@@ -7,7 +7,6 @@ share, with transcoders on each; and the encoder again with random weights. All 
 both `circuits` and `enrichment`.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,10 +33,9 @@ from scfm_circuits.enrichment.gene_sets import GeneSets
 from scfm_circuits.features.baselines import reinitialised_transcoders, untrained_statistics
 from scfm_circuits.features.statistics import FeatureStatistics, get_statistics
 from scfm_circuits.models.mlp_sites import asked, batches, device_of, masked_genes
-from scfm_circuits.report.sub_words import Parts
+from scfm_circuits.report.sub_words import Parts, small_profile
 from scfm_circuits.transcoders.transcoder import Transcoders
 from scfm_circuits.transcoders.validation import fraction_of_variance_unexplained
-from scfm_circuits.transcoders.variants import schedules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,19 +62,14 @@ _SMOOTHED = 50.0
 
 def study_profile(profile: Profile, encoding: str) -> Profile:
     """The profile of one model: the cells' own, small sizes, tokens and medians of these cells."""
-    steps, width = min(STEPS, profile.model_steps), min(WIDTH, profile.model_width)
-    batch, trained = BATCH_CELLS * profile.genes_per_cell, profile.model_steps
-    return profile.model_copy(update={
-        "name": f"{profile.name}/other_models/{encoding}", "encoding": encoding,
-        "token_dictionary": OWN_DICTIONARY, "model": "train", "model_revision": None,
-        "model_subfolder": "", "model_thinning": 1.0, "human_layer": 0,
-        "model_layers": min(LAYERS, profile.model_layers or LAYERS), "model_width": width,
-        "model_heads": math.gcd(HEADS, width), "model_steps": steps,
-        "model_batch_cells": min(MODEL_CELLS, profile.model_batch_cells * 2),
-        "batch_tokens": batch, "training_tokens": trained * batch,
-        "buffer_tokens": max(64 * batch, profile.buffer_tokens),
-        "dead_after_tokens": trained * batch, "learning_rate": LEARNING_RATE,
-        "site": "transcoder", "reinitialised_control": True, **schedules(profile, trained)})
+    batch = BATCH_CELLS * profile.genes_per_cell
+    return small_profile(
+        profile, (LAYERS, WIDTH, HEADS), profile.model_steps, batch, encoding=encoding,
+        name=f"{profile.name}/other_models/{encoding}", token_dictionary=OWN_DICTIONARY,
+        model_subfolder="", model_steps=min(STEPS, profile.model_steps),
+        model_batch_cells=min(MODEL_CELLS, profile.model_batch_cells * 2),
+        buffer_tokens=max(64 * batch, profile.buffer_tokens), learning_rate=LEARNING_RATE,
+        reinitialised_control=True)
 
 
 class Measured(NamedTuple):

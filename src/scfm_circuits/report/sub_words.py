@@ -14,7 +14,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -74,18 +74,28 @@ _NULL = "frequency-matched"
 
 def study_profile(profile: Profile, tokenizer: str, seed: int, length: float) -> Profile:
     """One run's profile; length: mean tokens of a cell, of which a step takes `BATCH_CELLS`."""
-    steps = min(STEPS, profile.model_steps)
-    batch, width = round(BATCH_CELLS * length), min(WIDTH, profile.model_width)
+    steps, batch = min(STEPS, profile.model_steps), round(BATCH_CELLS * length)
+    return small_profile(
+        profile, (LAYERS, WIDTH, HEADS), steps, batch, tokenizer=tokenizer,
+        name=f"{profile.name}/sub_words/{tokenizer}-{seed}", seed=profile.seed + seed,
+        genes_per_cell=min(GENES, profile.genes_per_cell), model_steps=steps,
+        model_batch_cells=min(MODEL_CELLS, profile.model_batch_cells), buffer_tokens=64 * batch)
+
+
+def small_profile(profile: Profile, sizes: tuple[int, int, int], steps: int, batch: int,
+                  **own: Any) -> Profile:
+    """The profile of a small model that is trained on the spot, with transcoders.
+
+    sizes: layers, width and heads, no larger than the profile's own. The transcoders are trained in
+    so many steps of `batch` tokens. own: further fields.
+    """
+    layers, width, heads = sizes[0], min(sizes[1], profile.model_width), sizes[2]
     return profile.model_copy(update={
-        "name": f"{profile.name}/sub_words/{tokenizer}-{seed}", "tokenizer": tokenizer,
-        "seed": profile.seed + seed, "model": "train", "model_revision": None,
-        "human_layer": 0, "model_thinning": 1.0,
-        "genes_per_cell": min(GENES, profile.genes_per_cell),
-        "model_layers": min(LAYERS, profile.model_layers or LAYERS), "model_width": width,
-        "model_heads": math.gcd(HEADS, width), "model_steps": steps,
-        "model_batch_cells": min(MODEL_CELLS, profile.model_batch_cells), "batch_tokens": batch,
-        "training_tokens": steps * batch, "buffer_tokens": 64 * batch,
-        "dead_after_tokens": steps * batch, "site": "transcoder", **schedules(profile, steps)})
+        "model": "train", "model_revision": None, "human_layer": 0, "model_thinning": 1.0,
+        "model_layers": min(layers, profile.model_layers or layers), "model_width": width,
+        "model_heads": math.gcd(heads, width), "batch_tokens": batch,
+        "training_tokens": steps * batch, "dead_after_tokens": steps * batch,
+        "site": "transcoder", **schedules(profile, steps), **own})
 
 
 # --- the same cells ------------------------------------------------------------------------------

@@ -43,13 +43,15 @@ def world(tmp_path, monkeypatch):
     return run, corpus, model, transcoders, statistics
 
 
-def drawn_deck(world):
+def drawn_deck(world, **changes):
     run, corpus, model, transcoders, statistics = world
-    return draw_deck(model, transcoders, statistics, corpus, run)
+    run = run.model_copy(update=changes)
+    drawn = draw_features(statistics, run.human_layer, run.human_features, run.live_cut, run.seed)
+    return draw_deck(model, transcoders, statistics, corpus, run, drawn)
 
 
 def test_a_deck_holds_the_features_and_the_decoys(world):
-    run, corpus, model, transcoders, statistics = world
+    run, *_, statistics = world
     deck = drawn_deck(world)
     assert [one.card for one in deck.cards] == [f"c{i:02d}" for i in range(1, 10)]
     assert [len(deck.of_source(source)) for source in SOURCES] == [5, 2, 2]
@@ -57,10 +59,8 @@ def test_a_deck_holds_the_features_and_the_decoys(world):
     assert sorted(one.feature for one in deck.of_source(FEATURE)) == wanted.tolist()
     assert [one.source for one in deck.cards] != sorted(one.source for one in deck.cards)
     assert drawn_deck(world) == deck
-    other = draw_deck(model, transcoders, statistics, corpus, run.model_copy(update={"seed": 1}))
-    assert other.study != deck.study
-    none = run.model_copy(update={"human_decoys": 0})
-    assert len(draw_deck(model, transcoders, statistics, corpus, none).cards) == 5
+    assert drawn_deck(world, seed=1).study != deck.study
+    assert len(drawn_deck(world, human_decoys=0).cards) == 5
 
 
 def test_a_card_shows_what_was_counted(world):

@@ -103,7 +103,7 @@ def draw_study(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
     check_live(statistics, layer, profile.live_cut)
     drawn = draw_features(statistics, layer, profile.human_features, profile.live_cut, profile.seed)
     contexts = feature_contexts(statistics, corpus, layer, drawn, profile.contexts_per_feature)
-    deck = draw_deck(model, transcoders, statistics, corpus, profile)
+    deck = draw_deck(model, transcoders, statistics, corpus, profile, drawn)
     key = deck_key(deck)
     sheet = rating_sheet(deck.study, layer, drawn, statistics, contexts, corpus, profile.gene_rule,
                          key)
@@ -111,14 +111,14 @@ def draw_study(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
 
 
 def draw_deck(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
-              statistics: FeatureStatistics, corpus: Corpus, profile: "Profile") -> Deck:
-    """The study's deck: `human_features` live features and `human_decoys` decoys, in random order.
+              statistics: FeatureStatistics, corpus: Corpus, profile: "Profile",
+              drawn: np.ndarray) -> Deck:
+    """The study's deck: the features drawn and `human_decoys` decoys, in random order.
 
-    Fewer features if the layer has fewer live ones, and fewer decoys of the untrained encoder if it
-    has fewer live features. The study's name depends on all that was drawn and counted.
+    Fewer decoys of the untrained encoder if it has fewer live features. The study's name depends on
+    all that was drawn and counted.
     """
     layer, rng = profile.human_layer, generator(profile.seed, "cards")
-    drawn = draw_features(statistics, layer, profile.human_features, profile.live_cut, profile.seed)
     n_random = profile.human_decoys // 2
     matched = np.resize(rng.permutation(drawn), profile.human_decoys)
     sample = np.sort(rng.permutation(len(corpus))[:SAMPLE_CELLS])

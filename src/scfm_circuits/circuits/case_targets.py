@@ -28,7 +28,6 @@ from scfm_circuits.circuits.graph import Target, feature_target
 from scfm_circuits.circuits.interventions import (
     Call,
     FeatureAt,
-    HeldAtMeans,
     Kept,
     held_at_means,
     kept_alone,
@@ -169,16 +168,15 @@ class GeneNodes(NamedTuple):
     """The genes that a circuit's nodes stand on, and their terms beside those of random genes.
 
     genes: the most influential first. terms: `Rule.terms` of them. significant: terms below the
-    profile's FDR; random_significant: mean over draws of as many random genes of the sentence;
-    random_share: draws with any such term; p: share of draws whose smallest p is as small as the
-    circuit's (the circuit's own genes counted as one draw). Missing without genes or draws.
+    profile's FDR; random_significant: mean over draws of as many random genes of the sentence; p:
+    share of draws whose smallest p is as small as the circuit's (the circuit's own genes counted as
+    one draw). Missing without genes or draws.
     """
 
     genes: list[str]
     terms: pd.DataFrame
     significant: int
     random_significant: float
-    random_share: float
     p: float
 
     @property
@@ -201,7 +199,7 @@ def gene_nodes(genes: Sequence[str], sentence: Sequence[str], library: "GeneSets
     terms = rule.terms(genes, library, symbols)
     significant = int((terms["Adjusted P-value"] < fdr).sum())
     if not genes or draws < 1:
-        return GeneNodes(list(genes), terms, significant, np.nan, np.nan, np.nan)
+        return GeneNodes(list(genes), terms, significant, np.nan, np.nan)
     rng, names = generator(seed, "random gene nodes"), np.array(sentence)
     lists = [names[np.sort(rng.permutation(len(names))[:len(genes)])].tolist()
              for _ in range(draws)]
@@ -209,10 +207,8 @@ def gene_nodes(genes: Sequence[str], sentence: Sequence[str], library: "GeneSets
     found = over_representation([list(genes), *lists], library, background=universe,
                                 family=rule.family, alpha=fdr)
     own, random = found.min_p[0], found.min_p[1:]
-    below = found.n_significant[1:]
     # The same p can differ in its last digit where it is summed up in another order.
-    return GeneNodes(list(genes), terms, significant, float(below.mean()),
-                     float((below > 0).mean()),
+    return GeneNodes(list(genes), terms, significant, float(found.n_significant[1:].mean()),
                      float((1 + (random <= own * (1 + 1e-9)).sum()) / (1 + draws)))
 
 
@@ -231,14 +227,13 @@ def marker_genes(library: "GeneSets", label: str) -> set[str]:
 
 class Traced(NamedTuple):
     """One target's circuit, its nodes and genes, and what is left of the target with the circuit
-    alone and without, all other features held at means of their own kind of token or of all."""
+    alone and without, all other features held at means of their own kind of token."""
 
     target: Target
     circuit: Circuit
     nodes: pd.DataFrame
     genes: GeneNodes
     own_kind: Kept
-    all_tokens: Kept
 
     def row(self, name: str) -> dict[str, object]:
         """Its row in a table of targets."""
@@ -304,18 +299,13 @@ class CaseTargets(NamedTuple):
         """asked: how the model is asked for the target."""
         profile, case = self.profile, self.case
         circuit = trace(self.frozen, target.node, target.reading, **limits(profile))
-        nodes, kinds = node_table(circuit, case.texts, case.genes), prompt_kinds(case)
-
-        def kept(held: HeldAtMeans) -> Kept:
-            return kept_alone(self.model, self.frozen, features_at(circuit), asked, target.reading,
-                              held)
-
+        nodes = node_table(circuit, case.texts, case.genes)
         return Traced(
             target, circuit, nodes,
             gene_nodes(circuit_genes(nodes), self.sentence, self.library, self.rule, self.symbols,
                        fdr=profile.fdr, seed=profile.seed),
-            kept(held_at_means(self.frozen, self.means, kinds)),
-            kept(held_at_means(self.frozen, self.means.over_all_tokens(), np.zeros_like(kinds))))
+            kept_alone(self.model, self.frozen, features_at(circuit), asked, target.reading,
+                       held_at_means(self.frozen, self.means, prompt_kinds(case))))
 
 
 def case_targets(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",

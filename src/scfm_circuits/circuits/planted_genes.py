@@ -29,15 +29,18 @@ from scfm_circuits.transcoders.transcoder import Transcoders
 if TYPE_CHECKING:
     from transformers import GPTNeoXForCausalLM
 
+ASKED = 20
+"""Held-out cells of a type that are asked, at most."""
+
 # --- circuits ------------------------------------------------------------------------------------
 
 
-def named_right(model: "GPTNeoXForCausalLM", corpus: Corpus, n: int, asked: int = 20) -> list[int]:
-    """Of each cell type the first n held-out cells that the model names right, as the case study
-    takes its cell; of the first `asked` of that type."""
+def named_right(model: "GPTNeoXForCausalLM", corpus: Corpus, n: int) -> list[int]:
+    """Of each cell type the first n held-out cells that the model names right, of the first
+    `ASKED` of that type."""
     chosen: list[int] = []
     for label in np.unique(corpus.labels[corpus.held_out]):
-        cells = np.flatnonzero(corpus.held_out & (corpus.labels == label))[:asked]
+        cells = np.flatnonzero(corpus.held_out & (corpus.labels == label))[:ASKED]
         answers = np.array(predict_answers(model, corpus, cells))
         chosen += cells[answers == label][:n].tolist()
     return chosen

@@ -50,17 +50,12 @@ def flow_table(circuit: Circuit, parts: Contributions) -> pd.DataFrame:
     passing = dict.fromkeys(cells, 0.0)
     for name, share in circuit.influence().items():
         node = circuit.nodes[name]
-        key = _KIND_NAMES[node.kind], node.layer
         if name != circuit.target:
-            passing[key] = passing.get(key, 0.0) + share
+            passing[_KIND_NAMES[node.kind], node.layer] += share
     return pd.DataFrame(
-        [(kind, layer, *_pair(cells.get((kind, layer)), whole), share)
-         for (kind, layer), share in passing.items()],
+        [(*key, signed, absolute / whole, passing[key])
+         for key, (signed, absolute) in cells.items()],
         columns=["kind", "layer", "contribution", "share", "passing"])
-
-
-def _pair(found: list[float] | None, whole: float) -> tuple[float, float]:
-    return (0.0, 0.0) if found is None else (found[0], found[1] / whole)
 
 
 ENDS = ("embedding", "errors", "biases", "features", "attention", "not kept")
@@ -165,12 +160,11 @@ def circuit_features(circuit: Circuit) -> dict[FeatureOf, list[Node]]:
     return found
 
 
-def supernodes(circuit: Circuit, families: Mapping[FeatureOf, tuple[int, ...]], *,
-               overlap: float = 0.5) -> pd.DataFrame:
+def supernodes(circuit: Circuit, families: Mapping[FeatureOf, tuple[int, ...]]) -> pd.DataFrame:
     """Features of a circuit in groups that fire on the same tokens, most influential first.
 
-    Two features belong together if the Jaccard index of their families is at least `overlap`, and
-    so do all that such pairs connect; a feature without a family stands alone. Columns: supernode
+    Two features belong together if the Jaccard index of their families is at least a half, and so
+    do all that such pairs connect; a feature without a family stands alone. Columns: supernode
     (from 1), n_features, features (such as `2.17`), layers, tokens (ids of the members' families,
     in most members first), influence and signed (summed over the members' nodes).
     """
@@ -179,7 +173,7 @@ def supernodes(circuit: Circuit, families: Mapping[FeatureOf, tuple[int, ...]], 
     group = {one: place for place, one in enumerate(order)}
     for place, one in enumerate(order):
         for other in order[:place]:
-            if families[one] and jaccard(families[one], families[other]) >= overlap:
+            if families[one] and jaccard(families[one], families[other]) >= 0.5:
                 old, new = max(group[one], group[other]), min(group[one], group[other])
                 group = {key: new if value == old else value for key, value in group.items()}
     influence, signed = circuit.influence(), circuit.influence(signed=True)

@@ -371,19 +371,15 @@ class Overlap(NamedTuple):
     def counts(self) -> dict[str, int]:
         """Features in any circuit, in every one, and in several of a single type only."""
         n = self.shared["n_circuits"]
-        return {"all_features": len(self.shared), "in_every_circuit": int((n == len(
-                    self.overlap)).sum()),
+        return {"all_features": len(self.shared),
+                "in_every_circuit": int((n == len(self.overlap)).sum()),
                 "one_type_only": int(((self.shared["n_types"] == 1) & (n > 1)).sum())}
 
 
 def overlap_study(study: CircuitStudy, seed: int) -> Overlap:
     """Compare every pair of circuits, and test whether the cells' types explain what they share."""
-    names, types, targets = _columns(study)
+    names, types, targets = ([keys[key] for keys, _ in study.circuits] for key in KEYS)
     overlap = similarity(study.sets)
     return Overlap(overlap, pair_table(overlap, names, types, targets),
                    shared_features(study.sets, types), overlap_test(overlap, types, seed=seed),
                    overlap_test(overlap, types, strata=targets, seed=seed))
-
-
-def _columns(study: CircuitStudy) -> Sequence[list[Any]]:
-    return [[keys[key] for keys, _ in study.circuits] for key in KEYS]

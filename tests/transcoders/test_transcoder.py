@@ -123,6 +123,8 @@ def test_a_variant_equals_each_layer_alone(variant, x):
         assert torch.allclose(t.encode(x)[layer], z, atol=1e-12) and (z == 0).any() and z.any()
         assert torch.allclose(t.layer_activations(layer, x[layer]), z, atol=1e-12)
         assert torch.allclose(t.layer_activations(layer, x[layer][None, :, None])[0, :, 0], z)
+        some = torch.tensor([4, 0, 2])
+        assert torch.allclose(t.layer_activations(layer, x[layer], some), z[:, some], atol=1e-12)
         assert torch.allclose(t.decode(t.encode(x))[layer], y, atol=1e-12)
         if variant.skip:
             y = y + torch.stack([t.W_skip[layer] @ (token - t.b_in[layer]) for token in x[layer]])

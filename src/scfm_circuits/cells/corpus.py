@@ -92,6 +92,11 @@ class Corpus:
         """(n_cells,) tokens of each cell without padding; counted once, as there may be many."""
         return self.mask.sum(axis=1)
 
+    def training_cells(self, most: int) -> np.ndarray:
+        """Cells that are not held out, `most` at most, evenly spaced in the corpus."""
+        training = np.flatnonzero(~self.held_out)
+        return training[np.unique(np.linspace(0, len(training) - 1, most).round().astype(int))]
+
     @property
     def has_answers(self) -> bool:
         """Whether the cells' types are written behind their genes."""

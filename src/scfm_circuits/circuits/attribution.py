@@ -144,16 +144,12 @@ def head_direction(frozen: Frozen, of: Reading, layer: int, head: int, source: i
     Its value is the head's contribution to `of` from that token; its biases were already counted
     in `of`'s constant, so its own constant is zero. It sees layers below `layer` only.
     """
-    v = _value_direction(frozen, seen_by(frozen, of).attention[layer], layer)[head]
+    at_norm = _pulled_to_norm(frozen, seen_by(frozen, of).attention[layer], layer)
+    v = frozen.centre(frozen.weights[layer].ln1_gain * at_norm)[head]
     scale = frozen.patterns[layer, head, of.token, source] / frozen.sigma1[layer, source]
     u = scale * v
     return Reading(u, source, layer, layer, torch.zeros_like(of.constant),
                      u @ frozen.residual[layer, source])
-
-
-def _value_direction(frozen: Frozen, u: Tensor, layer: int) -> Tensor:
-    """(n_heads, d_model): C(g1 * W_V^T W_O^T u) for each head."""
-    return frozen.centre(frozen.weights[layer].ln1_gain * _pulled_to_norm(frozen, u, layer))
 
 
 def _pulled_to_norm(frozen: Frozen, u: Tensor, layer: int) -> Tensor:

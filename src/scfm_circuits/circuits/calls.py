@@ -340,8 +340,7 @@ def sums_by_gene_or_not(parts: Contributions, by_gene: pd.DataFrame) -> dict[str
 
     by_gene: `gene_contributions` of the same parts.
     """
-    on_genes, whole = float(by_gene["contribution"].sum()), sums_by_source(parts)
-    features, heads, *others = whole.values()
-    _, _, *names = whole
+    on_genes = float(by_gene["contribution"].sum())
+    (_, features), (_, heads), *others = sums_by_source(parts).items()
     return {"features": features, "attention to genes": on_genes,
-            "attention to other tokens": heads - on_genes, **dict(zip(names, others, strict=True))}
+            "attention to other tokens": heads - on_genes, **dict(others)}

@@ -208,10 +208,7 @@ def settings_of(scores: Scores, means: Means, seed: int) -> list[Setting]:
 
 def kept_features(transcoders: Transcoders, means: Means, kinds: Tensor, setting: Setting
                   ) -> Replacement:
-    """What takes every MLP's place on some cells; kinds: (n_cells, length) of their tokens.
-
-    Only the encoder's rows of kept features are computed where the activation allows it.
-    """
+    """What takes every MLP's place on some cells; kinds: (n_cells, length) of their tokens."""
     t, keep = transcoders, setting.keep
     assert keep is not None
 
@@ -226,12 +223,7 @@ def kept_features(transcoders: Transcoders, means: Means, kinds: Tensor, setting
             base = base + (x - t.b_in[layer]) @ t.W_skip[layer].mT
         if not len(kept):
             return base.expand_as(x).to(x.dtype)
-        if t.activation.only_cuts:
-            reads = t.W_enc[layer, kept]
-            z = torch.nn.functional.linear(x - t.b_in[layer], reads, t.b_enc[layer, kept]).relu()
-        else:  # whether one is active may depend on all of a token's
-            z = t.layer_activations(layer, x)[..., kept]
-        return (base + z @ writes).to(x.dtype)
+        return (base + t.layer_activations(layer, x, kept) @ writes).to(x.dtype)
 
     return replacement
 

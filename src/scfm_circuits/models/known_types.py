@@ -219,8 +219,7 @@ def regression_answers(corpus: "Corpus", cells: np.ndarray) -> np.ndarray:
     Trained on training cells alone; scikit-learn's, with its own penalty (l2, C = 1), in which
     nothing is random.
     """
-    training = np.flatnonzero(~corpus.held_out)
-    training = training[np.unique(np.linspace(0, len(training) - 1, TAUGHT).round().astype(int))]
+    training = corpus.training_cells(TAUGHT)
     labels = corpus.labels[training]
     if len(np.unique(labels)) == 1:  # which scikit-learn refuses
         return np.full(len(cells), labels[0])

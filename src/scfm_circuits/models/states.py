@@ -86,8 +86,7 @@ def embeddings(model: nn.Module, corpus: "Corpus", cells: np.ndarray, forward_ce
 
 def placed_cells(corpus: "Corpus") -> np.ndarray:
     """The training cells that places are means of."""
-    training = np.flatnonzero(~corpus.held_out)
-    return training[np.unique(np.linspace(0, len(training) - 1, PLACED).round().astype(int))]
+    return corpus.training_cells(PLACED)
 
 
 def means_by_type(points: Any, labels: np.ndarray) -> States:

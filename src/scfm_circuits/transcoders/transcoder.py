@@ -160,9 +160,17 @@ class Transcoders(nn.Module):
         """(..., d_model) inputs of one layer -> (..., n_features)."""
         return nn.functional.linear(x - self.b_in[layer], self.W_enc[layer], self.b_enc[layer])
 
-    def layer_activations(self, layer: int, x: Tensor) -> Tensor:
-        """Activations z of one layer's features: (..., d_model) -> (..., n_features)."""
-        return self.activate(self.layer_pre_activations(layer, x), layer)
+    def layer_activations(self, layer: int, x: Tensor, features: Tensor | None = None) -> Tensor:
+        """Activations z of one layer's features, or of some: (..., d_model) -> (..., n_features).
+
+        features: (n,) indices, of which only the encoder's rows are computed where they suffice.
+        """
+        if features is not None and self.activation.only_cuts:
+            return nn.functional.linear(x - self.b_in[layer], self.W_enc[layer, features],
+                                        self.b_enc[layer, features]).relu()
+        # Whether one is active may depend on all of a token's.
+        z = self.activate(self.layer_pre_activations(layer, x), layer)
+        return z if features is None else z[..., features]
 
     def replacement(self, layer: int, x: Tensor) -> Tensor:
         """One layer's estimate in place of its MLP, in the type of x, (..., d_model)."""

@@ -397,9 +397,7 @@ class OutputVariance:
 def mean_outputs(model: nn.Module, corpus: "Corpus", forward_cells: int) -> Tensor:
     """(n_layers, d_model) float64: each MLP's mean output over the tokens of `MEAN_CELLS` training
     cells, or of all of them if there are fewer."""
-    training = np.flatnonzero(~corpus.held_out)
-    some = np.unique(np.linspace(0, len(training) - 1, MEAN_CELLS).round().astype(int))
-    return output_variance(model, corpus, training[some], forward_cells).mean
+    return output_variance(model, corpus, corpus.training_cells(MEAN_CELLS), forward_cells).mean
 
 
 @torch.no_grad()

@@ -199,8 +199,8 @@ chapter.values({"unit": calls_of(chapter.model, corpus, settings).unit,
 # ## Genes taken out
 #
 # What a gene does to the call can be measured without any circuit: take it out of the sentence and ask
-# again. For {glue:text}`knock_out.cells` held-out cells of {glue:text}`knock_out.types` types every gene
-# is taken out, and what the call loses ({glue:text}`knock_out.what`) is the gene's effect.
+# again. For {glue:text}`knock_out.cells` held-out cells of {glue:text}`knock_out.types` types
+# {glue:text}`knock_out.which` is taken out, and what the call loses ({glue:text}`knock_out.what`) is the gene's effect.
 # {glue:text}`knock_out.most_missed`
 #
 # How well does a circuit say so, and how well do cheaper scores?

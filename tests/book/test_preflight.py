@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scanpy
+import scipy.sparse as sp
 import torch
 from gene_tokens import cells, counts, dictionaries, profile_of, scgpt
 from helpers import tiny_model, tiny_profile
@@ -20,6 +21,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_architectures import tiny
 from tokenizers.processors import TemplateProcessing
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertForMaskedLM
 
 from scfm_circuits import InputError
 from scfm_circuits.__main__ import main
@@ -50,7 +53,7 @@ from scfm_circuits.book.sizes import (
 from scfm_circuits.cells.corpus import load_corpus, rare_types
 from scfm_circuits.cells.packaged import open_packaged
 from scfm_circuits.common import manifest
-from scfm_circuits.common.encodings import BINNED, GENE_TOKENS
+from scfm_circuits.common.encodings import BINNED, GENE_TOKENS, RANK_VALUE
 from scfm_circuits.common.profile import Profile, load_profile
 from scfm_circuits.models.loading import get_model
 from scfm_circuits.models.small_models import build_small_model
@@ -153,6 +156,41 @@ def test_genes_that_cells_express_are_counted_for_the_estimate(
     longest = 12 * corpus.tokens.shape[1]  # csc has no rows to be looked at
     assert before.tokens == (longest if stored == "csc" else corpus.mask.sum())
     assert corpus.mask.sum() < longest
+
+
+def test_the_longest_cell_is_told_from_what_rows_have_stored(empty: Path) -> None:
+    """Cells of a hundred to a thousand genes, of which two in three have a token."""
+    rng = np.random.default_rng(0)
+    values = (rng.random((200, 3000)) < rng.uniform(0.03, 0.33, (200, 1))).astype(np.float32)
+    genes = [f"ENSG{i:011d}" for i in range(3000)]
+    anndata.AnnData(sp.csr_matrix(values), pd.DataFrame(
+        {"type": ["a", "b"] * 100}, index=[f"c{i}" for i in range(200)]),
+        pd.DataFrame(index=genes)).write_h5ad(empty / "mine.h5ad")
+    fields = dictionaries(empty, token_dictionary={one: i for i, one in enumerate(
+        (*RANK_VALUE["geneformer_v2"].special, *genes[::3], *genes[1::3]))},
+        gene_medians=dict.fromkeys(genes, 1.0))
+    profile = profile_of(str(empty / "mine.h5ad"), fields, genes_per_cell=4094)
+    before, corpus = run_sizes(profile), load_corpus(profile)
+    assert before.padded == pytest.approx(corpus.tokens.shape[1], rel=0.15)
+    assert before.tokens == pytest.approx(corpus.mask.sum(), rel=0.15)
+    assert corpus.mask.sum() < 0.7 * corpus.mask.size
+
+
+@pytest.mark.parametrize("name", ["geneformer", "geneformer_v1"])
+def test_a_pass_takes_as_many_operations_as_torch_counts(empty: Path, name: str) -> None:
+    """Of 4,096 and of 2,048 tokens, where attention's products are a third of all."""
+    profile = load_profile(name)
+    sizes = run_sizes(profile)
+    config = model_config(profile, None, sizes.padded)
+    with torch.device("meta"):
+        model = BertForMaskedLM._from_config(config, attn_implementation="eager").eval()
+        tokens = torch.zeros(1, sizes.padded, dtype=torch.int64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens)
+    passes = 30 * (1 + 256)  # whole cells, and without each of so many genes
+    found = works(profile, sizes)[KNOCKED_OUT].operations["count"] / passes
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert 2 * sizes.parameters * sizes.padded < 0.7 * found
 
 
 def test_cells_are_as_long_before_their_dictionaries_are_fetched(empty: Path) -> None:

@@ -75,6 +75,26 @@ def test_a_gene_is_taken_out_of_the_text(parts, profile):
     assert model.config._attn_implementation == before
 
 
+def test_of_a_long_cell_evenly_spaced_genes_are_taken_out(parts, profile, monkeypatch):
+    model, transcoders, corpus = parts
+    cells = [cell for cell in range(len(corpus)) if len(corpus.gene_ids_of(cell)) > 3]
+    every = {cell: knock_out.knock_outs(model, corpus, profile, cell) for cell in cells}
+    whole = knock_out.knock_out_study(model, transcoders, corpus, profile).genes
+    monkeypatch.setattr(knock_out, "MOST_GENES", 3)
+    for cell, effects in every.items():
+        n = len(effects)
+        assert knock_out.places(corpus, cell).tolist() == [0, round((n - 1) / 2), n - 1]
+        assert knock_out.knock_outs(model, corpus, profile, cell) == pytest.approx(
+            effects[knock_out.places(corpus, cell)], abs=1e-6)
+    study = knock_out.knock_out_study(model, transcoders, corpus, profile)
+    keys = ["cell", "gene", "rank"]
+    same = study.genes[keys].merge(whole, on=keys)
+    assert len(same) == len(study.genes) == 3 * study.genes["cell"].nunique() < len(whole)
+    for score in ("score_paths", "score_attention", "score_input_x_gradient", "effect"):
+        assert np.allclose(same[score], study.genes[score], atol=1e-5)
+    assert knock_out.numbers(study, 0)["which"].startswith("every gene, or 3 evenly spaced ones")
+
+
 # --- what is held against it ---------------------------------------------------------------------
 
 

@@ -240,9 +240,9 @@ def works(profile: Profile, sizes: Sizes) -> dict[str, Work]:
     share = min(1.0, (profile.variant_cells or sizes.cells) / sizes.cells)
     genes = profile.genes_per_cell if profile.in_words else length - _beside(profile)
 
-    def taken_out(cells: int, times: int) -> float:
-        """Every gene of some cells, each so many times."""
-        return min(cells, sizes.cells) * (1 + times * genes) * length * passed
+    def taken_out(cells: int, genes: float) -> float:
+        """Some cells, whole and without so many genes, one by one."""
+        return min(cells, sizes.cells) * (1 + genes) * length * passed
 
     return {
         CELLS: Work({"model": own * 3 * passed * seen}, "language_model",
@@ -253,10 +253,11 @@ def works(profile: Profile, sizes: Sizes) -> dict[str, Work]:
         SCORED: Work({"count": counted}, "untrained", counts),
         CONTROLS: Work({"train": control * trained(profile), "count": control * counted},
                        "reinitialised", control * (one_set + counts)),
-        KNOCKED_OUT: Work({"count": taken_out(knock_out.CELLS, 1)}),
-        # Twice: with positions held, and moved up.
+        KNOCKED_OUT: Work({"count": taken_out(
+            knock_out.CELLS, min(genes, knock_out.MOST_GENES))}),
+        # Every gene twice: with positions held, and moved up.
         PERTURBED: Work({"count": bool(profile.known_response) * taken_out(
-            known_response.CELLS, 2)}, "perturbation"),
+            known_response.CELLS, 2 * genes)}, "perturbation"),
         KINDS: Work({"train": len(kinds) * trained(variant_profile(profile, {})),
                      "count": len(kinds) * share * counted}, "variants",
                     len(kinds) * (one_set + counts)),

@@ -5,6 +5,7 @@ Cell sentences rank genes within a cell, so any increasing transformation of a c
 centred or scaled per gene. Negative values give that away and are refused.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -205,7 +206,7 @@ class Description(NamedTuple):
     n_cells: all that there are. symbols: n_genes. labels: of the cells that the profile draws.
     decisions: as of `About`, as far as they are made without expression. expressed: how many genes
     each cell that was looked at expresses, of those that have a token; none where cells cannot be
-    read one by one. most: genes that a drawn cell expresses at most, as far as that is known.
+    read one by one. most: about how many of these any drawn cell expresses at most.
     """
 
     n_cells: int
@@ -223,16 +224,23 @@ def describe_cells(profile: Profile) -> Description:
     try:
         parts = _parts(data, profile)
         drawn = _drawn(parts.labels, profile)
-        expressed = _some_expressed(parts, drawn, profile)
-        stored = stored_in_rows(parts.matrix)
+        places = np.linspace(0, len(drawn) - 1, min(len(drawn), LOOKED_AT))
+        rows = drawn[places.round().astype(int)]
+        expressed, stored = _expressed(parts, rows, profile), stored_in_rows(parts.matrix)
     finally:
         data.close()
-    most = len(parts.symbols) if stored is None else min(len(parts.symbols), stored[drawn].max())
+    most = len(parts.symbols)
+    if stored is not None:
+        # Some of what is stored is of genes without a token, in all cells about as much.
+        share = (expressed / stored[rows].clip(min=1)).max()
+        most = min(most, math.ceil(share * stored[drawn].max()))
     return Description(len(parts.labels), parts.symbols, parts.labels[drawn], parts.decisions,
-                       expressed, int(most))
+                       expressed, most)
 
 
-def _some_expressed(parts: _Parts, drawn: np.ndarray, profile: Profile) -> np.ndarray:
+def _expressed(parts: _Parts, rows: np.ndarray, profile: Profile) -> np.ndarray:
+    """(n_rows,) genes that each cell expresses, or none where cells cannot be read one by one;
+    InputError as where all are read."""
     where, found = profile.cells, [np.zeros(0, np.int64)]
 
     def take(rows: np.ndarray, part: sp.csr_matrix) -> None:
@@ -240,8 +248,6 @@ def _some_expressed(parts: _Parts, drawn: np.ndarray, profile: Profile) -> np.nd
 
     if not by_gene(parts.matrix, where):
         checked = _counted(take, None, where) if profile.encoding in RANK_VALUE else take
-        places = np.linspace(0, len(drawn) - 1, min(len(drawn), LOOKED_AT))
-        rows = drawn[places.round().astype(int)]
         for some, values in row_chunks(parts.matrix, rows, where, size=1):
             checked(rows[some], _checked(values, rows[some], where, parts.join))
     return np.concatenate(found)

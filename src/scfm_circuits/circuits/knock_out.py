@@ -1,7 +1,8 @@
 """Ground truth at the input: take a gene out of the sentence, and see what the call does.
 
-For some held-out cells, each called what its label says (`calls`), every gene in turn is taken out:
-the text is encoded again without it, token for token, nothing stands in its place, and the call is
+For some held-out cells, each called what its label says (`calls`), every gene in turn is taken out
+(of a longer cell `MOST_GENES`, evenly spaced by rank, as models of gene tokens read thousands): the
+text is encoded again without it, token for token, nothing stands in its place, and the call is
 read again: of an answer at the same token, of a state at the genes that are left.
 
     effect(gene) = call(whole sentence) - call(without the gene),  in nats, or a state call's units
@@ -50,8 +51,9 @@ if TYPE_CHECKING:
     from scfm_circuits.common.profile import Profile
     from scfm_circuits.transcoders.transcoder import Transcoders
 
-CELLS, TOP, STEPS, DRAWS = 30, 10, 8, 1_000
-"""Cells; the k of top-k; steps of integrated gradients; resamples of cells, and shuffles."""
+CELLS, MOST_GENES, TOP, STEPS, DRAWS = 30, 256, 10, 8, 1_000
+"""Cells; genes that are taken out of a cell, at most; the k of top-k; steps of integrated
+gradients; resamples of cells, and shuffles."""
 LEAST = 4
 """Genes that a sentence has at least, for ranks to say anything."""
 SCORES = {
@@ -72,13 +74,20 @@ CIRCUITS = ("paths", "written", "nodes_signed", "nodes")
 # --- the truth -----------------------------------------------------------------------------------
 
 
+def places(corpus: "Corpus", cell: int) -> np.ndarray:
+    """(n_genes,) places, from 0 and in rank order, of the genes that are taken out of a cell: all
+    or, of more than `MOST_GENES`, so many evenly spaced ones."""
+    n = len(corpus.gene_ids_of(cell))
+    return np.linspace(0, n - 1, min(n, MOST_GENES)).round().astype(int)
+
+
 def knock_outs(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile", cell: int
                ) -> np.ndarray:
-    """(n_genes,) effect of each gene of a cell's sentence on the call of its label, in rank
-    order."""
-    readout = calls_of(model, corpus, profile).readout(cell)
-    return deletions(model, encoder_of(corpus, profile, cell), corpus.gene_ids_of(cell), readout,
-                     profile.forward_cells)[0]
+    """(n_genes,) effect on the call of its label of each gene that is taken out of a cell
+    (`places`)."""
+    readout, ids = calls_of(model, corpus, profile).readout(cell), corpus.gene_ids_of(cell)
+    return deletions(model, encoder_of(corpus, profile, cell), ids, readout, profile.forward_cells,
+                     some=ids[places(corpus, cell)])[0]
 
 
 # --- what is held against it ---------------------------------------------------------------------
@@ -182,7 +191,7 @@ class KnockOuts(NamedTuple):
 
 def knock_out_study(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
                     profile: "Profile", most: int = CELLS) -> KnockOuts:
-    """Knock out every gene of the first `most` held-out cells, taken from each type in turn.
+    """Knock out genes (`places`) of the first `most` held-out cells, taken from each type in turn.
 
     Each cell's circuit is the greedy one of the call of its label. Cells with fewer than `LEAST`
     genes are left out, and those whose type cannot be called. Raises InputError if none is left.
@@ -200,9 +209,9 @@ def knock_out_study(model: "PreTrainedModel", transcoders: "Transcoders", corpus
     for cell in tqdm(chosen, desc="knock-outs", unit="cell"):
         keys = {"cell": str(corpus.cell_ids[cell]), "cell_type": str(corpus.labels[cell])}
         scores, left = _of_cell(calls, transcoders, cell, means)
-        names = corpus.genes_of(cell)
+        at, names = places(corpus, cell), corpus.genes_of(cell)
         genes.append(pd.DataFrame({
-            **keys, "gene": names, "rank": np.arange(1, len(names) + 1),
+            **keys, "gene": [names[place] for place in at], "rank": at + 1,
             "effect": knock_outs(model, corpus, profile, cell),
             **{f"score_{name}": values for name, values in scores.items()}}))
         kept.append({**keys, **left._asdict()})
@@ -219,7 +228,8 @@ def _of_cell(calls: Calls, transcoders: "Transcoders", cell: int, means: Means
     kinds = token_kinds(prompt.encoded.gene, prompt.encoded.place, prompt.answer_start)
     left = kept_alone(model, frozen, features_at(circuit), call, call.start(frozen)[1],
                       held_at_means(frozen, means, kinds))
-    return gene_scores(model, frozen, prompt, call, circuit, calls.corpus.gene_ids_of(cell)), left
+    ids = calls.corpus.gene_ids_of(cell)[places(calls.corpus, cell)]
+    return gene_scores(model, frozen, prompt, call, circuit, ids), left
 
 
 # --- compared ------------------------------------------------------------------------------------
@@ -329,14 +339,16 @@ def winners(cells: pd.DataFrame, summary: pd.DataFrame, seed: int, draws: int = 
 
 
 def numbers(study: KnockOuts, seed: int) -> dict[str, str | int | float]:
-    """What a page says: cells, types, genes and k (medians), cells whose label is ahead of all
-    others; measures, and in how many of them the circuit's best score is ahead; per measure a
-    sentence on its `winners`; and the contrast, mean over cells with its interval, in the whole
-    model, with the greedy circuit alone and with no circuit."""
+    """What a page says: cells, types, genes and k (medians), which genes, cells whose label is
+    ahead of all others; measures, and in how many of them the circuit's best score is ahead; per
+    measure a sentence on its `winners`; and the contrast, mean over cells with its interval, in the
+    whole model, with the greedy circuit alone and with no circuit."""
     by_score, cells = study.summary.set_index("score"), study.cells
     found: dict[str, str | int | float] = {
         "cells": len(study.kept), "types": int(study.kept["cell_type"].nunique()),
         "genes": float(cells["genes"].median()), "k": float(cells["k"].median()),
+        "which": ("every gene" if study.genes["rank"].max() <= MOST_GENES else
+                  f"every gene, or {MOST_GENES} evenly spaced ones of a longer cell,"),
         "ahead": int((study.kept["whole"] > 0).sum()), "steps": STEPS}
     best = winners(cells, study.summary, seed)
     found |= {"measures": len(best),

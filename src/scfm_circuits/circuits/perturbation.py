@@ -60,10 +60,11 @@ def changed(ids: Sequence[int] | np.ndarray, genes: Iterable[int], how: How, mos
     return rest[:most]
 
 
-def each_gene(ids: Sequence[int] | np.ndarray, how: How, most: int) -> list[np.ndarray]:
-    """`changed` for every gene of a cell by itself, in rank order. To move the first gene to the
-    front changes nothing."""
-    return [changed(ids, [gene], how, most) for gene in ids]
+def each_gene(ids: Sequence[int] | np.ndarray, how: How, most: int,
+              some: np.ndarray | None = None) -> list[np.ndarray]:
+    """`changed` for every gene of a cell, or each of `some`, by itself, in rank order. To move the
+    first gene to the front changes nothing."""
+    return [changed(ids, [gene], how, most) for gene in (ids if some is None else some)]
 
 
 # --- as texts ------------------------------------------------------------------------------------
@@ -293,15 +294,17 @@ def responses(model: "PreTrainedModel", texts: Sequence[Text], readout: Readout,
 
 
 def deletions(model: "PreTrainedModel", encoder: Encoder, ids: np.ndarray, readout: Readout,
-              size: int, *, split: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """(n_genes,) effect of deleting each gene of a cell, and its own part (nan unless `split`).
+              size: int, *, some: np.ndarray | None = None, split: bool = False
+              ) -> tuple[np.ndarray, np.ndarray]:
+    """(n_genes,) effect of deleting each gene of a cell, or each of `some`, and its own part (nan
+    unless `split`).
 
     ids: the cell's genes in rank order, at least two. The position part is the difference.
     """
     whole = encoder.encode(ids)
-    without = [encoder.encode(one) for one in each_gene(ids, "delete", len(ids))]
+    without = [encoder.encode(one) for one in each_gene(ids, "delete", len(ids), some)]
     read = responses(model, [whole, *without], readout, size)
-    own = np.full(len(ids), np.nan)
+    own = np.full(len(without), np.nan)
     if split:
         own = read[0] - responses(model, [in_place(whole, one) for one in without], readout, size)
     return read[0] - read[1:], own

@@ -226,8 +226,8 @@ chapter.table("knock_out_cells", taken_out.cells, rows=0, caption="The same for 
 chapter.table("knock_out_kept", taken_out.kept, rows=0, caption="What is left of each cell's call")
 
 # %%
-chapter.table("knock_out_genes", taken_out.genes, rows=0, caption="Every gene of every cell: what taking "
-              "it out takes from the call, and its scores")
+chapter.table("knock_out_genes", taken_out.genes, rows=0, caption="Every gene that was taken out: what the "
+              "call loses by it, and its scores")
 
 # %%
 numbers = knock_out.numbers(taken_out, settings.seed)

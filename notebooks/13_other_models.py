@@ -145,9 +145,9 @@ chapter.show(other_models.shares_shown(table), rows=12, digits=3, caption="Live 
 #   {cite:p}`theodoris2023geneformer`. Its parts are those of the distance between the type's cells and all
 #   others, so that what every cell has cancels. The direction comes from training cells.
 #
-# Each is a sum, split by what was written where. *Own*: at the token that is read, carried along its own
-# stream; of a masked gene that is the mask, not the gene. *Other genes*, their *ranks* and *features*: carried
-# by attention. *Errors* are what transcoders miss. The decoder embeds no position: rank acts through its
+# Each is a sum, split by what was written where. *Own*: at the token that is read, and carried along its own
+# stream or by its attention to itself; of a masked gene that is the mask, not the gene. *Other genes*, their
+# *ranks* and *features*: brought by attention from other tokens. *Errors* are what transcoders miss. The decoder embeds no position: rank acts through its
 # attention patterns alone, which are frozen here, so it has **no part for ranks**, which does not mean that
 # rank does not matter to it.
 

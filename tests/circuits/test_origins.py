@@ -12,6 +12,9 @@ from tiny_architectures import tiny
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.circuits import origins as module
+from scfm_circuits.circuits.attribution import added_up, stream_direction, through_attention
+from scfm_circuits.circuits.direct_effects import whole_sums
+from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.origins import (
     EVERY,
     GENE,
@@ -88,6 +91,32 @@ def test_without_attention_nothing_comes_from_other_genes(tmp_path):
     again = origins(model, transcoders, corpus, np.arange(4), ("a",), 0, 5)
     assert np.abs(again.genes[PARTS.index("own rank")]).max() == 0
     assert np.abs(again.states[:, PARTS.index("own rank")]).max() == 0
+
+
+@pytest.mark.parametrize("encoding", FAMILIES)
+def test_own_is_what_never_left_its_token(tmp_path, encoding):
+    """A token's embedding alone, sent up through the frozen layers: what attention carries to other
+    tokens is dropped on the way, what it carries to the token itself is kept."""
+    corpus, model, transcoders = built(tmp_path, encoding)
+    tokens = torch.from_numpy(corpus.tokens[0][corpus.mask[0]])
+    run = freeze(model, transcoders, tokens)
+    layer, vector = len(run.weights) - 1, torch.randn(run.residual.shape[-1], dtype=torch.float64)
+    kept = 0.0
+    for place in (at := [1, 3]):
+        change = torch.zeros_like(run.leaves[0])
+        change[place] = run.leaves[0][place]
+        if run.entry is not None:
+            change = run.entry.onward(change)
+        for one in range(layer):
+            back = torch.zeros_like(change)
+            back[place] = through_attention(run, one, change)[place]
+            change = run.across(run.end[one], run.across(run.middle[one], change + back))
+        kept += float(change[place] @ vector)
+    reading = added_up([stream_direction(run, vector, place, layer) for place in at])
+    [own], [whole] = (whole_sums(one, [reading]) for one in (module.staying(run), run))
+    assert float(own.leaves[0].sum()) == pytest.approx(kept, abs=1e-10)
+    assert abs(float(whole.leaves[0].sum()) - kept) > 1e-6
+    assert set(own.leaves[0].nonzero()[:, 0].tolist()) == set(at)
 
 
 def test_features_that_write_nothing_have_no_part(tmp_path):

@@ -126,13 +126,8 @@ def whole_sum(frozen: Frozen, readings: Sequence[Reading]) -> WholeSum:
 
 
 @torch.no_grad()
-def whole_sums(frozen: Frozen, readings: Sequence[Reading], *, attention: bool = True
-               ) -> list[WholeSum]:
-    """Split each of some readings by what was written where; exact.
-
-    attention: False takes only what was written at a reading's own tokens and came along their
-    streams; the rest of the whole came through attention.
-    """
+def whole_sums(frozen: Frozen, readings: Sequence[Reading]) -> list[WholeSum]:
+    """Split each of some readings by what was written where; exact."""
     n_layers, n_pos = extent(frozen, readings)
     by_features = frozen.mlp_out - frozen.error - frozen.transcoders.b_dec[:, None]
     written = torch.stack([by_features, frozen.error])[:, :, :n_pos]
@@ -141,16 +136,14 @@ def whole_sums(frozen: Frozen, readings: Sequence[Reading], *, attention: bool =
         effects.view(len(pull), 2, n_layers, n_pos)[:, :, layer] = torch.einsum(
             "bsd,wsd->bws", pull, written[:, layer])
 
-    effects, constant, leaves = _swept(frozen, readings, 2 * n_layers * n_pos, read,
-                                       attention=attention)
+    effects, constant, leaves = _swept(frozen, readings, 2 * n_layers * n_pos, read)
     features, errors = effects.view(len(readings), 2, n_layers, n_pos).unbind(dim=1)
     return [WholeSum(leaves[:, row], features[row], errors[row], constant[row])
             for row in range(len(readings))]
 
 
 def _swept(frozen: Frozen, readings: Sequence[Reading], n_columns: int,
-           read: Callable[[int, Tensor, Tensor], None], *, attention: bool = True
-           ) -> tuple[Tensor, Tensor, Tensor]:
+           read: Callable[[int, Tensor, Tensor], None]) -> tuple[Tensor, Tensor, Tensor]:
     """(n_readings, n_columns) what `read` fills in, (n_readings,) what the biases give, and
     (n_leaves, n_readings, n_pos) what the embeddings do.
 
@@ -173,8 +166,7 @@ def _swept(frozen: Frozen, readings: Sequence[Reading], n_columns: int,
             constant[:seen] += pull[:seen].sum(dim=1) @ frozen.transcoders.b_dec[layer]
         seen = sum(one.attention_limit > layer for one in deep)
         _across(frozen.middle[layer], pull[:seen], constant[:seen])
-        if attention:
-            _pull_through_attention(frozen, layer, pull[:seen], constant[:seen])
+        _pull_through_attention(frozen, layer, pull[:seen], constant[:seen])
     leaves = _leaf_effects(frozen, pull, constant)
     back = torch.tensor(np.argsort(order), device=pull.device)
     return effects[back], constant[back], leaves[:, back]

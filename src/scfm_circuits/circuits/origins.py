@@ -5,11 +5,12 @@ Two questions that need no answer in words. Of a cell, the genes that `masked_ge
 one, less the mean logit, is read. And the mean embedding of a cell's genes is read along the
 direction from the other types' mean to a type's, in the stream that enters the last layer, as
 in-silico perturbation does (Theodoris et al. 2023). Both are linear readings of a frozen run, so
-they split exactly into what was written where: tokens, ranks, features, errors, biases; carried
-along the stream of the token that is read, or by attention from others.
+they split exactly into what was written where: tokens, ranks, features, errors, biases; at the
+token that is read, or brought by attention from others.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -41,8 +42,9 @@ if TYPE_CHECKING:
 
 PARTS = ("own token", "own rank", "own features", "other genes", "other genes' ranks",
          "other tokens' features", "special tokens and masks", "errors", "type and biases")
-"""Own: written at the token that is read, and carried along its stream. The four that follow came
-through attention. Errors, what transcoders miss, and biases came either way."""
+"""Own: written at the token that is read, and never left it: carried along its stream, or by its
+attention to itself. The four that follow came from or by way of other tokens. Errors, what
+transcoders miss, and biases came either way."""
 SUM = "sum"
 """What is read itself, as a last row."""
 GENE, STATE = "the right gene", "the cell's type"
@@ -144,14 +146,20 @@ def _split(frozen: Frozen, readings: Sequence[Reading], genes: np.ndarray
     """(n_readings, n_parts) `PARTS` of each reading, and how far the worst sum is off. genes:
     (n_pos,) bool, the tokens that are genes and not masked."""
     values, worst = [], 0.0
-    pairs = zip(readings, whole_sums(frozen, readings),
-                whole_sums(frozen, readings, attention=False), strict=True)
-    for reading, whole, own in pairs:
+    for reading, whole, own in zip(readings, whole_sums(frozen, readings),
+                                   whole_sums(staying(frozen), readings), strict=True):
         values.append(_parts(whole, own, torch.from_numpy(genes).to(own.leaves.device)))
         scale = max(float(part.abs().max()) for part in whole if part.numel())
         value = float(reading.value)
         worst = max(worst, abs(float(whole.total()) - value) / max(scale, abs(value), 1e-30))
     return np.array(values), worst
+
+
+def staying(frozen: Frozen) -> Frozen:
+    """The run with each token's attention to itself alone: of a reading's sum it has what was
+    written at the tokens that are read and never left them. Biases are not to be taken from it."""
+    alone = torch.eye(frozen.patterns.shape[-1], device=frozen.patterns.device)
+    return replace(frozen, patterns=frozen.patterns * alone.to(frozen.patterns))
 
 
 def _parts(whole: WholeSum, own: WholeSum, genes: Tensor) -> list[float]:

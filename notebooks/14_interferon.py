@@ -31,10 +31,10 @@
 #   {glue:text}`known.n` known ones have the median rank {glue:text}`known.effect.rank` by what taking each
 #   out does (random genes as frequent: {glue:text}`known.effect.null`; p = {glue:text}`known.effect.p`), and
 #   {glue:text}`known.paths.rank` by their paths in the circuit (p = {glue:text}`known.paths.p`). Taking a
-#   gene out also moves all later ones up: over all genes the effect has a rank correlation of
-#   {glue:text}`known.position_spearman` with that part of it, and of {glue:text}`known.own_spearman` with
-#   the gene's own part. Within cells circuits have one of {glue:text}`known.own_circuit_spearman` with the
-#   own part, and of {glue:text}`known.effect_circuit_spearman` with the whole effect.
+#   gene out also moves all later tokens up: of the variance of effects within cells that is
+#   {glue:text}`known.position_share`, and the gene's own part {glue:text}`known.own_share`. Within cells
+#   circuits have a rank correlation of {glue:text}`known.own_circuit_spearman` with the own part, and of
+#   {glue:text}`known.effect_circuit_spearman` with the whole effect.
 # - **What it is worth.** The best score that needs no circuit has one of
 #   {glue:text}`known.own_rival_spearman` with the own part: {glue:text}`known.own_ahead`. Without any model,
 #   how much more often a gene stands in such cells gives the known ones a median rank of
@@ -73,8 +73,9 @@ ranks = known_response.known_ranks(study, settings.known_response, settings.seed
 # The genes {glue:text}`known.names` were named before any result was seen. Cells of the label
 # "{glue:text}`known.label`" are called *treated* here. Every gene of {glue:text}`known.cells` held-out
 # cells, of each label in turn, is taken out, and what the {term}`contrast` of that label loses is
-# the gene's effect. Beside that stands what circuits and cheaper scores say of the same genes without
-# taking anything out.
+# the gene's effect, in nats: one nat more multiplies the odds of the label by 2.7. Beside that
+# stands what circuits and cheaper scores say of the same genes without taking anything out; *paths* are all
+# that a gene's own embedding gives the contrast in the frozen model.
 
 # %% mystnb={"image": {"alt": "A row for each way of ranking genes, measured ones, circuits and rivals: the ranks of the known genes, their median, and the range of medians of random genes as frequent."}, "figure": {"caption": "Ranks of the known genes among all genes (small points) and their median (large), by what is measured (black, in dark mode white), by circuits (blue) and by rivals that need none (orange). Grey: the middle 95 % of medians of random genes that stand in as many cells.", "name": "fig-known-response"}}
 chapter.figure("known_response", plots.known_ranks(ranks.genes, ranks.summary, known_response.CIRCUIT,
@@ -121,8 +122,9 @@ chapter.table("interferon_ranks", ranks.summary, digits=3, columns={
 # %% [markdown]
 # A gene's score in a cell counts as 0 where the cell's sentence has it not, and is averaged over all cells,
 # so a rare gene cannot come first by one cell alone. Positive numbers speak for the label in treated and
-# untreated cells alike, as the contrast is the same. The null draws for each known gene one of the 20 others
-# that stand in as nearly as many cells. *More often in training cells* needs no model: the share of treated
+# untreated cells alike, as the contrast is the same. The null draws for each known gene one of the others
+# that stand in as nearly as many cells, 20 at least.
+# *More often in training cells* needs no model: the share of treated
 # training cells whose sentence has the gene, less that of the others.
 #
 # Cells of either label were measured apart from the other's, so a model may tell the measurements apart too:
@@ -137,10 +139,13 @@ chapter.table("interferon_ranks", ranks.summary, digits=3, columns={
 # parts add up to the whole effect:
 #
 # - **its own part**: the gene is gone, and every other token keeps its position;
-# - **the position part**: then all later tokens move up.
+# - **the position part**: then all later tokens move up, those of the question among them.
 #
-# Over all genes of all cells the whole effect has a rank correlation of {glue:text}`known.own_spearman`
-# with the own part and of {glue:text}`known.position_spearman` with the position part. The median gene
+# Of the variance of effects within cells {glue:text}`known.own_share` goes with the own part and
+# {glue:text}`known.position_share` with the position part. Ranks say more for positions, as they count the
+# many genes that do little: within cells the whole effect has a rank correlation of
+# {glue:text}`known.own_spearman` with the own part and {glue:text}`known.position_spearman` with the position
+# part (a part goes with its whole by construction). The median gene
 # changes the contrast by {glue:text}`known.effect_size` nats, its own part by {glue:text}`known.own_size`,
 # moved positions by {glue:text}`known.position_size`. A circuit holds attention still and so knows nothing
 # of moved positions.
@@ -154,15 +159,18 @@ chapter.values(known_response.numbers(study, settings.seed), prefix="known.")
 # | the whole effect | {glue:text}`known.effect_circuit_spearman`, {glue:text}`known.effect_circuit` | {glue:text}`known.effect_rival_spearman`, {glue:text}`known.effect_rival` | {glue:text}`known.effect_shuffled` | {glue:text}`known.effect_ahead` |
 # | its own part | {glue:text}`known.own_circuit_spearman`, {glue:text}`known.own_circuit` | {glue:text}`known.own_rival_spearman`, {glue:text}`known.own_rival` | {glue:text}`known.own_shuffled` | {glue:text}`known.own_ahead` |
 #
-# Means over cells with 95 % intervals. One is ahead where the whole interval of the difference is on its
-# side; both are the best of several, chosen after the fact.
+# Means over cells with 95 % intervals over cells and genes, resampled together: a gene stands in many cells,
+# so cells alone would make them too narrow. *Shuffled genes* are dealt out in each cell by itself, which knows
+# nothing of that: a number outside their range alone shows little. One is ahead where the whole interval of
+# the difference is on its side; both are the best of several, chosen after the fact.
 
 # %% tags=["fold:Every score and every gene"]
 chapter.table("perturbation_scores", study.summary, rows=len(study.summary), digits=2, columns={
-    "truth": "with", "what": "score", "spearman": "rank correlation", "spearman_low": "95 % from",
-    "spearman_high": "95 % to", "spearman_null_low": "shuffled from", "spearman_null_high": "shuffled to"},
+    "truth": "with", "what": "score", "spearman": "rank correlation", "spearman_both_low": "95 % from",
+    "spearman_both_high": "95 % to", "spearman_null_low": "shuffled from", "spearman_null_high": "shuffled to"},
               caption="Rank correlation of each score with the whole effect (effect) and with its own part "
-              "(own) within cells: means over cells, 95 % intervals, and those of shuffled genes")
+              "(own) within cells: means over cells, 95 % intervals over cells and genes, and those of "
+              "shuffled genes")
 
 # %%
 chapter.table("perturbation", study.by_gene.rename(columns={"score_paths": "predicted"}), rows=15,

@@ -81,8 +81,15 @@ def test_scores_and_effects_are_of_one_question(parts, profile, study):
     by = study.summary[study.summary["truth"] == "own"].set_index("score")["spearman"]
     assert said["own_circuit"] == SCORES[by[list(CIRCUIT)].idxmax()]
     assert str(said["own_rival_spearman"]).startswith(f"{by.drop(list(CIRCUIT)).max():.2f} (")
-    assert said["position_spearman"] == pytest.approx(
-        spearmanr(study.genes["position"], study.genes["effect"]).statistic)
+    within = np.mean([spearmanr(part["position"], part["effect"]).statistic
+                      for _, part in study.genes.groupby("cell")])
+    assert str(said["position_spearman"]).startswith(f"{within:.2f} (")
+    centred = study.genes[["own", "position", "effect"]] - study.genes.groupby("cell")[
+        ["own", "position", "effect"]].transform("mean")
+    for part in ("own", "position"):
+        share = (centred[part] * centred["effect"]).sum() / (centred["effect"] ** 2).sum()
+        assert str(said[f"{part}_share"]).startswith(f"{100 * share:.0f} % (")
+    assert (study.summary["spearman_both_low"] <= study.summary["spearman"]).all()
 
 
 def test_features_contributions_are_means_over_cells(parts, profile, study):
@@ -136,7 +143,7 @@ def test_planted_genes_come_first_and_a_score_of_chance_does_not():
     ranks = known_ranks(study, [*known, "NONE"], 0)
     by = ranks.summary.set_index("by")
     for name in ("effect", "paths"):
-        assert by.loc[name, "median_rank"] == 3.5 and by.loc[name, "p"] < 0.001
+        assert by.loc[name, "median_rank"] == 4 and by.loc[name, "p"] < 0.001  # NONE is the last
         assert by.loc[name, "null_low"] > 6
     own = ranks.genes[(ranks.genes["by"] == "effect")].set_index("gene")
     totals = study.by_gene.set_index("gene")["total"]
@@ -149,7 +156,8 @@ def test_planted_genes_come_first_and_a_score_of_chance_does_not():
     assert ranks_said(ranks, "effect").endswith(f"NONE ({len(totals)})")
     assert best_rival(ranks) == by.loc[[one for one in SCORES if one not in CIRCUIT],
                                        "median_rank"].idxmin()
-    pd.testing.assert_frame_equal(known_ranks(study, known, 0).summary, ranks.summary)
+    pd.testing.assert_frame_equal(known_ranks(study, known, 0).genes,
+                                  ranks.genes[ranks.genes["gene"] != "NONE"].reset_index(drop=True))
     # Genes as frequent as the known ones that are as strong: no news.
     rest = [f"G{i}" for i in range(10, 60)]
     ps = [known_ranks(study, list(some), 0).summary.set_index("by").loc["effect", "p"]
@@ -157,6 +165,27 @@ def test_planted_genes_come_first_and_a_score_of_chance_does_not():
     assert min(ps) > 0.005 and np.mean(ps) == pytest.approx(0.5, abs=0.25)
     with pytest.raises(InputError, match="correct its symbols"):
         known_ranks(study, ["NONE"], 0)
+
+
+def test_no_order_of_genes_chooses_those_as_frequent():
+    """All that are as near as the last are among them."""
+    cells = np.array([5, 5, 5, 5, 4, 6, 9, *[7] * 30])
+    [found] = known_response._as_frequent(cells, np.array([0]))
+    assert found.tolist() == [1, 2, 3, 4, 5, *range(7, 37)]  # 9 cells are farther than 7
+    shuffled = np.random.default_rng(0).permutation(np.arange(1, len(cells)))
+    order = np.array([0, *shuffled])
+    [again] = known_response._as_frequent(cells[order], np.array([0]))
+    assert sorted(order[again]) == sorted(found)
+
+
+def test_a_known_gene_that_no_cell_has_counts_as_the_last():
+    study = planted()
+    whole = known_ranks(study, ["G0", "G1", "NONE", "NADA"], 0).summary.set_index("by")
+    of = len(study.by_gene)
+    ranks = rankdata(-study.by_gene.set_index("gene")["total"])
+    own = [ranks[study.by_gene["gene"].tolist().index(gene)] for gene in ("G0", "G1")]
+    assert whole.loc["effect", "median_rank"] == np.median([*own, of, of])
+    assert (whole["null_high"] <= of).all() and whole.loc["effect", "null_low"] > of / 2
 
 
 def test_planted_terms_are_found_by_those_who_see_them():

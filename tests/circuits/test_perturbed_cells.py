@@ -19,6 +19,7 @@ from scfm_circuits.circuits.perturbed_cells import (
     cost_of,
     perturbed,
     together_by_type,
+    twice,
 )
 from scfm_circuits.enrichment.significance import benjamini_hochberg
 
@@ -184,3 +185,53 @@ def test_cells_that_differ_mislead_the_pooled_test_alone():
     assert paired < 0.5 and pooled > 0.3 * tested.sum()
     # Cells alike: neither.
     assert max(called_of_shuffled(made_up(seed=2), 0)) < 0.5
+
+
+def shared(n_cells: int = 12, n_genes: int = 40, own: float = 0.3, seed: int = 0) -> pd.DataFrame:
+    """Cells with some of the genes each; two values that are independent, and much the same of a
+    gene in all cells."""
+    rng = np.random.default_rng(seed)
+    of_gene, rows = rng.normal(size=(n_genes, 2)), []
+    for cell in range(n_cells):
+        for gene in rng.permutation(n_genes)[: n_genes // 2]:
+            rows.append((f"c{cell}", f"G{gene}", *(of_gene[gene] + own * rng.normal(size=2))))
+    return pd.DataFrame(rows, columns=["cell", "gene", "x", "y"]).sample(frac=1, random_state=seed)
+
+
+def test_a_resample_counts_a_gene_and_a_cell_as_often_as_they_are_drawn():
+    """Each resample written out, row by row; the first is the table as it is."""
+    table = shared()
+    both, (x, y) = twice(table, 0, draws=4), table[["x", "y"]].to_numpy().T
+    correlation, share = both.correlation(x, y), both.share(x, x + y)
+    assert share + both.share(y, x + y) == pytest.approx(np.ones(5))
+    cells = pd.factorize(table["cell"].to_numpy()[both.order])[1]
+    for draw in range(5):
+        found, part, whole = [], 0.0, 0.0
+        for at, cell in enumerate(cells):
+            rows = np.flatnonzero(table["cell"].to_numpy()[both.order] == cell)
+            some = np.repeat(both.order[rows], both.rows[draw, rows].astype(int))
+            times = both.cells[draw, at]
+            found += [np.corrcoef(x[some], y[some])[0, 1]] * int(times)
+            sums = [(one - one.mean()) @ (x + y)[some] for one in (x[some], (x + y)[some])]
+            part, whole = part + times * sums[0], whole + times * sums[1]
+        assert correlation[draw] == pytest.approx(np.mean(found))
+        assert share[draw] == pytest.approx(part / whole)
+    assert (both.rows[0] == 1).all() and (both.cells[0] == 1).all()
+    names = table["gene"].to_numpy()[both.order]
+    assert all(len(set(both.rows[2, names == gene])) == 1 for gene in set(names))
+
+
+def test_cells_that_share_genes_do_not_make_chance_a_finding():
+    """Nothing relates the two values, but each is its gene's: over cells alone most intervals
+    leave 0 out, over cells and genes few do."""
+    alone = together = 0
+    for seed in range(20):
+        table = shared(seed=seed)
+        both = twice(table, seed, draws=200)
+        x, y = (table.groupby("cell")[one].rank().to_numpy() for one in "xy")
+        low, high = np.percentile(both.correlation(x, y)[1:], [2.5, 97.5])
+        together += not low <= 0 <= high
+        over_cells = both._replace(rows=np.ones_like(both.rows)).correlation(x, y)[1:]
+        low, high = np.percentile(over_cells, [2.5, 97.5])
+        alone += not low <= 0 <= high
+    assert together <= 3 < 8 <= alone

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import rankdata
 from tqdm import tqdm
 
 from scfm_circuits import InputError
@@ -28,9 +28,11 @@ from scfm_circuits.circuits.direct_effects import direct_effects, sources_of
 from scfm_circuits.circuits.frozen import freeze
 from scfm_circuits.circuits.perturbed_cells import (
     LEVEL,
+    Twice,
     by_gene,
     called_of_shuffled,
     perturbed,
+    twice,
 )
 from scfm_circuits.circuits.studies import studied_cells
 from scfm_circuits.common.randomness import generator
@@ -48,8 +50,8 @@ if TYPE_CHECKING:
     from scfm_circuits.transcoders.transcoder import Transcoders
 
 CELLS, TOP, NEAREST, DRAWS = 40, 10, 20, 10_000
-"""Cells whose genes are taken out; features shown; genes among which one as frequent as a known one
-is drawn; draws of such genes."""
+"""Cells whose genes are taken out; features shown; genes at least among which one as frequent as a
+known one is drawn; draws of such genes."""
 DIFFERENCE = "difference"
 CIRCUIT = ("paths", "written")
 SCORES = {name: what for name, what in knock_out.SCORES.items()
@@ -72,7 +74,8 @@ class ResponseStudy(NamedTuple):
     """`knock_out.KnockOuts.cells` against the whole effect and against its own part (column truth).
     """
     summary: pd.DataFrame
-    """`knock_out.summarised` against either (column truth)."""
+    """`knock_out.summarised` against either (column truth), with spearman_both_low and
+    spearman_both_high, the interval over cells and genes (`perturbed_cells.Twice`)."""
     contributions: pd.DataFrame
     """A row per cell type and feature that is active in any of the cells: cell_type, layer,
     feature, contribution (what it writes straight to the contrast, nats, mean over cells)."""
@@ -88,6 +91,10 @@ def response_study(model: "PreTrainedModel", transcoders: "Transcoders", corpus:
     compared = [[one.assign(truth=truth) for one in knock_out.compared(
         genes, profile.seed, truth=truth, scores=SCORES)] for truth in ("effect", "own")]
     by_cell, summary = (pd.concat(some, ignore_index=True) for some in zip(*compared, strict=True))
+    drawn = _correlations(genes, twice(genes, profile.seed))
+    for column, at in (("spearman_both_low", 2.5), ("spearman_both_high", 97.5)):
+        summary[column] = [np.percentile(drawn[truth, name][1:], at)
+                           for truth, name in summary[["truth", "score"]].to_numpy()]
     table = by_gene(genes, profile.seed, [f"score_{name}" for name in SCORES])
     return ResponseStudy(genes, table, by_cell, summary, contributions)
 
@@ -169,6 +176,7 @@ def known_ranks(study: ResponseStudy, known: Sequence[str], seed: int) -> KnownR
         raise InputError("None of the profile's `known_response` stands in the sentence of a cell "
                          "that was looked at; correct its symbols or raise `genes_per_cell`.")
     at = table.index.get_indexer(pd.Index(present))
+    absent = len(known) - len(present)
     alike = _as_frequent(table["cells"].to_numpy(), at)
     rng = generator(seed, "genes as frequent")
     drawn = np.stack([rng.choice(some, DRAWS) for some in alike], axis=1)
@@ -180,7 +188,11 @@ def known_ranks(study: ResponseStudy, known: Sequence[str], seed: int) -> KnownR
                   len(table)) for gene, place in zip(present, at, strict=True)]
         rows += [(by, what, gene, 0, 0.0, float(len(table)), len(table))
                  for gene in known if gene not in present]
-        null, median = np.median(rank[drawn], axis=1), float(np.median(rank[at]))
+        # A known gene that no cell has comes last, and so does the one drawn for it.
+        every = np.append(rank, np.full(absent, float(len(table))))
+        last = np.arange(len(rank), len(every))
+        null = np.median(every[np.hstack([drawn, np.tile(last, (len(drawn), 1))])], axis=1)
+        median = float(np.median(every[[*at, *last]]))
         low, middle, high = np.percentile(null, [2.5, 50, 97.5])
         summary.append((by, what, median, middle, low, high,
                         (1 + (null <= median).sum()) / (1 + DRAWS), len(table)))
@@ -199,10 +211,14 @@ def _value(table: pd.DataFrame, by: str, cells: int) -> np.ndarray:
 
 
 def _as_frequent(cells: np.ndarray, known: np.ndarray) -> list[np.ndarray]:
-    """For each known gene, the `NEAREST` other genes that stand in about as many cells."""
+    """For each known gene, the `NEAREST` other genes that stand in about as many cells, and all
+    that are as near as the last of them, so that no order of the genes decides."""
     others = np.setdiff1d(np.arange(len(cells)), known)
-    return [others[np.argsort(np.abs(cells[others] - cells[one]), kind="stable")[:NEAREST]]
-            for one in known]
+    found = []
+    for one in known:
+        distance = np.abs(cells[others] - cells[one])
+        found.append(others[distance <= np.sort(distance)[:NEAREST][-1]])
+    return found
 
 
 def enriched(study: ResponseStudy, library: "GeneSets", terms: Sequence[str], size: int
@@ -317,26 +333,32 @@ def _best_gene(corpus: "Corpus", cells: np.ndarray, n_training: int, truth: np.n
 def numbers(study: ResponseStudy, seed: int) -> dict[str, str | int | float]:
     """What a page says of deletions: cells, genes of a cell (median), genes in all; per truth
     (effect, own) the best circuit's score and the best rival with their rank correlations, and who
-    is ahead; the parts' correlations with the whole effect; genes that either test calls, and calls
-    of shuffled effects."""
-    genes, table = study.genes, study.by_gene
+    is ahead; the parts' rank correlations with the whole effect within cells, and the share of its
+    variance within cells that goes with each; genes that either test calls, and calls of shuffled
+    effects. Intervals are over cells and genes."""
+    genes, table, both = study.genes, study.by_gene, twice(study.genes, seed)
+    drawn = _correlations(genes, both)
     found: dict[str, str | int | float] = {
         "cells": genes["cell"].nunique(), "in_all": len(table),
         "genes": float(genes.groupby("cell").size().median())}
     for truth in ("effect", "own"):
         cells, summary = (one[one["truth"] == truth] for one in (study.cells, study.summary))
-        best, by = knock_out.winners(cells, summary, seed)["spearman"], summary.set_index("score")
+        best = knock_out.winners(cells, summary, seed)["spearman"]
         for side, name in (("circuit", best.circuit), ("rival", best.rival)):
             found[f"{truth}_{side}"] = SCORES[name]
-            found[f"{truth}_{side}_spearman"] = knock_out.with_interval(
-                *by.loc[name, ["spearman", "spearman_low", "spearman_high"]])
-        found[f"{truth}_ahead"] = {
-            "the circuit": "the circuit is ahead", "the rival": "the rival is ahead",
-            "neither": "neither is clearly ahead"}[best.verdict]
+            found[f"{truth}_{side}_spearman"] = _said(drawn[truth, name])
+        low, high = np.percentile((drawn[truth, best.circuit] - drawn[truth, best.rival])[1:],
+                                  [2.5, 97.5])
+        found[f"{truth}_ahead"] = (
+            "the circuit is ahead" if low > 0 else "the rival is ahead" if high < 0 else
+            "neither is clearly ahead")
         low, high = summary["spearman_null_low"].min(), summary["spearman_null_high"].max()
         found[f"{truth}_shuffled"] = f"{low:.2f} to {high:.2f}"
     for part in ("own", "position"):
-        found[f"{part}_spearman"] = float(spearmanr(genes[part], genes["effect"]).statistic)
+        found[f"{part}_spearman"] = _said(drawn["effect", part])
+        share = both.share(genes[part].to_numpy(), genes["effect"].to_numpy())
+        low, high = 100 * np.percentile(share[1:], [2.5, 97.5])
+        found[f"{part}_share"] = f"{100 * share[0]:.0f} % ({low:.0f} to {high:.0f} %)"
         found[f"{part}_size"] = float(genes[part].abs().median())
     found["effect_size"] = float(genes["effect"].abs().median())
     tested = table["q"].notna()
@@ -362,6 +384,21 @@ def best_terms(terms: pd.DataFrame) -> pd.DataFrame:
     list's best_term."""
     best = terms.loc[terms.groupby("list", sort=False)["p"].idxmin()]
     return best[["list", "genes", "q", "place", "best_term"]]
+
+
+def _correlations(genes: pd.DataFrame, both: Twice) -> dict[tuple[str, str], np.ndarray]:
+    """(1 + draws,) mean rank correlation within cells, by truth and score; of the parts of effects
+    with the whole too. Ranks are those of the cells as they are."""
+    ranks = {name: genes.groupby("cell")[name].rank().to_numpy() for name in (
+        *MEASURED, *(f"score_{name}" for name in SCORES))}
+    found = {(truth, name): both.correlation(ranks[truth], ranks[f"score_{name}"])
+             for truth in ("effect", "own") for name in SCORES}
+    return found | {("effect", part): both.correlation(ranks["effect"], ranks[part])
+                    for part in ("own", "position")}
+
+
+def _said(drawn: np.ndarray) -> str:
+    return knock_out.with_interval(drawn[0], *np.percentile(drawn[1:], [2.5, 97.5]))
 
 
 def ranks_said(ranks: KnownRanks, by: str) -> str:

@@ -188,6 +188,56 @@ def _signed_rank(values: np.ndarray) -> np.ndarray:
     return 2 * stats.norm.sf(z)
 
 
+# --- cells and genes resampled together ----------------------------------------------------------
+
+
+class Twice(NamedTuple):
+    """Resamples of cells and, at once, of genes: one gene stands in many cells, so what is seen of
+    it there is seen once. The first of the resamples is the table as it is.
+
+    Owen (2007), the pigeonhole bootstrap: rather too wide than too narrow. order: (n_rows,) rows
+    cell by cell; rows, cells: (1 + draws, n_rows) and (1 + draws, n_cells) how often each row's
+    gene and each cell is drawn; starts: (n_cells,) each cell's first row.
+    """
+
+    order: np.ndarray
+    rows: np.ndarray
+    cells: np.ndarray
+    starts: np.ndarray
+
+    def products(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """(1 + draws, n_cells) sums of products of x and y (n_rows,), each less its mean in the
+        cell."""
+        x, y = x[self.order], y[self.order]
+        n, sum_x, sum_y, both = (np.add.reduceat(self.rows * one, self.starts, axis=1)
+                                 for one in (np.ones(len(x)), x, y, x * y))
+        return np.asarray(both - sum_x * sum_y / np.maximum(n, 1))
+
+    def correlation(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """(1 + draws,) correlation of x and y within a cell, mean over cells; 0 where either is the
+        same in the whole cell."""
+        spread = np.sqrt(np.maximum(self.products(x, x) * self.products(y, y), 0))
+        found = np.where(spread > 1e-12, self.products(x, y) / np.maximum(spread, 1e-12), 0.0)
+        return np.asarray((self.cells * found).sum(axis=1) / self.cells.sum(axis=1))
+
+    def share(self, part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+        """(1 + draws,) of the variance of `whole` within cells, the share that goes with a part of
+        it: those of parts that add up to it add up to 1."""
+        mine, every = ((self.cells * self.products(one, whole)).sum(axis=1)
+                       for one in (part, whole))
+        return np.asarray(mine / np.maximum(every, 1e-30))
+
+
+def twice(table: pd.DataFrame, seed: int, draws: int = DRAWS) -> Twice:
+    """Resamples of the cells and genes of a table with a row per cell and gene."""
+    cell, gene = (pd.factorize(table[name])[0] for name in ("cell", "gene"))
+    order, rng = np.argsort(cell, kind="stable"), generator(seed, "resampled cells and genes")
+    counts = [np.vstack([np.ones(n), resampled(rng, n, draws)])
+              for n in (int(cell.max()) + 1, int(gene.max()) + 1)]
+    return Twice(order, counts[1][:, gene[order]], counts[0],
+                 np.searchsorted(cell[order], np.arange(counts[0].shape[1])))
+
+
 # --- genes together ------------------------------------------------------------------------------
 
 RANDOM_SETS, NEAR = 5, 6

@@ -71,6 +71,7 @@ STREAMS: Mapping[str, Stream] = {
     "shuffled perturbations": Stream(91),
     "genes as frequent": Stream(92),
     "random genes changed": Stream(93, ("cell",)),
+    "resampled cells and genes": Stream(94),
     "masked genes": Stream(70, ("cell",)),
     "masks in training": Stream(71),
     "resampled cells of parts": Stream(72),

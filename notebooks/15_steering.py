@@ -28,13 +28,15 @@
 #   shows neither.
 # - **We find.** Pushes of the same norm move the log-odds of {glue:text}`steering.label` by
 #   {glue:text}`steering.auroc_effect` along the feature that tells it best, by
-#   {glue:text}`steering.means_effect` along the difference of means, and by
-#   {glue:text}`steering.by_effect` along the feature that the circuits' frozen model names. Taking the
+#   {glue:text}`steering.means_effect` along the difference of means, by {glue:text}`steering.by_effect` along
+#   the feature that the circuits' frozen model names, and by {glue:text}`steering.gradient_effect` along the
+#   gradient of that model, for which no feature is needed. Taking the
 #   {glue:text}`debugging.features` features away that made one wrong call
 #   {glue:text}`debugging.case_short`. The best feature's F1 is ahead of every other kind of unit for
 #   {glue:text}`concepts.ahead` of {glue:text}`concepts.all` concepts.
-# - **What it is worth.** A feature that tells a label need not make the call. A repair counts only beside
-#   what it breaks in all held-out cells.
+# - **What it is worth.** A feature that tells a label need not make the call. What a feature does counts only
+#   beside a direction that is chosen by the same means and needs no dictionary; a repair only beside what it
+#   breaks in all other held-out cells.
 # ```
 
 # %% tags=["parameters"]
@@ -71,13 +73,15 @@ curve, compared = (of(study, settings.seed) for of in (steering_curves.curve, st
 #
 # - the **feature by AUROC**, which tells {glue:text}`steering.label` best where the question ends (AUROC
 #   {glue:text}`steering.auroc` there, {glue:text}`steering.held_out_auroc` on held-out cells). It decides
-#   the layer, {glue:text}`steering.layer`;
+#   the layer: {glue:text}`steering.layers` in the draws;
 # - the **feature by effect**: of this layer that along which a push should move the call most, by the same
 #   frozen model that circuits are traced in;
+# - the **gradient** of the log-odds in the same frozen model and cells: no push should move them more, and
+#   no dictionary is needed for it. The feature by effect is the feature that is nearest to it;
 # - the **difference of means** of what the layer's MLP writes in the label's cells and in others;
 # - **random features** that fire as often and as strongly as the first.
 
-# %% mystnb={"image": {"alt": "Three panels against the dose of the push, for five kinds of directions: the change of the label's log-odds, the share of cells called so, and the rise of the loss on gene tokens, with bands over cells."}, "figure": {"caption": "What a push does to the log-odds of the label, to the calls and to the loss, by its norm in units of the mean norm of what the MLP writes. Bands: 95 % intervals over cells; thin lines: lowest and highest of the draws of training cells and random features.", "name": "fig-steering"}}
+# %% mystnb={"image": {"alt": "Three panels against the dose of the push, for six kinds of directions: the change of the label's log-odds, the share of cells called so, and the rise of the loss on gene tokens, with bands over cells."}, "figure": {"caption": "What a push does to the log-odds of the label, to the calls and to the loss, by its norm in units of the mean norm of what the MLP writes. Bands: 95 % intervals over cells; thin lines: lowest and highest of the draws of training cells and random features.", "name": "fig-steering"}}
 chapter.figure("steering", plots.steering_curves(curve, study.label))
 
 # %%
@@ -86,16 +90,17 @@ chapter.table("steering_compared", compared, rows=0, caption="Directions at one 
               "cost, pushed towards the label and away from it")
 shown = compared[compared["pushed"] == "towards"]
 heads = {"compared": "compared at", "arm": "pushed along", "effect": "gain, nats", "lower_95": "95 % from",
-         "upper_95": "95 % to", "difference": "feature by effect: more by", "cost": "cost"}
+         "upper_95": "95 % to", "lowest": "lowest draw", "highest": "highest", "cost": "cost"}
 chapter.show(shown[list(heads)].rename(columns=heads), digits=2,
-             caption="Pushed towards the label, at one norm and at one cost: what its log-odds gain, how "
-             "much more they gain along the feature by effect, and the cost in nats per token of a gene")
+             caption="Pushed towards the label, at one norm and at one cost: what its log-odds gain, with the "
+             "95 % interval over cells and the lowest and highest draw, and the cost in nats per token of a gene")
 
 # %%
 first = study.chosen.iloc[0]
 here = steering_curves.effects(compared, "towards", "equal norm")
 at_cost = steering_curves.effects(compared, "towards", "equal cost")
-names = {"auroc_effect": steering.BEST, "by_effect": steering.BY_EFFECT, "means_effect": steering.MEANS,
+names = {"auroc_effect": steering.BEST, "by_effect": steering.BY_EFFECT,
+         "gradient_effect": steering.GRADIENT, "means_effect": steering.MEANS,
          "random_effect": steering.RANDOM}
 for key, arm in names.items():
     chapter.value(f"steering.{key}", here[arm])
@@ -104,8 +109,9 @@ for key, arm in names.items():
         if arm != steering.BY_EFFECT:
             chapter.value(f"steering.{word}_beside_{key}",
                           steering_curves.beside(compared, "towards", how, arm))
-chapter.values({"label": study.label, "layer": int(first["layer"]), "cells": len(study.labels),
-                "seeds": steering.SEEDS, "random_draws": steering.RANDOM_DRAWS, "training": int(first["cells"]), "cost": steering_curves.COST,
+chapter.values({"label": study.label, "cells": len(study.labels),
+                "seeds": steering.SEEDS, "random_draws": steering.RANDOM_DRAWS,
+                "training": int(first["cells"]), "cost": steering_curves.COST,
                 "norm": steering_curves.NORM, "top": steering.BEST_SET.format(5),
                 "layers": ", ".join(map(str, sorted(set(study.chosen["layer"])))),
                 "features": study.chosen.groupby("arm")["feature"].nunique()[steering.BEST],
@@ -115,8 +121,13 @@ for key, arm in (("auroc", steering.BEST), ("by_effect", steering.BY_EFFECT)):
     chapter.rounded(f"steering.predicted_{key}", rows["predicted"].mean(), 2)
 for key in ("auroc", "held_out_auroc"):
     chapter.rounded(f"steering.{key}", study.chosen.loc[study.chosen["arm"] == steering.BEST, key].mean(), 2)
+for key in ("fires", "held_out_auroc"):
+    by_effect = study.chosen.loc[study.chosen["arm"] == steering.BY_EFFECT, key]
+    chapter.rounded(f"steering.{key}_by_effect", (100 if key == "fires" else 1) * by_effect.max(), 2)
+chapter.rounded("steering.predicted_gradient", study.chosen["steepest"].mean(), 2)
 told = shown[shown["compared"] == "equal norm"].set_index("arm").loc[steering.BEST]
-chapter.value("steering.against", bool(told["upper_95"] < 0))
+chapter.value("steering.against", bool(max(told["upper_95"], told["highest"]) < 0))
+chapter.value("steering.unclear", bool(told["lowest"] < 0 < told["highest"]))
 away = curve[curve["done"] == steering_curves.TAKEN_AWAY].set_index("arm")
 for key, arm in names.items():
     chapter.rounded(f"steering.without_{key}", away.loc[arm, "change"], 2)
@@ -126,22 +137,34 @@ for key, arm in names.items():
 # {glue:text}`steering.label` gain {glue:text}`steering.by_effect` along the feature by effect. That is
 #
 # - {glue:text}`steering.norm_beside_auroc_effect`: along it they gain {glue:text}`steering.auroc_effect`;
+# - {glue:text}`steering.norm_beside_gradient_effect`: along it {glue:text}`steering.gradient_effect`;
 # - {glue:text}`steering.norm_beside_means_effect`: along it {glue:text}`steering.means_effect`;
 # - {glue:text}`steering.norm_beside_random_effect`: along it {glue:text}`steering.random_effect`.
 #
 # At a cost of {glue:text}`steering.cost` nats per token of a gene the feature by effect gains
-# {glue:text}`steering.cost_by_effect`, the feature by AUROC {glue:text}`steering.cost_auroc_effect`, the
-# difference of means {glue:text}`steering.cost_means_effect`. A number below 0 is a push that works against
-# the label that its direction stands for.
+# {glue:text}`steering.cost_by_effect`, the gradient {glue:text}`steering.cost_gradient_effect`, the feature
+# by AUROC {glue:text}`steering.cost_auroc_effect`, the difference of means
+# {glue:text}`steering.cost_means_effect`. A number below 0 is a push that works against the label that its
+# direction stands for. Intervals over cells know nothing of which training cells were drawn, and other cells
+# choose other directions: *more* and *less* are said only if every draw says so too.
+#
+# The features by effect fire on at most {glue:text}`steering.fires_by_effect` % of tokens, and their AUROC
+# where the question ends is at most {glue:text}`steering.held_out_auroc_by_effect`: what is pushed along is
+# a direction that the dictionary holds, not something that the model writes in these cells.
 #
 # **What the circuit's view says before.** In the frozen model a push of this norm along the feature by
-# AUROC should change the log-odds by {glue:text}`steering.predicted_auroc` nats, and along the feature by
-# effect by {glue:text}`steering.predicted_by_effect`.
+# AUROC should change the log-odds by {glue:text}`steering.predicted_auroc` nats, along the feature by
+# effect by {glue:text}`steering.predicted_by_effect`, and along the gradient, the most that any push of
+# this norm can do, by {glue:text}`steering.predicted_gradient`.
 
 # %% [markdown] tags=["only-if:steering.against"]
 # To tell a label and to write it are two things: here the feature that tells
 # {glue:text}`steering.label` best writes against it, as a layer does that corrects what earlier layers have
 # settled.
+
+# %% [markdown] tags=["only-if:steering.unclear"]
+# Whether the feature that tells {glue:text}`steering.label` best writes for it or against it depends on
+# which training cells chose it: in one draw a push along it helps the label, in another it works against.
 
 # %% tags=["fold:How directions are chosen and compared at every dose"]
 doses = np.where(curve["done"] == steering_curves.TAKEN_AWAY, "taken away", curve["dose"].map("{:g}".format))
@@ -156,7 +179,7 @@ chapter.show(curve.round(4).replace(-0.0, 0.0).assign(dose=doses)[list(heads)].r
 # %%
 chapter.table("steering_chosen", study.chosen, digits=2, columns={
     "seed": "draw", "arm": "chosen", "layer": "layer", "feature": "feature", "auroc": "AUROC, training",
-    "held_out_auroc": "AUROC, held-out", "predicted": "predicted, nats", "norm": "norm at dose 1"},
+    "held_out_auroc": "AUROC, held-out", "fires": "fires on (share)", "predicted": "predicted, nats"},
               caption="What each draw of training cells chooses, and what the frozen model predicts of a push")
 
 # %% [markdown]
@@ -175,8 +198,10 @@ chapter.table("steering_chosen", study.chosen, digits=2, columns={
 # - At equal cost each direction is read where its cost first reaches {glue:text}`steering.cost` nats, on a
 #   straight line between two doses.
 # - The feature by effect was added when the first look showed the others working against their label, and
-#   after that look the doses, cells and draws were cut to save time. How directions are chosen was not
-#   changed. In the last layer a push reaches the log-odds through the final norm alone.
+#   after that look the doses, cells and draws were cut to save time. The gradient was added when the feature
+#   by effect was seen to be far ahead of directions that are not chosen by what they do, and draws were
+#   shown beside intervals over cells. How directions are chosen was not changed. In the last layer a push
+#   reaches the log-odds through the final norm alone.
 
 # %%
 wrong = wrong_calls.wrong_calls(model, transcoders, corpus, settings, statistics)
@@ -192,9 +217,9 @@ chapter.value("debugging.known", wrong is not None)
 # %% tags=["only-if:debugging.known"]
 totals = wrong.table[wrong.table["label"] == wrong_calls.EVERY] if wrong else None
 chapter.show(totals[["removed", "right_before", "right_after", "repaired", "broken", "p", "case_right"]],
-             digits=2, caption="Taken away in all held-out cells: right answers before and after, wrong ones "
-             "repaired, right ones broken, p of the exact McNemar test, and whether the case itself is "
-             f"answered rightly then; {wrong_calls.DRAWS} draws of random features") if wrong else None
+             digits=2, caption="Taken away in all held-out cells but the case: right answers before and after, "
+             "wrong ones repaired, right ones broken, p of the exact McNemar test, and whether the case itself "
+             f"is answered rightly then; {wrong_calls.DRAWS} draws of random features") if wrong else None
 
 # %%
 said = {removed: wrong_calls.what_it_does(wrong, removed) if wrong else "" for removed in
@@ -205,6 +230,7 @@ chapter.values({
     "features": int((wrong.features["removed"] == wrong_calls.CASE).sum()) if wrong else 0,
     "errors": wrong.training_errors if wrong else 0, "case": said[wrong_calls.CASE],
     "case_short": said[wrong_calls.CASE].split("; p")[0] + ")" if wrong else "was not needed",
+    "case_right": "right" if wrong and totals["case_right"].iloc[0] else "still wrong",
     "training": said[wrong_calls.TRAINING], "random": said[wrong_calls.RANDOM]}, prefix="debugging.")
 for key in ("contrast", "by_features", "predicted", "measured"):
     chapter.rounded(f"debugging.{key}", getattr(wrong, key) if wrong else None, 2)
@@ -217,8 +243,9 @@ kept if wrong else None
 # "{glue:text}`debugging.answer`", by {glue:text}`debugging.contrast` nats. All features together, those that
 # speak for this answer and those that speak against it, give {glue:text}`debugging.by_features` of them.
 # Without the {glue:text}`debugging.features` that speak for it most, the {glue:text}`debugging.contrast`
-# nats should change by {glue:text}`debugging.predicted`, and change by {glue:text}`debugging.measured`. Over
-# all held-out cells
+# nats should change by {glue:text}`debugging.predicted`, and change by {glue:text}`debugging.measured`. The
+# case is {glue:text}`debugging.case_right` then. Over all other held-out cells (it chose the features, so it
+# is not counted)
 #
 # - taking these features away {glue:text}`debugging.case`;
 # - taking as many away that made {glue:text}`debugging.errors` wrong calls of training cells
@@ -300,7 +327,10 @@ chapter.table("concept_scores", table, rows=0, caption="The same with intervals,
 # - All kinds offer {glue:text}`concepts.candidates` candidates; of a kind with more they are drawn, and
 #   scores are means over draws. *All features* are {glue:text}`concepts.every`.
 # - A label is read by a unit's largest value over the question's tokens, a set of genes at the genes'
-#   tokens. Nine cuts of a unit are tried. Every count is exact.
+#   tokens. Nine cuts of a unit are tried, at quantiles of its values in the first training cells that are
+#   drawn, whose labels are mixed (at first they were of one label, which was found later and mended). Every
+#   count is exact. Two labels are two concepts but one question: a unit that is high in one is no candidate
+#   for the other, as it would have to be low.
 # - Held-out cells hold the same genes as training cells. Whether a token is part of a gene of a set can be
 #   known by heart, so such a score says that a unit is about these tokens, not what it would say of a gene
 #   that it has not met. The sets of cell types are the four whose genes occur most in training cells, of

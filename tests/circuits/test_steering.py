@@ -168,8 +168,8 @@ def test_a_feature_s_effect_is_that_of_its_push_in_the_frozen_model(
         tiny_parts, monkeypatch, tmp_path):
     model, transcoders, corpus = tiny_parts
     profile, norms = tiny_profile(monkeypatch, tmp_path), torch.tensor([2.0, 3.0]).double()
-    found = directions.by_effect(model, transcoders, corpus, profile, np.array([1, 2]), "CD34+",
-                                 norms)
+    pull = directions.mean_pull(model, transcoders, corpus, profile, np.array([1, 2]), "CD34+")
+    found = directions.by_effect(pull, transcoders, norms)
     for layer, feature in ((1, 4), (1, 9)):  # the last: no later feature answers
         changes = []
         for cell in (1, 2):
@@ -180,6 +180,25 @@ def test_a_feature_s_effect_is_that_of_its_push_in_the_frozen_model(
             change[layer] = norms[layer] * row / row.norm()
             changes.append(frozen_change(run, change, contrast_of(corpus, prompt).start(run)[1]))
         assert float(found[layer, feature]) == pytest.approx(np.mean(changes), abs=1e-9)
+    # No feature does more than the gradient of the same norm.
+    assert (found <= (norms * pull.norm(dim=-1))[:, None] + 1e-12).all()
+
+
+def test_a_push_along_the_gradient_moves_the_contrast_as_autograd_says(
+        tiny_parts, monkeypatch, tmp_path):
+    """In the last layer, where nothing but the final norm is frozen: the slope at no push, with the
+    norm's scale held."""
+    model, transcoders, corpus = tiny_parts
+    profile, last = tiny_profile(monkeypatch, tmp_path), transcoders.n_layers - 1
+    pull = directions.mean_pull(model, transcoders, corpus, profile, np.array([3]), "CD34+")[last]
+    prompt = answered_prompt(corpus, profile, 3, "CD34+")
+    contrast, run = contrast_of(corpus, prompt), freeze(model, transcoders, prompt.encoded.tokens)
+    push = torch.zeros_like(pull, requires_grad=True)
+    stream = run.final[contrast.position] + push
+    normed = run.last.norm.gain * run.last.norm.centre(stream) / run.last.sigma[contrast.position]
+    logits = (normed + run.last.norm.bias) @ run.unembedding.T + run.unembedding_bias
+    [slope] = torch.autograd.grad(contrast.of(logits), push)
+    assert torch.allclose(pull, slope, atol=1e-10) and pull.norm() > 1e-3
 
 
 class Statistics:
@@ -225,19 +244,20 @@ def test_a_study_reads_held_out_cells_under_every_setting(tiny_parts, monkeypatc
     first, again = (steering.steering_study(model, transcoders, corpus, profile, statistics,
                                             "B cell") for _ in range(2))
     for one, other in zip(first.readings, again.readings, strict=True):
-        assert one.shape == (2 * 6 * 4, 5) and np.array_equal(one, other)
+        assert one.shape == (2 * 7 * 4, 5) and np.array_equal(one, other)
     doses = np.array([one.dose for one in first.settings])
     for found, before in zip(first.readings, first.before, strict=True):
         assert np.allclose(found[doses == 0], before)
     assert not np.allclose(first.readings.contrast[doses == 1], first.before.contrast)
     arms = {one.arm: one.norm for one in first.settings if one.dose == 1 and one.seed == 0}
     assert list(arms) == [steering.BEST, steering.BEST_SET.format(5), steering.BY_EFFECT,
-                          steering.RANDOM, steering.MEANS]
+                          steering.RANDOM, steering.GRADIENT, steering.MEANS]
     assert len(set(arms.values())) == 1  # pushes of one norm
     chosen = first.chosen
     assert chosen["arm"].tolist() == [steering.BEST, steering.BY_EFFECT] * 2
     assert (chosen["predicted"][1::2].to_numpy() >= chosen["predicted"][::2].to_numpy()).all()
     assert (chosen["auroc"][::2].to_numpy() >= chosen["auroc"][1::2].to_numpy()).all()
+    assert (chosen["predicted"] <= chosen["steepest"]).all() and chosen["fires"].between(0, 1).all()
 
 
 # --- the chapter ---------------------------------------------------------------------------------

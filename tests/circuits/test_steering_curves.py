@@ -21,8 +21,9 @@ from scfm_circuits.circuits.steering import (
 DOSES = (-2.0, -1.0, 1.0, 2.0)
 
 
-def study(effects, n=8):
-    """A study in which contrast and loss are linear in the dose; effects: by arm, (slope, cost)."""
+def study(effects, n=8, apart=0.0):
+    """A study in which contrast and loss are linear in the dose; effects: by arm, (slope, cost).
+    apart: by how much two seeds' slopes are apart, of all arms but `BY_EFFECT`."""
     rng = np.random.default_rng(0)
     labels = np.array(["a", "b"] * (n // 2))
     before = Readings(np.where(labels == "a", 1.0, -1.0)[None], np.ones((1, n), bool),
@@ -32,7 +33,9 @@ def study(effects, n=8):
         for seed in range(2):
             for dose in (*DOSES, np.nan):
                 settings.append(Setting(arm, seed, 0, dose, dose, dose, edit))
-                contrast.append(before.contrast[0] + (slope * dose if dose == dose else 0.5 * seed))
+                contrast.append(before.contrast[0] + (
+                    dose * (slope + (arm != BY_EFFECT) * apart * (seed - 0.5))
+                    if dose == dose else 0.5 * seed))
                 loss.append(before.loss[0] + (cost * abs(dose) if dose == dose else 0.0))
     contrast, loss = np.array(contrast), np.array(loss)
     right = (contrast > 0) == (labels == "a")
@@ -72,7 +75,24 @@ def test_arms_are_compared_at_the_same_norm_and_at_the_same_cost():
     for how, verdict in (("equal norm", "less than"), ("equal cost", "more than")):
         said = curves.beside(found, "towards", how, MEANS)
         assert said.startswith(f"{verdict} the difference of means (difference ")
-    assert curves.effects(found, "away", "equal norm")[MEANS] == "2.00 nats (2.00 to 2.00)"
+    assert curves.effects(found, "away", "equal norm")[MEANS] == (
+        "2.00 nats (2.00 to 2.00 over cells, 2.00 to 2.00 over draws)")
+
+
+@pytest.mark.parametrize(("apart", "verdict"),
+                         [(0.0, "more than"), (2.0, "not clearly other than")])
+def test_an_arm_is_ahead_only_if_every_draw_says_so(apart, verdict):
+    """Cells agree to the last digit, and the two draws do not."""
+    found = curves.compared(study({BY_EFFECT: (0.6, 0.05), MEANS: (0.2, 0.05)}, apart=apart), 0)
+    rows = found[(found["pushed"] == "towards") & (found["compared"] == "equal norm")]
+    row = rows.set_index("arm").loc[MEANS]
+    assert row["lower_95"] == pytest.approx(0.2) == row["upper_95"]
+    assert (row["lowest"], row["highest"]) == pytest.approx((0.2 - apart / 2, 0.2 + apart / 2))
+    assert (row["difference_lowest"], row["difference_highest"]) == pytest.approx(
+        (0.4 - apart / 2, 0.4 + apart / 2))
+    said = curves.beside(found, "towards", "equal norm", MEANS)
+    assert said.startswith(f"{verdict} the difference of means (difference 0.40 nats, 0.40 to 0.40")
+    assert curves.effects(found, "towards", "equal norm")[BY_EFFECT].endswith("over draws)")
 
 
 def test_an_arm_that_never_costs_as_much_is_read_at_its_last_dose_and_marked():

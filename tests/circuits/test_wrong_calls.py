@@ -114,6 +114,14 @@ def test_the_surest_wrong_call_is_the_case(tiny_parts, monkeypatch, tmp_path):
     table = study.table[study.table["label"] == wrong.EVERY]
     assert (table["removed"] == wrong.RANDOM).sum() == wrong.DRAWS
     assert (table["right_before"] == said.right.sum()).all()
+    assert (table["cells"] == len(held_out) - 1).all()  # the case chose its features
+    now = wrong.said_without(model, t, corpus, profile, held_out, [
+        (row.layer, row.feature) for row in study.features[
+            study.features["removed"] == wrong.CASE].itertuples()])
+    others = held_out != at
+    row = table[table["removed"] == wrong.CASE].iloc[0]
+    assert row["repaired"] == (now.right & ~said.right)[others].sum()
+    assert row["case_right"] == now.right[~others][0]
     assert table["features"].nunique() == 1
     own = study.features[study.features["removed"] == wrong.CASE]
     assert study.predicted == pytest.approx(-own["gives"].sum())

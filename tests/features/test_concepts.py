@@ -147,6 +147,27 @@ def test_all_kinds_offer_as_many_candidates_and_held_out_cells_choose_nothing(
     assert table["f1"].tolist() != other["f1"].tolist()
 
 
+def test_cuts_are_taken_from_cells_of_all_labels(
+        parts: Any, few: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Though the corpus has them label by label."""
+    corpus, statistics = parts[2:]
+    order = np.argsort(corpus.labels, kind="stable")
+    sorted_corpus = replace(corpus, **{name: getattr(corpus, name)[order] for name in (
+        "tokens", "mask", "gene", "place", "answer_start", "answer_end", "labels", "cell_ids",
+        "held_out")})
+    model = model_for(corpus, dtype=torch.float32)
+    profile, asked = tiny_profile(monkeypatch, tmp_path, forward_cells=12), []
+    kept = module.question_batches
+
+    def seen(model: Any, corpus: Any, cells: np.ndarray, *rest: Any) -> Any:
+        asked.append(corpus.labels[cells])
+        return kept(model, corpus, cells, *rest)
+
+    monkeypatch.setattr(module, "question_batches", seen)
+    module.concept_scores(model, tiny_transcoders(model), sorted_corpus, profile, statistics, SETS)
+    assert set(asked[0][:12]) == set(np.unique(corpus.labels))
+
+
 @pytest.mark.parametrize(("least", "sets", "levels"), [(99, SETS, {TOKEN}), (2, {}, {CELL})])
 def test_labels_or_gene_sets_alone_are_scored(
         parts: Any, few: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, least: int,

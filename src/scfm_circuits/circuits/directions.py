@@ -4,6 +4,8 @@
   cells best (`choose`: AUROC over the features of all layers), and the best of its layer.
 - By what it does: the feature along which a push should move the label's contrast most, in the
   frozen model (`by_effect`): a feature that tells a label need not be one that makes the call.
+  Beside it the direction of which all such effects are products, the gradient (`mean_pull`): it
+  uses the same cells and the same model, and no dictionary.
 - The difference of the means of what an MLP writes at the question's last token (`means_at`).
 - Random features that fire as often and as strongly (`matched`).
 """
@@ -106,22 +108,26 @@ def means_at(at: AtQuestion, labels: np.ndarray, label: str, layer: int) -> Tens
 
 
 @torch.no_grad()
-def by_effect(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
-              profile: "Profile", cells: np.ndarray, label: str, norms: Tensor) -> Tensor:
-    """(n_layers, n_features) by how many nats a push of dose 1 along each feature's decoder row at
-    every token should move the label's contrast: mean over the cells, in the frozen model.
+def mean_pull(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
+              profile: "Profile", cells: np.ndarray, label: str) -> Tensor:
+    """(n_layers, d_model) the gradient of the label's contrast, in nats, in a push at every token
+    of what each layer's MLP writes: mean over the cells, in the frozen model.
 
-    norms: (n_layers,) the push's norm. Patterns, the norms' scales and active features are frozen
-    (`direct_effects.total_pulls`).
+    Patterns, the norms' scales and active features are frozen (`direct_effects.total_pulls`).
     """
-    total = torch.zeros_like(transcoders.b_enc)
-    unit = torch.nn.functional.normalize(transcoders.W_dec, dim=-1)
+    total = torch.zeros_like(transcoders.b_dec)
     for cell in cells:
         prompt = answered_prompt(corpus, profile, int(cell), label)
         frozen = freeze(model, transcoders, prompt.encoded.tokens)
-        pull = total_pulls(frozen, contrast_of(corpus, prompt).start(frozen)[1]).sum(dim=1)
-        total += torch.einsum("ld,lfd->lf", pull, unit) / len(cells)
-    return total * norms[:, None].to(total)
+        total += total_pulls(frozen, contrast_of(corpus, prompt).start(frozen)[1]).sum(dim=1)
+    return total / len(cells)
+
+
+def by_effect(pull: Tensor, transcoders: Transcoders, norms: Tensor) -> Tensor:
+    """(n_layers, n_features) by how many nats a push of dose 1 along each feature's decoder row
+    should move the contrast. pull: `mean_pull`; norms: (n_layers,) of a push of dose 1."""
+    unit = torch.nn.functional.normalize(transcoders.W_dec, dim=-1)
+    return torch.einsum("ld,lfd->lf", pull, unit) * norms[:, None].to(pull)
 
 
 def matched(statistics: FeatureStatistics, layer: int, features: Sequence[int],

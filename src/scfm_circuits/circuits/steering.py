@@ -7,18 +7,20 @@ was seen:
 
 1. Everything is chosen on training cells (`directions`), on `SEEDS` draws of them: the feature that
    tells the label best, which decides the layer; the best features of this layer; that one of them
-   all along which a push should move the call most; the difference of means; random features.
+   all along which a push should move the call most; the gradient by which that one is found; the
+   difference of means; random features.
 2. Held-out cells are read (`Readings`): the label's contrast, whether the cell's own answer is
    given, whether an answer is any label at all, and the loss on tokens of genes.
 3. `steering_curves` compares at equal norm and at equal cost.
 
 The feature chosen by effect was added after a first look at the others, which turned out to push
-against their label; where nothing is pushed, all readings are as before.
+against their label. The gradient was added when that feature was far ahead of all others, none of
+which is chosen by what it does. Where nothing is pushed, all readings are as before.
 
 A text passes the layers below the push once, for all of a layer's settings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -35,6 +37,7 @@ from scfm_circuits.circuits.directions import (
     by_effect,
     choose,
     matched,
+    mean_pull,
     means_at,
 )
 from scfm_circuits.circuits.interventions import Edit
@@ -58,7 +61,7 @@ if TYPE_CHECKING:
     from scfm_circuits.common.profile import Profile
 
 BEST, BEST_SET, BY_EFFECT = "feature by AUROC", "{} features by AUROC", "feature by effect"
-MEANS, RANDOM = "difference of means", "random feature"
+GRADIENT, MEANS, RANDOM = "gradient", "difference of means", "random feature"
 """Arms of the study; `{}` is how many features, `directions.TOP` if the layer has them."""
 DOSES = (-4.0, -2.0, -1.0, 1.0, 2.0, 4.0)
 """Pushes, in units of the mean norm of what the layer's MLP writes."""
@@ -196,7 +199,7 @@ def read_text(model: "PreTrainedModel", text: Text, layer: int, edits: Sequence[
 class Setting(NamedTuple):
     """One way to steer: arm, seed, layer, dose (missing: what the arm has is taken away), norm of
     the push, and that norm in units of what the arm's features typically write (mean activation
-    where one fires; missing for the difference of means)."""
+    where one fires; missing for the directions of no feature)."""
 
     arm: str
     seed: int
@@ -217,21 +220,23 @@ class SteeringStudy(NamedTuple):
     labels: np.ndarray
     """(n_cells,) the cells' own."""
     chosen: pd.DataFrame
-    """Two rows per seed: seed, arm (`BEST`, `BY_EFFECT`), layer, feature, auroc, held_out_auroc,
-    predicted (nats by which a push of dose 1 should move the contrast), cells (training cells
-    looked at), norm (of dose 1)."""
+    """Two rows per seed: seed, arm (`BEST`, `BY_EFFECT`), layer, feature, fires (share of tokens),
+    auroc, held_out_auroc, predicted (nats by which a push of dose 1 should move the contrast),
+    steepest (the same along the gradient), cells (training cells looked at), norm (of dose 1)."""
 
 
 def _settings(transcoders: Transcoders, statistics: FeatureStatistics, layer: int, norm: float,
-              sets: Sequence[tuple[str, list[int]]], means: Tensor, seed: int) -> list[Setting]:
-    """All doses of all arms; sets: names and their features; means: (d_model,) the difference."""
+              sets: Sequence[tuple[str, list[int]]], plain: Mapping[str, Tensor], seed: int
+              ) -> list[Setting]:
+    """All doses of all arms; sets: names and their features; plain: directions (d_model,) of no
+    feature, by name."""
     arms: list[tuple[str, Tensor, Edit, float]] = []
     for name, features in sets:
         z = torch.from_numpy(statistics.mean_activation[layer][features]).to(transcoders.W_dec)
         vector = z @ transcoders.W_dec[layer, features]
         arms.append((name, vector, scaled(transcoders, layer, features, 0.0),
                      float(vector.norm())))
-    arms.append((MEANS, means, projected_out(means), np.nan))
+    arms += [(name, vector, projected_out(vector), np.nan) for name, vector in plain.items()]
     found = []
     for name, vector, away, typical in arms:
         unit = norm * vector / vector.norm().clamp_min(1e-12)
@@ -263,18 +268,21 @@ def _of_seed(parts: _Parts, seed: int, label: str) -> tuple[list[Setting], list[
     at, labels = parts.at(cells), corpus.labels[cells]
     chosen = choose(at, labels, label)
     traced = studied_cells(corpus, TRACED_CELLS, TRACED_CELLS, among=drawn)
-    effect = by_effect(parts.model, t, corpus, parts.profile, traced, label, at.norms)
+    pull = mean_pull(parts.model, t, corpus, parts.profile, traced, label)
+    effect = by_effect(pull, t, at.norms)
     layer, best = chosen.layer, chosen.features
     live = torch.from_numpy(statistics.fired[layer] > 0).to(effect.device)
     strongest = int(effect[layer].masked_fill(~live, -torch.inf).argmax())
     sets = [(BEST, best[:1]), (BEST_SET.format(len(best)), best), (BY_EFFECT, [strongest])]
     sets += [(RANDOM, matched(statistics, layer, best[:1], rng)) for _ in range(RANDOM_DRAWS)]
     norm = float(at.norms[layer])
-    settings = _settings(t, statistics, layer, norm, sets, means_at(at, labels, label, layer), seed)
-    return settings, [
+    plain = {GRADIENT: pull[layer], MEANS: means_at(at, labels, label, layer)}
+    return _settings(t, statistics, layer, norm, sets, plain, seed), [
         {"seed": seed, "arm": arm, "layer": layer, "feature": one,
+         "fires": float(statistics.frequency[layer, one]),
          "auroc": _auroc(at.activations[:, layer, one], labels == label),
-         "predicted": float(effect[layer, one]), "cells": len(cells), "norm": norm}
+         "predicted": float(effect[layer, one]), "steepest": norm * float(pull[layer].norm()),
+         "cells": len(cells), "norm": norm}
         for arm, one in ((BEST, best[0]), (BY_EFFECT, strongest))]
 
 

@@ -2,8 +2,9 @@
 
 Effects are of the label's contrast, in nats: the mean over cells of what it gains. The cost is what
 the loss on the tokens of genes gains, in nats per token. Intervals are over resampled cells (an
-arm's mean over seeds and draws, cell by cell); beside them stand the lowest and highest seed or
-draw.
+arm's mean over seeds and draws, cell by cell); they know nothing of the draws of training cells,
+which choose other directions. So beside them stand the lowest and highest seed or draw, and one arm
+counts as ahead of another only if it is so by its whole interval and in every draw.
 
 At equal norm: all arms at `NORM`. At equal cost: along the doses of one sign the first place where
 the cost reaches `COST` is found between two doses, on the straight line between them; an arm that
@@ -27,10 +28,12 @@ ADDED, TAKEN_AWAY = "pushed", "taken away"
 
 
 class Arm(NamedTuple):
-    """One arm at one dose: (n_runs, n_cells) of each seed and draw, less what was before."""
+    """One arm at one dose: (n_runs, n_cells) of each seed and draw, less what was before. seeds:
+    (n_runs,)."""
 
     arm: str
     dose: float
+    seeds: np.ndarray
     contrast: np.ndarray
     loss: np.ndarray
     called: np.ndarray
@@ -54,7 +57,8 @@ def arms_of(study: SteeringStudy) -> list[Arm]:
             now, before = study.readings, study.before
             settings = [study.settings[at] for at in rows]
             found.append(Arm(
-                arm, dose, now.contrast[rows] - before.contrast, now.loss[rows] - before.loss,
+                arm, dose, np.array([one.seed for one in settings]),
+                now.contrast[rows] - before.contrast, now.loss[rows] - before.loss,
                 now.contrast[rows] > 0, now.right[rows], now.no_label[rows],
                 float(np.mean([one.norm for one in settings])),
                 float(np.mean([one.typical for one in settings]))))
@@ -76,7 +80,7 @@ def curve(study: SteeringStudy, seed: int) -> pd.DataFrame:
     drawn = _resampled(study, seed)
     own, called = study.labels == study.label, study.before.contrast[0] > 0
     zero = np.zeros_like(study.before.contrast)
-    nothing = Arm("nothing", 0.0, zero, zero, called[None], study.before.right,
+    nothing = Arm("nothing", 0.0, np.zeros(1), zero, zero, called[None], study.before.right,
                   study.before.no_label, 0.0, np.nan)
     rows = []
     for one in (nothing, *arms_of(study)):
@@ -119,9 +123,11 @@ def compared(study: SteeringStudy, seed: int) -> pd.DataFrame:
     """A row for each direction of the push, way to compare, and arm.
 
     Columns: pushed (towards or away), compared (`equal norm`, `equal cost`), arm; effect (nats
-    towards what was wanted) with lower_95, upper_95; difference (what the feature by effect does
-    more) with difference_lower_95, difference_upper_95, on the same resampled cells; dose where it
-    is read (for the cells as they are), cost there, and reached (whether the arm costs as much).
+    towards what was wanted) with lower_95, upper_95, and lowest, highest (of any one seed or draw);
+    difference (what the feature by effect does more) with difference_lower_95, difference_upper_95,
+    on the same resampled cells, and difference_lowest, difference_highest (against the feature by
+    effect of the same seed); dose where it is read (for the cells as they are), cost there, and
+    reached (whether the arm costs as much).
     """
     drawn, arms = _resampled(study, seed), arms_of(study)
     counts = np.concatenate([np.ones((1, drawn.shape[1])), drawn]) / drawn.shape[1]
@@ -131,13 +137,19 @@ def compared(study: SteeringStudy, seed: int) -> pd.DataFrame:
                               key=lambda one: abs(one.dose)) for name in names}
         for how in ("equal norm", "equal cost"):
             found = {name: _read_at(how, steps, sign, counts) for name, steps in along.items()}
+            by_run = {name: _by_run(how, steps, sign) for name, steps in along.items()}
             for name in names:
                 effect, dose, cost, reached = found[name]
                 ahead = found[BY_EFFECT][0] - effect
+                apart = [best - one for seed, one in by_run[name]
+                         for other, best in by_run[BY_EFFECT] if other == seed]
+                runs = [one for _, one in by_run[name]]
                 rows.append({
                     "pushed": pushed, "compared": how, "arm": name, "effect": effect[0],
-                    **_ends("lower_95", "upper_95", effect), "difference": ahead[0],
+                    **_ends("lower_95", "upper_95", effect), "lowest": min(runs),
+                    "highest": max(runs), "difference": ahead[0],
                     **_ends("difference_lower_95", "difference_upper_95", ahead),
+                    "difference_lowest": min(apart), "difference_highest": max(apart),
                     "dose": dose, "cost": cost, "reached": reached})
     return pd.DataFrame(rows)
 
@@ -163,6 +175,16 @@ def _read_at(how: str, steps: list[Arm], sign: float, counts: np.ndarray
     return effect, float(sign * at[0]), float(np.interp(at[0], doses, costs[0])), bool(reached[0])
 
 
+def _by_run(how: str, steps: list[Arm], sign: float) -> list[tuple[int, float]]:
+    """Seed and effect, as `_read_at` reads it, of each run."""
+    n = steps[0].contrast.shape[1]
+    found = []
+    for run, seed in enumerate(steps[0].seeds.tolist()):
+        alone = [one._replace(contrast=one.contrast[[run]], loss=one.loss[[run]]) for one in steps]
+        found.append((seed, float(_read_at(how, alone, sign, np.full((1, n), 1 / n))[0][0])))
+    return found
+
+
 def crossing(doses: np.ndarray, costs: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
     """(n,) the dose where each row of costs (n, n_doses) first reaches a level, on straight lines
     between doses (ascending), and whether it does; the last dose where it does not."""
@@ -186,14 +208,18 @@ def effects(table: pd.DataFrame, pushed: str, how: str) -> dict[str, str]:
 
 
 def beside(table: pd.DataFrame, pushed: str, how: str, arm: str) -> str:
-    """The feature by effect beside an arm, in words; table: `compared`."""
+    """The feature by effect beside an arm, in words; table: `compared`. It is ahead or behind only
+    by the whole interval and in every draw."""
     rows: Any = table[(table["pushed"] == pushed) & (table["compared"] == how)].set_index("arm")
     row = rows.loc[arm]
-    verdict = ("more than" if row["difference_lower_95"] > 0 else
-               "less than" if row["difference_upper_95"] < 0 else "not clearly other than")
+    verdict = ("more than" if min(row["difference_lower_95"], row["difference_lowest"]) > 0 else
+               "less than" if max(row["difference_upper_95"], row["difference_highest"]) < 0 else
+               "not clearly other than")
     return (f"{verdict} the {arm} (difference {row['difference']:.2f} nats, "
-            f"{row['difference_lower_95']:.2f} to {row['difference_upper_95']:.2f})")
+            f"{row['difference_lower_95']:.2f} to {row['difference_upper_95']:.2f} over cells, "
+            f"{row['difference_lowest']:.2f} to {row['difference_highest']:.2f} over draws)")
 
 
 def _nats(row: Any) -> str:
-    return f"{row['effect']:.2f} nats ({row['lower_95']:.2f} to {row['upper_95']:.2f})"
+    return (f"{row['effect']:.2f} nats ({row['lower_95']:.2f} to {row['upper_95']:.2f} over cells, "
+            f"{row['lowest']:.2f} to {row['highest']:.2f} over draws)")

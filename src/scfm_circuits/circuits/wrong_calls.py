@@ -12,7 +12,8 @@ Rules, fixed before any result was seen:
    ones of the same layers that fire as often and as strongly (`directions.matched`).
 
 A repair that holds for one cell need not be one for others: what counts are right answers before
-and after over all held-out cells, with the exact McNemar test of those that changed.
+and after over all other held-out cells, with the exact McNemar test of those that changed. The case
+chose its features, so it is told by itself and not counted.
 """
 
 from collections.abc import Sequence
@@ -121,7 +122,7 @@ def mcnemar_p(only_first: int, only_second: int) -> float:
 
 
 class WrongCalls(NamedTuple):
-    """The case, and what taking features away does to all held-out cells."""
+    """The case, and what taking features away does to all other held-out cells."""
 
     cell: str
     label: str
@@ -167,11 +168,12 @@ def wrong_calls(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "C
     sets = [(CASE, 0, chosen), *([(TRAINING, 0, found)] if found else [])]
     sets += [(RANDOM, draw, _matched(statistics, chosen, rng)) for draw in range(DRAWS)]
     labels, rows, after = corpus.labels[cells], [], {}
+    others = np.arange(len(cells)) != case
     for name, draw, features in tqdm(sets, desc="wrong calls", unit="pass"):
         now = said_without(model, transcoders, corpus, profile, cells, features)
         rows += [{"removed": name, "draw": draw, "features": len(features), **row,
                   "case_right": bool(now.right[case])}
-                 for row in counted(labels, before.right, now.right)]
+                 for row in counted(labels[others], before.right[others], now.right[others])]
         after[name] = now
     listed = pd.DataFrame(
         [{"removed": name, "layer": layer, "feature": feature,
@@ -230,7 +232,7 @@ def counted(labels: np.ndarray, before: np.ndarray, after: np.ndarray) -> list[d
 
 
 def what_it_does(study: WrongCalls, removed: str = CASE) -> str:
-    """What taking features away does to all held-out cells, in words."""
+    """What taking features away does to all held-out cells but the case, in words."""
     rows: Any = study.table[(study.table["removed"] == removed) & (study.table["label"] == EVERY)]
     if not len(rows):
         return "was not done: no training cell that was asked is answered wrongly"

@@ -7,7 +7,8 @@ of held-out cells. Rules, fixed before any result was seen:
 1. A concept holds of cells (a label), where a unit is read by its largest value over the
    question's tokens; or of tokens (the token is part of a gene of a set), read as they are, genes'
    tokens only.
-2. Cuts lie at the quantiles `LEVELS` of a unit on the first training cells.
+2. Cuts lie at the quantiles `LEVELS` of a unit on the first of the training cells, in the order
+   in which they are drawn: cells of one label may stand together in a corpus.
 3. All kinds offer the same number of units in a layer, the fewest that any has; of a kind with
    more they are drawn, `DRAWS` times, and scores are means over draws. All features stand beside.
 
@@ -329,7 +330,7 @@ def concept_scores(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus
     values of `forward_cells` cells.
     """
     rng = generator(profile.seed, "concept scores", 1)
-    training, held_out = (np.sort(rng.permutation(np.flatnonzero(one))[:most]) for one, most in (
+    training, held_out = (rng.permutation(np.flatnonzero(one))[:most] for one, most in (
         (~corpus.held_out, CHOICE_CELLS), (corpus.held_out, SCORED_CELLS)))
     concepts = concepts_of(corpus, sets, training, held_out)
     kinds = kinds_of_units(model, transcoders, statistics, corpus, profile)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from scfm_circuits.circuits.steering import BEST, BY_EFFECT, MEANS, RANDOM
+from scfm_circuits.circuits.steering import BEST, BY_EFFECT, GRADIENT, MEANS, RANDOM
 from scfm_circuits.circuits.steering_curves import ADDED
 from scfm_circuits.features.concepts import EVERY, FEATURES
 from scfm_circuits.report.plots.style import (
@@ -16,12 +16,13 @@ from scfm_circuits.report.plots.style import (
     GREY,
     ORANGE,
     PURPLE,
+    RED,
     legend_below,
     literal,
     panels,
 )
 
-_COLOURS = {BY_EFFECT: BLUE, BEST: GREEN, MEANS: ORANGE, RANDOM: GREY}
+_COLOURS = {BY_EFFECT: BLUE, GRADIENT: RED, BEST: GREEN, MEANS: ORANGE, RANDOM: GREY}
 
 
 def steering_curves(curve: pd.DataFrame, label: str) -> Figure:

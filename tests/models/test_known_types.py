@@ -22,9 +22,9 @@ from scfm_circuits.models.known_types import (
     REGRESSION,
     Said,
     ask_held_out,
-    better_by_luck,
     get_known_types,
     known_types,
+    mcnemar_p,
     ranks,
     regression_answers,
 )
@@ -104,7 +104,7 @@ def test_the_confusion_matrix_holds_every_cell_once(corpus: Corpus) -> None:
 def test_the_p_is_that_of_an_exact_one_sided_mcnemar_test(ours: int, theirs: int) -> None:
     n = ours + theirs
     expected = sum(math.comb(n, k) for k in range(ours, n + 1)) / 2**n
-    assert better_by_luck(ours, theirs) == pytest.approx(expected, rel=1e-9)
+    assert mcnemar_p(ours, theirs, "greater") == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_model_that_guesses_is_called_one_that_does_not_know(corpus: Corpus) -> None:

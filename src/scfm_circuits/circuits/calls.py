@@ -22,7 +22,14 @@ from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt
 from scfm_circuits.cells.tokens import token_texts
 from scfm_circuits.circuits.attribution import Contributions, Reading, contributions, one_by_one
 from scfm_circuits.circuits.circuit import Circuit, Node
-from scfm_circuits.circuits.contrast import ONE_TYPE, Contrast, answered, contrast_of, contrasts_of
+from scfm_circuits.circuits.contrast import (
+    ONE_TYPE,
+    Contrast,
+    Scored,
+    answered,
+    contrast_of,
+    contrasts_of,
+)
 from scfm_circuits.circuits.direct_effects import whole_sum
 from scfm_circuits.circuits.frozen import Frozen
 from scfm_circuits.circuits.interventions import Call
@@ -79,13 +86,6 @@ class GeneCall(NamedTuple):
     call: Contrast
 
 
-class Scored(NamedTuple):
-    """Of some cells, (n_cells,) each: whether they are named rightly, and the calls' values."""
-
-    right: np.ndarray
-    values: np.ndarray
-
-
 class Calls:
     """A model's calls in words."""
 
@@ -139,7 +139,7 @@ class Calls:
 
         tokens: (n, length); last: (n, length, d_model) what the model's body gives.
         """
-        return Scored(*answered(self.model, self.corpus, rows, tokens, last, calls))
+        return answered(self.model, self.corpus, rows, tokens, last, calls)
 
     def gene_call(self, prompt: AnsweredPrompt, markers: set[str]) -> GeneCall | None:
         """A gene of a text that is asked by itself; None in words, where the call is asked."""
@@ -218,7 +218,6 @@ class StateCalls(Calls):
         return 1.0
 
     def own_calls(self, cells: np.ndarray) -> list[Call]:
-        """The call of each cell's own label."""
         return [self.call(self.prompt(cell), str(self.corpus.labels[cell])) for cell in cells]
 
     def readout(self, cell: int) -> Readout:
@@ -257,12 +256,10 @@ class StateCalls(Calls):
         return GeneCall(name, shown, Contrast(at, own, others))
 
     def about(self, prompt: AnsweredPrompt, call: Any) -> str:
-        """What is read, and where, in a sentence."""
         return (f"Nothing is asked in words here. The call is read at the tokens of all "
                 f"{len(call.places)} genes: how far their mean embedding lies on the type's side.")
 
     def name(self, call: Any, answer: str) -> str:
-        """What the call's node is called in other programs."""
         return f"state: {answer}"
 
     def table(self, prompt: AnsweredPrompt, frozen: Frozen, call: Any) -> pd.DataFrame:

@@ -127,10 +127,17 @@ def contrasts_of(corpus: "Corpus", profile: "Profile", cells: np.ndarray, label:
             for cell, name in zip(cells, asked, strict=True)]
 
 
+class Scored(NamedTuple):
+    """Of some cells, (n_cells,) each: whether they are named rightly, and the calls' values."""
+
+    right: np.ndarray
+    values: np.ndarray
+
+
 def answered(model: nn.Module, corpus: "Corpus", rows: np.ndarray, tokens: Tensor, last: Tensor,
-             contrasts: Sequence[Contrast]) -> tuple[np.ndarray, np.ndarray]:
-    """(n_cells,) whether each token of the answer is the likeliest, and the contrasts, of the cells
-    `rows`. tokens: (n, length); last: (n, length, d_model) what the model's body gives."""
+             contrasts: Sequence[Contrast]) -> Scored:
+    """Whether each token of the answer is the likeliest, and the contrasts, of the cells `rows`.
+    tokens: (n, length); last: (n, length, d_model) what the model's body gives."""
     start, end = corpus.answer_start[rows], corpus.answer_end[rows]
     cell = np.repeat(np.arange(len(rows)), end + 1 - start)
     at = np.concatenate([np.arange(a - 1, b) for a, b in zip(start, end, strict=True)])
@@ -138,5 +145,5 @@ def answered(model: nn.Module, corpus: "Corpus", rows: np.ndarray, tokens: Tenso
     missed = (likeliest != tokens[cell, at + 1]).cpu().numpy()
     ends = [one.position for one in contrasts]
     logits = unembedded(model, last[np.arange(len(rows)), ends])
-    return (np.bincount(cell, missed, len(rows)) == 0,
-            np.array([float(one.of(row)) for one, row in zip(contrasts, logits, strict=True)]))
+    return Scored(np.bincount(cell, missed, len(rows)) == 0, np.array(
+        [float(one.of(row)) for one, row in zip(contrasts, logits, strict=True)]))

@@ -132,28 +132,16 @@ def circuit_study(model: "PreTrainedModel", transcoders: Transcoders, corpus: Co
     if not parts:
         raise InputError("No feature of the last layer is active at the target of any held-out "
                          "cell; lower `l1_coefficient` or train on more tokens.")
-    effects, singles, flow, heads, inside = (
-        pd.concat([getattr(one, name) for one in parts], ignore_index=True)
-        for name in ("effects", "singles", "flow", "heads", "inside"))
-    return CircuitStudy(tuple((one.keys, one.circuit) for one in parts), effects, singles, flow,
-                        heads, inside, len(training))
-
-
-class _OfCell(NamedTuple):
-    """One cell's part of a `CircuitStudy`."""
-
-    keys: dict[str, Any]
-    circuit: Circuit
-    effects: pd.DataFrame
-    singles: pd.DataFrame
-    flow: pd.DataFrame
-    heads: pd.DataFrame
-    inside: pd.DataFrame
+    tables = {name: pd.concat([_keyed(some[name], keys) for keys, _, some in parts],
+                              ignore_index=True) for name in parts[0][2]}
+    return CircuitStudy(tuple((keys, circuit) for keys, circuit, _ in parts), **tables,
+                        mean_cells=len(training))
 
 
 def _of_cell(model: "PreTrainedModel", transcoders: Transcoders, corpus: Corpus,
              profile: "Profile", cell: int, means: Means, rng: np.random.Generator
-             ) -> _OfCell | None:
+             ) -> tuple[dict[str, Any], Circuit, dict[str, pd.DataFrame]] | None:
+    """One cell's part of a `CircuitStudy`: `KEYS`, circuit, and tables without `KEYS` by name."""
     case = answered_prompt(corpus, profile, cell, str(corpus.labels[cell]))
     frozen = freeze(model, transcoders, case.encoded.tokens)
     last = transcoders.n_layers - 1
@@ -169,14 +157,12 @@ def _of_cell(model: "PreTrainedModel", transcoders: Transcoders, corpus: Corpus,
     parts = contributions(frozen, reading)
     keys = dict(zip(KEYS, (str(corpus.cell_ids[cell]), str(corpus.labels[cell]), target.feature),
                     strict=True))
-    return _OfCell(
-        keys, circuit,
-        _keyed(pd.DataFrame([{"pre_activation": float(reading.value), **one._asdict()}
-                             for one in compared]), keys),
-        _keyed(_one_at_a_time(model, frozen, chosen, target, reading, profile.forward_cells), keys),
-        _keyed(flow_table(circuit, parts), keys),
-        _keyed(head_table(circuit, parts, case.genes), keys),
-        _keyed(pd.DataFrame([{**path_ends(circuit), **inhibition(circuit)._asdict()}]), keys))
+    return keys, circuit, {
+        "effects": pd.DataFrame([{"pre_activation": float(reading.value), **one._asdict()}
+                                 for one in compared]),
+        "singles": _one_at_a_time(model, frozen, chosen, target, reading, profile.forward_cells),
+        "flow": flow_table(circuit, parts), "heads": head_table(circuit, parts, case.genes),
+        "inside": pd.DataFrame([{**path_ends(circuit), **inhibition(circuit)._asdict()}])}
 
 
 def _one_at_a_time(model: "PreTrainedModel", frozen: Frozen, features: Sequence[FeatureAt],

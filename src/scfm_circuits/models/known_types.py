@@ -6,7 +6,7 @@ Where nothing is asked in words, the model's answer is the type whose place is n
 beside it stand the nearest by ranks alone, and that of the same model with its weights drawn anew.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from torch import nn
@@ -174,7 +174,7 @@ def _accuracy(right: dict[str, np.ndarray], of_type: list[np.ndarray], intervals
         **({"mean_low": means[:, 1].tolist(), "mean_high": means[:, 2].tolist()}
            if intervals else {}),
         "only_model": [ours for ours, _ in only], "only_this": [theirs for _, theirs in only],
-        "p": [np.nan, *(better_by_luck(*pair) for pair in only[1:])]}
+        "p": [np.nan, *(mcnemar_p(*pair, "greater") for pair in only[1:])]}
 
 
 def _mean_over_types(right: list[np.ndarray]) -> tuple[float, float, float]:
@@ -189,13 +189,15 @@ def _mean_over_types(right: list[np.ndarray]) -> tuple[float, float, float]:
     return 100 * mean, 100 * (mean - float(below)), 100 * (mean + float(above))
 
 
-def better_by_luck(ours: int, theirs: int) -> float:
-    """p of the exact one-sided McNemar test: of the cells that just one of two answers rightly, at
-    least `ours` of ours + theirs would be ours if either were as likely; 1 where there is none."""
+def mcnemar_p(ours: int, theirs: int, alternative: Literal["greater", "two-sided"] = "two-sided"
+              ) -> float:
+    """p of the exact McNemar test that two are as often right, from how many cells just one of them
+    answers rightly; 1 where there is none. alternative: `greater`, that ours is right more often.
+    """
     from scipy.stats import binomtest
 
     n = ours + theirs
-    return float(binomtest(ours, n, alternative="greater").pvalue) if n else 1.0
+    return float(binomtest(ours, n, alternative=alternative).pvalue) if n else 1.0
 
 
 def _shares(right: list[np.ndarray]) -> Columns:

@@ -109,7 +109,7 @@ def test_the_surest_wrong_call_is_the_case(tiny_parts, monkeypatch, tmp_path):
     assert study.table.equals(again.table) and study.features.equals(again.features)
     held_out = np.flatnonzero(corpus.held_out)
     said = wrong.said_without(model, t, corpus, profile, held_out, [])
-    at = held_out[~said.right][said.contrast[~said.right].argmin()]
+    at = held_out[~said.right][said.values[~said.right].argmin()]
     assert study.cell == corpus.cell_ids[at] and study.wrong == (~said.right).sum() > 0
     table = study.table[study.table["label"] == wrong.EVERY]
     assert (table["removed"] == wrong.RANDOM).sum() == wrong.DRAWS
@@ -133,5 +133,6 @@ def test_the_surest_wrong_call_is_the_case(tiny_parts, monkeypatch, tmp_path):
 
 def test_without_a_wrong_call_there_is_no_case(tiny_parts, monkeypatch, tmp_path):
     model, t, corpus = tiny_parts
-    monkeypatch.setattr(wrong, "said_without", lambda *_: wrong.Said(np.ones(3, bool), np.ones(3)))
+    monkeypatch.setattr(wrong, "said_without",
+                        lambda *_: wrong.Scored(np.ones(3, bool), np.ones(3)))
     assert wrong.wrong_calls(model, t, corpus, tiny_profile(monkeypatch, tmp_path), None) is None

@@ -36,7 +36,7 @@ from scfm_circuits.circuits.token_means import (
     Means,
     cells_averaged,
     mean_activations,
-    token_kinds,
+    prompt_kinds,
 )
 from scfm_circuits.common.intervals import bootstrap_interval, resampled
 from scfm_circuits.common.randomness import generator
@@ -225,9 +225,8 @@ def _of_cell(calls: Calls, transcoders: "Transcoders", cell: int, means: Means
     call = calls.call(prompt, str(calls.corpus.labels[cell]))
     frozen = freeze(model, transcoders, prompt.encoded.tokens)
     circuit = trace_call(frozen, call, calls.profile)
-    kinds = token_kinds(prompt.encoded.gene, prompt.encoded.place, prompt.answer_start)
     left = kept_alone(model, frozen, features_at(circuit), call, call.start(frozen)[1],
-                      held_at_means(frozen, means, kinds))
+                      held_at_means(frozen, means, prompt_kinds(prompt)))
     ids = calls.corpus.gene_ids_of(cell)[places(calls.corpus, cell)]
     return gene_scores(model, frozen, prompt, call, circuit, ids), left
 

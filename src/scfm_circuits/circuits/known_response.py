@@ -273,9 +273,8 @@ def telling_features(model: "PreTrainedModel", transcoders: "Transcoders",
     held-out AUROC of the best single gene, chosen in the same way, with its name's place in
     `corpus.symbols`.
     """
-    training, held_out = np.flatnonzero(~corpus.held_out), np.flatnonzero(corpus.held_out)
-    places = np.linspace(0, len(training) - 1, min(len(held_out), len(training))).round()
-    training = training[np.unique(places.astype(int))]
+    held_out = np.flatnonzero(corpus.held_out)
+    training = corpus.training_cells(len(held_out))
     truth, other = (corpus.labels[some] == profile.case_type for some in (training, held_out))
     for some, which in ((truth, "training"), (other, "held-out")):
         if some.all() or not some.any():

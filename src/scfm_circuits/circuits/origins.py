@@ -103,15 +103,14 @@ def type_directions(model: "PreTrainedModel", corpus: "Corpus", types: Sequence[
                     forward_cells: int) -> Tensor:
     """(n_types, d_model) of length 1, from the mean of all other training cells to the type's, of
     mean embeddings of genes in the stream that enters the last layer."""
-    train = np.flatnonzero(~corpus.held_out)
-    some = np.unique(np.linspace(0, len(train) - 1, DIRECTION_CELLS).round().astype(int))
+    cells = corpus.training_cells(DIRECTION_CELLS)
     means, layer = [], model.config.num_hidden_layers - 1
-    for rows, tokens, mask in batches(corpus, train[some], forward_cells, device_of(model)):
+    for rows, tokens, mask in batches(corpus, cells, forward_cells, device_of(model)):
         stream = model(input_ids=tokens, attention_mask=mask.long(),
                        output_hidden_states=True).hidden_states[layer]
         inside = torch.from_numpy(corpus.gene[rows, : tokens.shape[1]] >= 0).to(stream)[..., None]
         means.append((stream * inside).sum(dim=1) / inside.sum(dim=1))
-    found, labels = torch.cat(means), corpus.labels[train[some]]
+    found, labels = torch.cat(means), corpus.labels[cells]
     apart = torch.stack([found[labels == one].mean(dim=0) - found[labels != one].mean(dim=0)
                          for one in types]).nan_to_num()  # a type without a training cell
     return torch.nn.functional.normalize(apart, dim=-1)

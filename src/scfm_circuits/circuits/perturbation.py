@@ -27,6 +27,7 @@ from scfm_circuits.cells.prompts import answered_prompt, answered_sentence
 from scfm_circuits.circuits.contrast import Contrast, contrast_of
 from scfm_circuits.models.architectures import architecture_of, decoder
 from scfm_circuits.models.mlp_sites import device_of, faster_attention
+from scfm_circuits.models.states import mean_over_genes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -277,9 +278,7 @@ def _read(model: Any, batch: Batch) -> Tensor:
 
 
 def _embedding(model: Any, batch: Batch, layer: int) -> Tensor:
-    states = hidden(model, batch, layer)
-    weight = (batch.gene >= 0).to(states.dtype)
-    return torch.einsum("nl,nld->nd", weight, states) / weight.sum(dim=1, keepdim=True)
+    return mean_over_genes(hidden(model, batch, layer), batch.gene >= 0)
 
 
 @torch.no_grad()

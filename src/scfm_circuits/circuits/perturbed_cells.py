@@ -50,10 +50,10 @@ class Cost(NamedTuple):
         return f"{self.texts:,} texts, {self.tokens / 1e6:.1f} M tokens"
 
 
-def cost_of(corpus: "Corpus", cells: Sequence[int] | np.ndarray, *, split: bool = True) -> Cost:
+def cost_of(corpus: "Corpus", cells: Sequence[int] | np.ndarray) -> Cost:
     """What `perturbed` will take, for cells that are not kept yet."""
     genes = np.array([len(corpus.gene_ids_of(int(cell))) for cell in cells], np.int64)
-    texts = 1 + (1 + split) * genes
+    texts = 1 + 2 * genes
     return Cost(int(texts.sum()), int((texts * corpus.lengths[np.asarray(cells)]).sum()))
 
 

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -44,14 +43,9 @@ from scfm_circuits.circuits.interventions import Edit
 from scfm_circuits.circuits.studies import studied_cells
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.features.statistics import FeatureStatistics
-from scfm_circuits.features.unit_scores import aurocs
+from scfm_circuits.features.unit_scores import auroc
 from scfm_circuits.models.architectures import decoder
-from scfm_circuits.models.mlp_sites import (
-    device_of,
-    faster_attention,
-    hooked,
-    site_hooks,
-)
+from scfm_circuits.models.mlp_sites import device_of, faster_attention, hooked, site_hooks
 from scfm_circuits.transcoders.transcoder import Transcoders
 
 if TYPE_CHECKING:
@@ -87,7 +81,7 @@ def scaled(transcoders: Transcoders, layer: int, features: Sequence[int], factor
     chosen = torch.tensor(features, device=transcoders.W_dec.device)
 
     def edited(x: Tensor, output: Tensor) -> Tensor:
-        z = activations_of(transcoders, layer, chosen, x)
+        z = transcoders.layer_activations(layer, x, chosen)
         return output + (factor - 1) * (z @ transcoders.W_dec[layer, chosen]).to(output.dtype)
 
     return edited
@@ -97,15 +91,6 @@ def projected_out(vector: Tensor) -> Edit:
     """Take away what is written along a vector (d_model,), whatever its sign."""
     unit = vector / vector.norm().clamp_min(1e-12)
     return lambda x, output: output - (output @ unit)[..., None] * unit
-
-
-def activations_of(t: Transcoders, layer: int, features: Tensor, x: Tensor) -> Tensor:
-    """(..., n) activations of some features of a layer on an MLP's inputs (..., d_model)."""
-    if t.activation.only_cuts:
-        return nn.functional.linear(x - t.b_in[layer], t.W_enc[layer, features],
-                                    t.b_enc[layer, features]).relu()
-    # Whether one is active may depend on all of a token's.
-    return t.layer_activations(layer, x)[..., features]
 
 
 @torch.no_grad()
@@ -144,7 +129,7 @@ class Readings(NamedTuple):
         return cls(np.zeros(shape), np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape))
 
 
-class Text(NamedTuple):
+class AnsweredText(NamedTuple):
     """A cell's text with its own answer, and the one that the label's contrast is read in.
 
     tokens: (n_pos,) up to the answer's end; start: the answer's first. on_gene: (n,) positions
@@ -160,7 +145,7 @@ class Text(NamedTuple):
 
 
 def text_of(corpus: "Corpus", cell: int, label: str, contrast: Contrast, device: torch.device
-            ) -> Text:
+            ) -> AnsweredText:
     """A cell's text; contrast: of `label`, in this cell."""
     start, end = int(corpus.answer_start[cell]), int(corpus.answer_end[cell]) + 1
     own = np.asarray(corpus.tokens[cell, :end])
@@ -169,11 +154,11 @@ def text_of(corpus: "Corpus", cell: int, label: str, contrast: Contrast, device:
     on_gene = np.flatnonzero(np.asarray(corpus.gene[cell, 1:end]) >= 0)
     on_gene = on_gene[np.unique(np.linspace(0, len(on_gene) - 1, LOSS_TOKENS).round().astype(int))]
     tokens, genes, other = (torch.from_numpy(one).to(device) for one in (own, on_gene, asked))
-    return Text(tokens, start, genes, other, contrast)
+    return AnsweredText(tokens, start, genes, other, contrast)
 
 
 @torch.no_grad()
-def read_text(model: "PreTrainedModel", text: Text, layer: int, edits: Sequence[Edit]
+def read_text(model: "PreTrainedModel", text: AnsweredText, layer: int, edits: Sequence[Edit]
               ) -> list[np.ndarray]:
     """The text's column of each of `Readings` under edits of one layer: (n_edits,) each."""
     unembed = model.get_output_embeddings()
@@ -315,7 +300,7 @@ def steering_study(model: "PreTrainedModel", transcoders: Transcoders, corpus: "
 def _auroc(values: Tensor, own: np.ndarray) -> float:
     if own.all() or not own.any():
         return float("nan")
-    return float(aurocs(rankdata(values.cpu().numpy())[:, None], own)[0])
+    return auroc(values.cpu().numpy(), own)
 
 
 def read_cells(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile", cells: np.ndarray,

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from scfm_circuits.cells.prompts import answered_prompt
-from scfm_circuits.circuits.contrast import answered, contrast_of, contrasts_of
+from scfm_circuits.circuits.contrast import Scored, answered, contrast_of, contrasts_of
 from scfm_circuits.circuits.direct_effects import total_pulls
 from scfm_circuits.circuits.directions import matched
 from scfm_circuits.circuits.frozen import freeze
@@ -34,6 +34,7 @@ from scfm_circuits.circuits.studies import studied_cells
 from scfm_circuits.circuits.task_circuit import last_hidden
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.answers import predict_answers
+from scfm_circuits.models.known_types import mcnemar_p
 from scfm_circuits.models.mlp_sites import batches, device_of, faster_attention, hooked, site_hooks
 
 if TYPE_CHECKING:
@@ -56,17 +57,11 @@ Features = list[tuple[int, int]]
 """(layer, feature) of each."""
 
 
-class Said(NamedTuple):
-    """(n_cells,) whether each is answered rightly, and the contrast of its own label in nats."""
-
-    right: np.ndarray
-    contrast: np.ndarray
-
-
 @torch.no_grad()
 def said_without(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
-                 profile: "Profile", cells: np.ndarray, features: Features) -> Said:
-    """What the model says of cells with some features taken away wherever they fire."""
+                 profile: "Profile", cells: np.ndarray, features: Features) -> Scored:
+    """What the model says of cells with some features taken away wherever they fire; the values are
+    the contrasts of their own labels, in nats."""
     by_layer: dict[int, list[int]] = {}
     for layer, feature in features:
         by_layer.setdefault(layer, []).append(feature)
@@ -79,7 +74,7 @@ def said_without(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "
             found.append(answered(model, corpus, rows, tokens, last_hidden(model, tokens, mask),
                                   contrasts[done : done + len(rows)]))
             done += len(rows)
-    return Said(*(np.concatenate(part) for part in zip(*found, strict=True)))
+    return Scored(*(np.concatenate(part) for part in zip(*found, strict=True)))
 
 
 def contributions(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "Corpus",
@@ -107,15 +102,6 @@ def enough(given: np.ndarray, contrast: float, most: int = MOST) -> Features:
     chosen = strongest(given, most)
     together = np.cumsum([given[one] for one in chosen])
     return chosen[: int(np.searchsorted(together, contrast)) + 1]
-
-
-def mcnemar_p(only_first: int, only_second: int) -> float:
-    """p of the exact two-sided McNemar test that two answers are as often right: of the cells that
-    just one of them answers rightly; 1 where there is none."""
-    from scipy.stats import binomtest
-
-    n = only_first + only_second
-    return float(binomtest(only_first, n).pvalue) if n else 1.0
 
 
 # --- the study -----------------------------------------------------------------------------------
@@ -157,7 +143,7 @@ def wrong_calls(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "C
     before = said_without(model, transcoders, corpus, profile, cells, [])
     if before.right.all():
         return None
-    case = int(np.where(before.right, np.inf, before.contrast).argmin())
+    case = int(np.where(before.right, np.inf, before.values).argmin())
     cell = int(cells[case])
     [answer] = predict_answers(model, corpus, [cell])
     given, contrast = contributions(model, transcoders, corpus, profile, cell, answer)
@@ -182,7 +168,7 @@ def wrong_calls(model: "PreTrainedModel", transcoders: "Transcoders", corpus: "C
     return WrongCalls(
         str(corpus.cell_ids[cell]), str(labels[case]), answer, contrast,
         float(given.sum()), -float(sum(given[one] for one in chosen)),
-        float(before.contrast[case] - after[CASE].contrast[case]), errors, listed,
+        float(before.values[case] - after[CASE].values[case]), errors, listed,
         pd.DataFrame(rows), int((~before.right).sum()))
 
 

@@ -51,7 +51,6 @@ overrides: dict = {}
 from scfm_circuits.circuits import known_response, perturbed_cells
 from scfm_circuits.report.chapter import open_chapter
 from scfm_circuits.report.plots import circuits as plots
-from scfm_circuits.report.tables import library_title
 
 chapter = open_chapter("14_interferon", profile, overrides, exact=True)
 settings, corpus = chapter.profile, chapter.corpus
@@ -167,18 +166,17 @@ chapter.values(known_response.numbers(study, settings.seed), prefix="known.")
 # %% tags=["fold:Every score and every gene"]
 chapter.table("perturbation_scores", study.summary, rows=len(study.summary), digits=2, columns={
     "truth": "with", "what": "score", "spearman": "rank correlation", "spearman_both_low": "95 % from",
-    "spearman_both_high": "95 % to", "spearman_null_low": "shuffled from", "spearman_null_high": "shuffled to"},
+    "spearman_both_high": "95 % to"},
               caption="Rank correlation of each score with the whole effect (effect) and with its own part "
-              "(own) within cells: means over cells, 95 % intervals over cells and genes, and those of "
-              "shuffled genes")
+              "(own) within cells: means over cells with 95 % intervals over cells and genes")
 
 # %%
 chapter.table("perturbation", study.by_gene.rename(columns={"score_paths": "predicted"}), rows=15,
               digits=2, columns={
     "gene": "gene", "cells": "cells", "effect": "effect", "low": "95 % from", "high": "95 % to",
-    "own": "own part", "position": "position part", "predicted": "by the circuit", "q": "q"},
+    "own": "own part", "predicted": "by the circuit", "q": "q"},
               caption="Genes with the largest effects, added up over the cells that have them: mean effect "
-              "there with its 95 % interval, both parts and what the circuit says of it (nats), and q of "
+              "there with its 95 % interval, its own part and what the circuit says of it (nats), and q of "
               "the paired test below; blank: too few cells")
 
 # %%
@@ -208,12 +206,13 @@ by_type = perturbed_cells.together_by_type(together, settings.seed)
 # %% tags=["fold:In numbers"]
 called = ["called_before", "called_after"]
 chapter.show(by_type.assign(how=by_type["how"].map({"delete": "deleted", "front": "to the front"}),
-                            **{name: 100 * by_type[name] for name in called}).rename(columns={
-    "how": "done", "cell_type": "label", "which": "genes", "genes": "how many",
-    "called_before": "called treated, %", "called_after": "then, %", "change": "change, nats",
-    "low": "95 % from", "high": "95 % to"}), digits=2, caption="Known and random genes deleted or put at "
-             "the front, by the cells' label: how many of a cell's genes (mean), the share of cells called "
-             "treated before and after, and the change of the contrast with its interval over cells")
+                            **{name: 100 * by_type[name] for name in called})
+             .drop(columns="genes").rename(columns={
+    "how": "done", "cell_type": "label", "which": "genes", "called_before": "before, %",
+    "called_after": "after, %", "change": "change, nats", "low": "95 % from", "high": "95 % to"}),
+             digits=2, caption="Known and random genes deleted or put at the front, by the cells' label: the "
+             "share of cells called treated before and after, and the change of the contrast with its "
+             "interval over cells")
 
 # %%
 chapter.table("interferon_together", together, rows=0, caption="The same for every cell and draw of "
@@ -253,14 +252,14 @@ for by in ways:
 
 # %% tags=["unfold"]
 chapter.show(known_response.terms_shown(terms, {every[by]: short for by, short in ways.items()}),
-             caption=f"Known terms of {library_title(library.name)}: q of the {settings.list_size} best "
+             caption=f"Known terms of {library.title}: q of the {settings.list_size} best "
              "genes by what is measured, by the circuit and without a model, and how many of them the term "
              "holds")
 
 # %% tags=["fold:All lists"]
 chapter.show(known_response.best_terms(terms), digits=2, caption="The best genes by every way, and the "
-             "genes that either test finds and that speak for the label: how many, q and place (among all "
-             "terms) of the known term that fits best, and the best term of all")
+             "genes that either test finds and that speak for the label: how many, q of the known term that "
+             "fits best, and the best term of all")
 
 # %%
 chapter.table("interferon_enrichment", terms, rows=0, caption="Every known term and every list")
@@ -279,8 +278,8 @@ chapter.values({"least": perturbed_cells.LEAST, "list_size": settings.list_size,
 # The features that tell treated cells best were chosen on training cells; the area under the ROC curve
 # (AUROC) is that of held-out cells. The best single gene, chosen in the same way, is
 # {glue:text}`known.best_gene` with {glue:text}`known.best_gene_auroc`; the best feature has
-# {glue:text}`known.best_feature_auroc`. Of the {glue:text}`known.features` best features
-# {glue:text}`known.features_with` have a known gene in their gene list.
+# {glue:text}`known.best_feature_auroc`. Best features with a known gene in their gene list:
+# {glue:text}`known.features_with` of {glue:text}`known.features`.
 
 # %%
 features, gene = known_response.telling_features(chapter.model, chapter.transcoders, chapter.statistics,
@@ -290,12 +289,17 @@ features = features.merge(given[["layer", "feature", "contribution"]], how="left
                           on=["layer", "feature"]).fillna({"contribution": 0.0})
 
 # %% tags=["unfold"]
-chapter.table("interferon_features", features, digits=2, columns={
-    "layer": "layer", "feature": "feature", "read": "read", "fires_for": "fires for",
-    "held_out_auroc": "AUROC", "contribution": "writes, nats", "genes": "first genes of its list"},
-              caption="Features that tell treated cells: whether the largest, the mean or the last value "
-              "over the question's tokens is read, for whom they fire, AUROC on held-out cells, and what "
-              "they write straight to the contrast of a treated cell (mean)")
+heads = {"layer": "layer", "feature": "feature", "read": "read", "fires_for": "fires for",
+         "held_out_auroc": "AUROC", "contribution": "writes, nats", "genes": "first genes"}
+chapter.show(features.assign(genes=features["genes"].str.split(", ").str[:3].str.join(", "))
+             [list(heads)].rename(columns=heads), digits=2, caption="Features that tell treated cells: "
+             "whether the largest, the mean or the last value over the question's tokens is read, for whom "
+             "they fire, AUROC on held-out cells, what they write straight to the contrast of a treated cell "
+             "(mean), and the first genes of their lists")
+
+# %%
+chapter.table("interferon_features", features, rows=0, caption="The same with AUROC on training cells and the "
+              "known genes in the list")
 
 # %%
 chapter.table("interferon_contributions", study.contributions, rows=0, caption="What every active "

@@ -315,13 +315,13 @@ for key, number in {"f1": response["f1"], "low": response["lower_95"], "high": r
 # {glue:text}`concepts.all` concepts, and behind one at least for {glue:text}`concepts.behind`.
 
 # %% tags=["fold:Every concept and how units are read"]
-chapter.show(table.pivot_table(index=["concept", "always_yes"], columns="units", values="f1", sort=False)
+chapter.show(table[table["units"] != concepts.EVERY].pivot_table(index=["concept", "always_yes"], columns="units", values="f1", sort=False)
              .reset_index().rename(columns={"always_yes": "yes everywhere"}), digits=2,
              caption="Held-out F1 of the best unit of every kind")
 
 # %%
-chapter.table("concept_scores", table, rows=0, caption="The same with intervals, draws, and what the "
-              "features have more")
+chapter.table("concept_scores", table, rows=0, caption="The same with all features, intervals, draws, "
+              "and what the features have more")
 
 # %% [markdown]
 # - All kinds offer {glue:text}`concepts.candidates` candidates; of a kind with more they are drawn, and

@@ -206,7 +206,7 @@ def test_planted_terms_are_found_by_those_who_see_them():
     assert shown.set_index("term").loc["response", "whole"] == f"{measured['q']:.2g} (6)"
     best = best_terms(found).set_index("list")
     assert list(best.index) == list(dict.fromkeys(found["list"]))
-    assert best.loc[MEASURED["effect"], "q"] == measured["q"] and best["place"].min() == 1
+    assert best.loc[MEASURED["effect"], "q"] == measured["q"]
 
 
 def test_features_are_chosen_on_training_cells(parts, profile):

@@ -379,10 +379,10 @@ def terms_shown(terms: pd.DataFrame, lists: Mapping[str, str]) -> pd.DataFrame:
 
 
 def best_terms(terms: pd.DataFrame) -> pd.DataFrame:
-    """Of each list of `enriched` the known term with the smallest p: list, genes, q, place, and the
-    list's best_term."""
+    """Of each list of `enriched` the known term with the smallest p: list, genes, q, and the list's
+    best_term."""
     best = terms.loc[terms.groupby("list", sort=False)["p"].idxmin()]
-    return best[["list", "genes", "q", "place", "best_term"]]
+    return best[["list", "genes", "q", "best_term"]]
 
 
 def _correlations(genes: pd.DataFrame, both: Twice) -> dict[tuple[str, str], np.ndarray]:

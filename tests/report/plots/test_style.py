@@ -98,6 +98,19 @@ def test_names_of_many_lines_do_not_run_into_each_other_on_a_phone() -> None:
     plt.close(figure)
 
 
+def test_long_names_leave_a_single_panel_its_room_on_a_phone() -> None:
+    figure, axis = plt.subplots(figsize=(9, 5), constrained_layout=True)
+    axis.plot(range(6), range(6))
+    axis.set_yticks(range(6), [f"way {i}: how much more often in such training cells" for i in
+                               range(6)])
+    assert narrow(figure)
+    figure.canvas.draw()
+    assert axis.get_window_extent().width > 0.55 * figure.bbox.width
+    boxes = [label.get_window_extent() for label in axis.get_yticklabels()]
+    assert all(lower.y1 <= upper.y0 for lower, upper in pairwise(boxes))
+    plt.close(figure)
+
+
 @pytest.mark.parametrize("names", [["untouched", "replaced", "at its mean", "removed"],
                                    ["gene", "family", "either", "sub-word", "none"],
                                    ["all", "none"], [f"layer {i}" for i in range(12)]])

@@ -76,8 +76,12 @@ def narrow(figure: Figure) -> bool:
             high = max(high, _wrap_names(axis) + 1.0)
         figure.set_size_inches(NARROW, len(placed) * high)
     else:
-        figure.set_size_inches(max(0.6 * width, NARROW),
-                               (0.6 if len(placed) < len(figure.axes) else 1) * height)
+        names = [label.get_text() for axis in figure.axes for label in axis.get_yticklabels()]
+        # Many names would make it too high, and short ones leave room for the panel.
+        wrapped = len(names) <= 20 and any(len(name) > 30 for name in names)
+        high = max(map(_wrap_names, figure.axes)) + 1.0 if wrapped else 0.0
+        figure.set_size_inches(max(0.6 * width, NARROW), max(
+            high, (0.6 if len(placed) < len(figure.axes) else 1) * height))
     labels = [text.get_text() for legend in legends for text in legend.get_texts()]
     # Of a point with an interval a legend holds the line alone; the panel has both.
     both = _named(figure)

@@ -209,8 +209,11 @@ class Twice(NamedTuple):
         """(1 + draws, n_cells) sums of products of x and y (n_rows,), each less its mean in the
         cell."""
         x, y = x[self.order], y[self.order]
-        n, sum_x, sum_y, both = (np.add.reduceat(self.rows * one, self.starts, axis=1)
-                                 for one in (np.ones(len(x)), x, y, x * y))
+        columns = np.stack([np.ones(len(x)), x, y, x * y], axis=1)
+        ends = [*self.starts[1:].tolist(), len(x)]
+        n, sum_x, sum_y, both = np.stack([
+            self.rows[:, a:b] @ columns[a:b] for a, b in zip(self.starts, ends, strict=True)
+        ]).transpose(2, 1, 0)
         return np.asarray(both - sum_x * sum_y / np.maximum(n, 1))
 
     def correlation(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:

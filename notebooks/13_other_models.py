@@ -102,8 +102,9 @@ chapter.show(table[list(learnt)].rename(columns=learnt), digits=3, caption="Loss
              f"{compared.asked:,} genes asked of {compared.cells} held-out cells; FVU and L0 are means over layers")
 
 # %% [markdown]
-# A model has learnt something about a cell if its loss is below that of genes' frequencies; the frequencies
-# within a cell's type, which the models are not told, are a harder measure. *Sums are off by* is the largest
+# A model has learnt something if its loss is below that of genes' frequencies. That may be no more than which
+# genes stand early and that none stands twice; the frequencies within a cell's type, which the models are not
+# told, are a harder measure. *Sums are off by* is the largest
 # difference between the sum of all parts and what the model itself gives, over the largest part, of all
 # that was read below and of the strongest feature's pre-activation in each cell: the circuits close in
 # single precision in either kind of model, norms on the stream and attention to both sides included.
@@ -130,9 +131,18 @@ chapter.show(other_models.shares_shown(table), rows=12, digits=3, caption="Live 
 # Under the paper's likely rule {glue:text}`other.encoder.percentage` of the encoder's features are called
 # interpretable, and {glue:text}`other.random.percentage` of the features of the encoder with random
 # weights. The lead over the best control is {glue:text}`other.decoder.lead` points for the decoder's
-# features and {glue:text}`other.encoder.lead` for the encoder's; below zero a control scores higher. What
-# {doc}`06_enrichment` finds for the paper's percentage can be asked here of models of gene tokens, where no
-# sub-word can be blamed.
+# features and {glue:text}`other.encoder.lead` for the encoder's; below zero a control scores higher.
+#
+# With the genes of these cells as background and every term in the correction (the rule `corpus`),
+# {glue:text}`other.decoder.corpus` of the decoder's and {glue:text}`other.encoder.corpus` of the encoder's
+# features are called: {glue:text}`other.decoder.over_untrained` and
+# {glue:text}`other.encoder.over_untrained` points more than features of an untrained encoder on the same
+# model, and {glue:text}`other.decoder.over_reinitialised` and {glue:text}`other.encoder.over_reinitialised`
+# more than features of a model with random weights. The first is about what dictionary learning adds, the
+# second about what the model has learnt. Wilson's intervals take features one by one. They share genes, so
+# what a share could have been by luck varies several times as much ({doc}`06_enrichment`), and leads of few
+# points show nothing. What is found there for the paper's percentage can be asked here where no sub-word can
+# be blamed.
 #
 # ## What a guess is made of
 #
@@ -147,9 +157,9 @@ chapter.show(other_models.shares_shown(table), rows=12, digits=3, caption="Live 
 #
 # Each is a sum, split by what was written where. *Own*: at the token that is read, and carried along its own
 # stream or by its attention to itself; of a masked gene that is the mask, not the gene. *Other genes*, their
-# *ranks* and *features*: brought by attention from other tokens. *Errors* are what transcoders miss. The decoder embeds no position: rank acts through its
-# attention patterns alone, which are frozen here, so it has **no part for ranks**, which does not mean that
-# rank does not matter to it.
+# *ranks* and *features*: brought by attention from other tokens. *Errors* are what transcoders miss. The
+# decoder embeds no position: rank acts through its attention patterns alone, which are frozen here, so it
+# has **no part for ranks**, which does not mean that rank does not matter to it.
 
 # %% mystnb={"image": {"alt": "Two panels with a row for each kind of part: own token, own rank, own features, other genes, their ranks, features at other tokens, special tokens, errors, biases. Left, what each gives to the right gene's logit; right, its share of the distance between cells of the case's type and others; three models each, with 95 % intervals."}, "figure": {"caption": "Parts of the right gene's logit in all held-out cells (first panel), and of the distance between cells of the case's type and others (second panel). Bars are 95 % intervals over cells. A model whose sum could be zero has no shares.", "name": "fig-other-models"}}
 chapter.figure("other_models", parts_of_readings(compared.parts, chapter.profile.case_type))
@@ -183,6 +193,10 @@ for row in table.to_dict("records"):
     chapter.rounded(f"other.{name}.loss", row["loss"], 2)
     chapter.percent(f"other.{name}.percentage", row[f"percentage_{used.enrichment_rule}"] / 100)
     chapter.rounded(f"other.{name}.lead", other_models.lead(row, used.enrichment_rule), 1)
+    chapter.percent(f"other.{name}.corpus", row["percentage_corpus"] / 100)
+    for control in other_models.CONTROLS:
+        chapter.rounded(f"other.{name}.over_{control}",
+                        row["percentage_corpus"] - row[f"{control}_corpus"], 1)
 for name, key, text, number in other_models.quoted(parts, used.case_type):
     chapter.value(f"other.{name}.{key}", number, text)
 

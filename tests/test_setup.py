@@ -205,6 +205,16 @@ def test_a_chapter_begins_with_its_box_and_folds_whole_sections(notebook: Notebo
 
 
 @pytest.mark.parametrize("notebook", read_notebooks(NOTEBOOKS), ids=lambda one: one.name)
+def test_what_a_chapter_imports_is_there(notebook: Notebook) -> None:
+    """mypy reads no notebook, and a chapter of few profiles is seldom executed."""
+    imports = [node for node in ast.walk(ast.parse(notebook.path.read_text(encoding="utf-8")))
+               if isinstance(node, ast.ImportFrom) and str(node.module).startswith("scfm_circuits")]
+    assert imports
+    for node in imports:
+        exec(ast.unparse(node), {})
+
+
+@pytest.mark.parametrize("notebook", read_notebooks(NOTEBOOKS), ids=lambda one: one.name)
 def test_every_file_that_a_chapter_writes_says_what_it_holds(notebook: Notebook) -> None:
     """The page of downloads lists it with its caption."""
     silent = []

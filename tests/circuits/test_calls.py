@@ -8,7 +8,8 @@ import torch
 from helpers import tiny_transcoders
 from three_types import TYPES, gene_corpus, gene_model
 
-from scfm_circuits.circuits import knock_out
+from scfm_circuits.circuits import attribution, knock_out
+from scfm_circuits.circuits import direct_effects as direct
 from scfm_circuits.circuits.attribution import closure, contributions, one_by_one
 from scfm_circuits.circuits.calls import StateCalls, calls_of, trace_call
 from scfm_circuits.circuits.case_study import case_study
@@ -92,6 +93,25 @@ def test_a_call_is_the_sum_of_what_was_written(parts, case):
     assert kinds == ["identity", *(["rank"] if not frozen.causal else []), "features", "errors"]
     np.testing.assert_allclose(table[kinds].sum(axis=1), table["contribution"], atol=1e-12)
     assert sum(calls.sums(frozen, call, table).values()) == pytest.approx(value, abs=1e-10)
+
+
+def test_a_call_is_split_in_one_sweep_and_a_few_tokens_at_a_time(parts, case, monkeypatch):
+    """A pull for each gene would hold genes x tokens x width, which no machine has for a cell of
+    thousands of genes; the circuit is the same however few tokens are looked at together."""
+    calls, _ = parts
+    _, prompt, call, frozen = case
+    whole, pulls = trace_call(frozen, call, calls.profile), []
+    real = direct._pull_through_attention
+    monkeypatch.setattr(direct, "_pull_through_attention", lambda frozen, layer, pull, constant: (
+        pulls.append(len(pull)), real(frozen, layer, pull, constant)))
+    calls.sums(frozen, call, calls.by_gene(frozen, call, prompt.genes))
+    assert set(pulls) == {1}
+    monkeypatch.setattr(attribution, "AT_ONCE", 2)
+    assert len([*attribution.in_parts(call.start(frozen)[1])]) == (len(call.places) + 1) // 2
+    again = trace_call(frozen, call, calls.profile)
+    assert [*again.nodes] == [*whole.nodes]
+    np.testing.assert_allclose([edge.weight for edge in again.edges],
+                               [edge.weight for edge in whole.edges], atol=1e-12)
 
 
 def test_the_circuit_of_a_call_closes_and_tells_identity_from_rank(parts, case):

@@ -13,6 +13,7 @@ from traced import SHAPES, Case, Collected
 from scfm_circuits.circuits.attribution import (
     added_up,
     contributions,
+    contributions_each,
     feature_direction,
     leaves_of,
     logit_direction,
@@ -21,7 +22,6 @@ from scfm_circuits.circuits.attribution import (
 from scfm_circuits.circuits.direct_effects import (
     direct_effects,
     sources_of,
-    whole_sum,
     whole_sums,
 )
 from scfm_circuits.circuits.frozen import freeze
@@ -68,7 +68,7 @@ def test_the_leaves_of_an_encoder_are_its_tokens_and_their_ranks():
     model = tiny("bert")
     run = freeze(model, tiny_transcoders(model), tokens(6))
     reading = feature_direction(run, 0, 5, 3)
-    leaves = leaves_of(run, reading)
+    leaves = leaves_of(run, [reading])[0]
     assert run.entry is not None and leaves.shape == (2,)
     embeddings = model.bert.embeddings
     assert torch.equal(run.leaves[0], embeddings.word_embeddings(run.tokens))
@@ -122,7 +122,7 @@ def test_a_direction_between_states_closes_on_the_mean_embedding(family, layers,
     assert abs(sum(contributions(run, one).total() for one in readings) - value) < 1e-10
     if layer == 0:  # nothing but what the stream begins with
         return
-    found = whole_sum(run, readings)
+    [found] = whole_sums(run, [added_up(readings)])
     assert abs(found.total() - value) < 1e-10
     every = [Collected(run, one) for one in readings]
     leaves, features, errors = (sum(getattr(one, name) for one in every)
@@ -130,6 +130,22 @@ def test_a_direction_between_states_closes_on_the_mean_embedding(family, layers,
     assert (found.leaves - leaves).abs().max() < 1e-10
     assert (found.features - features.sum(dim=-1)[:layer]).abs().max() < 1e-10
     assert (found.errors - errors[:layer]).abs().max() < 1e-10
+
+
+@settings(max_examples=25, deadline=None)
+@given(**SHAPES)
+def test_contributions_to_many_tokens_at_once_are_those_to_each(family, layers, heads, n, seed):
+    run = Case(family, layers, heads, n, seed).run
+    groups = [[logit_direction(run, 0, position) for position in range(n)],
+              [feature_direction(run, layers - 1, 3, position) for position in range(n)],
+              [feature_direction(run, 0, 3, position) for position in range(n)]]
+    for readings in groups:
+        together = contributions_each(run, readings)
+        for row, one in enumerate(readings):
+            assert abs(sum(part[row].sum() for part in together) - one.value) < 1e-10
+            for part, alone in zip(together, contributions(run, one), strict=True):
+                assert part[row].shape == alone.shape
+                assert torch.allclose(part[row], alone, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=25, deadline=None)
@@ -147,11 +163,15 @@ def test_sums_of_several_readings_split_at_attention(family, layers, heads, n, s
     readings = [added_up(group) for group in groups]
     own = whole_sums(replace(run, patterns=0 * run.patterns), readings)
     for group, whole, direct in zip(groups, whole_sums(run, readings), own, strict=True):
-        for one, alone in zip(whole, whole_sum(run, group), strict=True):
-            assert (one[tuple(map(slice, alone.shape))] - alone).abs().max() < 1e-10
+        alone = [whole_sums(run, [one])[0] for one in group]
+        for one, parts in zip(whole, zip(*alone, strict=True), strict=True):
+            for part in parts:  # a reading of a decoder reaches no later token
+                one = one.clone()
+                one[tuple(map(slice, part.shape))] -= part
+            assert one.abs().max() < 1e-10
         assert abs(whole.total() - sum(one.value for one in group)) < 1e-9
         parts = [contributions(run, one) for one in group]
         assert abs(direct.features.sum() - sum(one.features.sum() for one in parts)) < 1e-10
         assert abs(direct.errors.sum() - sum(one.errors.sum() for one in parts)) < 1e-10
-        at_own = sum(leaves_of(run, one) for one in group)
+        at_own = leaves_of(run, group).sum(dim=0)
         assert (direct.leaves.sum(dim=1) - at_own).abs().max() < 1e-10

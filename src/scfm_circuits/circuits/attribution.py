@@ -21,7 +21,7 @@ The sums are exact in the model's precision. transformers' RMSNorm rounds to flo
 float64 model with RMSNorm they are as good as float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,9 @@ import torch
 from torch import Tensor
 
 from scfm_circuits.circuits.frozen import AtTokens, Frozen
+
+AT_ONCE = 64
+"""Tokens of a reading at many of which the contributions are held together."""
 
 
 class Reading(NamedTuple):
@@ -73,8 +76,8 @@ class Contributions(NamedTuple):
 
     def total(self) -> Tensor:
         """The sum of all parts: equals the reading's value."""
-        return (self.features.sum() + self.errors.sum() + self.embedding + self.heads.sum()
-                + self.constant)
+        return (self.features.sum() + self.errors.sum() + self.embedding.sum() + self.heads.sum()
+                + self.constant.sum())
 
 
 # --- readings ------------------------------------------------------------------------------------
@@ -144,8 +147,8 @@ def head_direction(frozen: Frozen, of: Reading, layer: int, head: int, source: i
     Its value is the head's contribution to `of` from that token; its biases were already counted
     in `of`'s constant, so its own constant is zero. It sees layers below `layer` only.
     """
-    at_norm = _pulled_to_norm(frozen, seen_by(frozen, of).attention[layer], layer)
-    v = frozen.centre(frozen.weights[layer].ln1_gain * at_norm)[head]
+    pulled = _pulled_to_norm(frozen, seen_by(frozen, [of]).attention[layer], layer)[0, head]
+    v = frozen.centre(frozen.weights[layer].ln1_gain * pulled)
     scale = frozen.patterns[layer, head, of.token, source] / frozen.sigma1[layer, source]
     u = scale * v
     return Reading(u, source, layer, layer, torch.zeros_like(of.constant),
@@ -153,10 +156,11 @@ def head_direction(frozen: Frozen, of: Reading, layer: int, head: int, source: i
 
 
 def _pulled_to_norm(frozen: Frozen, u: Tensor, layer: int) -> Tensor:
-    """(n_heads, d_model): W_V^T W_O^T u, a reading of the first norm's output."""
+    """(n, n_heads, d_model): W_V^T W_O^T u for u (n, d_model), as readings of the first norm's
+    output."""
     weights = frozen.weights[layer]
     # In two steps: in one, einsum would form (n_heads, d_head, d_model) products first.
-    return torch.einsum("hkd,hk->hd", weights.w_v, torch.einsum("hok,o->hk", weights.w_o, u))
+    return torch.einsum("hkd,nhk->nhd", weights.w_v, torch.einsum("hok,no->nhk", weights.w_o, u))
 
 
 @torch.no_grad()
@@ -175,10 +179,11 @@ def through_attention(frozen: Frozen, layer: int, change: Tensor) -> Tensor:
 
 
 class SeenBy(NamedTuple):
-    """A reading's vector (d_model,) where each part writes into the stream, and its constant.
+    """The vectors of n readings (n, d_model) where each part writes into the stream, and their
+    constants (n,).
 
-    mlps, attention: by layer, as far as it sees them; start: where the stream begins, before
-    `entry`. The same vector everywhere but behind norms.
+    mlps, attention: by layer, as far as they see them; start: where the stream begins, before
+    `entry`. The same vectors everywhere but behind norms.
     """
 
     mlps: dict[int, Tensor]
@@ -188,67 +193,80 @@ class SeenBy(NamedTuple):
 
 
 @torch.no_grad()
-def seen_by(frozen: Frozen, reading: Reading) -> SeenBy:
-    """Follow a reading down the stream at its token, back through the norms that stand on it."""
-    u, constant, position = reading.vector, reading.constant, reading.token
+def seen_by(frozen: Frozen, readings: Sequence[Reading]) -> SeenBy:
+    """Follow readings, each of one token, down the stream there, back through the norms that stand
+    on it. All see the same layers."""
+    first, position = readings[0], [one.token for one in readings]
+    u = torch.stack([one.vector for one in readings])
+    constant = torch.stack([one.constant for one in readings])
 
     def before(norm: AtTokens | None, u: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
         return (u, constant) if norm is None else (
             norm.back(u, position), constant + u @ norm.norm.bias)
 
     of_mlps, of_attention = dict[int, Tensor](), dict[int, Tensor]()
-    for layer in range(max(reading.mlp_limit, reading.attention_limit) - 1, -1, -1):
-        if layer < reading.mlp_limit:
+    for layer in range(max(first.mlp_limit, first.attention_limit) - 1, -1, -1):
+        if layer < first.mlp_limit:
             u, constant = before(frozen.end[layer], u, constant)
             of_mlps[layer] = u
-        if layer < reading.attention_limit:
+        if layer < first.attention_limit:
             u, constant = before(frozen.middle[layer], u, constant)
             of_attention[layer], constant = before(frozen.behind[layer], u, constant)
     u, constant = before(frozen.entry, u, constant)
     if frozen.same is not None:
-        constant = constant + u @ frozen.same[position]
+        constant = constant + (u * frozen.same[position]).sum(dim=-1)
     return SeenBy(of_mlps, of_attention, u, constant)
 
 
-@torch.no_grad()
 def contributions(frozen: Frozen, reading: Reading) -> Contributions:
     """Every node's contribution to a reading; they sum to its value exactly."""
-    position, t = reading.token, frozen.transcoders
-    n_mlp, n_attention = reading.mlp_limit, reading.attention_limit
-    seen = seen_by(frozen, reading)
-    error = frozen.error[:n_mlp, position]
-    if any(frozen.end) or any(frozen.middle):
-        u = torch.stack([seen.mlps[layer] for layer in range(n_mlp)] or [reading.vector])[:n_mlp]
-        written = torch.einsum("lfd,ld->lf", t.W_dec[:n_mlp], u)
-        errors, biases = (error * u).sum(dim=-1), (t.b_dec[:n_mlp] * u).sum()
-    else:  # one vector for all layers
-        written = torch.einsum("lfd,d->lf", t.W_dec[:n_mlp], reading.vector)
-        errors, biases = error @ reading.vector, (t.b_dec[:n_mlp] @ reading.vector).sum()
-    features, constant = frozen.activations[:n_mlp, position] * written, seen.constant + biases
-    heads = []
+    return Contributions(*(part[0] for part in contributions_each(frozen, [reading])))
+
+
+@torch.no_grad()
+def contributions_each(frozen: Frozen, readings: Sequence[Reading]) -> Contributions:
+    """`contributions` of n readings that see the same layers, each part with a leading axis (n,).
+
+    At once, as a product with all decoders of a layer takes hardly longer for many than for one.
+    """
+    position, t = [one.token for one in readings], frozen.transcoders
+    n_mlp, n_attention = readings[0].mlp_limit, readings[0].attention_limit
+    seen = seen_by(frozen, readings)
+    error = frozen.error[:n_mlp, position].transpose(0, 1)
+    none = seen.start.new_zeros(len(readings), 0, seen.start.shape[-1])
+    u = torch.stack([seen.mlps[layer] for layer in range(n_mlp)], dim=1) if n_mlp else none
+    written = torch.einsum("lfd,nld->nlf", t.W_dec[:n_mlp], u)
+    errors, biases = (error * u).sum(dim=-1), (t.b_dec[:n_mlp] * u).sum(dim=(1, 2))
+    features = frozen.activations[:n_mlp, position].transpose(0, 1) * written
+    constant, heads = seen.constant + biases, []
     for layer in range(n_attention):
         weights, u = frozen.weights[layer], seen.attention[layer]
         pulled = _pulled_to_norm(frozen, u, layer)
         v = frozen.centre(weights.ln1_gain * pulled)
-        read = frozen.residual[layer] @ v.T / frozen.sigma1[layer][:, None]
-        heads.append(frozen.patterns[layer, :, position] * read.T)
+        pattern = frozen.patterns[layer, :, position].transpose(0, 1)
+        read = torch.einsum("nhd,sd->nhs", v, frozen.residual[layer]) / frozen.sigma1[layer]
+        heads.append(pattern * read)
         # A value bias arrives in full whatever is attended to, as a pattern's rows sum to one; the
         # sum itself is used, because the model takes its softmax in float32.
-        arriving = frozen.patterns[layer, :, position].sum(dim=-1)
         from_values = pulled @ weights.ln1_bias + (
-            torch.einsum("hok,o->hk", weights.w_o, u) * weights.b_v).sum(dim=-1)
-        constant = constant + weights.b_o @ u + arriving @ from_values
+            torch.einsum("hok,no->nhk", weights.w_o, u) * weights.b_v).sum(dim=-1)
+        constant = constant + u @ weights.b_o + (pattern.sum(dim=-1) * from_values).sum(dim=-1)
     n_heads, n_positions = frozen.patterns.shape[1], frozen.patterns.shape[2]
-    stacked = torch.stack(heads) if heads else reading.vector.new_zeros(0, n_heads, n_positions)
-    return Contributions(features, errors, leaves_of(frozen, reading).sum(), stacked, constant)
+    stacked = (torch.stack(heads, dim=1) if heads
+               else constant.new_zeros(len(readings), 0, n_heads, n_positions))
+    embedding = _leaves(frozen, seen, position).sum(dim=-1)
+    return Contributions(features, errors, embedding, stacked, constant)
 
 
-@torch.no_grad()
-def leaves_of(frozen: Frozen, reading: Reading) -> Tensor:
-    """(n_leaves,) of which the embedding's contribution is the sum: what the token itself gives,
-    and what its position does where that is embedded too."""
-    start = seen_by(frozen, reading).start
-    return torch.stack([leaf[reading.position] @ start for leaf in frozen.leaves])
+def leaves_of(frozen: Frozen, readings: Sequence[Reading]) -> Tensor:
+    """(n_readings, n_leaves) of which the embeddings' contributions are the sums: what the token
+    itself gives, and what its position does where that is embedded too."""
+    return _leaves(frozen, seen_by(frozen, readings), [one.token for one in readings])
+
+
+def _leaves(frozen: Frozen, seen: SeenBy, position: list[int]) -> Tensor:
+    return torch.stack([(leaf[position] * seen.start).sum(dim=-1) for leaf in frozen.leaves],
+                       dim=-1)
 
 
 def added_up(readings: Sequence[Reading]) -> Reading:
@@ -273,6 +291,12 @@ def one_by_one(reading: Reading) -> list[Reading]:
                 reading.vector, reading.position, strict=True))]
 
 
+def in_parts(reading: Reading) -> Iterator[list[Reading]]:
+    """`one_by_one`, at most `AT_ONCE` at a time."""
+    every = one_by_one(reading)
+    return (every[start : start + AT_ONCE] for start in range(0, len(every), AT_ONCE))
+
+
 def closure(frozen: Frozen, reading: Reading) -> float:
     """|sum of contributions - value| over their scale.
 
@@ -280,8 +304,8 @@ def closure(frozen: Frozen, reading: Reading) -> float:
     zero can be the difference of large parts.
     """
     total, largest = torch.zeros_like(reading.constant), abs(float(reading.value))
-    for one in one_by_one(reading):
-        parts = contributions(frozen, one)
+    for some in in_parts(reading):
+        parts = contributions_each(frozen, some)
         largest = max(largest, *(float(part.abs().max()) for part in parts if part.numel()))
         total = total + parts.total()
     return abs(float(total - reading.value)) / max(largest, 1e-30)

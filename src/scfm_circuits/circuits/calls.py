@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from scfm_circuits.cells.prompts import AnsweredPrompt, answered_prompt
 from scfm_circuits.cells.tokens import token_texts
-from scfm_circuits.circuits.attribution import Contributions, Reading, contributions, one_by_one
+from scfm_circuits.circuits.attribution import Contributions, Reading, contributions
 from scfm_circuits.circuits.circuit import Circuit, Node
 from scfm_circuits.circuits.contrast import (
     ONE_TYPE,
@@ -30,7 +30,7 @@ from scfm_circuits.circuits.contrast import (
     contrast_of,
     contrasts_of,
 )
-from scfm_circuits.circuits.direct_effects import whole_sum
+from scfm_circuits.circuits.direct_effects import whole_sums
 from scfm_circuits.circuits.frozen import Frozen
 from scfm_circuits.circuits.interventions import Call
 from scfm_circuits.circuits.perturbation import Readout, hidden, of_call
@@ -273,7 +273,7 @@ class StateCalls(Calls):
         """What is written at each gene's token gives the call through all attention paths: gene,
         contribution, and its parts: identity (which gene), rank (the position's embedding, if there
         is one), features and errors of the MLPs."""
-        found = whole_sum(frozen, one_by_one(call.start(frozen)[1]))
+        [found] = whole_sums(frozen, [call.start(frozen)[1]])
         parts = {"identity": found.leaves[0],
                  **({"rank": found.leaves[1]} if len(found.leaves) > 1 else {}),
                  "features": found.features.sum(dim=0), "errors": found.errors.sum(dim=0)}
@@ -286,8 +286,7 @@ class StateCalls(Calls):
 
     def sums(self, frozen: Frozen, call: Call, by_gene: pd.DataFrame) -> dict[str, float]:
         """The call by what was written where; the parts add up to it."""
-        reading = call.start(frozen)[1]
-        found = whole_sum(frozen, one_by_one(reading))
+        [found] = whole_sums(frozen, [call.start(frozen)[1]])
         others = float(found.total() - found.constant) - float(by_gene["contribution"].sum())
         names = {"identity": "which genes", "rank": "their ranks", "features": "features at genes",
                  "errors": "transcoder error at genes"}

@@ -119,12 +119,6 @@ class WholeSum(NamedTuple):
         return self.leaves.sum() + self.features.sum() + self.errors.sum() + self.constant
 
 
-def whole_sum(frozen: Frozen, readings: Sequence[Reading]) -> WholeSum:
-    """Split the sum of some readings by what was written where; exact."""
-    parts = whole_sums(frozen, readings)
-    return WholeSum(*(torch.stack(part).sum(dim=0) for part in zip(*parts, strict=True)))
-
-
 @torch.no_grad()
 def whole_sums(frozen: Frozen, readings: Sequence[Reading]) -> list[WholeSum]:
     """Split each of some readings by what was written where; exact."""

@@ -40,11 +40,11 @@ class AtTokens(NamedTuple):
     norm: Norm
     sigma: Tensor
 
-    def back(self, u: Tensor, position: int | None = None) -> Tensor:
+    def back(self, u: Tensor, position: int | list[int] | None = None) -> Tensor:
         """A reading of the norm's output as one of its input: C(g * u) / sigma. u: (d_model,) at a
-        token, or (..., n, d_model) at the first n tokens."""
-        sigma = self.sigma[: u.shape[-2], None] if position is None else self.sigma[position]
-        return self.norm.centre(self.norm.gain * u) / sigma
+        token, (n, d_model) at n of them, or (..., n, d_model) at the first n tokens."""
+        sigma = self.sigma[: u.shape[-2]] if position is None else self.sigma[position]
+        return self.norm.centre(self.norm.gain * u) / sigma[..., None]
 
     def onward(self, change: Tensor) -> Tensor:
         """What a change of its input (n_pos, d_model) does to its output."""

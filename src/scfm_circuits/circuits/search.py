@@ -1,6 +1,7 @@
 """The strongest paths upstream of a target, found best first."""
 
 import heapq
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -10,11 +11,11 @@ from torch import Tensor
 from scfm_circuits.circuits.attribution import (
     Contributions,
     Reading,
-    contributions,
+    contributions_each,
     feature_direction,
     head_direction,
+    in_parts,
     leaves_of,
-    one_by_one,
 )
 from scfm_circuits.circuits.circuit import Circuit, Edge, Expansion, Kind, Node
 from scfm_circuits.circuits.frozen import Frozen
@@ -104,20 +105,19 @@ def _contributors(frozen: Frozen, reading: Reading, branches: int
     """The strongest contributors of all kinds, strongest first, and what all of them add up to."""
     found: list[_Contributor] = []
     totals, absolute = dict.fromkeys(_Sums._fields[:5], 0.0), 0.0
-    for one in one_by_one(reading):
-        parts = contributions(frozen, one)
-        leaves = leaves_of(frozen, one)
+    for some in in_parts(reading):
+        parts, leaves = contributions_each(frozen, some), leaves_of(frozen, some)
         for name, part in zip(parts._fields, parts, strict=True):
             totals[name] += float(part.sum())
             absolute += float((leaves if name == "embedding" else part).abs().sum()) * (
                 name != "constant")
-        found += _strongest(one, parts, leaves, branches)
+        found += _strongest(some, parts, leaves, branches)
     # Of one reading they are in order already.
     found.sort(key=lambda each: -abs(each.weight))
     return found[:branches], _Sums(**totals, absolute=absolute + abs(totals["constant"]))
 
 
-def _strongest(reading: Reading, parts: Contributions, leaves: Tensor, branches: int
+def _strongest(readings: Sequence[Reading], parts: Contributions, leaves: Tensor, branches: int
                ) -> list[_Contributor]:
     by_kind: dict[Kind, Tensor] = {"feature": parts.features, "head": parts.heads,
                                    "error": parts.errors, "embedding": leaves}
@@ -130,8 +130,9 @@ def _strongest(reading: Reading, parts: Contributions, leaves: Tensor, branches:
             break
         which = int(np.searchsorted(ends, place, side="right"))
         kind, part = list(by_kind.items())[which]
-        index = np.unravel_index(place - (ends[which] - part.numel()), part.shape)
-        chosen.append(_Contributor(float(flat[place]), kind, [int(i) for i in index], reading))
+        at, *index = np.unravel_index(place - (ends[which] - part.numel()), part.shape)
+        chosen.append(_Contributor(float(flat[place]), kind, [int(i) for i in index],
+                                   readings[at]))
     return chosen
 
 

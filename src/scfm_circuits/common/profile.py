@@ -287,8 +287,8 @@ class Profile(BaseModel):
     """Strongest contributors kept at each expansion of the circuit."""
     circuit_depth: Positive = 4
     """How many times the circuit is extended upstream."""
-    circuit_nodes: Positive = 150
-    """Largest number of nodes in the circuit."""
+    circuit_nodes: Annotated[int, Field(ge=2)] = 150
+    """Largest number of nodes in the circuit, with the one that is traced."""
     graph_features: Positive = 1000
     """Features that get a row of their own in the whole graph, the most influential first."""
 

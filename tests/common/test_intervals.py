@@ -25,6 +25,12 @@ def test_wilson_interval_is_scipys(counted) -> None:
     assert wilson_interval(*counted) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
 
 
+def test_a_share_is_never_outside_of_its_interval() -> None:
+    """By a rounding error even: figures refuse it, where every answer of a model was right."""
+    for n in range(1, 3000):
+        assert wilson_interval(0, n)[0] <= 0 and wilson_interval(n, n)[1] >= 1
+
+
 def test_bootstrap_interval_is_that_of_cells_drawn_again() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(size=(2, 3, 17))

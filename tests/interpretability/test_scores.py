@@ -261,6 +261,16 @@ def test_features_made_to_be_known_are_told():
     assert set(made.index.get_level_values(0)) == {"gene", "family", "token"}
 
 
+def test_where_no_feature_can_be_made_the_table_is_empty():
+    """As where a cell's sentence is one gene, which stands in too few cells."""
+    kinds = many_families()
+    rare = kinds.pairs._replace(held_out_mentions=np.zeros_like(kinds.pairs.held_out_mentions))
+    made = known_feature_table(kinds._replace(pairs=rare), seed=0)
+    assert len(made) == 0
+    shares = Checks(made, pd.DataFrame(), pd.DataFrame()).made_shares()
+    assert set(shares) > {"gene_1", "token_07_either"} and set(shares.values()) == {None}
+
+
 def test_what_the_checks_say_in_the_prose(tmp_path, monkeypatch):
     run, corpus = tiny_profile(monkeypatch, tmp_path), tiny_corpus(24)
     model = model_for(corpus).float()

@@ -22,7 +22,8 @@ def wilson_interval(k: float, n: int) -> tuple[float, float]:
     from statsmodels.stats.proportion import proportion_confint
 
     low, high = proportion_confint(k, n, method="wilson")
-    return float(low), float(high)
+    # Of none or all it is rounded, at times to the other side of the share.
+    return min(float(low), k / n), max(float(high), k / n)
 
 
 def resampled(rng: np.random.Generator, n: int, draws: int) -> np.ndarray:

@@ -148,6 +148,10 @@ def made_features(kind: str, kinds: Kinds, n: int, purity: float, rng: np.random
     return sp.csr_matrix(made[:, 0]), sp.csr_matrix(made[:, 1])
 
 
+MADE = ("fires_on", "purity", "features", "gene_or_family", "either", "sub_word", "none")
+"""Columns of the verdicts on made features, also where none could be made."""
+
+
 def known_feature_table(kinds: Kinds, seed: int, n: int = 100) -> pd.DataFrame:
     """Verdicts on features of which it is known what they fire on.
 
@@ -165,7 +169,7 @@ def known_feature_table(kinds: Kinds, seed: int, n: int = 100) -> pd.DataFrame:
                 told = scores[scores["verdict"] != RARE]
                 rows.append({"fires_on": kind, "purity": purity, "features": len(told),
                              **_shares(told)})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=MADE)
 
 
 def _shares(told: pd.DataFrame) -> dict[str, float]:

@@ -829,6 +829,19 @@ def test_a_value_belongs_to_one_chapter(project: Project) -> None:
     assert code == 1 and "02_second: the value 'loss' is also one of 01_first" in told
 
 
+def test_what_a_renamed_chapter_left_is_read_by_none(project: Project) -> None:
+    """Its values would contradict those that the chapter writes under its new name."""
+    values = project.root / "results" / "tiny" / "values"
+    write = f"# %%\nfrom pathlib import Path\nfolder = Path({str(values)!r})\n"
+    project.notebook("01_first", write + "folder.mkdir()\n(folder / '01_first.json').touch()\n")
+    assert project.command("execute")[0] == 0 and (values / "01_first.json").exists()
+    (project.root / "notebooks" / "01_first.py").unlink()
+    project.notebook("02_second", write + "assert [*folder.iterdir()] == []\n")
+    code, _, told = project.command("execute")
+    assert code == 0, told
+    assert not project.output("01_first").exists()
+
+
 # --- pages ----------------------------------------------------------------------------------------
 
 # A feature on a hostile token gives the target three of its four units.

@@ -98,9 +98,11 @@ def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0,
             fetch_cells(run.profile)
             sweep(run.profile.results)
             _fetch_gene_sets(run, [notebook for notebook, _ in stale])
-            _execute_all(run, dict(stale), limit, jobs or side_by_side.usual_jobs())
+        # Before any chapter reads the values of one that has another name now.
         for leftover in _leftovers(run):
             leftover.unlink()
+        if stale:
+            _execute_all(run, dict(stale), limit, jobs or side_by_side.usual_jobs())
         return [notebook.name for notebook, _ in stale]
 
 
@@ -154,10 +156,10 @@ def _execute_all(run: Run, stale: Mapping[Notebook, str], limit: int, jobs: int)
 
 
 def _leftovers(run: Run) -> list[Path]:
-    """Executed notebooks that the book no longer has."""
-    known = {f"{notebook.name}.ipynb" for notebook in run.notebooks}
-    return [path for path in (run.profile.results / "notebooks").glob("*.ipynb")
-            if path.name not in known]
+    """Executed notebooks that the book no longer has, and their values."""
+    known, results = {notebook.name for notebook in run.notebooks}, run.profile.results
+    return [path for path in (*(results / "notebooks").glob("*.ipynb"),
+                              *(results / "values").glob("*.json")) if path.stem not in known]
 
 
 def _as_it_is_now(run: Run) -> Run:

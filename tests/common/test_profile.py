@@ -62,6 +62,8 @@ def test_every_field_says_what_it_is() -> None:
     ("seed: -1", "`seed`"),
     ("seed: '1'", "`seed`"),
     ("fdr: 1.5", "`fdr`"),
+    ("circuit_nodes: 1", "`circuit_nodes`"),
+    ("human_decoys: 1001", "`human_decoys`"),
     ("cells_are: fake", "`cells_are`"),
     ("model_heads: 3", "3 heads do not divide"),
     ("human_layer: 4", "allowed are 0 to 3"),

@@ -222,8 +222,8 @@ class Profile(BaseModel):
     """Live features drawn for the human evaluation."""
     contexts_per_feature: Positive = 5
     """Strongest contexts shown for each of them."""
-    human_decoys: Annotated[int, Field(ge=0)] = 6
-    """Decoys hidden among their cards, half of either kind."""
+    human_decoys: Annotated[int, Field(ge=0, le=1000)] = 6
+    """Decoys hidden among their cards, half of either kind; each is a card that people rate."""
     gene_groups: str | None = None
     """Path of a .csv or .tsv with the columns symbol and group (HGNC's gene groups, say), whose
     groups count as gene families in the automatic score beside the shared stems of symbols."""

@@ -34,17 +34,18 @@ def steering_curves(curve: pd.DataFrame, label: str) -> Figure:
     figure, axes = panels(3, width=3.5, height=3.5)
     pushes = curve[(curve["done"] == ADDED) & (curve["arm"] != "nothing")]
     for arm in dict.fromkeys(pushes["arm"]):
-        colour = _COLOURS.get(arm, PURPLE)
+        # Its orange and the gradient's red are alike in the dark mode.
+        colour, line = _COLOURS.get(arm, PURPLE), "s--" if arm == MEANS else "o-"
         rows = pd.concat([curve[curve["arm"] == "nothing"], pushes[pushes["arm"] == arm]])
         rows = rows.sort_values("dose")
         for axis, (value, low, high) in zip(axes[::2], (
                 ("change", "lower_95", "upper_95"), ("cost", "cost_lower_95", "cost_upper_95")),
                 strict=True):
-            axis.plot(rows["dose"], rows[value], "o-", color=colour, markersize=4, label=arm)
+            axis.plot(rows["dose"], rows[value], line, color=colour, markersize=4, label=arm)
             axis.fill_between(rows["dose"], rows[low], rows[high], color=colour, alpha=0.2,
                               linewidth=0)
         axes[0].vlines(rows["dose"], rows["lowest"], rows["highest"], color=colour, linewidth=1)
-        axes[1].plot(rows["dose"], rows["called"], "o-", color=colour, markersize=4)
+        axes[1].plot(rows["dose"], rows["called"], line, color=colour, markersize=4)
         axes[1].fill_between(rows["dose"], rows["called_lower_95"], rows["called_upper_95"],
                              color=colour, alpha=0.1, linewidth=0)
     for axis in axes:

@@ -12,7 +12,6 @@ from scfm_circuits.circuits.attribution import (
     contributions,
     feature_direction,
     head_direction,
-    leaves_of,
 )
 from scfm_circuits.circuits.frozen import Frozen, freeze
 
@@ -77,7 +76,7 @@ class Collected:
         assert abs(parts.total() - reading.value) < 1e-10
         self.features[: reading.mlp_limit, reading.position] += parts.features
         self.errors[: reading.mlp_limit, reading.position] += parts.errors
-        self.leaves[:, reading.position] += leaves_of(run, [reading])[0]
+        self.leaves[:, reading.position] += parts.embedding
         self.constant = self.constant + parts.constant
         for layer in range(reading.attention_limit):
             for source in range(reading.position + 1 if run.causal else len(run.tokens)):

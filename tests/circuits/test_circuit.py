@@ -117,7 +117,7 @@ def test_nothing_is_left_when_everything_is_kept(whole):
 def test_edges_of_the_target_are_its_strongest_contributions(frozen, circuit):
     parts = contributions(frozen, feature_direction(frozen, 2, 5, 8))
     flat = torch.cat([parts.features.flatten(), parts.heads.flatten(), parts.errors,
-                      parts.embedding[None]])
+                      parts.embedding])
     expected = sorted(flat.abs().tolist(), reverse=True)[:8]
     found = [edge for edge in circuit.edges if edge.target == circuit.target]
     assert [abs(edge.weight) for edge in found] == pytest.approx(expected)

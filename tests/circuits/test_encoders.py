@@ -15,7 +15,6 @@ from scfm_circuits.circuits.attribution import (
     contributions,
     contributions_each,
     feature_direction,
-    leaves_of,
     logit_direction,
     stream_direction,
 )
@@ -68,12 +67,14 @@ def test_the_leaves_of_an_encoder_are_its_tokens_and_their_ranks():
     model = tiny("bert")
     run = freeze(model, tiny_transcoders(model), tokens(6))
     reading = feature_direction(run, 0, 5, 3)
-    leaves = leaves_of(run, [reading])[0]
+    parts = contributions(run, reading)
+    leaves = parts.embedding
     assert run.entry is not None and leaves.shape == (2,)
     embeddings = model.bert.embeddings
     assert torch.equal(run.leaves[0], embeddings.word_embeddings(run.tokens))
     assert torch.equal(run.leaves[1], embeddings.position_embeddings.weight[:6])
-    assert abs(leaves.sum() - contributions(run, reading).embedding) < 1e-12
+    rest = parts.features.sum() + parts.errors.sum() + parts.heads.sum() + parts.constant
+    assert abs(leaves.sum() - (reading.value - rest)) < 1e-12
     # Without ranks, all else frozen, the reading loses what they give through all paths.
     linear = LinearModel(tiny("bert"), run)
     linear.model.bert.embeddings.position_embeddings.weight.zero_()
@@ -173,5 +174,5 @@ def test_sums_of_several_readings_split_at_attention(family, layers, heads, n, s
         parts = [contributions(run, one) for one in group]
         assert abs(direct.features.sum() - sum(one.features.sum() for one in parts)) < 1e-10
         assert abs(direct.errors.sum() - sum(one.errors.sum() for one in parts)) < 1e-10
-        at_own = leaves_of(run, group).sum(dim=0)
+        at_own = sum(one.embedding for one in parts)
         assert (direct.leaves.sum(dim=1) - at_own).abs().max() < 1e-10

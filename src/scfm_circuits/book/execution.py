@@ -86,6 +86,9 @@ def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0,
         return []
     with only_one(run.profile.results, "executing notebooks into"):
         stale = plan(run)
+        # Before any chapter reads the values of one that has another name now.
+        for leftover in _leftovers(run):
+            leftover.unlink()
         if stale:
             from scfm_circuits.book.downloads import (
                 fetch_cells,
@@ -98,10 +101,6 @@ def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0,
             fetch_cells(run.profile)
             sweep(run.profile.results)
             _fetch_gene_sets(run, [notebook for notebook, _ in stale])
-        # Before any chapter reads the values of one that has another name now.
-        for leftover in _leftovers(run):
-            leftover.unlink()
-        if stale:
             _execute_all(run, dict(stale), limit, jobs or side_by_side.usual_jobs())
         return [notebook.name for notebook, _ in stale]
 

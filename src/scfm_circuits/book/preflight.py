@@ -141,20 +141,7 @@ def run_cost(profile: Profile, notebooks: Sequence[Notebook], stale: Collection[
     fits = all(size <= memory_available(place) for place, size in together.items())
     at_once = jobs or (side_by_side.usual_jobs() if fits else 1)
     problems = [*_disk_problems(disk), *memory_problems(profile, sizes, stages)]
-    of = f" of {sizes.cells_in_file:,}" if sizes.cells != sizes.cells_in_file else ""
-    lines = [f"{profile.name}: {sizes.cells:,}{of} cells, {'' if sizes.measured else 'about '}"
-             f"{sizes.tokens / sizes.cells:.0f} tokens each, {sizes.tokens / 1e6:,.2f} M tokens; "
-             f"{sizes.layers} layers of width {sizes.width:,}, "
-             f"{profile.expansion * sizes.width:,} features each"]
-    lines += [f"  note      {note}" for note in (*sizes.notes, *notes(profile))]
-    lines += [f"  download  {'' if one.exact else 'at most '}{_size(one.bytes)}: {one.what}"
-              for one in found]
-    if libraries and downloads_are_off():
-        lines.append(f"  gene sets {', '.join(libraries)} are not here and downloads are off; a "
-                     "small bundled library will stand in")
-    lines += [f"  disk      up to {_size(size)} into {folder} "
-              f"({_size(shutil.disk_usage(_existing(folder)).free)} free)"
-              for folder, size in disk.items()]
+    lines = _what_is_needed(profile, sizes, found, libraries, disk)
     lines += _memory_lines(stages, together if at_once > 1 else {})
     if profile.encoding == BINNED:
         return Cost("\n".join(lines), VALUES_ALONE, 0.0)
@@ -173,6 +160,26 @@ def run_cost(profile: Profile, notebooks: Sequence[Notebook], stale: Collection[
                     "lower what it takes most of (`training_tokens`, `model_steps`, `null_draws`). "
                     + hint, 0.0)
     return Cost("\n".join(lines), "", seconds, at_once)
+
+
+def _what_is_needed(profile: Profile, sizes: Sizes, found: Sequence[Download],
+                    libraries: Sequence[str], disk: Mapping[Path, int]) -> list[str]:
+    """The run's size, notes, what is fetched (`found`), gene sets that are not here, and disk."""
+    of = f" of {sizes.cells_in_file:,}" if sizes.cells != sizes.cells_in_file else ""
+    lines = [f"{profile.name}: {sizes.cells:,}{of} cells, {'' if sizes.measured else 'about '}"
+             f"{sizes.tokens / sizes.cells:.0f} tokens each, {sizes.tokens / 1e6:,.2f} M tokens; "
+             f"{sizes.layers} layers of width {sizes.width:,}, "
+             f"{profile.expansion * sizes.width:,} features each"]
+    lines += [f"  note      {note}" for note in (*sizes.notes, *notes(profile))]
+    lines += [f"  download  {'' if one.exact else 'at most '}{_size(one.bytes)}: {one.what}"
+              for one in found]
+    if libraries and downloads_are_off():
+        lines.append(f"  gene sets {', '.join(libraries)} are not here and downloads are off; a "
+                     "small bundled library will stand in")
+    lines += [f"  disk      up to {_size(size)} into {folder} "
+              f"({_size(shutil.disk_usage(_existing(folder)).free)} free)"
+              for folder, size in disk.items()]
+    return lines
 
 
 def _memory_lines(stages: Sequence[Stage], together: Mapping[torch.device, int]) -> list[str]:

@@ -64,8 +64,9 @@ class Reading(NamedTuple):
 class Contributions(NamedTuple):
     """Everything that adds up to a reading.
 
-    features: (mlp_limit, n_features); errors: (mlp_limit,); embedding: (); heads:
-    (attention_limit, n_heads, n_pos) by source token; constant: () all biases.
+    features: (mlp_limit, n_features); errors: (mlp_limit,); embedding: (n_leaves,) what the token
+    itself gives, and what its position does where that is embedded too; heads: (attention_limit,
+    n_heads, n_pos) by source token; constant: () all biases.
     """
 
     features: Tensor
@@ -254,19 +255,9 @@ def contributions_each(frozen: Frozen, readings: Sequence[Reading]) -> Contribut
     n_heads, n_positions = frozen.patterns.shape[1], frozen.patterns.shape[2]
     stacked = (torch.stack(heads, dim=1) if heads
                else constant.new_zeros(len(readings), 0, n_heads, n_positions))
-    embedding = _leaves(frozen, seen, position).sum(dim=-1)
+    embedding = torch.stack([(leaf[position] * seen.start).sum(dim=-1) for leaf in frozen.leaves],
+                            dim=-1)
     return Contributions(features, errors, embedding, stacked, constant)
-
-
-def leaves_of(frozen: Frozen, readings: Sequence[Reading]) -> Tensor:
-    """(n_readings, n_leaves) of which the embeddings' contributions are the sums: what the token
-    itself gives, and what its position does where that is embedded too."""
-    return _leaves(frozen, seen_by(frozen, readings), [one.token for one in readings])
-
-
-def _leaves(frozen: Frozen, seen: SeenBy, position: list[int]) -> Tensor:
-    return torch.stack([(leaf[position] * seen.start).sum(dim=-1) for leaf in frozen.leaves],
-                       dim=-1)
 
 
 def added_up(readings: Sequence[Reading]) -> Reading:

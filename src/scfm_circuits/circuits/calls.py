@@ -327,7 +327,8 @@ def sums_by_source(parts: Contributions) -> dict[str, float]:
     """A reading's contributions summed by what they come from; they add up to its value."""
     return {
         "features of earlier layers": float(parts.features.sum()),
-        "attention heads": float(parts.heads.sum()), "token embedding": float(parts.embedding),
+        "attention heads": float(parts.heads.sum()),
+        "token embedding": float(parts.embedding.sum()),
         "transcoder error": float(parts.errors.sum()), "constant (biases)": float(parts.constant)}
 
 

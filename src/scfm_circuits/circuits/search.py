@@ -15,7 +15,6 @@ from scfm_circuits.circuits.attribution import (
     feature_direction,
     head_direction,
     in_parts,
-    leaves_of,
 )
 from scfm_circuits.circuits.circuit import Circuit, Edge, Expansion, Kind, Node
 from scfm_circuits.circuits.frozen import Frozen
@@ -106,21 +105,20 @@ def _contributors(frozen: Frozen, reading: Reading, branches: int
     found: list[_Contributor] = []
     totals, absolute = dict.fromkeys(_Sums._fields[:5], 0.0), 0.0
     for some in in_parts(reading):
-        parts, leaves = contributions_each(frozen, some), leaves_of(frozen, some)
+        parts = contributions_each(frozen, some)
         for name, part in zip(parts._fields, parts, strict=True):
             totals[name] += float(part.sum())
-            absolute += float((leaves if name == "embedding" else part).abs().sum()) * (
-                name != "constant")
-        found += _strongest(some, parts, leaves, branches)
+            absolute += float(part.abs().sum()) * (name != "constant")
+        found += _strongest(some, parts, branches)
     # Of one reading they are in order already.
     found.sort(key=lambda each: -abs(each.weight))
     return found[:branches], _Sums(**totals, absolute=absolute + abs(totals["constant"]))
 
 
-def _strongest(readings: Sequence[Reading], parts: Contributions, leaves: Tensor, branches: int
+def _strongest(readings: Sequence[Reading], parts: Contributions, branches: int
                ) -> list[_Contributor]:
     by_kind: dict[Kind, Tensor] = {"feature": parts.features, "head": parts.heads,
-                                   "error": parts.errors, "embedding": leaves}
+                                   "error": parts.errors, "embedding": parts.embedding}
     flat = torch.cat([part.flatten() for part in by_kind.values()])
     top = torch.topk(flat.abs(), min(branches, len(flat)))
     ends = np.cumsum([part.numel() for part in by_kind.values()])

@@ -44,7 +44,8 @@ def flow_table(circuit: Circuit, parts: Contributions) -> pd.DataFrame:
                        ("errors", parts.errors)):
         for layer in range(len(part)):
             cells[kind, layer] = [float(part[layer].sum()), float(part[layer].abs().sum())]
-    cells["embedding", -1] = [float(parts.embedding), abs(float(parts.embedding))]
+    embedding = float(parts.embedding.sum())
+    cells["embedding", -1] = [embedding, abs(embedding)]
     cells["biases", -1] = [float(parts.constant), abs(float(parts.constant))]
     whole = max(sum(absolute for _, absolute in cells.values()), 1e-30)
     passing = dict.fromkeys(cells, 0.0)

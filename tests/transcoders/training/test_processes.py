@@ -52,6 +52,26 @@ def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch):
         assert ranks.gather("one") == ["one"] and ranks.after_first(lambda: 3) == 3
 
 
+def slow_to_join() -> None:
+    real = torch.distributed.init_process_group
+
+    def joined(*arguments: Any, **named: Any) -> None:
+        real(*arguments, **named)
+        time.sleep(0.4 * int(os.environ["RANK"]))
+        os.environ["JOINED"] = str(time.monotonic())
+
+    torch.distributed.init_process_group = joined
+
+
+def joined_and_begun(ranks: Ranks) -> tuple[float, float]:
+    return float(os.environ["JOINED"]), time.monotonic()
+
+
+def test_none_begins_before_all_have_joined():
+    joined, begun = zip(*in_ranks(3, joined_and_begun, before=slow_to_join), strict=True)
+    assert min(begun) >= max(joined)
+
+
 def exchanged(ranks: Ranks) -> list[Any]:
     gathered = ranks.gather({"rank": ranks.rank})
     # Process r hands q a tensor of r + 1 rows that says from whom to whom; the first hands nothing

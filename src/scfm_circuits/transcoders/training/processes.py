@@ -139,7 +139,11 @@ def started() -> Iterator[Ranks]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo",
                             timeout=timedelta(days=7))
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(),
-                    torch.cuda.is_available() and not own_gpu)
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(),
+                      torch.cuda.is_available() and not own_gpu)
+        # One that ended at once, as with settings that are refused, would break the joining of
+        # those that still connect, and they would tell of that and not of the settings.
+        ranks.barrier()
+        yield ranks
     finally:
         dist.destroy_process_group()

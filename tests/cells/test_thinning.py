@@ -31,7 +31,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Profile, Corp
     """A file of counts, its profile and corpus; not all genes stand in a sentence."""
     written(tmp_path / "cells.h5ad")
     profile = tiny_profile(monkeypatch, tmp_path, cells=str(tmp_path / "cells.h5ad"),
-                           genes_per_cell=3, case_type="B cell", model_thinning=0.4)
+                           genes_per_cell=4, case_type="B cell", model_thinning=0.4)
     return profile, load_corpus(profile)
 
 

@@ -63,6 +63,7 @@ def test_every_field_says_what_it_is() -> None:
     ("seed: '1'", "`seed`"),
     ("fdr: 1.5", "`fdr`"),
     ("circuit_nodes: 1", "`circuit_nodes`"),
+    ("genes_per_cell: 3", "`genes_per_cell`"),
     ("human_decoys: 1001", "`human_decoys`"),
     ("cells_are: fake", "`cells_are`"),
     ("model_heads: 3", "3 heads do not divide"),

@@ -106,9 +106,10 @@ class Profile(BaseModel):
     ensembl_column: str | None = None
     """The `var` column with the genes' Ensembl identifiers; null takes the index if it holds them,
     else symbols through `gene_mapping`. Columns that have one token are added up."""
-    genes_per_cell: Positive = 64
+    genes_per_cell: Annotated[int, Field(ge=4)] = 64
     """The k first genes make the cell's sentence (64 in the paper's case study; of the sentences
-    that it trains on it does not say; Geneformer V2 and MaxToki take 4,094, V1 2,048)."""
+    that it trains on it does not say; Geneformer V2 and MaxToki take 4,094, V1 2,048). The chapter
+    of controls takes genes out one at a time, which says nothing with fewer than 4."""
     prompt: str = "{genes}.\n\nThe corresponding cell type is:"
     """The question put to the model (by default the paper's Figure 4); `{genes}` is the cell
     sentence. `{num_genes}` and `{organism}`, as the model's own templates have, may stand in it."""

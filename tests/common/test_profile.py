@@ -65,6 +65,8 @@ def test_every_field_says_what_it_is() -> None:
     ("circuit_nodes: 1", "`circuit_nodes`"),
     ("genes_per_cell: 3", "`genes_per_cell`"),
     ("human_decoys: 1001", "`human_decoys`"),
+    ("live_cut: -0.5", "`live_cut`"),
+    ("live_cut_table4: -0.5", "`live_cut_table4`"),
     ("cells_are: fake", "`cells_are`"),
     ("model_heads: 3", "3 heads do not divide"),
     ("human_layer: 4", "allowed are 0 to 3"),

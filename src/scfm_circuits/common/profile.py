@@ -213,9 +213,10 @@ class Profile(BaseModel):
     """Cells, drawn at random, in which the features of these kinds are counted; null: all."""
 
     # --- features ----------------------------------------------------------------------------
-    live_cut: Annotated[float, Field(le=0)] = -4.0
-    """A feature is live in Figure 3 and Table 3 if log10 E(f) is at least this."""
-    live_cut_table4: Annotated[float, Field(le=0)] = -3.0
+    live_cut: Annotated[float, Field(le=-1)] = -4.0
+    """A feature is live in Figure 3 and Table 3 if log10 E(f) is at least this; -1, a tenth of all
+    tokens, is the most, as of features that fire more often a layer may well have none."""
+    live_cut_table4: Annotated[float, Field(le=-1)] = -3.0
     """The same for Table 4, where the paper uses a stricter cut."""
     human_layer: Annotated[int, Field(ge=0)] = 3
     """Layer of the human evaluation (the paper: 12 of 24)."""

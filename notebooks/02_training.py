@@ -24,7 +24,7 @@
 # - **The paper says.** It trains one {term}`transcoder` per layer with the loss of its Equation 4, a squared error
 #   and an L1 penalty {cite:p}`dunefsky2024transcoders`.
 # - **We find.** After {glue:text}`training.tokens` tokens the transcoders leave
-#   {glue:text}`training.final_fvu` of the outputs' variance unexplained ({term}`FVU`), with
+#   {glue:text}`training.final_fvu` of the variance of the last batch's outputs unexplained ({term}`FVU`), with
 #   {glue:text}`training.final_l0` of {glue:text}`training.width` features active on a token ({term}`L0`).
 # - **What it is worth.** A coefficient without its loss says nothing. The paper's hyperparameters match those
 #   of a published script that uses a different loss. In this run's loss $\lambda$ weighs
@@ -128,7 +128,7 @@ chapter.show(pd.DataFrame(rows, columns=["setting", "what it is", "paper", "this
 # | texts | cut to 128 tokens | whole prompts |
 #
 # Ghost gradients act on features that would otherwise stay dead, and by Table 4 fewer than one feature
-# in ten is live, so this may matter for its counts. It has not been measured here.
+# in ten is live on average over layers, so this may matter for its counts. It has not been measured here.
 
 # %% [markdown]
 # ## The run
@@ -155,7 +155,7 @@ for key, name in (("dead_share", "dead"), ("final_fvu", "fvu")):
     chapter.percent(f"training.{key}", known_mean(last[name]), 1)
 
 # %% [markdown] tags=["unfold"]
-# At the end {glue:text}`training.final_l0` features are active per token on average over layers,
+# In the last batch {glue:text}`training.final_l0` features are active per token on average over layers,
 # {glue:text}`training.final_fvu` of the outputs' variance is left unexplained, and
 # {glue:text}`training.dead_share` of the features are dead (they have not fired for
 # a set number of tokens, the profile's `dead_after_tokens`).

@@ -85,8 +85,8 @@ rated = agreement.rating_study(answered.table, chapter.paper.table3)
 # decoys among it. Please rate before you open the folds below.
 #
 # The paper's 20 features of one layer leave open whether fewer than a fifth or more than half of all
-# features are interpretable. To tell 35 % from one half would take {glue:text}`human.cards_for_half`
-# features of each kind.
+# features are interpretable. To tell two kinds of features apart, one with a rate of
+# 35 % and one of half, would take {glue:text}`human.cards_for_half` of each.
 
 # %% tags=["fold:The rates and how many cards would be needed"]
 chapter.table("human_eval_rate", rated.rates,

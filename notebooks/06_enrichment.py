@@ -373,9 +373,9 @@ chapter.browse("features", found.page(), caption="Live features and their best t
 #
 # Gene set enrichment analysis proper takes no list but a ranking of all genes, and asks whether a
 # term's genes gather at its top. gseapy's `prerank` {cite:p}`fang2023gseapy` was run on
-# features of the human evaluation ({doc}`05_human_evaluation`): {glue:text}`prerank.n`. Of these have a term
-# below the FDR: {glue:text}`prerank.called`; the same rankings with shuffled names:
-# {glue:text}`prerank.shuffled`. This is another test than Table 4's and cannot be compared with it: it has
+# {glue:text}`prerank.n` features of the human evaluation ({doc}`05_human_evaluation`):
+# {glue:text}`prerank.called` have a term below the FDR, and {glue:text}`prerank.shuffled` with the genes'
+# names shuffled. This is another test than Table 4's and cannot be compared with it: it has
 # fewer terms (those with 15 to 500 genes in the corpus) and another null (shuffled names, against which
 # frequent genes and token families count as findings as well).
 

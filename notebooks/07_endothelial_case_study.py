@@ -130,7 +130,8 @@ chapter.values(call.values(), prefix="call.")
 whole, alone, none = call.own_kind
 chapter.value("call.worth", worth := abs(whole - alone) < abs(whole - none),
               "; the difference is what it explains." if worth else
-              ": the circuit explains nothing of this cell that the form of the text does not.")
+              ": by this measure its features explain none of the call, as attention reads the genes "
+              "without them.")
 chapter.p_value("call.p_random", call.genes.p)
 chapter.percent("call.kept_share", circuit.share_kept(call.circuit))
 chapter.percent("call.prompt_token_share", float((call.nodes["gene"] == "").mean()))
@@ -216,7 +217,7 @@ chapter.table("call_contrast", calls.table(case, frozen, asked), rows=20, digits
 # %% [markdown] tags=["fold:Every gene's direct contribution and the sum"]
 # {glue:text}`call.sum_of`
 
-# %% mystnb={"image": {"alt": "Bars of the signed contributions to the contrast of the call: features, attention heads on genes and on other tokens, embedding, error, constant."}, "figure": {"caption": "The call as a sum. In words: of its direct sources, with attention split by whether the token read belongs to a gene; of a state: by what was written where. Error is what the transcoders leave unexplained of the MLPs.", "name": "fig-call"}}
+# %% mystnb={"image": {"alt": "Bars of the signed contributions to the contrast of the call: features, attention heads on genes and on other tokens, embedding, error, constant."}, "figure": {"caption": "The call as a sum of its parts; bars to the right speak for it. Error is what the transcoders leave unexplained of the MLPs.", "name": "fig-call"}}
 chapter.figure("case_call", plots.contribution_kinds(
     calls.sums(frozen, asked, by_gene), "the call's contrast, nats" if settings.in_words
     else f"the call, {calls.unit}"))
@@ -356,8 +357,8 @@ chapter.table("gene_nodes", of_gene.nodes, rows=10, columns={
 # %% [markdown]
 # ## The paper's target, and a caution
 #
-# The paper traces the strongest feature of the last layer at the last token, here the
-# {glue:text}`case.position`. In this run that is feature {glue:text}`case.target`. It is the strongest at
+# The paper traces one of the strongest features of the last layer at the last token. Here that is the
+# {glue:text}`case.position`, and the strongest feature is {glue:text}`case.target`. It is the strongest at
 # the same place in {glue:text}`case.same_target` of the held-out cells, which are of
 # {glue:text}`case.types_said`: it is {glue:text}`case.target_is`. A feature that is strongest for every cell type marks a position in the
 # text, not a cell type. The paper does not report this check for its feature 2692.

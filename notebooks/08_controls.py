@@ -34,8 +34,8 @@
 #   {glue:text}`knock_out.won` of {glue:text}`knock_out.measures` measures.
 # - **What it is worth.** With every other feature at the mean of its own kind of token, the circuit keeps
 #   {glue:text}`faithfulness.own_kind_circuit` of its target, and no circuit at all keeps
-#   {glue:text}`faithfulness.own_kind_none`. And with no feature at all, every MLP at its mean, the model
-#   still gives {glue:text}`task.none_mean` of its right answers.
+#   {glue:text}`faithfulness.own_kind_none`. And with no feature at all, every MLP at its mean for
+#   the kind of token, the model still gives {glue:text}`task.none_mean` of its right answers.
 # ```
 
 # %% tags=["parameters"]
@@ -66,7 +66,7 @@ study = studies.circuit_study(chapter.model, chapter.transcoders, corpus, settin
 # ## Taking the circuit away
 #
 # For up to {glue:text}`faithfulness.per_type` {term}`held-out cells <held-out cell>` of every type, the
-# strongest feature of the last layer is traced, as the paper does. Then the circuit's features are changed
+# strongest feature of the last layer is traced, the paper's kind of target. Then the circuit's features are changed
 # in the real model, and the target's {term}`pre-activation` is read again.
 
 # %% mystnb={"image": {"alt": "Left: predicted against measured change of the target when circuit features or random features are taken away. Right: measured changes when they are taken away, doubled, or left alone."}, "figure": {"caption": "What changing features does to the circuit's target, as a share of its pre-activation; -1 means that the target is gone. Each point is a cell; for random features it is the mean of several circuits, with their range as a line (first panel). Short bars: medians.", "name": "fig-faithfulness"}}
@@ -108,7 +108,7 @@ for name, number in {**found.numbers, **found.ratios}.items():
 # - **Alone, own kind**, with all other features at their mean over tokens of the same kind, they keep
 #   {glue:text}`faithfulness.own_kind_circuit`; no circuit at all leaves
 #   {glue:text}`faithfulness.own_kind_none`. The nearer that last number is to 100 %, the less of the target
-#   depends on this cell: the circuit explains why the feature fires in any such text, not why in this one.
+#   hangs on what features say of this cell, and the less a circuit of features can explain.
 
 # %% [markdown] tags=["fold:How features are changed and with what they are compared"]
 # The {glue:text}`faithfulness.cells` cells are of {glue:text}`faithfulness.types` types. Number of different
@@ -121,8 +121,8 @@ for name, number in {**found.numbers, **found.ratios}.items():
 #   {glue:text}`faithfulness.mean_cells` training cells. MLPs are replaced by their transcoders, with
 #   the error that these make on the unchanged text.
 # - **Alone, own kind:** the same with means over tokens of one kind: {glue:text}`faithfulness.kinds`.
-#   What the form of any
-#   cell's text brings is then left in; what is lost is specific to this cell.
+#   What features write in any cell's text is then left in, as are errors and what attention reads of the
+#   genes themselves; what is lost is what features say of this cell.
 #
 # Each is done with as many other active features, {glue:text}`faithfulness.draws` times for either
 # kind. *Others at the same tokens* are those of the same layer and token that come nearest in how much
@@ -378,8 +378,10 @@ chapter.figure("task_circuit", plots.task_curves(curve))
 # {glue:text}`task.none_mean`: for so much of the task no feature is needed, whatever a circuit shows.
 # With nothing in the MLPs' place it is {glue:text}`task.none_zero`.
 #
-# - **Others at their mean**, of the features that fire: {glue:text}`task.fewest_mean`.
-# - **Others silent**, of the features that fire: {glue:text}`task.fewest_zero`.
+# The smallest circuit, chosen by influence, that keeps at least 90 %, of the features that fire:
+#
+# - **others at their mean:** {glue:text}`task.fewest_mean`;
+# - **others silent:** {glue:text}`task.fewest_zero`.
 
 # %% tags=["fold:How features are chosen and what each choice keeps"]
 choices = task_curves.compare_choices(task, settings.seed)

@@ -23,22 +23,25 @@
 # ```{admonition} In short
 # :class: in-short
 # - **Question.** Does it hurt that the tokenizer cuts gene names into {term}`sub-words <sub-word token>`?
-# - **The paper says.** It does: "Subword tokenization fragments gene symbols", which depresses layer 0, and
-#   "domain-specific tokenizers" should help. It does not try.
+# - **The paper says.** It may: "Subword tokenization fragments gene symbols", one of two causes that it
+#   supposes for the dip of layer 0, and "domain-specific tokenizers" could help. It does not try.
 # - **We find.** With a token for each gene the small model is right for {glue:text}`sub_words.right_genes` %
-#   of the held-out cells, with sub-words for {glue:text}`sub_words.right_sub_words` %. Three expectations:
+#   of the held-out cells, with sub-words for {glue:text}`sub_words.right_sub_words` % (difference
+#   {glue:text}`sub_words.right_difference` points, {glue:text}`sub_words.right_low` to
+#   {glue:text}`sub_words.right_high`). Three expectations:
 #   the first layer fires on fragments ({glue:text}`sub_words.fragments`); a token a gene lifts its percentage
 #   ({glue:text}`sub_words.dip_shrinks`); its features then gain on features that learnt nothing
 #   ({glue:text}`sub_words.lead_grows`).
 # - **What it is worth.** The lead over the best control changes by {glue:text}`sub_words.lead_difference` points
-#   ({glue:text}`sub_words.lead_low` to {glue:text}`sub_words.lead_high`), and features of an
-#   {term}`untrained encoder` show the dip as well. There are {glue:text}`sub_words.seeds` seeds, and models
-#   far smaller than those of the other chapters.
+#   ({glue:text}`sub_words.lead_low` to {glue:text}`sub_words.lead_high`). With sub-words layer 0 is
+#   {glue:text}`sub_words.dip_sub_words` points from later layers, and for features of an
+#   {term}`untrained encoder` {glue:text}`sub_words.untrained_dip_sub_words`. There are
+#   {glue:text}`sub_words.seeds` seeds, and models far smaller than those of the other chapters.
 # ```
 #
-# The paper finds fewer interpretable features in layer 0 and names the cause: "Layer-0 features often fire
-# on token fragments", "depressing GSEA yields". Here the remedy that it leaves to future work is tried: the
-# same model and the same transcoders are trained twice, once with a tokenizer that cuts gene names into
+# The paper finds fewer interpretable features in layer 0 and supposes two causes: early layers encode form
+# and position, and "Layer-0 features often fire on token fragments", "depressing GSEA yields". Here the
+# remedy for the second, which it leaves to future work, is tried: the same model and the same transcoders are trained twice, once with a tokenizer that cuts gene names into
 # sub-words and once with **a token for each gene** (`tokenizer: genes` in a profile; the words of prompt
 # and answer are cut as before).
 

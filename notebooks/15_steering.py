@@ -328,8 +328,7 @@ chapter.table("concept_scores", table, rows=0, caption="The same with all featur
 #   scores are means over draws. *All features* are {glue:text}`concepts.every`.
 # - A label is read by a unit's largest value over the question's tokens, a set of genes at the genes'
 #   tokens. Nine cuts of a unit are tried, at quantiles of its values in the first training cells that are
-#   drawn, whose labels are mixed (at first they were of one label, which was found later and mended). Every
-#   count is exact. Two labels are two concepts but one question: a unit that is high in one is no candidate
+#   drawn, whose labels are mixed. Every count is exact. Two labels are two concepts but one question: a unit that is high in one is no candidate
 #   for the other, as it would have to be low.
 # - Held-out cells hold the same genes as training cells. Whether a token is part of a gene of a set can be
 #   known by heart, so such a score says that a unit is about these tokens, not what it would say of a gene

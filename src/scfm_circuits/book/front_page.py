@@ -69,8 +69,8 @@ def _on_features(values: Mapping[str, Any]) -> str:
     ours, untrained, uniform = (f"<strong>{share:.0f} %</strong>" for share in shares)
     sets = (" (tested on a small stand-in for the paper's gene sets)"
             if values.get("enrichment.stand_in") else "")
-    return (f"By the paper's rule {ours} of ours are; so are {untrained} of those of an encoder "
-            f"that was never trained, and {uniform} of lists of random genes{sets}.")
+    return (f"By the paper's likely rule {ours} of ours are; so are {untrained} of those of an "
+            f"encoder that was never trained, and {uniform} of lists of random genes{sets}.")
 
 
 def _on_people(values: Mapping[str, Any]) -> str:

@@ -3,8 +3,8 @@
 1. The call (`calls`).
 2. A feature of the last layer where the call is made, chosen by `call_features`: by how far it
    tells the cell's type from the others, in training cells.
-3. The paper's: the strongest feature of the last layer at the last token. `target_elsewhere` says
-   whether it is anything of this cell.
+3. The paper's kind: the strongest feature of the last layer at the last token. `target_elsewhere`
+   says whether it is anything of this cell.
 
 `CaseTargets` traces each in the same way: its circuit, the genes of its nodes with their terms
 beside those of random genes of the sentence (`gene_nodes`), and what it keeps of its target.

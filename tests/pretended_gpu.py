@@ -141,9 +141,9 @@ class _Factories(TorchFunctionMode):
                 target, rest[place] = torch.device(one), torch.device("cpu")
         if kwargs.get("device") is not None:
             target, kwargs["device"] = torch.device(kwargs["device"]), "cpu"
+        if isinstance(own, OnGpu) and _on_gpu(target):  # for autograd, not as a copy
+            return func(own, *rest, **kwargs) if rest or kwargs else own
         inner = func(_inner(own), *rest, **kwargs) if rest or kwargs else _inner(own)
-        if isinstance(own, OnGpu) and inner is own.inner and _on_gpu(target):
-            return own
         if _on_gpu(target) != isinstance(own, OnGpu) and inner is _inner(own):
             inner = inner.clone()  # another device has a memory of its own
         return OnGpu(inner) if _on_gpu(target) else inner

@@ -14,13 +14,34 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
-from helpers import TRAINING, logit_targets, model_for, tiny_corpus, tiny_profile, tiny_transcoders
+from helpers import (
+    LABELS,
+    TRAINING,
+    logit_targets,
+    model_for,
+    tiny_corpus,
+    tiny_profile,
+    tiny_transcoders,
+)
 from pretended_gpu import OnGpu, pretended_gpu
+from three_types import gene_corpus, gene_model
 from torch import Tensor
 
 from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.cells.simulated import Plan, Program
 from scfm_circuits.circuits import circuit as circuits
-from scfm_circuits.circuits import knock_out, structure
+from scfm_circuits.circuits import (
+    knock_out,
+    known_response,
+    origins,
+    perturbed_cells,
+    planted_genes,
+    steering,
+    structure,
+    studies,
+    task_circuit,
+    wrong_calls,
+)
 from scfm_circuits.circuits.attribution import (
     closure,
     contributions,
@@ -36,7 +57,7 @@ from scfm_circuits.circuits.graph_scores import completeness_score, effect_ends,
 from scfm_circuits.circuits.interventions import FeatureAt, compare_interventions
 from scfm_circuits.circuits.search import strongest_features, trace_feature
 from scfm_circuits.circuits.token_means import mean_activations, token_kinds
-from scfm_circuits.features import baselines
+from scfm_circuits.features import baselines, concepts
 from scfm_circuits.features.statistics import corpus_pairs, count_features
 from scfm_circuits.interpretability import cards as card_drawing
 from scfm_circuits.interpretability.mentions import count_held_out
@@ -97,20 +118,20 @@ def assert_same(a: Any, b: Any, relative: float, place: str = "") -> None:
             assert_same(one, other, relative, f"{place}[{i}]")
     elif isinstance(a, (float, np.ndarray)) and np.asarray(a).dtype.kind == "f":
         assert np.asarray(a).dtype == np.asarray(b).dtype, place
-        scale = np.nanmax(np.abs(a), initial=0.0, where=np.isfinite(a))
+        scale = np.max(np.abs(a), initial=0.0, where=np.isfinite(a))
         np.testing.assert_allclose(b, a, rtol=relative, atol=relative * scale, err_msg=place)
     else:
         np.testing.assert_array_equal(np.asarray(b), np.asarray(a), err_msg=place)
 
 
 def on_both(gpu: torch.device, work: Callable[..., Any], *, dtype: torch.dtype = torch.float64,
-            variant: Variant = VARIANTS[0], relative: float = 1e-9) -> None:
+            variant: Variant = VARIANTS[0], relative: float = 1e-9, cells: int = 14) -> None:
     """work(model, transcoders, corpus) on the processor and on the GPU.
 
     relative: what is allowed on a pretended one. A real one's sums have another order, and the
-    model takes its softmax in float32 whatever its type.
+    model takes its softmax in float32 whatever its type. cells: of the corpus.
     """
-    corpus = tiny_corpus(14)
+    corpus = tiny_corpus(cells)
     model = model_for(corpus, layers=3, dtype=dtype)
     transcoders = tiny_transcoders(model, 24, variant=variant)
     there = copy.deepcopy(model).to(gpu), copy.deepcopy(transcoders).to(gpu)
@@ -140,6 +161,10 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses() -> None:
         there[torch.tensor([1])] = 0.0
         torch.testing.assert_close(there.cpu(), torch.tensor([[0.0, 2, 4], [0, 0, 0]]))
         assert torch.equal(host.copy_(there), there.cpu()) and float(there[0, 1]) == 2
+        # Gradients go through another precision, and back.
+        added = torch.zeros_like(there, requires_grad=True)
+        [gradient] = torch.autograd.grad((there + added).to(torch.float64).square().sum(), added)
+        assert torch.equal(gradient.cpu(), 2 * there.cpu())
 
 
 # --- chapters 01 to 05 ---------------------------------------------------------------------------
@@ -271,3 +296,109 @@ def test_knock_outs(gpu: torch.device, monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_measures_of_other_dictionaries(gpu: torch.device, variant: Variant) -> None:
     on_both(gpu, lambda model, t, corpus: held_out_measures(
         model, {"own": lambda: t}, corpus, np.arange(6), 4), variant=variant, relative=1e-5)
+
+
+# --- studies of many cells: chapters 07, 08 and 13 to 15 -----------------------------------------
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Callable[..., Any]:
+    """A profile whose results, which studies keep, are those of one device."""
+    def made(model: Any, **fields: Any) -> Any:
+        return tiny_profile(monkeypatch, tmp_path / next(model.parameters()).device.type, **{
+            "circuit_branches": 6, "circuit_depth": 3, "circuit_nodes": 40, "forward_cells": 3,
+            "case_type": LABELS[0], "known_response": ["LYZ", "CD3D", "NONE"], "list_size": 4,
+            **fields})
+    return made
+
+
+def test_circuits_of_many_cells(gpu: torch.device, at: Any, monkeypatch: pytest.MonkeyPatch
+                                ) -> None:
+    monkeypatch.setattr(studies, "studied_cells", lambda corpus: [2])
+    monkeypatch.setattr(studies, "DRAWS", 1)
+
+    def work(model: Any, t: Transcoders, corpus: Corpus) -> Any:
+        study = studies.circuit_study(model, t, corpus, at(model))
+        return study.effects, study.singles, study.flow, study.heads, study.inside
+    on_both(gpu, work)
+
+
+def test_planted_genes(gpu: torch.device, at: Any) -> None:
+    plan = Plan(dict.fromkeys(LABELS, 0.25), (Program("b", ("MS4A1",), ("B cell",), 1.0),), {})
+    on_both(gpu, lambda model, t, corpus: planted_genes.circuit_gene_table(
+        model, t, corpus, [0, 1, 5], plan, at(model)))
+
+
+def test_the_circuit_of_the_task(gpu: torch.device, at: Any, monkeypatch: pytest.MonkeyPatch
+                                 ) -> None:
+    monkeypatch.setattr(task_circuit, "SCORED_CELLS", 4)
+    on_both(gpu, lambda model, t, corpus: task_circuit.task_circuit(model, t, corpus, at(model)))
+
+
+def test_wrong_calls(gpu: torch.device, at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wrong_calls, "TRAINING_CELLS", 8)
+    monkeypatch.setattr(wrong_calls, "ERRORS", 1)
+    monkeypatch.setattr(wrong_calls, "DRAWS", 1)
+
+    def work(model: Any, t: Transcoders, corpus: Corpus) -> Any:
+        statistics = count_features(model, t, corpus, 4, progress=False)
+        found = wrong_calls.wrong_calls(model, t, corpus, at(model), statistics)
+        assert found is not None
+        return found.features, found.table
+    on_both(gpu, work, cells=24)
+
+
+@pytest.mark.parametrize("encoding", ["maxtoki", "geneformer_v2"])
+def test_parts_of_models_of_gene_tokens(gpu: torch.device, at: Any, encoding: str, tmp_path: Any
+                                        ) -> None:
+    at(torch.nn.Linear(1, 1))
+    _, corpus = gene_corpus(tmp_path, encoding, n=12)
+    found = []
+    for device in (torch.device("cpu"), gpu):
+        model = gene_model(encoding, corpus)
+        transcoders = tiny_transcoders(model).to(device)
+        found.append(origins.origins(model.to(device), transcoders, corpus, np.arange(3),
+                                     ("alpha", "beta"), 0, 5))
+    assert found[0].closure < 1e-6 and found[1].closure < 1e-4
+    for one, other in zip(*[one[:2] for one in found], strict=True):
+        assert_same(one, other, 1e-4 if torch.cuda.is_available() else 1e-9)
+
+
+def test_known_answers(gpu: torch.device, at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perturbed_cells, "NEAR", 2)
+
+    def work(model: Any, t: Transcoders, corpus: Corpus) -> Any:
+        profile, cells = at(model), np.flatnonzero(corpus.held_out)[:3]
+        statistics = count_features(model, t, corpus, 4, progress=False)
+        study = known_response.response_study(model, t, corpus, profile, most=3)
+        return (study.genes, known_response.telling_features(
+                    model, t, statistics, corpus, profile, top=3),
+                perturbed_cells.perturbed(model, corpus, profile, cells, LABELS[0]),
+                perturbed_cells.changed_together(model, corpus, profile, cells, LABELS[0],
+                                                 profile.known_response))
+    on_both(gpu, work, cells=24)
+
+
+def test_steering(gpu: torch.device, at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SEEDS": 1, "DOSES": (-1.0, 0.0, 1.0), "SCORED_CELLS": 3,
+                        "TRACED_CELLS": 2}.items():
+        monkeypatch.setattr(steering, name, value)
+
+    def work(model: Any, t: Transcoders, corpus: Corpus) -> Any:
+        statistics = count_features(model, t, corpus, 4, progress=False)
+        found = steering.steering_study(model, t, corpus, at(model), statistics, LABELS[0])
+        return found.readings, found.before, found.chosen
+    on_both(gpu, work, cells=24)
+
+
+def test_scores_of_concepts(gpu: torch.device, at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LEAST": 2, "RESAMPLED": 50, "DRAWS": 2}.items():
+        monkeypatch.setattr(concepts, name, value)
+
+    def work(model: Any, t: Transcoders, corpus: Corpus) -> Any:
+        statistics = count_features(model, t, corpus, 4, progress=False)
+        table = concepts.concept_scores(model, t, corpus, at(model), statistics,
+                                        {"T": {"CD3D", "CD8A"}}).table
+        # A GPU draws other random directions, and gives components other signs.
+        return table[table["units"].isin([concepts.FEATURES, concepts.EVERY])]
+    on_both(gpu, work, dtype=torch.float32, relative=1e-4, cells=24)

@@ -22,7 +22,7 @@
 #
 # ```{admonition} In short
 # :class: in-short
-# - **Question.** For how many features is a gene-set term enriched among their genes, and for how many gene
+# - **Question.** For how many features is a {term}`gene-set term <gene set>` enriched among their genes, and for how many gene
 #   lists that no trained feature made?
 # - **The paper says.** In most layers over 80 % of the {term}`live features <live feature>` are
 #   "biologically interpretable": one GO or KEGG term is enriched at {term}`FDR` below 0.05. It gives no

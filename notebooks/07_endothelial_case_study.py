@@ -472,7 +472,8 @@ rows = pd.DataFrame([one.row(name) for name, one in traced_all.items()])
 chapter.table("case_targets", rows, rows=0, caption="Targets of one text, with the counts of terms below "
               "the FDR")
 chapter.show(rows.drop(columns=["nodes", "terms_below", "random_below"]), digits=2,
-             caption="Targets of one text: genes of their circuits, and what is left of each")
+             caption="Targets of one text: genes of their circuits, and what is left of each: of the call "
+             f"in {calls.unit}, of features as pre-activation")
 
 # %% [markdown]
 # For the call the best term is "{glue:text}`call.best_term`"
@@ -492,7 +493,8 @@ nodes = of_all(lambda one: one.nodes)
 chapter.table("circuit_nodes", nodes, rows=0, caption="The nodes of each circuit with all their numbers")
 chapter.show(nodes.groupby("target", sort=False).head(7)[
     ["target", "kind", "layer", "feature", "token", "gene", "influence"]], digits=2,
-    caption="The most influential nodes of each circuit")
+    caption="The most influential nodes of each circuit (embedding: what a token brings itself, before "
+    "layer 0; the logit comes after the last)")
 
 # %%
 chapter.table("circuit_edges", of_all(lambda one: circuit.edge_table(one.circuit).rename(

@@ -145,9 +145,9 @@ for key, values in (("percentage", own), ("above_null", own - table[f"null_{rule
 # {glue:text}`variants.jumprelu.fvu`. An L1 penalty also shrinks the features that it leaves active,
 # which costs fit at any L0; the others do not.
 #
-# *Keeping the model's loss.* Replacing one MLP by nothing adds {glue:text}`variants.no_mlp_most` nats to
-# a loss of {glue:text}`variants.original_loss` in layer {glue:text}`variants.no_mlp_layer`, and at most
-# {glue:text}`variants.no_mlp_others` in any other. Where a layer matters little, differences between
+# *Keeping the model's loss.* To a loss of {glue:text}`variants.original_loss` nats, replacing the MLP of layer
+# {glue:text}`variants.no_mlp_layer` by nothing adds {glue:text}`variants.no_mlp_most`, and that of any other
+# at most {glue:text}`variants.no_mlp_others`. Where a layer matters little, differences between
 # kinds are small too, and FVU tells more; replacing all layers at once adds up what each of them misses.
 #
 # *Interpretability.* Between {glue:text}`variants.percentage_min` and

@@ -78,8 +78,8 @@ chapter.not_comparable(other_models.study_profile(chapter.profile, "geneformer_v
 # Sizes of the models were fixed before a run, for a quarter of a minute each on one core; the transcoders
 # take as many steps as the profile trains its own model for. One setting was changed after a first run,
 # whose other results had been seen: the transcoders' learning rate, because the decoder's MLPs write little
-# and its transcoders missed more than a constant would. More steps alone did not mend that. It was chosen on
-# FVU alone.
+# and its transcoders missed more than a constant would. It was chosen on FVU
+# alone.
 #
 # The originals have 217 and 104 million parameters, 20,000 genes, up to 4,094 genes a cell, and medians
 # over tens of millions of cells. With medians of one data set a gene that only one type expresses is
@@ -141,8 +141,7 @@ chapter.show(other_models.shares_shown(table), rows=12, digits=3, caption="Live 
 # more than features of a model with random weights. The first is about what dictionary learning adds, the
 # second about what the model has learnt. Wilson's intervals take features one by one. They share genes, so
 # what a share could have been by luck varies several times as much ({doc}`06_enrichment`), and leads of few
-# points show nothing. What is found there for the paper's percentage can be asked here where no sub-word can
-# be blamed.
+# points show nothing. Sub-words cannot be blamed for it here.
 #
 # ## What a guess is made of
 #
@@ -206,7 +205,8 @@ for name, key, text, number in other_models.quoted(parts, used.case_type):
 # other genes through attention and {glue:text}`other.decoder.gene_features` from features at the token that
 # is read; in the encoder {glue:text}`other.encoder.gene_share` and {glue:text}`other.encoder.gene_features`,
 # with {glue:text}`other.encoder.gene_rank` from the rank of the masked place and
-# {glue:text}`other.encoder.gene_biases` from type and biases. A part below zero speaks against the right
+# {glue:text}`other.encoder.gene_biases` from biases, a BERT's one embedding of a
+# token's type among them. A part below zero speaks against the right
 # gene; where there is one, the others may add up to more than 100 %. Of what tells {glue:text}`other.case_type` cells from others in the encoder,
 # {glue:text}`other.encoder.state_own` is in the genes' own embeddings and
 # {glue:text}`other.encoder.state_share` comes from other genes through attention. With random weights it

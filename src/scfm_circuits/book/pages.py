@@ -348,7 +348,8 @@ def exhibit_map(run: Run) -> str:
             f"<details><summary>modules and files</summary>{'<br>'.join(made)}</details>",
         ])
     others = [f"“{title}”" for title in _lacking(run).values()]
-    said = (f"\n\nThis profile's book has no chapter {' and '.join(others)}: "
+    said = (f"\n\nThis profile's book has no chapter{'s' * (len(others) > 1)} "
+            f"{' and '.join(others)}: "
             f"{'it does' if len(others) == 1 else 'they do'} not apply." if others else "")
     return front_page.markdown_table(["Paper", "Chapter", "Run time", "Made by"], rows) + said
 

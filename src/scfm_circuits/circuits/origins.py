@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from scfm_circuits.cells.corpus import Corpus
 
 PARTS = ("own token", "own rank", "own features", "other genes", "other genes' ranks",
-         "other tokens' features", "special tokens and masks", "errors", "type and biases")
+         "other tokens' features", "special tokens and masks", "errors", "biases, token type")
 """Own: written at the token that is read, and never left it: carried along its stream, or by its
 attention to itself. The four that follow came from or by way of other tokens. Errors, what
-transcoders miss, and biases came either way."""
+transcoders miss, and biases came either way; with these a BERT's embedding of a token's type."""
 SUM = "sum"
 """What is read itself, as a last row."""
 GENE, STATE = "the right gene", "the cell's type"

@@ -227,7 +227,7 @@ def _log_frequencies(corpus: Corpus) -> dict[str, np.ndarray]:
 SHORT = {DECODER: "decoder", ENCODER: "encoder", RANDOM: "random"}
 """What numbers in the prose and tables with no room call the models."""
 _QUOTED = {"gene_share": (GENE, "other genes"), "gene_features": (GENE, "own features"),
-           "gene_rank": (GENE, "own rank"), "gene_biases": (GENE, "type and biases"),
+           "gene_rank": (GENE, "own rank"), "gene_biases": (GENE, "biases, token type"),
            "state_own": (STATE, "own token"), "state_share": (STATE, "other genes")}
 
 

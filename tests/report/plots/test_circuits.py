@@ -52,6 +52,19 @@ def test_the_same_data_gives_the_same_picture_whatever_the_global_generator():
     assert drawn(plots.faithfulness(effects())) == first
 
 
+def test_labels_of_a_sum_have_a_minus_sign_and_stand_within_their_frame():
+    figure = plots.contribution_kinds({
+        "attention to genes": 6.117, "attention to other tokens": -0.018, "biases": -0.548})
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    frame = axis.get_window_extent()
+    assert {one.get_text() for one in axis.texts} == {"6.117", "−0.018",
+                                                      "−0.548"}
+    for one in axis.texts:
+        box = one.get_window_extent()
+        assert frame.x0 < box.x0 and box.x1 < frame.x1
+
+
 def test_every_circuit_node_that_is_drawn_has_a_place_and_the_target_is_among_them(monkeypatch):
     model = tiny_model()
     run = freeze(model, tiny_transcoders(model), tokens(7))

@@ -106,7 +106,8 @@ def transcoder_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
         if kind == "log":
             plain_log(axis.yaxis)
     dead = axes[1, 1]
-    dead.set_ylim(0, max(5.0, dead.get_ylim()[1]))
+    most = max(5.0, dead.get_ylim()[1])
+    dead.set_ylim(-0.02 * most, most)  # a line at 0 stands clear of the frame
     for axis in axes[1]:
         axis.set(xlabel=f"training tokens ({unit}s)")
     if n_layers <= 12:

@@ -35,9 +35,9 @@ def contribution_kinds(shares: Mapping[str, float], of: str = "the target's pre-
     colours = [BLUE if value >= 0 else ORANGE for value in values]
     bars = axis.barh(range(len(names)), values[::-1], color=colours[::-1])
     axis.set_yticks(range(len(names)), [literal(name) for name in names[::-1]])
-    axis.bar_label(bars, fmt="%.3f", padding=4)
+    axis.bar_label(bars, fmt=lambda one: f"{one:.3f}".replace("-", "\N{MINUS SIGN}"), padding=4)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.margins(x=0.18)
+    axis.margins(x=0.25)
     axis.set(xlabel=f"contribution to {of}")
     axis.grid(axis="y", visible=False)
     return figure

@@ -9,7 +9,7 @@ PYTHON ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 RUN := $(PY) -m scfm_circuits
-OPTIONS = --profile "$(PROFILE)" --params="$$PARAMS"
+OPTIONS = --profile "$$PROFILE" --params="$$PARAMS"
 AT_ONCE = $(if $(JOBS),--jobs "$(JOBS)")
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
@@ -17,8 +17,13 @@ READY_LAB := $(VENV)/.ready-lab
 PAGES := tests/book/test_built_pages.py
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-# Through the environment, where a shell takes no character of it for its own.
-export PARAMS
+# As they were typed, a dollar too, and through the environment, where a shell takes no character of
+# them for its own.
+override PROFILE := $(value PROFILE)
+override PARAMS := $(value PARAMS)
+override H5AD := $(value H5AD)
+override OUT := $(value OUT)
+export PROFILE PARAMS
 
 # Threads that wait asleep, not spinning: the same speed on idle cores, and several times faster
 # where something else runs too. Freed memory is kept for the next batch instead of being given back
@@ -55,7 +60,6 @@ data: $(READY) ## Fetch and verify the cells, model and gene sets of PROFILE, no
 check: $(READY) ## The gate: are all executed chapters of PROFILE whole and fresh?
 	@$(RUN) book check $(OPTIONS)
 
-# Through the environment, where a shell takes no character of it for its own.
 profile: export H5AD := $(H5AD)
 profile: export OUT := $(OUT)
 profile: export EXTENDS := $(EXTENDS)
@@ -99,9 +103,7 @@ gpu-check: $(READY_DEV) ## All that a GPU is to show, in minutes, into results/b
 lab: $(READY_LAB) ## JupyterLab, in which the .py notebooks open as notebooks
 	@$(PY) -m jupyterlab --ServerApp.root_dir=.
 
-# Through the environment, where a shell takes no character of it for its own. With any Python, as
-# .venv may be missing or broken.
-clean: export PROFILE := $(PROFILE)
+# With any Python, as .venv may be missing or broken.
 clean: ## Remove the built book, caches, and the results of PROFILE (demo unless given)
 	@$(FIND_PYTHON); PYTHONPATH=src "$$found" -B -m scfm_circuits.book.clean "$$PROFILE"
 

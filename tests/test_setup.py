@@ -128,13 +128,19 @@ def test_make_hands_overrides_on() -> None:
         ["make", "-n", "-C", str(ROOT), "book", "PROFILE=smoke", "PARAMS=seed=1 fdr=0.1"],
         capture_output=True, text=True, check=True,
     )
-    assert 'book --profile "smoke" --params="$PARAMS"' in answer.stdout
-    # As a shell gets them, whatever characters there are.
-    text = "seed=1 'case_type=CD14+ \"Mono\" `cyte`'"
+    assert 'book --profile "$PROFILE" --params="$PARAMS"' in answer.stdout
+
+
+@pytest.mark.parametrize("name", ["PARAMS", "PROFILE", "H5AD", "OUT"])
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_make_hands_on_what_was_typed(name: str, by: str) -> None:
+    text = "seed=1 'case_type=CD14$^+$ \"Mono\" `cyte` $x $(shell echo no) $$ #1 \\'"
+    given = [f"{name}={text}"] * (by == "argument")
     answer = subprocess.run(
-        ["make", "-s", "-f", "-", "show", f"PARAMS={text}"], capture_output=True, text=True,
-        check=True, cwd=ROOT, input="include Makefile\nshow:\n\t@printf '%s' \"$$PARAMS\"\n")
-    assert answer.stdout == text
+        ["make", "-s", "-C", str(ROOT), "profile", "READY=", f"RUN=printenv {name}; true", *given],
+        capture_output=True, text=True, check=True,
+        env=os.environ | ({name: text} if by == "environment" else {}))
+    assert answer.stdout == f"{text}\n"
 
 
 @pytest.mark.parametrize("given", ["PROFILE=a b", "PROFILE=a'; echo b", "PROFILE=", "A="])

@@ -13,7 +13,7 @@ from typing import Any
 from scfm_circuits import InputError
 from scfm_circuits.book.chapters import load_run
 from scfm_circuits.book.execution import ExecutionFailed
-from scfm_circuits.common.profile import ROOT, load_profile
+from scfm_circuits.common.profile import ROOT, Profile, load_profile
 from scfm_circuits.common.profile_files import parse_overrides, split_pairs
 
 # What a command needs beyond these is imported when it is asked for: an up-to-date book answers at
@@ -69,8 +69,8 @@ def _perform(given: argparse.Namespace) -> None:
 
         first_profile(given.h5ad, given.out, given.extends, given.overwrite)
         return
-    overrides: dict[str, Any] = parse_overrides([*split_pairs(given.params),
-                                                *given.parameters])
+    overrides: dict[str, Any] = parse_overrides(
+        [*split_pairs(given.params), *given.parameters], Profile.model_fields)
     if given.command == "train":
         from scfm_circuits.transcoders.training.run import train
 

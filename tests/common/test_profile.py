@@ -1,5 +1,6 @@
 """Profiles: every way of writing one wrongly ends in one sentence."""
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,45 @@ def test_whatever_is_quoted_comes_back(given_: dict[str, str]) -> None:
     assert split_pairs(shlex.join(pairs)) == pairs
 
 
+@pytest.mark.parametrize(("text", "value"), [
+    ("cluster #3", "cluster #3"), ("T # naive", "T # naive"), ("CD4: naive", "CD4: naive"),
+    ("7", "7"), ("1e6", "1e6"), ("yes", "yes"), ("null", "null"), ("[a", "[a"), ("{a}", "{a}"),
+    ('"7"', "7"), ("'7'", "7"), ("'T' cell", "'T' cell"), ('"T" cell', '"T" cell'),
+    (" T  ", " T  ")])
+def test_text_on_a_command_line_is_taken_as_it_stands(text: str, value: str) -> None:
+    assert parse_overrides([f"title={text}"], Profile.model_fields) == {"title": value}
+
+
+def test_the_example_of_the_book_is_read() -> None:
+    pairs = split_pairs("seed=1 'prompt={genes}. Type = '")
+    profile = load_profile("demo", parse_overrides(pairs, Profile.model_fields))
+    assert (profile.seed, profile.prompt) == (1, "{genes}. Type = ")
+
+
+def test_text_that_may_be_missing_and_lists_are_read_as_in_a_file() -> None:
+    pairs = ["gene_sets=null", "symbol_column=1", "libraries=[A, 'B']", "symbol_rule=r_names"]
+    assert parse_overrides(pairs, Profile.model_fields) == {
+        "gene_sets": None, "symbol_column": "1", "libraries": ["A", "B"], "symbol_rule": "r_names"}
+
+
+@given(st.text(st.characters(codec="utf-8")))
+def test_overrides_reach_another_process_as_they_are(text: str) -> None:
+    """As `make book` hands them to the estimate of the cost."""
+    pairs = [f"{key}={json.dumps(value)}" for key, value in
+             {"case_type": text, "known_response": [text], "gene_sets": None}.items()]
+    assert parse_overrides(pairs, Profile.model_fields) == {
+        "case_type": text, "known_response": [text], "gene_sets": None}
+
+
+@pytest.mark.parametrize("text", ["7", "yes", "0.5", "2024-03-01", "1e6"])
+def test_text_that_a_file_reads_as_something_else_is_asked_for_in_quotes(tmp_path: Path,
+                                                                        text: str) -> None:
+    with pytest.raises(InputError, match=r"`case_type`.*put it into quotes"):
+        load_profile(write(tmp_path, f"extends: demo\ncase_type: {text}\n"))
+    quoted = load_profile(write(tmp_path, f"extends: demo\ncase_type: '{text}'\n", "b.yml"))
+    assert quoted.case_type == text
+
+
 @pytest.mark.parametrize(("text", "number"), [
     ("1e6", 1_000_000), ("1.5e3", 1500), ("2E+2", 200), ("1_0e1", 100), ("600000", 600_000)])
 def test_whole_numbers_may_be_written_with_an_exponent(tmp_path: Path, text: str,
@@ -212,7 +252,8 @@ def test_whole_numbers_may_be_written_with_an_exponent(tmp_path: Path, text: str
     profile = load_profile(path)
     assert profile.training_tokens == number and isinstance(profile.training_tokens, int)
     assert profile.l1_coefficient == number and isinstance(profile.l1_coefficient, float)
-    pairs = parse_overrides([f"training_tokens={text}", "learning_rate=1e-4"])
+    pairs = parse_overrides([f"training_tokens={text}", "learning_rate=1e-4"],
+                            Profile.model_fields)
     assert load_profile("demo", pairs).training_tokens == number
 
 

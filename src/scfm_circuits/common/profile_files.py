@@ -3,9 +3,12 @@
 And what is said of one that does not fit.
 """
 
+import contextlib
+import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,18 +65,39 @@ def split_pairs(text: str) -> list[str]:
     return pairs
 
 
-def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """`key=value` pairs, the values read as in a profile file."""
+def parse_overrides(pairs: Sequence[str], fields: Mapping[str, "FieldInfo"]) -> dict[str, Any]:
+    """`key=value` pairs, the values read as in a profile file.
+
+    But the text of a field that takes nothing else is taken as it stands, be it `7`, `yes`, `a: b`
+    or `a # b`, unless it is in quotes. fields: all that a profile has. Raises InputError for what
+    is no pair, or no YAML.
+    """
     overrides = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.strip():
             raise InputError(f"The parameter {pair!r} must have the form key=value.")
+        kind = fields[key.strip()].annotation if key.strip() in fields else None
         try:
-            overrides[key.strip()] = yaml.load(text, Loader=_Loader)
+            overrides[key.strip()] = _value(text, kind)
         except yaml.YAMLError:
             raise InputError(f"The value in {pair!r} cannot be read as YAML.") from None
     return overrides
+
+
+def _value(text: str, kind: Any) -> Any:
+    """What stands behind `key=`, for a field of that kind."""
+    begins = text.lstrip()[:1]
+    if begins in ('"', "["):
+        # JSON has characters beyond 16 bits in two halves, which YAML does not put together.
+        with contextlib.suppress(ValueError):
+            return json.loads(text)
+    if kind is str or (kind == str | None and text not in ("", "null", "~")):
+        with contextlib.suppress(yaml.YAMLError):
+            if begins in ("'", '"') and isinstance(quoted := yaml.safe_load(text), str):
+                return quoted
+        return text
+    return yaml.load(text, Loader=_Loader)
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -105,6 +129,8 @@ def explained(error: "ValidationError", path: Path, overrides: Mapping[str, Any]
             "allowed are " + ", ".join(sorted(fields)) + ".")
         return f"Unknown profile field `{key}` in {source}; {hint}"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "string_type" and isinstance(problem["input"], (bool, int, float, date)):
+        message = "must be text, so put it into quotes"
     got = "" if problem["type"] in ("value_error", "missing") else f" (got {problem['input']!r})"
     if not key:
         key, _, message = message.partition(": ")

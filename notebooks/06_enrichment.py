@@ -193,13 +193,6 @@ chapter.show(studies.every_rule(study, settings), digits=3,
              + " ".join(f"{rule}: {RULES[rule].statement}" for rule in by_rule))
 
 # %%
-chapter.show(joint.for_reading(), digits=3, caption="The rule corpus, mean over the layers, beside "
-             "relabelled genes. p: how often relabelled genes score as much. Ahead: percentage "
-             "points by which the trained features are ahead of the kind, and how often relabelled "
-             "genes set the two as far apart: whether two kinds that know nothing of gene sets would "
-             "differ so, not how surely two that do differ")
-
-# %%
 for rule, column in by_rule.items():
     for kind, value in column.items():
         chapter.value(f"controls.{rule}.{kind.replace(' ', '-')}", float(value), f"{value:.0f} %")
@@ -220,7 +213,9 @@ for gene_rule in ("token", "occurrence"):
     chapter.value(f"ahead.{gene_rule}.shown", shows, "yes" if shows else "not shown either")
 
 # %% [markdown]
-# The rule `corpus`, with the features' lead in percentage points:
+# The rule `corpus`, with the features' lead in percentage points. p is how often relabelled genes score as
+# much, or set the two as far apart: whether kinds that know nothing of gene sets would differ so, not how
+# surely two that do differ.
 #
 # | | genes by `token` | genes by `occurrence` |
 # | --- | --- | --- |

@@ -165,13 +165,6 @@ chapter.table("circuit_predictions", tested, digits=2, caption="Every prediction
 # *failed*. The features are changed all at once, and one at a time with all others left alone: the
 # smaller the change, the fairer the test of a linear prediction.
 #
-# - Taken away all at once: {glue:text}`prediction.taken-away-all-at-once`.
-# - Taken away one at a time: {glue:text}`prediction.taken-away-one-at-a-time`.
-# - Doubled all at once: {glue:text}`prediction.doubled-all-at-once`.
-# - Doubled one at a time: {glue:text}`prediction.doubled-one-at-a-time`.
-# - The circuit alone: {glue:text}`prediction.alone-all-at-once`; with means of the token's own kind:
-#   {glue:text}`prediction.alone-own-kind-all-at-once`.
-#
 # Where a prediction is off, attention, LayerNorm and features outside the circuit have responded. Cells
 # that share a target are not independent, so the intervals are narrower than they would be over targets
 # (of which there are {glue:text}`faithfulness.targets`).
@@ -180,7 +173,6 @@ chapter.table("circuit_predictions", tested, digits=2, caption="Every prediction
 chapter.figure("circuit_predictions", plots.predictions(study.effects, study.singles))
 
 # %%
-chapter.values(prediction.sentences(tested), prefix="prediction.")
 chapter.values({"made": len(tested), **{
     name: int((tested["verdict"] == verdict).sum()) for name, verdict in (
         ("held", prediction.HOLDS), ("direction", prediction.DIRECTION),
@@ -203,7 +195,9 @@ chapter.values({"unit": calls_of(chapter.model, corpus, settings).unit,
 # {glue:text}`knock_out.which` is taken out, and what the call loses ({glue:text}`knock_out.what`) is the gene's effect.
 # {glue:text}`knock_out.most_missed`
 #
-# How well does a circuit say so, and how well do cheaper scores?
+# How well does a circuit say so, and how well do cheaper scores? By {glue:text}`knock_out.won` of
+# {glue:text}`knock_out.measures` measures the best of the circuit's scores is ahead of the best of the
+# cheaper ones, by the whole interval of the difference.
 
 # %% mystnb={"image": {"alt": "Three panels with a row for each score: rank correlation with the effects of taking genes out, the same by size, and the share of the largest effects found, each with its interval and the band of shuffled genes."}, "figure": {"caption": "How well circuits (blue) and cheap rivals (orange) say what taking each gene out of the sentence does to the call: means over cells with 95 % intervals; grey is what shuffled genes reach.", "name": "fig-knock-out"}}
 chapter.figure("knock_out", plots.knock_outs(taken_out.summary, knock_out.CIRCUITS))
@@ -404,8 +398,6 @@ for key, others in (("mean", MEAN), ("zero", ZERO)):
     chapter.percent(f"task.all_{key}", kept["all features", others])
     chapter.percent(f"task.none_{key}", kept["no feature", others])
     chapter.value(f"task.fewest_{key}", task_curves.fewest(curve, others))
-    for name, measure in (("right", task_curves.RIGHT), ("contrast", task_curves.CONTRAST)):
-        chapter.value(f"task.{name}_{key}", task_curves.comparison(choices, measure, others))
 
 # %% [markdown]
 # All MLPs are replaced by the features kept. Where the others are at their mean, so is the transcoders'
@@ -418,12 +410,8 @@ for key, others in (("mean", MEAN), ("zero", ZERO)):
 # - **Random:** the scores of the first choice permuted among features of a layer that fire
 #   about as often, {glue:text}`task.draws` times.
 #
-# What the choice by influence keeps, over all sizes:
-#
-# - **right answers, others at their mean:** {glue:text}`task.right_mean`;
-# - **right answers, others silent:** {glue:text}`task.right_zero`;
-# - **what features add to the call, others at their mean:** {glue:text}`task.contrast_mean`;
-# - **the same, others silent:** {glue:text}`task.contrast_zero`.
+# The choice by influence is ahead of another, or behind, where the whole interval is on one side of 0.
+# *Contrast* is what features add to the call.
 #
 # What circuits should find is known for simulated cells only. The book of the profile `planted`
 # (`make book PROFILE=planted`, about ten minutes more) has a further section here: how much of what was

@@ -13,7 +13,7 @@ R2 is 1 on the line and 0 for a prediction no better than that nothing changes; 
 a time; `sentences` and `key_point` say what came out.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -119,26 +119,6 @@ def predictions(effects: pd.DataFrame, singles: pd.DataFrame, seed: int) -> pd.D
     return pd.DataFrame(rows).sort_values(
         "done", key=lambda one: one.map({name: i for i, name in enumerate(DONE.values())}),
         kind="stable", ignore_index=True)
-
-
-def sentences(table: pd.DataFrame) -> dict[str, str]:
-    """`predictions` in words, each beginning with its verdict, by what was done and to how many
-    features at once, as in `doubled-all-at-once`."""
-    said = {f"{done} {features}": "not tested" for features in (TOGETHER, SINGLE)
-            for done in list(DONE.values())[: None if features == TOGETHER else 2]}
-    said |= {f"{row.done} {row.features}": _sentence(row) for row in table.itertuples(index=False)}
-    return {key.replace(",", "").replace(" ", "-"): text for key, text in said.items()}
-
-
-def _sentence(row: Any) -> str:
-    if row.cells == row.predictions:
-        signs = f"in {round(row.same_sign * row.cells)} of {row.cells} cells"
-    else:
-        signs = (f"for {100 * row.same_sign:.0f} % of the features "
-                 f"({row.predictions:,} in {row.cells} cells)")
-    return (f"{row.verdict} (the sign is right {signs}, 95 % interval "
-            f"{100 * row.same_sign_low:.0f} % to {100 * row.same_sign_high:.0f} %; "
-            f"slope {row.slope:.2g}, R² {row.r2:.2g}, correlation {row.pearson:.2f})")
 
 
 def key_point(table: pd.DataFrame) -> str:

@@ -110,22 +110,6 @@ def _percentage_of_whole(means: np.ndarray) -> np.ndarray:
 # --- in words ------------------------------------------------------------------------------------
 
 
-def comparison(table: pd.DataFrame, kept: str, others: str) -> str:
-    """`compare_choices` in words: what the choice by influence is worth beside each rival."""
-    rows: Any = table[(table["kept"] == kept) & (table["others"] == others)].set_index("chosen")
-    if rows["percentage"].isna().any():
-        return "there is nothing to keep"
-    said = []
-    for name, row in rows.drop(index=INFLUENCE).iterrows():
-        verdict = ("more than" if row["lower_95"] > 0 else
-                   "less than" if row["upper_95"] < 0 else "not distinguishably more than")
-        rival = "random ones" if name == RANDOM else f"those chosen by {name!s}"
-        said.append(f"{verdict} {rival} ({row['percentage']:.0f} %; difference "
-                    f"{row['difference']:.1f} points, {row['lower_95']:.1f} to "
-                    f"{row['upper_95']:.1f})")
-    return f"{rows.loc[INFLUENCE, 'percentage']:.0f} %, " + ", ".join(said)
-
-
 def fewest(table: pd.DataFrame, others: str, enough: float = 90.0) -> str:
     """The smallest circuit of `curve` that keeps `enough` percent of right answers, in words."""
     rows = table[(table["chosen"] == INFLUENCE) & (table["others"] == others)

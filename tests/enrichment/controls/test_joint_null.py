@@ -159,4 +159,3 @@ def test_a_study_of_both_gene_rules_reads_as_it_counts(profile):
     without = JointStudy(study.shares, study.differences[
         study.differences["lists"] != "MLP neurons"])
     assert not without.learning_shows("occurrence", 0.05)
-    assert len(study.for_reading()) == 8

@@ -245,17 +245,6 @@ class JointStudy(NamedTuple):
         return all(row is not None and row["difference"] > 0 and row["p_ahead"] < level
                    for row in rows)
 
-    def for_reading(self) -> pd.DataFrame:
-        """`of_all_layers` with the columns of the page's table."""
-        table = self.of_all_layers()
-        return pd.DataFrame({
-            "genes by": table["gene_rule"], "lists": table["lists"], "tested": table["tested"],
-            "called, %": table["percentage"], "relabelled, %": table["null_mean"],
-            "relabelled, 95 %": _range(table["lower_95"], table["upper_95"]), "p": table["p"],
-            "ahead, points": table["difference"],
-            "relabelled ahead, 95 %": _range(table["lower_95_ahead"], table["upper_95_ahead"]),
-            "p of ahead": table["p_ahead"]})
-
 
 def joint_study(statistics: FeatureStatistics, others: Mapping[str, FeatureStatistics],
                 corpus: Corpus, profile: "Profile", libraries: Sequence[GeneSets]) -> JointStudy:
@@ -270,7 +259,3 @@ def joint_study(statistics: FeatureStatistics, others: Mapping[str, FeatureStati
             table.insert(0, "gene_rule", gene_rule)
             tables.append(table)
     return JointStudy(*(pd.concat(tables, ignore_index=True) for tables in (shares, differences)))
-
-
-def _range(low: pd.Series, high: pd.Series) -> list[str]:
-    return ["" if np.isnan(a) else f"{a:.1f} to {b:.1f}" for a, b in zip(low, high, strict=True)]

@@ -146,16 +146,17 @@ def main() -> None:
              if path.is_file() and not path.name.startswith(".")]
     print(f"{len(files)} files; no chapter lists {sorted({*files} - listed)}", flush=True)
     rows = each_alone(results, whole, files)
+    unseen = [row for row in rows if row["told"] == "nothing"]
+    print(f"{len(rows)} losses: {len(rows) - len(unseen)} seen; not seen: "
+          f"{sorted({row['file'] for row in unseen})}; kept and taken for whole: "
+          f"{sorted({row['file'] for row in rows if row.get('as_kept') == 'whole'})}.", flush=True)
     for number in range(chosen.rounds):
         one_round(number, folder, whole, rows)
     with open(folder / "lost_files.csv", "w", newline="") as handle:
         table = csv.DictWriter(handle, COLUMNS)
         table.writeheader()
         table.writerows(rows)
-    unseen = [row for row in rows if row["told"] == "nothing"]
     mended = [row for row in rows if "same_again" in row]
-    print(f"{len(rows)} losses: {len(rows) - len(unseen)} seen; not seen: "
-          f"{sorted({row['file'] for row in unseen})}.")
     print(f"{len(mended)} mended by the command, {sum(row['same_again'] for row in mended)} as "
           f"before; else: {sorted({row['file'] for row in mended if not row['same_again']})}.")
 

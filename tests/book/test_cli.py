@@ -842,6 +842,27 @@ def test_what_a_renamed_chapter_left_is_read_by_none(project: Project) -> None:
     assert not project.output("01_first").exists()
 
 
+def test_values_of_what_runs_again_are_gone_before_any_chapter_reads_them(project: Project) -> None:
+    """The ledger reads those of all chapters; a damaged one of its own stopped it for ever."""
+    values = project.root / "results" / "tiny" / "values"
+    read = ("# %%\nimport json\nfrom pathlib import Path\n"
+            f"for one in Path({str(values)!r}).glob('*.json'):\n"
+            "    if json.loads(one.read_text())['from'] != 'now':\n"
+            "        raise ValueError('old')\n")
+    write = "# %%\nfrom scfm_circuits.common.files import write_json\n"
+    for name in ("01_first", "02_second"):
+        project.notebook(name, f"{read}{write}write_json(Path({str(values / name)!r} + '.json'), "
+                               "{'from': 'now'})\n", "{after: []}")
+    assert project.command("execute", "--jobs", "1")[0] == 0
+    (values / "01_first.json").write_text("")
+    assert project.command("execute", "--jobs", "1")[0] == 0
+    for name in ("01_first", "02_second"):
+        project.touch(name)
+        write_json(values / f"{name}.json", {"from": "another run"})
+    assert project.command("execute", "--jobs", "1")[0] == 0
+    assert project.executed().count("02_second") == 2
+
+
 # --- pages ----------------------------------------------------------------------------------------
 
 # A feature on a hostile token gives the target three of its four units.

@@ -101,6 +101,9 @@ def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0,
             fetch_cells(run.profile)
             sweep(run.profile.results)
             _fetch_gene_sets(run, [notebook for notebook, _ in stale])
+            # What is made again is not to be read as it was, nor found damaged by the ledger.
+            for notebook, _ in stale:
+                (run.profile.results / "values" / f"{notebook.name}.json").unlink(missing_ok=True)
             _execute_all(run, dict(stale), limit, jobs or side_by_side.usual_jobs())
         return [notebook.name for notebook, _ in stale]
 

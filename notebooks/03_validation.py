@@ -30,7 +30,7 @@
 #   it is {glue:text}`table1.no_mlp`. The transcoders recover {glue:text}`table1.recovered`, and the model
 #   still names {glue:text}`mlps.right.transcoder` of the cells correctly
 #   ({glue:text}`mlps.right.original` untouched).
-# - **What it is worth.** With every MLP held at its mean, which tells nothing of the cell, the model names
+# - **What it is worth.** With every MLP held at its mean over all tokens, which tells nothing of the cell, the model names
 #   {glue:text}`mlps.right.mean`. {glue:text}`mlps.loss_is` And a small model on few cells is no
 #   evidence about the paper's.
 # ```

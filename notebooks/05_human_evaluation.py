@@ -26,10 +26,12 @@
 #   seven are *gene-level interpretable*. That is 35 %, with a 95 % interval of
 #   {glue:text}`human.paper_low` to {glue:text}`human.paper_high`.
 # - **We find.** {glue:text}`human.said` A score that needs no raters calls
-#   {glue:text}`score.features.gene_level` of {glue:text}`score.n` features gene- or family-level.
-# - **What it is worth.** The score calls {glue:text}`score.untrained.gene_level` of the features of an
-#   {term}`untrained encoder` gene- or family-level as well, and {glue:text}`score.random.gene_level` of
-#   random sets of tokens. A share that these reach is no evidence that the model has learnt genes.
+#   {glue:text}`score.features.gene_level` of {glue:text}`score.n` features gene- or family-level, and of
+#   {glue:text}`score.features.either` it cannot tell whether they are that or fire on a sub-word.
+# - **What it is worth.** For features of an {term}`untrained encoder` the two shares are
+#   {glue:text}`score.untrained.gene_level` and {glue:text}`score.untrained.either`, for random sets of tokens
+#   {glue:text}`score.random.gene_level` and {glue:text}`score.random.either`. A share that these reach is no
+#   evidence that the model has learnt genes.
 # ```
 
 # %% tags=["parameters"]
@@ -241,9 +243,11 @@ for key, share in scores.level_shares(shares).items():
 # To test the score, features are made that fire on one to three genes, families or sub-words of this
 # corpus, purely or with other mentions mixed in, and are scored like the others. Of those that fire on
 # genes, {glue:text}`score.made.gene_1` are scored gene- or family-level and
-# {glue:text}`score.made.gene_1_either` either. If three of ten activations are elsewhere,
-# {glue:text}`score.made.gene_07` are scored gene- or family-level. Of those that fire on sub-words of
-# several families, {glue:text}`score.made.token_1` are wrongly scored so. {glue:text}`score.known`
+# {glue:text}`score.made.gene_1_either` either; if three of ten activations are elsewhere,
+# {glue:text}`score.made.gene_07` are scored gene- or family-level. Of those that fire on families,
+# {glue:text}`score.made.family_1` are, and {glue:text}`score.made.family_1_either` either, as a family often
+# shares a sub-word: *either* may hold families, too. Of those that fire on sub-words of several families,
+# {glue:text}`score.made.token_1` are wrongly scored gene- or family-level. {glue:text}`score.known`
 
 # %%
 checks = score_checks.check_scores(statistics, corpus, settings, chapter.plan, chapter.paper.table3)

@@ -193,7 +193,7 @@ print(written(settings, genes, study.prediction) if settings.in_words else " ".j
 # ```
 #
 # With attention patterns and norms held at their values, it is a linear reading: the gradient in the
-# logits is the answer's token less the others, weighted by their softmax among themselves, and the
+# {term}`logits <logit>` is the answer's token less the others, weighted by their softmax among themselves, and the
 # entropy of these weights belongs to the constant.
 
 # %% [markdown] tags=["only-if:call.by_state"]
@@ -233,7 +233,7 @@ chapter.table("case_call_genes", by_gene, rows=12,
 
 # %% [markdown] tags=["fold:How the circuit is found and the circuit as a static figure"]
 # The search is the paper's: take the strongest contributors, extend them upstream, repeat. A
-# feature is extended by its own sum, and an attention head by what it read at its source token.
+# feature is extended by its own sum, and an {term}`attention head` by what it read at its source token.
 # Negative contributions are kept. The circuit has {glue:text}`call.nodes` nodes and
 # {glue:text}`call.edges` edges. Its direct edges hold {glue:text}`call.kept_share` of the target's
 # absolute contributions; the rest is counted but not drawn. The largest rounding error of any extended node

@@ -368,7 +368,8 @@ chapter.figure("task_circuit", plots.task_curves(curve))
 
 # %% [markdown]
 # Of the original model's right answers, all {glue:text}`task.firing` features that fire keep
-# {glue:text}`task.all_mean`. None of them, every MLP at its mean for the kind of token, keeps
+# {glue:text}`task.all_mean`. None of them, every MLP at its mean for the kind of token (not over all tokens, as in
+# {doc}`03_validation`), keeps
 # {glue:text}`task.none_mean`: for so much of the task no feature is needed, whatever a circuit shows.
 # With nothing in the MLPs' place it is {glue:text}`task.none_zero`.
 #

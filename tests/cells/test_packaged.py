@@ -131,7 +131,7 @@ def test_the_cells_of_the_demo(cache: Path) -> None:
     endothelial = cells.expression[cells.labels == "endothelial"]
     seen = endothelial[:, cells.symbols.index("PECAM1")].getnnz() / 130
     assert seen == pytest.approx(0.97, abs=0.01)
-    # Free RNA of the hormone cells is in nearly every droplet.
+    # Ambient RNA of the hormone cells is in nearly every droplet.
     assert endothelial[:, cells.symbols.index("INS")].getnnz() > 0.95 * 130
 
 

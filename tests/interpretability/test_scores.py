@@ -283,6 +283,7 @@ def test_what_the_checks_say_in_the_prose(tmp_path, monkeypatch):
     checks = Checks(made, checks.table3, judged)
     assert checks.made_shares() == {
         "gene_1": 0.9, "gene_1_either": 0.05, "gene_07": 0.6, "gene_07_either": 0.2,
+        "family_1": 0.1, "family_1_either": 0.8, "family_07": None, "family_07_either": None,
         "token_1": None, "token_1_either": None, "token_07": None, "token_07_either": None}
     assert checks.called("Yes") == (5, 6) and checks.called("No") == (1, 5)
 

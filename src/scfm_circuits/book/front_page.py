@@ -79,9 +79,12 @@ def _on_people(values: Mapping[str, Any]) -> str:
              is not None else 'Nobody has <a href="rate.html">rated</a> ours yet.')
     if own is None or untrained is None:
         return rated
+    either, beside = (values.get(f"score.{name}.either") for name in ("features", "untrained"))
+    unsure, too = ("", "") if either is None or beside is None else (
+        f" (and in {100 * either:.0f} % either that or a sub-word)", f" ({100 * beside:.0f} %)")
     return (f"{rated} A score without raters finds a gene or a family in "
-            f"<strong>{100 * own:.1f} %</strong>, and in {100 * untrained:.1f} % of features that "
-            "learnt nothing.")
+            f"<strong>{100 * own:.1f} %</strong>{unsure}, and in {100 * untrained:.1f} %{too} of "
+            "features that learnt nothing.")
 
 
 def _on_circuit(values: Mapping[str, Any]) -> str:

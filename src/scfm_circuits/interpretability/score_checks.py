@@ -73,7 +73,7 @@ class Checks(NamedTuple):
         or family-level) and `gene_07_either`.
         """
         found: dict[str, float | None] = {}
-        for kind in ("gene", "token"):
+        for kind in ("gene", "family", "token"):
             for purity in PURITIES:
                 of = self.made[(self.made["fires_on"] == kind) & (self.made["purity"] == purity)]
                 name = f"{kind}_{purity:g}".replace("0.", "0")

@@ -84,9 +84,9 @@ chapter.value("enrichment.statement", RULES[settings.enrichment_rule].statement)
 # %%
 table4, paper = study.table, None if stand_in else chapter.paper.table4
 chapter.table("table4", table4, rows=0, caption="Live and interpretable features of each layer")
-chapter.values({"stand_in": stand_in,
-                "libraries": ", ".join(one.title for one in libraries)},
-               prefix="enrichment.")
+chapter.value("enrichment.stand_in", stand_in)
+chapter.value("enrichment.libraries", ", ".join(one.name for one in libraries),
+              ", ".join(one.title for one in libraries))
 chapter.value("table4.layout", "This run alone, with other gene sets than the paper's." if stand_in
               else "First this run, then the paper's layer at the same relative depth.")
 chapter.show(studies.beside_paper(table4, paper), caption="Table 4 of this run under the rule "

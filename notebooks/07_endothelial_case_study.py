@@ -515,8 +515,9 @@ chapter.show(by_genes.groupby("target", sort=False).head(6), digits=2,
 everything = targets.rule.terms(genes, library, targets.symbols)
 
 # %%
+chapter.value("case.library", library.name, library.title)
 chapter.values({
-    "library": library.title, "stand_in": chapter.stand_in(settings.case_library),
+    "stand_in": chapter.stand_in(settings.case_library),
     "best_term_all": everything["Term"].iloc[0] if len(everything) else None,
     "statement": targets.rule.statement, "random_draws": case_targets.DRAWS,
     "fdr_cut": settings.fdr}, prefix="case.")

@@ -1,10 +1,12 @@
 """The claims file, the verdicts and the ledger."""
 
+import ast
 import csv
 import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -424,6 +426,27 @@ def test_other_gene_sets_than_the_papers_are_not_judged(run: Path) -> None:
         assert f"found with {others or 'none'}, not GO_Biological_Process_2025 and" in row["note"]
         assert rows.loc["layer0-dip", "verdict"] == "not judged"
         assert rows.loc["table4-layer-1-live", "ours"] == "10"
+
+
+def recorded(key: str) -> list[ast.expr]:
+    """What the chapters give `chapter.value` as the value of a key."""
+    calls = [node for path in sorted((CLAIMS.parents[1] / "notebooks").glob("*.py"))
+             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "value"]
+    return [call.args[1] for call in calls if getattr(call.args[0], "value", None) == key]
+
+
+def test_chapters_keep_the_libraries_names_that_the_ledger_knows() -> None:
+    """And not their titles, which no claim names: found so, nothing would ever be judged."""
+    asked = {claim.libraries.used: claim.libraries for claim in load_claims() if claim.libraries}
+    assert len(asked) == 2
+    for key, libraries in asked.items():
+        used = [SimpleNamespace(name=name, title=name.replace("_", " "))
+                for name in libraries.named]
+        (value,) = recorded(key)
+        kept = eval(compile(ast.Expression(value), key, "eval"),
+                    {"libraries": used, "library": used[0]})
+        assert libraries.others({key: kept}) is None
 
 
 def test_derived_values_are_computed_from_what_there_is(run: Path) -> None:

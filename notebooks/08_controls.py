@@ -26,8 +26,9 @@
 # - **The paper says.** It has no control for its circuit, and leaves what circuits have in common to
 #   future work.
 # - **We find.** Taking the circuit away changes its target by {glue:text}`faithfulness.circuit` of its value
-#   (median over {glue:text}`faithfulness.cells` cells); taking away other features at the same tokens changes
-#   it by {glue:text}`faithfulness.random`. Of {glue:text}`prediction.made` kinds of
+#   (median over {glue:text}`faithfulness.cells` cells); taking away other features at the same
+#   tokens, which write {glue:text}`faithfulness.size_same_token` times as much, changes it by
+#   {glue:text}`faithfulness.random`. Of {glue:text}`prediction.made` kinds of
 #   prediction {glue:text}`prediction.held` hold, {glue:text}`prediction.direction` in sign only, and
 #   {glue:text}`prediction.failed` failed. What taking a
 #   gene out does ({term}`knock-out`), circuits say better than cheap rivals by
@@ -142,6 +143,8 @@ for name, number in {**found.numbers, **found.ratios}.items():
 #
 # A correlation over cells does not say so: it can be high where every sign is wrong. What counts is
 # the sign, and the distance from the line measured = predicted. {glue:text}`prediction.key_point`
+# With all features taken away, saying of every cell that its target is gone has an R² of
+# {glue:text}`prediction.gone_r2`: what that prediction has to beat.
 
 # %%
 tested = prediction.predictions(study.effects, study.singles, settings.seed)
@@ -177,6 +180,7 @@ chapter.values({"made": len(tested), **{
     name: int((tested["verdict"] == verdict).sum()) for name, verdict in (
         ("held", prediction.HOLDS), ("direction", prediction.DIRECTION),
         ("failed", prediction.FAILED))}}, prefix="prediction.")
+chapter.rounded("prediction.gone_r2", prediction.gone_r2(study.effects), 2)
 chapter.value("prediction.key_point", int((tested["verdict"] == prediction.HOLDS).sum()),
               prediction.key_point(tested))
 

@@ -96,6 +96,16 @@ def study_frames() -> tuple[pd.DataFrame, pd.DataFrame]:
     return effects, single.assign(measured=0.9 * single["predicted"])
 
 
+def test_saying_that_the_target_is_gone_is_judged_as_a_prediction_is():
+    """Its R2 is that of `agreement` with -1 for every cell."""
+    effects, _ = study_frames()
+    own = effects[(effects["features"] == "circuit") & (effects["intervention"] == "ablation")]
+    gone = prediction.agreement(np.full(len(own), -1.0), own["measured"].to_numpy(),
+                                own["cell"].to_numpy(), seed=0)
+    assert prediction.gone_r2(effects) == pytest.approx(gone.r2)
+    assert np.isnan(prediction.gone_r2(effects.assign(measured=0.0)))
+
+
 def test_what_the_page_says_is_what_the_table_says():
     table = prediction.predictions(*study_frames(), seed=0)
     assert table[["done", "features", "verdict"]].to_numpy().tolist() == [

@@ -121,6 +121,17 @@ def predictions(effects: pd.DataFrame, singles: pd.DataFrame, seed: int) -> pd.D
         kind="stable", ignore_index=True)
 
 
+def gone_r2(effects: pd.DataFrame) -> float:
+    """R2 of saying of every cell that the target is gone (-1) once its circuit is taken away.
+
+    What the prediction for features taken away all at once has to beat. NaN if nothing changed.
+    """
+    own = (effects["features"] == "circuit") & (effects["intervention"] == "ablation")
+    measured = effects.loc[own, "measured"].to_numpy(float)
+    whole = (measured**2).sum()
+    return float(1 - ((measured + 1) ** 2).sum() / whole) if whole else np.nan
+
+
 def key_point(table: pd.DataFrame) -> str:
     """Which of `predictions` hold and which do not, in a sentence."""
     said = []

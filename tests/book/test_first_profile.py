@@ -171,6 +171,18 @@ def test_ensembl_identifiers_in_the_index(tmp_path: Path) -> None:
     assert profile.symbol_column == "Feature_Name" and cells.symbols == tuple(SYMBOLS)
 
 
+@pytest.mark.parametrize("name", ["g{}", "gene_{}", "LOC{}", "hg38-{}"])
+def test_genes_that_are_numbered_in_the_index(tmp_path: Path, name: str) -> None:
+    data = some_data(names=[name.format(number) for number in range(4)])
+    data.var["biotype"] = ["a", "b", "c", "d"]
+    profile, _ = written(tmp_path, data)  # the index, where there is nothing better
+    assert profile.symbol_column is None
+    data.var["gene_symbol"] = SYMBOLS
+    profile, cells = written(tmp_path, data, overwrite=True)
+    assert profile.symbol_column == "gene_symbol" and cells.symbols == tuple(SYMBOLS)
+    assert "also possible: 'the index (null)', 'biotype'" in (tmp_path / "mine.yml").read_text()
+
+
 @pytest.mark.parametrize("column", SYMBOL_COLUMNS)
 def test_writer_and_reader_know_the_same_columns(tmp_path: Path, column: str) -> None:
     data = some_data(names=ENSEMBL)

@@ -9,6 +9,7 @@ Python literals, so none can end a line.
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -147,14 +148,23 @@ def choose_matrix(found: Peek, where: str, encoding: str = CELL_SENTENCE) -> Cho
     return Choice(chosen, f"seen in samples: {seen}")
 
 
+def _numbered(names: Iterable[Any]) -> bool:
+    """Whether most names are one text with a number behind it, such as g12 or gene_12."""
+    before = Counter(re.sub(r"\d+$", "", str(name)) for name in names)
+    return 2 * max(before.values(), default=0) > before.total()
+
+
 def choose_symbols(variables: "pd.DataFrame", where: str, table: str = "var"
                    ) -> tuple[Choice, Choice]:
     """Where gene symbols are, and what to do with repeated ones.
 
     The index, unless it holds Ensembl identifiers or numbers; then a column known to hold symbols,
-    else any column that may. InputError if none may. table: `raw.var` for the genes of `raw`.
+    else any column that may. Such a column goes before an index of numbered names, too. InputError
+    if none may. table: `raw.var` for the genes of `raw`.
     """
-    columns = dict.fromkeys((None, *symbol_columns(variables), *variables.columns))
+    known = symbol_columns(variables)
+    first = [*known, None] if _numbered(variables.index) else [None, *known]
+    columns = dict.fromkeys((*first, *variables.columns))
     usable = [column for column in columns if (column is None or isinstance(column, str))
               and possible_symbols(variables, column)]
     if not usable:

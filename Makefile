@@ -40,6 +40,15 @@ FIND_PYTHON = for candidate in $(or $(PYTHON),python3 python3.12 python3.13 pyth
     echo "Python 3.11 or newer is needed and was not found; install it or give PYTHON=path." >&2; \
     exit 1; fi
 
+# A name that is misspelled would be passed over, and another book made than the one meant.
+NAMES := PROFILE PARAMS JOBS PYTHON BENCH H5AD OUT EXTENDS OVERWRITE VENV READY RUN SHELL SCFM_%
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+UNKNOWN := $(firstword $(filter-out $(NAMES),$(GIVEN)))
+ifneq ($(UNKNOWN),)
+  $(error make takes no $(UNKNOWN)=; a field of the profile goes into PARAMS="field=value", a \
+    variable of the environment before `make`, and names are in capitals (PROFILE, PARAMS, JOBS))
+endif
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: book notebooks plan data check profile test lint types unit smoke bench gpu-check lab clean \

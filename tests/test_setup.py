@@ -143,7 +143,17 @@ def test_make_hands_on_what_was_typed(name: str, by: str) -> None:
     assert answer.stdout == f"{text}\n"
 
 
-@pytest.mark.parametrize("given", ["PROFILE=a b", "PROFILE=a'; echo b", "PROFILE=", "A="])
+@pytest.mark.parametrize("given", ["seed=1", "profile=smoke", "PROFIL=smoke"])
+def test_make_passes_over_no_name(given: str) -> None:
+    """Else `make book seed=1` would make the book of the default profile."""
+    answer = subprocess.run(["make", "-n", "-C", str(ROOT), "book", given, "PARAMS=fdr=0.1"],
+                            capture_output=True, text=True)
+    assert answer.returncode != 0 and "scfm_circuits" not in answer.stdout
+    assert f"make takes no {given.split('=')[0]}=; a field of the profile goes into PARAMS" in (
+        answer.stderr)
+
+
+@pytest.mark.parametrize("given", ["PROFILE=a b", "PROFILE=a'; echo b", "PROFILE=", "JOBS="])
 def test_clean_needs_no_environment(tmp_path: Path, given: str) -> None:
     shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("results/demo", "results/a", "book/_build", ".venv/bin"):
@@ -156,13 +166,13 @@ def test_clean_needs_no_environment(tmp_path: Path, given: str) -> None:
         capture_output=True, text=True,
     )
     left = {path.name for path in (tmp_path / "results").iterdir()}
-    if given == "A=":
+    if given == "JOBS=":
         assert answer.returncode == 0 and left == {"a"}
         assert "Removed book/_build, results/demo.\n" in answer.stdout
     else:
         assert answer.returncode != 0 and left == {"a", "demo"}
         assert "Nothing was removed: PROFILE is" in answer.stderr
-    assert (tmp_path / "book" / "_build").exists() == (given != "A=")
+    assert (tmp_path / "book" / "_build").exists() == (given != "JOBS=")
     assert broken.exists() and not [*(tmp_path / "src").rglob("__pycache__")]
 
 

@@ -5,6 +5,7 @@ Errors that a person can mend end in one sentence on the terminal and 1; an inte
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     of_profile("data", "fetch and verify cells, model and gene sets")
     cost = of_profile("plan", "what would be executed, why, and what it would cost")
     for one in (book, cost):
-        one.add_argument("--jobs", type=int, default=None,
+        one.add_argument("--jobs", default=None, metavar="N",
                          help="chapters that run at once, where none follows another (default: 2, "
                          "or 1 where cores or memory are few)")
     cost.add_argument("--cost", action="store_true", help="the cost alone, as JSON")
@@ -82,13 +83,15 @@ def _perform(given: argparse.Namespace) -> None:
     else:
         from scfm_circuits.book import cli as book
 
-        if given.jobs is not None and given.jobs < 1:
-            raise InputError("--jobs must be at least 1.")
+        if given.jobs is not None and not re.fullmatch("0*[1-9][0-9]{0,8}", given.jobs):
+            raise InputError(f"JOBS (--jobs) is {given.jobs!r}; it must be a whole number, at "
+                             "least 1.")
+        jobs = None if given.jobs is None else int(given.jobs)
         run = load_run(given.profile, overrides)
         if given.command == "book":
-            book.make(run, given.step, given.output, given.cell_seconds, given.jobs)
+            book.make(run, given.step, given.output, given.cell_seconds, jobs)
         else:
-            (book.show_cost if given.cost else book.show_plan)(run, given.jobs)
+            (book.show_cost if given.cost else book.show_plan)(run, jobs)
 
 
 def main(given: Sequence[str] | None = None) -> int:

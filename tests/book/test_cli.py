@@ -5,15 +5,19 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 from browser import opened
+from hypothesis import given
+from hypothesis import strategies as st
 
 from scfm_circuits import InputError
 from scfm_circuits.__main__ import main
@@ -23,6 +27,8 @@ from scfm_circuits.book import execution, front_page, gate, pages, screen
 from scfm_circuits.book.chapters import load_run, plan
 from scfm_circuits.common import files, kept, manifest, profile
 from scfm_circuits.common.files import write_json
+from scfm_circuits.common.profile import Profile
+from scfm_circuits.common.profile_files import parse_overrides, split_pairs
 from scfm_circuits.report import tables as report_tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,6 +190,7 @@ def test_a_kernel_ends_without_taking_down_what_it_has_loaded(project: Project) 
     (["-p", "seed=[1"], "cannot be read"),
     (["--cell-seconds", "0"], "at least 1"),
     (["--jobs", "0"], "at least 1"),
+    (["--jobs", "two"], "JOBS (--jobs) is 'two'; it must be a whole number"),
 ])
 def test_wrong_parameters_end_before_anything_runs(
     project: Project, words: list[str], told: str
@@ -420,7 +427,8 @@ def test_inputs_that_change_during_the_run_are_noticed(project: Project, changin
     for name in ("01_first", "02_second", "03_third"):
         project.notebook(name, CHANGE if name == changing else "", header="{after: []}")
     code, _, told = project.command("all", "--jobs", "1")
-    assert code == 1 and told == "Changed while running: package (common); run `make book` again.\n"
+    assert code == 1 and told == (
+        "Changed while running: package (common); run `make book PROFILE=tiny` again.\n")
     project.notebook(changing, header="{after: []}")
     project.executed()
     # What ran after the change ran with what is there now.
@@ -436,8 +444,37 @@ def test_a_profile_that_changes_during_the_run_ends_it(project: Project) -> None
         "    file.write('seed: 3\\n')\n"))
     project.notebook("02_second", header="{after: []}")
     code, _, told = project.command("execute", "--jobs", "1")
-    assert code == 1 and told == "Changed while running: profile; run `make book` again.\n"
+    assert code == 1 and told == (
+        "Changed while running: profile; run `make book PROFILE=tiny` again.\n")
     assert project.executed() == ["01_first"]
+
+
+def test_what_to_run_names_the_profile_and_its_overrides(project: Project) -> None:
+    """What is said to be run, typed as it stands, is of this run and not of the default one."""
+    project.notebook("01_first")
+    for words, typed in ([], ""), (["-p", "seed=1", "-p", "case_type=CD14+ Monocyte"],
+                                   " PARAMS=\"seed=1 'case_type=CD14+ Monocyte'\""):
+        told = project.command("check", *words)[2]
+        assert f"run `make notebooks PROFILE=tiny{typed}` first:\n" in told
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
+    ["1e4", "it's", 'a "b" $c `d` \\', "null", "#", "", " a  b ", "a=b"])
+
+
+@given(st.fixed_dictionaries({}, optional={
+    "case_type": ANY_TEXT, "prompt": ANY_TEXT, "case_sentence": st.none() | ANY_TEXT,
+    "seed": st.integers(), "reinitialised_control": st.booleans(), "fdr": st.floats(0, 1),
+    "libraries": st.lists(ANY_TEXT, max_size=2)}))
+def test_a_command_as_typed_is_read_as_it_was(overrides: dict[str, Any]) -> None:
+    run = replace(load_run("demo"), profile_name="a b.yml", overrides=overrides)
+    words = subprocess.run(["sh", "-c", f"printf '%s\\0' {run.command('book')}"], text=True,
+                           capture_output=True, check=True).stdout.split("\0")[:-1]
+    assert words[:3] == ["make", "book", "PROFILE=a b.yml"]
+    text = "".join(words[3:]).removeprefix("PARAMS=")
+    read = parse_overrides(split_pairs(text), Profile.model_fields)
+    assert read == overrides and len(words) == 3 + bool(overrides)
+    assert [*map(type, read.values())] == [*map(type, overrides.values())]
 
 
 class Terminal(io.StringIO):

@@ -13,7 +13,10 @@ What was used is recorded in the executed notebook itself (`metadata.scfm`). Not
 imported here, so an up-to-date book answers at once.
 """
 
+import contextlib
 import json
+import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +32,7 @@ from scfm_circuits.cells.dictionaries import FILES, dictionary_file
 from scfm_circuits.common import kept, manifest
 from scfm_circuits.common.files import digest, lost_file, sha256_of_file, size_of_file
 from scfm_circuits.common.profile import ROOT, Profile, cells_path, load_profile, located
+from scfm_circuits.common.profile_files import parse_overrides
 
 NOTEBOOKS = ROOT / "notebooks"
 SHOWN = {"name", "title", "seed", "cells_are", "cells_name"}
@@ -89,9 +93,28 @@ class Run:
     profile: Profile
     notebooks: tuple[Notebook, ...]
 
+    def command(self, target: str) -> str:
+        """`make` with this run's profile and overrides, as one types it in a shell."""
+        words = ["make", target]
+        if self.profile_name != "demo":
+            words.append(shlex.quote(f"PROFILE={self.profile_name}"))
+        pairs = " ".join(shlex.quote(_pair(*item)) for item in self.overrides.items())
+        if pairs:
+            words.append('PARAMS="' + re.sub(r'[\\"`$]', r"\\\g<0>", pairs) + '"')
+        return " ".join(words)
+
     def output(self, name: str) -> Path:
         """Where the executed notebook stands."""
         return self.profile.results / "notebooks" / f"{name}.ipynb"
+
+
+def _pair(key: str, value: Any) -> str:
+    """`key=value` as `parse_overrides` reads it, without quotation marks where it needs none."""
+    if isinstance(value, str) and value.isprintable():
+        with contextlib.suppress(InputError):
+            if parse_overrides([f"{key}={value}"], Profile.model_fields) == {key: value}:
+                return f"{key}={value}"
+    return f"{key}={json.dumps(value)}"
 
 
 def load_run(profile_name: str, overrides: Mapping[str, Any] | None = None) -> Run:

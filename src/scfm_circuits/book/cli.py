@@ -38,12 +38,13 @@ def check(run: Run, just_executed: Sequence[str] = ()) -> None:
                                           read_record(run.output(notebook.name)) or {})}
     if changed:
         raise ExecutionFailed(
-            f"Changed while running: {', '.join(sorted(changed))}; run `make book` again."
+            f"Changed while running: {', '.join(sorted(changed))}; run `{run.command('book')}` "
+            "again."
         )
     problems = [f"{notebook.name}: {reason}" for notebook, reason in stale]
     if problems:
         raise ExecutionFailed(
-            "The executed chapters are not up to date; run `make notebooks` first:\n  "
+            f"The executed chapters are not up to date; run `{run.command('notebooks')}` first:\n  "
             + "\n  ".join(problems)
         )
     records: dict[str, dict[str, Any]] = {}
@@ -124,8 +125,8 @@ def missing_gene_sets(run: Run) -> str | None:
     if not names:
         return None
     return (f"Missing: the gene sets {', '.join(names)}, for which a small bundled library stood "
-            "in. With a network, `make data` fetches them; else put <name>.gmt files into a folder "
-            "and name it in SCFM_GENE_SETS; then `make book` again.")
+            f"in. With a network, `{run.command('data')}` fetches them; else put <name>.gmt files "
+            f"into a folder and name it in SCFM_GENE_SETS; then `{run.command('book')}` again.")
 
 
 def make(run: Run, step: str, output: Path, cell_seconds: int | None = None,

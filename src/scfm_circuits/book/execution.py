@@ -169,7 +169,8 @@ def _as_it_is_now(run: Run) -> Run:
     now = read_again(run)
     if now.profile != run.profile:
         # Only the notebook's kernel would read it again: its record would name the old settings.
-        raise ExecutionFailed("Changed while running: profile; run `make book` again.")
+        raise ExecutionFailed("Changed while running: profile; run "
+                              f"`{run.command('book')}` again.")
     return now
 
 

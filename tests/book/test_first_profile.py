@@ -461,7 +461,7 @@ def test_make_hands_paths_over_as_they_are(tmp_path: Path) -> None:
     (tmp_path / ".venv" / ".ready").touch()
     done = subprocess.run(
         ["make", "-C", str(tmp_path), "-f", str(ROOT / "Makefile"), "profile",
-         f"H5AD={name.replace('$', '$$')}", "OUT=own.yml", "EXTENDS=pbmc"],
+         f"H5AD={name}", "OUT=own.yml", "EXTENDS=pbmc"],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
     assert done.returncode == 0, done.stderr
     assert load_profile(str(tmp_path / "own.yml")).cells == str((tmp_path / name).resolve())

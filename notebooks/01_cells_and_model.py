@@ -27,7 +27,8 @@
 #   type (the left half of the paper's Figure 1). The model is used as it is.
 # - **We find.** This run's model has {glue:text}`model.layers` layers of width {glue:text}`model.width`. It
 #   names {glue:text}`model.accuracy_percent` % of {glue:text}`model.asked` {term}`held-out cells
-#   <held-out cell>` correctly ({glue:text}`model.mean_over_types` % as a mean over types).
+#   <held-out cell>` correctly ({glue:text}`model.mean_over_types` % as a mean over
+#   types with enough of these cells).
 # - **What it is worth.** Always naming the commonest type would be right for
 #   {glue:text}`model.majority_percent` %. A logistic regression on the same {glue:text}`cells.k` ranks, with
 #   no layers at all, is right for {glue:text}`model.regression_percent` %.

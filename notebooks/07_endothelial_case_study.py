@@ -268,7 +268,6 @@ whole = graph.whole
 exports.save_both(settings.results, "call_graph", graph.pruned, case.texts, case.genes,
                   slug=f"{settings.name}-call-graph", scan=scan, outputs=outputs)
 chapter.values(graph.counts(greedy={node.id for node in call.circuit.features}), prefix="graph.")
-chapter.value("graph.memory", graph.memory, f"{graph.memory / 2**20:,.0f} MiB")
 chapter.value("graph.closure_max", whole.closure_max_relative, f"{whole.closure_max_relative:.1e}")
 chapter.rounded("graph.replacement", graph.replacement, 2)
 chapter.rounded("graph.completeness", graph.completeness, 2)
@@ -277,8 +276,7 @@ for end, share in graph.ends.items():
 
 # %% [markdown]
 # Of {glue:text}`graph.active` active features upstream of the target, {glue:text}`graph.rows` have a
-# row; the memory that this may take at most, {glue:text}`graph.memory`, is known before anything is
-# computed. Followed back through the graph, {glue:text}`graph.ends.tokens` of the target's absolute
+# row. Followed back through the graph, {glue:text}`graph.ends.tokens` of the target's absolute
 # contributions start at the prompt's tokens, {glue:text}`graph.ends.errors` at what the transcoders
 # leave unexplained, {glue:text}`graph.ends.constant` at biases, which the text does not touch, and
 # {glue:text}`graph.ends.dropped` were dropped. Circuit-tracer's two scores see neither biases nor

@@ -44,7 +44,6 @@ overrides: dict = {}
 import numpy as np
 import pandas as pd
 
-from scfm_circuits.report.boxes.feature_files import FOLDER
 from scfm_circuits.report.boxes.features import make_pages
 from scfm_circuits.report.chapter import open_chapter
 
@@ -55,15 +54,13 @@ index, panels = make_pages(chapter.model, chapter.transcoders, chapter.statistic
                            chapter.profile)
 
 # %% tags=["remove-input"]
-sizes = [path.stat().st_size for path in (chapter.profile.results / FOLDER).glob("*.js")]
-chapter.rounded("feature_pages.megabytes", sum(sizes) / 1e6, 1)
 chapter.values({"features": len(index), "in_circuits": (index["circuits"] > 0).sum()},
                prefix="feature_pages.")
 
 # %% [markdown]
 # The index has {glue:text}`feature_pages.features` features, of which
 # {glue:text}`feature_pages.in_circuits` are in a circuit of {doc}`07_endothelial_case_study` or
-# {doc}`08_controls`. Its data take {glue:text}`feature_pages.megabytes` MB and are loaded in parts.
+# {doc}`08_controls`.
 
 # %% tags=["hide-input"]
 nearest = np.array([panel["nearest"][0] for panel in panels])

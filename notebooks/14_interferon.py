@@ -82,8 +82,7 @@ chapter.figure("known_response", plots.known_ranks(ranks.genes, ranks.summary, k
 
 # %%
 chapter.values({"label": settings.case_type, "n": len(settings.known_response),
-                "names": ", ".join(settings.known_response), "cost": str(perturbed_cells.cost_of(
-                    corpus, known_response.response_cells(corpus)))}, prefix="known.")
+                "names": ", ".join(settings.known_response)}, prefix="known.")
 for row in ranks.summary.itertuples():
     chapter.rounded(f"known.{row.by}.rank", row.median_rank, 1)
     chapter.rounded(f"known.{row.by}.null", row.null, 0)
@@ -128,7 +127,6 @@ chapter.table("interferon_ranks", ranks.summary, digits=3, columns={
 #
 # Cells of either label were measured apart from the other's, so a model may tell the measurements apart too:
 # that a gene speaks for the label does not show that it responds. The known genes are known from elsewhere.
-# All deletions of this chapter are {glue:text}`known.cost`.
 
 # %% [markdown]
 # ## Does the circuit say what taking a gene out does?

@@ -434,7 +434,6 @@ def test_the_study_is_the_graph_pruned_and_counted():
     study = graph_study(frozen, start[0], max_features=20)
     whole = attribution_graph(frozen, start, max_features=20)
     assert study.whole.nodes == whole.nodes and study.ends == effect_ends(whole)
-    assert study.memory == graph_memory(frozen, start, max_features=20)
     table = study.table()
     assert table["edges"].tolist() == [whole.n_edges, prune(whole).n_edges]
     assert table["replacement_score"][0] == study.replacement == replacement_score(whole)

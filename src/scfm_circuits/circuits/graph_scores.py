@@ -19,7 +19,6 @@ from scfm_circuits.circuits.graph import (
     AttributionGraph,
     Target,
     attribution_graph,
-    graph_memory,
 )
 
 
@@ -167,8 +166,6 @@ class GraphStudy(NamedTuple):
     pruned: AttributionGraph
     ends: dict[str, float]
     """`effect_ends` of the whole graph."""
-    memory: int
-    """Bytes that it could take at most, known before it was computed."""
 
     @property
     def replacement(self) -> float:
@@ -207,5 +204,4 @@ class GraphStudy(NamedTuple):
 def graph_study(frozen: Frozen, target: Target, *, max_features: int) -> GraphStudy:
     """Everything upstream of a target, as `graph.attribution_graph` has it, and pruned."""
     whole = attribution_graph(frozen, [target], max_features=max_features)
-    return GraphStudy(whole, prune(whole), effect_ends(whole),
-                      graph_memory(frozen, [target], max_features=max_features))
+    return GraphStudy(whole, prune(whole), effect_ends(whole))

@@ -26,8 +26,8 @@
 # - **We find.** On average over layers {glue:text}`l0.mean` of {glue:text}`l0.width` features are active on
 #   a token. {glue:text}`live.table4` features are live by the cut of Table 4.
 # - **What it is worth.** L0 alone says little: any value can be reached by the choice of $\lambda$, so it belongs
-#   beside the loss of {doc}`03_validation`. What counts as live depends on the size of the corpus, not only
-#   on the features.
+#   beside the loss of {doc}`03_validation`. What counts as live depends on the corpus, not only on the
+#   features.
 # ```
 #
 # Here and in the chapters that follow, features are counted over every token of all cells.

@@ -32,7 +32,8 @@
 #   {term}`untrained encoder`, and {glue:text}`controls.enrichr.uniform` of lists of random genes.
 # - **What it is worth.** Such a percentage says something about features only by how far it is above its
 #   controls. {glue:text}`controls.nominal` of {glue:text}`table4.total.live` features are
-#   {term}`ahead of all controls`, and {glue:text}`controls.beyond` after correction over all features.
+#   {term}`ahead of all controls`, where luck gives up to {glue:text}`enrichment.fdr` of all, and
+#   {glue:text}`controls.beyond` after correction over all features.
 #   {glue:text}`ahead.occurrence.learning`. Depending on choices that the paper does not state, the percentage
 #   of the same features is anywhere from {glue:text}`enrichment.lowest` to
 #   {glue:text}`enrichment.highest` %.
@@ -291,7 +292,7 @@ chapter.value("controls.commonest_count", int(commonest.iloc[0]) if len(ahead) e
 # %% [markdown]
 # {glue:text}`controls.nominal` of {glue:text}`table4.total.live` features
 # ({glue:text}`controls.nominal_percentage` %) are ahead of every control, uncorrected
-# (p < {glue:text}`enrichment.level`); the best term of {glue:text}`controls.commonest_count` of them is
+# (p < {glue:text}`enrichment.level`, so luck gives up to {glue:text}`enrichment.fdr`); the best term of {glue:text}`controls.commonest_count` of them is
 # "{glue:text}`controls.commonest_term`". {glue:text}`controls.beyond`
 # ({glue:text}`controls.beyond_percentage` %) are beyond all controls after correction over the features.
 

@@ -207,7 +207,7 @@ chapter.values({"unit": calls_of(chapter.model, corpus, settings).unit,
 chapter.figure("knock_out", plots.knock_outs(taken_out.summary, knock_out.CIRCUITS))
 
 # %% [markdown]
-# With the features of the greedy circuit alone, all others held at the means of their own kind of token,
+# With the features of the call's greedy {term}`circuit` alone, all others held at the means of their own kind of token,
 # {glue:text}`knock_out.circuit` of the call's {glue:text}`knock_out.whole` {glue:text}`knock_out.unit` are
 # left, and with no
 # circuit at all {glue:text}`knock_out.nothing`. Errors stay as they are and attention still reads the
@@ -243,7 +243,7 @@ chapter.value("knock_out.won", won, f"{won or 'none'}")
 # read ({doc}`07_endothelial_case_study`; it is above 0 in {glue:text}`knock_out.ahead` of the cells). The
 # scores are
 #
-# - *all paths*: what the gene's own embedding gives the call along all paths of the frozen model,
+# - *all paths*: what the gene's own embedding gives the call along all paths of the {term}`frozen model`,
 #   through attention and active features, with its sign;
 # - *all that is written at its tokens*: embedding, features and errors there, each with what attention
 #   alone carries of it to the call. Over all tokens, with biases, this adds up to the call;

@@ -74,7 +74,7 @@ ranks = known_response.known_ranks(study, settings.known_response, settings.seed
 # cells, of each label in turn, is taken out, and what the {term}`contrast` of that label loses is
 # the gene's effect, in nats: one nat more multiplies the odds of the label by 2.7. Beside that
 # stands what circuits and cheaper scores say of the same genes without taking anything out; *paths* are all
-# that a gene's own embedding gives the contrast in the frozen model.
+# that a gene's own embedding gives the contrast in the {term}`frozen model`.
 
 # %% mystnb={"image": {"alt": "A row for each way of ranking genes, measured ones, circuits and rivals: the ranks of the known genes, their median, and the range of medians of random genes as frequent."}, "figure": {"caption": "Ranks of the known genes among all genes (small points) and their median (large), by what is measured (black, in dark mode white), by circuits (blue) and by rivals that need none (orange). Grey: the middle 95 % of medians of random genes that stand in as many cells.", "name": "fig-known-response"}}
 chapter.figure("known_response", plots.known_ranks(ranks.genes, ranks.summary, known_response.CIRCUIT,

@@ -29,7 +29,7 @@
 # - **We find.** Pushes of the same norm move the log-odds of {glue:text}`steering.label` by
 #   {glue:text}`steering.auroc_effect` along the feature that tells it best, by
 #   {glue:text}`steering.means_effect` along the difference of means, by {glue:text}`steering.by_effect` along
-#   the feature that the circuits' frozen model names, and by {glue:text}`steering.gradient_effect` along the
+#   the feature that the circuits' {term}`frozen model` names, and by {glue:text}`steering.gradient_effect` along the
 #   gradient of that model, for which no feature is needed. Taking the
 #   {glue:text}`debugging.features` features away that made one wrong call
 #   {glue:text}`debugging.case_short`. The best feature's F1 is ahead of every other kind of unit for

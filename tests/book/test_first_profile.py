@@ -1,6 +1,7 @@
 """The written profile: what is chosen from a file, and that the reader takes it as it is."""
 
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -117,6 +118,27 @@ def test_normalised_values_alone_are_taken(tmp_path: Path) -> None:
     assert written(tmp_path, data)[0].matrix == "X"
 
 
+@pytest.mark.parametrize("kind", [np.asarray, sp.csr_matrix])
+def test_a_value_that_is_looked_at_is_counted_once(tmp_path: Path, kind: Any) -> None:
+    values = counts() + 1
+    values[30, 2] = -1
+    message = refusal(tmp_path, some_data(kind(values)))
+    assert "1 of 240 values looked at" in message and "mend them" in message
+    assert "mend them" not in refusal(tmp_path, some_data(kind(values - 5)))
+
+
+def test_zeros_and_ones_are_taken_last_and_with_a_warning(tmp_path: Path) -> None:
+    ones = (counts() > 4).astype(np.float32)
+    ones[:, 0] = 1
+    data = some_data(ones)
+    data.layers["log"] = np.log1p(counts())
+    profile, cells = written(tmp_path, data)
+    assert profile.matrix == "log" and not any("0 or 1" in one for one in cells.decisions)
+    profile, cells = written(tmp_path, some_data(ones), overwrite=True)
+    assert profile.matrix == "X"
+    assert any("all values are 0 or 1" in one for one in cells.decisions)
+
+
 @pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
 def test_a_file_with_scaled_values_alone_is_refused(tmp_path: Path, value: float) -> None:
     values = counts()
@@ -208,12 +230,27 @@ def test_no_symbols_anywhere(tmp_path: Path) -> None:
     data = some_data(names=ENSEMBL)
     data.var["length"] = range(4)
     data.var["symbol"] = ["CD3D", None, "LYZ", "NKG7"]
-    assert "the index of var holds identifiers" in refusal(tmp_path, data)
+    assert "1 of 4 genes without a symbol of one word in symbol" in refusal(tmp_path, data)
+    del data.var["symbol"]
     # Symbols that were added after `raw` was set are not in its own table of genes.
     data.raw = data
     data.var["symbol"] = SYMBOLS
     message = refusal(tmp_path, data)
     assert "the index of raw.var holds identifiers" in message and "a column to raw.var" in message
+
+
+@pytest.mark.parametrize("column", [None, "feature_name"])
+def test_genes_without_a_symbol_are_counted(tmp_path: Path, column: str | None) -> None:
+    """It said that the index holds identifiers, such as its first symbol."""
+    symbols = [f"GENE{number}" for number in range(20)]
+    symbols[3:8] = ["", "nan", "A B", "", ""]
+    names = symbols if column is None else [f"ENSG{number:011d}" for number in range(20)]
+    data = some_data(np.ones((60, 20)) + np.arange(20), names)
+    if column:
+        data.var[column] = symbols
+    message = refusal(tmp_path, data)
+    assert "5 of 20 genes without a symbol of one word" in message
+    assert (column or "the index of var") in message and "holds identifiers" not in message
 
 
 def test_repeated_symbols_are_added_up(tmp_path: Path) -> None:
@@ -309,6 +346,17 @@ def test_cells_without_a_label(tmp_path: Path) -> None:
 def test_a_file_without_labels(tmp_path: Path) -> None:
     message = refusal(tmp_path, some_data(n_genes=range(60), x=np.linspace(0, 1, 60)))
     assert "no usable column" in message and "if 'n_genes', 'x' (numbers or" in message
+
+
+@pytest.mark.parametrize(("labels", "told"), [
+    (["T"] * 60, "'cell_type' has 1 label;"),
+    ([f"cell {number}" for number in range(300)], "'cell_type' has 300 labels;"),
+    ([f"cell {number}" for number in range(2001)], "'cell_type' has 2,001 labels;"),
+    (["nan", "unknown"] * 30, "'cell_type' names no type;")])
+def test_why_a_column_holds_no_types(labels: list[str], told: str) -> None:
+    table = pd.DataFrame({"donor": (["a", "b"] * len(labels))[: len(labels)], "cell_type": labels})
+    with pytest.raises(InputError, match=told):
+        choose_labels(table, "cells.h5ad")
 
 
 @pytest.mark.parametrize("kinds", [[True, False], [0, 1], [1.0, 2.0]])
@@ -446,6 +494,16 @@ def test_what_reading_leaves_out_is_told(tmp_path: Path, capsys: pytest.CaptureF
         assert part in told
     decisions = read_cells(load_profile(out)).decisions
     assert all(f"  {one}\n" in told for one in decisions[:-1]) and len(decisions) == 5
+
+
+def test_the_command_that_is_printed_can_be_typed(tmp_path: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "mine & yours"
+    folder.mkdir()
+    some_data().write_h5ad(folder / "cells.h5ad")
+    assert main(["profile", str(folder / "cells.h5ad"), "--out", str(folder / "own.yml")]) == 0
+    command = capsys.readouterr().out.strip().rpartition("then: ")[2]
+    assert shlex.split(command) == ["make", "book", f"PROFILE={folder / 'own.yml'}"]
 
 
 def test_make_hands_paths_over_as_they_are(tmp_path: Path) -> None:

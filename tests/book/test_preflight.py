@@ -584,6 +584,8 @@ def test_make_plan_says_everything_and_does_nothing(empty: Path, capsys: pytest.
     ({"model": "some/model", "tokenizer": "some/model"}, "check `model`"),
     ({"cells": "/none.h5ad"}, "do not exist"),
     ({"label_column": "none"}, "set `label_column`"),
+    ({"libraries": ["my sets"]}, "'my sets' is not the name of a gene-set library"),
+    ({"case_library": "../mine"}, "'../mine' is not the name of a gene-set library"),
     ({"gene_groups": "nowhere.tsv"}, "nowhere.tsv cannot be read"),
     ({"gene_groups": "~nobody-here/groups.tsv"}, "home folder"),
     ({"encoding": "maxtoki", "token_dictionary": "x", "gene_medians": "y", "model_thinning": 1.0},
@@ -685,7 +687,8 @@ def test_a_run_of_years_is_refused(empty: Path, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(("name", "content", "told"), [
     ("KEGG_2021_Human", b"<html>\n", "KEGG_2021_Human.gmt is not a GMT file"),
     ("CellMarker_Augmented_2021", b"T\td\tVWF\nT\td\tKDR\n", "names the term 'T' twice"),
-    ("KEGG_2021_Human", b"T\td\tNOGENE1\tNOGENE2\n", "shares a gene with the cells"),
+    ("KEGG_2021_Human", b"T\td\tNOGENE1\tNOGENE2\n",
+     r"shares a gene with the cells \(its first gene is 'NOGENE1', theirs '[A-Z0-9-]+'\)"),
     ("KEGG_2021_Human", b"T\td\t" + b"\t".join(b"G%d" % i for i in range(20_001)) + b"\tLYZ",
      "smaller than the term 'T'"),
 ])
@@ -728,6 +731,29 @@ def test_what_reading_the_cells_will_leave_out_is_told(empty: Path) -> None:
     told = run_cost(load_profile("smoke", given), WHOLE)
     assert "  note      1 of 765 genes were left out" in told.text and "'1-Mar'" in told.text
     assert not told.refusal
+
+
+@pytest.mark.parametrize("kind", [sp.csr_matrix, np.asarray])
+@pytest.mark.parametrize(("bare", "genes", "told"), [
+    (8, 9, "In at least 8 of 60 cells of .* no gene"), (60, 9, "In none of the 32"),
+    (6, 9, ""), (0, 3, "have 3 genes at most")])
+def test_cells_of_too_few_genes_are_told_before_any_work(empty: Path, kind: Any, bare: int,
+                                                         genes: int, told: str) -> None:
+    """Of a dense matrix some cells alone are looked at."""
+    symbols = scanpy.datasets.pbmc68k_reduced().raw.var_names[:genes]
+    values = np.arange(60 * genes, dtype=np.float32).reshape(60, genes) + 1
+    values[:bare] = 0
+    data = anndata.AnnData(kind(values), pd.DataFrame(
+        {"kind": ["a", "b", "b"] * 20}, map(str, range(60))), pd.DataFrame(index=symbols))
+    data.write_h5ad(empty / "cells.h5ad")
+    profile = load_profile("smoke", {
+        "cells": str(empty / "cells.h5ad"), "matrix": "X", "label_column": "kind",
+        "symbol_rule": "as_written", "case_type": "b", "max_cells": None})
+    if not told or (bare == 8 and kind is np.asarray):
+        run_cost(profile, WHOLE)
+        return
+    with pytest.raises(InputError, match=told):
+        run_cost(profile, WHOLE)
 
 
 @pytest.mark.parametrize("label", ["nan", "Unknown ", ""])

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scfm_circuits.common.labels import listed, names_no_type, normal_label, normal_labels
+from scfm_circuits.common.labels import (
+    doubtful_labels,
+    listed,
+    names_no_type,
+    normal_label,
+    normal_labels,
+)
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -48,6 +54,17 @@ def test_labels_in_order_are_left_alone_and_nothing_is_said() -> None:
     found, said = normal_labels(column)
     assert found.tolist() == ["a b", "c"] * 3 and said == []
     assert normal_labels([])[0].shape == (0,)
+
+
+def test_labels_that_may_be_one_or_none_are_told() -> None:
+    labels = np.array(
+        ["T cell", "t cell", "T_cell", "Tcell", "CD4+ T", "CD4- T", "nan", "", "B", "B"])
+    untold, alike = doubtful_labels(labels)
+    assert untold.startswith("2 of 10 cells") and "('', 'nan')" in untold
+    assert "('T cell' and 'T_cell' and 'Tcell' and 't cell')" in alike and "CD4" not in alike
+    assert doubtful_labels(np.array(["a b", "c"])) == []
+    many = np.array([f"{case}{n}" for n in range(30) for case in "aA"])
+    assert "and 25 more" in doubtful_labels(many)[0]
 
 
 def test_many_merged_labels_are_counted() -> None:

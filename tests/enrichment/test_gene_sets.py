@@ -18,6 +18,7 @@ from scfm_circuits.enrichment.gene_sets import (
     gene_sets_from_dict,
     genes_of_terms,
     load_library,
+    local_copy,
     parse_gmt,
     read_gmt,
 )
@@ -380,3 +381,25 @@ def test_terms_are_found_by_name_and_by_how_often_their_genes_occur() -> None:
         "a": {"G1", "G2"}, "c": {"G4", "G5", "G6"}}
     assert list(commonest_sets(one, times, 2, smallest=1, largest=2)) == ["b", "a"]
     assert commonest_sets(one, {"G3": 1}, 2, smallest=2) == {}
+
+
+def test_single_quotes_are_no_part_of_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "Own.gmt"
+    path.write_text("'T''s'\t''\t'CD3D'\t'CD4'\n5' end\tx\tLYZ\n", encoding="utf-8")
+    library = read_gmt(path)
+    assert library.terms == ("T's", "5' end") and library.genes == ("CD3D", "CD4", "LYZ")
+    assert library.warning is None
+
+
+@pytest.mark.parametrize("name", ["../Own", "my sets", ""])
+def test_what_is_no_name_of_a_library_is_told_where_it_is_looked_for(tmp_path: Path, name: str
+                                                                    ) -> None:
+    """It was told by the chapter that read it, after training."""
+    with pytest.raises(InputError, match="is not the name of a gene-set library"):
+        local_copy(name, tmp_path)
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "Own.gmt").write_text("T\t\tCD3D\n", encoding="utf-8")
+    with pytest.raises(InputError, match="named by the profile is no folder"):
+        local_copy("Own", tmp_path / "Own.gmt")

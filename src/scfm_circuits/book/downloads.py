@@ -126,12 +126,13 @@ def check_shared_genes(profile: Profile, symbols: Iterable[str]) -> None:
 
     symbols: upper case.
     """
-    known = frozenset(symbols)
+    known = list(symbols)
     for name, library in _libraries_here(profile, profile.libraries).items():
-        if known.isdisjoint(library.genes):
+        if frozenset(known).isdisjoint(library.genes):
             raise InputError(f"No term of {name} shares a gene with the cells (its first gene is "
-                             f"{library.genes[0]!r}); give a library with symbols of their species "
-                             "in `libraries`.")
+                             f"{library.genes[0]!r}, theirs {known[0]!r}); give a library with "
+                             "symbols of their species in `libraries`, or name the column of their "
+                             "symbols as `symbol_column`.")
 
 
 def _entry_of(profile: Profile) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ Python literals, so none can end a line.
 import math
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 LARGE = 5_000
 """Cells above which the profile draws some: `demo` is made for few."""
+MOST_ERRORS = 0.01
+"""Share of values that cannot be ranked up to which they are errors, not a scaling."""
 EXPECTED_HELD_OUT = 10
 """Held-out cells of the traced type that a draw should leave on average."""
 SAMPLED = 200_000
@@ -60,7 +63,8 @@ class Choice(NamedTuple):
 class Peek(NamedTuple):
     """What a look into the file tells.
 
-    kinds: by place (`X`, `raw`, a layer) `counts`, `normalised` or why it is unusable.
+    kinds: by place (`X`, `raw`, a layer) `counts`, `normalised`, `zeros and ones` or why
+    it is unusable.
     observations: the table of cells. variables: by place the table of its genes. aside: as in
     `h5ad.Opened`.
     """
@@ -94,13 +98,17 @@ def _kind(matrix: Any) -> str:
     elif hasattr(matrix, "nnz"):  # sparse in memory
         stored = matrix.data
     per_row = max(1, math.prod(stored.shape[1:]))
-    rows = max(1, SAMPLED // 3 // per_row)
-    starts = sorted({0, max(0, stored.shape[0] // 2), max(0, stored.shape[0] - rows)})
-    values = np.concatenate([np.ravel(stored[start : start + rows]) for start in starts])
+    rows, n = max(1, SAMPLED // 3 // per_row), stored.shape[0]
+    starts, size = ([0], n) if n <= 3 * rows else ([0, (n - rows) // 2, n - rows], rows)
+    values = np.concatenate([np.ravel(stored[start : start + size]) for start in starts])
     odd = ~(np.isfinite(values) & (values >= 0))
     if odd.any():
+        few = ("; so few are errors rather than scaling: mend them"
+               if odd.mean() <= MOST_ERRORS else "")
         return (f"unusable, as {odd.sum():,} of {len(values):,} values looked at are below zero or "
-                f"not finite, such as {values[odd][0]:.6g}")
+                f"not finite, such as {values[odd][0]:.6g}{few}")
+    if len(values) and values.max() <= 1 and np.array_equal(values, np.rint(values)):
+        return "zeros and ones"
     return "counts" if np.array_equal(values, np.rint(values)) else "normalised"
 
 
@@ -124,7 +132,8 @@ def _unread(aside: Mapping[str, str], *parts: str) -> list[str]:
 
 
 def choose_matrix(found: Peek, where: str, encoding: str = CELL_SENTENCE) -> Choice:
-    """Counts if there are any, else log-normalised values; InputError if none can be ranked.
+    """Counts if there are any, else log-normalised values, last zeros and ones alone; InputError if
+    none can be ranked.
 
     A layer is taken for the counts by its name too: `unspliced` holds counts, but not of all. A
     rank-value encoding takes nothing but counts.
@@ -136,6 +145,7 @@ def choose_matrix(found: Peek, where: str, encoding: str = CELL_SENTENCE) -> Cho
     order += [(name, "counts") for name in found.kinds]
     if encoding not in RANK_VALUE:
         order += [(name, "normalised") for name in found.kinds]
+    order += [(name, "zeros and ones") for name in found.kinds]
     chosen = next((name for name, kind in order if found.kinds.get(name) == kind), None)
     if chosen is None:
         held = [f"{name} is {kind}" for name, kind in found.kinds.items()]
@@ -168,6 +178,14 @@ def choose_symbols(variables: "pd.DataFrame", where: str, table: str = "var"
     usable = [column for column in columns if (column is None or isinstance(column, str))
               and possible_symbols(variables, column)]
     if not usable:
+        found = {column: possible_symbols(variables, column, 1.0) for column in columns
+                 if column is None or column in symbol_columns(variables)}
+        best = max(found, key=lambda column: len(found[column]))
+        if found[best]:
+            raise InputError(f"{where} has {len(variables) - len(found[best]):,} of "
+                             f"{len(variables):,} genes without a symbol of one word in "
+                             f"{best or f'the index of {table}'}, and no other column of {table} "
+                             "has more; fill them in.")
         raise InputError(f"{where} has no gene symbols: the index of {table} holds identifiers, "
                          f"such as {str(variables.index[0])!r}, and no other column of it (there "
                          f"are {_listed(variables.columns) or 'none'}) has one word for each gene; "
@@ -230,6 +248,7 @@ def choose_labels(observations: "pd.DataFrame", where: str, unread: list[str] | 
     fitting: dict[str, set[str]] = {}
     lacking: list[str] = []
     numbers: list[str] = []
+    unfit: list[tuple[int, str]] = []
     for column in observations.columns:
         values = observations[column]
         if not isinstance(column, str):
@@ -237,10 +256,9 @@ def choose_labels(observations: "pd.DataFrame", where: str, unread: list[str] | 
         if values.dtype.kind in "biufcmM":
             numbers += [column] if 2 <= values.nunique() <= _MOST_LABELS else []
             continue
-        if values.nunique() > 10 * _MOST_LABELS:
-            continue
-        names = {normal_label(str(value)) for value in values.dropna().unique()}
-        if not 2 <= len(names) <= _MOST_LABELS or all(map(names_no_type, names)):
+        rank, (names, wrong) = _rank(column), _kinds(values)
+        if wrong:
+            unfit += [(rank, f"{_listed([column])} {wrong}")] if rank is not None else []
             continue
         if values.isna().any():
             lacking.append(column)
@@ -251,8 +269,9 @@ def choose_labels(observations: "pd.DataFrame", where: str, unread: list[str] | 
                sorted((rank, column) for column, rank in ranks.items() if rank is not None)]
     if not ordered:
         why = (f"cells without a label in {_listed(lacking)}" if lacking else
-               f"no column of obs with 2 to {_MOST_LABELS} words (columns: "
+               f"no column of obs with 2 to {_MOST_LABELS} types (columns: "
                f"{_listed(observations.columns) or 'none'})")
+        why += "".join(f"; {one}" for _, one in sorted(unfit)[:3])
         if numbers:
             why += (f"; if {_listed(numbers)} (numbers or true and false) is meant, name it as "
                     "`label_column` in a profile of your own, or store it as words")
@@ -262,6 +281,18 @@ def choose_labels(observations: "pd.DataFrame", where: str, unread: list[str] | 
     others = f"; also possible: {_listed(ordered[1:])}" if ordered[1:] else ""
     types = [name for name in fitting[ordered[0]] if not names_no_type(name)]
     return Choice(ordered[0], f"{len(types)} types{others}")
+
+
+def _kinds(values: "pd.Series") -> tuple[set[str], str]:
+    """The different labels of a column of words, as they are read, and why they can be no types."""
+    written = values.dropna().unique()
+    if len(written) > 10 * _MOST_LABELS:
+        return set(), f"has {len(written):,} labels"
+    names = {normal_label(str(value)) for value in written}
+    if all(map(names_no_type, names)):
+        return names, "names no type"
+    fits = 2 <= len(names) <= _MOST_LABELS
+    return names, "" if fits else f"has {len(names):,} label{'s' * (len(names) > 1)}"
 
 
 def _rank(column: str) -> int | None:
@@ -412,4 +443,4 @@ def first_profile(h5ad: str, out: str, base: str = "demo", overwrite: bool = Fal
         print(f"  {field}: {getattr(written, field)!r}")
     for note in described(written).decisions:
         print(f"  {note}")
-    print(f"Wrote {out}; look at it, then: make book PROFILE={out}")
+    print(f"Wrote {out}; look at it, then: make book PROFILE={shlex.quote(out)}")

@@ -170,6 +170,9 @@ def _cells(profile: Profile) -> _Cells:
     if profile.token_dictionary == OWN_DICTIONARY:
         genes = min(genes, profile.vocabulary_size - _special(profile))
     most = min(profile.genes_per_cell, genes, found.most)
+    if most < knock_out.LEAST:
+        raise InputError(f"The cells of {profile.cells} have {most} genes at most, and with fewer "
+                         f"than {knock_out.LEAST} none can be taken out; give cells with more.")
     kept = float(found.expressed.clip(max=most).mean()) if len(found.expressed) else most
     return _Cells(found.n_cells, genes, kept, most,
                   found.decisions + rare_types(found.labels, profile))

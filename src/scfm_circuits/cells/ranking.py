@@ -1,5 +1,7 @@
 """The most expressed genes of every cell, in order: what a cell sentence is made of.
 
+Values that give no order, as they are scaled or no numbers, are refused.
+
 Cell2Sentence (Levine et al. 2024) shuffles a cell's expressed genes and sorts them by expression
 with a stable sort, so ties come in random order. Here a tie is decided by a hash of the seed, the
 cell's row in its file and the gene: as random, but a cell's sentence depends neither on the cells
@@ -7,14 +9,54 @@ read beside it nor on the order in which they are read. Only the k largest are e
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numba
 import numpy as np
 import scipy.sparse as sp
 
+from scfm_circuits import InputError
 from scfm_circuits.common.compiled import compiled, n_threads
 
 _BLOCK = 512
+_SCALED = 0.01
+"""Share of negative values above which they are not errors: centring makes about half negative."""
+
+
+def checked_rows(values: Any, rows: np.ndarray, where: str, join: sp.csr_matrix | None
+                 ) -> sp.csr_matrix:
+    """Some rows' values as sparse rows, symbols joined by `join`; refuses NaN, infinite and
+    negative values."""
+    with np.errstate(over="ignore"):  # becomes infinite
+        sparse = sp.csr_matrix(values, dtype=np.float32)
+    if not np.isfinite(sparse.data).all():
+        found = first_odd(sparse, ~np.isfinite(sparse.data), rows)
+        raise InputError(f"{where} has expression values that are NaN, infinite or above "
+                         f"{np.finfo(np.float32).max:.1g} ({found}); choose another `matrix` or "
+                         "replace them.")
+    below = sparse.data < 0
+    if below.any():
+        why = ("so it was scaled or centred per gene, which destroys the ranking; set `matrix` to "
+               "counts or log-normalised values" if below.mean() > _SCALED else
+               "too few for values that were scaled; set them to zero if they are errors of "
+               "rounding, or `matrix` to counts or log-normalised values")
+        raise InputError(f"{where} has negative expression values "
+                         f"({first_odd(sparse, below, rows)}), {why}.")
+    sparse.sum_duplicates()
+    sparse.eliminate_zeros()
+    if join is not None:
+        sparse = sp.csr_matrix(sparse @ join)
+    sparse.sort_indices()
+    return sparse
+
+
+def first_odd(part: sp.csr_matrix, odd: np.ndarray, rows: np.ndarray) -> str:
+    """How many of the values of some rows are odd, and where the first is. odd: of those stored."""
+    i = int(np.argmax(odd))
+    row = int(np.searchsorted(part.indptr, i, side="right")) - 1
+    return (f"{odd.sum():,} of the {part.shape[0] * part.shape[1]:,} in rows {rows[0]:,} to "
+            f"{rows[-1]:,}; the first is {part.data[i]:.6g} in row {rows[row]:,}, column "
+            f"{part.indices[i]:,}")
 
 
 def top_genes(expression: sp.csr_matrix, rows: np.ndarray, k: int, seed: int) -> np.ndarray:

@@ -6,7 +6,7 @@ centred or scaled per gene. Negative values give that away and are refused.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +26,7 @@ from scfm_circuits.cells.h5ad import (
     stored_in_rows,
 )
 from scfm_circuits.cells.rank_value import as_ranks, coded_genes, own_genes, own_tokens
-from scfm_circuits.cells.ranking import top_genes
+from scfm_circuits.cells.ranking import checked_rows, first_odd, top_genes
 from scfm_circuits.cells.symbols import (
     MOST_LEFT_OUT,
     gene_symbols,
@@ -35,7 +35,7 @@ from scfm_circuits.cells.symbols import (
 )
 from scfm_circuits.common import manifest
 from scfm_circuits.common.encodings import BINNED, CELL_SENTENCE, OWN_DICTIONARY, RANK_VALUE
-from scfm_circuits.common.labels import listed, normal_label, normal_labels
+from scfm_circuits.common.labels import doubtful_labels, listed, normal_label, normal_labels
 from scfm_circuits.common.profile import (
     CELLS_NAMES,
     PACKAGED_CELLS,
@@ -82,8 +82,6 @@ class RankedCells(About):
 
 LOOKED_AT = 32
 """Cells of which the expression is looked at before all are read."""
-_SCALED = 0.01
-"""Share of negative values above which they are not errors: centring makes about half negative."""
 Take = Callable[[np.ndarray, sp.csr_matrix], None]
 """Gets some cells' rows in the file and their expression: sparse, float32, above zero."""
 
@@ -229,6 +227,13 @@ def describe_cells(profile: Profile) -> Description:
         expressed, stored = _expressed(parts, rows, profile), stored_in_rows(parts.matrix)
     finally:
         data.close()
+    if len(expressed) and not expressed.any():
+        raise InputError(f"In none of the {len(rows):,} cells of {profile.cells} that were looked "
+                         "at a gene is expressed; set `matrix` in the profile to something else.")
+    bare = rows[expressed == 0] if len(expressed) else rows[:0]
+    if stored is not None:
+        bare = np.union1d(bare, drawn[stored[drawn] == 0])
+    _check_empty(bare, len(drawn), profile.cells, "at least ")
     most = len(parts.symbols)
     if stored is not None:
         # Some of what is stored is of genes without a token, in all cells about as much.
@@ -249,7 +254,7 @@ def _expressed(parts: _Parts, rows: np.ndarray, profile: Profile) -> np.ndarray:
     if not by_gene(parts.matrix, where):
         checked = _counted(take, None, where) if profile.encoding in RANK_VALUE else take
         for some, values in row_chunks(parts.matrix, rows, where, size=1):
-            checked(rows[some], _checked(values, rows[some], where, parts.join))
+            checked(rows[some], checked_rows(values, rows[some], where, parts.join))
     return np.concatenate(found)
 
 
@@ -273,7 +278,8 @@ def _read_opened(data: Opened, profile: Profile, take: Take, over_medians: bool)
     if len(chosen) < len(labels):
         how = "at random" if profile.sampling == "uniform" else "equally from each cell type"
         decisions.append(f"{len(chosen):,} of {len(labels):,} cells were drawn {how}.")
-    n_seen, counts, empty = _expression(parts.matrix, chosen, parts.join, where, len(symbols), take)
+    n_seen, counts, most, empty = _expression(parts.matrix, chosen, parts.join, where, len(symbols),
+                                              take)
     if len(empty):
         decisions.append(f"{len(empty):,} of {len(chosen):,} cells were left out, as no gene is "
                          f"expressed in them (the first is row {empty[0]}).")
@@ -285,6 +291,9 @@ def _read_opened(data: Opened, profile: Profile, take: Take, over_medians: bool)
                           "The values are not whole numbers, so normalised already. ")
                          + "Genes are ranked within each cell, which no library-size scaling or "
                          "log changes; the values are used as they are.")
+    if counts and most <= 1:
+        decisions.append("Warning: all values are 0 or 1, which puts a cell's genes into no order, "
+                         "so theirs is random; set `matrix` to counts if there are any.")
     return About(tuple(symbols), labels[chosen], cell_ids[chosen], tuple(decisions),
                  tokens=parts.tokens)
 
@@ -296,7 +305,7 @@ def _counted(take: Take, medians: np.ndarray | None, where: str) -> Take:
         odd = part.data != np.rint(part.data)
         if odd.any():
             raise InputError(f"{where} has values that are not whole numbers "
-                             f"({_first(part, odd, rows)}), and rank-value encoding divides raw "
+                             f"({first_odd(part, odd, rows)}), and rank-value encoding divides raw "
                              "counts by medians, which logged or scaled values must not be; set "
                              "`matrix` in the profile to the counts.")
         take(rows, part if medians is None else as_ranks(part, medians))
@@ -336,28 +345,38 @@ def draw_cells(labels: np.ndarray, n: int, sampling: str, seed: int) -> np.ndarr
 
 
 def _expression(matrix: Any, chosen: np.ndarray, join: sp.csr_matrix | None, where: str,
-                n_genes: int, take: Take) -> tuple[int, bool, list[int]]:
+                n_genes: int, take: Take) -> tuple[int, bool, float, list[int]]:
     """Hand on the chosen cells' checked expression, chunk by chunk, symbols joined by `join`.
 
     Cells without expression are not handed on. Returns how many genes any cell expresses, whether
-    all values are whole numbers, and the rows of the cells without.
+    all values are whole numbers, the largest, and the rows of the cells without.
     """
-    seen, whole = np.zeros(n_genes, bool), True
+    seen, whole, most = np.zeros(n_genes, bool), True, 0.0
     empty: list[int] = []
     for some, values in row_chunks(matrix, chosen, where):
-        part = _checked(values, chosen[some], where, join)
+        part = checked_rows(values, chosen[some], where, join)
         seen[part.indices] = True
         whole = whole and np.array_equal(part.data, np.rint(part.data))
+        most = max(most, float(part.data.max(initial=0)))
         filled = np.diff(part.indptr) > 0
         if filled.all():
             take(chosen[some], part)
         else:
             empty += chosen[some][~filled].tolist()
             take(chosen[some][filled], part[filled])
-    if len(empty) > MOST_LEFT_OUT * len(chosen):
-        raise InputError(f"In {len(empty):,} of {len(chosen):,} cells of {where} no gene is "
+    _check_empty(empty, len(chosen), where)
+    return int(seen.sum()), whole, most, empty
+
+
+def _check_empty(empty: Sequence[int] | np.ndarray, n_cells: int, where: str, least: str = ""
+                 ) -> None:
+    """InputError if in many of the cells no gene is expressed.
+
+    empty: their rows; least: `at least `, if there may be more.
+    """
+    if len(empty) > MOST_LEFT_OUT * n_cells:
+        raise InputError(f"In {least}{len(empty):,} of {n_cells:,} cells of {where} no gene is "
                          f"expressed (the first is row {empty[0]}); filter them out.")
-    return int(seen.sum()), whole, empty
 
 
 def _open(profile: Profile) -> Opened:
@@ -401,7 +420,8 @@ def _matrix(data: Opened, name: str, where: str) -> tuple[Any, "pd.DataFrame"]:
 
 def _labels(observations: "pd.DataFrame", column: str, where: str
             ) -> tuple[np.ndarray, list[str]]:
-    """Each cell's label, as `normal_labels` writes it; refuses cells without one."""
+    """Each cell's label, as `normal_labels` writes it, and what to say of them; refuses cells
+    without one."""
     if column not in observations.columns:
         known = listed(observations.columns)
         raise InputError(f"{where} has no obs column {column!r} for cell types; the columns are "
@@ -409,40 +429,5 @@ def _labels(observations: "pd.DataFrame", column: str, where: str
     if observations[column].isna().any():
         raise InputError(f"{where} has {int(observations[column].isna().sum()):,} cells without "
                          f"a label in {column!r}; drop them or label them.")
-    return normal_labels(observations[column].astype(str))
-
-
-def _checked(values: Any, rows: np.ndarray, where: str, join: sp.csr_matrix | None
-             ) -> sp.csr_matrix:
-    """Some rows' values as sparse rows, symbols joined by `join`; refuses NaN, infinite and
-    negative values."""
-    with np.errstate(over="ignore"):  # becomes infinite
-        sparse = sp.csr_matrix(values, dtype=np.float32)
-    if not np.isfinite(sparse.data).all():
-        found = _first(sparse, ~np.isfinite(sparse.data), rows)
-        raise InputError(f"{where} has expression values that are NaN, infinite or above "
-                         f"{np.finfo(np.float32).max:.1g} ({found}); choose another `matrix` or "
-                         "replace them.")
-    below = sparse.data < 0
-    if below.any():
-        why = ("so it was scaled or centred per gene, which destroys the ranking; set `matrix` to "
-               "counts or log-normalised values" if below.mean() > _SCALED else
-               "too few for values that were scaled; set them to zero if they are errors of "
-               "rounding, or `matrix` to counts or log-normalised values")
-        raise InputError(f"{where} has negative expression values "
-                         f"({_first(sparse, below, rows)}), {why}.")
-    sparse.sum_duplicates()
-    sparse.eliminate_zeros()
-    if join is not None:
-        sparse = sp.csr_matrix(sparse @ join)
-    sparse.sort_indices()
-    return sparse
-
-
-def _first(part: sp.csr_matrix, odd: np.ndarray, rows: np.ndarray) -> str:
-    """How many of the values of some rows are odd, and where the first is. odd: of those stored."""
-    i = int(np.argmax(odd))
-    row = int(np.searchsorted(part.indptr, i, side="right")) - 1
-    return (f"{odd.sum():,} of the {part.shape[0] * part.shape[1]:,} in rows {rows[0]:,} to "
-            f"{rows[-1]:,}; the first is {part.data[i]:.6g} in row {rows[row]:,}, column "
-            f"{part.indices[i]:,}")
+    labels, rewritten = normal_labels(observations[column].astype(str))
+    return labels, rewritten + doubtful_labels(labels)

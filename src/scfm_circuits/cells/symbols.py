@@ -41,17 +41,18 @@ def symbol_columns(variables: "pd.DataFrame") -> list[str]:
             if isinstance(column, str) and column.lower() == name]
 
 
-def possible_symbols(variables: "pd.DataFrame", column: str | None) -> list[str]:
+def possible_symbols(variables: "pd.DataFrame", column: str | None,
+                     most_out: float = MOST_LEFT_OUT) -> list[str]:
     """A column's entries, or for None the index's, in capitals if they may be gene symbols.
 
-    Those that cannot stand in a sentence are not among them. Nothing, if they are many, most are
-    identifiers, or there are too few different ones.
+    Those that cannot stand in a sentence are not among them. Nothing, if they are more than the
+    share `most_out`, most are identifiers, or there are too few different ones.
     """
     entries = variables.index.to_series() if column is None else variables[column]
     if entries.dtype.kind in "biufcmM":
         return []
     words = [word for word in map(_word, entries) if word]
-    if len(entries) - len(words) > MOST_LEFT_OUT * len(entries):
+    if len(entries) - len(words) > most_out * len(entries):
         return []
     # Something like `biotype` has few values for many genes.
     several = column is None or len(words) < 20 or len(set(words)) > len(words) / 2

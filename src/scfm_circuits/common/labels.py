@@ -58,6 +58,31 @@ def normal_labels(given: Iterable[str]) -> tuple[np.ndarray, list[str]]:
         f"or another form of their letters than the pages use{': ' * bool(named)}{named}."]
 
 
+def doubtful_labels(labels: np.ndarray) -> list[str]:
+    """Sentences on labels that name no type, and on those that may be one.
+
+    labels: (n_cells,) as `normal_labels` gives them.
+    """
+    names, counts = np.unique(labels, return_counts=True)
+    untold = np.array([names_no_type(name) for name in names], bool)
+    said: list[str] = []
+    alike: dict[str, list[str]] = {}
+    if untold.any():
+        which = ", ".join(map(_shown, names[untold].tolist()))
+        said.append(f"{counts[untold].sum():,} of {len(labels):,} cells have a label that names no "
+                    f"type ({which}), which is taken as a type like any other.")
+    for name in names.tolist():
+        alike.setdefault(re.sub(r"[\s_]", "", name).casefold(), []).append(_shown(name))
+    pairs = [" and ".join(one) for one in alike.values() if len(one) > 1]
+    if pairs:
+        named = "; ".join(pairs[:_NAMED])
+        more = f"; and {len(pairs) - _NAMED} more" if len(pairs) > _NAMED else ""
+        said.append("Warning: labels that differ only in capitals, spaces or underscores are taken "
+                    f"as types of their own ({named}{more}); make them one in the file if they "
+                    "are.")
+    return said
+
+
 def listed(names: Iterable[object], most: int = 30) -> str:
     """Names from a file for a sentence, on one line: the first `most`, the rest as a number."""
     shown = [normal_label(str(name))[:60] for name in names]

@@ -224,11 +224,6 @@ def load_library(name: str, folder: str | Path | None = None) -> GeneSets:
     Raises:
         InputError: a named folder does not exist, or a file that is there cannot be used.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name, flags=re.ASCII):
-        raise InputError(
-            f"{name[:80]!r} is not the name of a gene-set library; use letters, digits, '_', '-' "
-            "and '.', as in 'KEGG_2021_Human'."
-        )
     here = local_copy(name, folder)
     if here is not None:
         return _with_manifest_warning(read_gmt(here))
@@ -245,13 +240,19 @@ def load_library(name: str, folder: str | Path | None = None) -> GeneSets:
 def local_copy(name: str, folder: str | Path | None = None) -> Path | None:
     """The library's file in the folder given, in $SCFM_GENE_SETS or in the cache, if it is there.
 
-    Raises InputError for a named folder that does not exist.
+    Raises InputError for what is no library's name, and for a named folder that is none.
     """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name, flags=re.ASCII):
+        raise InputError(
+            f"{name[:80]!r} is not the name of a gene-set library; use letters, digits, '_', '-' "
+            "and '.', as in 'KEGG_2021_Human'."
+        )
     folders = manifest.gene_set_folders(folder)
     for place, origin in folders.items():
         if not place.is_dir():
-            raise InputError(f"The gene-set folder {place} named by {origin} does not exist; "
-                             "correct the path or remove the setting.")
+            wrong = "is no folder" if place.exists() else "does not exist"
+            raise InputError(f"The gene-set folder {place} named by {origin} {wrong}; correct the "
+                             "path or remove the setting.")
     paths = [place / f"{name}.gmt" for place in (*folders, manifest.gene_set_cache())]
     return next((path for path in paths if path.is_file()), None)
 

@@ -50,8 +50,9 @@ def read_lines(content: bytes, where: str) -> list[Line]:
 
 def _unquoted(cell: str) -> str:
     cell = cell.strip()
-    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"'
-    return cell[1:-1].replace('""', '"').strip() if quoted else cell
+    mark = cell[:1]
+    quoted = len(cell) > 1 and mark in ('"', "'") and cell[-1] == mark
+    return cell[1:-1].replace(2 * mark, mark).strip() if quoted else cell
 
 
 def genes_of(cell: str) -> list[str]:

@@ -31,7 +31,7 @@
 #   {glue:text}`steering.means_effect` along the difference of means, by {glue:text}`steering.by_effect` along
 #   the feature that the circuits' {term}`frozen model` names, and by {glue:text}`steering.gradient_effect` along the
 #   gradient of that model, for which no feature is needed. Taking the
-#   {glue:text}`debugging.features` features away that made one wrong call
+#   {glue:text}`debugging.features` features away that speak most for one wrong call
 #   {glue:text}`debugging.case_short`. The best feature's F1 is ahead of every other kind of unit for
 #   {glue:text}`concepts.ahead` of {glue:text}`concepts.all` concepts.
 # - **What it is worth.** A feature that tells a label need not make the call. What a feature does counts only
@@ -212,7 +212,7 @@ chapter.value("debugging.known", wrong is not None)
 #
 # The case is the wrong call of which the model is surest: of {glue:text}`debugging.wrong` held-out cells
 # that are answered wrongly the one whose own label has the lowest log-odds. Its circuit names the features
-# that made the call; taken away, do they repair it, and what do they break elsewhere?
+# that speak for the call; taken away, do they repair it, and what do they break elsewhere?
 
 # %% tags=["only-if:debugging.known"]
 totals = wrong.table[wrong.table["label"] == wrong_calls.EVERY] if wrong else None
@@ -224,13 +224,14 @@ chapter.show(totals[["removed", "right_before", "right_after", "repaired", "brok
 # %%
 said = {removed: wrong_calls.what_it_does(wrong, removed) if wrong else "" for removed in
         (wrong_calls.CASE, wrong_calls.TRAINING, wrong_calls.RANDOM)}
+then = "right" if wrong and totals["case_right"].iloc[0] else "still wrong"
 chapter.values({
     "wrong": wrong.wrong if wrong else 0, "answer": wrong.answer if wrong else "",
     "label": wrong.label if wrong else "",
     "features": int((wrong.features["removed"] == wrong_calls.CASE).sum()) if wrong else 0,
     "errors": wrong.training_errors if wrong else 0, "case": said[wrong_calls.CASE],
-    "case_short": said[wrong_calls.CASE].split("; p")[0] + ")" if wrong else "was not needed",
-    "case_right": "right" if wrong and totals["case_right"].iloc[0] else "still wrong",
+    "case_short": f"{said[wrong_calls.CASE].split('; p')[0]}) in other cells, and the call is {then} then"
+    if wrong else "was not needed", "case_right": then,
     "training": said[wrong_calls.TRAINING], "random": said[wrong_calls.RANDOM]}, prefix="debugging.")
 for key in ("contrast", "by_features", "predicted", "measured"):
     chapter.rounded(f"debugging.{key}", getattr(wrong, key) if wrong else None, 2)
@@ -248,7 +249,7 @@ kept if wrong else None
 # is not counted)
 #
 # - taking these features away {glue:text}`debugging.case`;
-# - taking as many away that made {glue:text}`debugging.errors` wrong calls of training cells
+# - taking as many away that speak most for {glue:text}`debugging.errors` wrong calls of training cells
 #   {glue:text}`debugging.training`;
 # - taking as many random features away that fire as often and as strongly {glue:text}`debugging.random`.
 #

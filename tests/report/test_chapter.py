@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import model_for, tiny_corpus, tiny_profile, tiny_transcoders
+from helpers import GENES, model_for, tiny_corpus, tiny_profile, tiny_transcoders
 
 from scfm_circuits import InputError
 from scfm_circuits.cells import corpus as corpora
@@ -180,3 +180,23 @@ def test_whatever_a_notebook_shows_is_the_last_of_its_cell() -> None:
                                     if isinstance(one.value, ast.Constant))):
                     lost.append(f"{path.stem}: {ast.unparse(node)[:60]}")
     assert lost == []
+
+
+def test_the_example_in_the_book_runs(made: list[str], monkeypatch: pytest.MonkeyPatch,
+                                      tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it is printed, on a tiny model in the place of a run's own."""
+    tiny_profile(monkeypatch, tmp_path)
+    (tmp_path / "KEGG_2021_Human.gmt").write_text("\t".join(["a term", "", "INS", *GENES]))
+    monkeypatch.setenv("SCFM_GENE_SETS", str(tmp_path))
+    page = (ROOT / "book" / "your_cells.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(example.replace('"mine.yml"', '"smoke"'), found)
+    shown = capsys.readouterr().out
+    assert "Term" in shown and "contribution" in shown and "tensor([" in shown
+    call, frozen, model = found["call"], found["frozen"], found["model"]
+    before = call.of(frozen.logits[call.position])
+    assert found["lost"].shape == found["genes"].shape and (found["lost"] != 0).any()
+    assert found["states"].shape == (1, *frozen.final.shape)
+    assert not before.isclose(call.of(model.get_output_embeddings()(
+        found["states"][0, call.position])))

@@ -215,22 +215,6 @@ def rates_by_rule(table: pd.DataFrame, settings: Sequence[CaseRule]) -> pd.DataF
     return shown
 
 
-def words_of(table: pd.DataFrame) -> dict[str, str]:
-    """What the page says of `case_nulls`, in words.
-
-    called, rules: under how many of the rules the circuit's genes bring the term; draws; for each
-    other kind <kind> (the list) and <kind>_hit and <kind>_all (its rate under the Enrichr rule and
-    its exchange).
-    """
-    circuit = table[table["kind"] == "circuit"]
-    words = {"called": f"{circuit['n_called'].sum()}", "rules": f"{len(circuit)}"}
-    for kind in (name for name in table["kind"].unique() if name != "circuit"):
-        rows = {family: null_row(table, kind, family=family) for family in ("hit", "all")}
-        words |= {kind: rows["hit"]["list"], "draws": f"{rows['hit']['draws']:,}",
-                  **{f"{kind}_{family}": in_words(row) for family, row in rows.items()}}
-    return words
-
-
 def combined_score(overlap: int, term: int, query: int, population: int) -> tuple[float, float]:
     """The Enrichr server's Combined Score, -ln(p) x odds ratio, and its one-sided Fisher p."""
     p = float(stats.hypergeom.sf(overlap - 1, population, term, query))

@@ -88,8 +88,7 @@ chapter.value("table1.order", order, "holds" if order else "does not hold")
 #
 # ## Table 2: KL divergence
 #
-# {term}`KL(original || modified)` of the distributions of the same tokens, in float32 log-softmax over the same
-# tokens.
+# {term}`KL(original || modified)` of the next token's distribution, in float32, over the same tokens.
 
 # %%
 table2 = validation.table2(scores, chapter.paper.kl)
@@ -124,8 +123,8 @@ chapter.table("table1_kinds", names, digits=3,
 in_words = chapter.profile.in_words
 chapter.values({"in_words": in_words, "by_state": not in_words,
                 "shares": validation.shares_said(found.kinds)}, prefix="mlps.")
-chapter.value("mlps.loss_is", in_words, "The loss is a mean over all tokens, few of which depend on what the "
-              "model knows of the cell." if in_words else
+chapter.value("mlps.loss_is", in_words, "The loss is a mean over all tokens, few of which are the answer."
+              if in_words else
               "The loss is a mean over the genes that are asked, common and rare.")
 chapter.value("table1.asked", in_words, validation.asked_said(chapter.model, in_words))
 

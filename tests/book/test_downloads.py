@@ -71,7 +71,7 @@ def test_cells_in_a_wheel_without_a_network(tmp_path, monkeypatch, capsys):
     assert one.bytes == 27_880_147 and one.exact
     assert main(["data", "--profile", "interferon"]) == 1
     said = capsys.readouterr().err.strip()
-    assert "make data PROFILE=interferon" in said and str(path) in said and "\n" not in said
+    assert "`make data` with this profile" in said and str(path) in said and "\n" not in said
 
 
 def test_profiles_that_need_nothing_fetch_nothing(monkeypatch):
@@ -114,7 +114,7 @@ def test_a_dictionary_of_the_manifest_is_fetched_and_checked(host, tmp_path, mon
     listed(monkeypatch, tmp_path, dictionaries={"some_tokens": entry})
     profile = load_profile("smoke", GENES)
     with pytest.raises(InputError, match=r"`token_dictionary` is 'some_tokens', but there is no "
-                       r"file .*tokens\.json; fetch it once with a network \(`make data PROFILE="):
+                       r"file .*tokens\.json; fetch it once with a network \(`make data` with"):
         read_gene_tokens(profile)
     assert not downloads.dictionaries_are_here(profile)
     path = tmp_path / "cache" / "dictionaries" / "some" / "tokens.json"

@@ -457,8 +457,6 @@ def test_what_loads_is_not_refused_by_its_names(tmp_path, family, tied):
     save_file(named, path, metadata={"format": "pt"})
     load_model(tmp_path)
     heads_checked(tmp_path)
-    path.write_bytes(b"")  # what cannot be read is told of when it is
-    heads_checked(tmp_path)
 
 
 def test_a_head_for_cell_types_is_none_for_genes(tmp_path):
@@ -507,6 +505,25 @@ def other_shape(folder: Path) -> None:
     tensors = load_file(path)
     tensors["gpt_neox.layers.1.mlp.dense_h_to_4h.weight"] = torch.zeros(3, 3)
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("damage", "told"), [
+    (truncate, "file not fully covered"), (empty, "header too small"),
+    (lacking_weights, "lacks the weights"),
+    (other_shape, r"dense_h_to_4h.weight has the shape \(3, 3\), and by")])
+def test_a_broken_checkpoint_is_told_before_any_work(tmp_path, damage, told):
+    damage(saved(tmp_path))
+    with pytest.raises(InputError, match=told):
+        heads_checked(tmp_path)
+
+
+def test_a_folder_without_weights_is_told_before_any_work(tmp_path):
+    """The plan accepted it, and there was no word of converting `pytorch_model.bin`."""
+    path = saved(tmp_path) / "model.safetensors"
+    torch.save(load_file(path), tmp_path / "pytorch_model.bin")
+    path.unlink()
+    with pytest.raises(InputError, match=r"has no safetensors weights.*convert it first"):
+        heads_checked(tmp_path)
 
 
 @pytest.mark.parametrize("damage", [truncate, empty, no_config, lacking_weights, other_shape])

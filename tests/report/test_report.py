@@ -201,3 +201,20 @@ def test_only_small_profiles_are_not_comparable() -> None:
     note = Report(load_profile("smoke"), "c").not_comparable()
     assert note is not None and "2 layers" in note.bundle["text/plain"]
     assert Report(load_profile("paper"), "c").not_comparable() is None
+
+
+def test_a_value_that_no_file_can_hold_is_refused_and_not_kept(report: Report) -> None:
+    with pytest.raises(InputError, match="value odd is of the type complex"):
+        report.value("odd", 1j)
+    report.value("even", 2)
+    kept = report.profile.results / "values" / "03_validation.json"
+    assert json.loads(kept.read_text()) == {"even": 2}
+
+
+def test_a_table_that_cannot_be_shown_as_asked_is_not_written(report: Report) -> None:
+    frame = pd.DataFrame({"a": [1, 2]})
+    with pytest.raises(InputError, match="table own has no column 'b'"):
+        report.table("own", frame, columns={"b": "B"})
+    with pytest.raises(InputError, match="-1 rows"):
+        report.table("own", frame, rows=-1)
+    assert not (report.profile.results / "tables").exists()

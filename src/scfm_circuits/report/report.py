@@ -6,6 +6,7 @@ files, labels, profiles) and is escaped.
 """
 
 import html
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -58,9 +59,15 @@ class Report:
 
         digits: significant digits of a floating-point number on the page; the file has ten.
         columns: those that the page shows, in this order, with what stands over each; by default
-        all, as `headings` has them. Raises InputError for two columns of one name.
+        all, as `headings` has them. Raises InputError for two columns of one name, for one that is
+        not there, and for fewer than no rows.
         """
         path = self._csv(name, frame)
+        absent = next((one for one in columns or () if one not in frame.columns), None)
+        if absent is not None:
+            raise InputError(f"The table {name} has no column {absent!r}; name one that it has.")
+        if rows is not None and rows < 0:
+            raise InputError(f"The table {name} cannot show {rows} rows; give 0 or more.")
         write_atomic(path, _csv_text(frame))
         shown = frame if columns is None else frame[list(columns)].rename(columns=columns)
         return Shown(table_bundle(shown, caption, rows, digits, path))
@@ -157,11 +164,16 @@ class Report:
 
         The text cells use it as {glue:text}`key`. text: how it reads there; by default integers
         get thousands separators and other numbers two significant digits. Keys are unique across
-        the book.
+        the book. Raises InputError for what JSON cannot hold.
         """
         # A colon would be read as the start of a format by the glue role.
         _checked_name(key, "value")
         kept = plain(value)
+        try:
+            json.dumps(kept)
+        except (TypeError, ValueError):
+            raise InputError(f"The value {key} is of the type {type(value).__name__}, which no "
+                             "JSON file can hold; give a number or a text.") from None
         self._values[key] = kept
         write_json(self.profile.results / "values" / f"{self.chapter}.json", self._values)
         _glue(key, readable(kept, 2) if text is None else text)

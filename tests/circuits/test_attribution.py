@@ -29,6 +29,7 @@ from scfm_circuits.circuits.attribution import (
 )
 from scfm_circuits.circuits.direct_effects import direct_effects, sources_of
 from scfm_circuits.circuits.frozen import Frozen, freeze
+from scfm_circuits.models.architectures import decoder_layers
 from scfm_circuits.transcoders.transcoder import Variant
 
 
@@ -331,6 +332,26 @@ def test_freezing_leaves_no_hook(family):
     before = hooks()
     freeze(model, tiny_transcoders(model), tokens(5))
     assert hooks() == before
-    with pytest.raises(IndexError):
-        freeze(model, tiny_transcoders(model), tokens(5) + 1000)
-    assert hooks() == before
+    decoder_layers(model)[-1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        freeze(model, tiny_transcoders(model), tokens(5))
+    assert hooks() == before + 1
+
+
+@pytest.mark.parametrize(("ids", "mask", "told"), [
+    ([[1, 2], [3, 4]], None, r"has the shape \(2, 2\)"), ([], None, r"has the shape \(0,\)"),
+    ([1, 40], None, "token 40, and the model knows 40"), ([-1, 2], None, "token -1"),
+    ([0.5, 1.0], None, "whole numbers"), ([1, 2], [True], r"mask has the shape \(1,\)"),
+])
+def test_what_is_no_text_is_refused(ids, mask, told):
+    model = tiny_model()
+    with pytest.raises(InputError, match=told):
+        freeze(model, tiny_transcoders(model), np.array(ids), None if mask is None else
+               np.array(mask))
+
+
+@pytest.mark.parametrize("where", [(3, 0, 0), (-1, 0, 0), (0, 24, 0), (0, -1, 0), (0, 0, 9)])
+def test_a_feature_that_is_not_there_is_refused(frozen, where):
+    """A layer below 0 was taken for the last one in part."""
+    with pytest.raises(InputError, match="3 layers of 24 features and 9 tokens, counted from 0"):
+        feature_direction(frozen, *where)

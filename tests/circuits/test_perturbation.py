@@ -124,6 +124,10 @@ def test_a_gene_comes_to_the_front_and_the_last_is_cut(coded):
         changed(ids, [9], "delete", 4)
     with pytest.raises(InputError, match="delete fewer"):
         changed(ids, ids, "delete", 4)
+    with pytest.raises(InputError, match="'Front'; use 'delete' or 'front'"):
+        changed(ids, [9], "Front", 4)
+    with pytest.raises(InputError, match=r"INS is no gene id; .*corpus\.symbols"):
+        changed(ids, ["INS"], "delete", 4)
     profile, corpus = coded["geneformer_v2"]
     other = int(np.setdiff1d(corpus.gene_ids_of(0), corpus.gene_ids_of(1))[0])
     own = corpus.gene_ids_of(1)

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scfm_circuits import InputError
 from scfm_circuits.circuits.frozen import AtTokens, Frozen
 
 AT_ONCE = 64
@@ -86,7 +87,15 @@ class Contributions(NamedTuple):
 
 @torch.no_grad()
 def feature_direction(frozen: Frozen, layer: int, feature: int, position: int) -> Reading:
-    """The pre-activation of a feature at a position, as a reading of the residual stream."""
+    """The pre-activation of a feature at a position, as a reading of the residual stream.
+
+    InputError for one that is not there; a position below 0 is counted from the end.
+    """
+    layers, tokens, features = frozen.pre.shape
+    if not (0 <= layer < layers and 0 <= feature < features and -tokens <= position < tokens):
+        raise InputError(f"There is no feature {feature} of layer {layer} at token {position}: the "
+                         f"run has {layers} layers of {features:,} features and {tokens} tokens, "
+                         "counted from 0.")
     t, weights = frozen.transcoders, frozen.weights[layer]
     f = t.W_enc[layer, feature]
     u = frozen.centre(weights.ln2_gain * f) / frozen.sigma2[layer, position]

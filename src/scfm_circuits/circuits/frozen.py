@@ -130,11 +130,13 @@ def freeze(model: "PreTrainedModel", transcoders: Transcoders, tokens: np.ndarra
 
     mask: (n_pos,) False on padding, to which no token then attends; default: there is none. Raises
     InputError for a model of another family than `architectures` knows, for one whose attention
-    gives no patterns, and for autoencoders, which do not read what an MLP reads.
+    gives no patterns, for autoencoders, which do not read what an MLP reads, and for what is no
+    text of the model's tokens.
     """
     family = architecture_of(model)
     if transcoders.variant.site != "transcoder":
         raise InputError(NO_CIRCUITS)
+    _check_text(model, tokens, mask)
     ids = torch.as_tensor(tokens).to(device_of(model))[None]
     patterns, seen = _recorded(model, family, ids, mask)
     stacked = {key: torch.stack(seen[key]) for key in ("residual", "in", "out")}
@@ -159,6 +161,25 @@ def freeze(model: "PreTrainedModel", transcoders: Transcoders, tokens: np.ndarra
         centred=norm_in(decoder_layers(model)[0], family, first, pre.shape[-1]).centred, **norms,
         entry=entry, leaves=leaves, same=same, head=_head(model, family, seen),
         causal=family.causal)
+
+
+def _check_text(model: "PreTrainedModel", tokens: np.ndarray | Tensor,
+                mask: np.ndarray | Tensor | None) -> None:
+    """InputError for what is no text (n_pos,) of the model's tokens, or no mask of its length."""
+    shape, kind = tuple(tokens.shape), torch.as_tensor(tokens).dtype
+    if len(shape) != 1 or not shape[0]:
+        raise InputError(f"The text has the shape {shape}; give the tokens of one text, (n_pos,).")
+    if kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        raise InputError(f"Tokens are whole numbers, not {kind}.")
+    if mask is not None and tuple(mask.shape) != shape:
+        raise InputError(f"The mask has the shape {tuple(mask.shape)} and the text {shape}; they "
+                         "must be alike.")
+    least, most = int(tokens.min()), int(tokens.max())
+    # Under `binned` a token holds its level, too.
+    known = 2**63 if hasattr(model.config, "levels") else model.config.vocab_size
+    if least < 0 or most >= known:
+        raise InputError(f"The text has the token {least if least < 0 else most}, and the model "
+                         f"knows {model.config.vocab_size:,}, counted from 0.")
 
 
 def _recorded(model: "PreTrainedModel", family: Architecture, ids: Tensor,

@@ -16,7 +16,7 @@ one, and the effect is the sum of both:
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -46,9 +46,16 @@ def changed(ids: Sequence[int] | np.ndarray, genes: Iterable[int], how: How, mos
     """A cell's gene ids, in rank order, after a change of some genes.
 
     genes: ids, taken together. `delete`: they are gone. `front`: they come first, in the order
-    given, whether the cell had them or not. most: ids beyond so many are cut. InputError if the
-    cell has none of the genes to delete, or nothing would be left.
+    given, whether the cell had them or not. most: ids beyond so many are cut. InputError for any
+    other change, for symbols in place of ids, and if the cell has none of the genes to delete, or
+    nothing would be left.
     """
+    genes = list(genes)
+    if how not in get_args(How):
+        raise InputError(f"The change is {how!r}; use 'delete' or 'front'.")
+    if any(isinstance(one, str) for one in (*genes[:1], *ids[:1])):
+        raise InputError(f"{[*genes, *ids][0]!s:.60} is no gene id; the id of a gene is its place "
+                         "in corpus.symbols.")
     ids, chosen = np.asarray(ids), list(dict.fromkeys(int(gene) for gene in genes))
     rest = ids[~np.isin(ids, chosen)]
     if how == "front":

@@ -308,6 +308,19 @@ def test_unknown_library_is_asked_for_once_and_others_still_work(
     assert len(server.calls) == 2
 
 
+@pytest.mark.parametrize("name", ["KEGG_2021_human", "kegg_2021_HUMAN", "Mine"])
+def test_a_name_in_other_letters_is_no_missing_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    """Whoever misspells one would have the bundled sets in its place."""
+    monkeypatch.setenv("SCFM_OFFLINE", "1")
+    (tmp_path / "mine.gmt").write_bytes(GMT)
+    with pytest.raises(InputError, match=r"did you mean (KEGG_2021_Human|mine), which"):
+        load_library(name, tmp_path)
+    assert load_library("mine", tmp_path).name == "mine"
+    assert load_library("KEGG_2021_Mouse", tmp_path).source == "bundled"
+
+
 def test_offline_falls_back_on_the_bundled_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCFM_OFFLINE", "1")
     library = load_library(KEGG)

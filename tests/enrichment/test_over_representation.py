@@ -437,6 +437,7 @@ def test_background_smaller_than_a_list_or_than_both_together() -> None:
     ("lists", "message"),
     [
         (["VWF", "KDR"], "Gene list 0 is one string"),
+        ([[["VWF", "KDR"]]], r"\['VWF', 'KDR'\] is not a gene symbol"),
         ([["VWF", None]], "None is not a gene symbol"),
         ([["VWF", ""]], "'' is not a gene symbol"),
         ([["VWF", float("nan")]], "nan is not a gene symbol"),

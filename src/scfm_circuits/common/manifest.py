@@ -19,6 +19,13 @@ def entry(kind: str, name: str, root: Path = _ROOT) -> dict[str, Any] | None:
     return _entries(path, path.stat().st_mtime_ns if path.is_file() else 0).get((kind, name))
 
 
+def names(kind: str, root: Path = _ROOT) -> list[str]:
+    """All names of that kind, as `entry` takes them."""
+    path = root / "data" / "manifest.yml"
+    known = _entries(path, path.stat().st_mtime_ns if path.is_file() else 0)
+    return [name for of, name in known if of == kind]
+
+
 @cache
 def _entries(path: Path, _changed: int) -> dict[tuple[str, str], dict[str, Any]]:
     if not path.is_file():

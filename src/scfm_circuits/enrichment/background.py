@@ -193,7 +193,12 @@ def encode_lists(
     for i, genes in enumerate(lists):
         if isinstance(genes, str | bytes):
             raise InputError(f"Gene list {i} is one string; pass a list of symbols for each list.")
-        flat.extend(map(symbol_ids.__getitem__, genes))
+        try:
+            flat.extend(map(symbol_ids.__getitem__, genes))
+        except TypeError:  # a list in the list
+            for symbol in genes:
+                _upper(symbol)
+            raise
         lengths.append(len(genes))
     indptr = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     counts, gene = _looked_up(list(symbol_ids.names), universe)

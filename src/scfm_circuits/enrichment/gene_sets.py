@@ -240,7 +240,8 @@ def load_library(name: str, folder: str | Path | None = None) -> GeneSets:
 def local_copy(name: str, folder: str | Path | None = None) -> Path | None:
     """The library's file in the folder given, in $SCFM_GENE_SETS or in the cache, if it is there.
 
-    Raises InputError for what is no library's name, and for a named folder that is none.
+    Raises InputError for what is no library's name, or differs from one in capitals alone, and for
+    a named folder that is none.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name, flags=re.ASCII):
         raise InputError(
@@ -253,8 +254,16 @@ def local_copy(name: str, folder: str | Path | None = None) -> Path | None:
             wrong = "is no folder" if place.exists() else "does not exist"
             raise InputError(f"The gene-set folder {place} named by {origin} {wrong}; correct the "
                              "path or remove the setting.")
-    paths = [place / f"{name}.gmt" for place in (*folders, manifest.gene_set_cache())]
-    return next((path for path in paths if path.is_file()), None)
+    places = [*folders, manifest.gene_set_cache()]
+    found = next((path for place in places if (path := place / f"{name}.gmt").is_file()), None)
+    known = {*manifest.names("gene_sets"), BUNDLED_LIBRARY}
+    if found is None and name not in known:
+        known |= {path.stem for place in places for path in place.glob("*.gmt")}
+        meant = sorted(one for one in known if one.casefold() == name.casefold())
+        if meant:
+            raise InputError(f"There is no gene-set library {name}; did you mean {meant[0]}, which "
+                             "differs in capitals?")
+    return found
 
 
 def downloads_are_off() -> bool:

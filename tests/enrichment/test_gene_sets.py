@@ -156,7 +156,9 @@ def test_identifiers_instead_of_symbols_are_told(tmp_path: Path, genes: bytes) -
     assert library.warning is not None and "identifiers" in library.warning
 
 
-CELL = st.text(st.sampled_from(" abcXYZ0-.:/()'\u00fc"), max_size=6).map(str.strip)
+# Single quotes around a whole name are read as quotation marks.
+CELL = st.text(st.sampled_from(" abcXYZ0-.:/()'\u00fc"), max_size=6).map(str.strip).filter(
+    lambda name: len(name) < 2 or not name[0] == name[-1] == "'")
 
 
 @given(st.dictionaries(CELL.filter(bool), st.lists(st.sampled_from(["VWF", "KDR", "TIE1", "G-1"]),

@@ -157,6 +157,17 @@ def test_a_profile_that_extends_twice_keeps_the_nearest_names(tmp_path: Path) ->
     assert load_profile(path).cells_name == "hearts"
 
 
+def test_a_name_without_its_ending_is_asked_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"'mine' .*; known are c2s"):
+        load_profile("mine")
+    write(tmp_path, "extends: demo\n", "mine.yml")
+    with pytest.raises(InputError, match=r"'mine' .*; did you mean your own mine\.yml\?"):
+        load_profile("mine")
+
+
 def test_where_the_cells_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 

@@ -392,10 +392,10 @@ def profile_path(profile: str, *, here: bool = True) -> Path:
         path = located("extends", profile)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yml")))
-        raise InputError(
-            f"There is no profile {profile!r} ({path} does not exist); "
-            f"known are {known}, or give the path of a .yml file."
-        )
+        own = not is_path and here and Path(f"{profile}.yml").is_file()
+        raise InputError(f"There is no profile {profile!r} ({path} does not exist); " + (
+            f"did you mean your own {profile}.yml?" if own else
+            f"known are {known}, or give the path of a .yml file."))
     return path
 
 

@@ -226,7 +226,10 @@ def without_levels(tokenizer: "PreTrainedTokenizerFast", ids: np.ndarray) -> np.
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> "PreTrainedTokenizerFast":
-    """A byte-level BPE (as Pythia's, but small) trained on the given texts."""
+    """A byte-level BPE (as Pythia's, but small) trained on the given texts.
+
+    vocabulary_size: pieces at most; the 256 bytes and the end of a text are always there.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -247,7 +250,8 @@ def train_gene_tokenizer(texts: Iterable[str], symbols: Iterable[str], vocabular
     texts: prompts and answers without genes, which are encoded by a BPE of `vocabulary_size` pieces
     at most (`train_tokenizer`), trained on them; symbols: the genes, each once, which come on top.
     A gene's token reads as a space and the symbol. It is never a part of another text: a label
-    CD14+ has nothing of the gene CD14, and a gene B nothing of a label B.
+    CD14+ has nothing of the gene CD14, and a gene B nothing of a label B. So the tokenizer by
+    itself cuts genes in a text into pieces; `encode_all` and `encode_prompt` give them theirs.
     """
     import json
 

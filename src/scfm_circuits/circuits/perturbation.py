@@ -305,7 +305,8 @@ def deletions(model: "PreTrainedModel", encoder: Encoder, ids: np.ndarray, reado
     """(n_genes,) effect of deleting each gene of a cell, or each of `some`, and its own part (nan
     unless `split`).
 
-    ids: the cell's genes in rank order, at least two. The position part is the difference.
+    ids: the cell's genes in rank order; InputError for fewer than two. The position part is the
+    difference.
     """
     whole = encoder.encode(ids)
     without = [encoder.encode(one) for one in each_gene(ids, "delete", len(ids), some)]

@@ -180,7 +180,7 @@ class Counts(NamedTuple):
     seen: int
 
     def f1(self) -> Tensor:
-        """(n_concepts, n_layers, n_units, n_cuts)."""
+        """(n_concepts, n_layers, n_units, n_cuts) F1 of units above cuts as signs of concepts."""
         return 2 * self.hits / (self.said + self.truth[:, None, None, None]).clamp_min(1)
 
 

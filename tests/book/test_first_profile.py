@@ -496,6 +496,30 @@ def test_what_reading_leaves_out_is_told(tmp_path: Path, capsys: pytest.CaptureF
     assert all(f"  {one}\n" in told for one in decisions[:-1]) and len(decisions) == 5
 
 
+def test_a_base_is_found_from_where_the_command_is_given(tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a: b # c"
+    folder.mkdir()
+    (folder / "base.yml").write_text("extends: demo\nseed: 7\n", encoding="utf-8")
+    some_data().write_h5ad(folder / "cells.h5ad")
+    monkeypatch.chdir(folder)
+    assert main(["profile", "cells.h5ad", "--out", "own.yml", "--extends", "base.yml"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert load_profile(str(folder / "own.yml")).seed == 7
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_cells_that_reading_refuses_leave_no_profile(tmp_path: Path, there: bool) -> None:
+    values = counts()
+    values[:20] = 0
+    some_data(sp.csr_matrix(values)).write_h5ad(tmp_path / "cells.h5ad")
+    out = tmp_path / "own.yml"
+    if there:
+        out.write_text("extends: demo\n")
+    words = ["profile", str(tmp_path / "cells.h5ad"), "--out", str(out), "--overwrite"]
+    assert main(words) == 1 and out.exists() == there
+
+
 def test_the_command_that_is_printed_can_be_typed(tmp_path: Path,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "mine & yours"

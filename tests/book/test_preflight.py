@@ -703,6 +703,14 @@ def test_a_library_that_cannot_be_used_is_told_before_any_work(
         run_cost(profile, WHOLE)
 
 
+def test_a_bad_rating_sheet_is_told_before_any_work(empty: Path, monkeypatch: pytest.MonkeyPatch
+                                                    ) -> None:
+    monkeypatch.setattr(downloads, "SHEETS", empty)
+    (empty / "ab.csv").write_text("card,rater\nc01,ab\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"ab\.csv"):
+        run_cost(load_profile("smoke"), WHOLE)
+
+
 def test_what_is_read_otherwise_than_it_stands_is_told(empty: Path) -> None:
     (empty / "gene_sets" / "Mine.gmt").write_bytes(b"T\tLYZ\tCD3D\nU\tCD3D\tLYZ\n")
     folder = empty / "tokenizer"

@@ -225,6 +225,15 @@ def test_text_on_a_command_line_is_taken_as_it_stands(text: str, value: str) -> 
     assert parse_overrides([f"title={text}"], Profile.model_fields) == {"title": value}
 
 
+def test_what_is_given_twice_is_refused(tmp_path: Path) -> None:
+    """YAML takes the last one, and says nothing."""
+    path = write(tmp_path, "extends: demo\nseed: 1\n# the other\nseed: 2\n")
+    with pytest.raises(InputError, match=r"mine.yml has the field `seed` twice"):
+        load_profile(path)
+    with pytest.raises(InputError, match="`seed` is given twice"):
+        parse_overrides(["seed=1", "fdr=0.1", "seed=1"], Profile.model_fields)
+
+
 def test_the_example_of_the_book_is_read() -> None:
     pairs = split_pairs("seed=1 'prompt={genes}. Type = '")
     profile = load_profile("demo", parse_overrides(pairs, Profile.model_fields))

@@ -30,6 +30,7 @@ from scfm_circuits.enrichment.gene_sets import (
 )
 from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.interpretability.explanations import read_gene_groups
+from scfm_circuits.interpretability.ratings import SHEETS, read_sheets
 from scfm_circuits.paper.case import LIBRARY as PAPERS_LIBRARY
 
 if TYPE_CHECKING:
@@ -98,7 +99,9 @@ def _libraries_here(profile: Profile, names: Iterable[str]) -> dict[str, GeneSet
 
 def notes(profile: Profile) -> list[str]:
     """What to know of the traced type and of the files that a run reads late (gene sets, gene
-    groups, the tokenizer), as far as they are here. InputError for one that cannot be used."""
+    groups, rating sheets, the tokenizer), as far as they are here. InputError for one that cannot
+    be used."""
+    read_sheets(SHEETS)
     said = []
     if manifest.by_hand(profile.model) and not located("model", profile.model).is_dir():
         said.append(f"The model is not here: {manifest.by_hand(profile.model)}.")

@@ -6,6 +6,7 @@ chosen. Column names and labels come from the file: fields are quoted, and comme
 Python literals, so none can end a line.
 """
 
+import json
 import math
 import os
 import re
@@ -20,23 +21,20 @@ import yaml
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.h5ad import open_h5ad, unreadable
+from scfm_circuits.cells.ranking import values_kind
 from scfm_circuits.cells.symbols import possible_symbols, symbol_columns
 from scfm_circuits.common.encodings import CELL_SENTENCE, ENSEMBL, RANK_VALUE
 from scfm_circuits.common.files import write_atomic
 from scfm_circuits.common.labels import names_no_type, normal_label, normal_labels
-from scfm_circuits.common.profile import PROFILES, Name, Profile, load_profile
+from scfm_circuits.common.profile import PROFILES, Name, Profile, load_profile, profile_path
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LARGE = 5_000
 """Cells above which the profile draws some: `demo` is made for few."""
-MOST_ERRORS = 0.01
-"""Share of values that cannot be ranked up to which they are errors, not a scaling."""
 EXPECTED_HELD_OUT = 10
 """Held-out cells of the traced type that a draw should leave on average."""
-SAMPLED = 200_000
-"""Values of a matrix that are looked at, in three blocks."""
 IDENTIFIERS = "ensembl_column", "gene_mapping"
 """Fields that say how a rank-value encoding finds genes."""
 
@@ -83,33 +81,11 @@ def peek(path: Path) -> Peek:
     data = open_h5ad(path, "give the path of an .h5ad file as H5AD")
     try:
         with unreadable(path):
-            kinds = {name: _kind(matrix) for name, (matrix, _) in data.matrices.items()}
+            kinds = {name: values_kind(matrix) for name, (matrix, _) in data.matrices.items()}
     finally:
         data.close()
     genes = {name: variables for name, (_, variables) in data.matrices.items()}
     return Peek(kinds, data.obs, genes, data.aside)
-
-
-def _kind(matrix: Any) -> str:
-    """Whether samples of a matrix's values are counts, normalised, or nothing to rank genes by."""
-    stored = matrix
-    if hasattr(matrix, "group"):  # sparse in the file: what is not stored is zero
-        stored = matrix.group["data"]
-    elif hasattr(matrix, "nnz"):  # sparse in memory
-        stored = matrix.data
-    per_row = max(1, math.prod(stored.shape[1:]))
-    rows, n = max(1, SAMPLED // 3 // per_row), stored.shape[0]
-    starts, size = ([0], n) if n <= 3 * rows else ([0, (n - rows) // 2, n - rows], rows)
-    values = np.concatenate([np.ravel(stored[start : start + size]) for start in starts])
-    odd = ~(np.isfinite(values) & (values >= 0))
-    if odd.any():
-        few = ("; so few are errors rather than scaling: mend them"
-               if odd.mean() <= MOST_ERRORS else "")
-        return (f"unusable, as {odd.sum():,} of {len(values):,} values looked at are below zero or "
-                f"not finite, such as {values[odd][0]:.6g}{few}")
-    if len(values) and values.max() <= 1 and np.array_equal(values, np.rint(values)):
-        return "zeros and ones"
-    return "counts" if np.array_equal(values, np.rint(values)) else "normalised"
 
 
 # --- the choices ---------------------------------------------------------------------------------
@@ -379,7 +355,7 @@ def profile_text(fields: dict[str, Choice], base: str = "demo") -> str:
     """The profile as YAML: a comment, then its field, in quotes if it is text."""
     lines = ["# Written from a look into the file; change what is wrong. Everything else is as in",
              f"# `{base}`; all fields are explained in src/scfm_circuits/common/profile.py.",
-             f"extends: {base}"]
+             f"extends: {json.dumps(base, ensure_ascii=False) if os.sep in base else base}"]
     for field, choice in fields.items():
         # In double quotes no text is taken for a number, a date or null, or spans two lines.
         value = yaml.safe_dump(choice.value, allow_unicode=True, width=math.inf,
@@ -437,10 +413,19 @@ def first_profile(h5ad: str, out: str, base: str = "demo", overwrite: bool = Fal
 
     if not h5ad:
         raise InputError("Give the cells: make profile H5AD=path/to/cells.h5ad.")
+    if base.endswith((".yml", ".yaml")):  # as it is found from here
+        base = os.path.abspath(profile_path(base))
+    there = Path(out).exists()
     written = write_profile(Path(h5ad), Path(out), base, overwrite)
+    try:
+        decisions = described(written).decisions
+    except InputError:
+        if not there:  # the file is to be mended first, and may then give another profile
+            Path(out).unlink()
+        raise
     for field in ("matrix", "symbol_column", "duplicate_symbols", "label_column", "case_type",
                   "max_cells", *IDENTIFIERS[: 2 * (written.encoding in RANK_VALUE)]):
         print(f"  {field}: {getattr(written, field)!r}")
-    for note in described(written).decisions:
+    for note in decisions:
         print(f"  {note}")
     print(f"Wrote {out}; look at it, then: make book PROFILE={shlex.quote(out)}")

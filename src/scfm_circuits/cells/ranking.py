@@ -8,6 +8,7 @@ cell's row in its file and the gene: as random, but a cell's sentence depends ne
 read beside it nor on the order in which they are read. Only the k largest are ever put in order.
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,8 +20,32 @@ from scfm_circuits import InputError
 from scfm_circuits.common.compiled import compiled, n_threads
 
 _BLOCK = 512
+SAMPLED = 200_000
+"""Values of a matrix that are looked at, in three blocks."""
 _SCALED = 0.01
 """Share of negative values above which they are not errors: centring makes about half negative."""
+
+
+def values_kind(matrix: Any) -> str:
+    """Whether samples of a matrix's values are counts, normalised, or nothing to rank genes by."""
+    stored = matrix
+    if hasattr(matrix, "group"):  # sparse in the file: what is not stored is zero
+        stored = matrix.group["data"]
+    elif hasattr(matrix, "nnz"):  # sparse in memory
+        stored = matrix.data
+    per_row = max(1, math.prod(stored.shape[1:]))
+    rows, n = max(1, SAMPLED // 3 // per_row), stored.shape[0]
+    starts, size = ([0], n) if n <= 3 * rows else ([0, (n - rows) // 2, n - rows], rows)
+    values = np.concatenate([np.ravel(stored[start : start + size]) for start in starts])
+    odd = ~(np.isfinite(values) & (values >= 0))
+    if odd.any():
+        few = ("; so few are errors rather than scaling: mend them"
+               if odd.mean() <= _SCALED else "")
+        return (f"unusable, as {odd.sum():,} of {len(values):,} values looked at are below zero or "
+                f"not finite, such as {values[odd][0]:.6g}{few}")
+    if len(values) and values.max() <= 1 and np.array_equal(values, np.rint(values)):
+        return "zeros and ones"
+    return "counts" if np.array_equal(values, np.rint(values)) else "normalised"
 
 
 def checked_rows(values: Any, rows: np.ndarray, where: str, join: sp.csr_matrix | None

@@ -72,14 +72,16 @@ def parse_overrides(pairs: Sequence[str], fields: Mapping[str, "FieldInfo"]) -> 
     or `a # b`, unless it is in quotes. fields: all that a profile has. Raises InputError for what
     is no pair, or no YAML.
     """
-    overrides = {}
+    overrides: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.strip():
             raise InputError(f"The parameter {pair!r} must have the form key=value.")
-        kind = fields[key.strip()].annotation if key.strip() in fields else None
+        key = key.strip()
+        if key in overrides:
+            raise InputError(f"The parameter `{key}` is given twice; leave one out.")
         try:
-            overrides[key.strip()] = _value(text, kind)
+            overrides[key] = _value(text, fields[key].annotation if key in fields else None)
         except yaml.YAMLError:
             raise InputError(f"The value in {pair!r} cannot be read as YAML.") from None
     return overrides
@@ -103,7 +105,8 @@ def _value(text: str, kind: Any) -> Any:
 def read_fields(path: Path) -> dict[str, Any]:
     """The fields in a profile's file, unchecked; InputError if they cannot be read."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"The profile {path} cannot be read ({error}).") from None
     except yaml.YAMLError as error:
@@ -112,6 +115,12 @@ def read_fields(path: Path) -> dict[str, Any]:
         raise InputError(f"The profile {path} is not valid YAML{line}; check its syntax.") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"The profile {path} must be a list of `field: value` lines.")
+    # YAML takes the last of two, and says nothing.
+    node: Any = yaml.compose(text, Loader=_Loader)
+    names = [key.value for key, _ in node.value]
+    if len(names) > len(content):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"The profile {path} has the field `{twice}` twice; remove one of them.")
     return content
 
 

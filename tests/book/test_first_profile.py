@@ -291,6 +291,20 @@ def test_how_genes_are_found_by_a_model_of_gene_tokens(
     assert f"  ensembl_column: {fields[0]!r}\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("base", ["smoke_decoder", "smoke_encoder"])
+@pytest.mark.parametrize("identified", [False, True])
+def test_a_model_that_makes_its_own_dictionary_needs_no_other(
+    tmp_path: Path, base: str, identified: bool
+) -> None:
+    data = some_data()
+    if identified:
+        data.var["gene_ids"] = ENSEMBL
+    profile, cells = written(tmp_path, data, base=base)
+    assert profile.gene_mapping is None and profile.ensembl_column is None
+    assert profile.token_dictionary == "train" and cells.symbols == tuple(SYMBOLS)
+    assert "ensembl_column" not in (tmp_path / "mine.yml").read_text()
+
+
 def test_a_model_that_ranks_counts_is_given_no_other_values(tmp_path: Path) -> None:
     data = some_data(np.log1p(counts()), names=ENSEMBL)
     data.write_h5ad(tmp_path / "cells.h5ad")

@@ -23,7 +23,7 @@ from scfm_circuits import InputError
 from scfm_circuits.cells.h5ad import open_h5ad, unreadable
 from scfm_circuits.cells.ranking import values_kind
 from scfm_circuits.cells.symbols import possible_symbols, symbol_columns
-from scfm_circuits.common.encodings import CELL_SENTENCE, ENSEMBL, RANK_VALUE
+from scfm_circuits.common.encodings import CELL_SENTENCE, ENSEMBL, OWN_DICTIONARY, RANK_VALUE
 from scfm_circuits.common.files import write_atomic
 from scfm_circuits.common.labels import names_no_type, normal_label, normal_labels
 from scfm_circuits.common.profile import PROFILES, Name, Profile, load_profile, profile_path
@@ -335,8 +335,10 @@ def profile_fields(path: Path, base: str = "demo") -> dict[str, Choice]:
     if not len(found.observations) or not len(genes):
         raise InputError(f"{where} holds {len(found.observations)} cells and {len(genes)} genes; "
                          "there is nothing to read.")
+    # A dictionary that is made of the cells calls genes as they do, as sentences do.
+    own = settings.token_dictionary == OWN_DICTIONARY
     chosen = choose_genes(genes, where, "raw.var" if matrix.value == "raw" else "var",
-                          settings.encoding)
+                          CELL_SENTENCE if own else settings.encoding)
     label = choose_labels(found.observations, where, _unread(found.aside, "obs"))
     labels, _ = normal_labels(found.observations[label.value].astype(str))
     case, most = choose_case(labels, settings)

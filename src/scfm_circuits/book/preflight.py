@@ -52,7 +52,8 @@ ANYWAY = "SCFM_ANYWAY"
 """Environment variable that turns refusals into warnings."""
 VALUES_ALONE = ("scGPT gives each gene a value and no probability, so Tables 1 and 2, and what the "
                 "book's chapters ask a model (which word, which gene), have no answer in it; its "
-                "transcoders alone are trained, by `python -m scfm_circuits train`.")
+                "transcoders alone are trained, by `.venv/bin/python -m scfm_circuits train "
+                "--profile PROFILE`.")
 GIB, CPU = 2**30, torch.device("cpu")
 OTHER, KEPT = 3 * GIB // 2, 0.2
 """A chapter's memory beside the parts (libraries, tables, figures), and the share of it all that is

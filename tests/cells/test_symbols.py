@@ -13,6 +13,7 @@ from scfm_circuits import InputError
 from scfm_circuits.cells.reading import describe_cells
 from scfm_circuits.cells.symbols import (
     gene_symbols,
+    hyphens_missing,
     hyphens_restored,
     merge_duplicates,
     possible_symbols,
@@ -34,6 +35,18 @@ def test_points_of_r_become_hyphens(written: str, meant: str) -> None:
 
 def test_a_number_that_r_gave_a_repeated_symbol_stays() -> None:
     assert hyphens_restored(["MATR3", "MATR3.1", "TBCE.1"])[0] == ["MATR3", "MATR3.1", "TBCE-1"]
+
+
+def test_symbols_that_r_wrote_are_told_where_no_rule_says_so() -> None:
+    """They were read without a word, and no gene set has them."""
+    (told,) = hyphens_missing(["CD3D", "HLA.A", "MT.ND1", "NKX2.5", "KRTAP5.1"])
+    assert told.startswith("Warning: 4 gene symbols") and "HLA.A" in told and "r_names" in told
+    assert hyphens_missing(["HLA-A", "MT-ND1", "AC012345.1", "RP11-291B21.2", "MTOR", "MATR3.1",
+                            "HLA", "NKX2-5"]) == []
+    demo = load_profile("demo")
+    assert not [one for one in describe_cells(demo).decisions if "Warning" in one]
+    as_written = demo.model_copy(update={"symbol_rule": "as_written"})
+    assert [one for one in describe_cells(as_written).decisions if "r_names" in one]
 
 
 # No part is the address of a clone (0A0), whose version keeps its point.

@@ -30,6 +30,7 @@ from scfm_circuits.cells.ranking import checked_rows, first_odd, top_genes
 from scfm_circuits.cells.symbols import (
     MOST_LEFT_OUT,
     gene_symbols,
+    hyphens_missing,
     hyphens_restored,
     merge_duplicates,
 )
@@ -178,6 +179,8 @@ def _parts(data: Opened, profile: Profile) -> _Parts:
     if profile.symbol_rule == "r_names":
         symbols, restored = hyphens_restored(symbols)
         decisions += restored
+    else:
+        decisions += hyphens_missing(symbols)
     labels, rewritten = _labels(data.obs, profile.label_column, where)
     if 0 in matrix.shape:
         raise InputError(f"{where} holds {matrix.shape[0]} cells and {matrix.shape[1]} genes; "

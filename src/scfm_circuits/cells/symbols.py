@@ -31,6 +31,8 @@ _MONTH = "(JAN|FEB|MAR|APR|MAY|JUN|JUL|AUG|SEP|OCT|NOV|DEC)"
 _DATE = re.compile(rf"X?\d{{1,2}}[-.]{_MONTH}(-\d\d(\d\d)?)?|{_MONTH}-\d\d"
                    r"|\d{4}-\d\d-\d\d( 00:00:00)?|\d{1,2}/\d{1,2}/\d\d(\d\d)?|\d\.\d+E\+\d\d")
 """What spreadsheets make of MARCHF1, SEPTIN2 or 2310009E13RIK, and R of that (X1.MAR)."""
+_POINTED = re.compile(r"(HLA|MT|NKX\d|KRTAP\d+)\.[A-Z0-9.]+$")
+"""What R makes of symbols of families in which every one has a hyphen."""
 _VERSIONED = re.compile(r"([A-Z]{1,3}\d{5,9}|[A-Z0-9]+\.[A-Z]?\d+[A-Z]\d+)$")
 """What a version follows: an accession (AC012345) or the address of a clone (RP11.291B21)."""
 
@@ -145,6 +147,17 @@ def _mostly_ensembl(names: Iterable[str]) -> bool:
     """Whether more than half of the names are Ensembl identifiers."""
     found = [bool(ENSEMBL.match(name)) for name in names]
     return sum(found) > len(found) / 2
+
+
+def hyphens_missing(symbols: Iterable[str]) -> list[str]:
+    """A sentence if symbols of families that have a hyphen (HLA-A, MT-ND1) have a point instead.
+
+    symbols: in capitals.
+    """
+    found = [symbol for symbol in symbols if _POINTED.match(symbol)]
+    return [f"Warning: {len(found):,} gene symbols have a point where gene sets have a hyphen, "
+            f"such as {found[0]}, so R wrote them; set `symbol_rule: r_names` in the profile."
+            ] if found else []
 
 
 def hyphens_restored(symbols: list[str]) -> tuple[list[str], list[str]]:

@@ -74,6 +74,22 @@ def test_cells_in_a_wheel_without_a_network(tmp_path, monkeypatch, capsys):
     assert "`make data` with this profile" in said and str(path) in said and "\n" not in said
 
 
+def test_gene_sets_are_told_as_they_are(tmp_path, monkeypatch, capsys):
+    """It named as fetched those that it then called not available."""
+    monkeypatch.setenv("SCFM_OFFLINE", "1")
+    monkeypatch.setenv("SCFM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SCFM_GENE_SETS", str(tmp_path))
+    (tmp_path / "KEGG_2021_Human.gmt").write_text("a\t\tINS\n")
+    assert main(["data", "--profile", "demo"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"Gene sets: {tmp_path / 'KEGG_2021_Human.gmt'}"
+    assert said[1].startswith("GO_Biological_Process_2025 and CellMarker_Augmented_2021 are not av")
+    (tmp_path / "KEGG_2021_Human.gmt").unlink()
+    assert main(["data", "--profile", "demo"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "GO_Biological_Process_2025, KEGG_2021_Human and CellMarker_Augmented_2021 are" in line
+
+
 def test_profiles_that_need_nothing_fetch_nothing(monkeypatch):
     monkeypatch.setattr(downloads, "fetch", None)
     for name in ("demo", "smoke", "planted"):

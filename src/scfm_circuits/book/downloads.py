@@ -314,13 +314,13 @@ def fetch_data(profile: Profile) -> None:
     folders = fetch_model(profile)  # what needs a hand or a login is told before gigabytes come
     cells = fetch_cells(profile)
     names = dict.fromkeys((*profile.libraries, profile.case_library))
-    warnings = warnings_of(load_library(name, profile.gene_sets) for name in names)
+    warnings = warnings_of([load_library(name, profile.gene_sets) for name in names])
+    libraries = [path for name in names if (path := local_copy(name, profile.gene_sets))]
     for what, where in (("Cells", [cells] if cells else []), ("Dictionary", dictionaries),
-                        ("Model and tokenizer", folders)):
+                        ("Model and tokenizer", folders), ("Gene sets", libraries)):
         for one in where:
             with contextlib.suppress(ValueError):
                 one = one.relative_to(ROOT)
             print(f"{what}: {one}")
-    print(f"Gene sets: {', '.join((*profile.libraries, profile.case_library))}.")
     for warning in warnings:
         print(warning)

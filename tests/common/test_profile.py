@@ -197,7 +197,8 @@ def test_overrides_have_a_name_of_their_own(seed: int, fdr: float) -> None:
     ("'case_type=a  b=c' seed=1", ["case_type=a  b=c", "seed=1"]),
     ("""'response=" {label}."' seed=1""", ['response=" {label}."', "seed=1"]),
     ("libraries=[A, B] seed=1", ["libraries=[A, B]", "seed=1"]),
-    ("seed 1", ["seed 1"]),
+    ("seed 1", ["seed 1"]), (r"title=a\b\n c\\ seed=1", [r"title=a\b\n c\\", "seed=1"]),
+    ("title=a #b", ["title=a #b"]),
 ])
 def test_several_pairs_in_one_text(text: str, pairs: list[str]) -> None:
     assert split_pairs(text) == pairs
@@ -232,6 +233,23 @@ def test_what_is_given_twice_is_refused(tmp_path: Path) -> None:
         load_profile(path)
     with pytest.raises(InputError, match="`seed` is given twice"):
         parse_overrides(["seed=1", "fdr=0.1", "seed=1"], Profile.model_fields)
+
+
+@pytest.mark.parametrize("line", [r"prompt: '{genes}.\n\nType:'", r"prompt: Of {genes}.\n\nType",
+                                  r"response: ' {label}.\n'"])
+def test_a_line_break_that_is_none_is_refused(tmp_path: Path, line: str) -> None:
+    """The model would have been asked with a backslash and an n."""
+    with pytest.raises(InputError, match=r"holds \\n as a backslash and a letter"):
+        load_profile(write(tmp_path, f"extends: demo\n{line}\n"))
+    key, _, text = line.partition(": ")
+    pairs = split_pairs(f"{key}={text}")
+    with pytest.raises(InputError, match=r"holds \\n as a backslash and a letter"):
+        load_profile("demo", parse_overrides(pairs, Profile.model_fields))
+    inside = text.strip("'")
+    for profile in (write(tmp_path, f'extends: demo\n{key}: "{inside}"\n'), "demo"):
+        given_ = parse_overrides(split_pairs(f"'{key}=\"{inside}\"'"), Profile.model_fields)
+        found = load_profile(profile, given_ if profile == "demo" else {})
+        assert "\n" in getattr(found, key) and "\\" not in getattr(found, key)
 
 
 def test_the_example_of_the_book_is_read() -> None:

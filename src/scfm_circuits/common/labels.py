@@ -98,11 +98,16 @@ def _shown(text: str) -> str:
 def template_problem(text: str, needed: str, optional: Collection[str] = ()) -> str | None:
     """What is wrong with a template's placeholders, such as `{genes}`; None if nothing is.
 
-    needed: must stand in it once; optional: may. Any other word in braces would be put to the model
+    A line break that is written in a way in which it is none is wrong with it too. needed: must
+    stand in it once; optional: may. Any other word in braces would be put to the model
     as it stands. Braces around anything else are text.
     """
     if text.count(needed) != 1:
         return f"must contain {needed} exactly once"
+    literal = re.search(r"\\[nrt]", text)
+    if literal:
+        return (f"holds {literal[0]} as a backslash and a letter; only within double quotes that "
+                "are around the text itself is it a line break or a tab")
     known = [needed, *optional]
     other = [one for one in re.findall(r"\{[A-Za-z_]\w*\}", text) if one not in known]
     if not other:

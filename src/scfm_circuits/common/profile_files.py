@@ -46,13 +46,15 @@ _Loader.add_implicit_resolver(
 
 
 def split_pairs(text: str) -> list[str]:
-    """The `key=value` pairs of one text, quoted as in a shell where need be.
+    """The `key=value` pairs of one text, quoted as in a shell where need be; a backslash is one.
 
     A word without a key belongs to the value before it: `case_type=CD14+ Monocyte seed=1` are two
     pairs. Raises InputError if a quotation mark is not closed.
     """
     try:
-        words = shlex.split(text)
+        reader = shlex.shlex(text, posix=True, punctuation_chars=False)
+        reader.whitespace_split, reader.commenters, reader.escape = True, "", ""
+        words = list(reader)
     except ValueError:
         raise InputError(f"In PARAMS={text!r} a quotation mark is not closed; put the whole pair "
                          "that holds one into marks of the other kind.") from None

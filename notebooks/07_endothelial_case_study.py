@@ -28,9 +28,8 @@
 #   with an {term}`FDR` of {glue:text}`paper_case.printed_fdr` and a score of
 #   {glue:text}`paper_case.printed_score`.
 # - **We find.** Genes that speak for it most: {glue:text}`call.leading`. The circuit of the call itself
-#   has {glue:text}`call.nodes` nodes, on {glue:text}`call.gene_nodes` genes. Their best term is
-#   "{glue:text}`call.best_term`" (p = {glue:text}`call.p_random` against random genes of the same sentence). The paper's kind of target
-#   is the same feature in {glue:text}`case.same_target` of the held-out cells: it is
+#   has {glue:text}`call.nodes` nodes, on {glue:text}`call.gene_nodes` genes{glue:text}`call.term_found`
+#   The paper's kind of target is the same feature in {glue:text}`case.same_target` of the held-out cells: it is
 #   {glue:text}`case.target_is`.
 # - **What it is worth.** Of the call's {glue:text}`call.whole` {glue:text}`call.unit` the circuit alone keeps
 #   {glue:text}`call.keeps`. With no circuit at all {glue:text}`call.nothing_keeps` are
@@ -133,6 +132,10 @@ chapter.value("call.worth", worth := abs(whole - alone) < abs(whole - none),
               ": by this measure its features explain none of the call, as attention reads the genes "
               "without them.")
 chapter.p_value("call.p_random", call.genes.p)
+term = call.genes.best_term
+chapter.value("call.term_found", term is not None, ", and no term of the library has any of them."
+              if term is None else f'. Their best term is "{term}" (p = {call.genes.p:.2g} against '
+              "random genes of the same sentence).")
 chapter.percent("call.kept_share", circuit.share_kept(call.circuit))
 chapter.percent("call.prompt_token_share", float((call.nodes["gene"] == "").mean()))
 

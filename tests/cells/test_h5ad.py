@@ -527,3 +527,11 @@ def test_a_file_is_read_in_parts_as_anndata_reads_it_whole(
     matrix = {"X": whole.X, "raw": whole.raw.X, "counts": whole.layers["counts"]}[name]
     expected = matrix.toarray() if sp.issparse(matrix) else matrix
     np.testing.assert_array_equal(found, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["seurat.rds", "all.RData"])
+def test_objects_of_r_are_told_as_such(tmp_path: Path, name: str) -> None:
+    """They are gzip files, so it was said to unpack them, which gives no .h5ad."""
+    (tmp_path / name).write_bytes(b"\x1f\x8b\x08" + bytes(60))
+    with pytest.raises(InputError, match=r"are an object of R.*convert them there"):
+        h5ad.open_h5ad(tmp_path / name)

@@ -196,6 +196,9 @@ def _check_place(path: Path, give: str) -> None:
         gone = f"are a link to {path.readlink()}, which is not there" if path.is_symlink() else (
             "do not exist")
         raise InputError(f"The cells {path} {gone}; {give}.")
+    if path.suffix.lower() in (".rds", ".rda", ".rdata", ".robj"):
+        raise InputError(f"The cells {path} are an object of R, not an .h5ad; convert them there, "
+                         "as with zellkonverter::writeH5AD.")
     with unreadable(path), open(path, "rb") as handle:
         begins = handle.read(64)
     if begins.startswith(_HDF5):

@@ -90,7 +90,7 @@ def make_project(root: Path, patch: pytest.MonkeyPatch,
     patch.setattr(kept, "PACKAGE", root / "package")
     patch.setattr(pages, "BOOK", root / "book")
     # What a run would cost is told of the real notebooks (test_preflight).
-    patch.setattr(book, "announce", lambda run, jobs: (0.0, jobs))
+    patch.setattr(book, "announce", lambda run, jobs: ({}, jobs))
     patch.setenv("SCFM_ROOT", str(root))
     patch.setenv("SCFM_GENE_SETS", "")
     patch.setenv("SCFM_CACHE", str(root / "cache"))

@@ -807,7 +807,8 @@ def test_a_cell_may_take_several_times_what_the_run_is_expected_to(
     monkeypatch.delenv("SCFM_CELL_SECONDS", raising=False)
     monkeypatch.setenv("SCFM_OFFLINE", "1")
     for seconds in (10_000.0, 1.0):
-        monkeypatch.setattr(book, "announce", lambda run, jobs, told=seconds: (told, jobs))
+        monkeypatch.setattr(book, "announce", lambda run, jobs, told=seconds: (
+            {"01_a": 0.4 * told, "02_b": 0.6 * told}, jobs))
         assert main(["book", "execute", "--profile", "smoke"]) == 130
     monkeypatch.setenv("SCFM_CELL_SECONDS", "77")
     assert main(["book", "execute", "--profile", "smoke"]) == 130
@@ -817,5 +818,5 @@ def test_a_cell_may_take_several_times_what_the_run_is_expected_to(
 def test_an_estimate_that_fails_keeps_nobody_from_work(
         empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(book.sys, "executable", "/bin/false")
-    assert book.announce(load_run("smoke")) == (0.0, None)
+    assert book.announce(load_run("smoke")) == ({}, None)
     assert "cannot be told (no answer)" in capsys.readouterr().out

@@ -232,6 +232,21 @@ def test_the_time_side_by_side_is_that_of_the_same_order(notebooks: list[Noteboo
     assert bool(pairs) == (longest < total)
 
 
+def test_a_long_chapter_is_not_left_to_run_alone() -> None:
+    """04 is followed by none, and takes as long as the others together."""
+    notebooks = [notebook(0, ()), *(notebook(i, [0]) for i in (1, 2, 3, 4)),
+                 notebook(5, [0, 1, 2, 3])]
+    seconds = {one.name: 2.0 for one in notebooks} | {"04": 8.0}
+    stands_on, begun = side_by_side.before(notebooks), list[str]()
+    assert side_by_side.length(notebooks, stands_on, 2, seconds) == 2 + 8
+    # Whatever they are expected to take, the first two are the first of `length`'s order.
+    for expected, first in ((seconds, ["00", "04"]), ({}, ["00", "01"])):
+        begun.clear()
+        assert side_by_side.run_all(notebooks, stands_on, 1, lambda one: begun.append(one.name),
+                                    lambda number: None, expected) == []
+        assert begun[:2] == first and sorted(begun) == sorted(stands_on)
+
+
 def test_what_two_chapters_need_is_made_once(tmp_path: Path) -> None:
     path, stamp, made, second = tmp_path / "shared.npz", {"of": 1}, [], threading.Event()
 

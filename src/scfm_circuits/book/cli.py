@@ -67,14 +67,14 @@ def check(run: Run, just_executed: Sequence[str] = ()) -> None:
         write_json(path, found_now)
 
 
-def announce(run: Run, jobs: int | None = None) -> tuple[float, int | None]:
-    """Say what the stale chapters will cost; returns the seconds of them all, 0 without any, and
-    how many are best run at once, if that is known.
+def announce(run: Run, jobs: int | None = None) -> tuple[dict[str, float], int | None]:
+    """Say what the stale chapters will cost; returns the seconds of each by name, and how many are
+    best run at once, if that is known.
 
     Raises InputError if they cannot fit, or if it is seen already that they will fail.
     """
     if not plan(run):
-        return 0.0, jobs
+        return {}, jobs
     # In a process of its own, which gives a GPU and the memory of the libraries back.
     words = [sys.executable, "-m", "scfm_circuits", "plan", "--cost", "--profile", run.profile_name]
     words += ["--jobs", str(jobs)] if jobs else []
@@ -86,12 +86,12 @@ def announce(run: Run, jobs: int | None = None) -> tuple[float, int | None]:
     except (IndexError, ValueError):  # an estimate that fails must not keep anybody from work
         reason = (done.stderr.strip().splitlines() or ["no answer"])[-1]
         print(f"What this run costs cannot be told ({reason}).", flush=True)
-        return 0.0, jobs
+        return {}, jobs
     if found["text"]:
         print(found["text"], flush=True)
     if found["refusal"]:
         raise InputError(found["refusal"])
-    return float(found["seconds"]), int(found["jobs"])
+    return found["each"], int(found["jobs"])
 
 
 def show_plan(run: Run, jobs: int | None = None) -> None:
@@ -111,7 +111,7 @@ def show_cost(run: Run, jobs: int | None = None) -> None:
     try:
         cost = run_cost(run.profile, run.notebooks, [one.name for one, _ in plan(run)], jobs)
     except InputError as error:
-        cost = Cost("", str(error), 0.0)
+        cost = Cost("", str(error), 0.0, {})
     print(json.dumps(cost._asdict()))
 
 
@@ -139,7 +139,7 @@ def make(run: Run, step: str, output: Path, cell_seconds: int | None = None,
     if cell_seconds is not None and cell_seconds < 1:
         raise InputError("--cell-seconds must be at least 1.")
     executed: list[str] = []
-    expected, jobs = announce(run, jobs) if step in ("all", "execute") else (0.0, jobs)
+    expected, jobs = announce(run, jobs) if step in ("all", "execute") else ({}, jobs)
     if step in ("all", "build"):
         from scfm_circuits.book import pages
 

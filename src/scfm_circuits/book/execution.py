@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, NamedTuple
 
 from scfm_circuits import InputError
@@ -66,20 +67,21 @@ class ExecutionFailed(Exception):
     """A notebook could not be executed or did not pass the gate; the message is for a person."""
 
 
-def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0,
-            jobs: int | None = None) -> list[str]:
+def execute(run: Run, *, cell_seconds: int | None = None,
+            expected: Mapping[str, float] = MappingProxyType({}), jobs: int | None = None
+            ) -> list[str]:
     """Execute the stale notebooks, once cells, model and gene sets are there; returns their names.
 
     cell_seconds: how long a cell may take; by default what the environment says, or an hour, or
-    several times `expected`, the seconds that the whole run is expected to take. jobs: how many run
-    at once; by default as many as the machine allows (`side_by_side`).
+    several times what the whole run is expected to take. expected: seconds of each chapter, by
+    name. jobs: how many run at once; by default as many as the machine allows (`side_by_side`).
     Raises ExecutionFailed if one fails: those that run are finished and no other is started,
     finished ones are kept, its partial output is moved to `results/<profile>/failed/`, and the next
     call tries it again. Raises KeyboardInterrupt on Ctrl-C and SystemExit on SIGTERM, when all
     kernels have ended.
     """
     limit = cell_seconds or _seconds_from_environment(
-        max(CELL_SECONDS, round(TIMES_EXPECTED * expected)))
+        max(CELL_SECONDS, round(TIMES_EXPECTED * sum(expected.values()))))
     if not plan(run) and not _leftovers(run):
         with contextlib.suppress(OSError):  # what is finished may be read-only
             own_results(run.profile, run.profile_name)
@@ -104,7 +106,7 @@ def execute(run: Run, *, cell_seconds: int | None = None, expected: float = 0.0,
             # What is made again is not to be read as it was, nor found damaged by the ledger.
             for notebook, _ in stale:
                 (run.profile.results / "values" / f"{notebook.name}.json").unlink(missing_ok=True)
-            _execute_all(run, dict(stale), limit, jobs or side_by_side.usual_jobs())
+            _execute_all(run, dict(stale), limit, jobs or side_by_side.usual_jobs(), expected)
         return [notebook.name for notebook, _ in stale]
 
 
@@ -121,7 +123,8 @@ def _fetch_gene_sets(run: Run, stale: Sequence[Notebook]) -> None:
                 load_library(name, run.profile.gene_sets)
 
 
-def _execute_all(run: Run, stale: Mapping[Notebook, str], limit: int, jobs: int) -> None:
+def _execute_all(run: Run, stale: Mapping[Notebook, str], limit: int, jobs: int,
+                 expected: Mapping[str, float]) -> None:
     """Execute notebooks, each when those that it follows are done; stale: with the reasons."""
     from scfm_circuits.transcoders.training.interrupts import stops_heeded
 
@@ -148,7 +151,7 @@ def _execute_all(run: Run, stale: Mapping[Notebook, str], limit: int, jobs: int)
             screen.say(f"      {notebook.name} done in {seconds:.1f} s")
 
         failed = side_by_side.run_all([*stale], side_by_side.before(run.notebooks), jobs, work,
-                                      kernels.end)
+                                      kernels.end, expected)
     if not failed:
         return
     messages = [str(one).removesuffix(RETRY) for one in failed if isinstance(one, ExecutionFailed)]

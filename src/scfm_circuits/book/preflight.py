@@ -103,12 +103,13 @@ class Stage(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Lines for the terminal, why the run is refused (or nothing), its seconds (or 0), and how many
-    chapters run at once."""
+    """Lines for the terminal, why the run is refused (or nothing), its seconds (or 0) and those of
+    each chapter beside others, and how many run at once."""
 
     text: str
     refusal: str
     seconds: float
+    each: Mapping[str, float]
     jobs: int = 1
 
 
@@ -145,22 +146,22 @@ def run_cost(profile: Profile, notebooks: Sequence[Notebook], stale: Collection[
     lines = _what_is_needed(profile, sizes, found, libraries, disk)
     lines += _memory_lines(stages, together if at_once > 1 else {})
     if profile.encoding == BINNED:
-        return Cost("\n".join(lines), VALUES_ALONE, 0.0)
+        return Cost("\n".join(lines), VALUES_ALONE, 0.0, {})
     hint = f"(To try all the same, set {ANYWAY}=1.)"
     if problems and not os.environ.get(ANYWAY):
-        return Cost("\n".join(lines), "\n".join([*problems, hint]), 0.0)
+        return Cost("\n".join(lines), "\n".join([*problems, hint]), 0.0, {})
     rate = matrix_rate(profile, sizes, device)
-    each = {one.name: run_seconds(profile, sizes, one.produces, 1, rate, REACHED[device.type])
-            for one in chapters}
-    seconds = seconds_at_once(each, chapters, notebooks, at_once, device)
+    alone = {one.name: run_seconds(profile, sizes, one.produces, 1, rate, REACHED[device.type])
+             for one in chapters}
+    seconds, each = seconds_at_once(alone, chapters, notebooks, at_once, device)
     lines.append(f"  time      about {time_in_words(seconds)} for {len(chapters)} chapter"
                  f"{'s' if len(chapters) != 1 else ''}, {at_once} at once, if nothing of them is "
                  "there yet")
     if seconds > MOST_SECONDS and not os.environ.get(ANYWAY):
         return Cost("\n".join(lines), f"The run would take about {time_in_words(seconds)} here; "
                     "lower what it takes most of (`training_tokens`, `model_steps`, `null_draws`). "
-                    + hint, 0.0)
-    return Cost("\n".join(lines), "", seconds, at_once)
+                    + hint, 0.0, {})
+    return Cost("\n".join(lines), "", seconds, each, at_once)
 
 
 def _what_is_needed(profile: Profile, sizes: Sizes, found: Sequence[Download],
@@ -213,8 +214,9 @@ def meeting(chapters: Sequence[Notebook], stands_on: Mapping[str, set[str]],
 
 
 def seconds_at_once(each: Mapping[str, float], chapters: Sequence[Notebook],
-                    notebooks: Sequence[Notebook], jobs: int, device: torch.device) -> float:
-    """Seconds of the chapters side by side; each: those of each by itself with all cores."""
+                    notebooks: Sequence[Notebook], jobs: int, device: torch.device
+                    ) -> tuple[float, Mapping[str, float]]:
+    """Seconds of the chapters side by side, and of each then; each: by itself with all cores."""
     stands_on, share = side_by_side.before(notebooks), side_by_side.threads_of(notebooks)
     if device.type == "cpu":
         # What a chapter does with half of the cores takes longer, though not twice as long.
@@ -222,7 +224,9 @@ def seconds_at_once(each: Mapping[str, float], chapters: Sequence[Notebook],
                 for name, seconds in each.items()}
     taken = side_by_side.length(chapters, stands_on, jobs, each)
     # One GPU does what all ask of it, one after another.
-    return taken if device.type == "cpu" else max(taken, sum(each.values()) - STARTED * len(each))
+    if device.type != "cpu":
+        taken = max(taken, sum(each.values()) - STARTED * len(each))
+    return taken, each
 
 
 def _size(n: int) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import combinations
 from pathlib import Path
+from types import MappingProxyType
 
 from scfm_circuits.book.chapters import Notebook
 
@@ -84,9 +85,15 @@ def threads_of(notebooks: Sequence[Notebook]) -> dict[str, int]:
         for name, own in stands_on.items()}
 
 
-def by_need(notebooks: Sequence[Notebook], stands_on: Mapping[str, set[str]]) -> list[Notebook]:
-    """The notebooks, first those that most others wait for."""
-    return sorted(notebooks, key=lambda one: -sum(one.name in own for own in stands_on.values()))
+def by_need(notebooks: Sequence[Notebook], stands_on: Mapping[str, set[str]],
+            seconds: Mapping[str, float]) -> list[Notebook]:
+    """The notebooks, first those from which it is longest to the end, so that no long one is left
+    to run alone. seconds: of each; one that has none counts as 1."""
+    left: dict[str, float] = {}
+    for one in reversed(notebooks):
+        left[one.name] = seconds.get(one.name, 1.0) + max(
+            (left[name] for name in left if one.name in stands_on[name]), default=0.0)
+    return sorted(notebooks, key=lambda one: -left[one.name])
 
 
 def startable(waiting: Sequence[Notebook], running: Iterable[str],
@@ -99,7 +106,8 @@ def startable(waiting: Sequence[Notebook], running: Iterable[str],
 def length(notebooks: Sequence[Notebook], stands_on: Mapping[str, set[str]], jobs: int,
            seconds: Mapping[str, float]) -> float:
     """Seconds that `run_all` takes if each notebook takes its `seconds`."""
-    waiting, running, now = by_need(notebooks, stands_on), list[tuple[float, str]](), 0.0
+    waiting = by_need(notebooks, stands_on, seconds)
+    running, now = list[tuple[float, str]](), 0.0
     while waiting or running:
         names = [name for _, name in running]
         for one in startable(waiting, names, stands_on)[: jobs - len(running)]:
@@ -118,15 +126,16 @@ def pairs_at_once(notebooks: Sequence[Notebook], stands_on: Mapping[str, set[str
 
 
 def run_all(notebooks: Sequence[Notebook], stands_on: Mapping[str, set[str]], jobs: int,
-            work: Callable[[Notebook], None], end: Callable[[int], None]) -> list[BaseException]:
+            work: Callable[[Notebook], None], end: Callable[[int], None],
+            seconds: Mapping[str, float] = MappingProxyType({})) -> list[BaseException]:
     """Do the work of each notebook when that of those before it is done, `jobs` at once.
 
     After a failure nothing else is started, and what runs is finished. Of several that could start,
-    the one that most others wait for does. stands_on: see `before`. work: done in a thread. end:
-    called with a signal's number, it passes that on to all that runs; first SIGINT, and SIGKILL if
-    they take their time. Returns what went wrong.
+    the first by `by_need` does. stands_on: see `before`. work: done in a thread. end: called with a
+    signal's number, it passes that on to all that runs; first SIGINT, and SIGKILL if they take
+    their time. seconds: what each is expected to take. Returns what went wrong.
     """
-    waiting = by_need(notebooks, stands_on)
+    waiting = by_need(notebooks, stands_on, seconds)
     running: dict[Future[None], Notebook] = {}
     failed: list[BaseException] = []
     with ThreadPoolExecutor(jobs) as pool:

@@ -129,11 +129,12 @@ def check_shared_genes(profile: Profile, symbols: Iterable[str]) -> None:
 
     symbols: upper case.
     """
-    known = list(symbols)
+    theirs = list(symbols)
+    known = frozenset(theirs)
     for name, library in _libraries_here(profile, profile.libraries).items():
-        if frozenset(known).isdisjoint(library.genes):
+        if known.isdisjoint(library.genes):
             raise InputError(f"No term of {name} shares a gene with the cells (its first gene is "
-                             f"{library.genes[0]!r}, theirs {known[0]!r}); give a library with "
+                             f"{library.genes[0]!r}, theirs {theirs[0]!r}); give a library with "
                              "symbols of their species in `libraries`, or name the column of their "
                              "symbols as `symbol_column`.")
 
@@ -314,7 +315,7 @@ def fetch_data(profile: Profile) -> None:
     folders = fetch_model(profile)  # what needs a hand or a login is told before gigabytes come
     cells = fetch_cells(profile)
     names = dict.fromkeys((*profile.libraries, profile.case_library))
-    warnings = warnings_of([load_library(name, profile.gene_sets) for name in names])
+    warnings = warnings_of(load_library(name, profile.gene_sets) for name in names)
     libraries = [path for name in names if (path := local_copy(name, profile.gene_sets))]
     for what, where in (("Cells", [cells] if cells else []), ("Dictionary", dictionaries),
                         ("Model and tokenizer", folders), ("Gene sets", libraries)):

@@ -155,7 +155,7 @@ def choose_symbols(variables: "pd.DataFrame", where: str, table: str = "var"
               and possible_symbols(variables, column)]
     if not usable:
         found = {column: possible_symbols(variables, column, 1.0) for column in columns
-                 if column is None or column in symbol_columns(variables)}
+                 if column is None or column in known}
         best = max(found, key=lambda column: len(found[column]))
         if found[best]:
             raise InputError(f"{where} has {len(variables) - len(found[best]):,} of "

@@ -85,7 +85,7 @@ def threads_of(notebooks: Sequence[Notebook]) -> dict[str, int]:
         for name, own in stands_on.items()}
 
 
-def by_need(notebooks: Sequence[Notebook], stands_on: Mapping[str, set[str]],
+def longest_first(notebooks: Sequence[Notebook], stands_on: Mapping[str, set[str]],
             seconds: Mapping[str, float]) -> list[Notebook]:
     """The notebooks, first those from which it is longest to the end, so that no long one is left
     to run alone. seconds: of each; one that has none counts as 1."""
@@ -106,7 +106,7 @@ def startable(waiting: Sequence[Notebook], running: Iterable[str],
 def length(notebooks: Sequence[Notebook], stands_on: Mapping[str, set[str]], jobs: int,
            seconds: Mapping[str, float]) -> float:
     """Seconds that `run_all` takes if each notebook takes its `seconds`."""
-    waiting = by_need(notebooks, stands_on, seconds)
+    waiting = longest_first(notebooks, stands_on, seconds)
     running, now = list[tuple[float, str]](), 0.0
     while waiting or running:
         names = [name for _, name in running]
@@ -131,11 +131,11 @@ def run_all(notebooks: Sequence[Notebook], stands_on: Mapping[str, set[str]], jo
     """Do the work of each notebook when that of those before it is done, `jobs` at once.
 
     After a failure nothing else is started, and what runs is finished. Of several that could start,
-    the first by `by_need` does. stands_on: see `before`. work: done in a thread. end: called with a
-    signal's number, it passes that on to all that runs; first SIGINT, and SIGKILL if they take
-    their time. seconds: what each is expected to take. Returns what went wrong.
+    the first by `longest_first` does. stands_on: see `before`. work: done in a thread. end: called
+    with a signal's number, it passes that on to all that runs; first SIGINT, and SIGKILL if they
+    take their time. seconds: what each is expected to take. Returns what went wrong.
     """
-    waiting = by_need(notebooks, stands_on, seconds)
+    waiting = longest_first(notebooks, stands_on, seconds)
     running: dict[Future[None], Notebook] = {}
     failed: list[BaseException] = []
     with ThreadPoolExecutor(jobs) as pool:

@@ -43,9 +43,9 @@ def values_kind(matrix: Any) -> str:
                if odd.mean() <= _SCALED else "")
         return (f"unusable, as {odd.sum():,} of {len(values):,} values looked at are below zero or "
                 f"not finite, such as {values[odd][0]:.6g}{few}")
-    if len(values) and values.max() <= 1 and np.array_equal(values, np.rint(values)):
-        return "zeros and ones"
-    return "counts" if np.array_equal(values, np.rint(values)) else "normalised"
+    if not np.array_equal(values, np.rint(values)):
+        return "normalised"
+    return "zeros and ones" if len(values) and values.max() <= 1 else "counts"
 
 
 def checked_rows(values: Any, rows: np.ndarray, where: str, join: sp.csr_matrix | None

@@ -15,15 +15,17 @@ _ROOT = Path(__file__).resolve().parents[3]
 def entry(kind: str, name: str, root: Path = _ROOT) -> dict[str, Any] | None:
     """The entry of that name among `cells`, `models`, `dictionaries` or `gene_sets`; None if there
     is none. Models are called as `model_name` says."""
-    path = root / "data" / "manifest.yml"
-    return _entries(path, path.stat().st_mtime_ns if path.is_file() else 0).get((kind, name))
+    return _listed(root).get((kind, name))
 
 
 def names(kind: str, root: Path = _ROOT) -> list[str]:
     """All names of that kind, as `entry` takes them."""
+    return [name for of, name in _listed(root) if of == kind]
+
+
+def _listed(root: Path) -> dict[tuple[str, str], dict[str, Any]]:
     path = root / "data" / "manifest.yml"
-    known = _entries(path, path.stat().st_mtime_ns if path.is_file() else 0)
-    return [name for of, name in known if of == kind]
+    return _entries(path, path.stat().st_mtime_ns if path.is_file() else 0)
 
 
 @cache

@@ -288,8 +288,12 @@ def warnings_of(libraries: Iterable[GeneSets]) -> list[str]:
     if not missing:
         return list(dict.fromkeys(said))
     size = next(len(one) for one in libraries if one.missing is not None)
-    names, files = (" and ".join(f"{name}{end}" for name in missing).replace(
-        " and ", ", ", len(missing) - 2 if len(missing) > 2 else 0) for end in ("", ".gmt"))
+
+    def joined(end: str) -> str:
+        each = [f"{name}{end}" for name in missing]
+        return " and ".join([", ".join(each[:-1]), each[-1]] if len(each) > 1 else each)
+
+    names, files = joined(""), joined(".gmt")
     them, are = ("it", "is") if len(missing) == 1 else ("them", "are")
     return list(dict.fromkeys([
         f"{names} {are} not available ({next(iter(missing.values()))}). The {size} marker sets "

@@ -1,4 +1,4 @@
-"""The deck: what it shows is what was counted, it tells nothing away, and comes back as written."""
+"""The deck: what it shows is what was counted, and it tells nothing away."""
 
 import json
 
@@ -26,8 +26,10 @@ from scfm_circuits.interpretability.deck import (
     SOURCES,
     TOP,
     UNTRAINED,
+    CardGene,
+    CardToken,
+    Piece,
     deck_key,
-    read_deck,
     write_deck,
 )
 from scfm_circuits.models.mlp_sites import mlp_sites
@@ -144,31 +146,23 @@ def test_activations_are_those_of_the_features_asked_for(world):
         assert corpus.mask[one.cell, one.position].all()
 
 
-def test_the_written_deck_is_blind_and_comes_back(world, tmp_path):
+def test_the_written_deck_is_blind(world, tmp_path):
     deck = drawn_deck(world)
     path = write_deck(deck, tmp_path / "deck.json")
     content = json.loads(path.read_text())
     assert set(content) == {"study", "instructions", "cards"}
     assert {key for one in content["cards"] for key in one} == {
         "card", "log10_frequency", "tokens", "genes", "contexts"}
-    back = read_deck(path)
-    assert back.study == deck.study
-    for one, other in zip(back.cards, deck.cards, strict=True):
-        assert (one.card, one.tokens, one.genes, one.contexts) == (
-            other.card, other.tokens, other.genes, other.contexts)
-        assert (one.source, one.layer, one.feature) == ("", -1, -1)
+    assert content["study"] == deck.study
+    for one, other in zip(content["cards"], deck.cards, strict=True):
+        assert one["card"] == other.card
+        assert [CardToken(**token) for token in one["tokens"]] == list(other.tokens)
+        assert [CardGene(**gene) for gene in one["genes"]] == list(other.genes)
+        for context, drawn in zip(one["contexts"], other.contexts, strict=True):
+            assert (context["kind"], context["cell"]) == (drawn.kind, drawn.cell)
+            assert [Piece(**piece) for piece in context["pieces"]] == list(drawn.pieces)
     key = deck_key(deck)
     assert key["source"].value_counts().to_dict() == {FEATURE: 5, UNTRAINED: 2, RANDOM: 2}
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"study": "s"}', '{"study": "s", "cards": [1]}',
-                                  '{"study": "s", "cards": [{"card": "c01"}]}'])
-def test_a_broken_deck_is_refused(tmp_path, text):
-    (tmp_path / "deck.json").write_text(text)
-    with pytest.raises(InputError, match=r"deck\.json"):
-        read_deck(tmp_path / "deck.json")
-    with pytest.raises(InputError, match=r"none\.json"):
-        read_deck(tmp_path / "none.json")
 
 
 def test_a_study_has_a_sheet_for_the_decks_features(world):

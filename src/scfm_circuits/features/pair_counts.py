@@ -9,8 +9,6 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from scfm_circuits.common.compiled import compiled
-
 BUFFER_KEYS = 2**24
 """Keys that wait on the host until they are sorted; a GPU keeps eight times as many."""
 _BYTES_PER_ENTRY = 8
@@ -103,7 +101,7 @@ class PairCounts:
 
     @property
     def buffer_bytes(self) -> int:
-        """The buffer while it is sorted: the keys, a sorted copy, the distinct ones' counts."""
+        """The buffer while it is counted: the keys, the distinct ones, their places and counts."""
         return 4 * 8 * self._buffer_keys
 
     def bound(self, distinct: Sequence[int]) -> int:
@@ -119,31 +117,10 @@ class PairCounts:
 
 
 def _count_distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted distinct keys and how often each occurs; `keys` is used up."""
-    keys = _sort(keys, int(keys.max()))
+    """Sorted distinct keys and how often each occurs; sorts `keys` in place."""
+    keys.sort()
     first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
     return keys[first], np.diff(first, append=len(keys))
-
-
-@compiled
-def _sort(keys, largest):  # type: ignore[no-untyped-def]
-    """Radix sort of int64 from 0 to `largest`, in place or not; five times as fast as numpy's."""
-    digit = 9
-    other = np.empty_like(keys)
-    shift = 0
-    while largest >> shift > 0:
-        ends = np.zeros((1 << digit) + 1, np.int64)
-        for key in keys:
-            ends[((key >> shift) & ((1 << digit) - 1)) + 1] += 1
-        for i in range(1 << digit):
-            ends[i + 1] += ends[i]
-        for key in keys:
-            bucket = (key >> shift) & ((1 << digit) - 1)
-            other[ends[bucket]] = key
-            ends[bucket] += 1
-        keys, other = other, keys
-        shift += digit
-    return keys
 
 
 # --- files ---------------------------------------------------------------------------------------

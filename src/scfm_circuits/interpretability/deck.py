@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from scfm_circuits import InputError
 from scfm_circuits.common.files import write_atomic
 
 FEATURE, UNTRAINED, RANDOM = "feature", "untrained encoder", "random tokens"
@@ -81,7 +80,7 @@ class CardContext(NamedTuple):
 
 @dataclass(frozen=True)
 class Card:
-    """One card; source, layer and feature stand in the key alone: "", -1, -1 on a blind card.
+    """One card; source, layer and feature stand in the key alone, not on a blind card.
 
     feature: its index among the layer's features, or in the untrained encoder; -1: random tokens.
     """
@@ -134,27 +133,3 @@ def blind(deck: Deck) -> dict[str, Any]:
 def write_deck(deck: Deck, path: str | Path) -> Path:
     """Write `blind(deck)` as JSON."""
     return write_atomic(path, json.dumps(blind(deck), allow_nan=False, separators=(",", ":")))
-
-
-def read_deck(path: str | Path) -> Deck:
-    """What `write_deck` wrote; the cards do not say what they are.
-
-    Raises:
-        InputError: a file that cannot be read, or that is no such deck.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not content["cards"]:
-            raise ValueError("it has no cards")
-        return Deck(str(content["study"]), tuple(_card(one) for one in content["cards"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a deck of rating cards ({error!r}); run the chapter on "
-                         "the human evaluation again.") from None
-
-
-def _card(one: dict[str, Any]) -> Card:
-    contexts = tuple(CardContext(str(context["kind"]), int(context["cell"]), tuple(
-        Piece(**piece) for piece in context["pieces"])) for context in one["contexts"])
-    return Card(str(one["card"]), "", -1, -1, float(one["log10_frequency"]),
-                tuple(CardToken(**token) for token in one["tokens"]),
-                tuple(CardGene(**gene) for gene in one["genes"]), contexts)

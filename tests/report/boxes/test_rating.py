@@ -243,8 +243,9 @@ def test_nothing_is_fetched_and_nothing_is_wider_than_the_page(told: Any) -> Non
 
 def test_a_deck_that_is_none(tmp_path: Path) -> None:
     assert rating_box(tmp_path / "deck.json") == "This run has no deck of cards."
-    (tmp_path / "deck.json").write_text('{"study": "1"}')
-    with pytest.raises(InputError, match="not a deck of rating cards"):
-        rating_box(tmp_path / "deck.json")
+    for text in ("", "{", "[]", '{"study": "1"}', '{"study": "1", "cards": []}'):
+        (tmp_path / "deck.json").write_text(text)
+        with pytest.raises(InputError, match="not a deck of rating cards"):
+            rating_box(tmp_path / "deck.json")
     box = rating_box(write_deck(deck(), tmp_path / "deck.json"))
     assert box.count("</script>") == 1 and box.isascii() and "decoy" in box

@@ -7,6 +7,8 @@ shows a card at a time, answers stay in the browser (localStorage) and leave it 
 
 from pathlib import Path
 
+from scfm_circuits import InputError
+from scfm_circuits.common.files import read_json
 from scfm_circuits.report.tables import script_json
 
 
@@ -21,10 +23,11 @@ def rating_box(path: Path) -> str:
     """
     if not path.is_file():
         return "This run has no deck of cards."
-    from scfm_circuits.interpretability.deck import blind, read_deck
-
-    deck = script_json(blind(read_deck(path)))
-    return (f'<script type="application/json" id="rating-deck">{deck}</script>\n\n'
+    deck = read_json(path)
+    if not deck.get("cards"):
+        raise InputError(f"{path} is not a deck of rating cards; run the chapter on the human "
+                         "evaluation again.")
+    return (f'<script type="application/json" id="rating-deck">{script_json(deck)}</script>\n\n'
             '<div id="rating" class="rating mathjax_ignore"><p>Rating needs scripts; without them, '
             'fill in <a href="downloads/tables/human_eval_sample.csv">human_eval_sample.csv</a>.'
             "</p></div>")

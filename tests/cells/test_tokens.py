@@ -1,4 +1,4 @@
-"""Prompts put together from pieces, against the tokenizer itself."""
+"""Prompts as tokens that know their gene, against the tokenizer itself."""
 
 import os
 from functools import cache
@@ -13,7 +13,6 @@ from scfm_circuits.cells import tokens
 from scfm_circuits.cells.tokens import (
     encode_all,
     encode_prompt,
-    in_memory,
     load_tokenizer,
     token_texts,
     train_gene_tokenizer,
@@ -33,7 +32,7 @@ def tokenizer(kind: str) -> Any:
         return train_tokenizer(texts, 330)
     if kind == "genes":
         return train_gene_tokenizer(texts, SYMBOLS.tolist(), 330)
-    if kind == "across words":  # merges over spaces, so no prompt can be put together
+    if kind == "across words":  # merges over spaces
         from tokenizers import Tokenizer, models, trainers
         from transformers import PreTrainedTokenizerFast
 
@@ -56,60 +55,44 @@ def rankings(seed: int, n: int, least: int = 2) -> np.ndarray:
     return found
 
 
-def alone(*given: Any) -> Any:
-    return tokens._one_by_one(*given, in_memory, quiet=True)
+def spelt(kind: str, prompt: str, genes: np.ndarray, answer: str) -> Any:
+    """Tokens, gene and place of each, and where the answer begins: character by character."""
+    before, after = prompt.split("{genes}")
+    owner, text = [-1] * len(before), before
+    for gene in genes:
+        owner += [int(gene)] * len(SYMBOLS[gene]) + [-1]
+        text += SYMBOLS[gene] + " "
+    text = text[:-1] + after + answer
+    owner += [-1] * len(after + answer)
+    if kind == "genes":  # its genes are no part of what it makes of a text
+        encoded, begin = encode_prompt(tokenizer(kind), prompt, SYMBOLS[genes].tolist(), genes,
+                                       answer)
+        return *(one.tolist() for one in encoded), begin
+    found = tokenizer(kind)(text, add_special_tokens=False, return_offsets_mapping=True)
+    ends = [end for _, end in found["offset_mapping"]]
+    gene = [owner[end - 1] for end in ends]
+    place = [-1 if one < 0 else gene[:i].count(one) for i, one in enumerate(gene)]
+    return found["input_ids"], gene, place, sum(end <= len(text) - len(answer) for end in ends)
 
 
-def same(ours: Any, theirs: Any) -> None:
-    for name, one, other in zip(ours._fields, ours, theirs, strict=True):
-        np.testing.assert_array_equal(one, other, err_msg=name)
-
-
-@pytest.mark.parametrize("kind", ["trained", "genes", "real"])
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.parametrize("kind", ["trained", "genes", "across words", "real"])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow,
+          HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10_000), prompt=st.sampled_from(PROMPTS), n=st.integers(1, 12))
-def test_what_is_put_together_is_what_the_tokenizer_gives(kind, seed, prompt, n):
-    ranking = rankings(seed, n)
-    answers = [[" B cell.", " T/NK <cell>.", " 7 cells"][i % 3] for i in range(n)]
-    used = tokenizer(kind), prompt, SYMBOLS, ranking, answers
-    parts = tokens._parts(*used[:4], *np.unique(answers, return_inverse=True))
-    assert parts is not None
-    theirs = alone(*used)
-    same(tokens._joined(used[0].eos_token_id, ranking, *parts, in_memory), theirs)
-    same(encode_all(*used), theirs)
-
-
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many cells each call encoded one by one."""
-    seen: list[int] = []
-    real = tokens._one_by_one
-
-    def one_by_one(*given: Any, **named: Any) -> Any:
-        seen.append(len(given[3]))
-        return real(*given, **named)
-
-    monkeypatch.setattr(tokens, "_one_by_one", one_by_one)
-    return seen
-
-
-def test_of_many_cells_a_sample_is_looked_at(monkeypatch):
-    monkeypatch.setattr(tokens, "_CELLS", 100)
-    ranking, answers = rankings(0, 950), [" B cell."] * 949 + [" rare."]
-    theirs = alone(tokenizer("trained"), PROMPTS[0], SYMBOLS, ranking, answers)
-    seen = counted(monkeypatch)
-    same(encode_all(tokenizer("trained"), PROMPTS[0], SYMBOLS, ranking, answers), theirs)
-    assert len(seen) == 1 and 256 <= seen[0] <= 258
-
-
-@pytest.mark.parametrize("kind, least, answer", [
-    ("across words", 2, " B cell."), ("trained", 1, " B cell."), ("trained", 2, "B cell.")])
-def test_where_it_cannot_be_each_prompt_is_encoded_by_itself(monkeypatch, kind, least, answer):
-    ranking, answers = rankings(1, 60, least), [answer] * 60
-    assert least == 2 or (ranking[:, 1] < 0).any()
-    theirs = alone(tokenizer(kind), PROMPTS[0], SYMBOLS, ranking, answers)
-    seen = counted(monkeypatch)
-    same(encode_all(tokenizer(kind), PROMPTS[0], SYMBOLS, ranking, answers), theirs)
-    assert seen[-1] == 60
+def test_all_prompts_are_what_the_tokenizer_gives_for_each(kind, seed, prompt, n, monkeypatch):
+    monkeypatch.setattr(tokens, "_CELLS", 5)
+    ranking = rankings(seed, n, 1)
+    answers = [[" B cell.", " T/NK <cell>.", "7 cells"][i % 3] for i in range(n)]
+    prompts = encode_all(tokenizer(kind), prompt, SYMBOLS, ranking, answers)
+    for row, (genes, answer) in enumerate(zip(ranking, answers, strict=True)):
+        ids, gene, place, begin = spelt(kind, prompt, genes[genes >= 0], answer)
+        length = len(ids) + 1  # with the end of text, which fills the row up
+        assert prompts.mask[row].tolist() == [i < length for i in range(len(prompts.mask[row]))]
+        rest = prompts.tokens.shape[1] - len(ids)
+        assert prompts.tokens[row].tolist() == ids + [tokenizer(kind).eos_token_id] * rest
+        assert prompts.gene[row].tolist() == gene + [-1] * rest
+        assert prompts.place[row].tolist() == place + [-1] * rest
+        assert (prompts.answer_start[row], prompts.answer_end[row]) == (begin, len(ids) - 1)
 
 
 # --- one token a gene ----------------------------------------------------------------------------
@@ -133,17 +116,17 @@ def by_gene(symbols: list[str]) -> Any:
        prompt=st.sampled_from([PROMPT, *PROMPTS, "x{genes}x", "B {genes} B"]))
 def test_every_gene_is_one_token_whatever_it_is_called(genes, label, prompt):
     made, ids, answer = by_gene(genes), np.arange(len(genes)) * 3 + 5, f" {label}."
-    encoded, start = encode_prompt(made, prompt, genes, ids, answer, end=True)
+    encoded, start = encode_prompt(made, prompt, genes, ids, answer)
     inside = encoded.gene >= 0
     assert encoded.gene[inside].tolist() == ids.tolist()
     assert (encoded.place[inside] == 0).all() and (encoded.place[~inside] == -1).all()
     assert token_texts(made, encoded.tokens[inside]) == [f"_{gene}" for gene in genes]
     # A word that looks like a gene is none, and text reads as it was written.
     assert not set(encoded.tokens[inside]) & set(encoded.tokens[~inside])
-    whole = made.decode(encoded.tokens[:-1], clean_up_tokenization_spaces=False)
+    whole = made.decode(encoded.tokens, clean_up_tokenization_spaces=False)
     before, after = prompt.split("{genes}")
     assert whole == before.removesuffix(" ") + " " + " ".join(genes) + after + answer
-    assert made.decode(encoded.tokens[start:-1], clean_up_tokenization_spaces=False) == answer
+    assert made.decode(encoded.tokens[start:], clean_up_tokenization_spaces=False) == answer
 
 
 def test_a_gene_is_the_same_token_wherever_it_stands():

@@ -1,7 +1,6 @@
 """Gene names and prompts as tokens, each of which knows its gene.
 
-The tokenizer; one prompt, token by token; and many prompts at once, put together from gene names
-that were encoded once each (checked against the tokenizer, else encoded one by one).
+The tokenizer; all cells' prompts, or one, token by token.
 
 A tokenizer may have genes as tokens (`train_gene_tokenizer`). Such a gene is cut out of the text,
 which is otherwise encoded as any other.
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 GENE_MARK = "<gene>"
 """In a vocabulary it precedes a symbol that is a token of its own; in text it is a space."""
-_CELLS = 4096
-_LOOKED_AT = 256
+_CELLS = 512
+"""Cells whose prompts the tokenizer is given at once."""
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 -."
 
 
@@ -44,11 +43,11 @@ class Prompts(NamedTuple):
     answer_end: np.ndarray
 
 
-class _Pieces(NamedTuple):
-    """Encoded texts one after the other; start: (n + 1,); place: within the gene, -1 outside."""
+class Encoded(NamedTuple):
+    """One text as tokens: `tokens`, `gene` (id or -1) and `place` in the gene, each (length,)."""
 
-    start: np.ndarray
-    token: np.ndarray
+    tokens: np.ndarray
+    gene: np.ndarray
     place: np.ndarray
 
 
@@ -63,150 +62,37 @@ def in_memory(name: str, shape: tuple[int, int], dtype: type) -> np.ndarray:
 
 def encode_all(tokenizer: "PreTrainedTokenizerFast", prompt: str, symbols: np.ndarray,
                ranking: np.ndarray, answers: Sequence[str], made: Made = in_memory) -> Prompts:
-    """All cells' prompts with their answers and the end of text.
+    """All cells' prompts with their answers and the end of text, which is the padding too.
 
     prompt: a template with `{genes}`; symbols: (n_genes,); ranking: (n_cells, k) gene ids, -1 after
     the last; answers: (n_cells,) texts. made: where the four large arrays are to be.
     """
-    kinds, which = np.unique(np.asarray(answers), return_inverse=True)
-    parts = _parts(tokenizer, prompt, symbols, ranking, kinds, which)
-    if parts is not None and _agree(tokenizer, prompt, symbols, ranking, answers, which, parts):
-        return _joined(tokenizer.eos_token_id, ranking, *parts, made)
-    return _one_by_one(tokenizer, prompt, symbols, ranking, answers, made)
-
-
-# --- from pieces ---------------------------------------------------------------------------------
-
-
-def _parts(tokenizer: "PreTrainedTokenizerFast", prompt: str, symbols: np.ndarray,
-           ranking: np.ndarray, kinds: np.ndarray, which: np.ndarray
-           ) -> tuple[_Pieces, np.ndarray] | None:
-    """All pieces, and (n_cells, k + 1) which of them a cell has, -1: none; None if it cannot be."""
-    before, after = prompt.split("{genes}")
-    size = (ranking >= 0).sum(axis=1)
-    if size.min() < 2 or not all(str(answer).startswith(" ") for answer in kinds):
-        return None
-    cells, n, k = np.arange(len(ranking)), len(symbols), ranking.shape[1]
-    first, last = ranking[:, 0], ranking[cells, size - 1]
-    chosen = np.full((len(ranking), k + 1), -1, np.int64)
-    chosen[:, :k] = np.where(ranking >= 0, ranking + n, -1)
-    chosen[:, 0] = first
-    chosen[cells, size - 1] = last + 2 * n
-    chosen[cells, size] = which + 3 * n
-    texts = np.full(3 * n + len(kinds), "", dtype=object)
-    spans = np.zeros((len(texts), 2), np.int64)
-    lengths = np.array([len(symbol) for symbol in symbols], np.int64)
-    occurring = np.unique(ranking[ranking >= 0])
-    for ids, offset, head, tail in ((np.unique(first), 0, before, ""), (occurring, n, " ", ""),
-                                    (np.unique(last), 2 * n, " ", after)):
-        texts[ids + offset] = [f"{head}{symbols[i]}{tail}" for i in ids]
-        spans[ids + offset] = len(head)
-        spans[ids + offset, 1] += lengths[ids]
-    texts[3 * n :] = kinds.astype(object)
-    return _encoded(tokenizer, texts.tolist(), spans), chosen
-
-
-def _encoded(tokenizer: "PreTrainedTokenizerFast", texts: list[str], spans: np.ndarray) -> _Pieces:
-    """The texts' tokens; spans: (n, 2) the characters of the gene in each."""
-    found = _encode(tokenizer, texts, [[(start, stop)] for start, stop in spans.tolist()])
-    place = []
-    for (_, offsets), (start, stop) in zip(found, spans.tolist(), strict=True):
-        ends = offsets[:, 1]
-        inside = (ends > start) & (ends <= stop)
-        place.append(np.where(inside, np.cumsum(inside) - 1, -1).astype(np.int16))
-    return _Pieces(np.append(0, np.cumsum([len(tokens) for tokens, _ in found])),
-                   np.concatenate([tokens for tokens, _ in found]), np.concatenate(place))
-
-
-def _agree(tokenizer: "PreTrainedTokenizerFast", prompt: str, symbols: np.ndarray,
-           ranking: np.ndarray, answers: Sequence[str], which: np.ndarray,
-           parts: tuple[_Pieces, np.ndarray]) -> bool:
-    """Whether cells of each answer, and some more, come out as the tokenizer itself has them."""
-    _, one_of_each = np.unique(which, return_index=True)
-    spread = np.linspace(0, len(ranking) - 1, min(len(ranking), _LOOKED_AT)).astype(int)
-    some = np.union1d(one_of_each, spread)
-    pieces, chosen = parts
-    joined = _joined(tokenizer.eos_token_id, ranking[some], pieces, chosen[some], in_memory,
-                     quiet=True)
-    alone = _one_by_one(tokenizer, prompt, symbols, ranking[some], [answers[i] for i in some],
-                        in_memory, quiet=True)
-    return all(np.array_equal(a, b) for a, b in zip(joined, alone, strict=True))
-
-
-def _joined(end: int, ranking: np.ndarray, pieces: _Pieces, chosen: np.ndarray, made: Made,
-            quiet: bool = False) -> Prompts:
-    """Each cell's pieces side by side, then the end of text, which is the padding too.
-
-        chosen   before+G1      " G2"   ...   " Gk"+after    answer   (-1)
-        tokens   t t t t t      t t     ...   t t t t        t t t    end   end ...
-        gene     - - - 1 1      2 2     ...   k k - -        - - -    -     -
-    """
-    sizes = np.append(np.diff(pieces.start), 0)  # the last one for "no piece"
-    question = np.empty(len(chosen), np.int64)
-    lengths = np.empty(len(chosen), np.int64)
-    blocks = [slice(a, a + _CELLS) for a in range(0, len(chosen), _CELLS)]
-    for block in blocks:
-        each = sizes[chosen[block]]
-        lengths[block] = each.sum(axis=1) + 1
-        answer = (ranking[block] >= 0).sum(axis=1)  # its column: after the genes
-        question[block] = lengths[block] - 1 - each[np.arange(len(each)), answer]
-    prompts = _empty(lengths, question, made)
-    at = np.arange(prompts.tokens.shape[1])
-    for block in tqdm(blocks, desc="tokens", unit="chunk", disable=quiet or len(blocks) < 2):
-        # All the block's tokens in one row, cell after cell; `source` is where each stands among
-        # the pieces: start, start + 1, ... of each piece in turn.
-        inside = at < lengths[block, None] - 1
-        row, column = np.nonzero(chosen[block] >= 0)
-        piece = chosen[block][row, column]
-        length = sizes[piece]
-        skipped = pieces.start[piece] - (np.cumsum(length) - length)
-        source = np.repeat(skipped, length) + np.arange(length.sum())
-        place = pieces.place[source]
-        whose = np.append(ranking[block], np.full((len(inside), 1), -1, ranking.dtype), axis=1)
-        gene = np.where(place >= 0, np.repeat(whose[row, column], length), -1)
-        for into, values, rest in ((prompts.tokens, pieces.token[source], end),
-                                   (prompts.gene, gene, -1), (prompts.place, place, -1)):
+    names = np.array(symbols, dtype=object)
+    blocks = [slice(start, start + _CELLS) for start in range(0, len(ranking), _CELLS)]
+    found, lengths, starts = [], [], []
+    for block in tqdm(blocks, desc="tokens", unit="chunk", disable=len(blocks) < 8):
+        ids = [row[row >= 0] for row in ranking[block]]
+        encoded = _encode_prompts(tokenizer, prompt, [names[own].tolist() for own in ids], ids,
+                                  answers[block])
+        starts += [start for _, start in encoded]
+        lengths += [len(one.tokens) + 1 for one, _ in encoded]
+        # In as few bytes as they need: of an atlas all are held until the longest is known.
+        found.append([np.concatenate(part, dtype=np.int32) for part in zip(
+            *(one for one, _ in encoded), strict=True)])
+    length, shape = np.array(lengths)[:, None], (len(ranking), max(lengths))
+    prompts = Prompts(made("tokens", shape, np.int64), made("mask", shape, np.bool_),
+                      made("gene", shape, np.int32), made("place", shape, np.int16),
+                      np.array(starts), length[:, 0] - 2)
+    at = np.arange(shape[1])
+    for block, parts in zip(blocks, found, strict=True):
+        inside = at < length[block] - 1
+        for into, values, rest in zip((prompts.tokens, prompts.gene, prompts.place), parts,
+                                      (tokenizer.eos_token_id, -1, -1), strict=True):
             part = np.full(inside.shape, rest, into.dtype)
             part[inside] = values
             into[block] = part
-        prompts.mask[block] = at < lengths[block, None]
+        prompts.mask[block] = at < length[block]
     return prompts
-
-
-def _empty(lengths: np.ndarray, question: np.ndarray, made: Made) -> Prompts:
-    shape = len(lengths), int(lengths.max())
-    return Prompts(made("tokens", shape, np.int64), made("mask", shape, np.bool_),
-                   made("gene", shape, np.int32), made("place", shape, np.int16), question,
-                   lengths - 2)
-
-
-# --- one by one ----------------------------------------------------------------------------------
-
-
-def _one_by_one(tokenizer: "PreTrainedTokenizerFast", prompt: str, symbols: np.ndarray,
-                ranking: np.ndarray, answers: Sequence[str], made: Made, quiet: bool = False
-                ) -> Prompts:
-    found = []
-    for ids, answer in tqdm(zip(ranking, answers, strict=True), desc="tokens", unit="cell",
-                            total=len(ranking), disable=quiet or len(ranking) < _CELLS):
-        own = ids[ids >= 0]
-        found.append(encode_prompt(tokenizer, prompt, symbols[own].tolist(), own, answer, end=True))
-    lengths = np.array([len(one.tokens) for one, _ in found])
-    prompts = _empty(lengths, np.array([start for _, start in found]), made)
-    prompts.tokens[:], prompts.gene[:], prompts.place[:] = tokenizer.eos_token_id, -1, -1
-    prompts.mask[:] = np.arange(prompts.mask.shape[1]) < lengths[:, None]
-    for row, (one, _) in enumerate(found):
-        prompts.tokens[row, : lengths[row]] = one.tokens
-        prompts.gene[row, : lengths[row]] = one.gene
-        prompts.place[row, : lengths[row]] = one.place
-    return prompts
-
-class Encoded(NamedTuple):
-    """One text as tokens: `tokens`, `gene` (id or -1) and `place` in the gene, each (length,)."""
-
-    tokens: np.ndarray
-    gene: np.ndarray
-    place: np.ndarray
 
 
 def token_texts(tokenizer: "PreTrainedTokenizerFast", ids: Sequence[int] | np.ndarray) -> list[str]:
@@ -354,7 +240,7 @@ def written(profile: "Profile", genes: Sequence[str], answer: str) -> str:
 
 def encode_prompt(
     tokenizer: "PreTrainedTokenizerFast", prompt: str, genes: Sequence[str],
-    gene_ids: Sequence[int] | np.ndarray, answer: str = "", *, end: bool = False,
+    gene_ids: Sequence[int] | np.ndarray, answer: str = "",
 ) -> tuple[Encoded, int]:
     """One cell's prompt and answer as tokens, each with its gene.
 
@@ -363,33 +249,46 @@ def encode_prompt(
     A token belongs to the gene that its last character stands in, so the space that a sub-word
     carries in front does not matter.
     """
+    [found] = _encode_prompts(tokenizer, prompt, [genes], [np.asarray(gene_ids)], [answer])
+    return found
+
+
+def _encode_prompts(
+    tokenizer: "PreTrainedTokenizerFast", prompt: str, sentences: Sequence[Sequence[str]],
+    gene_ids: Sequence[np.ndarray], answers: Sequence[str],
+) -> list[tuple[Encoded, int]]:
+    """`encode_prompt` of several cells, for which the tokenizer is asked once."""
     before, after = prompt.split("{genes}")
-    sentence = " ".join(genes)
-    text = before + sentence + after + answer
-    owner = np.full(len(text) + 1, -1, np.int32)
-    start, spans = len(before), []
-    for gene, symbol in zip(gene_ids, genes, strict=True):
-        spans.append((start, start + len(symbol)))
-        owner[slice(*spans[-1])] = gene
-        # The rank in the sentence tells two mentions apart; genes are unique, so the id does too.
-        start += len(symbol) + 1
-    [(tokens, offsets)] = _encode(tokenizer, [text], [spans])
-    gene = np.where(offsets[:, 1] > offsets[:, 0], owner[np.maximum(offsets[:, 1] - 1, 0)], -1)
-    answer_start = int(np.searchsorted(offsets[:, 1], len(text) - len(answer), side="right"))
-    if end:
-        tokens = np.append(tokens, tokenizer.eos_token_id)
-        gene = np.append(gene, -1)
-    return Encoded(tokens, gene.astype(np.int32), _places(gene)), answer_start
+    texts = [before + " ".join(genes) + after + answer
+             for genes, answer in zip(sentences, answers, strict=True)]
+    spans = []
+    for genes in sentences:
+        sizes = np.array([len(gene) for gene in genes], np.int64)
+        stops = len(before) + np.cumsum(sizes + 1) - 1
+        spans.append((stops - sizes, stops))
+    found = []
+    for (tokens, offsets), text, answer, span, ids in zip(
+            _encode(tokenizer, texts, spans), texts, answers, spans, gene_ids, strict=True):
+        first, last = offsets.T
+        # The first gene that ends no earlier than the token; behind the last one there is none.
+        place = np.searchsorted(span[1], last)
+        start = np.append(span[0], len(text))[place]
+        inside = (last > start) & (last > first)
+        gene = np.where(inside, np.append(ids, -1)[place], -1).astype(np.int32)
+        begin = int(np.searchsorted(last, len(text) - len(answer), side="right"))
+        found.append((Encoded(tokens, gene, _places(gene)), begin))
+    return found
 
 
 def _encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str],
-            spans: Sequence[Sequence[tuple[int, int]]]) -> list[tuple[np.ndarray, np.ndarray]]:
+            spans: Sequence[tuple[np.ndarray, np.ndarray]]
+            ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Each text's tokens, and (n_tokens, 2) the characters that they stand for.
 
-    spans: for each text, the characters of its genes. Those that are tokens of their own are taken
-    out, with the space in front, before the rest is encoded.
+    spans: for each text, where its genes begin and end. Those that are tokens of their own are
+    taken out, with the space in front, before the rest is encoded.
     """
-    runs = [_runs(tokenizer, text, genes) for text, genes in zip(texts, spans, strict=True)]
+    runs = [_runs(tokenizer, text, *span) for text, span in zip(texts, spans, strict=True)]
     rest = [text[start:stop] for text, own in zip(texts, runs, strict=True)
             for start, stop, token in own if token is None]
     words = tokenizer(rest, add_special_tokens=False, return_offsets_mapping=True) if rest else {
@@ -398,21 +297,21 @@ def _encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str],
     encoded = []
     for own in runs:
         tokens: list[int] = []
-        offsets: list[tuple[int, int]] = []
+        offsets = [np.zeros((0, 2), np.int64)]
         for start, stop, token in own:
             ids, places = next(found) if token is None else ([token], [(0, stop - start)])
             tokens += ids
-            offsets += [(start + a, start + b) for a, b in places]
-        encoded.append((np.array(tokens, np.int64), np.array(offsets, np.int64).reshape(-1, 2)))
+            offsets.append(np.array(places, np.int64).reshape(-1, 2) + start)
+        encoded.append((np.array(tokens, np.int64), np.concatenate(offsets)))
     return encoded
 
 
-def _runs(tokenizer: "PreTrainedTokenizerFast", text: str, genes: Sequence[tuple[int, int]]
+def _runs(tokenizer: "PreTrainedTokenizerFast", text: str, starts: np.ndarray, stops: np.ndarray
           ) -> list[tuple[int, int, int | None]]:
     """A text in runs of characters: genes with their token, and what is left, with none."""
     runs: list[tuple[int, int, int | None]] = []
     done = 0
-    for start, stop in genes:
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
         token = tokenizer.backend_tokenizer.token_to_id(GENE_MARK + text[start:stop])
         if token is not None:
             space = start - text[done:start].endswith(" ")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.stats import rankdata
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.binned import TOLD as BINS_TOLD
@@ -179,16 +180,9 @@ def as_ranks(counts: sp.csr_matrix, medians: np.ndarray) -> sp.csr_matrix:
     Quotients are compared in double precision, ranks are whole numbers that single precision holds.
     counts: (n_cells, n_genes), above zero; medians: (n_genes,).
     """
-    row = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
-    quotient = counts.data.astype(np.float64) / medians[counts.indices]
-    order = np.lexsort((quotient, row))
-    new = np.append(True, np.diff(quotient[order]) > 0)
-    starts = np.append(True, np.diff(row[order]) > 0) if len(row) else new[:0]
-    step = np.cumsum((new | starts)[: len(row)])
-    first = np.zeros(counts.shape[0], np.int64)
-    first[row[order][starts]] = step[starts]
-    ranks = np.empty(len(row), np.float32)
-    ranks[order] = step - first[row[order]] + 1
+    quotients = counts.data.astype(np.float64) / medians[counts.indices]
+    ranks = np.concatenate([rankdata(one, "dense") for one in
+                            np.split(quotients, counts.indptr[1:-1])]).astype(np.float32)
     return sp.csr_matrix((ranks, counts.indices, counts.indptr), counts.shape)
 
 

@@ -94,13 +94,13 @@ def _linear_forward(frozen: Frozen, sources: torch.Tensor) -> torch.Tensor:
     residual = frozen.residual[0]
     t, norm = frozen.transcoders, None
     for layer, w in enumerate(frozen.weights):
-        def normed(x, sigma, gain, bias):
-            return (x - x.mean(-1, keepdim=True)) / sigma[:, None] * gain + bias
+        def normed(x, at):
+            return (x - x.mean(-1, keepdim=True)) / at.sigma[:, None] * at.norm.gain + at.norm.bias
         values = torch.einsum("hkd,nd->hnk", w.w_v, normed(
-            residual, frozen.sigma1[layer], w.ln1_gain, w.ln1_bias)) + w.b_v[:, None]
+            residual, frozen.first[layer])) + w.b_v[:, None]
         mixed = torch.einsum("hts,hsk,hok->to", frozen.patterns[layer], values, w.w_o) + w.b_o
         stream = residual if frozen.parallel else residual + mixed
-        norm = normed(stream, frozen.sigma2[layer], w.ln2_gain, w.ln2_bias)
+        norm = normed(stream, frozen.second[layer])
         residual = residual + mixed + sources[layer]
     return torch.nn.functional.linear(norm - t.b_in[-1], t.W_enc[-1], t.b_enc[-1])
 
@@ -301,7 +301,7 @@ def test_an_rms_norm_is_not_centred():
     for family in ("parallel", "llama"):
         run = Case(family, 2, (2, 1, 6), 5, 0).run
         vanished = bool(through_attention(run, 1, torch.ones_like(run.final)).abs().max() < 1e-10)
-        assert vanished == run.centred == (family not in LLAMA_TYPE)
+        assert vanished == run.first[0].norm.centred == (family not in LLAMA_TYPE)
 
 
 def test_a_sliding_window_leaves_older_tokens_out():

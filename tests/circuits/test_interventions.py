@@ -186,7 +186,8 @@ def test_the_prediction_counts_attention_paths(frozen):
     for layer in range(2):
         w = frozen.weights[layer]
         centred = residual - residual.mean(-1, keepdim=True)
-        normed = centred / frozen.sigma1[layer][:, None] * w.ln1_gain + w.ln1_bias
+        norm, sigma = frozen.first[layer]
+        normed = centred / sigma[:, None] * norm.gain + norm.bias
         values = torch.einsum("hkd,nd->hnk", w.w_v, normed) + w.b_v[:, None]
         residual = residual + w.b_o + torch.einsum(
             "hts,hsk,hok->to", frozen.patterns[layer], values, w.w_o)

@@ -126,8 +126,10 @@ def test_weights_give_the_attention_modules_output(family, heads, value_heads, s
 
 def test_biases_are_there_where_the_family_has_them():
     def has(family: str) -> tuple[bool, bool, bool]:
-        weights = layer_weights(tiny(family))[0]
-        return tuple(bool(b.any()) for b in (weights.b_v, weights.b_o, weights.ln1_bias))
+        model = tiny(family)
+        weights, own = layer_weights(model)[0], architecture_of(model)
+        norm = own.norm(decoder_layers(model)[0].get_submodule(own.steps[0].norm))
+        return tuple(bool(b.any()) for b in (weights.b_v, weights.b_o, norm.bias))
 
     assert has("parallel") == (True, True, True)
     assert has("neox-no-biases") == (False, False, True)
@@ -140,7 +142,7 @@ def test_weights_are_views_of_the_models_own():
     model = tiny("qwen2")
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     weights = layer_weights(model)[0]
-    for tensor in (weights.values, weights.value_bias, weights.w_o, weights.ln1_gain):
+    for tensor in (weights.values, weights.value_bias, weights.w_o):
         assert tensor.untyped_storage().data_ptr() in own
 
 

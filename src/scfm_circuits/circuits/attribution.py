@@ -96,10 +96,10 @@ def feature_direction(frozen: Frozen, layer: int, feature: int, position: int) -
         raise InputError(f"There is no feature {feature} of layer {layer} at token {position}: the "
                          f"run has {layers} layers of {features:,} features and {tokens} tokens, "
                          "counted from 0.")
-    t, weights = frozen.transcoders, frozen.weights[layer]
+    t, norm = frozen.transcoders, frozen.second[layer]
     f = t.W_enc[layer, feature]
-    u = frozen.centre(weights.ln2_gain * f) / frozen.sigma2[layer, position]
-    constant = f @ (weights.ln2_bias - t.b_in[layer]) + t.b_enc[layer, feature]
+    u = norm.back(f, position)
+    constant = f @ (norm.norm.bias - t.b_in[layer]) + t.b_enc[layer, feature]
     # In a sequential block the MLP also sees its own layer's attention.
     attention_limit = layer if frozen.parallel else layer + 1
     return Reading(u, position, layer, attention_limit, constant,
@@ -158,9 +158,9 @@ def head_direction(frozen: Frozen, of: Reading, layer: int, head: int, source: i
     in `of`'s constant, so its own constant is zero. It sees layers below `layer` only.
     """
     pulled = _pulled_to_norm(frozen, seen_by(frozen, [of]).attention[layer], layer)[0, head]
-    v = frozen.centre(frozen.weights[layer].ln1_gain * pulled)
-    scale = frozen.patterns[layer, head, of.token, source] / frozen.sigma1[layer, source]
-    u = scale * v
+    norm = frozen.first[layer]
+    scale = frozen.patterns[layer, head, of.token, source] / norm.sigma[source]
+    u = scale * norm.norm.back(pulled)
     return Reading(u, source, layer, layer, torch.zeros_like(of.constant),
                      u @ frozen.residual[layer, source])
 
@@ -179,8 +179,7 @@ def through_attention(frozen: Frozen, layer: int, change: Tensor) -> Tensor:
     frozen; both (n_pos, d_model). Linear: no bias comes in. The adjoint of `head_direction`,
     summed over heads and sources."""
     weights = frozen.weights[layer]
-    normed = frozen.centre(change) / frozen.sigma1[layer][:, None] * weights.ln1_gain
-    values = torch.einsum("hkd,sd->hsk", weights.w_v, normed)
+    values = torch.einsum("hkd,sd->hsk", weights.w_v, frozen.first[layer].onward(change))
     mixed = torch.einsum("hts,hsk->htk", frozen.patterns[layer], values)
     return frozen.across(frozen.behind[layer], torch.einsum("htk,hok->to", mixed, weights.w_o))
 
@@ -250,15 +249,14 @@ def contributions_each(frozen: Frozen, readings: Sequence[Reading]) -> Contribut
     features = frozen.activations[:n_mlp, position].transpose(0, 1) * written
     constant, heads = seen.constant + biases, []
     for layer in range(n_attention):
-        weights, u = frozen.weights[layer], seen.attention[layer]
+        weights, norm, u = frozen.weights[layer], frozen.first[layer], seen.attention[layer]
         pulled = _pulled_to_norm(frozen, u, layer)
-        v = frozen.centre(weights.ln1_gain * pulled)
         pattern = frozen.patterns[layer, :, position].transpose(0, 1)
-        read = torch.einsum("nhd,sd->nhs", v, frozen.residual[layer]) / frozen.sigma1[layer]
-        heads.append(pattern * read)
+        read = torch.einsum("nhd,sd->nhs", norm.norm.back(pulled), frozen.residual[layer])
+        heads.append(pattern * (read / norm.sigma))
         # A value bias arrives in full whatever is attended to, as a pattern's rows sum to one; the
         # sum itself is used, because the model takes its softmax in float32.
-        from_values = pulled @ weights.ln1_bias + (
+        from_values = pulled @ norm.norm.bias + (
             torch.einsum("hok,no->nhk", weights.w_o, u) * weights.b_v).sum(dim=-1)
         constant = constant + u @ weights.b_o + (pattern.sum(dim=-1) * from_values).sum(dim=-1)
     n_heads, n_positions = frozen.patterns.shape[1], frozen.patterns.shape[2]

@@ -199,7 +199,7 @@ def _read_mlp(frozen: Frozen, sources: Sources, layer: int, pull: Tensor, effect
 
 def _pull_through_attention(frozen: Frozen, layer: int, pull: Tensor, constant: Tensor) -> None:
     """Add to each pull what it reads through one layer's attention; add that layer's biases."""
-    w, n_pos = frozen.weights[layer], pull.shape[1]
+    w, norm, n_pos = frozen.weights[layer], frozen.first[layer], pull.shape[1]
     pattern = frozen.patterns[layer, :, :n_pos, :n_pos]
     # What attention writes may pass a norm of its own.
     written = pull.clone() if frozen.behind[layer] else pull
@@ -208,8 +208,8 @@ def _pull_through_attention(frozen: Frozen, layer: int, pull: Tensor, constant: 
     reads = torch.einsum("hts,bhtk->bhsk", pattern, arriving)
     at_norm = torch.einsum("bhsk,hkd->bsd", reads, w.w_v)
     constant += (written.sum(dim=1) @ w.b_o + torch.einsum("bhsk,hk->b", reads, w.b_v)
-                 + at_norm.sum(dim=1) @ w.ln1_bias)
-    pull += frozen.centre(w.ln1_gain * at_norm) / frozen.sigma1[layer, :n_pos, None]
+                 + at_norm.sum(dim=1) @ norm.norm.bias)
+    pull += norm.back(at_norm)
 
 
 # --- through the features ------------------------------------------------------------------------
@@ -250,8 +250,7 @@ def _pulled_through(frozen: Frozen, reading: Reading) -> tuple[Tensor, Tensor]:
             pulls[layer] = pull[0]
             active = (frozen.activations[layer] > 0).to(pull)
             at_norm = (pull[0] @ t.W_dec[layer].T * active) @ t.W_enc[layer]
-            back = frozen.centre(frozen.weights[layer].ln2_gain * at_norm)
-            through = (back / frozen.sigma2[layer][:, None])[None]
+            through = frozen.second[layer].back(at_norm)[None]
         if not frozen.parallel:  # the MLP reads what this layer's attention wrote
             pull = pull + through
         _across(frozen.middle[layer], pull, unused)

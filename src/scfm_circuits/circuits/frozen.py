@@ -14,7 +14,7 @@ from torch import Tensor
 from scfm_circuits import InputError
 from scfm_circuits.models.architectures import (
     Architecture,
-    LayerWeights,
+    Heads,
     Norm,
     architecture_of,
     attentions,
@@ -44,7 +44,7 @@ class AtTokens(NamedTuple):
         """A reading of the norm's output as one of its input: C(g * u) / sigma. u: (d_model,) at a
         token, (n, d_model) at n of them, or (..., n, d_model) at the first n tokens."""
         sigma = self.sigma[: u.shape[-2]] if position is None else self.sigma[position]
-        return self.norm.centre(self.norm.gain * u) / sigma[..., None]
+        return self.norm.back(u) / sigma[..., None]
 
     def onward(self, change: Tensor) -> Tensor:
         """What a change of its input (n_pos, d_model) does to its output."""
@@ -66,14 +66,13 @@ class Frozen:
 
     tokens: (n_pos,). residual: (n_layers, n_pos, d_model) entering each layer; final: (n_pos,
     d_model) leaving the last. patterns: (n_layers, n_heads, n_pos, n_pos) attention, rows are
-    destinations. sigma1, sigma2: (n_layers, n_pos) scales of the norms in front of attention and
-    MLP; last: the norm before the unembedding.
+    destinations. first, second: of each layer, the norm in front of attention and in front of the
+    MLP, which leaves all as it is where there is none; last: the norm before the unembedding.
     mlp_in, mlp_out: (n_layers, n_pos, d_model). pre, activations: (n_layers, n_pos, n_features)
     before and after the transcoders' activation function. error: (n_layers, n_pos, d_model) MLP
     output minus what the features and the output bias write (what a skip connection writes is part
     of it).
-    parallel: an MLP does not see its layer's attention. centred: the norms in front of attention
-    and MLPs subtract the mean (LayerNorm), or do not (RMSNorm, or none).
+    weights: of each layer's attention. parallel: an MLP does not see its own layer's.
     middle, end: of each layer, the norm on the stream behind its attention and behind its MLP;
     behind: the norm on what its attention writes; entry: the norm on the embeddings; None where
     there is none. leaves: (n_leaves, n_pos, d_model) what the stream begins with, before `entry`:
@@ -86,21 +85,20 @@ class Frozen:
     residual: Tensor
     final: Tensor
     patterns: Tensor
-    sigma1: Tensor
-    sigma2: Tensor
+    first: tuple[AtTokens, ...]
+    second: tuple[AtTokens, ...]
     mlp_in: Tensor
     mlp_out: Tensor
     pre: Tensor
     activations: Tensor
     error: Tensor
     logits: Tensor
-    weights: tuple[LayerWeights, ...]
+    weights: tuple[Heads, ...]
     transcoders: Transcoders
     last: AtTokens
     unembedding: Tensor
     unembedding_bias: Tensor
     parallel: bool
-    centred: bool
     middle: tuple[AtTokens | None, ...]
     end: tuple[AtTokens | None, ...]
     behind: tuple[AtTokens | None, ...]
@@ -109,11 +107,6 @@ class Frozen:
     same: Tensor | None
     head: tuple[Map, ...]
     causal: bool
-
-    def centre(self, x: Tensor) -> Tensor:
-        """C x: what the norms in front of branches do to x (..., d_model) before they scale it; C
-        is symmetric."""
-        return x - x.mean(dim=-1, keepdim=True) if self.centred else x
 
     def across(self, norm: AtTokens | None, change: Tensor) -> Tensor:
         """A change (n_pos, d_model) of the stream, behind a norm that may stand on it."""
@@ -140,8 +133,8 @@ def freeze(model: "PreTrainedModel", transcoders: Transcoders, tokens: np.ndarra
     ids = torch.as_tensor(tokens).to(device_of(model))[None]
     patterns, seen = _recorded(model, family, ids, mask)
     stacked = {key: torch.stack(seen[key]) for key in ("residual", "in", "out")}
-    weights, norms = layer_weights(model), _stream_norms(model, family, seen)
-    first, second = (step.norm for step in family.steps if step.does != "norm")
+    first, second = (_in_front(model, family, step.norm, seen) for step in family.steps
+                     if step.does != "norm")
     last = norm_in(model, family, family.final_norm, seen["last"][0].shape[-1])
     pre = transcoders.pre_activations(stacked["in"])
     z = transcoders.activate(pre)
@@ -150,16 +143,15 @@ def freeze(model: "PreTrainedModel", transcoders: Transcoders, tokens: np.ndarra
     entry, leaves, same = _beginning(model, family, ids[0], stacked["residual"][0])
     return Frozen(
         tokens=ids[0], residual=stacked["residual"], final=seen["final"][0],
-        patterns=patterns,
-        sigma1=_scales(model, family, first, seen), sigma2=_scales(model, family, second, seen),
+        patterns=patterns, first=first, second=second,
         last=AtTokens(last, last.scale(seen["last"][0])), mlp_in=stacked["in"],
         mlp_out=stacked["out"], pre=pre, activations=z,
-        error=stacked["out"] - transcoders.decode(z), logits=seen["logits"][0], weights=weights,
+        error=stacked["out"] - transcoders.decode(z), logits=seen["logits"][0],
+        weights=layer_weights(model),
         transcoders=transcoders, unembedding=unembedding.weight,
         unembedding_bias=unembedding.weight[:, 0] * 0 if bias is None else bias,
-        parallel=family.parallel(model.config),
-        centred=norm_in(decoder_layers(model)[0], family, first, pre.shape[-1]).centred, **norms,
-        entry=entry, leaves=leaves, same=same, head=_head(model, family, seen),
+        parallel=family.parallel(model.config), **_stream_norms(model, family, seen), entry=entry,
+        leaves=leaves, same=same, head=_head(model, family, seen),
         causal=family.causal)
 
 
@@ -240,12 +232,13 @@ def _recorded(model: "PreTrainedModel", family: Architecture, ids: Tensor,
     return patterns[0], seen
 
 
-def _scales(model: "PreTrainedModel", family: Architecture, name: str,
-            seen: dict[str, list[Tensor]]) -> Tensor:
-    """(n_layers, n_pos) scales of the norms of that name in front of a branch; 1 without one."""
+def _in_front(model: "PreTrainedModel", family: Architecture, name: str,
+              seen: dict[str, list[Tensor]]) -> tuple[AtTokens, ...]:
+    """Of each layer the norm of that name, in front of a branch."""
     read = seen[name or "residual"]
-    return torch.stack([norm_in(layer, family, name, x.shape[-1]).scale(x)
-                        for layer, x in zip(decoder_layers(model), read, strict=True)])
+    norms = [norm_in(layer, family, name, x.shape[-1])
+             for layer, x in zip(decoder_layers(model), read, strict=True)]
+    return tuple(AtTokens(norm, norm.scale(x)) for norm, x in zip(norms, read, strict=True))
 
 
 def _stream_norms(model: "PreTrainedModel", family: Architecture, seen: dict[str, list[Tensor]]

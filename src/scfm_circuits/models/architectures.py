@@ -21,15 +21,13 @@ a gene's and a level's embedding, each normed, and that its head gives a value a
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from scfm_circuits import InputError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 class Norm(NamedTuple):
     """LayerNorm (centred) or RMSNorm: gain * C(x) / scale(x) + bias; C subtracts the mean if
@@ -46,6 +44,11 @@ class Norm(NamedTuple):
         """C x, of x (..., d_model); C is symmetric."""
         return x - x.mean(dim=-1, keepdim=True) if self.centred else x
 
+    def back(self, u: Tensor) -> Tensor:
+        """A reading u (..., d_model) of the output as one of the input, but for the scale there:
+        C(gain * u)."""
+        return self.centre(self.gain * u)
+
     def scale(self, x: Tensor) -> Tensor:
         """The divisor of x (..., d_model): sqrt(variance + eps), of RMSNorm sqrt(mean square +
         eps)."""
@@ -59,33 +62,14 @@ class Norm(NamedTuple):
 class Heads(NamedTuple):
     """What attention does with what it reads, head by head; biases are zero where there are none.
 
-    values: (n_value_heads, d_head, d_model); value_bias: (n_value_heads, d_head); output:
-    (n_heads, d_model, d_head); output_bias: (d_model,).
-    """
-
-    values: Tensor
-    value_bias: Tensor
-    output: Tensor
-    output_bias: Tensor
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """What one layer's linear parts look like from the residual stream.
-
     values: (n_value_heads, d_head, d_model); value_bias: (n_value_heads, d_head); w_o: (n_heads,
-    d_model, d_head); b_o, ln1_gain, ln1_bias, ln2_gain, ln2_bias: (d_model,), of the norms in front
-    of attention and MLP. Biases that the model does not have are zero, gains of norms one.
+    d_model, d_head); b_o: (d_model,).
     """
 
     values: Tensor
     value_bias: Tensor
     w_o: Tensor
     b_o: Tensor
-    ln1_gain: Tensor
-    ln1_bias: Tensor
-    ln2_gain: Tensor
-    ln2_bias: Tensor
 
     @property
     def w_v(self) -> Tensor:
@@ -330,13 +314,7 @@ def neuron_rows(model: nn.Module) -> list[Tensor]:
     return [layer.get_submodule(name).weight for layer in decoder_layers(model)]
 
 
-def layer_weights(model: "PreTrainedModel") -> tuple[LayerWeights, ...]:
-    """The weights of every layer; views of the model's own where they can be."""
-    family, width = architecture_of(model), model.config.hidden_size
-    names = [step.norm for step in family.steps if step.does != "norm"]
-    weights = []
-    for layer in decoder_layers(model):
-        first, second = (norm_in(layer, family, name, width) for name in names)
-        weights.append(LayerWeights(*family.heads(layer), first.gain, first.bias, second.gain,
-                                    second.bias))
-    return tuple(weights)
+def layer_weights(model: nn.Module) -> tuple[Heads, ...]:
+    """The attention weights of every layer; views of the model's own where they can be."""
+    family = architecture_of(model)
+    return tuple(family.heads(layer) for layer in decoder_layers(model))

@@ -13,7 +13,6 @@ from helpers import logit_targets, tiny_model, tiny_transcoders, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scfm_circuits import InputError
 from scfm_circuits.circuits.attribution import logit_direction
 from scfm_circuits.circuits.circuit import Circuit, Node
 from scfm_circuits.circuits.exports import (
@@ -194,8 +193,6 @@ def test_logit_nodes_open_in_the_viewer(logits):
     for name, node in found.items():
         assert probability_in_the_viewer(node["clerp"]) == outputs[name].probability
         assert node["token_prob"] == outputs[name].probability and node["is_target_logit"]
-    with pytest.raises(InputError, match="text and probability"):
-        neuronpedia_graph(logits, TEXTS, slug="s", scan="m")
 
 
 def test_influence_in_json_is_cumulative(logits):
@@ -289,15 +286,6 @@ def test_any_text_gives_well_formed_xml(tmp_path_factory, frozen, texts):
         if all(letter.isprintable() or letter == "\n" for letter in expected):
             assert found[name]["token"] == expected
         assert len(found[name]["token"]) <= len(expected)
-
-
-def test_texts_of_another_prompt_are_refused(circuit, tmp_path):
-    with pytest.raises(InputError, match="same prompt"):
-        as_graph(circuit, TEXTS[:3])
-    for texts, genes in ((TEXTS[:3], GENES), (TEXTS, GENES[:3])):
-        with pytest.raises(InputError, match="same prompt"):
-            save_graphml(tmp_path / "x.graphml", circuit, texts, genes)
-    assert not list(tmp_path.iterdir())
 
 
 def test_both_files_are_written(tmp_path):

@@ -131,18 +131,6 @@ def test_long_texts_and_lists_are_cut() -> None:
     assert len(node["term"]) == len(node["token"]) == MAX_TEXT
 
 
-@pytest.mark.parametrize(("options", "told"), [
-    ({"max_edges": 0}, "1 to 2,000 edges"), ({"max_edges": 2001}, "1 to 2,000 edges"),
-    ({"texts": TEXTS[:-1]}, "5 token texts but 6 genes"),
-    ({"texts": TEXTS[:-1], "genes": GENES[:-1]}, "node at token 5, but only 5"),
-    ({"details": {"L9": {}}}, "'L9' that the circuit does not have"),
-    ({"details": {"A": {"html": "<b>"}}}, "unknown part 'html'"),
-])
-def test_what_does_not_fit(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(InputError, match=told):
-        circuit_view(**{"circuit": made(), "texts": TEXTS, "genes": GENES, **options})
-
-
 def test_numbers_that_are_none() -> None:
     circuit = made()
     circuit.edges[0] = circuit.edges[0]._replace(weight=float("nan"))

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scfm_circuits import InputError
 from scfm_circuits.circuits.circuit import Circuit, Edge, Node
 from scfm_circuits.circuits.graph import AttributionGraph
 from scfm_circuits.circuits.graph_scores import cumulative_influence, influence
@@ -102,13 +101,10 @@ def neuronpedia_graph(circuit: Circuit | AttributionGraph, texts: Sequence[str],
     are shown at every threshold. Error nodes have identifiers of
     their own (`err_...`), which cannot collide with features of layer 0. `feature` is unique over
     layers, as in circuit-tracer: Cantor's number of a feature's layer and index, a token's
-    position, a logit's token, -1 for others. Raises InputError if texts or outputs are missing.
+    position, a logit's token, -1 for others.
     """
     plain, outputs = _plain(circuit), outputs or {}
     shown = [node for node in plain.nodes if node.kind != "head"]
-    _check_texts(shown, texts)
-    if missing := [node.id for node in shown if node.kind == "logit" and node.id not in outputs]:
-        raise InputError(f"The circuit starts at {missing[0]}; give its text and probability.")
     others = [node.id for node in shown if node.id not in plain.targets]
     above = dict(zip(others, cumulative_influence([plain.influence[one] for one in others]),
                      strict=True))
@@ -151,13 +147,6 @@ def _of_output(output: Output, target: bool) -> dict[str, Any]:
             "token_prob": output.probability, "is_target_logit": target}
 
 
-def _check_texts(nodes: Sequence[Node], texts: Sequence[str | None]) -> None:
-    needed = 1 + max(max(node.position, node.source) for node in nodes)
-    if needed > len(texts):
-        raise InputError(f"The circuit has nodes up to token {needed - 1}, but there are texts or "
-                         f"genes for {len(texts)} tokens; give those of the same prompt.")
-
-
 # --- GraphML -------------------------------------------------------------------------------------
 
 # What XML 1.0 has no way to write, not even escaped: most control characters, lone surrogates and
@@ -182,8 +171,6 @@ def save_graphml(path: Path, circuit: Circuit | AttributionGraph, texts: Sequenc
     import networkx as nx
 
     plain = _plain(circuit)
-    for one in (texts, genes):
-        _check_texts(plain.nodes, one)
     graph = nx.DiGraph(closure_max_relative=plain.closure)
     for node in plain.nodes:
         row, token = plain.rows.get(node.id), _xml_text(texts[node.source])

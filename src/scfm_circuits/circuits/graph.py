@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 
-from scfm_circuits import InputError
 from scfm_circuits.circuits.attribution import Reading, feature_direction
 from scfm_circuits.circuits.circuit import Kind, Node
 from scfm_circuits.circuits.direct_effects import Sources, direct_effects, extent, sources_of
@@ -155,7 +154,6 @@ class _Rows:
 def graph_memory(frozen: Frozen, targets: Sequence[Target], *, max_features: int = 1_000,
                  edges_per_row: int = 2_000, batch: int = 32) -> int:
     """Bytes that `attribution_graph` will take at most beside what `frozen` holds already."""
-    _check(targets, max_features=max_features, edges_per_row=edges_per_row, batch=batch)
     n_layers, n_pos = extent(frozen, [one.reading for one in targets])
     upstream = frozen.activations[:n_layers, :n_pos]
     n_active = int((upstream > 0).sum())
@@ -182,9 +180,7 @@ def attribution_graph(frozen: Frozen, targets: Sequence[Target], *, max_features
     batch: rows computed at once; influence is taken anew after as many, or after an eighth more
     than there are. `graph_memory` says beforehand what it takes.
 
-    Raises InputError for impossible limits or targets.
     """
-    _check(targets, max_features=max_features, edges_per_row=edges_per_row, batch=batch)
     readings = [one.reading for one in targets]
     sources = sources_of(frozen, readings)
     rows = _Rows(sources, edges_per_row)
@@ -218,19 +214,6 @@ def _expand(frozen: Frozen, rows: _Rows, weights: np.ndarray, left: int, batch: 
                 for i in part])
         waiting[chosen] = False
         left -= len(chosen)
-
-
-def _check(targets: Sequence[Target], **limits: int) -> None:
-    if not targets:
-        raise InputError("A graph needs at least one target.")
-    if len({one.node.id for one in targets}) < len(targets):
-        raise InputError("The same target was given twice; give each once, with its whole weight.")
-    if any(one.weight <= 0 for one in targets):
-        raise InputError("A target's weight must be positive.")
-    for name, value in limits.items():
-        lowest = 0 if name == "max_features" else 1
-        if value < lowest:
-            raise InputError(f"`{name}` is {value}; it must be at least {lowest}.")
 
 
 def _column(sources: Sources, node: Node) -> int:

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from scfm_circuits.features.statistics import FeatureStatistics
 
 MAX_EDGES = 300
-"""Edges in a view unless told otherwise; more are a tangle, and slow to draw on a phone."""
-MOST_EDGES = 2000
-"""No view has more: a browser would not keep up with the pointer."""
+"""Edges in a view; more are a tangle, and slow to draw on a phone."""
 MAX_TOKENS, MAX_GENES, MAX_TEXT = 12, 24, 200
 _ORDER = ("feature", "head", "embedding", "error", "logit")
 
@@ -71,12 +69,10 @@ def circuit_view(
 
     A head stands in the column of the token it read, as in `node_table`.
 
-    Raises InputError if texts, genes and circuit do not fit together, if details name a node that
-    the circuit does not have or a part that `Detail` does not have, if a number is not finite, or
-    if `max_edges` is not between 1 and 2,000.
+    Raises InputError if a number is not finite.
     """
     details = details or {}
-    _check(circuit, texts, genes, details, max_edges)
+    _check(circuit)
     influence, carried = circuit.influence(), circuit.carried()
     # Equal edges stay in the circuit's order, so that a view is the same on every run.
     order = sorted(range(len(carried)), key=lambda i: -carried[i])[:max_edges]
@@ -147,24 +143,7 @@ def feature_details(
 # --- the parts -----------------------------------------------------------------------------------
 
 
-def _check(circuit: "Circuit", texts: Sequence[str], genes: Sequence[str | None],
-           details: Mapping[str, Detail], max_edges: int) -> None:
-    if not 1 <= max_edges <= MOST_EDGES:
-        raise InputError(f"A circuit's figure can show 1 to {MOST_EDGES:,} edges, not {max_edges}.")
-    if len(texts) != len(genes):
-        raise InputError(f"There are {len(texts)} token texts but {len(genes)} genes; give one "
-                         "gene or None for each token.")
-    last = max(max(node.position, node.source) for node in circuit.nodes.values())
-    if last >= len(texts):
-        raise InputError(f"The circuit has a node at token {last}, but only {len(texts)} texts are "
-                         "given; give those of the prompt that was traced.")
-    for name, detail in details.items():
-        if name not in circuit.nodes:
-            raise InputError(f"The details are for a node {name!r} that the circuit does not have.")
-        unknown = set(detail) - set(Detail.__annotations__)
-        if unknown:
-            raise InputError(f"The details of {name} have an unknown part {min(unknown)!r}; use "
-                             f"{', '.join(Detail.__annotations__)}.")
+def _check(circuit: "Circuit") -> None:
     for where, number in [*((edge.source, edge.weight) for edge in circuit.edges),
                           *((node.id, node.value) for node in circuit.nodes.values())]:
         if not math.isfinite(number):

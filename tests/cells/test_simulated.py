@@ -19,7 +19,7 @@ from scfm_circuits.cells import simulated
 from scfm_circuits.cells.corpus import load_corpus
 from scfm_circuits.cells.simulated import Plan, Program, read_plan
 from scfm_circuits.common.profile import ROOT, load_profile
-from scfm_circuits.features.unit_scores import auroc, aurocs, read_genes
+from scfm_circuits.features.unit_scores import auroc, aurocs
 
 PAPER = ROOT / "data" / "paper"
 
@@ -239,7 +239,11 @@ def logic() -> simulated.LogicCells:
 
 def presence(logic: simulated.LogicCells) -> np.ndarray:
     """(n_cells, n_genes): 1 for the sentence's first gene, down to 0 for a gene that is not in."""
-    return read_genes(logic.cells.ranking, len(logic.cells.symbols))
+    ranking = logic.cells.ranking
+    found = np.zeros((len(ranking), len(logic.cells.symbols)), np.float32)
+    cell, place = np.nonzero(ranking >= 0)
+    found[cell, ranking[cell, place]] = 1 - place / ranking.shape[1]
+    return found
 
 
 def test_a_conjunction_is_true_where_both_are_on_and_decides_the_type(

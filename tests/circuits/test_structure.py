@@ -127,17 +127,18 @@ def test_heads_and_genes_add_up_to_attention():
 
 def test_negative_edges_by_hand():
     found = inhibition(by_hand())
-    assert (found.edges, found.negative) == (3, 2)
-    assert found.carried == pytest.approx((0.5 + 0.25) / (0.5 + 0.25 + 0.25))
+    assert (found["edges"], found["negative"]) == (3, 2)
+    assert found["carried"] == pytest.approx((0.5 + 0.25) / (0.5 + 0.25 + 0.25))
     assert by_hand().carried() == [0.5, 0.25, 0.25]
 
 
 def test_a_circuit_of_positive_edges_takes_nothing_away():
     circuit, _ = traced()
     found = inhibition(circuit)
-    assert 0 < found.negative < found.edges
+    assert 0 < found["negative"] < found["edges"]
     circuit.edges = [edge for edge in circuit.edges if edge.weight > 0]
-    assert inhibition(circuit) == (found.edges - found.negative, 0, 0)
+    assert inhibition(circuit) == {"edges": found["edges"] - found["negative"], "negative": 0,
+                                   "carried": 0}
 
 
 # --- supernodes ----------------------------------------------------------------------------------

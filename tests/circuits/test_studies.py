@@ -65,7 +65,7 @@ def test_a_cell_has_its_own_circuit(parts, study, monkeypatch, tmp_path):
     pd.testing.assert_frame_equal(own.reset_index(drop=True),
                                   flow_table(circuit, contributions(frozen, reading)))
     row = study.inside.iloc[-1]
-    assert row["negative"] == inhibition(circuit).negative
+    assert row["negative"] == inhibition(circuit)["negative"]
     assert row[list(path_ends(circuit))].sum() == pytest.approx(1)
     singles = study.singles[study.singles["cell"] == keys["cell"]]
     nodes = {(node.layer, node.index, node.position) for node in circuit.nodes.values()
@@ -144,7 +144,7 @@ def test_shares_are_means_over_cells(study):
     assert shares["ends_errors"] == pytest.approx(np.mean(each))
     negative = [inhibition(circuit) for _, circuit in study.circuits]
     assert shares["negative_edges"] == pytest.approx(
-        np.mean([one.negative / one.edges for one in negative]))
+        np.mean([one["negative"] / one["edges"] for one in negative]))
 
 
 def test_the_head_that_brings_most_by_hand(study):

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scfm_circuits.features import counting
-from scfm_circuits.features.count_kernels import N_BINS
 from scfm_circuits.features.counting import (
+    N_BINS,
     FeatureTotals,
     activation_edges,
     add_on_cpu,

@@ -22,7 +22,6 @@ from scfm_circuits.features.unit_scores import (
     best_cuts,
     chosen_units,
     f1_score,
-    read_genes,
     read_units,
     scores,
 )
@@ -148,6 +147,3 @@ def test_units_are_read_over_the_question_only() -> None:
         np.testing.assert_allclose(read["some"][row], torch.cat(wanted).numpy(), atol=1e-10)
 
 
-def test_genes_are_read_by_their_place() -> None:
-    found = read_genes(np.array([[2, 0, -1, -1], [1, 3, 0, 2]]), 5)
-    np.testing.assert_allclose(found, [[.75, 0, 1, 0, 0], [.5, 1, .25, .75, 0]])

@@ -69,7 +69,7 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def all_of(model: Any, corpus: Corpus, profile: Profile) -> list[Trained]:
-    return get_variants(model, corpus, profile, progress=False)
+    return get_variants(model, corpus, profile)
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -238,9 +238,9 @@ def test_an_interrupted_steered_run_goes_on_to_the_same_end(
     with monkeypatch.context() as patch:
         before_each_step(patch, interrupt)
         with pytest.raises(KeyboardInterrupt):
-            trainer.trained(setting, whole["relu_normalized"], progress=False)
+            trainer.trained(setting, whole["relu_normalized"])
     assert checkpoints._steps(folder / "training_checkpoint")[0][0] == 23
-    ended = trainer.trained(setting, whole["relu_normalized"], progress=False)
+    ended = trainer.trained(setting, whole["relu_normalized"])
     assert ended.history == whole["jumprelu"].history
     assert ended.l1_coefficient == whole["jumprelu"].l1_coefficient
     for name, tensor in ended.load().state_dict().items():

@@ -38,7 +38,8 @@ from scfm_circuits.circuits.studies import studied_cells
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.terms import term_table
 from scfm_circuits.features.gene_lists import gene_lists
-from scfm_circuits.features.unit_scores import aurocs, read_genes, read_units
+from scfm_circuits.features.unit_scores import aurocs, read_units
+from scfm_circuits.models.known_types import ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -314,14 +315,9 @@ def _chosen(units: np.ndarray, n_training: int, truth: np.ndarray, other: np.nda
 
 def _best_gene(corpus: "Corpus", cells: np.ndarray, n_training: int, truth: np.ndarray,
                other: np.ndarray) -> dict[str, float]:
-    most = max(len(corpus.gene_ids_of(int(cell))) for cell in cells)
-    ranking = np.full((len(cells), most), -1)
-    for row, cell in zip(ranking, cells, strict=True):
-        ids = corpus.gene_ids_of(int(cell))
-        row[: len(ids)] = ids
-    used = np.unique(ranking[ranking >= 0])
-    ranking = np.where(ranking >= 0, np.searchsorted(used, ranking), -1)
-    best = _chosen(read_genes(ranking, len(used)), n_training, truth, other).iloc[0]
+    seen = ranks(corpus, cells)
+    used = np.unique(seen.indices)
+    best = _chosen(seen[:, used].toarray(), n_training, truth, other).iloc[0]
     return {"gene": float(used[int(best["unit"])]), **{
         name: float(best[name]) for name in ("training_auroc", "held_out_auroc")}}
 

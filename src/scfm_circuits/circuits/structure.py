@@ -125,23 +125,16 @@ def head_table(circuit: Circuit, parts: Contributions, genes: Sequence[str | Non
 # --- negative edges ------------------------------------------------------------------------------
 
 
-class Inhibition(NamedTuple):
+def inhibition(circuit: Circuit) -> dict[str, float]:
     """How much of a circuit takes away.
 
     edges, negative: kept edges, and those with a negative weight. carried: the share of negative
     edges in what all edges carry (`Circuit.carried`).
     """
-
-    edges: int
-    negative: int
-    carried: float
-
-
-def inhibition(circuit: Circuit) -> Inhibition:
-    """Negative edges of a circuit by number and by what they carry."""
     carried = circuit.carried()
     negative = [one for edge, one in zip(circuit.edges, carried, strict=True) if edge.weight < 0]
-    return Inhibition(len(carried), len(negative), sum(negative) / max(sum(carried), 1e-30))
+    return {"edges": len(carried), "negative": len(negative),
+            "carried": sum(negative) / max(sum(carried), 1e-30)}
 
 
 # --- supernodes ----------------------------------------------------------------------------------

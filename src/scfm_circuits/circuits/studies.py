@@ -162,7 +162,7 @@ def _of_cell(model: "PreTrainedModel", transcoders: Transcoders, corpus: Corpus,
                                  for one in compared]),
         "singles": _one_at_a_time(model, frozen, chosen, target, reading, profile.forward_cells),
         "flow": flow_table(circuit, parts), "heads": head_table(circuit, parts, case.genes),
-        "inside": pd.DataFrame([{**path_ends(circuit), **inhibition(circuit)._asdict()}])}
+        "inside": pd.DataFrame([{**path_ends(circuit), **inhibition(circuit)}])}
 
 
 def _one_at_a_time(model: "PreTrainedModel", frozen: Frozen, features: Sequence[FeatureAt],

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
@@ -58,12 +58,7 @@ class Units(NamedTuple):
     def values(self, layer: int, x: Tensor, chosen: Tensor | None = None) -> Tensor:
         """(n_tokens, n) of all units of a layer, or of some."""
         t = self.encoder
-        if self.active and not t.activation.only_cuts:
-            z = t.layer_activations(layer, x)
-            return z if chosen is None else z[:, chosen]
-        rows = slice(None) if chosen is None else chosen
-        pre = nn.functional.linear(x - t.b_in[layer], t.W_enc[layer, rows], t.b_enc[layer, rows])
-        return pre.relu() if self.active else pre
+        return (t.layer_activations if self.active else t.layer_pre_activations)(layer, x, chosen)
 
 
 def kinds_of_units(model: "GPTNeoXForCausalLM", transcoders: Transcoders,

@@ -36,11 +36,11 @@ from scfm_circuits.features.unit_scores import (
     Encoder,
     f1_score,
     probe_auroc,
-    read_genes,
     read_units,
     scores,
 )
 from scfm_circuits.models.architectures import decoder_layers
+from scfm_circuits.models.known_types import ranks
 from scfm_circuits.models.mlp_sites import batches, device_of
 from scfm_circuits.models.small_models import train_small_model
 from scfm_circuits.transcoders.training.run import TrainingRun, training_buffer
@@ -164,9 +164,8 @@ def _scored(model: "PreTrainedModel", corpus: Corpus, encoders: Mapping[str, Enc
     inputs: Encoder = lambda layer, x: x  # noqa: E731
     read = [read_units(model, corpus, cells, {**encoders, EVERYTHING: inputs})
             for cells in (train, held_out)]
-    genes = read_genes(simulated.cells.ranking, len(corpus.symbols))
     for one, cells in zip(read, (train, held_out), strict=True):
-        one[GENES] = genes[cells]
+        one[GENES] = ranks(corpus, cells).toarray().astype(np.float32)
     names = np.array([*encoders, GENES, EVERYTHING, ALWAYS])
     own, other = (np.array([*simulated.truths.values()])[:, cells] for cells in (train, held_out))
     values = np.full((len(names), len(own), len(MEASURES)), np.nan)

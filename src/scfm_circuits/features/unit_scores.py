@@ -143,14 +143,3 @@ def read_units(model: "PreTrainedModel", corpus: Corpus, cells: np.ndarray,
                 found += [sums, most, padded[cell, asked - 1]]
             parts[name].append(torch.cat(found, dim=1).cpu().numpy())
     return {name: np.concatenate(part) for name, part in parts.items()}
-
-
-def read_genes(ranking: np.ndarray, n_genes: int) -> np.ndarray:
-    """(n_cells, n_genes) places in the sentence: 1 for the first gene, down to 0 for none.
-
-    ranking: (n_cells, k) gene ids, -1 after the last.
-    """
-    k, found = ranking.shape[1], np.zeros((len(ranking), n_genes), np.float32)
-    cell, place = np.nonzero(ranking >= 0)
-    found[cell, ranking[cell, place]] = 1 - place / k
-    return found

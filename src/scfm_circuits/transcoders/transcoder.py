@@ -156,18 +156,20 @@ class Transcoders(nn.Module):
         """Estimated MLP outputs for the inputs of all layers."""
         return self.decode(self.encode(x), x)
 
-    def layer_pre_activations(self, layer: int, x: Tensor) -> Tensor:
-        """(..., d_model) inputs of one layer -> (..., n_features)."""
-        return nn.functional.linear(x - self.b_in[layer], self.W_enc[layer], self.b_enc[layer])
+    def layer_pre_activations(self, layer: int, x: Tensor, features: Tensor | None = None
+                              ) -> Tensor:
+        """(..., d_model) inputs of one layer -> (..., n_features), of all or of some, (n,)."""
+        rows = slice(None) if features is None else features
+        return nn.functional.linear(x - self.b_in[layer], self.W_enc[layer, rows],
+                                    self.b_enc[layer, rows])
 
     def layer_activations(self, layer: int, x: Tensor, features: Tensor | None = None) -> Tensor:
         """Activations z of one layer's features, or of some: (..., d_model) -> (..., n_features).
 
         features: (n,) indices, of which only the encoder's rows are computed where they suffice.
         """
-        if features is not None and self.activation.only_cuts:
-            return nn.functional.linear(x - self.b_in[layer], self.W_enc[layer, features],
-                                        self.b_enc[layer, features]).relu()
+        if self.activation.only_cuts:
+            return self.layer_pre_activations(layer, x, features).relu()
         # Whether one is active may depend on all of a token's.
         z = self.activate(self.layer_pre_activations(layer, x), layer)
         return z if features is None else z[..., features]

@@ -231,8 +231,7 @@ class Trainer:
         self.model, self.corpus, self.profile = model, corpus, profile
         self._buffer: ActivationBuffer | None = None
 
-    def trained(self, setting: Setting, reference: Trained | None = None, *,
-                progress: bool = True) -> Trained:
+    def trained(self, setting: Setting, reference: Trained | None = None) -> Trained:
         """One variant: read from `results/<profile>/variants/<name>` if current, else trained."""
         wanted = None if reference is None else l0_path(reference.history)
         more: dict[str, int] = {}
@@ -256,7 +255,7 @@ class Trainer:
             run = MatchedRun(
                 self.model, self.corpus, steered, folder.with_name("training_checkpoint"), control,
                 stamp=stamp, buffer=self._buffer, wanted=None if steered is profile else wanted)
-            record = self._train(run, setting, progress)
+            record = self._train(run, setting)
             with atomic_folder(folder) as fresh:
                 save_transcoders(run.transcoders, fresh, setting.label, record, run.written)
             assert run.checkpoint is not None
@@ -266,12 +265,11 @@ class Trainer:
         return Trained(setting, profile, control, record["history"], record["l1_coefficient"],
                        record["seconds_per_step"])
 
-    def _train(self, run: MatchedRun, setting: Setting, progress: bool) -> dict[str, Any]:
+    def _train(self, run: MatchedRun, setting: Setting) -> dict[str, Any]:
         run.buffer.sites(0)  # not timed: it is there for all but the first
         print(f"{setting.label}: {run.steps:,} steps.")
         times = [(0, time.monotonic())]
-        run.run(progress=progress, logged=lambda history: times.append(
-            (history[-1]["step"], time.monotonic())))
+        run.run(logged=lambda history: times.append((history[-1]["step"], time.monotonic())))
         # The median, as something else may run beside.
         each = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(times)]
         penalised = ACTIVATIONS[run.profile.activation].penalised
@@ -281,10 +279,9 @@ class Trainer:
                 "steps": run.steps, "tokens": run.steps * run.profile.batch_tokens}
 
 
-def get_variants(model: "PreTrainedModel", corpus: Corpus, profile: "Profile", *,
-                 progress: bool = True) -> list[Trained]:
+def get_variants(model: "PreTrainedModel", corpus: Corpus, profile: "Profile") -> list[Trained]:
     """All of `settings`, the reference first. Memory is that of training one of them."""
     trainer = Trainer(model, corpus, profile)
     reference, *others = settings(profile)
-    first = trainer.trained(reference, progress=progress)
-    return [first, *(trainer.trained(one, first, progress=progress) for one in others)]
+    first = trainer.trained(reference)
+    return [first, *(trainer.trained(one, first) for one in others)]

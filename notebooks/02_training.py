@@ -151,14 +151,15 @@ chapter.table("training", pd.DataFrame({
 
 # %%
 chapter.value("training.final_l0", known_mean(last["l0"]))
+chapter.value("training.dead_after", settings.dead_after_tokens)
 for key, name in (("dead_share", "dead"), ("final_fvu", "fvu")):
     chapter.percent(f"training.{key}", known_mean(last[name]), 1)
 
 # %% [markdown] tags=["unfold"]
 # In the last batch {glue:text}`training.final_l0` features are active per token on average over layers,
 # {glue:text}`training.final_fvu` of the outputs' variance is left unexplained, and
-# {glue:text}`training.dead_share` of the features are dead (they have not fired for
-# a set number of tokens, the profile's `dead_after_tokens`).
+# {glue:text}`training.dead_share` of the features are {term}`dead <dead feature>` (they have not fired for
+# {glue:text}`training.dead_after` tokens).
 
 # %% [markdown]
 # ## What it costs

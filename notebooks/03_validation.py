@@ -27,12 +27,12 @@
 #   is {glue:text}`table1.paper_no_mlp` (Table 1). So the transcoders recover
 #   {glue:text}`table1.paper_recovered` of what removing the MLPs costs.
 # - **We find.** It rises from {glue:text}`table1.original` to {glue:text}`table1.transcoder`; without MLPs
-#   it is {glue:text}`table1.no_mlp`. The transcoders recover {glue:text}`table1.recovered`, and the model
-#   still names {glue:text}`mlps.right.transcoder` of the cells correctly
+#   it is {glue:text}`table1.no_mlp`. The transcoders recover {glue:text}`table1.recovered`
+#   (the field's {term}`loss recovered`), and the model still names {glue:text}`mlps.right.transcoder` of the cells correctly
 #   ({glue:text}`mlps.right.original` untouched).
 # - **What it is worth.** With every MLP held at its mean over all tokens, which tells nothing of the cell, the model names
-#   {glue:text}`mlps.right.mean`. {glue:text}`mlps.loss_is` And a small model on few cells is no
-#   evidence about the paper's.
+#   {glue:text}`mlps.right.mean`; with all but the first, {glue:text}`mlps.right.later`{glue:text}`mlps.tested`
+#   {glue:text}`mlps.loss_is` And a small model on few cells is no evidence about the paper's.
 # ```
 
 # %% tags=["parameters"]
@@ -164,6 +164,11 @@ for name, share in right[validation.ALL].items():
 alone = right.xs("mean", level="configuration")
 chapter.percent("mlps.right.later", alone.get(validation.LATER, alone.get(1)))
 chapter.percent("mlps.right.worst_later", alone[alone.index > 0].min())
+later = answers[(answers["configuration"] == "mean") & (answers["layer"] == (
+    validation.LATER if validation.LATER in alone else 1))]
+unmoved = len(later) > 0 and not later[["lost", "gained"]].to_numpy().any()
+chapter.value("mlps.tested", unmoved, ": no answer changes, so answers test the first layer's "
+              "transcoder alone." if unmoved else ".")
 
 # %% [markdown]
 # The untouched model is right for {glue:text}`mlps.right.original` of the held-out cells, with

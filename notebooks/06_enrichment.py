@@ -33,7 +33,7 @@
 # - **What it is worth.** Such a percentage says something about features only by how far it is above its
 #   controls. {glue:text}`controls.nominal` of {glue:text}`table4.total.live` features are
 #   {term}`ahead of all controls`, where luck gives up to {glue:text}`enrichment.fdr` of all, and
-#   {glue:text}`controls.beyond` after correction over all features.
+#   {glue:text}`controls.beyond` after correction over all features{glue:text}`planted.limit`
 #   {glue:text}`ahead.occurrence.learning`. Depending on choices that the paper does not state, the percentage
 #   of the same features is anywhere from {glue:text}`enrichment.lowest` to
 #   {glue:text}`enrichment.highest` %.
@@ -336,9 +336,12 @@ chapter.values({"tested": planted.tested, "layer": settings.human_layer,
 told = {rule: f"{ahead} of {planted.planted[rule]}" for rule, ahead in planted.ahead.items()}
 for gene_rule in ("token", "occurrence"):
     chapter.value(f"planted.{gene_rule}", planted.ahead.get(gene_rule), told.get(gene_rule, "none"))
-chapter.value("planted.needed", planted.needed, "no number of further features as good as a pure planted "
-              "one would be enough" if planted.needed is None else f"at least {planted.needed:,} further "
-              "features as good as a pure planted one would be needed")
+needed = ("no number of further features as good as the median pure planted one would be enough"
+          if planted.needed is None else f"at least {planted.needed:,} further features as good as the "
+          "median pure planted one would be needed")
+chapter.value("planted.needed", planted.needed, needed)
+chapter.value("planted.limit", planted.tested and not beyond,
+              f", for which {needed}." if planted.tested and not beyond else ".")
 
 # %% [markdown] tags=["only-if:planted.tested"]
 # Pure planted features (a median of {glue:text}`planted.genes` genes each) that are ahead of all
@@ -348,7 +351,7 @@ chapter.value("planted.needed", planted.needed, "no number of further features a
 # names: what it knew about the gene is lost before the test begins. The features are therefore tested
 # under `occurrence`.
 #
-# With these numbers of null lists, {glue:text}`planted.needed` for any to survive the correction. So read
+# Against these controls {glue:text}`planted.needed` for any to survive the correction. So read
 # the uncorrected share.
 
 # %% [markdown] tags=["fold:Feature by feature: every live feature and its best term"]

@@ -31,9 +31,10 @@
 #   has {glue:text}`call.nodes` nodes, on {glue:text}`call.gene_nodes` genes{glue:text}`call.term_found`
 #   The paper's kind of target is the same feature in {glue:text}`case.same_target` of the held-out cells: it is
 #   {glue:text}`case.target_is`.
-# - **What it is worth.** Of the call's {glue:text}`call.whole` {glue:text}`call.unit` the circuit alone keeps
-#   {glue:text}`call.keeps`. With no circuit at all {glue:text}`call.nothing_keeps` are
-#   left{glue:text}`call.worth` The paper's FDR does not follow from its nine genes: the same test gives
+# - **What it is worth.** Of the call's {glue:text}`call.whole` {glue:text}`call.unit` {glue:text}`call.parts`.
+#   With the circuit's features alone the call is {glue:text}`call.keeps`, with no feature
+#   {glue:text}`call.nothing_keeps`: a {term}`faithfulness` of {glue:text}`call.faithfulness`{glue:text}`call.worth`
+#   {doc}`08_controls` has it for more cells. The paper's FDR does not follow from its nine genes: the same test gives
 #   {glue:text}`paper_case.fdr`.
 # ```
 
@@ -76,7 +77,7 @@ chapter.values({
     "type": settings.case_type, "prediction": study.prediction, "truth": study.truth,
     "position": f"final token, {end}" if settings.case_position == "answer" or not settings.in_words
     else f"end of the question, {end}",
-    "origin": study.origin, "n_prompt_genes": len(genes), "n_tokens": len(case.texts),
+    "origin": study.origin, "most_nodes": settings.circuit_nodes, "n_prompt_genes": len(genes), "n_tokens": len(case.texts),
 }, prefix="case.")
 
 # %%
@@ -126,11 +127,13 @@ chapter.value("call.closure", call_gap, f"{call_gap:.1e}")
 chapter.value("call.closure_max", call.circuit.closure_max_relative,
               f"{call.circuit.closure_max_relative:.1e}")
 chapter.values(call.values(), prefix="call.")
-whole, alone, none = call.own_kind
-chapter.value("call.worth", worth := abs(whole - alone) < abs(whole - none),
-              "; the difference is what it explains." if worth else
-              ": by this measure its features explain none of the call, as attention reads the genes "
-              "without them.")
+faithful = call.own_kind.faithfulness
+chapter.rounded("call.faithfulness", faithful, 2)
+chapter.value("call.worth", worth := faithful is not None and 0 < faithful < 2,
+              ", where 1 is all that features do." if worth else
+              ", so by this measure they explain none of it.")
+sums = calls.sums(frozen, asked, by_gene)
+chapter.value("call.parts", calls.parts(sums))
 chapter.p_value("call.p_random", call.genes.p)
 term = call.genes.best_term
 chapter.value("call.term_found", term is not None, ", and no term of the library has any of them."
@@ -222,7 +225,7 @@ chapter.table("call_contrast", calls.table(case, frozen, asked), rows=20, digits
 
 # %% mystnb={"image": {"alt": "Bars of the signed contributions to the contrast of the call: features, attention heads on genes and on other tokens, embedding, error, constant."}, "figure": {"caption": "The call as a sum of its parts; bars to the right speak for it. Error is what the transcoders leave unexplained of the MLPs.", "name": "fig-call"}}
 chapter.figure("case_call", plots.contribution_kinds(
-    calls.sums(frozen, asked, by_gene), "the call's contrast, nats" if settings.in_words
+    sums, "the call's contrast, nats" if settings.in_words
     else f"the call, {calls.unit}"))
 
 # %%
@@ -237,7 +240,7 @@ chapter.table("case_call_genes", by_gene, rows=12,
 # %% [markdown] tags=["fold:How the circuit is found and the circuit as a static figure"]
 # The search is the paper's: take the strongest contributors, extend them upstream, repeat. A
 # feature is extended by its own sum, and an {term}`attention head` by what it read at its source token.
-# Negative contributions are kept. The circuit has {glue:text}`call.nodes` nodes and
+# Negative contributions are kept. The search stops at {glue:text}`case.most_nodes` nodes. The circuit has {glue:text}`call.nodes` nodes and
 # {glue:text}`call.edges` edges. Its direct edges hold {glue:text}`call.kept_share` of the target's
 # absolute contributions; the rest is counted but not drawn. The largest rounding error of any extended node
 # is {glue:text}`call.closure_max` of its absolute contributions. As in the paper, some nodes are at words

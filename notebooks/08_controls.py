@@ -35,7 +35,8 @@
 #   {glue:text}`knock_out.won` of {glue:text}`knock_out.measures` measures.
 # - **What it is worth.** With every other feature at the mean of its own kind of token, the circuit keeps
 #   {glue:text}`faithfulness.own_kind_circuit` of its target, and no circuit at all keeps
-#   {glue:text}`faithfulness.own_kind_none`. And with no feature at all, every MLP at its mean for
+#   {glue:text}`faithfulness.own_kind_none`. Circuits of the call itself have a {term}`faithfulness` of
+#   {glue:text}`knock_out.faithfulness`. With no feature at all, every MLP at its mean for
 #   the kind of token, the model still gives {glue:text}`task.none_mean` of its right answers.
 # ```
 
@@ -207,11 +208,12 @@ chapter.values({"unit": calls_of(chapter.model, corpus, settings).unit,
 chapter.figure("knock_out", plots.knock_outs(taken_out.summary, knock_out.CIRCUITS))
 
 # %% [markdown]
-# With the features of the call's greedy {term}`circuit` alone, all others held at the means of their own kind of token,
-# {glue:text}`knock_out.circuit` of the call's {glue:text}`knock_out.whole` {glue:text}`knock_out.unit` are
-# left, and with no
-# circuit at all {glue:text}`knock_out.nothing`. Errors stay as they are and attention still reads the
-# genes, so the circuit has only the distance between the last number and the first to explain.
+# The call is {glue:text}`knock_out.whole` {glue:text}`knock_out.unit`; with the features of its greedy
+# {term}`circuit` alone, all others held at the means of their own kind of token, it is
+# {glue:text}`knock_out.circuit`, and with no feature {glue:text}`knock_out.nothing` (means over cells). Errors stay
+# as they are and attention still reads the genes, so only the distance between the last number and the
+# first is there to explain. Of it the circuits explain, as their {term}`faithfulness`,
+# {glue:text}`knock_out.faithfulness`.
 
 # %% tags=["fold:Every score and every gene"]
 chapter.table("knock_out", taken_out.summary, rows=0, caption="Each score against the effects of "
@@ -347,13 +349,16 @@ for name, test in (("", common.of_all), ("_same_target", common.same_target)):
     chapter.percent(f"structure.between{name}", test.between)
     chapter.p_value(f"structure.overlap_p{name}", test.p)
 chapter.values(common.counts(), prefix="structure.")
+chapter.value("structure.several_targets", not common.one_target)
 
 # %% [markdown]
-# Circuits of one target resemble each other whatever the type, and types may differ in their targets.
-# Among pairs with the same target the two shares are {glue:text}`structure.within_same_target` and
-# {glue:text}`structure.between_same_target` (p = {glue:text}`structure.overlap_p_same_target`). Cells that
-# share a target are not independent. {glue:text}`structure.one_type_only` features are in several circuits
-# of one type only.
+# Circuits of one target resemble each other whatever the type, and cells that share a target are not
+# independent. {glue:text}`structure.one_type_only` features are in several circuits of one type only.
+
+# %% [markdown] tags=["only-if:structure.several_targets"]
+# Types may differ in their targets. Among pairs with the same target the two shares are
+# {glue:text}`structure.within_same_target` and {glue:text}`structure.between_same_target` (p =
+# {glue:text}`structure.overlap_p_same_target`).
 
 # %% [markdown]
 # ## One circuit for the whole task
@@ -416,7 +421,7 @@ for key, others in (("mean", MEAN), ("zero", ZERO)):
 #   about as often, {glue:text}`task.draws` times.
 #
 # The choice by influence is ahead of another, or behind, where the whole interval is on one side of 0.
-# *Contrast* is what features add to the call.
+# *Contrast* is the {term}`faithfulness` of the call, with all features as the whole.
 #
 # What circuits should find is known for simulated cells only. The book of the profile `planted`
 # (`make book PROFILE=planted`, about ten minutes more) has a further section here: how much of what was

@@ -70,8 +70,9 @@ chapter.not_comparable()
 # differ.
 #
 # All of these are trained for {glue:text}`variants.steps` steps of {glue:text}`variants.batch` tokens,
-# fewer than the transcoders of the other chapters, so the numbers here compare with each other and not
-# with those. Their features are counted in {glue:text}`variants.counted` cells.
+# fewer than the transcoders of the other chapters, and once, at one L0. So differences have no interval,
+# kinds whose sparsity has to be learnt may only be slower, and the numbers do not compare with those of
+# other chapters. Their features are counted in {glue:text}`variants.counted` cells.
 
 # %% [markdown] tags=["fold:How the L0 is matched"]
 # TopK and BatchTopK are given the reference's L0 as k ({glue:text}`variants.k`, the mean over layers).

@@ -40,6 +40,9 @@ def test_each_claim_is_answered_by_numbers_of_the_run(profile: Profile) -> None:
         assert number in text
     assert "<script" not in text
     assert "Nobody has" in text and "stand-in" not in text and "7.4 nats" in text
+    keep(profile, "07_endothelial_case_study", call__whole=2.0, call__keeps=-1.4,
+         call__nothing_keeps=-1.4)
+    assert "kept" not in front_page.findings(profile)  # less than nothing cannot be kept
     keep(profile, "07_endothelial_case_study", call__whole=2.5, call__keeps=1.0,
          call__nothing_keeps=0.5, call__unit="units")
     assert "2.5 units" in front_page.findings(profile)

@@ -92,7 +92,9 @@ def test_a_call_is_the_sum_of_what_was_written(parts, case):
     kinds = [name for name in table if name not in ("gene", "contribution")]
     assert kinds == ["identity", *(["rank"] if not frozen.causal else []), "features", "errors"]
     np.testing.assert_allclose(table[kinds].sum(axis=1), table["contribution"], atol=1e-12)
-    assert sum(calls.sums(frozen, call, table).values()) == pytest.approx(value, abs=1e-10)
+    sums = calls.sums(frozen, call, table)
+    assert sum(sums.values()) == pytest.approx(value, abs=1e-10)
+    assert calls.parts(sums).startswith(f"{table['identity'].sum():.2g} come from which genes")
 
 
 def test_a_call_is_split_in_one_sweep_and_a_few_tokens_at_a_time(parts, case, monkeypatch):

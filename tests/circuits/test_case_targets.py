@@ -12,7 +12,7 @@ from scipy.stats import mannwhitneyu
 
 from scfm_circuits.cells.prompts import answered_prompt
 from scfm_circuits.circuits import case_targets
-from scfm_circuits.circuits.calls import trace_call
+from scfm_circuits.circuits.calls import calls_of, trace_call
 from scfm_circuits.circuits.case_study import CaseStudy
 from scfm_circuits.circuits.circuit import circuit_genes, node_table
 from scfm_circuits.circuits.contrast import contrast_of
@@ -153,6 +153,13 @@ def test_every_target_is_traced_in_the_same_way(corpus, monkeypatch, tmp_path):
     contrast = contrast_of(corpus, prompt)
     call = targets.call(contrast)
     assert call.circuit == trace_call(targets.frozen, contrast, profile)
+    calls = calls_of(model, corpus, profile)
+    by_gene = calls.by_gene(targets.frozen, contrast, prompt.genes)
+    assert calls.parts(calls.sums(targets.frozen, contrast, by_gene)).startswith(
+        f"{by_gene['contribution'].sum():.2g} come through attention from genes, ")
+    others, tokens = sum(map(len, contrast.labels)), len(contrast.others)
+    assert calls.about(prompt, contrast).endswith(
+        f"{others} other labels have {tokens} other token{'s' * (tokens > 1)} there.")
     feature = int(targets.frozen.activations[1, prompt.position].argmax())
     traced = targets.feature(1, feature, prompt.position)
     assert traced.circuit == trace_feature(targets.frozen, 1, feature, prompt.position, branches=64,
@@ -163,6 +170,10 @@ def test_every_target_is_traced_in_the_same_way(corpus, monkeypatch, tmp_path):
         assert one.genes.genes == circuit_genes(nodes) != []
         assert one.own_kind.whole == float(one.target.reading.value)
         assert one.own_kind.circuit != one.own_kind.nothing
+        none = one.own_kind._replace(circuit=one.own_kind.nothing)
+        assert none.faithfulness == 0 != one.own_kind.faithfulness
+        assert none._replace(circuit=none.whole).faithfulness == 1
+        assert none._replace(nothing=none.whole).faithfulness is None
         row = one.row("x")
         assert [row[name] for name in ("genes", "whole", "no_circuit")] == [
             len(one.genes.genes), one.own_kind.whole, one.own_kind.nothing]

@@ -285,6 +285,10 @@ def test_the_study_takes_cells_of_each_type_in_turn(parts, profile):
     said = knock_out.numbers(study, 0)
     assert said["cells"] == len(study.kept) and said["ahead"] == (study.kept["whole"] > 0).sum()
     assert str(said["nothing"]).startswith(f"{study.kept['nothing'].mean():.2f} (")
+    gap = study.kept.assign(nothing=study.kept["whole"] - 2, circuit=study.kept["whole"] - 0.5)
+    assert knock_out.numbers(study._replace(kept=gap), 0)["faithfulness"] == "0.75 (0.75 to 0.75)"
+    gap = gap.assign(nothing=gap["whole"])
+    assert "n/a" in str(knock_out.numbers(study._replace(kept=gap), 0)["faithfulness"])
     best = study.summary.set_index("score")["overlap"].drop(list(knock_out.CIRCUITS)).max()
     assert f"with {best:.2f} (" in str(said["overlap"])
 

@@ -186,6 +186,9 @@ def test_overlap_is_that_of_every_pair(study):
         {kind for some, kind in zip(sets, types, strict=True) if one in some}) == 1
         and sum(one in some for some in sets) > 1]
     assert counts["one_type_only"] == len(alone)
+    apart = found._replace(pairs=found.pairs.assign(same_target=False))
+    assert apart.tests()["pairs"].tolist() == ["all pairs", "pairs with the same target"]
+    together = found._replace(pairs=found.pairs.assign(same_target=True))
+    assert together.tests()["pairs"].tolist() == ["all pairs"]
     tests = found.tests()
-    assert tests["pairs"].tolist() == ["all pairs", "pairs with the same target"]
     assert tests["n_within"][0] + tests["n_between"][0] == len(found.pairs)

@@ -97,9 +97,9 @@ def _on_circuit(values: Mapping[str, Any]) -> str:
     found = ("The genes of our call's circuit are most enriched for "
              f"“{escape(str(term))}” (p = <strong>{p:.2g}</strong> against random genes of the "
              "same sentence). " if judged else "")
-    return (f"{found}On its own the circuit keeps <strong>{kept:.1f}</strong> of the call's "
-            f"{whole:.1f} {unit}. With no circuit at all, every feature held at its average, "
-            f"<strong>{none:.1f}</strong> are kept.")
+    return (f"{found}The call is {whole:.1f} {unit}. With the circuit's features alone it is "
+            f"<strong>{kept:.1f}</strong>, with every feature held at its average "
+            f"<strong>{none:.1f}</strong>.")
 
 
 def picture(profile: Profile) -> str:

@@ -100,7 +100,9 @@ def caveats(corpus: "Corpus") -> str:
     mitochondrial = (f"{n_mito} genes are mitochondrial (MT-)" if n_mito else
                      "Mitochondrial genes (MT-), which rank high in other data sets, are not among "
                      "the genes counted")
-    return (f"These cells are from the pancreas of one donor. Ambient RNA of its hormone cells was "
+    return ("These cells are from the pancreas of one donor, and their labels were given to "
+            "clusters of the same counts. So no number over held-out cells speaks for another "
+            "donor, and a right answer means the same cluster. Ambient RNA of hormone cells was "
             f"measured along with other cells: {'; '.join(told)}. {mitochondrial}.")
 
 

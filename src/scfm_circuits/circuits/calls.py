@@ -152,9 +152,11 @@ class Calls:
         [own] = token_texts(self.corpus.tokenizer, [call.token])
         if not call.others:
             return ONE_TYPE
+        others, tokens = sum(map(len, call.labels)), len(call.others)
+        differ = "1 other label has another token" if others == 1 else (
+            f"{others} other labels have {tokens} other token{'s' * (tokens > 1)}")
         return (f"Here the answer's token is \"{own}\", predicted at the token "
-                f"\"{prompt.texts[call.position]}\". Other labels that part from it "
-                f"there: {sum(map(len, call.labels))} (different tokens: {len(call.others)}).")
+                f"\"{prompt.texts[call.position]}\"; {differ} there.")
 
     def name(self, call: Any, answer: str) -> str:
         """What the call's node is called in other programs."""
@@ -176,6 +178,13 @@ class Calls:
         by_gene: `gene_contributions` of the same call.
         """
         return sums_by_gene_or_not(contributions(frozen, call.start(frozen)[1]), by_gene)
+
+    def parts(self, sums: dict[str, float]) -> str:
+        """Of `sums`, what comes from genes, from features and from errors, as a page says it."""
+        genes, features, errors = (f"{sums[name]:.2g}" for name in (
+            "attention to genes", "features", "transcoder error"))
+        return (f"{genes} come through attention from genes, {features} straight from features and "
+                f"{errors} from what the transcoders miss")
 
 
 class StateCalls(Calls):
@@ -292,6 +301,12 @@ class StateCalls(Calls):
                  "errors": "transcoder error at genes"}
         return {**{names[name]: float(by_gene[name].sum()) for name in names if name in by_gene},
                 "special tokens": others, "constant (biases)": float(found.constant)}
+
+    def parts(self, sums: dict[str, float]) -> str:
+        genes, features, errors = (f"{sums[name]:.2g}" for name in (
+            "which genes", "features at genes", "transcoder error at genes"))
+        return (f"{genes} come from which genes are there, {features} from features at them and "
+                f"{errors} from what the transcoders miss")
 
 
 def calls_of(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile") -> Calls:

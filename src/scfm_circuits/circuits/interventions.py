@@ -301,6 +301,14 @@ class Kept(NamedTuple):
     circuit: float
     nothing: float
 
+    @property
+    def faithfulness(self) -> float | None:
+        """Of what features do for the target, the share that the circuit's do alone (Marks et al.,
+        arXiv:2403.19647): 1 is all of it, 0 no more than with none. None where features
+        do nothing."""
+        gap = self.whole - self.nothing
+        return (self.circuit - self.nothing) / gap if gap else None
+
 
 def kept_alone(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt],
                target: FeatureAt | Call, reading: Reading, held: HeldAtMeans) -> Kept:

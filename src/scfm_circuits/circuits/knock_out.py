@@ -340,8 +340,9 @@ def winners(cells: pd.DataFrame, summary: pd.DataFrame, seed: int, draws: int = 
 def numbers(study: KnockOuts, seed: int) -> dict[str, str | int | float]:
     """What a page says: cells, types, genes and k (medians), which genes, cells whose label is
     ahead of all others; measures, and in how many of them the circuit's best score is ahead; per
-    measure a sentence on its `winners`; and the contrast, mean over cells with its interval, in the
-    whole model, with the greedy circuit alone and with no circuit."""
+    measure a sentence on its `winners`; the contrast, mean over cells with its interval, in the
+    whole model, with the greedy circuit alone and with no circuit; and the `Kept.faithfulness` of
+    these means."""
     by_score, cells = study.summary.set_index("score"), study.cells
     found: dict[str, str | int | float] = {
         "cells": len(study.kept), "types": int(study.kept["cell_type"].nunique()),
@@ -367,6 +368,11 @@ def numbers(study: KnockOuts, seed: int) -> dict[str, str | int | float]:
     counts = resampled(generator(seed, "knock-outs", 3), len(study.kept), DRAWS)
     for name in Kept._fields:
         found[name] = with_interval(*bootstrap_interval(study.kept[name].to_numpy(), counts))
+    kept = study.kept[[*Kept._fields]].to_numpy().T
+    _, low, high = bootstrap_interval(kept[0] - kept[2], counts)
+    found["faithfulness"] = "n/a, as features may add nothing" if low <= 0 <= high else (
+        with_interval(*bootstrap_interval(kept, counts, lambda one: (one[1] - one[2]) / (
+            one[0] - one[2]))))
     return found
 
 

@@ -349,10 +349,15 @@ class Overlap(NamedTuple):
     """The same among pairs with the same target."""
 
     def tests(self) -> pd.DataFrame:
-        """Both tests, a row each."""
-        return pd.DataFrame([{"pairs": "all pairs", **self.of_all._asdict()},
-                             {"pairs": "pairs with the same target",
-                              **self.same_target._asdict()}])
+        """Both tests, a row each; one where all circuits have one target."""
+        tests = [("all pairs", self.of_all), ("pairs with the same target", self.same_target)]
+        return pd.DataFrame([{"pairs": pairs, **test._asdict()}
+                             for pairs, test in tests[: 1 if self.one_target else 2]])
+
+    @property
+    def one_target(self) -> bool:
+        """Whether all circuits have the same target."""
+        return bool(self.pairs["same_target"].all())
 
     def counts(self) -> dict[str, int]:
         """Features in any circuit, in every one, and in several of a single type only."""

@@ -21,6 +21,7 @@ from scfm_circuits.report.plots.cells_and_training import (
 )
 from scfm_circuits.report.plots.features import l0_per_layer
 from scfm_circuits.report.plots.sentence import MOST_GENES, ON_A_PHONE, call_sentence
+from scfm_circuits.report.plots.style import narrow
 
 
 @pytest.fixture(autouse=True)
@@ -55,14 +56,16 @@ def test_the_same_data_gives_the_same_picture_whatever_the_global_generator():
 def test_labels_of_a_sum_have_a_minus_sign_and_stand_within_their_frame():
     figure = plots.contribution_kinds({
         "attention to genes": 6.117, "attention to other tokens": -0.018, "biases": -0.548})
-    figure.draw_without_rendering()
     (axis,) = figure.axes
-    frame = axis.get_window_extent()
     assert {one.get_text() for one in axis.texts} == {"6.117", "−0.018",
                                                       "−0.548"}
-    for one in axis.texts:
-        box = one.get_window_extent()
-        assert frame.x0 < box.x0 and box.x1 < frame.x1
+    for change in (lambda one: True, narrow):  # as it is, and as a phone has it
+        assert change(figure)
+        figure.draw_without_rendering()
+        frame = axis.get_window_extent()
+        for one in axis.texts:
+            box = one.get_window_extent()
+            assert frame.x0 < box.x0 and box.x1 < frame.x1
 
 
 def test_every_circuit_node_that_is_drawn_has_a_place_and_the_target_is_among_them(monkeypatch):
@@ -92,6 +95,20 @@ def test_every_circuit_node_that_is_drawn_has_a_place_and_the_target_is_among_th
     largest = max(Counter(place.values()).items(), key=lambda pair: pair[1])
     assert f"×{largest[1]}" in [text.get_text() for text in many.axes[0].texts]
     drawn(many)  # a dollar sign in a gene is not mathematics
+
+
+def test_a_name_stands_above_its_own_node():
+    model = tiny_model()
+    run = freeze(model, tiny_transcoders(model), tokens(7))
+    target = strongest_features(run, 2, 6, 1)[0]
+    circuit = trace_feature(run, 2, target, 6, branches=6, depth=3, max_nodes=40)
+    figure = plots.circuit_picture(circuit, [f"t{i}" for i in range(7)], [None] * 7, 3)
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    assert len(axis.texts) > 1
+    for text in axis.texts:
+        box, (x, y) = text.get_window_extent(), axis.transData.transform(text.xy)
+        assert box.x0 < x < box.x1 and y < box.y0
 
 
 def test_nodes_stand_side_by_side_where_there_is_room():
@@ -164,8 +181,9 @@ def test_the_bars_of_the_flow_add_up_to_the_whole():
     direct, passing = plots.circuit_flow(flow()).axes
     assert sum(bar.get_height() for bar in direct.patches) == pytest.approx(100)
     assert sum(bar.get_height() for bar in passing.patches) == pytest.approx(120)
-    assert [tick.get_text() for tick in direct.get_xticklabels()] == ["tokens", "biases", "0", "1"]
-    assert [tick.get_text() for tick in passing.get_xticklabels()] == ["tokens", "0", "1"]
+    assert [tick.get_text() for tick in direct.get_xticklabels()] == [
+        "embedding", "biases", "0", "1"]
+    assert [tick.get_text() for tick in passing.get_xticklabels()] == ["embedding", "0", "1"]
 
 
 def test_the_overlap_map_boxes_the_pairs_of_a_type():

@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.report.plots.style import (
@@ -33,12 +34,16 @@ def contribution_kinds(shares: Mapping[str, float], of: str = "the target's pre-
     figure, (axis,) = panels(1, width=6.5, height=0.6 + 0.42 * len(shares))
     names, values = list(shares), list(shares.values())
     colours = [BLUE if value >= 0 else ORANGE for value in values]
-    bars = axis.barh(range(len(names)), values[::-1], color=colours[::-1])
+    axis.barh(range(len(names)), values[::-1], color=colours[::-1])
     axis.set_yticks(range(len(names)), [literal(name) for name in names[::-1]])
-    axis.bar_label(bars, fmt=lambda one: f"{one:.3f}".replace("-", "\N{MINUS SIGN}"), padding=4)
+    # Right of zero, as to the left of a short bar a phone's version has the names.
+    for place, value in enumerate(values[::-1]):
+        axis.annotate(f"{value:.3f}".replace("-", "\N{MINUS SIGN}"), (max(value, 0), place),
+                      xytext=(4, 0), textcoords="offset points", va="center")
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.margins(x=0.25)
-    axis.set(xlabel=f"contribution to {of}")
+    low, high = min(0, *values), max(0, *values)
+    span = (high - low) or 1.0
+    axis.set(xlabel=f"contribution to {of}", xlim=(low - 0.05 * span, high + 0.4 * span))
     axis.grid(axis="y", visible=False)
     return figure
 
@@ -92,14 +97,16 @@ def circuit_picture(circuit: "Circuit", texts: Sequence[str], genes: Sequence[st
     # Inches from column to column and from layer to layer, at least, in a phone's version too.
     across, up = (0.6 * figure.get_figwidth() - 1.2) / len(positions), 4.2 / (n_layers + 1.5)
     taken: list[tuple[float, float, float]] = []
-    for _, (members, (x, y)) in [one for one in ranked if _name(one[1][0])][:_NAMED]:
-        left, low, wide = x * across, y * up, 0.09 * len(_name(members))
+    for size, (members, (x, y)) in [one for one in ranked if _name(one[1][0])][:_NAMED]:
+        wide = 0.09 * len(_name(members))
+        left, low = x * across - wide / 2, y * up
         # Of names that would run into each other the most influential node has its own.
         if all(abs(low - other) > 0.18 or left > start + width or left + wide < start
                for start, other, width in taken):
             taken.append((left, low, wide))
-            axis.annotate(_name(members), (x, y), xytext=(8, 2), textcoords="offset points",
-                          fontsize=10, zorder=3)
+            axis.annotate(_name(members), (x, y), xytext=(0, 2 + (26 + 220 * size) ** 0.5 / 2),
+                          textcoords="offset points", ha="center", fontsize=10, zorder=3,
+                          path_effects=[withStroke(linewidth=2, foreground="white")])
     for sign, colour in (("adds", BLUE), ("takes away", ORANGE)):
         axis.plot([], [], color=colour, linewidth=3, label=sign)
     labels = [f"{texts[p]} ({genes[p]})" if genes[p] else texts[p] for p in positions]
@@ -274,9 +281,8 @@ def circuit_flow(flow: pd.DataFrame) -> Figure:
                      color=colours[kind])
             bottom += values
         # A path ends at a bias: none passes through.
-        aside = {"tokens": "embedding"} if column == "passing" else {"tokens": "embedding",
-                                                                     "biases": "biases"}
-        for place, kind in zip((-2, -3), aside.values(), strict=False):
+        aside = ["embedding"] if column == "passing" else ["embedding", "biases"]
+        for place, kind in zip((-2, -3), aside, strict=False):
             axis.bar(place, 100 * means.get((kind, -1), 0.0), color=colours[kind])
         axis.set_xticks([*range(-2, -2 - len(aside), -1), *ticks(n_layers)],
                         [*aside, *map(str, ticks(n_layers))])

@@ -27,13 +27,15 @@
 # - **The paper says.** It names model improvement and debugging as uses of interpretable features, and
 #   shows neither.
 # - **We find.** Pushes of the same norm move the log-odds of {glue:text}`steering.label` by
-#   {glue:text}`steering.auroc_effect` along the feature that tells it best, by
-#   {glue:text}`steering.means_effect` along the difference of means, by {glue:text}`steering.by_effect` along
-#   the feature that the circuits' {term}`frozen model` names, and by {glue:text}`steering.gradient_effect` along the
-#   gradient of that model, for which no feature is needed. Taking the
+#   {glue:text}`steering.short_auroc_effect` nats along the feature that tells it best, by
+#   {glue:text}`steering.short_means_effect` along the difference of means, by
+#   {glue:text}`steering.short_random_effect` along random features, by {glue:text}`steering.short_by_effect` along
+#   the feature that the circuits' {term}`frozen model` names, and by {glue:text}`steering.short_gradient_effect`
+#   along the gradient of that model, which needs no feature (intervals below). Taking the
 #   {glue:text}`debugging.features` features away that speak most for one wrong call
 #   {glue:text}`debugging.case_short`. The best feature's F1 is ahead of every other kind of unit for
-#   {glue:text}`concepts.ahead` of {glue:text}`concepts.all` concepts.
+#   {glue:text}`concepts.ahead` of {glue:text}`concepts.all` concepts, and behind one at least for
+#   {glue:text}`concepts.behind`.
 # - **What it is worth.** A feature that tells a label need not make the call. What a feature does counts only
 #   beside a direction that is chosen by the same means and needs no dictionary; a repair only beside what it
 #   breaks in all other held-out cells.
@@ -125,7 +127,10 @@ for key in ("fires", "held_out_auroc"):
     by_effect = study.chosen.loc[study.chosen["arm"] == steering.BY_EFFECT, key]
     chapter.rounded(f"steering.{key}_by_effect", (100 if key == "fires" else 1) * by_effect.max(), 2)
 chapter.rounded("steering.predicted_gradient", study.chosen["steepest"].mean(), 2)
-told = shown[shown["compared"] == "equal norm"].set_index("arm").loc[steering.BEST]
+at_norm = shown[shown["compared"] == "equal norm"].set_index("arm")
+for key, arm in names.items():
+    chapter.rounded(f"steering.short_{key}", at_norm.loc[arm, "effect"], 2)
+told = at_norm.loc[steering.BEST]
 chapter.value("steering.against", bool(max(told["upper_95"], told["highest"]) < 0))
 chapter.value("steering.unclear", bool(told["lowest"] < 0 < told["highest"]))
 away = curve[curve["done"] == steering_curves.TAKEN_AWAY].set_index("arm")
@@ -230,7 +235,7 @@ chapter.values({
     "label": wrong.label if wrong else "",
     "features": int((wrong.features["removed"] == wrong_calls.CASE).sum()) if wrong else 0,
     "errors": wrong.training_errors if wrong else 0, "case": said[wrong_calls.CASE],
-    "case_short": f"{said[wrong_calls.CASE].split('; p')[0]}) in other cells, and the call is {then} then"
+    "case_short": f"{said[wrong_calls.CASE].split(' (')[0]} other cells, and the call is {then} then"
     if wrong else "was not needed", "case_right": then,
     "training": said[wrong_calls.TRAINING], "random": said[wrong_calls.RANDOM]}, prefix="debugging.")
 for key in ("contrast", "by_features", "predicted", "measured"):

@@ -118,23 +118,11 @@ def _build(
 def gene_sets_from_dict(name: str, mapping: Mapping[str, Iterable[str]]) -> GeneSets:
     """Library from a mapping of term name to symbols, e.g. planted programs or a user's own sets.
 
-    Symbols are upper-cased and de-duplicated; terms without a gene are dropped and counted in the
-    warning.
-
-    Raises:
-        InputError: no term has a gene, or a term is given as one string instead of a list.
+    Symbols are upper-cased and de-duplicated.
     """
-    members: dict[str, set[str]] = {}
-    for term, symbols in mapping.items():
-        if isinstance(symbols, str):
-            raise InputError(
-                f"Term {term!r} of library {name} is one string; give a list of gene symbols."
-            )
-        members[term] = {symbol.strip().upper() for symbol in symbols if symbol.strip()}
-    kept = {term: symbols for term, symbols in members.items() if symbols}
-    if not kept:
-        raise InputError(f"Library {name} has no term with a gene; give at least one gene set.")
-    library = _build(name, kept, "memory", "", _dropped(len(members) - len(kept)))
+    members = {term: {symbol.strip().upper() for symbol in symbols}
+               for term, symbols in mapping.items()}
+    library = _build(name, members, "memory", "", None)
     return replace(library, sha256=library.content_sha256)
 
 

@@ -13,7 +13,7 @@ from scfm_circuits import InputError
 from scfm_circuits.__main__ import main
 from scfm_circuits.book import clean as cleaning
 from scfm_circuits.book.clean import clean
-from scfm_circuits.common.files import only_one, own
+from scfm_circuits.common.files import only_one, write_json
 
 HOLD = """import sys, time
 from pathlib import Path
@@ -121,7 +121,7 @@ def test_results_of_another_file_are_not_removed_by_path(root: Path) -> None:
     for folder in ("heart", "lung"):
         (root / folder).mkdir()
         (root / folder / "a.yml").write_text("extends: demo\n")
-    own(root / "results" / "a", root / "heart" / "a.yml", root)
+    write_json(root / "results" / "a" / "profile.json", {"file": "heart/a.yml"})
     with pytest.raises(InputError, match=r"Nothing was removed: .* results of .*heart/a.yml"):
         clean("lung/a.yml", root)
     assert "a" in left(root) and (root / "book" / "_build").exists()

@@ -81,7 +81,7 @@ def make_project(root: Path, patch: pytest.MonkeyPatch,
     (root / "notebooks" / "profiles" / "tiny.yml").write_text(
         f"extends: demo\ncells_name: {json.dumps(HOSTILE)}\ntitle: {json.dumps(HOSTILE)}\n")
     (root / "requirements.lock").write_text("a==1\n")
-    for module in (profile, freshness, execution, pages, report_tables):
+    for module in (manifest, profile, freshness, execution, pages, report_tables):
         patch.setattr(module, "ROOT", root)
     patch.setattr(profile, "PROFILES", root / "notebooks" / "profiles")
     patch.setattr(freshness, "NOTEBOOKS", root / "notebooks")

@@ -18,7 +18,8 @@ from scfm_circuits.book.chapters import (
     read_notebooks,
     source_inputs,
 )
-from scfm_circuits.common import kept
+from scfm_circuits.common import kept, manifest
+from scfm_circuits.common import profile as profiles
 from scfm_circuits.common.profile import ROOT, Profile
 
 TRACE = """from typing import TYPE_CHECKING
@@ -119,7 +120,8 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A root with the data of the repository; no gene sets but the bundled ones."""
     shutil.copytree(ROOT / "data", tmp_path / "data",
                     ignore=shutil.ignore_patterns("*.h5ad", "atlas"))
-    monkeypatch.setattr(chapters, "ROOT", tmp_path)
+    for module in (chapters, manifest, profiles):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setenv("SCFM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SCFM_GENE_SETS", "")
     return tmp_path

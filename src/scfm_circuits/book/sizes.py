@@ -27,7 +27,7 @@ from scfm_circuits.cells.dictionaries import read_gene_tokens
 from scfm_circuits.circuits import knock_out, known_response
 from scfm_circuits.common import manifest
 from scfm_circuits.common.encodings import GENE_TOKENS, OWN_DICTIONARY
-from scfm_circuits.common.profile import ROOT, Profile, cells_path
+from scfm_circuits.common.profile import Profile, cells_path
 from scfm_circuits.features.counting import fixed_bytes
 from scfm_circuits.models.architectures import check_supported
 from scfm_circuits.models.loading import (
@@ -153,7 +153,7 @@ class _Cells(NamedTuple):
 
 def _cells(profile: Profile) -> _Cells:
     """The profile's cells: looked at, or, if they are not here, as the manifest has them."""
-    listed, path = manifest.entry("cells", profile.cells), cells_path(profile, ROOT)
+    listed, path = manifest.entry("cells", profile.cells), cells_path(profile)
     # One of another size will be set aside and fetched again.
     if listed is not None and path is not None and not (
             path.is_file() and path.stat().st_size == listed["bytes"]):

@@ -34,7 +34,7 @@ from scfm_circuits.common.encodings import CELL_SENTENCE, OWN_DICTIONARY
 from scfm_circuits.common.files import atomic_folder
 from scfm_circuits.common.kept import Stamp, read_record, stamp_of, write_record
 from scfm_circuits.common.labels import listed
-from scfm_circuits.common.profile import ROOT, Profile, cells_path
+from scfm_circuits.common.profile import Profile, cells_path
 from scfm_circuits.common.randomness import generator
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ def stored_corpus(profile: Profile) -> Corpus | None:
 
 def _corpus_stamp(profile: Profile) -> Stamp:
     """What the corpus depends on; its cells' file, by size and time."""
-    path = cells_path(profile, ROOT)
+    path = cells_path(profile)
     about = None if path is None or not path.is_file() else path.stat()
     return stamp_of(profile, _FIELDS, _ROOMS, dictionaries=files_stamp(profile),
                     file=about and [about.st_size, about.st_mtime_ns])

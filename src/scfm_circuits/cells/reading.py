@@ -41,7 +41,6 @@ from scfm_circuits.common.profile import (
     CELLS_NAMES,
     PACKAGED_CELLS,
     PLANTED_CELLS,
-    ROOT,
     Profile,
     cells_path,
 )
@@ -384,7 +383,7 @@ def _check_empty(empty: Sequence[int] | np.ndarray, n_cells: int, where: str, le
 
 def _open(profile: Profile) -> Opened:
     """The profile's cells, not read yet if they are a file; InputError if it cannot be read."""
-    path = cells_path(profile, ROOT)
+    path = cells_path(profile)
     if profile.cells == PACKAGED_CELLS:
         from scfm_circuits.cells.packaged import open_packaged
 

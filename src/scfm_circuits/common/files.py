@@ -234,14 +234,6 @@ def owner_of(results: Path, root: Path) -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
-def own(results: Path, file: Path, root: Path) -> None:
-    """Write down whose results these are."""
-    path, root = file.resolve(), root.resolve()
-    record = {"file": str(path.relative_to(root) if path.is_relative_to(root) else path)}
-    if read_json(results / OWNER) != record:
-        write_json(results / OWNER, record)
-
-
 def digest(content: str | bytes) -> str:
     """A short hash (16 hexadecimal digits of SHA-256), to tell whether something is the same."""
     data = content.encode() if isinstance(content, str) else content

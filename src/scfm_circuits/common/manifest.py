@@ -9,22 +9,22 @@ import yaml
 
 from scfm_circuits import InputError
 
-_ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(os.environ.get("SCFM_ROOT", Path(__file__).resolve().parents[3]))
 
 
-def entry(kind: str, name: str, root: Path = _ROOT) -> dict[str, Any] | None:
+def entry(kind: str, name: str) -> dict[str, Any] | None:
     """The entry of that name among `cells`, `models`, `dictionaries` or `gene_sets`; None if there
     is none. Models are called as `model_name` says."""
-    return _listed(root).get((kind, name))
+    return _listed().get((kind, name))
 
 
-def names(kind: str, root: Path = _ROOT) -> list[str]:
+def names(kind: str) -> list[str]:
     """All names of that kind, as `entry` takes them."""
-    return [name for of, name in _listed(root) if of == kind]
+    return [name for of, name in _listed() if of == kind]
 
 
-def _listed(root: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    path = root / "data" / "manifest.yml"
+def _listed() -> dict[tuple[str, str], dict[str, Any]]:
+    path = ROOT / "data" / "manifest.yml"
     return _entries(path, path.stat().st_mtime_ns if path.is_file() else 0)
 
 
@@ -42,14 +42,14 @@ def model_name(name: str, subfolder: str) -> str:
     return f"{name}/{subfolder}" if subfolder else name
 
 
-def by_hand(name: str, root: Path = _ROOT) -> str:
+def by_hand(name: str) -> str:
     """Which files of a model are to be put where by hand, and from where; empty if none are."""
-    listed = entry("models", name, root)
+    listed = entry("models", name)
     if listed is None or "by_hand" not in listed:
         return ""
     *files, last = listed["files"]
     return (f"fetch {', '.join(files)} and {last} from {listed['by_hand']} in a browser, as that "
-            f"host gives no file to a program, and put them into {root / name}")
+            f"host gives no file to a program, and put them into {ROOT / name}")
 
 
 def check_model(name: str, config: Any, tokenizer_entries: int) -> None:
@@ -77,13 +77,13 @@ def gene_set_folders(named: str | Path | None) -> dict[Path, str]:
     named: the folder in the profile. A relative folder starts at the root, where notebooks run.
     """
     origins = {"the profile": named, "SCFM_GENE_SETS": os.environ.get("SCFM_GENE_SETS")}
-    return {_ROOT / os.path.expanduser(folder): origin for origin, folder in origins.items()
+    return {ROOT / os.path.expanduser(folder): origin for origin, folder in origins.items()
             if folder}
 
 
 def cache_folder() -> Path:
     """Where is kept what all profiles share: SCFM_CACHE or `~/.cache/scfm-circuits`."""
-    return _ROOT / os.path.expanduser(os.environ.get("SCFM_CACHE") or "~/.cache/scfm-circuits")
+    return ROOT / os.path.expanduser(os.environ.get("SCFM_CACHE") or "~/.cache/scfm-circuits")
 
 
 def gene_set_cache() -> Path:

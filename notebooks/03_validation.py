@@ -166,9 +166,13 @@ chapter.percent("mlps.right.later", alone.get(validation.LATER, alone.get(1)))
 chapter.percent("mlps.right.worst_later", alone[alone.index > 0].min())
 later = answers[(answers["configuration"] == "mean") & (answers["layer"] == (
     validation.LATER if validation.LATER in alone else 1))]
-unmoved = len(later) > 0 and not later[["lost", "gained"]].to_numpy().any()
+unmoved = bool(len(later) > 0 and not later[["lost", "gained"]].to_numpy().any()
+               and right[validation.ALL, "mean"] < right[validation.ALL, "original"])
 chapter.value("mlps.tested", unmoved, ": no answer changes, so answers test the first layer's "
               "transcoder alone." if unmoved else ".")
+chapter.value("mlps.stand_in", not unmoved, "" if unmoved else "If single layers cost little and all "
+              "together much, layers can stand in for each other, and changing one alone does not show "
+              "what it does.")
 
 # %% [markdown]
 # The untouched model is right for {glue:text}`mlps.right.original` of the held-out cells, with
@@ -176,8 +180,7 @@ chapter.value("mlps.tested", unmoved, ": no answer changes, so answers test the 
 # {glue:text}`mlps.right.mean` and without any for {glue:text}`mlps.right.no_mlp`. The first layer is
 # a case of its own: it alone reads tokens before any attention. With all later MLPs at their mean
 # the model is right for {glue:text}`mlps.right.later`, with one of them alone for
-# {glue:text}`mlps.right.worst_later` at worst. If single layers cost little and all together much, layers
-# can stand in for each other, and changing one alone does not show what it does.
+# {glue:text}`mlps.right.worst_later` at worst. {glue:text}`mlps.stand_in`
 #
 # ## Beyond the paper: one layer at a time
 #

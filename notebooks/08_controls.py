@@ -212,7 +212,7 @@ chapter.figure("knock_out", plots.knock_outs(taken_out.summary, knock_out.CIRCUI
 # {term}`circuit` alone, all others held at the means of their own kind of token, it is
 # {glue:text}`knock_out.circuit`, and with no feature {glue:text}`knock_out.nothing` (means over cells). Errors stay
 # as they are and attention still reads the genes, so only the distance between the last number and the
-# first is there to explain. Of it the circuits explain, as their {term}`faithfulness`,
+# first is there to explain. The circuits' share of it, their {term}`faithfulness`, is
 # {glue:text}`knock_out.faithfulness`.
 
 # %% tags=["fold:Every score and every gene"]

@@ -370,7 +370,7 @@ def numbers(study: KnockOuts, seed: int) -> dict[str, str | int | float]:
         found[name] = with_interval(*bootstrap_interval(study.kept[name].to_numpy(), counts))
     kept = study.kept[[*Kept._fields]].to_numpy().T
     _, low, high = bootstrap_interval(kept[0] - kept[2], counts)
-    found["faithfulness"] = "n/a, as features may add nothing" if low <= 0 <= high else (
+    found["faithfulness"] = "n/a (features may add nothing)" if low <= 0 <= high else (
         with_interval(*bootstrap_interval(kept, counts, lambda one: (one[1] - one[2]) / (
             one[0] - one[2]))))
     return found

@@ -270,7 +270,8 @@ chapter.table("table4_choices", choices, digits=3, caption="Share called interpr
 left = studies.demands(study.verdicts, len(table4), settings.fdr)
 
 # %% mystnb={"image": {"alt": "Bars per layer: percentage of live features left as more is demanded, from a term under the paper's likely rule to beating all controls."}, "figure": {"caption": "What is left of the live features, layer by layer, as more is demanded of them (gene rule occurrence).", "name": "fig-beyond"}}
-chapter.figure("table4_beyond", plots.beyond_controls(list(range(len(table4))), left))
+chapter.figure("table4_beyond", plots.beyond_controls(list(range(len(table4))), left,
+                                                     settings.fdr))
 
 # %%
 p = study.verdicts["p_controls"]

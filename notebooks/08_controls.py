@@ -76,7 +76,7 @@ chapter.figure("circuit_faithfulness", plots.faithfulness(study.effects))
 
 # %% tags=["fold:The same in numbers and by cell type"]
 found = studies.faithfulness(study)
-chapter.show(found.medians, digits=2, caption="Medians over cells: changes as shares of the target's "
+chapter.show(found.medians.replace({"ablation": "taken away", "doubling": "doubled"}), digits=2, caption="Medians over cells: changes as shares of the target's "
              "pre-activation, and what the features write relative to the circuit's")
 
 # %%

@@ -8,6 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from scfm_circuits.report.plots.style import (
     BLUE,
@@ -127,10 +128,12 @@ def _kinds(axis: Axes, part: pd.DataFrame) -> None:
               label="features of this run")
 
 
-def beyond_controls(layers: Sequence[int], called: Mapping[str, Sequence[float]]) -> Figure:
+def beyond_controls(layers: Sequence[int], called: Mapping[str, Sequence[float]], fdr: float
+                    ) -> Figure:
     """Percentage of live features left, layer by layer, as the demands grow.
 
-    called: percentages per layer by demand, the least demanding first.
+    called: percentages per layer by demand, the least demanding first. fdr: the level, of which a
+    line says what luck gives uncorrected.
     """
     figure, (axis,) = panels(1, width=7.5, height=3.8)
     colours = sns.light_palette(BLUE, len(called) + 1)[1:]
@@ -139,7 +142,10 @@ def beyond_controls(layers: Sequence[int], called: Mapping[str, Sequence[float]]
         bars = axis.bar(np.asarray(layers) + (place - (len(called) - 1) / 2) * width, values, width,
                         color=colour, label=literal(label))
         if len(layers) <= 8:
-            axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
+            axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=9, zorder=3,
+                           path_effects=[withStroke(linewidth=3, foreground="white")])
+    axis.axhline(100 * fdr, color="black", linewidth=1, linestyle="dotted",
+                 label=f"{100 * fdr:g} %: luck at most, uncorrected")
     axis.set(xlabel="layer", ylabel="% of live features", ylim=(0, 110), xticks=list(layers))
     axis.grid(axis="x", visible=False)
     legend_below(figure, 2)

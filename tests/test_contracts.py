@@ -21,7 +21,7 @@ def test_the_contracts_hold() -> None:
 
 
 @pytest.mark.parametrize(("file", "line", "said"), [
-    ("cells/ranking.py", "from scfm_circuits.features.counting import counting_memory",
+    ("cells/ranking.py", "from scfm_circuits.features.counting import fixed_bytes",
      "scfm_circuits.cells is not allowed to import scfm_circuits.features"),
     ("paper/case.py", "import scfm_circuits.circuits.circuit",
      "scfm_circuits.paper is not allowed to import scfm_circuits.circuits"),

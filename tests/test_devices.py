@@ -171,7 +171,7 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses() -> None:
 
 
 def test_answers(gpu: torch.device) -> None:
-    on_both(gpu, lambda model, t, corpus: predict_answers(model, corpus, range(4), 6))
+    on_both(gpu, lambda model, t, corpus: predict_answers(model, corpus, range(4)))
 
 
 @pytest.mark.parametrize("variant", VARIANTS[:5], ids=str)

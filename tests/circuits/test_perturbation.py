@@ -25,7 +25,6 @@ from scfm_circuits.circuits.perturbation import (
     along,
     changed,
     deletions,
-    each_gene,
     encoder_of,
     in_place,
     likeness,
@@ -118,7 +117,7 @@ def test_a_gene_comes_to_the_front_and_the_last_is_cut(coded):
     assert changed(ids, [1, 2, 1], "front", 4).tolist() == [1, 2, 5, 7]
     assert changed(ids, [9], "front", 4).tolist() == [9, 5, 2, 7]  # the cell had it not
     assert changed(ids, [9, 2], "delete", 3).tolist() == [5, 7, 1]
-    assert [one.tolist() for one in each_gene(ids, "front", 4)] == [
+    assert [changed(ids, [gene], "front", 4).tolist() for gene in ids] == [
         [5, 2, 7, 1], [2, 5, 7, 1], [7, 5, 2, 1], [1, 5, 2, 7]]
     with pytest.raises(InputError, match="none of the genes"):
         changed(ids, [9], "delete", 4)

@@ -25,7 +25,7 @@ from scfm_circuits.circuits.interventions import FeatureAt, frozen_change, scale
 from scfm_circuits.common.profile import ROOT
 from scfm_circuits.features.statistics import count_features
 from scfm_circuits.models.architectures import decoder
-from scfm_circuits.models.mlp_sites import hooked, mlp_sites, next_token_loss, site_hooks
+from scfm_circuits.models.mlp_sites import hooked, mlp_sites, site_hooks
 
 # --- edits ---------------------------------------------------------------------------------------
 
@@ -118,8 +118,7 @@ def test_readings_are_those_of_plain_runs(tiny_parts, label, monkeypatch, tmp_pa
             assert found[1][at] == bool(right.all())
             assert found[2][at] == (int(logits.argmax()) not in (contrast.token, *contrast.others))
             on_gene = corpus.gene[cell, 1 : end + 1] >= 0
-            whole = next_token_loss(own[None], text.tokens[None],
-                                    torch.ones(1, end + 1, dtype=torch.bool))
+            whole = torch.nn.functional.cross_entropy(own[:-1], text.tokens[1:], reduction="none")
             # In so short a text every token of a gene is taken.
             assert found[3][at] == pytest.approx(float(whole[on_gene].mean()), abs=1e-5)
 

@@ -23,12 +23,11 @@ from scfm_circuits.common.encodings import RANK_VALUE
 from scfm_circuits.models.loading import get_model, model_stamp
 from scfm_circuits.models.mlp_sites import (
     MASKED,
+    Asked,
     asked,
     batches,
-    masked_gene_loss,
     masked_genes,
     mlp_sites,
-    next_token_loss,
 )
 from scfm_circuits.models.small_models import hidden_genes, small_config, train_small_model
 from scfm_circuits.transcoders.training.activation_buffer import ActivationBuffer
@@ -153,16 +152,16 @@ def test_what_is_asked_is_what_the_losses_are_of(tmp_path, encoding, size):
     for rows, tokens, mask in batches(corpus, cells, size, torch.device("cpu")):
         question = asked(model, corpus, rows, tokens, mask, profile.seed)
         logits = model(input_ids=question.shown, attention_mask=mask.long()).logits
-        found = torch.nn.functional.cross_entropy(logits[question.at], question.wanted,
-                                                  reduction="none")
+        found = question.loss(logits)
         if encoding == "maxtoki":
-            wanted = next_token_loss(logits, tokens, mask)
+            wanted = torch.nn.functional.cross_entropy(
+                logits[:, :-1][mask[:, 1:]], tokens[:, 1:][mask[:, 1:]], reduction="none")
             assert question.shown is tokens
         else:
             at = torch.from_numpy(chosen[rows, : tokens.shape[1]])
-            wanted = masked_gene_loss(logits, tokens, at)
+            wanted = torch.nn.functional.cross_entropy(logits[at], tokens[at], reduction="none")
             assert torch.equal(question.shown != tokens, at) and (question.shown[at] == 1).all()
-        assert torch.allclose(found.float(), wanted, atol=1e-5) and len(wanted)
+        assert torch.allclose(found, wanted.float(), atol=1e-5) and len(wanted)
         assert (question.wanted != pad).all()
 
 
@@ -186,8 +185,9 @@ def test_padding_moves_no_loss(family, n, more, seed):
     chosen[0, 0] = True
     wide, mask = (torch.nn.functional.pad(one, (0, more)) for one in (ids, torch.ones_like(ids)))
     padded = torch.nn.functional.pad(chosen, (0, more))
-    alone = masked_gene_loss(model(input_ids=ids).logits, ids, chosen)
-    beside = masked_gene_loss(model(input_ids=wide, attention_mask=mask).logits, wide, padded)
+    alone = Asked(ids, chosen, ids[chosen]).loss(model(input_ids=ids).logits)
+    beside = Asked(wide, padded, wide[padded]).loss(
+        model(input_ids=wide, attention_mask=mask).logits)
     assert (alone - beside).abs().max() < 1e-5
 
 

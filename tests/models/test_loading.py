@@ -32,12 +32,13 @@ from scfm_circuits.models.loading import (
     load_model,
 )
 from scfm_circuits.models.mlp_sites import (
+    Asked,
     Sites,
     batches,
     counting_precision,
     mlp_sites,
     mlps,
-    next_token_loss,
+    next_tokens,
     replaced_mlps,
     zero_ablation,
 )
@@ -263,11 +264,11 @@ def test_replaced_mlps_of_a_llama(family):
 # --- loss and batches ----------------------------------------------------------------------------
 
 
-def test_next_token_loss_is_torchs_on_single_texts():
+def test_loss_of_next_tokens_is_torchs_on_single_texts():
     corpus = tiny_corpus()
     model = model_for(corpus)
     _, ids, mask = next(batches(corpus, range(5), 5, CPU))
-    together = next_token_loss(model(input_ids=ids, attention_mask=mask).logits, ids, mask)
+    together = next_tokens(ids, mask).loss(model(input_ids=ids, attention_mask=mask).logits)
     expected = []
     for row in range(5):
         one = ids[row][mask[row]]
@@ -580,11 +581,11 @@ def test_a_small_model_that_does_not_learn_is_told_at_once(monkeypatch, tmp_path
     profile = tiny_profile(monkeypatch, tmp_path, **{**QUICK, "model_steps": 100})
     losses: list[int] = []
 
-    def diverged(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    def diverged(asked: Asked, logits: Tensor) -> Tensor:
         losses.append(1)
-        return logits.sum(dim=-1)[:, 1:][mask[:, 1:]] * (math.nan if len(losses) > 2 else 1)
+        return logits.sum(dim=-1)[asked.at] * (math.nan if len(losses) > 2 else 1)
 
-    monkeypatch.setattr("scfm_circuits.models.small_models.next_token_loss", diverged)
+    monkeypatch.setattr(Asked, "loss", diverged)
     with pytest.raises(InputError, match=r"step 3 .*lower `model_learning_rate`"):
         get_model(profile, tiny_corpus())
     assert not (profile.results / "language_model").exists()

@@ -24,7 +24,7 @@ from scfm_circuits.models.mlp_sites import (
     masked_genes,
     mlp_sites,
     mlps,
-    next_token_loss,
+    next_tokens,
     replaced_mlps,
     zero_ablation,
 )
@@ -148,7 +148,9 @@ def corpus_predictions() -> int:
 
 def test_original_loss_is_the_mean_next_token_loss(table, model, corpus):
     _, ids, mask = next(batches(corpus, CELLS, len(CELLS), torch.device("cpu")))
-    expected = next_token_loss(model(input_ids=ids, attention_mask=mask).logits, ids, mask).mean()
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]])
     assert row(table, "original")["loss"] == pytest.approx(float(expected), rel=1e-6)
     assert row(table, "original")["kl"] == 0
 
@@ -402,8 +404,8 @@ def test_right_answers_are_those_that_the_model_gives_when_asked(corpus: Corpus)
     found, chosen = np.zeros(len(cells), bool), [validation.Configuration("original", None, None)]
     for step in range(400):
         optimizer.zero_grad()
-        next_token_loss(model(input_ids=ids, attention_mask=mask).logits, ids, mask).mean(
-            ).backward()
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        next_tokens(ids, mask).loss(logits).mean().backward()
         optimizer.step()
         found = scores_by_cell(model, chosen, corpus, cells, 5).right[0] if step > 50 else found
         if 2 < found.sum() < len(found):

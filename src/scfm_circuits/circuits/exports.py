@@ -18,41 +18,34 @@ from scfm_circuits.circuits.graph_scores import cumulative_influence, influence
 from scfm_circuits.common.files import atomic_path, write_json
 
 
-class _Row(NamedTuple):
-    """How a node's value adds up besides its edges."""
-
-    value: float
-    constant: float
-    not_kept: float
-
-
 class _Plain(NamedTuple):
-    """What both kinds have in common; influence, rows and targets by node id."""
+    """What both kinds have in common; influence and targets by node id, and so are rows: what
+    nodes' values add up from besides their edges, `constant` and `not_kept`."""
 
     nodes: list[Node]
     edges: list[Edge]
     influence: dict[str, float]
-    rows: dict[str, _Row]
+    rows: dict[str, dict[str, float]]
     targets: list[str]
     closure: float
 
 
 def _plain(circuit: Circuit | AttributionGraph) -> _Plain:
     if isinstance(circuit, Circuit):
-        rows = {one.node: _Row(one.value, one.constant, one.rest_features + one.rest_heads
-                               + one.rest_errors + one.rest_embedding)
+        rows = {one.node: {"constant": one.constant, "not_kept": one.rest_features
+                           + one.rest_heads + one.rest_errors + one.rest_embedding}
                 for one in circuit.expansions.values()}
         return _Plain(list(circuit.nodes.values()), circuit.edges, circuit.influence(), rows,
                       [circuit.target], circuit.closure_max_relative)
     nodes, edges = list(circuit.nodes), circuit.matrix.tocoo()
     found = influence(circuit) + circuit.weights
-    parts = zip(nodes, circuit.value, circuit.constant, circuit.dropped, strict=True)
+    parts = zip(nodes, circuit.constant, circuit.dropped, strict=True)
     return _Plain(
         nodes, [Edge(nodes[source].id, nodes[target].id, float(weight)) for target, source, weight
                 in zip(edges.row, edges.col, edges.data, strict=True)],
         {node.id: float(value) for node, value in zip(nodes, found, strict=True)},
-        {node.id: _Row(float(value), float(constant), float(dropped)) for
-         node, value, constant, dropped in parts if node.kind in ("feature", "logit")},
+        {node.id: {"constant": float(constant), "not_kept": float(dropped)}
+         for node, constant, dropped in parts if node.kind in ("feature", "logit")},
         [node.id for node, weight in zip(nodes, circuit.weights, strict=True) if weight > 0],
         circuit.closure_max_relative)
 
@@ -173,13 +166,13 @@ def save_graphml(path: Path, circuit: Circuit | AttributionGraph, texts: Sequenc
     plain = _plain(circuit)
     graph = nx.DiGraph(closure_max_relative=plain.closure)
     for node in plain.nodes:
-        row, token = plain.rows.get(node.id), _xml_text(texts[node.source])
-        adds_up = {"constant": row.constant, "not_kept": row.not_kept} if row else {}
+        token = _xml_text(texts[node.source])
         graph.add_node(
             _xml_text(node.id), kind=node.kind, layer=node.layer, position=node.position,
             source=node.source, index=node.index, token=token,
             gene=_xml_text(genes[node.source] or ""), label=token, value=float(node.value),
-            influence=plain.influence[node.id], target=node.id in plain.targets, **adds_up)
+            influence=plain.influence[node.id], target=node.id in plain.targets,
+            **plain.rows.get(node.id, {}))
     for edge in plain.edges:
         graph.add_edge(_xml_text(edge.source), _xml_text(edge.target), weight=edge.weight,
                        sign=-1 if edge.weight < 0 else 1)

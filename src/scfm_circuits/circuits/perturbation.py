@@ -68,13 +68,6 @@ def changed(ids: Sequence[int] | np.ndarray, genes: Iterable[int], how: How, mos
     return rest[:most]
 
 
-def each_gene(ids: Sequence[int] | np.ndarray, how: How, most: int,
-              some: np.ndarray | None = None) -> list[np.ndarray]:
-    """`changed` for every gene of a cell, or each of `some`, by itself, in rank order. To move the
-    first gene to the front changes nothing."""
-    return [changed(ids, [gene], how, most) for gene in (ids if some is None else some)]
-
-
 # --- as texts ------------------------------------------------------------------------------------
 
 
@@ -309,7 +302,8 @@ def deletions(model: "PreTrainedModel", encoder: Encoder, ids: np.ndarray, reado
     difference.
     """
     whole = encoder.encode(ids)
-    without = [encoder.encode(one) for one in each_gene(ids, "delete", len(ids), some)]
+    without = [encoder.encode(changed(ids, [gene], "delete", len(ids)))
+               for gene in (ids if some is None else some)]
     read = responses(model, [whole, *without], readout, size)
     own = np.full(len(without), np.nan)
     if split:

@@ -144,16 +144,12 @@ def _matched_statistics(name: str, model: "PreTrainedModel", statistics: Feature
 def untrained_encoder(model: "PreTrainedModel", statistics: FeatureStatistics, corpus: Corpus,
                       profile: "Profile", n_features: int) -> Transcoders:
     """Random directions, n_features per layer, with thresholds set on some training cells."""
-    untrained = _encoder(len(statistics.fired), model.config.hidden_size, n_features, model)
+    untrained = Transcoders(len(statistics.fired), model.config.hidden_size, n_features).to(
+        device_of(model))
     untrained.initialise(profile.seed + 1)
     _fire_as_often(untrained, _some_inputs(model, corpus, profile), statistics, profile,
                    generator(profile.seed, "untrained encoder"))
     return untrained
-
-
-def _encoder(n_layers: int, d_model: int, n_features: int, model: "PreTrainedModel"
-             ) -> Transcoders:
-    return Transcoders(n_layers, d_model, n_features).to(device_of(model))
 
 
 def _some_inputs(model: "PreTrainedModel", corpus: Corpus, profile: "Profile") -> Tensor:
@@ -221,7 +217,7 @@ def direction_encoder(kind: str, model: "PreTrainedModel", statistics: FeatureSt
         axes = principal_axes(inputs)
         directions = torch.cat([axes, -axes], dim=1)
     n_layers, n_features, d_model = directions.shape
-    encoder = _encoder(n_layers, d_model, n_features, model)
+    encoder = Transcoders(n_layers, d_model, n_features).to(device_of(model))
     encoder.W_enc.copy_(directions)
     encoder.W_dec.copy_(directions)
     _fire_as_often(encoder, inputs, statistics, profile,

@@ -32,7 +32,6 @@ CHUNK_ACTIVATIONS = 2**22
 """Activations that are made and looked through at a time on the CPU, in its cache."""
 CHUNK_BYTES = 2**31
 """Activations of all layers that a GPU holds at a time."""
-ANNOUNCE_BYTES = 2**30
 N_BINS = 32
 LOWEST_BIN = -20
 """Bins of activations, half an octave each: bin b begins at 2^((b + LOWEST_BIN) / 2), so they reach
@@ -94,14 +93,6 @@ class FeatureTotals:
 def fixed_bytes(n_features: int, n_contexts: int) -> int:
     """Bytes of what is kept of features but for their counts by pair; n_features: of all layers."""
     return n_features * (8 * N_BINS + 8 + 8 + 16 * n_contexts)
-
-
-def counting_memory(n_layers: int, n_features: int, n_contexts: int, counts: PairCounts
-                    ) -> dict[str, int]:
-    """Bytes that the pass holds beside the model; the counts for one percent of all that may be."""
-    possible = n_features * counts.shape[1] // 100
-    return {"fixed": fixed_bytes(n_layers * n_features, n_contexts) + counts.buffer_bytes,
-            "counts_per_percent": counts.bound([possible] * n_layers) - counts.buffer_bytes}
 
 
 # --- one batch -----------------------------------------------------------------------------------
@@ -212,7 +203,6 @@ def count_activations(model: "PreTrainedModel", transcoders: Transcoders, corpus
     device, n_tokens = device_of(model), int(corpus.mask.sum())
     size = transcoders.n_layers, transcoders.n_features
     totals = FeatureTotals(*size, n_pairs, n_tokens, n_contexts, device)
-    _announce(size, n_tokens, n_contexts, totals.counts)
     bar = tqdm(total=n_tokens, desc="features", unit="token", unit_scale=True,
                disable=not progress)
     with bar, counting_precision(model):
@@ -227,17 +217,6 @@ def count_activations(model: "PreTrainedModel", transcoders: Transcoders, corpus
             totals.done += len(rows)
             bar.update(int(batch.lengths.sum()))
     return totals
-
-
-def _announce(size: tuple[int, int], n_tokens: int, n_contexts: int, counts: PairCounts) -> None:
-    """Say what the pass needs, if that is much or may become much."""
-    memory = counting_memory(*size, n_contexts, counts)
-    if memory["fixed"] + 100 * memory["counts_per_percent"] < ANNOUNCE_BYTES:
-        return
-    print(f"Counting {size[0]} x {size[1]:,} features over {n_tokens:,} tokens and "
-          f"{counts.shape[1]:,} pairs of token and gene; memory: {memory['fixed'] / 2**20:,.0f} "
-          f"MiB, and at most {memory['counts_per_percent'] / 2**20:,.0f} MiB for each percent of "
-          "(feature, pair) that occurs.")
 
 
 # --- loops over active features ------------------------------------------------------------------

@@ -11,7 +11,6 @@ from torch import Tensor
 
 BUFFER_KEYS = 2**24
 """Keys that wait on the host until they are sorted; a GPU keeps eight times as many."""
-_BYTES_PER_ENTRY = 8
 
 
 class PairCounts:
@@ -98,22 +97,6 @@ class PairCounts:
         empty = np.zeros(0, self._type), none[:0], none
         return tuple(runs[0] if runs else sp.csr_matrix(empty, shape=self.shape)
                      for runs in self._runs)
-
-    @property
-    def buffer_bytes(self) -> int:
-        """The buffer while it is counted: the keys, the distinct ones, their places and counts."""
-        return 4 * 8 * self._buffer_keys
-
-    def bound(self, distinct: Sequence[int]) -> int:
-        """Bytes that are held at most once a layer has so many distinct (feature, pair).
-
-        All matrices hold less than twice the distinct entries; `threads` layers' are merged at a
-        time, which takes as much again. Rows add an index each per matrix.
-        """
-        per_entry = _BYTES_PER_ENTRY * (1 if self._type == np.int32 else 2)
-        entries = 2 * sum(distinct) + 2 * sum(sorted(distinct)[-self._threads :])
-        n_runs = sum(1 + int(np.log2(max(one, 1))) for one in distinct)
-        return per_entry * entries + 8 * (self.shape[0] + 1) * n_runs + self.buffer_bytes
 
 
 def _count_distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

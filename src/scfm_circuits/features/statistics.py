@@ -133,10 +133,7 @@ def corpus_pairs(corpus: Corpus) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
 def count_features(model: "PreTrainedModel", transcoders: Transcoders, corpus: Corpus,
                    forward_cells: int, n_contexts: int = 5, *, progress: bool = True
                    ) -> FeatureStatistics:
-    """One pass over all cells.
-
-    Memory: see `counting.counting_memory`; the pass says so if it is much.
-    """
+    """One pass over all cells."""
     tokens_of, genes_of, counts_of, index = corpus_pairs(corpus)
     totals = count_activations(model, transcoders, corpus, index, len(tokens_of), forward_cells,
                                n_contexts, progress)

@@ -20,19 +20,17 @@ SHORTEST = 24
 """Tokens that an answer may have where every label has fewer."""
 
 
-def predict_answers(model: nn.Module, corpus: "Corpus", cells: Sequence[int] | np.ndarray,
-                    new_tokens: int = SHORTEST) -> list[str]:
+def predict_answers(model: nn.Module, corpus: "Corpus", cells: Sequence[int] | np.ndarray
+                    ) -> list[str]:
     """The model's own answer to each cell's prompt, decoded greedily: a label of the corpus where
     the model gives back what a cell of that label is trained on, else its words.
-
-    new_tokens: as many at least are given to an answer; the longest label has room always.
     """
     return answer_prompts(model, corpus, [corpus.tokens[cell][: corpus.answer_start[cell]]
-                                          for cell in cells], new_tokens)
+                                          for cell in cells])
 
 
-def answer_prompts(model: nn.Module, corpus: "Corpus", prompts: Sequence[np.ndarray],
-                   new_tokens: int = SHORTEST) -> list[str]:
+def answer_prompts(model: nn.Module, corpus: "Corpus", prompts: Sequence[np.ndarray]
+                   ) -> list[str]:
     """`predict_answers` to prompts that need not be the corpus's, each (length,) tokens."""
     _, one_of_each = np.unique(corpus.labels, return_index=True)
     taught = {}
@@ -40,7 +38,7 @@ def answer_prompts(model: nn.Module, corpus: "Corpus", prompts: Sequence[np.ndar
         tokens = corpus.tokens[cell][corpus.answer_start[cell] : corpus.answer_end[cell] + 1]
         taught[_text(corpus.tokenizer, tokens.tolist())] = str(corpus.labels[cell])
     longest = int(np.max(corpus.answer_end - corpus.answer_start)) + 2  # and the end of text
-    return [answer_prompt(model, corpus.tokenizer, prompt, max(new_tokens, longest), taught)
+    return [answer_prompt(model, corpus.tokenizer, prompt, max(SHORTEST, longest), taught)
             for prompt in prompts]
 
 

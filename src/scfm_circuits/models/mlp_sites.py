@@ -103,25 +103,6 @@ def site_hooks(model: nn.Module, hook: Callable[[int, Tensor, Tensor], Tensor | 
 # --- forward passes ------------------------------------------------------------------------------
 
 
-def next_token_loss(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy of each next token that is not padding, in nats, computed in float32.
-
-    logits: (n, length, vocabulary); tokens, mask: (n, length). Returns (n_predictions,).
-    """
-    wanted = mask[:, 1:]
-    return nn.functional.cross_entropy(
-        logits[:, :-1][wanted].float(), tokens[:, 1:][wanted], reduction="none")
-
-
-def masked_gene_loss(logits: Tensor, tokens: Tensor, chosen: Tensor) -> Tensor:
-    """Cross-entropy of the genes that an encoder was asked, in nats, computed in float32.
-
-    logits: (n, length, vocabulary) from tokens of which those at `chosen` were masked; tokens: (n,
-    length) as they are; chosen: (n, length) bool. Returns (n_predictions,).
-    """
-    return nn.functional.cross_entropy(logits[chosen].float(), tokens[chosen], reduction="none")
-
-
 def mask_token(corpus: "Corpus") -> int:
     """The token that stands for a masked gene; InputError if the corpus has none."""
     found = corpus.tokenizer.get_vocab().get("<mask>")
@@ -157,19 +138,26 @@ class Asked(NamedTuple):
     at: Tensor
     wanted: Tensor
 
+    def loss(self, logits: Tensor) -> Tensor:
+        """(n_predictions,) cross-entropy of each, in nats, computed in float32; logits: (n, length,
+        vocabulary)."""
+        return nn.functional.cross_entropy(logits[self.at].float(), self.wanted, reduction="none")
+
+
+def next_tokens(tokens: Tensor, mask: Tensor) -> Asked:
+    """What a decoder is asked: each next token that is not padding; tokens, mask: (n, length)."""
+    at = torch.zeros_like(mask)
+    at[:, :-1] = mask[:, 1:]
+    return Asked(tokens, at, tokens[:, 1:][mask[:, 1:]])
+
 
 def asked(model: nn.Module, corpus: "Corpus", rows: np.ndarray, tokens: Tensor, mask: Tensor,
           seed: int) -> Asked:
     """What the model is asked of a batch from `batches`: of a decoder each next token, of an
-    encoder the `masked_genes`, which it is shown as masks.
-
-    `cross_entropy(logits[at].float(), wanted)` is then `next_token_loss` or `masked_gene_loss`.
-    Raises InputError as `mask_token`.
+    encoder the `masked_genes`, which it is shown as masks. Raises InputError as `mask_token`.
     """
     if architecture_of(model).causal:
-        at = torch.zeros_like(mask)
-        at[:, :-1] = mask[:, 1:]
-        return Asked(tokens, at, tokens[:, 1:][mask[:, 1:]])
+        return next_tokens(tokens, mask)
     chosen = masked_genes(corpus, rows, seed)[:, : tokens.shape[1]]
     at = torch.from_numpy(chosen).to(tokens.device)
     return Asked(tokens.masked_fill(at, mask_token(corpus)), at, tokens[at])

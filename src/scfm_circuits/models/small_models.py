@@ -22,12 +22,12 @@ from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.architectures import check_supported
 from scfm_circuits.models.mlp_sites import (
     MASKED,
+    Asked,
     best_device,
     device_of,
     mask_token,
-    masked_gene_loss,
     moved_to,
-    next_token_loss,
+    next_tokens,
     not_finite,
 )
 
@@ -148,7 +148,7 @@ def _of_next_tokens(model: "PreTrainedModel", corpus: "Corpus", profile: "Profil
         tokens, mask, weight = _cut(batch, model, batch.tokens, batch.mask,
                                     _weights(batch, profile.model_answer_weight))
         # No token attends to the padding behind it: without a mask attention is faster.
-        each = next_token_loss(model(input_ids=tokens).logits, tokens, mask)
+        each = next_tokens(tokens, mask).loss(model(input_ids=tokens).logits)
         return each, weight[:, 1:][mask[:, 1:]]
     return of
 
@@ -159,7 +159,8 @@ def _of_masked_genes(model: "PreTrainedModel", corpus: "Corpus", profile: "Profi
     def of(batch: Prompts) -> tuple[Tensor, Tensor]:
         told, chosen = hidden_genes(batch, mask_id, len(corpus.tokenizer), rng)
         tokens, mask, shown, where = _cut(batch, model, batch.tokens, batch.mask, told, chosen)
-        each = masked_gene_loss(model(input_ids=shown, attention_mask=mask).logits, tokens, where)
+        each = Asked(shown, where, tokens[where]).loss(
+            model(input_ids=shown, attention_mask=mask).logits)
         return each, torch.ones_like(each)
     return of
 

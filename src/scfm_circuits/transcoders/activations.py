@@ -2,7 +2,6 @@
 
 All else asks the object, so a new activation is a class here, its name in `Name`, and an entry in
 ACTIVATIONS. They stand in one file because each is a few lines and they are read side by side.
-Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 from collections.abc import Mapping

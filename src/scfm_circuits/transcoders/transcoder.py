@@ -8,7 +8,6 @@ active features (paper, Equations 1, 2 and 4):
 b_in is the mean input and is not trained; saved files fold it into b_enc. `Variant` names what
 else can be trained: other activations, a linear path around the features, and the sparse
 autoencoder of Equations 1 to 3, which reads what it estimates.
-Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 from collections.abc import Mapping

@@ -7,7 +7,6 @@
 
 Which cells a fill takes and how it is permuted depend on the seed and the fill's number only, so
 training can go on from any step as if it had not been interrupted.
-Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 import math

@@ -5,7 +5,6 @@
 name and renamed, and the one before it is removed only then, so that a process killed at any moment
 leaves a whole one. As layers are apart, a run may be taken up by another number of processes.
 The data position and all random choices follow from the seed and the step.
-Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 import contextlib

@@ -9,7 +9,6 @@ The five products are the step's cost (2 x 5 n_tokens n_features d_model operati
 everything else is passes over what they made, as few as there can be. With a graph recorded by
 autograd there would be about twice as many, and as many more large tensors. `optimizer` puts the
 parts together.
-Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 from typing import TYPE_CHECKING, NamedTuple

@@ -6,7 +6,6 @@ goes over these alone (`sparse_gradients`). On a GPU all layers pass together, s
 never waited for, and what is not a product is done by kernels of its own (`gpu_gradients`), which
 go over active entries where these are few (`gpu_entries`); where kernels cannot be had or do not
 fit the variant, the two functions of `gradients` are compiled.
-Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 import contextlib

@@ -4,7 +4,6 @@ Layers share no parameter, so nothing is exchanged for the optimizer's sake: a p
 layers, and at the end each writes the files of its own. What they share is the model's forward
 pass: each runs some of the cells, and hands the other layers' activations to their owners.
 `torchrun` starts the processes.
-Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 import contextlib

@@ -7,8 +7,6 @@ checkpoint (`checkpoints`) as if it had not stopped; `torchrun` shares its layer
 processes (`processes`):
 
     torchrun --nproc-per-node 2 -m scfm_circuits train --profile paper
-
-Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 import contextlib

@@ -1,6 +1,4 @@
 """What a training run will be, before it begins: its settings, its memory, its stamp.
-
-Imports neither scanpy nor gseapy, so it runs on a bare GPU machine.
 """
 
 from collections.abc import Mapping

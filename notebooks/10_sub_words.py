@@ -28,15 +28,16 @@
 # - **We find.** With a token for each gene the small model is right for {glue:text}`sub_words.right_genes` %
 #   of the held-out cells, with sub-words for {glue:text}`sub_words.right_sub_words` % (difference
 #   {glue:text}`sub_words.right_difference` points, {glue:text}`sub_words.right_low` to
-#   {glue:text}`sub_words.right_high`). Three expectations:
+#   {glue:text}`sub_words.right_high` over {glue:text}`sub_words.seeds` seeds). Three expectations:
 #   the first layer fires on fragments ({glue:text}`sub_words.fragments`); a token a gene lifts its percentage
 #   ({glue:text}`sub_words.dip_shrinks`); its features then gain on features that learnt nothing
 #   ({glue:text}`sub_words.lead_grows`).
-# - **What it is worth.** The lead over the best control changes by {glue:text}`sub_words.lead_difference` points
-#   ({glue:text}`sub_words.lead_low` to {glue:text}`sub_words.lead_high`). With sub-words layer 0 is
-#   {glue:text}`sub_words.dip_sub_words` points from later layers, and for features of an
-#   {term}`untrained encoder` {glue:text}`sub_words.untrained_dip_sub_words`. There are
-#   {glue:text}`sub_words.seeds` seeds, and models far smaller than those of the other chapters.
+# - **What it is worth.** With sub-words layer 0 is {glue:text}`sub_words.dip_sub_words` points from later
+#   layers, and for features of an {term}`untrained encoder`
+#   {glue:text}`sub_words.untrained_dip_sub_words`: what these show as well is not the transcoders' doing.
+#   The lead over the best control changes by {glue:text}`sub_words.lead_difference` points
+#   ({glue:text}`sub_words.lead_low` to {glue:text}`sub_words.lead_high`). The models are far smaller than
+#   those of the other chapters.
 # ```
 #
 # The paper finds fewer interpretable features in layer 0 and supposes two causes: early layers encode form

@@ -99,7 +99,7 @@ chapter.table("variants", table, rows=0, caption="Every kind with all its number
 shown = {"label": "kind", "l1_coefficient": "penalty", "l0": "L0", "fvu": "FVU",
          "loss_increase": "loss +, one layer", "loss_increase_all": "loss +, all layers",
          "live_table4": "live (Table 4)", "seconds_ratio": "time of a step"}
-chapter.show(table[list(shown)].rename(columns=shown), digits=2, caption=f"Means over layers on "
+chapter.show(table, columns=shown, digits=2, caption=f"Means over layers on "
             f"{compared.cells} held-out cells; live features of all layers; time relative to the "
             "reference's")
 
@@ -107,7 +107,7 @@ chapter.show(table[list(shown)].rename(columns=shown), digits=2, caption=f"Means
 shares = {"label": "kind"}
 for name in compared.rules:
     shares |= {f"percentage_{name}": f"{name}: %", f"null_{name}": f"{name}: null lists, %"}
-chapter.show(table[list(shares)].rename(columns=shares), digits=3, caption="Live features called "
+chapter.show(table, columns=shares, digits=3, caption="Live features called "
             "interpretable as in Table 4, and null lists of as many random tokens, one for each feature")
 
 # %%

@@ -98,7 +98,7 @@ chapter.table("other_models", table, rows=0, caption="The three models with all 
 learnt = {"model": "model", "loss": "loss, nats", "frequencies": "of genes' frequencies",
           "by_type": "of frequencies in the type", "fvu": "FVU", "l0": "L0",
           "closure": "sums are off by"}
-chapter.show(table[list(learnt)].rename(columns=learnt), digits=3, caption="Loss of "
+chapter.show(table, columns=learnt, digits=3, caption="Loss of "
              f"{compared.asked:,} genes asked of {compared.cells} held-out cells; FVU and L0 are means over layers")
 
 # %% [markdown]

@@ -291,8 +291,8 @@ features = features.merge(given[["layer", "feature", "contribution"]], how="left
 # %% tags=["unfold"]
 heads = {"layer": "layer", "feature": "feature", "read": "read", "fires_for": "fires for",
          "held_out_auroc": "AUROC", "contribution": "writes, nats", "genes": "first genes"}
-chapter.show(features.assign(genes=features["genes"].str.split(", ").str[:3].str.join(", "))
-             [list(heads)].rename(columns=heads), digits=2, caption="Features that tell treated cells: "
+chapter.show(features.assign(genes=features["genes"].str.split(", ").str[:3].str.join(", ")),
+             columns=heads, digits=2, caption="Features that tell treated cells: "
              "whether the largest, the mean or the last value over the question's tokens is read, for whom "
              "they fire, AUROC on held-out cells, what they write straight to the contrast of a treated cell "
              "(mean), and the first genes of their lists")

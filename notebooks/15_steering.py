@@ -93,7 +93,7 @@ chapter.table("steering_compared", compared, rows=0, caption="Directions at one 
 shown = compared[compared["pushed"] == "towards"]
 heads = {"compared": "compared at", "arm": "pushed along", "effect": "gain, nats", "lower_95": "95 % from",
          "upper_95": "95 % to", "lowest": "lowest draw", "highest": "highest", "cost": "cost"}
-chapter.show(shown[list(heads)].rename(columns=heads), digits=2,
+chapter.show(shown, columns=heads, digits=2,
              caption="Pushed towards the label, at one norm and at one cost: what its log-odds gain, with the "
              "95 % interval over cells and the lowest and highest draw, and the cost in nats per token of a gene")
 
@@ -177,7 +177,7 @@ heads = {"arm": "pushed along", "dose": "dose", "typical": "typical", "change": 
          "lower_95": "95 % from", "upper_95": "95 % to", "to_label": "turn to it, %",
          "from_label": "turn from it, %", "cost": "cost"}
 # Rounded, as what is next to nothing would be a power of ten.
-chapter.show(curve.round(4).replace(-0.0, 0.0).assign(dose=doses)[list(heads)].rename(columns=heads),
+chapter.show(curve.round(4).replace(-0.0, 0.0).assign(dose=doses), columns=heads,
              digits=2, caption="Every direction and dose: what the label's log-odds gain, calls that turn to "
              "the label and from it, and the cost in nats per token of a gene")
 

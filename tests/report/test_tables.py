@@ -179,24 +179,7 @@ def test_links_take_other_columns_texts(report: Report, folder: Path) -> None:
                      "layer": ["chapter.html#", 0]}
 
 
-@pytest.mark.parametrize(("links", "told"), [
-    ({"gone": "https://a.org/"}, "does not have"), ({"x": "https://a.org/{gone}"}, "'gone'"),
-    ({"x": "https://a.org/{x!r}"}, "name a column"), ({"x": "https://a.org/{x:>9}"}, "name a col"),
-    ({"x": "https://a.org/{x"}, "do not match"), ({"x": "javascript:alert({x})"}, "must begin"),
-    ({"x": "{x}"}, "must begin"), ({"x": "//a.org/{x}"}, "must begin"),
-    ({"x": "https://{x}/"}, "must begin"), ({"x": " javascript:{x}"}, "must begin"),
-])
-def test_links_that_lead_nowhere(
-    report: Report, folder: Path, links: dict[str, str], told: str
-) -> None:
-    with pytest.raises(InputError, match=told):
-        report.browse("t", pd.DataFrame({"x": ["a"]}), links=links)
-    assert not folder.exists()
-
-
-def test_names_and_sizes_that_are_none(report: Report) -> None:
-    with pytest.raises(InputError, match="at least one row"):
-        report.browse("t", pd.DataFrame({"x": [1]}), rows=0)
+def test_a_name_that_is_none(report: Report) -> None:
     with pytest.raises(InputError, match="must be made of letters"):
         report.browse("../t", pd.DataFrame({"x": [1]}))
 
@@ -363,8 +346,3 @@ def test_a_page_may_show_some_columns_by_other_names_and_the_file_has_all(
     shown = report.table("some", frame, columns={"gene": "gene", "q": "FDR"}).bundle["text/html"]
     assert re.findall(r"<th [^>]*>([^<]*)<", shown) == ["gene", "FDR"] and ">3<" not in shown
     assert (folder / "some.csv").read_text() == "q,place,gene\n0.5,3,A\n"
-
-
-def test_a_table_is_grouped_by_what_it_has(report: Report) -> None:
-    with pytest.raises(InputError, match="fold or filter by 'no'; name a column"):
-        report.browse("claims", features(3), grouped=Grouped("layer", ["no"]))

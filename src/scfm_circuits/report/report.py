@@ -59,17 +59,10 @@ class Report:
 
         digits: significant digits of a floating-point number on the page; the file has ten.
         columns: those that the page shows, in this order, with what stands over each; by default
-        all, as `headings` has them. Raises InputError for two columns of one name, for one that is
-        not there, and for fewer than no rows.
+        all, as `headings` has them. Raises InputError for two columns of one name.
         """
-        path = self._csv(name, frame)
-        absent = next((one for one in columns or () if one not in frame.columns), None)
-        if absent is not None:
-            raise InputError(f"The table {name} has no column {absent!r}; name one that it has.")
-        if rows is not None and rows < 0:
-            raise InputError(f"The table {name} cannot show {rows} rows; give 0 or more.")
+        path, shown = self._csv(name, frame), _chosen(frame, columns)
         write_atomic(path, _csv_text(frame))
-        shown = frame if columns is None else frame[list(columns)].rename(columns=columns)
         return Shown(table_bundle(shown, caption, rows, digits, path))
 
     def browse(
@@ -86,8 +79,7 @@ class Report:
         name, as in `{"best_term": "https://amigo.geneontology.org/amigo/term/{go_id}"}`; a row
         that lacks one of them has no link. grouped: headings between the rows, and what is folded.
 
-        Raises InputError if `rows` is not positive, if a link or `grouped` names a column that is
-        not there, or if a link leads anywhere but to a web address or a path in the book.
+        Raises InputError for two columns of one name.
         """
         path = self._csv(name, frame)
         bundle, script = browsable(frame, caption, rows, digits, path, links, grouped)
@@ -104,9 +96,10 @@ class Report:
     def show(
         self, frame: "pd.DataFrame", *,
         caption: str | None = None, rows: int | None = None, digits: int = 4,
+        columns: Mapping[str, str] | None = None,
     ) -> Shown:
         """Show a table in the same way without writing a file."""
-        return Shown(table_bundle(frame, caption, rows, digits, None))
+        return Shown(table_bundle(_chosen(frame, columns), caption, rows, digits, None))
 
     def figure(self, name: str, figure: "Figure", phone: "Figure | None" = None) -> Shown:
         """Write `figures/<name>.png` and `.svg`, the same bytes on every run, and show the PNG.
@@ -236,6 +229,10 @@ def short_number(text: str) -> str:
     except ValueError:
         return text
     return text if len(text) <= 7 or not math.isfinite(value) else number(4)(value)
+
+
+def _chosen(frame: "pd.DataFrame", columns: Mapping[str, str] | None) -> "pd.DataFrame":
+    return frame if columns is None else frame[list(columns)].rename(columns=columns)
 
 
 def _csv_text(frame: "pd.DataFrame") -> str:

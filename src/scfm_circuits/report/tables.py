@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
-from scfm_circuits import InputError
 from scfm_circuits.common.profile import ROOT
 from scfm_circuits.report.headings import heading
 
@@ -32,8 +31,6 @@ LONG = 40
 """Texts with more characters get a wide column."""
 CHOICES = 32
 """A column with at most so many distinct values can be filtered by choosing one of them."""
-# An address on the web, or one below the book's root; never `javascript:` or `//host`.
-_ADDRESS = re.compile(r"https?://[\w.-]+(?::\d+)?/.*|[\w#][^:]*", re.ASCII | re.DOTALL)
 # What encodeURIComponent leaves as it is, besides letters, digits and `_.-~`.
 _UNRESERVED = "!'()*"
 
@@ -161,17 +158,8 @@ def browsable(
     """A table that browse.js takes over: the MIME bundle of its first rows, and the data script.
 
     path: of the CSV; the data script is meant to stand beside it, as `<name>.js`.
-    Raises InputError if `rows` is not positive, or if `links` or `grouped` are not as
-    `Report.browse` says.
     """
-    if rows < 1:
-        raise InputError(f"The table {path.stem} must show at least one row, not {rows}.")
     columns = shown_columns(frame, digits)
-    named = [grouped.by, *grouped.folded, *grouped.filters] if grouped else []
-    for name in named:
-        if name not in frame.columns:
-            raise InputError(f"The table {path.stem} is to group, fold or filter by {name!r}; "
-                             "name a column that it has.")
     addresses = _addresses([str(name) for name in frame.columns], links or {})
     script = data_script(path.stem, columns, addresses)
     part = frame.head(rows)
@@ -270,23 +258,10 @@ def _addresses(names: Sequence[str], links: Mapping[str, str]) -> dict[int, list
     """Each linked column's address as texts and, for the fields in it, indices of columns."""
     found = {}
     for column, template in links.items():
-        wrong = f"The link of the column {column!r} ({template!r})"
-        if column not in names:
-            raise InputError(f"{wrong} is for a column that the table does not have.")
-        if not _ADDRESS.fullmatch(template):
-            raise InputError(f"{wrong} must begin with https://host/ or be a path in the book.")
-        try:
-            parsed = list(string.Formatter().parse(template))
-        except ValueError as error:
-            raise InputError(f"{wrong} has braces that do not match: {error}.") from None
         parts: list[str | int] = []
-        for literal, field, specification, conversion in parsed:
+        for literal, field, _, _ in string.Formatter().parse(template):
             parts += [literal] if literal else []
-            if field is None:
-                continue
-            if field not in names or specification or conversion:
-                raise InputError(f"{wrong} asks for {field!r}; name a column in its braces.")
-            parts.append(names.index(field))
+            parts += [] if field is None else [names.index(field)]
         found[names.index(column)] = parts
     return found
 

@@ -19,7 +19,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,15 +60,11 @@ class Notebook:
     """The package's modules that do its work, for the exhibit map."""
     libraries: tuple[str, ...] = ()
     """The gene-set libraries it reads: their names, or profile fields that hold them."""
-    shown_as: str = ""
-    """The name of its page, where that is not its own name (`page` in the header)."""
+    page: str = ""
+    """The name of its page, which is its own unless the header says another."""
     applies: str = ""
     """The field or property of a profile that must be true, or not empty, for its book to have this
     chapter; every book has one without."""
-
-    @property
-    def page(self) -> str:
-        return self.shown_as or self.name
 
     @property
     def name(self) -> str:
@@ -158,24 +154,22 @@ def _read_header(path: Path, before: tuple[str, ...]) -> Notebook:
             f'{path} has no cell tagged "parameters"; start one with `# %% tags=["parameters"]`.'
         )
     own = ((header or {}).get("jupyter") or {}).get("scfm") or {}
-    unknown = set(own) - {"after", "produces", "exhibits", "modules", "libraries", "page",
-                          "applies"}
+    unknown = set(own) - {field.name for field in fields(Notebook)[1:]}
     if unknown:
         raise InputError(f"The header of {path} has the unknown key scfm.{min(unknown)}.")
-    applies = str(own.get("applies", ""))
-    if applies and applies not in Profile.model_fields and not hasattr(Profile, applies):
-        raise InputError(f"The header of {path} says scfm.applies: {applies}, which is no field or "
-                         "property of a profile.")
-    after = tuple(own.get("after", before))
-    for name in after:
+    declared: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
+    found = Notebook(path, **{"after": before, "page": path.stem, **declared})
+    if found.applies and found.applies not in {*Profile.model_fields, *dir(Profile)}:
+        raise InputError(f"The header of {path} says scfm.applies: {found.applies}, which is no "
+                         "field or property of a profile.")
+    for name in found.after:
         if name not in before:
             raise InputError(
                 f"The header of {path} says it comes after {name!r}, "
                 "which is no notebook before it."
             )
-    return Notebook(path, after, tuple(own.get("produces", ())), str(own.get("exhibits", "")),
-                    tuple(own.get("modules", ())), tuple(own.get("libraries", ())),
-                    str(own.get("page", "")), applies)
+    return found
 
 
 def _hash_files(paths: Iterable[Path]) -> str:

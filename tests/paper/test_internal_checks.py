@@ -126,18 +126,6 @@ def test_a_description_of_another_form_is_an_error() -> None:
         named_genes("fires everywhere")
 
 
-def test_malformed_exhibits_are_errors(folder: Path) -> None:
-    replace(folder / "table1.csv", "2.48", "much")
-    with pytest.raises(InputError, match="text where a number belongs"):
-        read_paper(folder)
-    (folder / "table1.csv").write_text("model,loss\n")
-    with pytest.raises(InputError, match=r"table1\.csv has the columns model, loss"):
-        read_paper(folder)
-    (folder / "table1.csv").unlink()
-    with pytest.raises(InputError, match=r"table1\.csv is missing"):
-        read_paper(folder)
-
-
 def test_the_papers_case_from_counts_equals_the_real_library() -> None:
     import os
 

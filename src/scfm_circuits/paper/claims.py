@@ -78,10 +78,8 @@ class Rule(BaseModel):
         return self
 
     def __str__(self) -> str:
-        if self.type == "exact":
-            return "exact"
-        if self.type == "holds":
-            return "holds"
+        if self.type in ("exact", "holds"):
+            return self.type
         if self.type == "absolute":
             return f"within {self.tolerance:g}"
         if self.type == "relative":
@@ -171,13 +169,12 @@ class Claim(BaseModel):
         return -exponent if isinstance(exponent, int) else 0
 
 
-def load_claims(path: str | Path | None = None) -> list[Claim]:
+def load_claims(path: Path = CLAIMS) -> list[Claim]:
     """Read and check the claims file (default `data/claims.yml`), in the file's order.
 
     The file is a mapping of `claims`, a list, and optionally `templates`, a place for YAML anchors.
     Raises InputError naming the file, the claim and the key if something is wrong.
     """
-    path = CLAIMS if path is None else Path(path)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except OSError as error:

@@ -13,7 +13,7 @@ from scipy import stats
 
 from scfm_circuits import InputError
 from scfm_circuits.paper.case import TERM_IN_PROMPT, combined_score, server_case
-from scfm_circuits.paper.exhibits import MODEL_WIDTH, PaperTables, read_paper
+from scfm_circuits.paper.exhibits import MODEL_WIDTH, PAPER, PaperTables, read_paper
 from scfm_circuits.paper.intervals import (
     Shares,
     late_less_early,
@@ -25,7 +25,7 @@ from scfm_circuits.paper.intervals import (
 Value = float | int | bool | str | None
 
 
-def internal_values(folder: str | Path | None = None) -> dict[str, Value]:
+def internal_values(folder: str | Path = PAPER) -> dict[str, Value]:
     """All internal checks, computed from `data/paper/*.csv`: `internal.<name>` -> value."""
     paper = read_paper(folder)
     found = _training(paper) | _table3(paper) | _table4(paper) | _case(paper)

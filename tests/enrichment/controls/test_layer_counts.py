@@ -77,10 +77,10 @@ def test_part_of_a_source_draws_for_those_features_only(parts, profile):
     part = source.part(chosen)
     assert part.own.lengths.tolist() == own.lengths[chosen].tolist()
     for i, feature in enumerate(chosen):
-        a, b = source.tokens.indptr[feature : feature + 2]
-        start, end = part.tokens.indptr[i : i + 2]
-        assert part.tokens.tokens[start:end].tolist() == source.tokens.tokens[a:b].tolist()
-        assert part.tokens.counts[start:end].tolist() == source.tokens.counts[a:b].tolist()
+        a, b = source.fired.indptr[feature : feature + 2]
+        start, end = part.fired.indptr[i : i + 2]
+        assert part.fired.indices[start:end].tolist() == source.fired.indices[a:b].tolist()
+        assert part.fired.data[start:end].tolist() == source.fired.data[a:b].tolist()
 
 
 def test_the_quick_count_agrees_with_the_full_test(parts, profile):

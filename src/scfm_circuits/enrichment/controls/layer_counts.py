@@ -163,7 +163,8 @@ class NullSource(NamedTuple):
     """Ids of the genes that occur in the corpus: the others cannot be on a list."""
     occurrences: np.ndarray
     """In how many cells each of them does."""
-    tokens: TokenCounts
+    fired: sp.csr_matrix
+    """(n_features, n_tokens) how often each feature fires on each token that stands in genes."""
     families: TokenFamilies
     profile: "Profile"
 
@@ -174,21 +175,17 @@ class NullSource(NamedTuple):
         elif kind == "frequency-matched":
             null = frequency_matched_null(self.own, self.occurrences, FREQUENCY_BINS, rng, draws)
         else:
+            tokens = TokenCounts(self.fired.indptr, self.fired.indices, self.fired.data)
             null = token_preserving_null(
-                self.tokens, self.families, self.own.lengths, rng, n_genes=len(self.used),
+                tokens, self.families, self.own.lengths, rng, n_genes=len(self.used),
                 by_token=self.profile.gene_rule == "token", draws=draws,
                 score=self.profile.gene_score, least=MIN_FIRINGS)
         return Ragged(null.indptr, self.used[null.ids])
 
     def part(self, chosen: np.ndarray) -> "NullSource":
         """The same for some of the features."""
-        rows = self.tokens
-        starts, ends = rows.indptr[chosen], rows.indptr[chosen + 1]
-        places = np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)])
         own = [self.own.ids[self.own.indptr[i] : self.own.indptr[i + 1]] for i in chosen]
-        tokens = TokenCounts(np.concatenate([[0], np.cumsum(ends - starts)]), rows.tokens[places],
-                             rows.counts[places])
-        return self._replace(own=ragged(own), tokens=tokens)
+        return self._replace(own=ragged(own), fired=sp.csr_matrix(self.fired[chosen]))
 
 
 def null_source(statistics: FeatureStatistics, layer: int, features: np.ndarray, own: Ragged,
@@ -203,8 +200,7 @@ def null_source(statistics: FeatureStatistics, layer: int, features: np.ndarray,
     fired = sp.csr_matrix(statistics.counts[layer][features][:, inside] @ by_token)
     contains = containment(statistics, corpus, profile)
     return NullSource(
-        Ragged(own.indptr, np.searchsorted(used, own.ids)), used, corpus.cells_with[used],
-        TokenCounts(fired.indptr, fired.indices, fired.data),
+        Ragged(own.indptr, np.searchsorted(used, own.ids)), used, corpus.cells_with[used], fired,
         token_families(token, place, counts,
                        contains=None if contains is None else contains[:, used]), profile)
 

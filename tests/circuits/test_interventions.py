@@ -216,7 +216,7 @@ def test_one_at_a_time_is_each_by_itself(model, variant):
             assert one == pytest.approx(
                 scale_features(model, run, [feature], factor, TARGET, reading), abs=1e-11)
         assert max(abs(one.measured_change) for one in each[:3]) > 1e-3
-    assert scale_each(model, run, [], [2.0], TARGET, reading) == [[]]
+    assert scale_each(model, run, [], [2.0], TARGET, reading, batch=4) == [[]]
 
 
 # --- the circuit alone ---------------------------------------------------------------------------

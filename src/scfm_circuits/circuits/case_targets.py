@@ -34,12 +34,7 @@ from scfm_circuits.circuits.interventions import (
 )
 from scfm_circuits.circuits.search import limits, strongest_features, trace
 from scfm_circuits.circuits.structure import features_at
-from scfm_circuits.circuits.token_means import (
-    Means,
-    cells_averaged,
-    mean_activations,
-    prompt_kinds,
-)
+from scfm_circuits.circuits.token_means import Means, prompt_kinds, study_means
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.background import prepare_background
 from scfm_circuits.enrichment.over_representation import over_representation
@@ -311,9 +306,8 @@ class CaseTargets(NamedTuple):
 def case_targets(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
                  profile: "Profile", study: CaseStudy, library: "GeneSets") -> CaseTargets:
     """The case, frozen, with means over the training cells that chapter 08 takes them over."""
-    averaged = cells_averaged(corpus, generator(profile.seed, "interventions"))
     return CaseTargets(
         model, freeze(model, transcoders, study.prompt.encoded.tokens), study.prompt,
         study.sentence, profile,
-        mean_activations(model, transcoders, corpus, averaged, profile.forward_cells), library,
+        study_means(model, transcoders, corpus, profile), library,
         RULES[profile.enrichment_rule], set(corpus.occurring_symbols))

@@ -131,32 +131,22 @@ def _read_with(model: nn.Module, frozen: Frozen, edits: Mapping[int, Edit],
     return float(target.read(model, final[None], at_places(target.places, final))[0])
 
 
-class _Rows(NamedTuple):
-    """A layer's features of a circuit: (n,) positions and feature indices."""
-
-    positions: Tensor
-    indices: Tensor
-
-
-def _by_layer(frozen: Frozen, features: Sequence[FeatureAt]) -> dict[int, _Rows]:
-    device = frozen.mlp_out.device
-    found: dict[int, tuple[list[int], list[int]]] = {}
-    for layer, feature, position in features:
-        positions, indices = found.setdefault(layer, ([], []))
-        positions.append(position)
-        indices.append(feature)
-    return {layer: _Rows(*(torch.tensor(one, device=device) for one in pair))
-            for layer, pair in found.items()}
+def _places(frozen: Frozen, copies: Sequence[Sequence[FeatureAt]]) -> dict[int, Tensor]:
+    """By layer (3, n) the features in some copies of the text: which copy, position, feature."""
+    found: dict[int, list[tuple[int, int, int]]] = {}
+    for copy, features in enumerate(copies):
+        for layer, feature, position in features:
+            found.setdefault(layer, []).append((copy, position, feature))
+    return {layer: torch.tensor(rows, device=frozen.tokens.device).T
+            for layer, rows in found.items()}
 
 
-def _live(t: Transcoders, layer: int, rows: _Rows, x: Tensor) -> Tensor:
-    """(n,) activations of the rows' features on an MLP's input (n_pos, d_model)."""
+def _live(t: Transcoders, layer: int, features: Tensor, x: Tensor) -> Tensor:
+    """(n,) the activation of each of n features on an MLP's input of its own, x (n, d_model)."""
     if not t.activation.only_cuts:  # whether one is active may depend on all of a token's
-        z = t.layer_activations(layer, x[rows.positions])
-        return z.gather(1, rows.indices[:, None])[:, 0]
-    centred = x[rows.positions] - t.b_in[layer]
-    return ((centred * t.W_enc[layer, rows.indices]).sum(dim=-1)
-            + t.b_enc[layer, rows.indices]).relu()
+        return t.layer_activations(layer, x).gather(1, features[:, None])[:, 0]
+    centred = x - t.b_in[layer]
+    return ((centred * t.W_enc[layer, features]).sum(dim=-1) + t.b_enc[layer, features]).relu()
 
 
 def scale_features(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt], factor: float,
@@ -166,24 +156,14 @@ def scale_features(model: nn.Module, frozen: Frozen, features: Sequence[FeatureA
     reading: the target's direction. The prediction is that of the frozen linear model with the
     features' clean activations.
     """
-    t = frozen.transcoders
-
-    def edit(layer: int, rows: _Rows) -> Edit:
-        def edited(x: Tensor, output: Tensor) -> Tensor:
-            written = _live(t, layer, rows, x)[:, None] * t.W_dec[layer, rows.indices]
-            return output.index_add(0, rows.positions, written, alpha=factor - 1)
-
-        return edited
-
-    edits = {layer: edit(layer, rows) for layer, rows in _by_layer(frozen, features).items()}
     before = float(reading.value)
     predicted = frozen_change(frozen, (factor - 1) * written_by(frozen, features), reading)
-    return Effect(before, predicted, _read_with(model, frozen, edits, target) - before)
+    [after] = _scaled_copies(model, frozen, [features], factor, target)
+    return Effect(before, predicted, after - before)
 
 
-@torch.no_grad()
 def scale_each(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt],
-               factors: Sequence[float], target: FeatureAt, reading: Reading, batch: int = 32
+               factors: Sequence[float], target: FeatureAt, reading: Reading, batch: int
                ) -> list[list[Effect]]:
     """By factor, `scale_features` of each feature by itself; `batch` copies of the text pass
     together."""
@@ -192,34 +172,29 @@ def scale_each(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt],
     found = []
     for factor in factors:
         after = [value for start in range(0, len(features), batch) for value in _scaled_copies(
-            model, frozen, features[start : start + batch], factor, target)]
+            model, frozen, [[one] for one in features[start : start + batch]], factor, target)]
         found.append([Effect(before, (factor - 1) * one, value - before)
                       for one, value in zip(written, after, strict=True)])
     return found
 
 
-def _scaled_copies(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt], factor: float,
-                   target: FeatureAt) -> list[float]:
-    """The target's pre-activation in copies of the text, in each of which one feature is scaled."""
-    t, seen = frozen.transcoders, list[Tensor]()
+@torch.no_grad()
+def _scaled_copies(model: nn.Module, frozen: Frozen, copies: Sequence[Sequence[FeatureAt]],
+                   factor: float, target: FeatureAt) -> list[float]:
+    """The target's pre-activation in copies of the text, in each of which some are scaled."""
+    t, seen, places = frozen.transcoders, list[Tensor](), _places(frozen, copies)
 
     def edited(layer: int, read: Tensor, output: Tensor) -> Tensor:
-        copies = by_layer[layer]
-        at, indices = _by_layer(frozen, [features[copy] for copy in copies])[layer]
-        rows = _Rows(torch.arange(len(copies), device=at.device), indices)
-        z = _live(t, layer, rows, read[copies, at])
-        output = output.clone()
-        output[copies, at] += (factor - 1) * z[:, None] * t.W_dec[layer, indices]
-        return output
+        copy, position, feature = places[layer]
+        z = _live(t, layer, feature, read[copy, position])
+        return output.index_put((copy, position), (factor - 1) * z[:, None]
+                                * t.W_dec[layer, feature], accumulate=True)
 
-    by_layer: dict[int, list[int]] = {}
-    for copy, feature in enumerate(features):
-        by_layer.setdefault(feature.layer, []).append(copy)
-    with hooked([*site_hooks(model, edited, by_layer), *site_hooks(
+    with hooked([*site_hooks(model, edited, places), *site_hooks(
             model, lambda layer, read, wrote: seen.append(read[:, target.position]),
             [target.layer])]):
         model.base_model(  # type: ignore[operator]
-            input_ids=frozen.tokens.expand(len(features), -1), use_cache=False)
+            input_ids=frozen.tokens.expand(len(copies), -1), use_cache=False)
     return t.layer_pre_activations(target.layer, seen[0])[:, target.feature].tolist()
 
 
@@ -269,24 +244,25 @@ def circuit_alone(model: nn.Module, frozen: Frozen, features: Sequence[FeatureAt
     those of the clean run, so that with all features in the circuit nothing changes.
     """
     t = frozen.transcoders
-    by_layer = _by_layer(frozen, features)
+    places = _places(frozen, [features])
 
-    def freed(layer: int, rows: _Rows, z: Tensor, output: Tensor) -> Tensor:
-        beyond = z - held.means[layer, held.kinds[rows.positions], rows.indices]
-        return output.index_add(0, rows.positions, beyond[:, None] * t.W_dec[layer, rows.indices])
+    def freed(layer: int, z: Tensor) -> Tensor:
+        _, positions, indices = places[layer]
+        beyond = (z - held.means[layer, held.kinds[positions], indices])[:, None]
+        return held.mlp_out[layer].index_add(0, positions, beyond * t.W_dec[layer, indices])
 
     def edit(layer: int) -> Edit:
         def edited(x: Tensor, output: Tensor) -> Tensor:
-            rows = by_layer.get(layer)
-            return held.mlp_out[layer] if rows is None else freed(
-                layer, rows, _live(t, layer, rows, x), held.mlp_out[layer])
+            if layer not in places:
+                return held.mlp_out[layer]
+            _, positions, indices = places[layer]
+            return freed(layer, _live(t, layer, indices, x[positions]))
 
         return edited
 
     clean = held.mlp_out.clone()
-    for layer, rows in by_layer.items():
-        z = frozen.activations[layer, rows.positions, rows.indices]
-        clean[layer] = freed(layer, rows, z, clean[layer])
+    for layer, (_, positions, indices) in places.items():
+        clean[layer] = freed(layer, frozen.activations[layer, positions, indices])
     before = float(reading.value)
     after = _read_with(model, frozen, {layer: edit(layer) for layer in range(reading.mlp_limit)},
                        target)

@@ -32,12 +32,7 @@ from scfm_circuits.circuits.interventions import Call, Kept, at_places, held_at_
 from scfm_circuits.circuits.perturbation import deletions, encoder_of
 from scfm_circuits.circuits.structure import features_at
 from scfm_circuits.circuits.studies import studied_cells
-from scfm_circuits.circuits.token_means import (
-    Means,
-    cells_averaged,
-    mean_activations,
-    prompt_kinds,
-)
+from scfm_circuits.circuits.token_means import Means, prompt_kinds, study_means
 from scfm_circuits.common.intervals import bootstrap_interval, resampled
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.architectures import decoder
@@ -197,8 +192,7 @@ def knock_out_study(model: "PreTrainedModel", transcoders: "Transcoders", corpus
     genes are left out, and those whose type cannot be called. Raises InputError if none is left.
     """
     calls = calls_of(model, corpus, profile)
-    averaged = cells_averaged(corpus, generator(profile.seed, "interventions"))
-    means = mean_activations(model, transcoders, corpus, averaged, profile.forward_cells)
+    means = study_means(model, transcoders, corpus, profile)
     among = calls.callable(np.flatnonzero(corpus.held_out))
     chosen = [int(cell) for cell in studied_cells(corpus, most, most, among)
               if len(corpus.gene_ids_of(cell)) >= LEAST]

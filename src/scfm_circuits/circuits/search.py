@@ -33,23 +33,6 @@ class _Contributor(NamedTuple):
     reading: Reading
 
 
-class _Sums(NamedTuple):
-    """A reading's contributions summed by kind, and the sum of their absolute values."""
-
-    features: float
-    errors: float
-    embedding: float
-    heads: float
-    constant: float
-    absolute: float
-
-
-class _Candidate(NamedTuple):
-    node: Node
-    weight: float
-    reading: Reading | None
-
-
 def trace(frozen: Frozen, target: Node, reading: Reading, *, branches: int, depth: int,
           max_nodes: int) -> Circuit:
     """The circuit upstream of a target.
@@ -65,18 +48,19 @@ def trace(frozen: Frozen, target: Node, reading: Reading, *, branches: int, dept
         influence, level, name = heapq.heappop(queue)
         if name in circuit.expansions or level >= depth:
             continue
-        strongest, sums = _contributors(frozen, readings[name], branches)
-        kept = [_candidate(frozen, circuit.nodes[name], one)
+        strongest, sums, absolute = _contributors(frozen, readings[name], branches)
+        kept = [_node_of(frozen, circuit.nodes[name], one)
                 for one in strongest[: max(0, max_nodes - len(circuit.nodes)) or 1]]
-        circuit.expansions[name] = _expansion(name, readings[name], sums, kept)
-        for candidate in kept:
-            node = candidate.node
+        weights = [one.weight for one in strongest[: len(kept)]]
+        circuit.expansions[name] = _expansion(name, float(readings[name].value), sums, absolute, [
+            (weight, node.kind) for weight, (node, _) in zip(weights, kept, strict=True)])
+        for weight, (node, onward) in zip(weights, kept, strict=True):
             circuit.nodes.setdefault(node.id, node)
-            circuit.edges.append(Edge(node.id, name, candidate.weight))
+            circuit.edges.append(Edge(node.id, name, weight))
             reached = -influence * circuit.share(circuit.edges[-1])
-            if candidate.reading is not None and reached > best.get(node.id, 0.0):
+            if onward is not None and reached > best.get(node.id, 0.0):
                 best[node.id] = reached
-                readings.setdefault(node.id, candidate.reading)
+                readings.setdefault(node.id, onward)
                 heapq.heappush(queue, (-reached, level + 1, node.id))
     return circuit
 
@@ -100,19 +84,20 @@ def trace_feature(frozen: Frozen, layer: int, feature: int, position: int, **opt
 
 
 def _contributors(frozen: Frozen, reading: Reading, branches: int
-                  ) -> tuple[list[_Contributor], _Sums]:
-    """The strongest contributors of all kinds, strongest first, and what all of them add up to."""
+                  ) -> tuple[list[_Contributor], dict[str, float], float]:
+    """The strongest contributors of all kinds, strongest first; and all contributions summed by
+    kind, as in `Contributions`, and the sum of their absolute values."""
     found: list[_Contributor] = []
-    totals, absolute = dict.fromkeys(_Sums._fields[:5], 0.0), 0.0
+    sums, absolute = dict.fromkeys(Contributions._fields, 0.0), 0.0
     for some in in_parts(reading):
         parts = contributions_each(frozen, some)
         for name, part in zip(parts._fields, parts, strict=True):
-            totals[name] += float(part.sum())
+            sums[name] += float(part.sum())
             absolute += float(part.abs().sum()) * (name != "constant")
         found += _strongest(some, parts, branches)
     # Of one reading they are in order already.
     found.sort(key=lambda each: -abs(each.weight))
-    return found[:branches], _Sums(**totals, absolute=absolute + abs(totals["constant"]))
+    return found[:branches], sums, absolute + abs(sums["constant"])
 
 
 def _strongest(readings: Sequence[Reading], parts: Contributions, branches: int
@@ -134,24 +119,23 @@ def _strongest(readings: Sequence[Reading], parts: Contributions, branches: int
     return chosen
 
 
-def _candidate(frozen: Frozen, target: Node, found: _Contributor) -> _Candidate:
-    """The node behind one contribution."""
+def _node_of(frozen: Frozen, target: Node, found: _Contributor) -> tuple[Node, Reading | None]:
+    """The node behind one contribution to `target`, and its own reading if it has one."""
     weight, kind, index, reading = found
     position = reading.token
     if kind == "feature":
         layer, feature = index
-        node = Node.of_feature(layer, feature, position,
-                               frozen.activations[layer, position, feature])
-        return _Candidate(node, weight, feature_direction(frozen, layer, feature, position))
+        z = frozen.activations[layer, position, feature]
+        return (Node.of_feature(layer, feature, position, z),
+                feature_direction(frozen, layer, feature, position))
     if kind == "head":
         layer, head, source = index
-        node = Node.of_head(layer, head, position, source, target.id, weight)
-        return _Candidate(node, weight, head_direction(frozen, reading, layer, head, source))
+        return (Node.of_head(layer, head, position, source, target.id, weight),
+                head_direction(frozen, reading, layer, head, source))
     if kind == "error":
-        node = Node.of_error(index[0], position, frozen.error[index[0], position].norm())
-    else:
-        node = leaf_node(frozen, index[0], position)
-    return _Candidate(node, weight, None)
+        norm = frozen.error[index[0], position].norm()
+        return Node.of_error(index[0], position, norm), None
+    return leaf_node(frozen, index[0], position), None
 
 
 def leaf_node(frozen: Frozen, leaf: int, position: int) -> Node:
@@ -162,14 +146,14 @@ def leaf_node(frozen: Frozen, leaf: int, position: int) -> Node:
             else Node.of_rank(position, norm))
 
 
-def _expansion(name: str, reading: Reading, sums: _Sums, kept: list[_Candidate]) -> Expansion:
-    def rest(total: float, kind: str) -> float:
-        return total - sum(one.weight for one in kept if one.node.kind == kind)
+def _expansion(name: str, value: float, sums: dict[str, float], absolute: float,
+               kept: list[tuple[float, Kind]]) -> Expansion:
+    def rest(part: str, of: Kind) -> float:
+        return sums[part] - sum(weight for weight, kind in kept if kind == of)
 
-    return Expansion(
-        name, float(reading.value), sum(one.weight for one in kept), sums.constant,
-        rest(sums.features, "feature"), rest(sums.heads, "head"), rest(sums.errors, "error"),
-        rest(sums.embedding, "embedding"), sums.absolute)
+    return Expansion(name, value, sum(weight for weight, _ in kept), sums["constant"],
+                     rest("features", "feature"), rest("heads", "head"), rest("errors", "error"),
+                     rest("embedding", "embedding"), absolute)
 
 
 def strongest_features(frozen: Frozen, layer: int, position: int, n: int) -> list[int]:

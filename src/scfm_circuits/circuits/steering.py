@@ -265,7 +265,7 @@ def _of_seed(parts: _Parts, seed: int, label: str) -> tuple[list[Setting], list[
     return _settings(t, statistics, layer, norm, sets, plain, seed), [
         {"seed": seed, "arm": arm, "layer": layer, "feature": one,
          "fires": float(statistics.frequency[layer, one]),
-         "auroc": _auroc(at.activations[:, layer, one], labels == label),
+         "auroc": auroc(at.activations[:, layer, one].cpu().numpy(), labels == label),
          "predicted": float(effect[layer, one]), "steepest": norm * float(pull[layer].norm()),
          "cells": len(cells), "norm": norm}
         for arm, one in ((BEST, best[0]), (BY_EFFECT, strongest))]
@@ -291,16 +291,11 @@ def steering_study(model: "PreTrainedModel", transcoders: Transcoders, corpus: "
         settings, rows = [*settings, *some], [*rows, *about]
     theirs, own = parts.at(cells), corpus.labels[cells] == label
     for row in rows:
-        row["held_out_auroc"] = _auroc(theirs.activations[:, row["layer"], row["feature"]], own)
+        values = theirs.activations[:, row["layer"], row["feature"]].cpu().numpy()
+        row["held_out_auroc"] = auroc(values, own)
     return SteeringStudy(label, settings, *read_cells(model, corpus, profile, cells, label,
                                                       settings),
                          corpus.labels[cells], pd.DataFrame(rows))
-
-
-def _auroc(values: Tensor, own: np.ndarray) -> float:
-    if own.all() or not own.any():
-        return float("nan")
-    return auroc(values.cpu().numpy(), own)
 
 
 def read_cells(model: "PreTrainedModel", corpus: "Corpus", profile: "Profile", cells: np.ndarray,

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from scfm_circuits import InputError
+from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
 from scfm_circuits.transcoders.transcoder import Transcoders
 
 if TYPE_CHECKING:
     from scfm_circuits.cells.corpus import Corpus
     from scfm_circuits.cells.prompts import AnsweredPrompt
+    from scfm_circuits.common.profile import Profile
 
 MEAN_CELLS = 100
 """Training cells that means are taken over."""
@@ -82,6 +84,13 @@ class Means(NamedTuple):
 def cells_averaged(corpus: "Corpus", rng: np.random.Generator) -> np.ndarray:
     """Up to `MEAN_CELLS` training cells, drawn at random, in the corpus's order."""
     return np.sort(rng.permutation(np.flatnonzero(~corpus.held_out))[:MEAN_CELLS])
+
+
+def study_means(model: nn.Module, transcoders: Transcoders, corpus: "Corpus", profile: "Profile"
+                ) -> Means:
+    """`mean_activations` of the cells that every study of interventions averages over."""
+    cells = cells_averaged(corpus, generator(profile.seed, "interventions"))
+    return mean_activations(model, transcoders, corpus, cells, profile.forward_cells)
 
 
 def kinds_of(corpus: "Corpus", cells: np.ndarray) -> np.ndarray:

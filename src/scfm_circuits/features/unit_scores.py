@@ -99,7 +99,10 @@ def scores(training: np.ndarray, held_out: np.ndarray, truths: np.ndarray,
 
 
 def auroc(values: np.ndarray, truth: np.ndarray) -> float:
-    """Area under the ROC curve of (n_cells,) values for (n_cells,) truth."""
+    """Area under the ROC curve of (n_cells,) values for (n_cells,) truth; NaN if that is the same
+    for all."""
+    if truth.all() or not truth.any():
+        return float("nan")
     return float(aurocs(stats.rankdata(values)[:, None], truth)[0])
 
 

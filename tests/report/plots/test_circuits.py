@@ -103,12 +103,16 @@ def test_a_name_stands_above_its_own_node():
     target = strongest_features(run, 2, 6, 1)[0]
     circuit = trace_feature(run, 2, target, 6, branches=6, depth=3, max_nodes=40)
     figure = plots.circuit_picture(circuit, [f"t{i}" for i in range(7)], [None] * 7, 3)
-    figure.draw_without_rendering()
     (axis,) = figure.axes
     assert len(axis.texts) > 1
-    for text in axis.texts:
-        box, (x, y) = text.get_window_extent(), axis.transData.transform(text.xy)
-        assert box.x0 < x < box.x1 and y < box.y0
+    for change in (lambda one: True, narrow):  # as it is, and as a phone has it
+        assert change(figure)
+        figure.draw_without_rendering()
+        frame = axis.get_window_extent()
+        for text in axis.texts:
+            box, (x, y) = text.get_window_extent(), axis.transData.transform(text.xy)
+            assert box.x0 < x < box.x1 and y < box.y0
+            assert frame.x0 < box.x0 and box.x1 < frame.x1
 
 
 def test_nodes_stand_side_by_side_where_there_is_room():

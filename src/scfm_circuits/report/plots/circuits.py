@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
@@ -93,20 +94,9 @@ def circuit_picture(circuit: "Circuit", texts: Sequence[str], genes: Sequence[st
                          edgecolor="white", linewidth=0.6, zorder=2)
             # The legend's marks are of one size, whatever the first node's influence.
             axis.scatter([], [], s=45, marker=marker, color=colour, label=kind)
-    ranked = sorted(zip(sizes, supernodes, strict=True), key=lambda pair: -pair[0])
     # Inches from column to column and from layer to layer, at least, in a phone's version too.
-    across, up = (0.6 * figure.get_figwidth() - 1.2) / len(positions), 4.2 / (n_layers + 1.5)
-    taken: list[tuple[float, float, float]] = []
-    for size, (members, (x, y)) in [one for one in ranked if _name(one[1][0])][:_NAMED]:
-        wide = 0.09 * len(_name(members))
-        left, low = x * across - wide / 2, y * up
-        # Of names that would run into each other the most influential node has its own.
-        if all(abs(low - other) > 0.18 or left > start + width or left + wide < start
-               for start, other, width in taken):
-            taken.append((left, low, wide))
-            axis.annotate(_name(members), (x, y), xytext=(0, 2 + (26 + 220 * size) ** 0.5 / 2),
-                          textcoords="offset points", ha="center", fontsize=10, zorder=3,
-                          path_effects=[withStroke(linewidth=2, foreground="white")])
+    _write_names(axis, supernodes, sizes, len(positions), (
+        (0.6 * figure.get_figwidth() - 1.2) / len(positions), 4.2 / (n_layers + 1.5)))
     for sign, colour in (("adds", BLUE), ("takes away", ORANGE)):
         axis.plot([], [], color=colour, linewidth=3, label=sign)
     labels = [f"{texts[p]} ({genes[p]})" if genes[p] else texts[p] for p in positions]
@@ -141,6 +131,29 @@ def _supernodes(nodes: Sequence["Node"], n_layers: int
         placed += [(members, (float(x + 0.8 * offset), y))
                    for members, offset in zip(drawn, offsets, strict=True)]
     return placed, positions
+
+
+def _write_names(axis: Axes, supernodes: Sequence[tuple[list["Node"], tuple[float, float]]],
+                 sizes: Sequence[float], columns: int, inches: tuple[float, float]) -> None:
+    """The names of the most influential nodes, each above its own.
+
+    Of names that would run into each other the most influential node has its own. inches: from
+    column to column, and from layer to layer.
+    """
+    ranked = sorted(zip(sizes, supernodes, strict=True), key=lambda pair: -pair[0])
+    taken: list[tuple[float, float, float]] = []
+    for size, (members, (x, y)) in [one for one in ranked if _name(one[1][0])][:_NAMED]:
+        # In the outer columns a name grows inwards, as beside the frame stand the layers.
+        outer = 0 if columns == 1 else (round(x) == 0) - (round(x) == columns - 1)
+        wide = 0.09 * len(_name(members))
+        left, low = x * inches[0] + wide * (outer - 1) / 2, y * inches[1]
+        if all(abs(low - other) > 0.18 or left > start + width or left + wide < start
+               for start, other, width in taken):
+            taken.append((left, low, wide))
+            axis.annotate(_name(members), (x, y), textcoords="offset points", fontsize=10, zorder=3,
+                          xytext=(-6 * outer, 2 + (26 + 220 * size) ** 0.5 / 2),
+                          ha={0: "center", 1: "left", -1: "right"}[outer],
+                          path_effects=[withStroke(linewidth=2, foreground="white")])
 
 
 def _name(members: Sequence["Node"]) -> str:

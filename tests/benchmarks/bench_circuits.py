@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from machine import MIB, above, cpu_model, part, peak_mib, reset_peak
+from machine import above, cpu_model, part, peak_mib, reset_peak
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from scfm_circuits.cells.tokens import load_tokenizer
 from scfm_circuits.circuits.attribution import contributions, feature_direction
 from scfm_circuits.circuits.frozen import Frozen, freeze
-from scfm_circuits.circuits.graph import attribution_graph, feature_target, graph_memory
+from scfm_circuits.circuits.graph import attribution_graph, feature_target
 from scfm_circuits.circuits.graph_scores import prune
 from scfm_circuits.circuits.search import strongest_features, trace_feature
 from scfm_circuits.common.files import write_json
@@ -127,10 +127,9 @@ def measure_greedy(frozen: Frozen, layer: int, feature: int, position: int) -> d
 
 def measure_graph(frozen: Frozen, layer: int, feature: int, position: int, max_features: int
                   ) -> dict[str, Any]:
-    """The direct-effect graph, its pruning, and the memory it was said to need."""
+    """The direct-effect graph, and its pruning."""
     target = [feature_target(frozen, layer, feature, position)]
     before = reset_peak()
-    stated = graph_memory(frozen, target, max_features=max_features)
     start = time.perf_counter()
     graph = attribution_graph(frozen, target, max_features=max_features)
     seconds, extra = time.perf_counter() - start, above(before)
@@ -146,7 +145,6 @@ def measure_graph(frozen: Frozen, layer: int, feature: int, position: int, max_f
         "graph_n_nodes_pruned": len(pruned.nodes), "graph_n_edges_pruned": pruned.n_edges,
         "graph_closure_max_relative": graph.closure_max_relative,
         "graph_peak_rss_mib": peak_mib(), "graph_extra_peak_mib": extra,
-        "graph_memory_needed_mib": stated / MIB,
     }
 
 

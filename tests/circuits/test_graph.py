@@ -14,7 +14,6 @@ from scfm_circuits.circuits.graph import (
     Target,
     attribution_graph,
     feature_target,
-    graph_memory,
 )
 from scfm_circuits.circuits.graph_scores import (
     completeness_score,
@@ -240,15 +239,6 @@ def test_the_most_influential_features_get_a_row_first(frozen):
         graph = attribution_graph(frozen, targets, max_features=len(chosen), batch=1)
         found = {node.id for node in graph.nodes if node.kind == "feature"}
         assert found == {names[row], *(names[i] for i in chosen)}
-
-
-def test_memory_is_stated_beforehand(frozen):
-    targets = logit_targets(frozen, N_POS - 1)
-    small = graph_memory(frozen, targets, max_features=1, edges_per_row=5, batch=1)
-    large = graph_memory(frozen, targets, **WHOLE)
-    assert 0 < small < large
-    graph = attribution_graph(frozen, targets, **WHOLE)
-    assert graph.matrix.data.nbytes + graph.matrix.indices.nbytes < large
 
 
 def test_a_real_sentence_in_float32():

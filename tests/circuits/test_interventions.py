@@ -23,7 +23,6 @@ from scfm_circuits.circuits.interventions import (
     scale_each,
     scale_features,
     written_by,
-    written_sizes,
 )
 from scfm_circuits.circuits.token_means import Means
 from scfm_circuits.models.mlp_sites import mlp_sites, mlps, replaced_mlps
@@ -325,7 +324,7 @@ def test_no_free_feature_would_match_much_better(frozen, seed, size, nearest, wi
     drawn = matched_features(frozen, circuit, TARGET, rng, within=within, nearest=nearest)
     assert len(set(drawn)) == len(drawn) == size
     assert not set(drawn) & {*circuit, TARGET}
-    sizes = torch.stack([written_sizes(frozen, layer) for layer in range(3)])
+    sizes = frozen.activations * frozen.transcoders.W_dec.norm(dim=-1)[:, None]
 
     def apart(one, own):
         return abs(np.log(float(sizes[one.layer, one.position, one.feature]

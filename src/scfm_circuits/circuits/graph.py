@@ -23,7 +23,7 @@ from scipy.sparse import csr_array
 
 from scfm_circuits.circuits.attribution import Reading, feature_direction
 from scfm_circuits.circuits.circuit import Kind, Node
-from scfm_circuits.circuits.direct_effects import Sources, direct_effects, extent, sources_of
+from scfm_circuits.circuits.direct_effects import Sources, direct_effects, sources_of
 from scfm_circuits.circuits.frozen import Frozen
 from scfm_circuits.circuits.search import feature_start, leaf_node
 
@@ -151,26 +151,6 @@ class _Rows:
 # --- the graph -----------------------------------------------------------------------------------
 
 
-def graph_memory(frozen: Frozen, targets: Sequence[Target], *, max_features: int = 1_000,
-                 edges_per_row: int = 2_000, batch: int = 32) -> int:
-    """Bytes that `attribution_graph` will take at most beside what `frozen` holds already."""
-    n_layers, n_pos = extent(frozen, [one.reading for one in targets])
-    upstream = frozen.activations[:n_layers, :n_pos]
-    n_active = int((upstream > 0).sum())
-    count = n_active + n_layers * n_pos + n_pos
-    item, width, n_heads = (frozen.pre.element_size(), frozen.residual.shape[-1],
-                            frozen.patterns.shape[1])
-    batch = min(batch, max(len(targets), max_features))
-    rows = min(max_features, n_active) + len(targets)
-    # Kept rows: as computed, put together, their sizes, and those once more in float64.
-    edges = rows * min(edges_per_row, count) * (3 * (item + 4) + 12)
-    per_batch = batch * count * (3 * item) + batch * min(edges_per_row, count) * (8 + 2 * item)
-    inner = n_heads * frozen.weights[0].w_v.shape[1]
-    pulls = batch * n_pos * (4 * width + 2 * inner) * item if n_layers else 0
-    listing = upstream.numel() + n_active * (6 * 8 + 2 * item) + 4 * 8 * count
-    return edges + per_batch + pulls + listing
-
-
 def attribution_graph(frozen: Frozen, targets: Sequence[Target], *, max_features: int = 1_000,
                       edges_per_row: int = 2_000, batch: int = 32) -> AttributionGraph:
     """The direct-effect graph upstream of the targets.
@@ -178,8 +158,7 @@ def attribution_graph(frozen: Frozen, targets: Sequence[Target], *, max_features
     max_features: features that get a row, the most influential first; edges to others are dropped,
     as are those beyond the `edges_per_row` strongest of a row, and both are accounted for.
     batch: rows computed at once; influence is taken anew after as many, or after an eighth more
-    than there are. `graph_memory` says beforehand what it takes.
-
+    than there are.
     """
     readings = [one.reading for one in targets]
     sources = sources_of(frozen, readings)

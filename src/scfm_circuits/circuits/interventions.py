@@ -88,12 +88,6 @@ def written_by(frozen: Frozen, features: Sequence[FeatureAt]) -> Tensor:
 
 
 @torch.no_grad()
-def written_sizes(frozen: Frozen, layer: int) -> Tensor:
-    """(n_pos, n_features) size of what each feature of a layer writes, z ||d||."""
-    return frozen.activations[layer] * frozen.transcoders.W_dec[layer].norm(dim=-1)
-
-
-@torch.no_grad()
 def frozen_change(frozen: Frozen, change: Tensor, reading: Reading) -> float:
     """What a change of the MLPs' outputs (n_layers, n_pos, d_model) does to a reading, in the
     linear model with attention patterns and the norms' scales frozen."""
@@ -316,7 +310,7 @@ def matched_features(frozen: Frozen, features: Sequence[FeatureAt], target: Feat
     pools: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     taken = {*features, target}
     for layer in sorted({feature.layer for feature in features}):
-        sizes = written_sizes(frozen, layer)[:end]
+        sizes = frozen.activations[layer, :end] * norms[layer]
         places = torch.nonzero(sizes)
         kept = np.array([FeatureAt(layer, f, p) not in taken for p, f in places.tolist()], bool)
         pools[layer] = (places.cpu().numpy()[kept],

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from scfm_circuits.circuits.steering import BY_EFFECT, SteeringStudy
-from scfm_circuits.common.intervals import bootstrap_interval, wilson_interval
+from scfm_circuits.common.intervals import bootstrap_interval, percentage
 from scfm_circuits.common.randomness import generator
 
 NORM, COST = 1.0, 0.1
@@ -92,23 +92,13 @@ def curve(study: SteeringStudy, seed: int) -> pd.DataFrame:
             "norm": one.norm, "typical": one.typical, "runs": len(one.contrast),
             "cells": one.contrast.shape[1], "change": change, "lower_95": low, "upper_95": high,
             "lowest": by_run.min(), "highest": by_run.max(),
-            **_percentage("to_label", one.called[:, ~called]),
-            **_percentage("from_label", ~one.called[:, called]),
-            **_percentage("called", one.called), **_percentage("own_right", one.right[:, own]),
-            **_percentage("others_right", one.right[:, ~own]),
-            **_percentage("no_label", one.no_label), "cost": cost, "cost_lower_95": cost_low,
+            **percentage("to_label", one.called[:, ~called]),
+            **percentage("from_label", ~one.called[:, called]),
+            **percentage("called", one.called), **percentage("own_right", one.right[:, own]),
+            **percentage("others_right", one.right[:, ~own]),
+            **percentage("no_label", one.no_label), "cost": cost, "cost_lower_95": cost_low,
             "cost_upper_95": cost_high})
     return pd.DataFrame(rows)
-
-
-def _percentage(name: str, of: np.ndarray) -> dict[str, float]:
-    """Of (n_runs, n_cells) bool; the interval is of as many cells as there are."""
-    n = of.shape[1]
-    if not n:
-        return dict.fromkeys((name, f"{name}_lower_95", f"{name}_upper_95"), np.nan)
-    low, high = wilson_interval(float(of.mean(axis=0).sum()), n)
-    return {name: 100 * float(of.mean()), f"{name}_lower_95": 100 * low,
-            f"{name}_upper_95": 100 * high}
 
 
 def _resampled(study: SteeringStudy, seed: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from scfm_circuits.circuits.task_circuit import (
     ZERO,
     TaskCircuit,
 )
-from scfm_circuits.common.intervals import bootstrap_interval, wilson_interval
+from scfm_circuits.common.intervals import bootstrap_interval, percentage
 from scfm_circuits.common.randomness import generator
 
 RIGHT, CONTRAST = "right answers", "contrast"
@@ -44,17 +44,9 @@ def curve(found: TaskCircuit) -> pd.DataFrame:
         rows.append({
             "chosen": setting.chosen, "others": setting.baseline, "draw": setting.draw,
             "share": setting.share, "features_kept": setting.features, "cells": len(right),
-            "right": int(right.sum()), **_percentage("percentage", "", right),
-            **_percentage("kept", "kept_", right[before]), "contrast": float(contrast.mean())})
+            "right": int(right.sum()), **percentage("percentage", right, ""),
+            **percentage("kept", right[before]), "contrast": float(contrast.mean())})
     return pd.DataFrame(rows)
-
-
-def _percentage(name: str, prefix: str, right: np.ndarray) -> dict[str, float]:
-    if not len(right):
-        return dict.fromkeys((name, f"{prefix}lower_95", f"{prefix}upper_95"), np.nan)
-    low, high = wilson_interval(int(right.sum()), len(right))
-    return {name: 100 * float(right.mean()), f"{prefix}lower_95": 100 * low,
-            f"{prefix}upper_95": 100 * high}
 
 
 def compare_choices(found: TaskCircuit, seed: int) -> pd.DataFrame:

@@ -26,6 +26,18 @@ def wilson_interval(k: float, n: int) -> tuple[float, float]:
     return min(float(low), k / n), max(float(high), k / n)
 
 
+def percentage(name: str, of: np.ndarray, prefix: str | None = None) -> dict[str, float]:
+    """What percentage of (..., n_cells) bool is true, with Wilson's interval of as many cells as
+    there are, as `name`, and `lower_95` and `upper_95` behind a prefix (`name_` unless given);
+    NaN of no cells."""
+    before = f"{name}_" if prefix is None else prefix
+    names, n = (name, f"{before}lower_95", f"{before}upper_95"), of.shape[-1]
+    if not n:
+        return dict.fromkeys(names, np.nan)
+    low, high = wilson_interval(float(of.reshape(-1, n).mean(axis=0).sum()), n)
+    return dict(zip(names, (100 * float(of.mean()), 100 * low, 100 * high), strict=True))
+
+
 def resampled(rng: np.random.Generator, n: int, draws: int) -> np.ndarray:
     """(n_draws, n_cells) how often each resample of n cells, drawn with replacement, has each."""
     return np.stack([np.bincount(one, minlength=n) for one in rng.integers(n, size=(draws, n))])

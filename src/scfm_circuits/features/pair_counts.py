@@ -61,7 +61,10 @@ class PairCounts:
             waiting, self._waiting = torch.cat(self._waiting), []
             keys, counts = (one.cpu().numpy() for one in waiting.unique(return_counts=True))
         else:
-            keys, counts = _count_distinct(self._buffer[: self._n_waiting])
+            every = self._buffer[: self._n_waiting]
+            every.sort()
+            first = np.flatnonzero(np.append(True, every[1:] != every[:-1]))
+            keys, counts = every[first], np.diff(first, append=len(every))
         self._n_waiting = 0
         per_layer = self.shape[0] * self.shape[1]
         ends = np.searchsorted(keys, per_layer * np.arange(self.n_layers + 1))
@@ -97,13 +100,6 @@ class PairCounts:
         empty = np.zeros(0, self._type), none[:0], none
         return tuple(runs[0] if runs else sp.csr_matrix(empty, shape=self.shape)
                      for runs in self._runs)
-
-
-def _count_distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted distinct keys and how often each occurs; sorts `keys` in place."""
-    keys.sort()
-    first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
-    return keys[first], np.diff(first, append=len(keys))
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -301,8 +301,9 @@ def feature_scores(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
     n = transcoders.n_features
     other = untrained_statistics(model, statistics, corpus, profile, n_features=n)
     encoder = untrained_encoder(model, statistics, corpus, profile, n)
-    control = untrained_control(other, profile)
-    counted = get_held_out_counts(model, encoder, corpus, profile, control)
+    fired = digest(np.ascontiguousarray(other.fired).tobytes())
+    counted = get_held_out_counts(model, encoder, corpus, profile, Control(
+        "untrained", stamp_of(profile, (), ("features/baselines",), counted=fired)))
     some = np.zeros_like(live)
     for layer, row in enumerate(other.live(profile.live_cut)):
         rng = generator(profile.seed, "scored features of the untrained encoder", layer)
@@ -311,12 +312,6 @@ def feature_scores(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
         score_features(other, counted, kinds, some).assign(source=UNTRAINED),
         score_random_tokens(statistics, kinds, live, profile.seed).assign(source=RANDOM)],
         ignore_index=True))
-
-
-def untrained_control(other: FeatureStatistics, profile: "Profile") -> Control:
-    """What the untrained encoder's held-out counts depend on; other: its statistics."""
-    fired = digest(np.ascontiguousarray(other.fired).tobytes())
-    return Control("untrained", stamp_of(profile, (), ("features/baselines",), counted=fired))
 
 
 def margin_table(scores: FeatureScores) -> pd.DataFrame:

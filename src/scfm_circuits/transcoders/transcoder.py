@@ -184,12 +184,6 @@ class Transcoders(nn.Module):
             estimate = estimate + (x - self.b_in[layer]) @ self.W_skip[layer].mT
         return estimate
 
-    def folded_encoder_bias(self) -> Tensor:
-        """(n_layers, n_features): b_enc - W_enc b_in, the bias of an encoder without b_in."""
-        # Layer by layer: a batched product's last digits depend on how many layers there are.
-        return self.b_enc - torch.stack([weight @ mean for weight, mean in
-                                         zip(self.W_enc, self.b_in, strict=True)])
-
 
 def unit_rows(weight: Tensor) -> Tensor:
     """Each row divided by its norm, in place."""
@@ -209,8 +203,10 @@ def _silent_features(variant: Variant) -> int:
 def layer_tensors(transcoders: Transcoders) -> list[dict[str, Tensor]]:
     """What the file of each layer holds, on the CPU in float32: see `save_transcoders`."""
     t = transcoders
-    parts: dict[str, Tensor] = {"W_enc": t.W_enc, "W_dec": t.W_dec,
-                                "b_enc": t.folded_encoder_bias(), "b_dec": t.b_dec}
+    # Layer by layer: a batched product's last digits depend on how many layers there are.
+    folded = t.b_enc - torch.stack([weight @ mean for weight, mean in
+                                    zip(t.W_enc, t.b_in, strict=True)])
+    parts = {"W_enc": t.W_enc, "W_dec": t.W_dec, "b_enc": folded, "b_dec": t.b_dec}
     if t.variant.skip:
         parts["W_skip"] = t.W_skip
         parts["b_dec"] = t.b_dec - torch.stack([weight @ mean for weight, mean in

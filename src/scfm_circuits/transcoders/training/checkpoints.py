@@ -10,7 +10,7 @@ The data position and all random choices follow from the seed and the step.
 import contextlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,25 +60,18 @@ def save(folder: Path, step: int, tensors: list[dict[str, Tensor]], layers: rang
     has no room or no right to write; what stood there before is then still there.
     """
     whole, part = folder / f"step_{step}", folder / f".step_{step}"
-    problem: object = None
-    try:
+    with _agreed(part, ranks):
         if ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(".step_*"):  # of a process that was killed while writing
                 shutil.rmtree(left, ignore_errors=True)
             part.mkdir()
-    except OSError as error:
-        problem = error
-    _all_well(problem, part, ranks)
-    try:
+    with _agreed(part, ranks):
         for layer, values in zip(layers, tensors, strict=True):
             save_file({key: value.detach().cpu().contiguous() for key, value in values.items()},
                       part / f"layer_{layer}.safetensors")
             flush(part / f"layer_{layer}.safetensors")
-    except (OSError, SafetensorError) as error:
-        problem = error
-    _all_well(problem, part, ranks)
-    try:
+    with _agreed(part, ranks):
         if ranks.first:
             write_json(part / _STATE, {"step": step, "stamp": stamp, "history": history,
                                       "seconds": seconds})
@@ -87,14 +80,18 @@ def save(folder: Path, step: int, tensors: list[dict[str, Tensor]], layers: rang
             for _, old in _steps(folder):  # later ones could not be read either
                 if old != whole:
                     shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        problem = error
-    _all_well(problem, part, ranks)
 
 
-def _all_well(problem: object, part: Path, ranks: Ranks) -> None:
-    """Raise OSError at every process if one of them has a problem, and remove what is half done."""
-    problems = [one for one in ranks.gather(problem and str(problem)) if one is not None]
+@contextlib.contextmanager
+def _agreed(part: Path, ranks: Ranks) -> Iterator[None]:
+    """Raise OSError at every process if one of them has a problem within the block, and remove what
+    is half done."""
+    problem = None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+    problems = [one for one in ranks.gather(problem) if one is not None]
     if problems:
         if ranks.first:
             shutil.rmtree(part, ignore_errors=True)

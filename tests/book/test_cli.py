@@ -322,7 +322,7 @@ def test_a_chapter_stands_on_every_file_that_it_wrote_or_read_again(project: Pro
     (results / "notes.txt").write_text("mine")  # no chapter's
     shared = ["kept.npz", "kept/part_0.txt", "kept/part_1.txt", "kept/record.json"]
     for name in ("01_first", "02_second"):
-        record = freshness.read_record(project.output(name)) or {}
+        record = freshness.read_record(project.output(name))
         assert sorted(record["files"]) == [*shared, f"values/{name}.json"]
     lost = {file: ["01_first", "02_second"] for file in shared}
     files = {**lost, "values/02_second.json": ["02_second"]}
@@ -711,7 +711,8 @@ def make_read_only(patch: pytest.MonkeyPatch, *folders: Path) -> None:
 def test_what_is_finished_may_be_read_only(paged: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "_run_jupyter_book", fake_builder)
     paged.notebook("02_second")
-    (paged.root / "book" / "_toc.yml").write_text("root: 01_first\nother: {file: 02_second}\n")
+    (paged.root / "book" / "_toc.yml").write_text(
+        "root: 01_first\nparts: [{chapters: [{file: 02_second}]}]\n")
     output, results = paged.root / "out", paged.root / "results" / "tiny"
     words = ["all", "--output", str(output)]
     assert paged.command(*words)[0] == 0
@@ -937,7 +938,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             "[elsewhere](https://example.org)\n\n<!-- generated: verdicts -->\n\n"
             "<!-- generated: exhibits -->\n\n<!-- generated: downloads -->\n")
         (folder / "_toc.yml").write_text(
-            "format: jb-book\nroot: intro\nchapters:\n- file: 01_first\n")
+            "format: jb-book\nroot: intro\nparts: [{chapters: [{file: 01_first}]}]\n")
         project.notebook("01_first", (
             "# %%\nimport base64, os\nfrom IPython.display import Image\n"
             "from scfm_circuits.report.chapter import open_chapter\n"
@@ -1085,7 +1086,8 @@ def test_the_contents_list_every_notebook(built: Project) -> None:
     run = load_run("tiny")
     with pytest.raises(Exception, match="does not list the notebook 01_first"):
         pages._check_contents(run)
-    toc.write_text("format: jb-book\nroot: intro\nchapters:\n- file: 01_first\n- file: gone\n")
+    toc.write_text("format: jb-book\nroot: intro\n"
+                   "parts: [{chapters: [{file: 01_first}, {file: gone}]}]\n")
     with pytest.raises(Exception, match="lists gone"):
         pages._check_contents(run)
 

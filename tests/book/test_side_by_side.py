@@ -53,7 +53,7 @@ def test_chapters_that_do_not_follow_one_another_run_at_once(project: Project) -
     names = project.executed()
     assert names[0] == "01_first" and names[-1] == "04_last" and len(names) == 4
     # The last chapter's record has those of this execution before it.
-    records = {name: execution.read_record(project.output(name)) or {} for name in names}
+    records = {name: execution.read_record(project.output(name)) for name in names}
     assert records["04_last"]["after"] == {
         name: records[name]["run_id"] for name in ("02_left", "03_right")}
     assert re.findall(r"^\[(\d)/4\]", told, re.M) == ["1", "2", "3", "4"]
@@ -135,7 +135,7 @@ def test_threads_depend_on_the_notebooks_and_the_machine_alone(
     diamond(project, say, say)
     for jobs in ("1", "2"):
         assert project.command("execute", "--jobs", jobs)[0] == 0
-        found = {name: (execution.read_record(project.output(name)) or {})["threads"]
+        found = {name: execution.read_record(project.output(name))["threads"]
                  for name in ("01_first", "02_left", "03_right", "04_last")}
         assert found == {"01_first": 4, "02_left": 2, "03_right": 2, "04_last": 4}
         project.touch("02_left")

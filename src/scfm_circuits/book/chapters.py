@@ -30,7 +30,13 @@ from scfm_circuits import InputError
 from scfm_circuits.book import reach
 from scfm_circuits.cells.dictionaries import FILES, dictionary_file
 from scfm_circuits.common import kept, manifest
-from scfm_circuits.common.files import digest, lost_file, sha256_of_file, size_of_file
+from scfm_circuits.common.files import (
+    digest,
+    lost_file,
+    read_json,
+    sha256_of_file,
+    size_of_file,
+)
 from scfm_circuits.common.profile import ROOT, Profile, cells_path, load_profile, located
 from scfm_circuits.common.profile_files import parse_overrides
 
@@ -261,13 +267,13 @@ def read_again(run: Run) -> Run:
     return replace(run, profile=load_profile(run.profile_name, run.overrides))
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """What an executed notebook says about its execution; None without a readable one."""
+def read_record(path: Path) -> dict[str, Any]:
+    """What an executed notebook says about its execution; nothing without a readable one."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))["metadata"]["scfm"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return record if isinstance(record, dict) and "run_id" in record else None
+        record = read_json(path)["metadata"]["scfm"]
+    except (KeyError, TypeError):
+        return {}
+    return record if isinstance(record, dict) and "run_id" in record else {}
 
 
 def source_inputs(notebook: Notebook) -> dict[str, str]:
@@ -298,7 +304,7 @@ def why_stale(run: Run, notebook: Notebook, records: Mapping[str, Mapping[str, A
     records: the execution records of the notebooks before it that are fresh.
     """
     record = read_record(run.output(notebook.name))
-    if record is None:
+    if not record:
         return "not executed yet"
     changed = changed_inputs(run, notebook, record)
     if changed:
@@ -318,5 +324,5 @@ def plan(run: Run) -> list[tuple[Notebook, str]]:
         if reason:
             stale.append((notebook, reason))
         else:
-            records[notebook.name] = read_record(run.output(notebook.name)) or {}
+            records[notebook.name] = read_record(run.output(notebook.name))
     return stale

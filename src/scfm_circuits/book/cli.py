@@ -34,8 +34,7 @@ def check(run: Run, just_executed: Sequence[str] = ()) -> None:
     run = read_again(run)
     stale = plan(run)
     changed = {kind for notebook, _ in stale if notebook.name in just_executed
-               for kind in changed_inputs(run, notebook,
-                                          read_record(run.output(notebook.name)) or {})}
+               for kind in changed_inputs(run, notebook, read_record(run.output(notebook.name)))}
     if changed:
         raise ExecutionFailed(
             f"Changed while running: {', '.join(sorted(changed))}; run `{run.command('book')}` "
@@ -58,7 +57,7 @@ def check(run: Run, just_executed: Sequence[str] = ()) -> None:
             other = glued.setdefault(key, notebook.name)
             if other != notebook.name:
                 problems.append(f"{notebook.name}: the value {key!r} is also one of {other}")
-        records[notebook.name] = read_record(path) or {}
+        records[notebook.name] = read_record(path)
     if problems:
         raise ExecutionFailed("The gate refuses the book:\n  " + "\n  ".join(problems))
     order = [notebook.name for notebook in run.notebooks]

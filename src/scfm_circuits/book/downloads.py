@@ -62,7 +62,7 @@ def missing(profile: Profile, parameters: int) -> list[Download]:
     if listed is not None and path is not None:
         left = missing_bytes(int(listed["bytes"]), path)
         found += [Download(path.name, left, path.parent)] if left else []
-    if manifest.by_hand(profile.model) and not located("model", profile.model).is_dir():
+    if _to_put_by_hand(profile):
         size = sum(int(one["bytes"]) for one in (_entry_of(profile) or {})["files"].values())
         found.append(Download(f"{profile.model}, by hand", size,
                               located("model", profile.model).parent))
@@ -103,8 +103,8 @@ def notes(profile: Profile) -> list[str]:
     be used."""
     read_sheets(SHEETS)
     said = []
-    if manifest.by_hand(profile.model) and not located("model", profile.model).is_dir():
-        said.append(f"The model is not here: {manifest.by_hand(profile.model)}.")
+    if by_hand := _to_put_by_hand(profile):
+        said.append(f"The model is not here: {by_hand}.")
     if names_no_type(profile.case_type):
         said.append(f"`case_type` is {profile.case_type!r}, which names no type; name one in the "
                     "profile unless such a cell is to be traced.")
@@ -144,6 +144,12 @@ def _entry_of(profile: Profile) -> dict[str, Any] | None:
     return manifest.entry("models", manifest.model_name(profile.model, profile.model_subfolder))
 
 
+def _to_put_by_hand(profile: Profile) -> str:
+    """What to do for a model that is fetched by hand and is not here; else nothing."""
+    here = located("model", profile.model).is_dir()
+    return "" if here else manifest.by_hand(profile.model)
+
+
 def _dictionaries(profile: Profile) -> list[tuple[dict[str, Any], Path]]:
     """Entries of the dictionaries that the profile takes by a name of the manifest, with their
     files."""
@@ -154,8 +160,8 @@ def _dictionaries(profile: Profile) -> list[tuple[dict[str, Any], Path]]:
 
 def dictionaries_are_here(profile: Profile) -> bool:
     """Whether none of the profile's dictionaries is to be fetched first."""
-    return all(path.is_file() for _, path in _dictionaries(profile)) and (
-        not manifest.by_hand(profile.model) or located("model", profile.model).is_dir())
+    return all(path.is_file() for _, path in _dictionaries(profile)) and not _to_put_by_hand(
+        profile)
 
 
 def described(profile: Profile) -> "Description":

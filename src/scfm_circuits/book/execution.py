@@ -200,7 +200,7 @@ def _prepared(run: Run, notebook: Notebook) -> Any:
 
 def _record(run: Run, notebook: Notebook, seconds: float, git: Mapping[str, Any],
             inputs: dict[str, str]) -> dict[str, Any]:
-    after = {name: (read_record(run.output(name)) or {}).get("run_id") for name in notebook.after}
+    after = {name: read_record(run.output(name)).get("run_id") for name in notebook.after}
     return {
         "run_id": uuid.uuid4().hex,
         "title": notebook.title,

@@ -25,7 +25,7 @@ def problems(notebook: Mapping[str, Any], known_parameters: Iterable[str]) -> li
     """
     found: list[str] = []
     cells = [(index, cell) for index, cell in enumerate(notebook["cells"])
-             if cell["cell_type"] == "code" and _text(cell["source"]).strip()]
+             if cell["cell_type"] == "code" and "".join(cell["source"]).strip()]
     for number, (index, cell) in enumerate(cells, 1):
         found += [f"cell {index}: {problem}" for problem in _cell_problems(cell, number)]
     details = notebook["metadata"].get("papermill", {})
@@ -69,7 +69,3 @@ def missing_products(results: Path, patterns: Iterable[str]) -> list[str]:
     """Declared result files that are not there."""
     return [f"it did not write {pattern}" for pattern in patterns
             if not any(results.glob(pattern))]
-
-
-def _text(source: str | list[str]) -> str:
-    return source if isinstance(source, str) else "".join(source)

@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import yaml
 
 from scfm_circuits import InputError
 from scfm_circuits.book import chapters, front_page, search_words
-from scfm_circuits.book.chapters import Notebook, Run, plan, read_notebooks
+from scfm_circuits.book.chapters import Notebook, Run, plan, read_notebooks, read_record
 from scfm_circuits.book.execution import ExecutionFailed
 from scfm_circuits.book.gate import without_colours
 from scfm_circuits.book.result_files import download_list
@@ -132,7 +132,9 @@ def _downloads(run: Run) -> Iterator[Path]:
 
 def _check_contents(run: Run) -> None:
     """Every notebook is in the table of contents, and nothing in it is missing."""
-    listed = set(_listed(_contents()))
+    contents = _contents()
+    listed = {contents["root"], *(one["file"] for part in contents.get("parts", ())
+                                  for one in part["chapters"])}
     notebooks = {notebook.page for notebook in read_notebooks(chapters.NOTEBOOKS)}
     pages = {path.stem for path in BOOK.glob("*.md")}
     unlisted, missing = notebooks - listed, listed - notebooks - pages
@@ -142,36 +144,22 @@ def _check_contents(run: Run) -> None:
         raise InputError(f"book/_toc.yml lists {min(missing)}, which is no page and no notebook.")
 
 
-def _contents() -> Any:
-    return yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
-
-
-def _without(contents: Any, pages: set[str]) -> Any:
-    """A table of contents without some pages, and without the parts that have no other."""
-    if isinstance(contents, dict):
-        return {key: _without(value, pages) for key, value in contents.items()}
-    if isinstance(contents, list):
-        shorter = [_without(one, pages) for one in contents if one.get("file") not in pages]
-        return [one for one in shorter if one.get("chapters") != []]
+def _contents() -> dict[str, Any]:
+    contents: dict[str, Any] = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
     return contents
 
 
-def _listed(contents: Any) -> Iterator[str]:
-    if isinstance(contents, dict):
-        for key, value in contents.items():
-            if key in ("file", "root"):
-                yield str(value)
-            else:
-                yield from _listed(value)
-    elif isinstance(contents, list):
-        for item in contents:
-            yield from _listed(item)
+def _without(contents: dict[str, Any], pages: Collection[str]) -> dict[str, Any]:
+    """A table of contents without some pages, and without the parts that have no other."""
+    parts = [{**part, "chapters": [one for one in part["chapters"] if one["file"] not in pages]}
+             for part in contents.get("parts", ())]
+    return {**contents, **({"parts": [one for one in parts if one["chapters"]]} if parts else {})}
 
 
 def stage(run: Run, source: Path) -> None:
     """Lay out what Jupyter Book reads: pages and notebooks flat, downloads under `_extra/`."""
     shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns("_build", "__pycache__"))
-    (source / "_toc.yml").write_text(yaml.safe_dump(_without(_contents(), {*_lacking(run)}),
+    (source / "_toc.yml").write_text(yaml.safe_dump(_without(_contents(), _lacking(run)),
                                                     sort_keys=False), encoding="utf-8")
     for page in source.glob("*.md"):
         page.write_text(_filled(run, page.read_text(encoding="utf-8")), encoding="utf-8")
@@ -187,7 +175,8 @@ def stage(run: Run, source: Path) -> None:
         shutil.copyfile(notebook.path, downloads / "notebooks" / notebook.path.name)
     write_atomic(source / "_extra" / search_words.FILE, search_words.script(run.profile.results))
     # What the local Sphinx extensions show on the pages.
-    records = {notebook.page: {**_record(run, notebook.name), "source": notebook.path.name}
+    records = {notebook.page: {**read_record(run.output(notebook.name)),
+                               "source": notebook.path.name}
                for notebook in run.notebooks}
     write_json(source / "companion.json", {
         "run": read_json(run.profile.results / "provenance.json"),
@@ -204,11 +193,6 @@ def _narrow_figures(folder: Path) -> dict[str, str]:
     file: the SHA-256 of its content."""
     return {sha256_of_file(folder / path.name): f"downloads/figures/narrow/{path.name}"
             for path in folder.glob("narrow/*.png") if (folder / path.name).is_file()}
-
-
-def _record(run: Run, name: str) -> dict[str, Any]:
-    record: dict[str, Any] = read_json(run.output(name))["metadata"]["scfm"]
-    return record
 
 
 def _stage_notebook(run: Run, notebook: Notebook, source: Path) -> None:
@@ -338,7 +322,7 @@ def exhibit_map(run: Run) -> str:
     files folded."""
     rows = []
     for notebook in run.notebooks:
-        record = _record(run, notebook.name)
+        record = read_record(run.output(notebook.name))
         made = [", ".join(f"`{module}`" for module in notebook.modules),
                 *(f"`{pattern}`" for pattern in notebook.produces)]
         rows.append([

@@ -50,9 +50,7 @@ def normal_labels(given: Iterable[str]) -> tuple[np.ndarray, list[str]]:
         together.setdefault(label, []).append(_shown(text))
     merged = [f"{', '.join(texts[:-1])} and {texts[-1]} are one type, {_shown(label)}"
               for label, texts in together.items() if len(texts) > 1]
-    named = "; ".join(merged[:_NAMED])
-    if len(merged) > _NAMED:
-        named += f"; and {len(merged) - _NAMED} more"
+    named = _first_ones(merged)
     return labels, [
         f"{changed:,} of {len(written):,} labels were written with other spaces, unseen characters "
         f"or another form of their letters than the pages use{': ' * bool(named)}{named}."]
@@ -75,11 +73,9 @@ def doubtful_labels(labels: np.ndarray) -> list[str]:
         alike.setdefault(re.sub(r"[\s_]", "", name).casefold(), []).append(_shown(name))
     pairs = [" and ".join(one) for one in alike.values() if len(one) > 1]
     if pairs:
-        named = "; ".join(pairs[:_NAMED])
-        more = f"; and {len(pairs) - _NAMED} more" if len(pairs) > _NAMED else ""
         said.append("Warning: labels that differ only in capitals, spaces or underscores are taken "
-                    f"as types of their own ({named}{more}); make them one in the file if they "
-                    "are.")
+                    f"as types of their own ({_first_ones(pairs)}); make them one in the file if "
+                    "they are.")
     return said
 
 
@@ -88,6 +84,11 @@ def listed(names: Iterable[object], most: int = 30) -> str:
     shown = [normal_label(str(name))[:60] for name in names]
     more = len(shown) - most
     return (", ".join(shown[:most]) or "none") + (f" and {more:,} more" if more > 0 else "")
+
+
+def _first_ones(said: list[str]) -> str:
+    more = len(said) - _NAMED
+    return "; ".join(said[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _shown(text: str) -> str:

@@ -18,11 +18,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from numpy.typing import NDArray
 
 from scfm_circuits import InputError
 from scfm_circuits.common import manifest
@@ -30,8 +28,7 @@ from scfm_circuits.common.fetch import Remote, Unreachable, fetch
 from scfm_circuits.common.files import write_atomic
 from scfm_circuits.common.profile import ROOT
 from scfm_circuits.enrichment import gmt
-
-IntArray = NDArray[np.integer[Any]]
+from scfm_circuits.enrichment.significance import IntArray
 
 DATA_FOLDER = ROOT / "data"
 BUNDLED_LIBRARY = "bundled_markers"
@@ -126,10 +123,6 @@ def gene_sets_from_dict(name: str, mapping: Mapping[str, Iterable[str]]) -> Gene
     return replace(library, sha256=library.content_sha256)
 
 
-def _dropped(n_empty: int) -> str | None:
-    return f"{n_empty} term(s) without a gene were left out." if n_empty else None
-
-
 def genes_of_terms(libraries: Iterable[GeneSets], terms: Iterable[str]) -> set[str]:
     """The genes of all these terms together, upper case; terms that no library has give none."""
     wanted = set(terms)
@@ -187,8 +180,9 @@ def parse_gmt(content: bytes, name: str, source: str, where: str) -> GeneSets:
     kept = {term: symbols for term, symbols in members.items() if symbols}
     if not kept:
         raise InputError(f"{where} holds no term with a gene; replace the file.")
-    warning = " ".join(filter(None, (_dropped(len(members) - len(kept)), *said))) or None
-    return _build(name, kept, source, hashlib.sha256(content).hexdigest(), warning)
+    if n_empty := len(members) - len(kept):
+        said.insert(0, f"{n_empty} term(s) without a gene were left out.")
+    return _build(name, kept, source, hashlib.sha256(content).hexdigest(), " ".join(said) or None)
 
 
 @cache

@@ -38,6 +38,8 @@ from scfm_circuits.enrichment.terms import term_fdr, term_table
 from scfm_circuits.paper.exhibits import PAPER, PaperTables
 
 ANY_TERM = "any term"
+LEVEL = 0.05
+"""The paper's FDR."""
 
 
 class CaseRule(NamedTuple):
@@ -92,9 +94,8 @@ def case_nulls(
     *,
     draws: int,
     seed: int,
-    fdr: float = 0.05,
 ) -> pd.DataFrame:
-    """How often the term, or any term, has an adjusted p below `fdr` for lists other than `genes`.
+    """How often the term, or any term, has an adjusted p below LEVEL for lists other than `genes`.
 
     Args:
         settings: from `case_rules`.
@@ -103,7 +104,6 @@ def case_nulls(
         prompt: the genes of the prompt.
         draws: lists per null, 1 at least; `genes` themselves are one list.
         seed: the same seed gives the same lists, and the same ones to both BH families.
-        fdr: level below which an adjusted p counts.
 
     Returns:
         One row per setting and kind of list (circuit, anchor_random, anchor_prompt, prompt,
@@ -118,10 +118,10 @@ def case_nulls(
                                                         seed).items():
             if called == ANY_TERM:
                 q = over_representation(lists, universe.library, background=universe,
-                                        family=family, alpha=fdr).min_q
+                                        family=family, alpha=LEVEL).min_q
             else:
                 q = term_fdr(lists, universe.library, term, background=universe, family=family)
-            n, k = q.size, int(np.count_nonzero(q < fdr))
+            n, k = q.size, int(np.count_nonzero(q < LEVEL))
             low, high = wilson_interval(k, n) if n > 1 else (np.nan, np.nan)
             rows.append((kind, words, called, setting.rule.name, family, universe.total, n, k,
                          100 * k / n, 100 * low, 100 * high))
@@ -232,8 +232,6 @@ def server_case() -> pd.DataFrame:
 
 # --- the case as a whole -------------------------------------------------------------------------
 
-LEVEL = 0.05
-"""The paper's FDR."""
 LIBRARY = "CellMarker_Augmented_2021"
 TERM_IN_PROMPT = 4
 """Genes of the paper's term among the 64 of its prompt, counted from the library, as
@@ -279,7 +277,7 @@ class PaperCase(NamedTuple):
     def nulls(self, draws: int, seed: int) -> pd.DataFrame:
         """`case_nulls` under every rule; no rows without the library or the term in it."""
         return case_nulls(self.settings if self.term else [], self.term or "", self.nine,
-                          self.prompt, draws=draws, seed=seed, fdr=LEVEL)
+                          self.prompt, draws=draws, seed=seed)
 
 
 def paper_case(library: GeneSets, corpus_genes: Collection[str], paper: PaperTables) -> PaperCase:

@@ -108,11 +108,22 @@ def test_a_name_stands_above_its_own_node():
     for change in (lambda one: True, narrow):  # as it is, and as a phone has it
         assert change(figure)
         figure.draw_without_rendering()
-        frame = axis.get_window_extent()
         for text in axis.texts:
             box, (x, y) = text.get_window_extent(), axis.transData.transform(text.xy)
             assert box.x0 < x < box.x1 and y < box.y0
-            assert frame.x0 < box.x0 and box.x1 < frame.x1
+
+
+def test_a_name_in_an_outer_column_stands_within_the_frame():
+    figure, axis = plt.subplots(figsize=(3.6, 4))
+    axis.set(xlim=(-0.6, 11.6), ylim=(0, 4))
+    node = Node.of_feature(11, 8191, 0, 1.0)
+    ends = [([node], where) for where in ((0.0, 1), (5.0, 2), (11.0, 3))]
+    plots._write_names(axis, ends, [1.0] * 3, 12, (0.2, 1.0))
+    figure.draw_without_rendering()
+    frame = axis.get_window_extent()
+    assert len(axis.texts) == 3
+    for box in (text.get_window_extent() for text in axis.texts):
+        assert frame.x0 < box.x0 and box.x1 < frame.x1
 
 
 def test_nodes_stand_side_by_side_where_there_is_room():

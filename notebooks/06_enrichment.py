@@ -215,8 +215,8 @@ for gene_rule in ("token", "occurrence"):
 
 # %% [markdown]
 # The rule `corpus`, with the features' lead in percentage points. p is how often relabelled genes score as
-# much, or set the two as far apart: whether kinds that know nothing of gene sets would differ so, not how
-# surely two that do differ.
+# much, or set the two as far from the lead that relabelling gives on average: whether kinds that know
+# nothing of gene sets would differ so, not how surely two that do differ.
 #
 # | | genes by `token` | genes by `occurrence` |
 # | --- | --- | --- |
@@ -228,7 +228,7 @@ for gene_rule in ("token", "occurrence"):
 #
 # The second row asks what the *language model* has learnt. The last three ask what *dictionary
 # learning* adds to directions that the same model has anyway. It shows if the features are ahead of all
-# three, each at p < {glue:text}`enrichment.level`.
+# three, by more than relabelled genes are on average, each at p < {glue:text}`enrichment.level`.
 
 # %%
 machinery = studies.nominal_level(libraries, corpus, settings)

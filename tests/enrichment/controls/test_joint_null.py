@@ -159,3 +159,26 @@ def test_a_study_of_both_gene_rules_reads_as_it_counts(profile):
     without = JointStudy(study.shares, study.differences[
         study.differences["lists"] != "MLP neurons"])
     assert not without.learning_shows("occurrence", 0.05)
+
+
+def test_a_lead_that_relabelled_genes_exceed_shows_no_learning(profile):
+    """Lists that are longer, say, are called more often whatever the genes are called: a lead far
+    below what relabelling gives has a small p, and is no lead."""
+    kinds = ("untrained encoder", "MLP neurons", "principal components")
+    rng = np.random.default_rng(8)
+
+    def study(lead: int, relabelled: int) -> JointStudy:
+        tested = np.full((4, 1), 100)
+        called = np.array([[50 + lead], [50], [50], [50]])
+        null = np.broadcast_to(called, (200, 4, 1)).copy()
+        null[:, 0, 0] = 50 + relabelled + rng.integers(-2, 3, 200)
+        joint = JointNull(("features", *kinds), tested, called, null)
+        return JointStudy(*(table(joint).assign(gene_rule="token")
+                            for table in (joint_table, difference_table)))
+
+    less = study(lead=5, relabelled=12)
+    assert less.ahead("token", kinds[0])[0] == 5
+    assert (less.differences["p"] < 0.05).all()
+    assert not less.learning_shows("token", 0.05)
+    assert study(lead=12, relabelled=5).learning_shows("token", 0.05)
+    assert not study(lead=-5, relabelled=-12).learning_shows("token", 0.05)

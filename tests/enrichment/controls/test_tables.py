@@ -13,6 +13,7 @@ from scfm_circuits.enrichment.controls.tables import (
     pooled,
     share_table,
     single_controls,
+    smallest_possible_p,
     table4,
     verdict_table,
 )
@@ -133,3 +134,12 @@ def test_the_largest_of_several_p_hides_how_each_control_does():
     assert found["percentage"][:3].between(4, 6).all() and found["percentage"].iloc[3] < 0.2
     assert found.loc["uniform", "features"] == 3_990
     assert found.loc["uniform", "ahead"] == (p[0, 10:] < 0.05).sum()
+
+
+def test_the_smallest_possible_p_is_that_of_the_layer_with_the_most_to_compare(profile):
+    """Strong features are ahead of all there is, so they have the smallest p that is possible."""
+    layers = [layer(1, 60, 30), layer(2, 90, 400), layer(3, 0, 5000)]
+    smallest = smallest_possible_p(layers, BASELINES, 1000)
+    assert smallest == verdict_table(layers, BASELINES, profile)["p_controls"].min() == 1 / 401
+    # With enough of a baseline's features null lists decide.
+    assert smallest_possible_p([layer(1, 60, 5000)], BASELINES, 1000) == 1 / 1001

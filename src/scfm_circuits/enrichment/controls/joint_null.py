@@ -237,13 +237,15 @@ class JointStudy(NamedTuple):
             f"{row['upper_95_ahead']:+.1f}; p = {row['p_ahead']:.2g})"))
 
     def learning_shows(self, gene_rule: str, level: float) -> bool:
-        """Whether the trained features are ahead of every kind of SAME_MODEL, each at the level.
+        """Whether the trained features are ahead of every kind of SAME_MODEL, and by more than
+        relabelled genes are on average, each at the level.
 
-        That all of them are beaten is an intersection-union test, so no correction is due.
+        That all of them are beaten is an intersection-union test, so no correction is due. As p is
+        two-sided, a lead that is unusually small for such lists has a small p as well.
         """
         rows = [self._row(gene_rule, kind) for kind in SAME_MODEL]
-        return all(row is not None and row["difference"] > 0 and row["p_ahead"] < level
-                   for row in rows)
+        return all(row is not None and row["p_ahead"] < level
+                   and row["difference"] > max(0.0, row["null_mean_ahead"]) for row in rows)
 
 
 def joint_study(statistics: FeatureStatistics, others: Mapping[str, FeatureStatistics],

@@ -34,6 +34,7 @@ from scfm_circuits.enrichment.controls.tables import (
     detectable,
     pooled,
     share_table,
+    smallest_possible_p,
     table4,
     verdict_table,
 )
@@ -41,7 +42,6 @@ from scfm_circuits.enrichment.gene_sets import GeneSets
 from scfm_circuits.enrichment.null_lists import Ragged, ragged, uniform_null
 from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.enrichment.terms import top_terms
-from scfm_circuits.features.baselines import DIRECTIONS
 from scfm_circuits.features.contexts import top_tokens
 from scfm_circuits.features.gene_lists import check_live, gene_list_ids, gene_lists
 from scfm_circuits.features.statistics import FeatureStatistics
@@ -107,15 +107,11 @@ def table4_study(statistics: FeatureStatistics, baselines: Baselines, corpus: Co
     one_by_one = get_controls(statistics, baselines, corpus, by_occurrence(profile), libraries)
     shares = share_table(counted, list(baselines), profile)
     verdicts = verdict_table(one_by_one, list(baselines), profile)
-    draws = [profile.null_draws, *(
-        null.size for layer in one_by_one
-        for name, null in zip(baselines, layer.baseline_min_p, strict=True)
-        if null.size and name not in DIRECTIONS)]
     return Table4Study(
         counted, shares, share_table(one_by_one, list(baselines), profile), verdicts,
         table4(shares, verdicts, profile),
         float(np.median(np.concatenate([one.lengths for one in counted]))), few.null_draws,
-        max(1 / (1 + n) for n in draws))
+        smallest_possible_p(one_by_one, list(baselines), profile.null_draws))
 
 
 def by_gene_rule(study: Table4Study, profile: "Profile") -> pd.DataFrame:

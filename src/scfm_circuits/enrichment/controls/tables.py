@@ -101,6 +101,17 @@ def verdict_table(layers: Sequence[LayerControls], baselines: Sequence[str], pro
     return table
 
 
+def smallest_possible_p(layers: Sequence[LayerControls], baselines: Sequence[str], draws: int
+                        ) -> float:
+    """The smallest p_controls that `verdict_table` can have, in the layer that allows the smallest.
+
+    draws: null lists of each kind. In a layer the control with the fewest of them decides.
+    """
+    return min(1 / (1 + min([draws, *(
+        null.size for name, null in zip(baselines, one.baseline_min_p, strict=True)
+        if null.size and name not in DIRECTIONS)])) for one in layers if len(one.features))
+
+
 def single_controls(verdicts: pd.DataFrame, fdr: float) -> pd.DataFrame:
     """How many features are ahead of each control by itself: control, features (that it can judge),
     ahead (p below `fdr`, uncorrected), percentage; last the largest p of all controls.

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 import torch
 from helpers import model_for, tiny_corpus, tiny_model, tiny_transcoders
-from scipy.stats import entropy, sem
+from scipy.stats import entropy
 from sklearn.metrics import r2_score
+from statsmodels.regression.linear_model import WLS
 from three_types import gene_corpus, gene_model
 from tiny_architectures import FAMILIES, tiny
 from torch import Tensor
@@ -171,8 +172,8 @@ def test_loss_and_kl_of_each_configuration(table, model, transcoders, corpus, na
         losses.append(-q.log_prob(wanted).numpy())
         forward.append(kl_divergence(p, q).numpy())
         backward.append(kl_divergence(q, p).numpy())
-        added = losses[-1].mean() + Categorical(logits=before).log_prob(wanted).numpy().mean()
-        by_cell.append((losses[-1].mean(), forward[-1].mean(), added))
+        added = losses[-1] + Categorical(logits=before).log_prob(wanted).numpy()
+        by_cell.append([one.mean() for one in (losses[-1], forward[-1], added)])
         one = entropy(before.softmax(-1).numpy(), after.softmax(-1).numpy(), axis=-1)
         np.testing.assert_allclose(one, forward[-1], rtol=1e-8)
     found = row(table, name, layer)
@@ -181,7 +182,9 @@ def test_loss_and_kl_of_each_configuration(table, model, transcoders, corpus, na
     right, wrong = np.concatenate(forward).mean(), np.concatenate(backward).mean()
     assert found["kl"] == pytest.approx(right, rel=1e-4)
     assert abs(right / wrong - 1) > 2e-4  # else the line before would not tell
-    errors = sem(np.array(by_cell), axis=0)
+    # A mean over predictions, of which long sentences have more: cells weigh by how many they have.
+    errors = [WLS(means, np.ones(len(CELLS)), [len(one) for one in losses])
+              .fit(cov_type="HC1").bse[0] for means in np.transpose(by_cell)]
     assert found[["loss_se", "kl_se"]].to_numpy(float) == pytest.approx(errors[:2], rel=1e-3)
     # What is added to the same cells' loss is known far better than the loss.
     assert found["added_se"] == pytest.approx(errors[2], rel=2e-2, abs=1e-7)

@@ -131,10 +131,11 @@ def compare_configurations(model: "PreTrainedModel", transcoders: Transcoders, c
     found = scores_by_cell(model, chosen, corpus, cells, forward_cells, seed, states)
     per_cell, predictions = found.sums.sum(axis=2), found.predictions.sum(axis=0)
     totals = per_cell.sum(axis=2) / predictions.sum()
-    means = per_cell / predictions
+    # Cells weigh by their predictions in the mean, so in its error (of a ratio, linearised).
+    off = (per_cell - totals[..., None] * predictions) / predictions.mean()
     # What a configuration adds to a cell's loss varies less than the loss, as cells are the same.
     errors, added = (each.std(axis=2, ddof=1) / np.sqrt(len(cells)) if len(cells) > 1
-                     else totals * np.nan for each in (means, means - means[:1]))
+                     else totals * np.nan for each in (off, off - off[:1]))
     which = {"configuration": [one.name for one in chosen],
              "layer": [one.place for one in chosen]}
     scores = pd.DataFrame({

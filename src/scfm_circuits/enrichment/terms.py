@@ -91,9 +91,11 @@ def top_terms(
         InputError: as `over_representation`.
     """
     encoded, universe = checked_lists(lists, library, background)
-    found = [_best(encoded, i, universe, family, k) for i in range(encoded.n_query.size)]
-    table = _columns([hits for hits, _ in found], [text for _, text in found], universe, odds)
-    rows = np.array([hits.terms.size for hits, _ in found], dtype=np.int64)
+    found = [_scored(encoded, i, universe, family, k) for i in range(encoded.n_query.size)]
+    table = _columns(found, universe, odds)
+    table["Genes"] = [_shared(_genes(encoded, i), term, library)
+                      for i, hits in enumerate(found) for term in hits.terms]
+    rows = np.array([hits.terms.size for hits in found], dtype=np.int64)
     table.insert(0, "list", np.repeat(np.arange(rows.size), rows))
     table.insert(1, "rank", np.arange(len(table)) - np.repeat(np.cumsum(rows) - rows, rows) + 1)
     return table
@@ -121,7 +123,7 @@ def term_fdr(
     encoded, universe = checked_lists(lists, library, background)
     q = np.ones(encoded.n_query.size)
     for i in range(q.size):
-        hits, _ = _scored(encoded, i, universe, family)
+        hits = _scored(encoded, i, universe, family)
         q[i] = hits.q[hits.terms == wanted].min(initial=1.0)
     return q
 
@@ -157,23 +159,19 @@ def impossible_list(i: int, universe: Background) -> InputError:
     )
 
 
-def _terms_of(genes: IntArray, universe: Background) -> IntArray:
-    """The terms of each gene, gene after gene."""
-    starts, stops = universe.gene_indptr[genes], universe.gene_indptr[genes + 1]
-    parts = [universe.gene_terms[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-
-
 def _genes(encoded: Encoded, i: int) -> IntArray:
     return encoded.ids[encoded.indptr[i] : encoded.indptr[i + 1]]
 
 
 def _scored(
     encoded: Encoded, i: int, universe: Background, family: Family, k: int | None = None
-) -> tuple[_Hits, IntArray]:
-    """The k best of the terms hit by list `i` (all if None), and the terms of each of its genes."""
-    of_genes = _terms_of(_genes(encoded, i), universe)
-    counts = np.bincount(of_genes, minlength=universe.sizes.size)
+) -> _Hits:
+    """The k best of the terms hit by list `i`; all if None."""
+    genes, indptr = _genes(encoded, i), universe.gene_indptr
+    of_genes = [universe.gene_terms[a:b] for a, b in zip(
+        indptr[genes].tolist(), indptr[genes + 1].tolist(), strict=True)]
+    counts = np.bincount(np.concatenate([np.zeros(0, np.int64), *of_genes]),
+                         minlength=universe.sizes.size)
     terms = np.flatnonzero(counts)
     overlap = counts[terms]
     size, n = universe.sizes[terms], int(encoded.n_query[i])
@@ -185,7 +183,7 @@ def _scored(
     q = _adjusted(p[order], universe.n_terms if family == "all" else terms.size)
     order = order[:k]
     columns = (terms[order], overlap[order], size[order], np.full(order.size, n), log_p[order])
-    return _Hits(*columns, p[order], q[:k]), of_genes
+    return _Hits(*columns, p[order], q[:k])
 
 
 def _adjusted(ascending: FloatArray, n_tests: int) -> FloatArray:
@@ -197,27 +195,14 @@ def _adjusted(ascending: FloatArray, n_tests: int) -> FloatArray:
     return np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
 
 
-def _best(
-    encoded: Encoded, i: int, universe: Background, family: Family, k: int | None
-) -> tuple[_Hits, list[str]]:
-    """The k best terms of list `i` (all if None), and its genes in each, in the list's order."""
-    hits, of_genes = _scored(encoded, i, universe, family, k)
-    row = np.full(universe.sizes.size, -1)
-    row[hits.terms] = np.arange(hits.terms.size)
-    rows, ids, indptr = row[of_genes], _genes(encoded, i), universe.gene_indptr
-    wanted = np.flatnonzero(rows >= 0)
-    owners = np.repeat(ids, indptr[ids + 1] - indptr[ids])[wanted]
-    members: list[list[str]] = [[] for _ in hits.terms]
-    names = universe.library.genes
-    for to, gene in zip(rows[wanted].tolist(), owners.tolist(), strict=True):
-        members[to].append(names[gene])
-    return hits, [";".join(symbols) for symbols in members]
+def _shared(genes: IntArray, term: int, library: GeneSets) -> str:
+    """The symbols of those of the genes that are in a term, in the list's order."""
+    members = library.term_genes[library.term_indptr[term] : library.term_indptr[term + 1]]
+    return ";".join(library.genes[gene] for gene in genes[np.isin(genes, members)])
 
 
-def _columns(
-    found: Sequence[_Hits], genes: Sequence[list[str]], universe: Background, odds: Odds
-) -> pd.DataFrame:
-    """The columns of `term_table`, list after list."""
+def _columns(found: Sequence[_Hits], universe: Background, odds: Odds) -> pd.DataFrame:
+    """The columns of `term_table` but the genes, list after list."""
     none = np.zeros(0, dtype=np.int64)
     joined = [np.concatenate(parts) for parts in zip(*found, strict=True)] if found else [none] * 7
     terms, x, size, n, log_p, p, q = joined
@@ -231,7 +216,6 @@ def _columns(
         "Adjusted P-value": q,
         "Odds Ratio": ratio,
         "Combined Score": -log_p * ratio,
-        "Genes": [text for texts in genes for text in texts],
     })
 
 

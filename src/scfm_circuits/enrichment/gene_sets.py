@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -98,6 +98,12 @@ class GeneSets:
         ids = self.term_genes[self.term_indptr[i] : self.term_indptr[i + 1]]
         return tuple(self.genes[j] for j in ids)
 
+    def within(self, genes: Container[str], smallest: int, largest: int) -> dict[str, list[str]]:
+        """The terms' symbols among some genes (upper case), of terms with so many of them."""
+        found = {term: [gene for gene in self.term_members(i) if gene in genes]
+                 for i, term in enumerate(self.terms)}
+        return {term: own for term, own in found.items() if smallest <= len(own) <= largest}
+
 
 def _build(
     name: str, members: Mapping[str, set[str]], source: str, sha256: str, warning: str | None
@@ -137,11 +143,9 @@ def commonest_sets(library: GeneSets, times: Mapping[str, int], n: int, *, small
     times: how often each gene (upper case) occurs. Of equal terms the first of the library's. Each
     with its genes that occur.
     """
-    found = {term: {gene for gene in library.term_members(i) if times.get(gene, 0)}
-             for i, term in enumerate(library.terms)}
-    fitting = [term for term, genes in found.items() if smallest <= len(genes) <= largest]
-    fitting.sort(key=lambda term: -sum(times[gene] for gene in found[term]))
-    return {term: found[term] for term in fitting[:n]}
+    found = library.within({gene for gene, n in times.items() if n}, smallest, largest)
+    ranked = sorted(found, key=lambda term: -sum(times[gene] for gene in found[term]))
+    return {term: set(found[term]) for term in ranked[:n]}
 
 
 def read_gmt(path: str | Path) -> GeneSets:

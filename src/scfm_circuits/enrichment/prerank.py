@@ -77,7 +77,8 @@ def prerank_table(
 
     def tested(label: Hashable, library: GeneSets) -> pd.DataFrame | None:
         genes = ordered[label]
-        sets = _sets_within(library, genes, min_size, max_size)
+        # A term that is the whole ranking cannot lean to either end; gseapy leaves it out, too.
+        sets = library.within(frozenset(genes), min_size, min(max_size, len(genes) - 1))
         if not sets:
             return None
         table = _prerank(genes, sets, min_size, max_size, permutations, seed)
@@ -122,23 +123,6 @@ def _ordered(label: Hashable, scores: Scores, min_size: int, seed: int) -> list[
                          f"{values[0]:g}, so nothing is ranked; leave it out.")
     shuffled = generator(seed, "prerank ties").permutation(genes.size)
     return genes[shuffled[np.argsort(-values[shuffled], kind="stable")]].tolist()
-
-
-def _sets_within(library: GeneSets, genes: Sequence[str], min_size: int, max_size: int
-                 ) -> dict[str, list[str]]:
-    """The library's terms with their genes in the ranking, those within the size limits."""
-    known = np.zeros(len(library.genes), dtype=bool)
-    known[[library.index[gene] for gene in genes if gene in library.index]] = True
-    kept = known[library.term_genes]
-    indptr = library.term_indptr
-    sizes = np.diff(np.concatenate([[0], np.cumsum(kept)])[indptr])
-    # A term that is the whole ranking cannot lean to either end; gseapy leaves it out, too.
-    within = (sizes >= min_size) & (sizes <= min(max_size, len(genes) - 1))
-    return {
-        library.terms[i]: [library.genes[j] for j in library.term_genes[indptr[i] : indptr[i + 1]]
-                           if known[j]]
-        for i in np.flatnonzero(within)
-    }
 
 
 def _prerank(genes: Sequence[str], sets: dict[str, list[str]], min_size: int, max_size: int,

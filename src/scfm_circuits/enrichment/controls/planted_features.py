@@ -62,8 +62,7 @@ def _terms_within(libraries: Sequence[GeneSets], place: Mapping[str, int]
     """Library and name of each distinct set of corpus genes that is neither small nor large."""
     found: dict[tuple[int, ...], tuple[str, str]] = {}
     for library in libraries:
-        for i, term in enumerate(library.terms):
-            genes = sorted(place[symbol] for symbol in library.term_members(i) if symbol in place)
-            if MIN_GENES <= len(genes) <= MAX_GENES:
-                found.setdefault(tuple(genes), (library.name, term))
+        for term, symbols in library.within(place, MIN_GENES, MAX_GENES).items():
+            genes = tuple(sorted(place[symbol] for symbol in symbols))
+            found.setdefault(genes, (library.name, term))
     return found

@@ -38,21 +38,19 @@ def normal_labels(given: Iterable[str]) -> tuple[np.ndarray, list[str]]:
     Returns (n_cells,) text. The sentence names labels that became equal.
     """
     texts = list(given)
-    written = sorted(set(texts))
-    place = {text: i for i, text in enumerate(written)}
-    names = [normal_label(text) for text in written]
-    labels = np.array(names, dtype=np.str_)[np.array([place[text] for text in texts], np.int64)]
-    changed = sum(name != text for name, text in zip(names, written, strict=True))
+    names = {text: normal_label(text) for text in sorted(set(texts))}
+    labels = np.array([names[text] for text in texts], dtype=np.str_)
+    changed = sum(name != text for text, name in names.items())
     if not changed:
         return labels, []
     together: dict[str, list[str]] = {}
-    for label, text in zip(names, written, strict=True):
+    for text, label in names.items():
         together.setdefault(label, []).append(_shown(text))
     merged = [f"{', '.join(texts[:-1])} and {texts[-1]} are one type, {_shown(label)}"
               for label, texts in together.items() if len(texts) > 1]
     named = _first_ones(merged)
     return labels, [
-        f"{changed:,} of {len(written):,} labels were written with other spaces, unseen characters "
+        f"{changed:,} of {len(names):,} labels were written with other spaces, unseen characters "
         f"or another form of their letters than the pages use{': ' * bool(named)}{named}."]
 
 

@@ -208,9 +208,10 @@ def misfit(profile: "Profile") -> str | None:
 
 def _wrong_encoding(profile: "Profile") -> str | None:
     """What of a profile does not fit its `encoding`, as of `misfit`."""
+    given = [field for field in ("token_dictionary", "gene_medians", "gene_mapping",
+                                 "ensembl_column") if getattr(profile, field) is not None]
+    by_counts = [field for field in given if field != "token_dictionary"]
     if profile.encoding == CELL_SENTENCE:
-        given = [field for field in ("token_dictionary", "gene_medians", "gene_mapping",
-                                     "ensembl_column") if getattr(profile, field) is not None]
         return (f"{given[0]}: cell sentences need none; set `encoding` to one of "
                 f"{', '.join(GENE_TOKENS)}, or leave it out") if given else None
     if profile.case_sentence is not None:
@@ -219,20 +220,18 @@ def _wrong_encoding(profile: "Profile") -> str | None:
     if profile.encoding == BINNED:
         if profile.model == "train":
             return f"model: `encoding: {BINNED}` is scGPT's, so name a folder with its model"
-        for field in ("gene_medians", "gene_mapping", "ensembl_column"):
-            if getattr(profile, field) is not None:
-                return (f"{field}: `encoding: {BINNED}` knows genes by their symbols and divides "
-                        "nothing; leave it out")
+        if by_counts:
+            return (f"{by_counts[0]}: `encoding: {BINNED}` knows genes by their symbols and "
+                    "divides nothing; leave it out")
     own = profile.token_dictionary == OWN_DICTIONARY
     if own and profile.model != "train":
         return (f"token_dictionary: a loaded model needs its own, not `{OWN_DICTIONARY}`")
-    for field in ("gene_medians", "gene_mapping", "ensembl_column") if own else ():
-        if getattr(profile, field) is not None:
-            return (f"{field}: `token_dictionary: {OWN_DICTIONARY}` makes its medians and calls "
-                    "genes as the cells do; leave it out")
+    if own and by_counts:
+        return (f"{by_counts[0]}: `token_dictionary: {OWN_DICTIONARY}` makes its medians and calls "
+                "genes as the cells do; leave it out")
     needed = ("token_dictionary", "gene_medians")[: 1 if profile.encoding == BINNED else 2]
     for field in () if own else needed:
-        if getattr(profile, field) is None:
+        if field not in given:
             return f"{field}: `encoding: {profile.encoding}` needs the model's own"
     way = GENE_TOKENS[profile.encoding]
     genes = way.most - len(way.before + way.after)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scfm_circuits import InputError
 from scfm_circuits.enrichment import kernels
 from scfm_circuits.enrichment.gene_sets import GeneSets
-from scfm_circuits.enrichment.null_lists import Ragged
+from scfm_circuits.enrichment.null_lists import Ragged, ragged
 from scfm_circuits.enrichment.significance import IntArray
 
 Family = Literal["hit", "all"]
@@ -141,19 +141,6 @@ def _upper(symbol: object) -> str:
     return symbol.strip().upper()
 
 
-class _SymbolIds(dict[str, int]):
-    """Ids of symbols as they come, one for all spellings of a symbol (C1orf112, C1ORF112)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: dict[str, int] = {}
-
-    def __missing__(self, symbol: str) -> int:
-        upper = _upper(symbol)
-        self[symbol] = self.names.setdefault(upper, len(self.names))
-        return self[symbol]
-
-
 def encode_lists(
     lists: Sequence[Collection[str]],
     library: GeneSets,
@@ -166,13 +153,11 @@ def encode_lists(
             `prepare_background`.
     """
     universe = prepare_background(library, background)
-    symbol_ids = _SymbolIds()
     if any(isinstance(genes, str) for genes in lists):
         raise InputError("A gene list is one string; pass a list of symbols for each list.")
-    flat = np.array([symbol_ids[symbol] for genes in lists for symbol in genes], dtype=np.int64)
-    indptr = np.concatenate([[0], np.cumsum([len(genes) for genes in lists], dtype=np.int64)])
-    counts, gene = _looked_up(list(symbol_ids.names), universe)
-    return _compact(indptr, flat, counts, gene)
+    place: dict[str, int] = {}
+    ids = [[place.setdefault(symbol, len(place)) for symbol in genes] for genes in lists]
+    return encode_ids(ragged(ids), gene_ids(list(place), universe))
 
 
 class GeneIds(NamedTuple):
@@ -189,31 +174,18 @@ class GeneIds(NamedTuple):
 
 def gene_ids(genes: Sequence[str], universe: Background) -> GeneIds:
     """Look the symbols up once, for many calls of `encode_ids`."""
-    symbol_ids = _SymbolIds()
-    canonical = np.array([symbol_ids[gene] for gene in genes], dtype=np.int64)
-    return GeneIds(universe, canonical, *_looked_up(list(symbol_ids.names), universe))
+    place: dict[str, int] = {}  # one for all spellings of a symbol (C1orf112, C1ORF112)
+    canonical = [place.setdefault(_upper(gene), len(place)) for gene in genes]
+    known = [universe.symbols is None or name in universe.symbols for name in place]
+    gene = [universe.library.index.get(name, -1) for name in place]
+    return GeneIds(universe, np.array(canonical, np.int64), np.array(known, np.bool_),
+                   np.array(gene, np.int32))
 
 
 def encode_ids(lists: Ragged, genes: GeneIds) -> Encoded:
     """As `encode_lists`, for lists that are ids into `genes` already (the nulls): far faster."""
     indptr = np.asarray(lists.indptr, dtype=np.int64)
-    return _compact(indptr, genes.canonical[lists.ids], genes.counts, genes.gene)
-
-
-def _looked_up(names: Sequence[str], universe: Background
-               ) -> tuple[NDArray[np.bool_], IntArray]:
-    """Whether each symbol counts as drawn, and the library's id of it."""
-    index = universe.library.index
-    gene = np.array([index.get(name, -1) for name in names], dtype=np.int32)
-    if universe.symbols is None:
-        return np.ones(len(names), dtype=bool), gene
-    return np.array([name in universe.symbols for name in names], dtype=bool), gene
-
-
-def _compact(indptr: IntArray, symbols: IntArray, counts: NDArray[np.bool_], gene: IntArray
-             ) -> Encoded:
-    """Drop repeats and what the background excludes; translate to the library's gene ids."""
-    ids = np.empty(symbols.size, dtype=np.int32)
-    n_query = np.zeros(indptr.size - 1, dtype=np.int64)
-    starts = kernels.compact_lists(indptr, symbols, counts, gene, ids, n_query)
+    symbols = genes.canonical[lists.ids]
+    ids, n_query = np.empty(symbols.size, np.int32), np.zeros(indptr.size - 1, np.int64)
+    starts = kernels.compact_lists(indptr, symbols, genes.counts, genes.gene, ids, n_query)
     return Encoded(starts, ids[: starts[-1]], n_query)

@@ -2,7 +2,7 @@
 
 import heapq
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +18,7 @@ from scfm_circuits.circuits.attribution import (
 )
 from scfm_circuits.circuits.circuit import Circuit, Edge, Expansion, Kind, Node
 from scfm_circuits.circuits.frozen import Frozen
-
-if TYPE_CHECKING:
-    from scfm_circuits.common.profile import Profile
+from scfm_circuits.common.profile import Profile
 
 
 class _Contributor(NamedTuple):
@@ -65,7 +63,7 @@ def trace(frozen: Frozen, target: Node, reading: Reading, *, branches: int, dept
     return circuit
 
 
-def limits(profile: "Profile") -> dict[str, Any]:
+def limits(profile: Profile) -> dict[str, Any]:
     """The options of `trace` as the profile has them."""
     return {"branches": profile.circuit_branches, "depth": profile.circuit_depth,
             "max_nodes": profile.circuit_nodes}

@@ -4,21 +4,19 @@ A feature of the full stop has another mean on genes than on the full stop. Aver
 of one kind, means keep what the text's form brings and lose what is a single cell's own.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from scfm_circuits import InputError
+from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.cells.prompts import AnsweredPrompt
+from scfm_circuits.common.profile import Profile
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.models.mlp_sites import batches, device_of, mlp_sites
 from scfm_circuits.transcoders.transcoder import Transcoders
-
-if TYPE_CHECKING:
-    from scfm_circuits.cells.corpus import Corpus
-    from scfm_circuits.cells.prompts import AnsweredPrompt
-    from scfm_circuits.common.profile import Profile
 
 MEAN_CELLS = 100
 """Training cells that means are taken over."""
@@ -47,7 +45,7 @@ def token_kinds(gene: np.ndarray, place: np.ndarray, answer_start: int) -> np.nd
     return kinds
 
 
-def prompt_kinds(prompt: "AnsweredPrompt") -> np.ndarray:
+def prompt_kinds(prompt: AnsweredPrompt) -> np.ndarray:
     """`token_kinds` of a prompt with its answer."""
     return token_kinds(prompt.encoded.gene, prompt.encoded.place, prompt.answer_start)
 
@@ -81,19 +79,19 @@ class Means(NamedTuple):
                      self.counts.sum()[None])
 
 
-def cells_averaged(corpus: "Corpus", rng: np.random.Generator) -> np.ndarray:
+def cells_averaged(corpus: Corpus, rng: np.random.Generator) -> np.ndarray:
     """Up to `MEAN_CELLS` training cells, drawn at random, in the corpus's order."""
     return np.sort(rng.permutation(np.flatnonzero(~corpus.held_out))[:MEAN_CELLS])
 
 
-def study_means(model: nn.Module, transcoders: Transcoders, corpus: "Corpus", profile: "Profile"
+def study_means(model: nn.Module, transcoders: Transcoders, corpus: Corpus, profile: Profile
                 ) -> Means:
     """`mean_activations` of the cells that every study of interventions averages over."""
     cells = cells_averaged(corpus, generator(profile.seed, "interventions"))
     return mean_activations(model, transcoders, corpus, cells, profile.forward_cells)
 
 
-def kinds_of(corpus: "Corpus", cells: np.ndarray) -> np.ndarray:
+def kinds_of(corpus: Corpus, cells: np.ndarray) -> np.ndarray:
     """(n_cells, length) `token_kinds` of each cell's text up to its answer's end; -1 behind it."""
     kinds = np.full((len(cells), corpus.tokens.shape[1]), -1, np.int32)
     for row, cell in zip(kinds, cells, strict=True):
@@ -104,7 +102,7 @@ def kinds_of(corpus: "Corpus", cells: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def mean_activations(model: nn.Module, transcoders: Transcoders, corpus: "Corpus",
+def mean_activations(model: nn.Module, transcoders: Transcoders, corpus: Corpus,
                      cells: np.ndarray, forward_cells: int) -> Means:
     """Means over the cells, on every kind of token (`token_kinds`)."""
     kinds = kinds_of(corpus, cells)

@@ -1,17 +1,14 @@
 """A feature's gene list, from E(f, t) by the paper's gene rule, and which features are live."""
 
 import re
-from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
 
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.common.profile import Profile
 from scfm_circuits.features.statistics import FeatureStatistics
-
-if TYPE_CHECKING:
-    from scfm_circuits.common.profile import Profile
 
 _FEATURES = 1024
 
@@ -80,7 +77,7 @@ def rescored(counts: np.ndarray, occurrences: np.ndarray, mean: np.ndarray, scor
     return np.where((counts >= MIN_FIRINGS) & (values > 0), values, 0.0)
 
 
-def containment(statistics: FeatureStatistics, corpus: Corpus, profile: "Profile"
+def containment(statistics: FeatureStatistics, corpus: Corpus, profile: Profile
                 ) -> sp.csr_matrix | None:
     """(tokens in genes, n_genes) which gene's symbol holds a token's letters, for the profile's
     `containment: letters`; None where the tokenizer decides or a gene's own tokens count alone.
@@ -152,7 +149,7 @@ def select_genes(genes: np.ndarray, scores: np.ndarray, list_rule: str, size: in
 
 
 def gene_list_ids(statistics: FeatureStatistics, layer: int, features: np.ndarray, corpus: Corpus,
-                  profile: "Profile") -> list[np.ndarray]:
+                  profile: Profile) -> list[np.ndarray]:
     """Each feature's gene list under the profile's gene rule and list rule, as gene ids."""
     most = profile.list_size if profile.list_rule == "top" else None
     ranked = ranked_genes(statistics, layer, features, len(corpus.symbols), profile.gene_rule, most,
@@ -163,7 +160,7 @@ def gene_list_ids(statistics: FeatureStatistics, layer: int, features: np.ndarra
 
 
 def gene_lists(statistics: FeatureStatistics, layer: int, features: np.ndarray, corpus: Corpus,
-               profile: "Profile") -> list[list[str]]:
+               profile: Profile) -> list[list[str]]:
     """`gene_list_ids` as symbols."""
     return [corpus.symbols[ids].tolist()
             for ids in gene_list_ids(statistics, layer, features, corpus, profile)]

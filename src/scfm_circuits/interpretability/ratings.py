@@ -10,20 +10,18 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from scfm_circuits import InputError
+from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.profile import ROOT
 from scfm_circuits.features.contexts import Context, token_table
 from scfm_circuits.features.gene_lists import ranked_genes
 from scfm_circuits.features.statistics import FeatureStatistics
 from scfm_circuits.interpretability.deck import FEATURE
-
-if TYPE_CHECKING:
-    from scfm_circuits.cells.corpus import Corpus
 
 SHEETS = ROOT / "data" / "human_eval"
 """Where raters' answers are put to be counted."""
@@ -35,7 +33,7 @@ _NEEDED = ("study", "rater", "interpretable")
 
 
 def rating_sheet(study: str, layer: int, features: np.ndarray, statistics: FeatureStatistics,
-                 contexts: Sequence[Sequence[Context]], corpus: "Corpus", rule: str,
+                 contexts: Sequence[Sequence[Context]], corpus: Corpus, rule: str,
                  key: pd.DataFrame) -> pd.DataFrame:
     """The sheet: what there is to see of each feature, and empty columns for the rater.
 

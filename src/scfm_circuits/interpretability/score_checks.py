@@ -13,7 +13,7 @@
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ import scipy.sparse as sp
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.simulated import Plan
 from scfm_circuits.cells.tokens import token_texts
-from scfm_circuits.common.profile import ROOT
+from scfm_circuits.common.profile import ROOT, Profile
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.controls.layer_counts import tester_of
 from scfm_circuits.enrichment.gene_sets import gene_sets_from_dict
@@ -47,9 +47,6 @@ from scfm_circuits.interpretability.scores import (
     corpus_kinds,
     score_counts,
 )
-
-if TYPE_CHECKING:
-    from scfm_circuits.common.profile import Profile
 
 PURITIES = (1.0, 0.7)
 """Shares of a made feature's activations that are where it is said to fire."""
@@ -88,7 +85,7 @@ class Checks(NamedTuple):
         return int(row[[GENE, FAMILY]].to_numpy().sum()), int(row.to_numpy().sum())
 
 
-def check_scores(statistics: FeatureStatistics, corpus: Corpus, profile: "Profile",
+def check_scores(statistics: FeatureStatistics, corpus: Corpus, profile: Profile,
                  plan: Plan | None, table3: pd.DataFrame) -> Checks:
     """Score features made to be known, and features that fire as the paper's Table 3 describes."""
     kinds = corpus_kinds(statistics, corpus, profile, program_sets(plan))
@@ -271,7 +268,7 @@ def program_shares(planted: pd.DataFrame, made: pd.DataFrame) -> dict[str, float
 
 
 def planted_score_table(scores: FeatureScores, statistics: Mapping[str, FeatureStatistics],
-                        corpus: Corpus, profile: "Profile", plan: Plan) -> pd.DataFrame:
+                        corpus: Corpus, profile: Profile, plan: Plan) -> pd.DataFrame:
     """Verdicts of features whose planted program is known, of the others, and of decoys.
 
     A feature's program is known if its gene list (by occurrence) has one among its terms under the

@@ -62,6 +62,7 @@ def not_finite(model: nn.Module) -> str | None:
 
 
 def moved_to(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on a device; transformers' own `to` has a type that takes none."""
     return model.to(device)
 
 

@@ -7,7 +7,7 @@ by the nearest place, and `axis` is the straight line from all other types to on
 be taken apart exactly.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scfm_circuits import InputError
+from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.kept import kept_arrays
+from scfm_circuits.common.profile import Profile
 from scfm_circuits.models.architectures import decoder
 from scfm_circuits.models.loading import model_stamp
 from scfm_circuits.models.mlp_sites import batches, counting_precision, device_of
-
-if TYPE_CHECKING:
-    from scfm_circuits.cells.corpus import Corpus
-    from scfm_circuits.common.profile import Profile
 
 PLACED = 20_000
 """Training cells that places are means of, at most; evenly spaced in the corpus."""
@@ -63,13 +61,13 @@ def mean_over_genes(hidden: Tensor, of_gene: Tensor) -> Tensor:
     return torch.einsum("nl,nld->nd", weight, hidden) / weight.sum(dim=1, keepdim=True)
 
 
-def genes_at(corpus: "Corpus", rows: np.ndarray, length: int, device: torch.device) -> Tensor:
+def genes_at(corpus: Corpus, rows: np.ndarray, length: int, device: torch.device) -> Tensor:
     """(n, length) bool: the tokens of genes."""
     return torch.from_numpy(np.asarray(corpus.gene[rows, :length] >= 0)).to(device)
 
 
 @torch.no_grad()
-def embeddings(model: nn.Module, corpus: "Corpus", cells: np.ndarray, forward_cells: int
+def embeddings(model: nn.Module, corpus: Corpus, cells: np.ndarray, forward_cells: int
                ) -> np.ndarray:
     """(n_cells, d_model) float64: the cells' embeddings."""
     config: Any = model.config
@@ -84,7 +82,7 @@ def embeddings(model: nn.Module, corpus: "Corpus", cells: np.ndarray, forward_ce
     return np.concatenate(found)
 
 
-def placed_cells(corpus: "Corpus") -> np.ndarray:
+def placed_cells(corpus: Corpus) -> np.ndarray:
     """The training cells that places are means of."""
     return corpus.training_cells(PLACED)
 
@@ -100,13 +98,13 @@ def means_by_type(points: Any, labels: np.ndarray) -> States:
     return States(types.astype(str), sums / np.bincount(which)[:, None])
 
 
-def find_states(model: nn.Module, corpus: "Corpus", forward_cells: int) -> States:
+def find_states(model: nn.Module, corpus: Corpus, forward_cells: int) -> States:
     """The types' places in a model's embedding."""
     cells = placed_cells(corpus)
     return means_by_type(embeddings(model, corpus, cells, forward_cells), corpus.labels[cells])
 
 
-def get_states(model: nn.Module, corpus: "Corpus", profile: "Profile") -> States:
+def get_states(model: nn.Module, corpus: Corpus, profile: Profile) -> States:
     """`find_states` of the profile's model, kept in its results."""
     return kept_arrays(profile.results / "states.npz", model_stamp(profile, corpus),
                        lambda: find_states(model, corpus, profile.forward_cells), States._asdict,

@@ -1,13 +1,13 @@
 """Several dictionaries on the same held-out cells: how sparse, how exact, and what they cost."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
+from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.models.mlp_sites import (
     Replacement,
     batches,
@@ -18,9 +18,6 @@ from scfm_circuits.models.mlp_sites import (
 )
 from scfm_circuits.transcoders.transcoder import Transcoders
 from scfm_circuits.transcoders.validation import Configuration, output_variance, scores_by_cell
-
-if TYPE_CHECKING:
-    from scfm_circuits.cells.corpus import Corpus
 
 Load = Callable[[], Transcoders]
 """Reads some dictionaries."""
@@ -35,7 +32,7 @@ def replacement_of(model: nn.Module, transcoders: Transcoders) -> Replacement:
     return lambda layer, x: transcoders.replacement(layer, modules[layer](x))
 
 
-def held_out_measures(model: nn.Module, variants: Mapping[str, Load], corpus: "Corpus",
+def held_out_measures(model: nn.Module, variants: Mapping[str, Load], corpus: Corpus,
                       cells: np.ndarray, forward_cells: int) -> pd.DataFrame:
     """L0, FVU and loss on the cells: a row per variant and layer.
 
@@ -62,7 +59,7 @@ def held_out_measures(model: nn.Module, variants: Mapping[str, Load], corpus: "C
     return pd.DataFrame(rows, columns=["variant", "layer", "l0", "fvu", "loss"])
 
 
-def _sparsity_and_error(one: Transcoders, model: nn.Module, corpus: "Corpus", cells: np.ndarray,
+def _sparsity_and_error(one: Transcoders, model: nn.Module, corpus: Corpus, cells: np.ndarray,
                         forward_cells: int) -> tuple[np.ndarray, np.ndarray]:
     """(n_layers,) active features and squared errors, summed over the cells' tokens."""
     active, error = np.zeros(one.n_layers), np.zeros(one.n_layers)
@@ -76,7 +73,7 @@ def _sparsity_and_error(one: Transcoders, model: nn.Module, corpus: "Corpus", ce
     return active, error
 
 
-def _losses(replacement: Replacement, model: nn.Module, corpus: "Corpus", cells: np.ndarray,
+def _losses(replacement: Replacement, model: nn.Module, corpus: Corpus, cells: np.ndarray,
             forward_cells: int) -> np.ndarray:
     """(2 + n_layers,) losses: of the untouched model, with all MLPs replaced, with each alone."""
     chosen = [Configuration("", None, None), Configuration("", replacement, None),

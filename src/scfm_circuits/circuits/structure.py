@@ -11,11 +11,13 @@ The signed share of a node (`influence(signed=True)`) multiplies the signs of th
 path: a node that takes away from one that takes away adds.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.sparse.csgraph import connected_components
 
 from scfm_circuits.circuits.attribution import Contributions
 from scfm_circuits.circuits.circuit import Circuit, Node
@@ -163,20 +165,13 @@ def supernodes(circuit: Circuit, families: Mapping[FeatureOf, tuple[int, ...]]) 
     """
     members = circuit_features(circuit)
     order = sorted(members)
-    group = {one: place for place, one in enumerate(order)}
-    for place, one in enumerate(order):
-        for other in order[:place]:
-            if families[one] and jaccard(families[one], families[other]) >= 0.5:
-                old, new = max(group[one], group[other]), min(group[one], group[other])
-                group = {key: new if value == old else value for key, value in group.items()}
+    alike = similarity([families[one] for one in order]) >= 0.5  # 0 without a family
+    n, group = connected_components(alike, directed=False)
     influence, signed = circuit.influence(), circuit.influence(signed=True)
     rows = []
-    for place in sorted(set(group.values())):
-        own = [one for one in order if group[one] == place]
-        counts: dict[int, int] = {}
-        for one in own:
-            for token in families[one]:
-                counts[token] = counts.get(token, 0) + 1
+    for place in range(n):
+        own = [one for one, of in zip(order, group, strict=True) if of == place]
+        counts = Counter(token for one in own for token in families[one])
         nodes = [node.id for one in own for node in members[one]]
         rows.append((len(own), " ".join(f"{layer}.{index}" for layer, index in own),
                      " ".join(map(str, sorted({layer for layer, _ in own}))),

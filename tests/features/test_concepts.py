@@ -35,15 +35,15 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, name, value)
 
 
-def plain(model: Any, corpus: Any, units: module.Units, cells: np.ndarray, layer: int) -> Any:
-    """Values of all units on each cell's question, and the genes of its tokens, cell by cell."""
+def plain(model: Any, corpus: Any, t: Any, active: bool, cells: np.ndarray, layer: int) -> Any:
+    """Values of all units of an encoder on each cell's question, with its activation or without,
+    and the genes of its tokens, cell by cell."""
     for cell in cells:
         end = int(corpus.answer_start[cell])
         ids = torch.from_numpy(np.asarray(corpus.tokens[cell, :end]))[None]
         x = mlp_sites(model, ids, torch.ones_like(ids, dtype=torch.bool)).inputs[layer]
-        t = units.encoder
         pre = t.layer_pre_activations(layer, x)
-        z = t.activate(pre, layer) if units.active else pre
+        z = t.activate(pre, layer) if active else pre
         yield z.numpy(), np.asarray(corpus.gene[cell, :end])
 
 
@@ -52,11 +52,11 @@ def test_every_unit_and_cut_is_counted_as_scikit_learn_counts(parts: Any, few: N
     cells = np.arange(0, 24)
     concepts = module.concepts_of(corpus, SETS, cells, np.arange(24, 48))
     assert concepts.gene_names == ["T", "mono"] and len(concepts.cell_names) == 4
-    kinds = {"on": module.Units(transcoders, True), "pre": module.Units(transcoders, False)}
+    kinds = {"on": transcoders.layer_activations, "pre": transcoders.layer_pre_activations}
     counts = module.count_units(kinds, module.question_batches(model, corpus, cells, 7, concepts))
-    for kind, units in kinds.items():
+    for kind in kinds:
         for layer in range(2):
-            each = list(plain(model, corpus, units, cells, layer))
+            each = list(plain(model, corpus, transcoders, kind == "on", cells, layer))
             most = np.stack([z.max(axis=0) for z, _ in each])
             on_gene = np.concatenate([z[gene >= 0] for z, gene in each])
             genes = np.concatenate([gene[gene >= 0] for _, gene in each])
@@ -80,14 +80,15 @@ def test_scores_of_chosen_units_are_those_of_their_cells(parts: Any, few: None) 
     model, transcoders, corpus, _ = parts
     cells = np.arange(24, 45)
     concepts = module.concepts_of(corpus, SETS, np.arange(24), cells)
-    kinds = {"on": module.Units(transcoders, True)}
+    kinds = {"on": transcoders.layer_activations}
     chosen = [module.Choice("on", "on", level, concept, 0, layer, 3 + concept, 0.2, 0.0)
               for level in (CELL, TOKEN) for concept in (0, 1) for layer in (1, 0)]
     scored = module.score_choices(kinds, chosen,
                                   module.question_batches(model, corpus, cells, 4, concepts))
     assert scored.shape == (8, 3, len(cells))
     for one, (hits, said, holds) in zip(chosen, scored, strict=True):
-        for column, (z, gene) in enumerate(plain(model, corpus, kinds["on"], cells, one.layer)):
+        each = plain(model, corpus, transcoders, True, cells, one.layer)
+        for column, (z, gene) in enumerate(each):
             values = z[:, one.unit]
             if one.level == CELL:
                 yes = np.array([values.max() > one.cut])

@@ -15,7 +15,7 @@ of held-out cells. Rules, fixed before any result was seen:
 What is kept of the choosing pass are whole numbers by unit, cut and concept; no activation is.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -47,18 +47,9 @@ LEAST = 10
 """Training cells and held-out cells that a label has at least, to be a concept."""
 CELL, TOKEN = "cells", "tokens"
 
-
-class Units(NamedTuple):
-    """A kind of units at the MLPs' inputs: an encoder's directions, with its activation or as they
-    are."""
-
-    encoder: Transcoders
-    active: bool
-
-    def values(self, layer: int, x: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """(n_tokens, n) of all units of a layer, or of some."""
-        t = self.encoder
-        return (t.layer_activations if self.active else t.layer_pre_activations)(layer, x, chosen)
+Units = Callable[..., Tensor]
+"""From a layer and what its MLP reads (n_tokens, d_model) to units (n_tokens, n) of all or, with
+their indices behind, of some: `Transcoders.layer_activations`, or `layer_pre_activations`."""
 
 
 def kinds_of_units(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
@@ -67,12 +58,12 @@ def kinds_of_units(model: "GPTNeoXForCausalLM", transcoders: Transcoders,
     """The features, and what no dictionary learning made: an untrained encoder's features, its
     directions without activation, the neurons' reading directions, and the principal components of
     what MLPs read, both signs."""
-    found = {FEATURES: Units(transcoders, True)}
     own = {kind: direction_encoder(kind, model, statistics, corpus, profile) for kind in DIRECTIONS}
     fewest = min(one.n_features for one in (transcoders, *own.values()))
     untrained = untrained_encoder(model, statistics, corpus, profile, fewest)
-    return found | {UNTRAINED: Units(untrained, True), RANDOM: Units(untrained, False),
-                    **{kind: Units(one, False) for kind, one in own.items()}}
+    return {FEATURES: transcoders.layer_activations, UNTRAINED: untrained.layer_activations,
+            RANDOM: untrained.layer_pre_activations,
+            **{kind: one.layer_pre_activations for kind, one in own.items()}}
 
 
 # --- concepts ------------------------------------------------------------------------------------
@@ -188,7 +179,7 @@ def count_units(kinds: Mapping[str, Units], found: Iterator[Batch]
         truths, seen = batch.truths(), dict.fromkeys((CELL, TOKEN), 0)
         for kind, units in kinds.items():
             for layer, x in enumerate(batch.inputs):
-                for level, values in batch.readings(units.values(layer, x)).items():
+                for level, values in batch.readings(units(layer, x)).items():
                     seen[level] = len(values)
                     if (kind, level) not in counts:
                         counts[kind, level] = _empty(len(batch.inputs), values, truths[level])
@@ -288,7 +279,7 @@ def score_choices(kinds: Mapping[str, Units], chosen: list[Choice], found: Itera
         part = torch.zeros(len(chosen), 3, n, dtype=torch.float64, device=batch.cell.device)
         for (kind, layer), places in by_layer.items():
             units = torch.tensor([chosen[at].unit for at in places], device=batch.cell.device)
-            values = batch.readings(kinds[kind].values(layer, batch.inputs[layer], units))
+            values = batch.readings(kinds[kind](layer, batch.inputs[layer], units))
             for column, at in enumerate(places):
                 one = chosen[at]
                 said = (values[one.level][:, column] > one.cut).double()
@@ -331,7 +322,7 @@ def concept_scores(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus
     kinds = kinds_of_units(model, transcoders, statistics, corpus, profile)
     size = profile.forward_cells
     counts = count_units(kinds, question_batches(model, corpus, training, size, concepts))
-    fewest = min(one.encoder.n_features for one in kinds.values())
+    fewest = min(own.said.shape[1] for own in counts.values())
     chosen = choices(counts, fewest, profile.seed)
     scored = score_choices(kinds, chosen, question_batches(model, corpus, held_out, size, concepts))
     n = len(held_out)

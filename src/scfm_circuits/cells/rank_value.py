@@ -20,12 +20,12 @@ from scfm_circuits.cells.ranking import top_genes
 from scfm_circuits.cells.tokens import Made, Prompts, in_memory
 from scfm_circuits.common.encodings import BINNED, ENSEMBL, GENE_TOKENS, RANK_VALUE
 from scfm_circuits.common.labels import listed, normal_label
+from scfm_circuits.common.profile import Profile
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedTokenizerFast
 
-    from scfm_circuits.common.profile import Profile
 
 _CELLS = 4096
 
@@ -45,7 +45,7 @@ class Coded(NamedTuple):
     decisions: list[str]
 
 
-def coded_genes(variables: "pd.DataFrame", symbols: Sequence[str], profile: "Profile", where: str
+def coded_genes(variables: "pd.DataFrame", symbols: Sequence[str], profile: Profile, where: str
                 ) -> Coded:
     """Find the token of every column: by its Ensembl identifier, or by its symbol.
 
@@ -106,7 +106,7 @@ def _named(names: dict[str, str], known: GeneTokens) -> list[str]:
         "Geneformer's gene_name_id_dict." if left else ".")]
 
 
-def _identifiers(variables: "pd.DataFrame", symbols: Sequence[str], profile: "Profile", where: str
+def _identifiers(variables: "pd.DataFrame", symbols: Sequence[str], profile: Profile, where: str
                  ) -> tuple[list[str], str]:
     """What each column is found by, in capitals, and what that is called in a sentence."""
     column = profile.ensembl_column
@@ -142,7 +142,7 @@ def _one_name_each(genes: Sequence[str], names: dict[str, str]) -> list[str]:
     return found
 
 
-def own_genes(counts: sp.csr_matrix, rows: np.ndarray, profile: "Profile"
+def own_genes(counts: sp.csr_matrix, rows: np.ndarray, profile: Profile
               ) -> tuple[np.ndarray, np.ndarray]:
     """The genes that get a token where no dictionary is at hand, ascending, and their medians.
 
@@ -166,7 +166,7 @@ def own_genes(counts: sp.csr_matrix, rows: np.ndarray, profile: "Profile"
     return chosen, medians[chosen]
 
 
-def own_tokens(profile: "Profile", symbols: Sequence[str]) -> GeneTokens:
+def own_tokens(profile: Profile, symbols: Sequence[str]) -> GeneTokens:
     """The dictionary of genes that get a token here, behind the special ones; medians are with the
     ranking, which is all that they are for."""
     special = {name: i for i, name in enumerate(RANK_VALUE[profile.encoding].special)}

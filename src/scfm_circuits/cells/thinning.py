@@ -12,10 +12,10 @@ import scipy.sparse as sp
 from scfm_circuits import InputError
 from scfm_circuits.cells.ranking import top_genes
 from scfm_circuits.cells.tokens import Prompts, encode_all, question
+from scfm_circuits.common.profile import Profile
 
 if TYPE_CHECKING:
     from scfm_circuits.cells.corpus import Corpus
-    from scfm_circuits.common.profile import Profile
 
 
 class Counts(NamedTuple):
@@ -25,7 +25,7 @@ class Counts(NamedTuple):
     genes: np.ndarray
 
 
-def read_counts(profile: "Profile", corpus: "Corpus") -> Counts | None:
+def read_counts(profile: Profile, corpus: "Corpus") -> Counts | None:
     """The cells' counts of the genes that stand in any sentence; None if values are no counts.
 
     Other genes are left out: the tokenizer, and what is counted later, knows these alone. Raises
@@ -62,7 +62,7 @@ def thinned(counts: Counts, cells: np.ndarray, least: float, k: int, rng: np.ran
     return np.where(found >= 0, counts.genes[found], -1).astype(np.int32)
 
 
-def thinned_prompts(corpus: "Corpus", profile: "Profile", counts: Counts, cells: np.ndarray,
+def thinned_prompts(corpus: "Corpus", profile: Profile, counts: Counts, cells: np.ndarray,
                     rng: np.random.Generator) -> Prompts:
     """`thinned` sentences of some cells as prompts with their answers."""
     ranking = thinned(counts, cells, profile.model_thinning, profile.genes_per_cell, rng)

@@ -16,13 +16,12 @@ from tqdm import tqdm
 from scfm_circuits import InputError
 from scfm_circuits.common.encodings import BINNED, GENE_TOKENS
 from scfm_circuits.common.files import first_line
-from scfm_circuits.common.profile import model_source
+from scfm_circuits.common.profile import Profile, model_source
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from scfm_circuits.common.profile import Profile
 
 END_OF_TEXT = "<|endoftext|>"
 GENE_MARK = "<gene>"
@@ -223,7 +222,7 @@ def begin_token_note(tokenizer: "PreTrainedTokenizerFast") -> str | None:
             "begin.")
 
 
-def question(profile: "Profile") -> str:
+def question(profile: Profile) -> str:
     """The profile's prompt with all but `{genes}` filled in.
 
     `{num_genes}` is `genes_per_cell`, as cell2sentence fills it in, also for a cell with fewer.
@@ -232,7 +231,7 @@ def question(profile: "Profile") -> str:
             .replace("{organism}", profile.organism))
 
 
-def written(profile: "Profile", genes: Sequence[str], answer: str) -> str:
+def written(profile: Profile, genes: Sequence[str], answer: str) -> str:
     """A sentence's prompt followed by the given answer, as text."""
     return (question(profile).replace("{genes}", " ".join(genes))
             + profile.response.replace("{label}", answer))

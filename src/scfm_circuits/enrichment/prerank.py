@@ -18,7 +18,7 @@ import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,14 +26,12 @@ import pandas as pd
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.compiled import n_threads
+from scfm_circuits.common.profile import Profile
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.gene_sets import GeneSets
 from scfm_circuits.features.contexts import draw_features
 from scfm_circuits.features.gene_lists import gene_scores
 from scfm_circuits.features.statistics import FeatureStatistics
-
-if TYPE_CHECKING:
-    from scfm_circuits.common.profile import Profile
 
 SMALLEST = 15
 """Genes that a term must have in the ranking, unless asked otherwise."""
@@ -167,7 +165,7 @@ class PrerankStudy(NamedTuple):
     """Shuffled rankings with one."""
 
 
-def prerank_study(statistics: FeatureStatistics, corpus: Corpus, profile: "Profile",
+def prerank_study(statistics: FeatureStatistics, corpus: Corpus, profile: Profile,
                   libraries: Sequence[GeneSets]) -> PrerankStudy:
     """Rank all genes by the activations of the first features of the human evaluation."""
     used, layer = corpus.occurring, profile.human_layer

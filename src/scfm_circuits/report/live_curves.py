@@ -4,12 +4,10 @@ import io
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from scfm_circuits.common.profile import Profile
 from scfm_circuits.transcoders.training.history import History, Logged, TensorBoard
-
-if TYPE_CHECKING:
-    from scfm_circuits.common.profile import Profile
 
 UNWATCHED = "SCFM_UNWATCHED"
 """Environment variable that is set where notebooks are executed without anybody looking on."""
@@ -24,7 +22,7 @@ def watched() -> bool:
     return type(shell).__name__ == "ZMQInteractiveShell"
 
 
-def watcher(profile: "Profile") -> Logged | None:
+def watcher(profile: Profile) -> Logged | None:
     """What is to be called with the training history each time a row is added; None for nothing.
 
     Live curves where somebody looks on, and TensorBoard if the profile asks for it. Raises

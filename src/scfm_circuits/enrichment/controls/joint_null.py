@@ -11,7 +11,7 @@ between two kinds of features.
 import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.compiled import n_threads
 from scfm_circuits.common.kept import kept_arrays, stamp_of
+from scfm_circuits.common.profile import Profile
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.controls.layer_counts import FREQUENCY_BINS, Tester, tester_of
 from scfm_circuits.enrichment.controls.tables import FEATURES
@@ -29,9 +30,6 @@ from scfm_circuits.enrichment.rules import RULES
 from scfm_circuits.features.baselines import DIRECTIONS
 from scfm_circuits.features.gene_lists import gene_list_ids
 from scfm_circuits.features.statistics import FeatureStatistics
-
-if TYPE_CHECKING:
-    from scfm_circuits.common.profile import Profile
 
 SAME_MODEL = ("untrained encoder", *DIRECTIONS)
 """Directions of the model that is explained, which no dictionary learning chose."""
@@ -61,7 +59,7 @@ class JointNull(NamedTuple):
                      for part in (own, null))  # type: ignore[return-value]
 
 
-def joint_null(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Profile",
+def joint_null(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: Profile,
                libraries: Sequence[GeneSets]) -> JointNull:
     """Relabel the genes `null_draws` times under the rule `corpus` and the profile's gene rule.
 
@@ -87,7 +85,7 @@ def joint_null(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: 
                                                 arrays["null"]))
 
 
-def _lists(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Profile"
+def _lists(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: Profile
            ) -> tuple[Ragged, np.ndarray]:
     """All lists of the corpus's gene ids, and (n_lists,) kind * n_layers + layer of each."""
     lists: list[np.ndarray] = []
@@ -119,7 +117,7 @@ def relabelling(cells: np.ndarray, used: np.ndarray, rng: np.random.Generator) -
 
 
 def _relabelled(kinds: tuple[str, ...], n_layers: int, lists: Ragged, group: np.ndarray,
-                cells: np.ndarray, tester: Tester, profile: "Profile") -> JointNull:
+                cells: np.ndarray, tester: Tester, profile: Profile) -> JointNull:
     used, n = np.flatnonzero(cells), len(kinds) * n_layers
 
     def by_group(called: np.ndarray) -> np.ndarray:
@@ -249,7 +247,7 @@ class JointStudy(NamedTuple):
 
 
 def joint_study(statistics: FeatureStatistics, others: Mapping[str, FeatureStatistics],
-                corpus: Corpus, profile: "Profile", libraries: Sequence[GeneSets]) -> JointStudy:
+                corpus: Corpus, profile: Profile, libraries: Sequence[GeneSets]) -> JointStudy:
     """The shares of trained features and of all other kinds beside relabelled genes."""
     kinds = {FEATURES: statistics, **others}
     shares: list[pd.DataFrame] = []

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -29,6 +29,7 @@ from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.compiled import n_threads
 from scfm_circuits.common.kept import Stamp, kept_arrays, stamp_of
+from scfm_circuits.common.profile import Profile
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment import kernels
 from scfm_circuits.enrichment.background import (
@@ -55,9 +56,6 @@ from scfm_circuits.enrichment.rules import RULES, Rule
 from scfm_circuits.features.gene_lists import MIN_FIRINGS, containment, gene_list_ids
 from scfm_circuits.features.statistics import FeatureStatistics
 
-if TYPE_CHECKING:
-    from scfm_circuits.common.profile import Profile
-
 NULLS = ("uniform", "frequency-matched", "token-preserving")
 """Kinds of null lists, each holding one more thing fixed."""
 BAND_DRAWS = 50
@@ -72,7 +70,7 @@ _FIELDS = ("seed", "live_cut_table4", "fdr", "gene_rule", "gene_score", "contain
 _ROOMS = ("enrichment", "features")
 
 
-def rules_shown(profile: "Profile") -> tuple[str, ...]:
+def rules_shown(profile: Profile) -> tuple[str, ...]:
     """The profile's rule first, then `enrichr` and `corpus`, each once."""
     return tuple(dict.fromkeys([profile.enrichment_rule, "enrichr", "corpus"]))
 
@@ -148,7 +146,7 @@ def tester_of(rule: Rule, libraries: Sequence[GeneSets], corpus: Corpus, alpha: 
     return Tester(rule.name, rule.family, alpha, tuple(known))
 
 
-def testers(libraries: Sequence[GeneSets], corpus: Corpus, profile: "Profile") -> list[Tester]:
+def testers(libraries: Sequence[GeneSets], corpus: Corpus, profile: Profile) -> list[Tester]:
     """A tester for each rule shown."""
     return [tester_of(RULES[name], libraries, corpus, profile.fdr)
             for name in rules_shown(profile)]
@@ -166,7 +164,7 @@ class NullSource(NamedTuple):
     fired: sp.csr_matrix
     """(n_features, n_tokens) how often each feature fires on each token that stands in genes."""
     families: TokenFamilies
-    profile: "Profile"
+    profile: Profile
 
     def draw(self, kind: str, rng: np.random.Generator, draws: int) -> Ragged:
         """`draws` null lists of every feature, as gene ids of the corpus."""
@@ -189,7 +187,7 @@ class NullSource(NamedTuple):
 
 
 def null_source(statistics: FeatureStatistics, layer: int, features: np.ndarray, own: Ragged,
-                corpus: Corpus, profile: "Profile") -> NullSource:
+                corpus: Corpus, profile: Profile) -> NullSource:
     """The genes, tokens and families behind a layer's null lists."""
     inside = np.flatnonzero(statistics.pair_gene >= 0)
     genes, counts = statistics.pair_gene[inside], statistics.pair_count[inside]
@@ -205,7 +203,7 @@ def null_source(statistics: FeatureStatistics, layer: int, features: np.ndarray,
                        contains=None if contains is None else contains[:, used]), profile)
 
 
-def own_genes_kept(statistics: FeatureStatistics, corpus: Corpus, profile: "Profile"
+def own_genes_kept(statistics: FeatureStatistics, corpus: Corpus, profile: Profile
                    ) -> dict[str, float]:
     """Mean share of the live features' own genes that null lists hold again, by kind of null."""
     used = np.unique(statistics.pair_gene[statistics.pair_gene >= 0])
@@ -223,7 +221,7 @@ def own_genes_kept(statistics: FeatureStatistics, corpus: Corpus, profile: "Prof
 
 
 def layer_controls(statistics: FeatureStatistics, baselines: Mapping[str, FeatureStatistics],
-                   layer: int, corpus: Corpus, profile: "Profile", ready: Sequence[Tester],
+                   layer: int, corpus: Corpus, profile: Profile, ready: Sequence[Tester],
                    bar: "tqdm[Any] | None" = None) -> LayerControls:
     """All counts of one layer; `bar` advances by one for each null list."""
     features = np.flatnonzero(statistics.live(profile.live_cut_table4)[layer])
@@ -336,7 +334,7 @@ def _jobs(races: Sequence[Race], source: NullSource, start: int, end: int
 
 
 def get_controls(statistics: FeatureStatistics, baselines: Mapping[str, FeatureStatistics],
-                 corpus: Corpus, profile: "Profile", libraries: Sequence[GeneSets]
+                 corpus: Corpus, profile: Profile, libraries: Sequence[GeneSets]
                  ) -> list[LayerControls]:
     """`layer_controls` of every layer, kept in `results/<profile>/controls/`.
 
@@ -364,7 +362,7 @@ def get_controls(statistics: FeatureStatistics, baselines: Mapping[str, FeatureS
 
 
 def _stamp(statistics: FeatureStatistics, baselines: Mapping[str, FeatureStatistics], layer: int,
-           corpus: Corpus, profile: "Profile", libraries: Sequence[GeneSets]) -> Stamp:
+           corpus: Corpus, profile: Profile, libraries: Sequence[GeneSets]) -> Stamp:
     """Everything a layer's counts depend on."""
     digest = hashlib.sha256("\n".join(corpus.symbols).encode())
     digest.update(corpus.gene.tobytes())

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from scfm_circuits.cells.corpus import Corpus, of_cells
+from scfm_circuits.common.profile import Profile
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.controls.layer_counts import Tester, null_source, testers
 from scfm_circuits.enrichment.gene_sets import GeneSets
@@ -24,7 +25,6 @@ from scfm_circuits.transcoders.variants import Trained
 if TYPE_CHECKING:
     from transformers import GPTNeoXForCausalLM
 
-    from scfm_circuits.common.profile import Profile
 
 NULL = "token-preserving"
 """The null lists: random tokens of the kinds, and as many, as the feature fires on."""
@@ -47,7 +47,7 @@ class Comparison(NamedTuple):
 
 
 def compare_dictionaries(trained: Sequence[Trained], model: "GPTNeoXForCausalLM", corpus: Corpus,
-                         libraries: Sequence[GeneSets], profile: "Profile") -> Comparison:
+                         libraries: Sequence[GeneSets], profile: Profile) -> Comparison:
     """Measure all kinds on the same held-out cells, and test their features with all rules.
 
     trained: from `get_variants`, the reference first. One dictionary is in memory at a time.
@@ -66,7 +66,7 @@ def compare_dictionaries(trained: Sequence[Trained], model: "GPTNeoXForCausalLM"
                       tuple(one.rule for one in ready), len(held_out), len(counted))
 
 
-def cells_counted(corpus: Corpus, profile: "Profile") -> Corpus:
+def cells_counted(corpus: Corpus, profile: Profile) -> Corpus:
     """The cells in which the features of all kinds are counted: all, or `variant_cells` of them.
 
     A pass over the paper's 67 million tokens costs more than training a kind does.
@@ -77,7 +77,7 @@ def cells_counted(corpus: Corpus, profile: "Profile") -> Corpus:
     return of_cells(corpus, np.sort(drawn[: profile.variant_cells]))
 
 
-def feature_measures(statistics: FeatureStatistics, corpus: Corpus, profile: "Profile",
+def feature_measures(statistics: FeatureStatistics, corpus: Corpus, profile: Profile,
                      ready: Sequence[Tester], null_kind: str = NULL) -> pd.DataFrame:
     """Live features and the interpretable ones among them: a row per layer.
 

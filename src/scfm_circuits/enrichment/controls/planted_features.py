@@ -7,25 +7,22 @@ real ones.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
 from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.common.profile import Profile
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.gene_sets import GeneSets
 from scfm_circuits.features.statistics import FeatureStatistics
-
-if TYPE_CHECKING:
-    from scfm_circuits.common.profile import Profile
 
 MIN_GENES, MAX_GENES = 10, 100
 
 
 def planted_statistics(statistics: FeatureStatistics, corpus: Corpus,
-                       libraries: Sequence[GeneSets], profile: "Profile", n: int = 100,
+                       libraries: Sequence[GeneSets], profile: Profile, n: int = 100,
                        purity: float = 1.0) -> tuple[FeatureStatistics, pd.DataFrame]:
     """Statistics of up to n planted features, the same in every layer, and what they are.
 

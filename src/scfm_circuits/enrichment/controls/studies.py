@@ -8,13 +8,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.intervals import wilson_interval
+from scfm_circuits.common.profile import Profile
 from scfm_circuits.common.randomness import generator
 from scfm_circuits.enrichment.controls.joint_null import some_of
 from scfm_circuits.enrichment.controls.layer_counts import (
@@ -45,9 +46,6 @@ from scfm_circuits.enrichment.terms import top_terms
 from scfm_circuits.features.contexts import top_tokens
 from scfm_circuits.features.gene_lists import check_live, gene_list_ids, gene_lists
 from scfm_circuits.features.statistics import FeatureStatistics
-
-if TYPE_CHECKING:
-    from scfm_circuits.common.profile import Profile
 
 Baselines = Mapping[str, FeatureStatistics]
 
@@ -93,7 +91,7 @@ class Table4Study(NamedTuple):
 
 
 def table4_study(statistics: FeatureStatistics, baselines: Baselines, corpus: Corpus,
-                 profile: "Profile", libraries: Sequence[GeneSets]) -> Table4Study:
+                 profile: Profile, libraries: Sequence[GeneSets]) -> Table4Study:
     """Count every live feature's list beside its controls, or read what was counted before.
 
     Raises:
@@ -114,7 +112,7 @@ def table4_study(statistics: FeatureStatistics, baselines: Baselines, corpus: Co
         smallest_possible_p(one_by_one, list(baselines), profile.null_draws))
 
 
-def by_gene_rule(study: Table4Study, profile: "Profile") -> pd.DataFrame:
+def by_gene_rule(study: Table4Study, profile: Profile) -> pd.DataFrame:
     """The shares under the profile's gene rule, and under `occurrence` if that is another; its
     name is the first column. Under the other gene rule only the rule `corpus`."""
     tables = {profile.gene_rule: study.shares}
@@ -124,7 +122,7 @@ def by_gene_rule(study: Table4Study, profile: "Profile") -> pd.DataFrame:
                       for rule, one in tables.items()], ignore_index=True)
 
 
-def every_rule(study: Table4Study, profile: "Profile") -> pd.DataFrame:
+def every_rule(study: Table4Study, profile: Profile) -> pd.DataFrame:
     """For reading: a row per kind of lists, a column per rule and gene rule."""
     return pd.DataFrame({
         f"% by {rule}, genes by {gene_rule}": together(part).percentages[rule]
@@ -132,7 +130,7 @@ def every_rule(study: Table4Study, profile: "Profile") -> pd.DataFrame:
         for rule, part in shares.groupby("rule", sort=False)}).rename_axis("lists").reset_index()
 
 
-def by_occurrence(profile: "Profile") -> "Profile":
+def by_occurrence(profile: Profile) -> Profile:
     """The profile with the gene rule `occurrence`: a token counts for the gene it stood in."""
     return profile.model_copy(update={"gene_rule": "occurrence"})
 
@@ -178,7 +176,7 @@ def together(shares: pd.DataFrame) -> Together:
 # --- the test itself, and its choices ------------------------------------------------------------
 
 
-def nominal_level(libraries: Sequence[GeneSets], corpus: Corpus, profile: "Profile",
+def nominal_level(libraries: Sequence[GeneSets], corpus: Corpus, profile: Profile,
                   draws: int = 2000) -> pd.DataFrame:
     """Uniformly random lists of the corpus's genes called interpretable, library by library.
 
@@ -202,7 +200,7 @@ def nominal_level(libraries: Sequence[GeneSets], corpus: Corpus, profile: "Profi
     return table.sort_values(["rule", "library"], kind="stable") if rows else table
 
 
-def choices(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Profile",
+def choices(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: Profile,
             libraries: Sequence[GeneSets]) -> pd.DataFrame:
     """Share of lists called interpretable under other choices than the profile's, one at a time.
 
@@ -229,7 +227,7 @@ def choices(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Pr
                          for label, used, asked, with_nulls in tried])
 
 
-def _other_lists(profile: "Profile", own: Tester, n_genes: int) -> dict[str, dict[str, Any]]:
+def _other_lists(profile: Profile, own: Tester, n_genes: int) -> dict[str, dict[str, Any]]:
     """What each choice of list changes in the profile."""
     found: dict[str, dict[str, Any]] = {
         f"list: {label}": {"list_rule": rule, "list_size": size or profile.list_size,
@@ -252,7 +250,7 @@ def _other_lists(profile: "Profile", own: Tester, n_genes: int) -> dict[str, dic
     return found
 
 
-def _under(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: "Profile",
+def _under(kinds: Mapping[str, FeatureStatistics], corpus: Corpus, profile: Profile,
            asked: Tester, with_nulls: bool) -> dict[str, Any]:
     """One row of `choices` but its name."""
     counts = {kind: np.zeros(2, np.int64) for kind in kinds}
@@ -305,7 +303,7 @@ class PlantedPassing(NamedTuple):
 
 
 def planted_passing(statistics: FeatureStatistics, baselines: Baselines, corpus: Corpus,
-                    profile: "Profile", libraries: Sequence[GeneSets], verdicts: pd.DataFrame
+                    profile: Profile, libraries: Sequence[GeneSets], verdicts: pd.DataFrame
                     ) -> PlantedPassing:
     """Put planted features through the lists, tests and controls of layer `human_layer`.
 
@@ -385,7 +383,7 @@ class FeatureTables(NamedTuple):
 
 
 def feature_tables(study: Table4Study, statistics: FeatureStatistics, corpus: Corpus,
-                   profile: "Profile", libraries: Sequence[GeneSets]) -> FeatureTables:
+                   profile: Profile, libraries: Sequence[GeneSets]) -> FeatureTables:
     """Tokens, genes and best terms of every live feature under the gene rule `occurrence`."""
     rule = RULES["corpus"]
     symbols, tokens, genes, terms = corpus.occurring_symbols, [], [], []

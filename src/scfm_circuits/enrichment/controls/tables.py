@@ -1,24 +1,22 @@
 """What the controls say, as tables: shares per layer, Table 4, and a row for every feature."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from scfm_circuits.common.intervals import wilson_interval
+from scfm_circuits.common.profile import Profile
 from scfm_circuits.enrichment.controls.layer_counts import NULLS, LayerControls, rules_shown
 from scfm_circuits.enrichment.significance import benjamini_hochberg, empirical_p
 from scfm_circuits.features.baselines import DIRECTIONS
-
-if TYPE_CHECKING:
-    from scfm_circuits.common.profile import Profile
 
 FEATURES = "features"
 """How the tables call the trained features' own lists."""
 
 
-def share_table(layers: Sequence[LayerControls], baselines: Sequence[str], profile: "Profile"
+def share_table(layers: Sequence[LayerControls], baselines: Sequence[str], profile: Profile
                 ) -> pd.DataFrame:
     """Share of lists called interpretable, by rule, kind of lists and layer.
 
@@ -61,7 +59,7 @@ def pooled(shares: pd.DataFrame) -> pd.DataFrame:
         {"tested": "sum", "called": "sum", "percentage": "mean"}).reset_index()
 
 
-def verdict_table(layers: Sequence[LayerControls], baselines: Sequence[str], profile: "Profile"
+def verdict_table(layers: Sequence[LayerControls], baselines: Sequence[str], profile: Profile
                   ) -> pd.DataFrame:
     """Every live feature against every control.
 
@@ -150,7 +148,7 @@ def column_name(control: str) -> str:
     return control.replace(" ", "_").replace("-", "_")
 
 
-def table4(shares: pd.DataFrame, verdicts: pd.DataFrame, profile: "Profile") -> pd.DataFrame:
+def table4(shares: pd.DataFrame, verdicts: pd.DataFrame, profile: Profile) -> pd.DataFrame:
     """Table 4 as it is kept: one row per layer.
 
     Columns: rule and gene_rule (the profile's), layer, live, interpretable and percentage under

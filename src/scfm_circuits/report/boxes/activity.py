@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from scfm_circuits.cells.corpus import Corpus
+from scfm_circuits.common.profile import Profile
 from scfm_circuits.features.contexts import pieces_around
 from scfm_circuits.features.counting import activation_edges
 from scfm_circuits.features.statistics import FeatureStatistics
@@ -19,8 +20,6 @@ from scfm_circuits.transcoders.transcoder import Transcoders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from scfm_circuits.common.profile import Profile
 
 PER_TYPE, MOST = 20, 400
 """Cells of each type that are looked at, the first in the corpus's order; of all types together."""
@@ -78,7 +77,7 @@ def levels(histogram: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def read_activity(model: "PreTrainedModel", transcoders: Transcoders,
-                  statistics: FeatureStatistics, corpus: Corpus, profile: "Profile", *,
+                  statistics: FeatureStatistics, corpus: Corpus, profile: Profile, *,
                   samples: bool = True) -> Activity:
     """One pass over the first cells of every type; without `samples` in half of the time."""
     cells = looked_at(corpus.labels)

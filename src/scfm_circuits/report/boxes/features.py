@@ -17,6 +17,7 @@ from torch import Tensor
 from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.tokens import token_texts
+from scfm_circuits.common.profile import Profile
 from scfm_circuits.features.contexts import Context, feature_contexts, token_table
 from scfm_circuits.features.counting import activation_edges
 from scfm_circuits.features.gene_lists import ranked_genes
@@ -28,8 +29,6 @@ from scfm_circuits.transcoders.transcoder import Transcoders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from scfm_circuits.common.profile import Profile
 
 TOKENS, GENES, GENES_PER_TOKEN, NEAREST, LOGITS, WINDOW = 8, 20, 5, 5, 8, 8
 _PAGES = {"case": "07_endothelial_case_study.html", "cells": "08_controls.html"}
@@ -337,7 +336,7 @@ def add_activity(panels: Sequence[dict[str, Any]], keys: np.ndarray, activity: A
 
 
 def make_pages(model: "PreTrainedModel", transcoders: Transcoders, statistics: FeatureStatistics,
-               corpus: Corpus, run: "Profile") -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+               corpus: Corpus, run: Profile) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
     """Collect and write `results/<profile>/feature_pages`; returns the index and the panels."""
     from tqdm import tqdm
 

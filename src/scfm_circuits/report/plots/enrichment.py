@@ -1,7 +1,6 @@
 """Figures of enrichment: Table 4 beside its controls."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -10,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from scfm_circuits.common.profile import Profile
 from scfm_circuits.report.plots.style import (
     BLUE,
     BROWN,
@@ -23,9 +23,6 @@ from scfm_circuits.report.plots.style import (
     panels,
     ticks,
 )
-
-if TYPE_CHECKING:
-    from scfm_circuits.common.profile import Profile
 
 _RULE_TITLES = {"enrichr": "rule enrichr\n(the paper's, likely)", "corpus": "rule corpus",
                 "gseapy": "rule gseapy"}
@@ -72,7 +69,7 @@ def share_with_controls(frame: pd.DataFrame, joint: pd.DataFrame,
     return figure
 
 
-def table4_with_nulls(shares: pd.DataFrame, profile: "Profile",
+def table4_with_nulls(shares: pd.DataFrame, profile: Profile,
                       paper: np.ndarray | None = None) -> Figure:
     """Table 4 as one picture: the share called interpretable by layer, beside what it has to beat.
 

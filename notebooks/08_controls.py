@@ -418,7 +418,7 @@ for key, others in (("mean", MEAN), ("zero", ZERO)):
 # - **By gradient:** the same with the gradient in the original model. **By activation:** what a
 #   feature writes on average.
 # - **Random:** the scores of the first choice permuted among features of a layer that fire
-#   about as often, {glue:text}`task.draws` times.
+#   about as often, {glue:text}`task.draws` times; the interval holds those of every draw.
 #
 # The choice by influence is ahead of another, or behind, where the whole interval is on one side of 0.
 # *Contrast* is the {term}`faithfulness` of the call, with all features as the whole.

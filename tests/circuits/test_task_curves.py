@@ -74,6 +74,24 @@ def test_what_influence_is_worth_stands_beside_every_rival():
     assert contrast.loc[(MEAN, INFLUENCE), "percentage"] == pytest.approx(100 * 27 / 55)
 
 
+def test_the_interval_against_random_features_holds_every_draw():
+    """Two draws keep little and one keeps as much as the choice by influence: with so few of them
+    the mean of the three says nothing, however sure it is over cells."""
+    study = found({INFLUENCE: 0.5, RANDOM: 0.0, NONE: 0.0})
+    for row, one in enumerate(study.settings):
+        if (one.chosen, one.draw) == (RANDOM, DRAWS - 1):
+            influence = study.settings.index(one._replace(chosen=INFLUENCE, draw=0))
+            for kept in (study.right, study.contrast):
+                kept[row] = kept[influence]
+    for (kept, _), table in curves.compare_choices(study, seed=0).groupby(["kept", "others"]):
+        table = table.set_index("chosen")
+        row = table.loc[RANDOM]
+        assert row["lowest"] < row["percentage"] < row["highest"]
+        assert row["lower_95"] <= 0 < row["difference"] < row["upper_95"], kept
+        # That of the draw that is farthest off, with its cells' own errors.
+        assert row["upper_95"] > table.loc[INFLUENCE, "percentage"] - row["lowest"]
+
+
 def test_a_model_that_knows_nothing_has_nothing_to_keep():
     nothing = found({})
     nothing.right[:] = False

@@ -54,8 +54,9 @@ def compare_choices(found: TaskCircuit, seed: int) -> pd.DataFrame:
 
     Columns: kept (measure), others (where the other features stand), chosen, percentage, lowest and
     highest (over draws), difference (what features chosen by influence keep less that, in points)
-    with lower_95 and upper_95 over resampled cells. Missing where there is nothing to keep: no
-    right answer of the original model, or no contrast that all features add.
+    with lower_95 and upper_95 over resampled cells, of several draws the outermost. Missing where
+    there is nothing to keep: no right answer of the original model, or no contrast that all
+    features add.
     """
     rows = []
     for others in (MEAN, ZERO):
@@ -87,10 +88,13 @@ def _beside_influence(by_draw: dict[str, np.ndarray], whole: np.ndarray, seed: i
     rows = []
     for name, each in by_draw.items():
         draws = 100 * each.mean(axis=1) / whole.mean()
-        more = by_draw[INFLUENCE][0] - each.mean(axis=0)
-        difference = bootstrap_interval(np.stack([more, whole]), drawn, _percentage_of_whole)
+        # Draws can be further apart than cells tell: what is ahead has to be so in each of them.
+        ahead, low, high = np.transpose([bootstrap_interval(
+            np.stack([by_draw[INFLUENCE][0] - one, whole]), drawn, _percentage_of_whole)
+            for one in each])
         rows.append({"chosen": name, **dict(zip(columns, (
-            draws.mean(), draws.min(), draws.max(), *difference), strict=True))})
+            draws.mean(), draws.min(), draws.max(), ahead.mean(), low.min(), high.max()),
+            strict=True))})
     return rows
 
 

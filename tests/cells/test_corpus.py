@@ -95,6 +95,18 @@ def test_the_split_depends_on_the_seed():
     assert len({split_cells(50, 0.2, seed).tobytes() for seed in range(10)}) == 10
 
 
+def test_a_few_cells_are_of_all_samples_and_on_one_side_of_the_split():
+    """Cells stand in the file's order, sample by sample: the first few are of one sample."""
+    corpus = tiny_corpus()
+    for held_out, few in ((True, corpus.held_out_cells), (False, corpus.training_cells)):
+        side = np.flatnonzero(corpus.held_out == held_out)
+        n = len(side)
+        assert few(n).tolist() == few(10 * n).tolist() == side.tolist()
+        assert few(2).tolist() == [side[0], side[-1]]
+        some = few(3)
+        assert np.abs(np.diff(np.searchsorted(side, some)) - (n - 1) / 2).max() <= 0.5
+
+
 # --- tokens and genes ----------------------------------------------------------------------------
 
 

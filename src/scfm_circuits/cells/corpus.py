@@ -94,8 +94,12 @@ class Corpus:
 
     def training_cells(self, most: int) -> np.ndarray:
         """Cells that are not held out, `most` at most, evenly spaced in the corpus."""
-        training = np.flatnonzero(~self.held_out)
-        return training[np.unique(np.linspace(0, len(training) - 1, most).round().astype(int))]
+        return _spaced(np.flatnonzero(~self.held_out), most)
+
+    def held_out_cells(self, most: int) -> np.ndarray:
+        """Held-out cells, `most` at most, evenly spaced: a file's first cells are often of one
+        sample."""
+        return _spaced(np.flatnonzero(self.held_out), most)
 
     @property
     def has_answers(self) -> bool:
@@ -135,6 +139,10 @@ class Corpus:
         """The cell's tokens as text, one string per token."""
         ids = self.tokens[cell][self.mask[cell]]
         return token_texts(self.tokenizer, ids)
+
+
+def _spaced(cells: np.ndarray, most: int) -> np.ndarray:
+    return cells[np.unique(np.linspace(0, len(cells) - 1, most).round().astype(int))]
 
 
 def sentence_texts(ranking: np.ndarray, symbols: Sequence[str] | np.ndarray) -> Iterator[str]:

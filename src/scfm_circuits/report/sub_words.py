@@ -145,7 +145,7 @@ def model_rows(parts: Parts) -> list[Row]:
 
     Loss is nats for a cell's whole text, which two tokenizers have in common; tokens are not.
     """
-    corpus, held_out = parts.corpus, parts.held_out[:HELD_OUT]
+    corpus, held_out = parts.corpus, parts.corpus.held_out_cells(HELD_OUT)
     found = held_out_measures(parts.model, {"own": lambda: parts.transcoders}, corpus, held_out,
                               parts.profile.forward_cells)
     loss = found.set_index(["variant", "layer"])["loss"]

@@ -52,7 +52,7 @@ def compare_dictionaries(trained: Sequence[Trained], model: "GPTNeoXForCausalLM"
 
     trained: from `get_variants`, the reference first. One dictionary is in memory at a time.
     """
-    held_out = np.flatnonzero(corpus.held_out)[:HELD_OUT]
+    held_out = corpus.held_out_cells(HELD_OUT)
     counted = cells_counted(corpus, profile)
     ready = testers(libraries, counted, profile)
     scores = held_out_measures(model, {one.setting.name: partial(one.load, model.device)

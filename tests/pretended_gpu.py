@@ -7,10 +7,17 @@ last digits are, this does not tell.
 
     with pretended_gpu() as device:
         model.to(device)
+
+Whole chapters run on it where Jupyter's kernels start with it:
+
+    export IPYTHONDIR=$(python tests/pretended_gpu.py FOLDER) SCFM_RESULTS=FOLDER/results
+    make notebooks PROFILE=smoke
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,6 +27,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("cuda:0")
+MEMORY = 80 << 30
+"""Bytes that it says are free."""
 _aten = torch.ops.aten
 _ACROSS = {_aten._to_copy.default, _aten.copy_.default}
 """Operations that take tensors of two devices."""
@@ -57,6 +66,9 @@ class OnGpu(Tensor):
 
     def tolist(self) -> Any:
         return self.inner.tolist()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.inner.untyped_storage()  # by which those who save weights tell tied ones
 
     def numpy(self, *, force: bool = False) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy; use Tensor.cpu()")
@@ -121,6 +133,8 @@ class _Factories(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("to", "cuda") and isinstance(args[0], Tensor):
             return self._moved(func, args, kwargs)
+        if name == "one_hot" and isinstance(args[0], OnGpu):  # makes a tensor that it does not tell
+            return _outer(func(*tree_map(_inner, tuple(args)), **kwargs))
         wanted = kwargs.get("device")
         if _on_gpu(wanted):
             kwargs["device"] = "cpu"
@@ -149,13 +163,58 @@ class _Factories(TorchFunctionMode):
         return OnGpu(inner) if _on_gpu(target) else inner
 
 
+def _applied(module: torch.nn.Module, *given: Any, _apply: Callable = torch.nn.Module._apply,
+             **more: Any) -> torch.nn.Module:
+    """`Module._apply` (of `to`, `float`), which makes new parameters here: tied ones stay one."""
+    before = {name: id(one) for name, one in module.named_parameters(remove_duplicate=False)}
+    _apply(module, *given, **more)
+    after = dict(module.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    for name, one in before.items():
+        if (known := first.setdefault(one, name)) != name:
+            owner, _, own = name.rpartition(".")
+            setattr(module.get_submodule(owner), own, after[known])
+    return module
+
+
 @contextlib.contextmanager
 def pretended_gpu() -> Iterator[torch.device]:
     """Within the block `cuda` is pretended; gives the device."""
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
-        with _Factories(), mock.patch("torch.Generator", _Generator):
+        with (_Factories(), mock.patch("torch.Generator", _Generator),
+              mock.patch("torch.nn.Module._apply", _applied)):
             yield DEVICE
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
+
+
+_FOR_EVER = contextlib.ExitStack()
+
+
+def pretend() -> None:
+    """From here on, and as long as the process lives, `cuda` is there, and pretended.
+
+    What only makes training faster is missed, said and done without: compilers and their kernels.
+    """
+    _FOR_EVER.enter_context(pretended_gpu())
+    for name, found in {"is_available": True, "device_count": 1, "current_device": 0,
+                        "get_device_name": "a pretended GPU", "set_device": None,
+                        "synchronize": None, "mem_get_info": (MEMORY, MEMORY)}.items():
+        mock.patch(f"torch.cuda.{name}", return_value=found).start()
+    mock.patch("torch.Tensor.pin_memory", lambda tensor, *_: tensor).start()
+
+
+def main(folder: str) -> None:
+    """Write what IPython's kernels start with, and say where."""
+    start = Path(folder).resolve() / "ipython" / "profile_default" / "startup"
+    start.mkdir(parents=True, exist_ok=True)
+    (start / "pretend.py").write_text(
+        f"import sys\nsys.path.append({str(Path(__file__).resolve().parent)!r})\n"
+        "import pretended_gpu\npretended_gpu.pretend()\n", encoding="utf-8")
+    print(start.parents[1])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -6,7 +6,11 @@ On a pretended GPU everywhere (`pretended_gpu`), and on a real one by `pytest -m
 import contextlib
 import copy
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -165,6 +169,27 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses() -> None:
         added = torch.zeros_like(there, requires_grad=True)
         [gradient] = torch.autograd.grad((there + added).to(torch.float64).square().sum(), added)
         assert torch.equal(gradient.cpu(), 2 * there.cpu())
+
+
+def test_tied_weights_stay_one_on_the_pretended_gpu() -> None:
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(5, 3), "head": torch.nn.Linear(3, 5)})
+    model["head"].weight = model["embed"].weight
+    with pretended_gpu() as device:
+        model.float().to(device)
+        assert model["head"].weight is model["embed"].weight and model["head"].weight.is_cuda
+        assert len(list(model.parameters())) == 2
+
+
+def test_kernels_start_with_the_pretended_gpu(tmp_path: Path) -> None:
+    """As a notebook's kernel does: by what IPython starts with."""
+    pretending = Path(__file__).with_name("pretended_gpu.py")
+    folder = subprocess.run([sys.executable, pretending, tmp_path], capture_output=True, text=True,
+                            check=True).stdout.strip()
+    code = ("from scfm_circuits.models.mlp_sites import best_device; import torch; "
+            "print(best_device(), torch.zeros(2, device=best_device()).is_cuda)")
+    told = subprocess.run([sys.executable, "-m", "IPython", "-c", code], check=True, text=True,
+                          capture_output=True, env={**os.environ, "IPYTHONDIR": folder}).stdout
+    assert told.split() == ["cuda", "True"]
 
 
 # --- chapters 01 to 05 ---------------------------------------------------------------------------

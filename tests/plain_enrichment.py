@@ -18,7 +18,7 @@ def plain_over_representation(
     alpha: float = 0.05,
 ) -> OverRepresentation:
     """What `over_representation` says, list by list and term by term."""
-    encoded, universe = checked_lists(lists, library, background)
+    encoded, universe = checked_lists(lists, library, background, family)
     members = np.zeros((len(universe.sizes), len(library.genes)), bool)
     genes = np.repeat(np.arange(len(library.genes)), np.diff(universe.gene_indptr))
     members[universe.gene_terms, genes] = True

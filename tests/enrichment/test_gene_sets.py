@@ -213,9 +213,14 @@ def test_missing_file_is_an_input_error(tmp_path: Path) -> None:
 
 
 def test_from_dict() -> None:
-    library = gene_sets_from_dict("planted", {"A": ["vwf", "VWF", "KDR"]})
+    library = gene_sets_from_dict("planted", {"A": ["vwf", "VWF", "KDR"], "none": []})
     assert library.source == "memory" and library.term_members(0) == ("KDR", "VWF")
-    assert library.warning is None and library.sha256 == library.content_sha256
+    assert library.warning is not None and "1 term(s)" in library.warning
+    assert library.sha256 == library.content_sha256
+    with pytest.raises(InputError, match="one string"):
+        gene_sets_from_dict("planted", {"A": "VWF"})
+    with pytest.raises(InputError, match="no term with a gene"):
+        gene_sets_from_dict("planted", {"A": [" "]})
 
 
 def test_content_hash_is_blind_to_layout_but_not_to_genes(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare, false_discovery_control
 
+from scfm_circuits import InputError
 from scfm_circuits.enrichment.null_lists import (
     SCORES,
     Ragged,
@@ -50,8 +51,10 @@ def test_uniform_null_is_uniform() -> None:
     assert chisquare(np.bincount(null.ids[::5], minlength=20)).pvalue > 1e-4
 
 
-def test_a_uniform_null_may_draw_all_there_are() -> None:
+def test_uniform_null_cannot_draw_more_than_there_is() -> None:
     assert sorted(uniform_null([7], 7, np.random.default_rng(0)).ids.tolist()) == list(range(7))
+    with pytest.raises(InputError, match="8 distinct genes from 7"):
+        uniform_null([8], 7, np.random.default_rng(0))
 
 
 def test_frequency_matched_null_stays_in_the_bin() -> None:
@@ -90,6 +93,17 @@ def test_frequency_ties_share_a_bin() -> None:
         ragged([[0, 1, 2]] * 300), frequency, 20, np.random.default_rng(4)
     )
     assert set(null.ids.tolist()) == set(range(50))
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [([[0, 3]], "outside 0..2"), ([[-1]], "outside 0..2"), ([[1, 1]], "same gene twice")],
+)
+def test_frequency_matched_null_refuses(lists: list[list[int]], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        frequency_matched_null(ragged(lists), [1, 2, 3], 2, np.random.default_rng(0))
+    with pytest.raises(InputError, match="number of bins is 0"):
+        frequency_matched_null(ragged([[0]]), [1, 2, 3], 0, np.random.default_rng(0))
 
 
 def families_of(sizes: list[int], frequency: list[float], n_bins: int = 2) -> TokenFamilies:
@@ -179,6 +193,19 @@ def test_nulls_of_several_draws_are_blocks_of_lists() -> None:
     assert len({tuple(sorted(ids)) for ids in parts(null)[::2]}) > 1
 
 
+def test_token_null_refuses() -> None:
+    families = families_of([1, 2], [1.0, 1.0])
+    rng = np.random.default_rng(0)
+    with pytest.raises(InputError, match="belongs to no gene"):
+        token_families([0, 2], [0, 1], [1, 1])
+    with pytest.raises(InputError, match="same gene twice"):
+        token_families([0, 0], [1, 1], [1, 1])
+    with pytest.raises(InputError, match="same token twice"):
+        token_preserving_null(one_feature([0, 0], [1, 1]), families, [2], rng, n_genes=3)
+    with pytest.raises(InputError, match=r"outside 0\.\.1"):
+        token_preserving_null(one_feature([2], [1]), families, [2], rng, n_genes=3)
+
+
 def test_benjamini_hochberg_is_scipys() -> None:
     p = np.random.default_rng(0).random(50)
     assert benjamini_hochberg(p).tolist() == false_discovery_control(p).tolist()
@@ -190,3 +217,5 @@ def test_empirical_p_is_never_zero_and_counts_ties() -> None:
     assert empirical_p([0.2, 0.1], null).tolist() == [3 / 5, 1 / 5]
     assert empirical_p([0.0, 1.0], null[0]).tolist() == [1 / 5, 1.0]
     assert float(empirical_p(0.25, null[0])) == 3 / 5
+    with pytest.raises(InputError, match="at least one null"):
+        empirical_p([0.1], np.empty((1, 0)))

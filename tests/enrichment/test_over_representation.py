@@ -349,6 +349,8 @@ def test_encoding_ids_equals_encoding_symbols() -> None:
         by_symbol = encode_lists([[genes[i] for i in one] for one in ids], library, background)
         for ours, theirs in zip(by_id, by_symbol, strict=True):
             assert ours.tolist() == theirs.tolist()
+    with pytest.raises(InputError, match="outside the"):
+        encode_ids(ragged([[len(genes)]]), known)
 
 
 def test_memory_does_not_grow_with_terms_times_lists() -> None:
@@ -404,8 +406,15 @@ def test_duplicates_and_mixed_case_count_once() -> None:
     ("background", "message"),
     [
         (39, "smaller than the term"),
-        ([], "check that both use gene symbols"),
+        (0, "makes no sense"),
+        (-5, "makes no sense"),
+        (10**9, "makes no sense"),
+        (True, "give a number of genes"),
+        (2.5, "give a number of genes"),
+        ("hsapiens_gene_ensembl", "give a number of genes"),
+        ([], "holds no gene"),
         (["ENSG00000110799"], "check that both use gene symbols"),
+        ([float("nan")], "not a gene symbol"),
     ],
 )
 def test_impossible_backgrounds(background: object, message: str) -> None:
@@ -427,7 +436,8 @@ def test_background_smaller_than_a_list_or_than_both_together() -> None:
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
-        (["VWF", "KDR"], "A gene list is one string"),
+        (["VWF", "KDR"], "Gene list 0 is one string"),
+        ([[["VWF", "KDR"]]], r"\['VWF', 'KDR'\] is not a gene symbol"),
         ([["VWF", None]], "None is not a gene symbol"),
         ([["VWF", ""]], "'' is not a gene symbol"),
         ([["VWF", float("nan")]], "nan is not a gene symbol"),
@@ -436,6 +446,27 @@ def test_background_smaller_than_a_list_or_than_both_together() -> None:
 def test_lists_that_are_no_lists_of_symbols(lists: list[list[str]], message: str) -> None:
     with pytest.raises(InputError, match=message):
         e.over_representation(lists, small_library(), background=1000)
+
+
+def test_wrong_options() -> None:
+    library = small_library()
+    with pytest.raises(InputError, match="BH family"):
+        e.over_representation([["G1"]], library, background=1000, family="some")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="alpha is 5"):
+        e.over_representation([["G1"]], library, background=1000, alpha=5)
+    with pytest.raises(InputError, match="odds ratio"):
+        term_table(["G1"], library, background=1000, odds="fisher")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="prepared for library"):
+        e.over_representation(
+            [["G1"]], library, background=prepare_background(small_library(9), 1000)
+        )
+
+
+def test_lists_encoded_for_another_background_are_refused() -> None:
+    library = small_library()
+    encoded = encode_lists([list(library.genes[:20])], library, 1000)
+    with pytest.raises(InputError, match="encoded with another background"):
+        e.over_representation(encoded, library, background=library.genes[10:])
 
 
 def test_rules_state_background_and_family() -> None:

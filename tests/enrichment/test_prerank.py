@@ -126,6 +126,8 @@ def test_only_positive_enrichment_counts() -> None:
                           "NES": [2.0, -2.0, 1.5, 1.5], "library": ["a", "a", "b", "a"]})
     called = prerank_called(table, [1, 2, 4])
     assert called.index.tolist() == [1, 2, 4] and called.tolist() == [False, True, False]
+    with pytest.raises(InputError, match="FDR is 5"):
+        prerank_called(table, [1], fdr=5)
 
 
 def test_no_network_no_file_no_word(
@@ -148,11 +150,23 @@ def test_no_network_no_file_no_word(
     ({}, "has 0 genes, too few"),
     (dict.fromkeys(GENES[:15], 1.0), "has 15 genes, too few for terms of 15"),
     (dict.fromkeys(GENES, 2.0), "all of its 600 genes the score 2"),
+    ({**dict.fromkeys(GENES, 2.0), "G1": float("nan")}, "the score of G1 is nan"),
+    ({**dict.fromkeys(GENES, 2.0), "G1": float("inf")}, "the score of G1 is inf"),
+    ({**dict.fromkeys(GENES, 2.0), "": 1.0}, "'' is not a gene symbol"),
+    ({**dict.fromkeys(GENES, 2.0), 7: 1.0}, "7 is not a gene symbol"),
 ])
 def test_rankings_that_rank_nothing(ranking: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         prerank_table({"good": scores(), "bad": ranking}, [planted(scores())], seed=0,
                       permutations=20)
+
+
+def test_wrong_limits_are_errors() -> None:
+    for options in ({"min_size": 0}, {"min_size": 20, "max_size": 10}):
+        with pytest.raises(InputError, match="make no sense"):
+            prerank_table({0: scores()}, [planted(scores())], seed=0, **options)
+    with pytest.raises(InputError, match="permutations is 0"):
+        prerank_table({0: scores()}, [planted(scores())], seed=0, permutations=0)
 
 
 def test_two_spellings_are_one_gene_with_its_higher_score() -> None:

@@ -116,7 +116,19 @@ def test_fdr_of_one_term_is_that_of_the_table_and_of_scipy(
     assert 30 < n_hit < 200
 
 
-def test_a_list_that_cannot_come_from_the_background_is_an_error() -> None:
+def test_wrong_requests_are_errors() -> None:
+    options = {"background": 100, "family": "hit", "odds": "gseapy"}
+    with pytest.raises(InputError, match="terms per list is 0"):
+        top_terms([["G1"]], LIBRARY, k=0, **options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="odds ratio is 'fisher'"):
+        top_terms([["G1"]], LIBRARY, background=100, family="hit", odds="fisher")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="BH family is 'some'"):
+        top_terms([["G1"]], LIBRARY, background=100, family="some", odds="gseapy")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="has no term 'T99'"):
+        term_fdr([["G1"]], LIBRARY, "T99", background=100, family="hit")
+    encoded = encode_lists([list(LIBRARY.genes[:20])], LIBRARY, 100)
+    with pytest.raises(InputError, match="encoded with another background"):
+        top_terms(encoded, LIBRARY, background=LIBRARY.genes[10:], family="hit", odds="gseapy")
     big = gene_sets_from_dict("big", {"Big": [f"G{i}" for i in range(40)]})
     lists = [["G0"], ["G0", *(f"X{i}" for i in range(20))]]
     with pytest.raises(InputError, match="too small: list 1"):

@@ -123,6 +123,18 @@ def test_a_term_is_found_whatever_its_capitals_and_spaces() -> None:
     assert named_term(library, "Endothelial cell: kidney") is None
 
 
+def test_wrong_requests_are_errors() -> None:
+    settings = case_rules(small(), CIRCUIT, GENES)
+    with pytest.raises(InputError, match="number of draws is 0"):
+        case_nulls(settings, "T", CIRCUIT, PROMPT, draws=0, seed=0)
+    with pytest.raises(InputError, match="no term 'V'"):
+        case_nulls(settings, "V", CIRCUIT, PROMPT, draws=5, seed=0)
+    with pytest.raises(InputError, match="distinct genes from 1"):
+        case_nulls(settings, "T", CIRCUIT, ["G0", "G1"], draws=5, seed=0)
+    with pytest.raises(InputError, match="no list 'nine'"):
+        null_row(run(small(), GENES), "nine")
+
+
 def test_the_paper_s_case_with_the_real_library() -> None:
     folder = os.environ.get("SCFM_GENE_SETS")
     if not folder:

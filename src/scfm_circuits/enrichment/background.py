@@ -7,7 +7,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from scfm_circuits.enrichment.null_lists import Ragged, ragged
 from scfm_circuits.enrichment.significance import IntArray
 
 Family = Literal["hit", "all"]
+
+MAX_BACKGROUND = 1_000_000
+"""Largest background accepted as a number; no genome has that many genes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +88,15 @@ def prepare_background(
             or None for the union of the library (gseapy's default).
 
     Raises:
-        InputError: a background that is smaller than a term, or shares no gene with the library.
+        InputError: a background that is a string, empty, smaller than a term, or shares no gene
+            with the library.
     """
     if isinstance(background, Background):
+        if background.library is not library:
+            raise InputError(
+                f"The background was prepared for library {background.library.name}, not for "
+                f"{library.name}; prepare one for each library."
+            )
         return background
     total, symbols = _background_genes(library, background)
     owners = np.repeat(np.arange(len(library)), library.sizes)
@@ -117,9 +126,21 @@ def _background_genes(
     """Number of background genes, and their symbols unless only a number is given."""
     if background is None:
         return len(library.genes), frozenset(library.genes)
-    if isinstance(background, int):
-        return background, None
-    symbols = frozenset(map(_upper, background))
+    if isinstance(background, int | np.integer) and not isinstance(background, bool):
+        if not 0 < background <= MAX_BACKGROUND:
+            raise InputError(
+                f"A background of {int(background):,} genes makes no sense; give a number from 1 "
+                f"to {MAX_BACKGROUND:,}, or the genes themselves."
+            )
+        return int(background), None
+    if isinstance(background, str | bytes | bool) or not isinstance(background, Collection):
+        raise InputError(
+            f"The background is {background!r:.60}; give a number of genes, a collection of "
+            "symbols, or None for the library's genes."
+        )
+    symbols = frozenset(_upper(symbol) for symbol in background)
+    if not symbols:
+        raise InputError("The background holds no gene; pass the genes the lists are drawn from.")
     return len(symbols), symbols
 
 
@@ -133,7 +154,7 @@ def _check_fits(library: GeneSets, total: int, sizes: IntArray) -> None:
         )
 
 
-def _upper(symbol: object) -> str:
+def _upper(symbol: Any) -> str:
     if not isinstance(symbol, str) or not symbol.strip():
         raise InputError(
             f"{symbol!r:.60} is not a gene symbol; remove missing values and empty entries."
@@ -153,10 +174,16 @@ def encode_lists(
             `prepare_background`.
     """
     universe = prepare_background(library, background)
-    if any(isinstance(genes, str) for genes in lists):
-        raise InputError("A gene list is one string; pass a list of symbols for each list.")
+    for i, genes in enumerate(lists):
+        if isinstance(genes, str | bytes):
+            raise InputError(f"Gene list {i} is one string; pass a list of symbols for each list.")
     place: dict[str, int] = {}
-    ids = [[place.setdefault(symbol, len(place)) for symbol in genes] for genes in lists]
+    try:
+        ids = [[place.setdefault(symbol, len(place)) for symbol in genes] for genes in lists]
+    except TypeError:  # a list in the list
+        for genes in lists:
+            list(map(_upper, genes))
+        raise
     return encode_ids(ragged(ids), gene_ids(list(place), universe))
 
 
@@ -183,7 +210,13 @@ def gene_ids(genes: Sequence[str], universe: Background) -> GeneIds:
 
 
 def encode_ids(lists: Ragged, genes: GeneIds) -> Encoded:
-    """As `encode_lists`, for lists that are ids into `genes` already (the nulls): far faster."""
+    """As `encode_lists`, for lists that are ids into `genes` already (the nulls): far faster.
+
+    Raises InputError for an id outside `genes`.
+    """
+    n_genes = genes.canonical.size
+    if lists.ids.size and not 0 <= lists.ids.min() <= lists.ids.max() < n_genes:
+        raise InputError(f"The lists hold an id outside the {n_genes} genes they refer to.")
     indptr = np.asarray(lists.indptr, dtype=np.int64)
     symbols = genes.canonical[lists.ids]
     ids, n_query = np.empty(symbols.size, np.int32), np.zeros(indptr.size - 1, np.int64)

@@ -121,12 +121,28 @@ def _build(
 def gene_sets_from_dict(name: str, mapping: Mapping[str, Iterable[str]]) -> GeneSets:
     """Library from a mapping of term name to symbols, e.g. planted programs or a user's own sets.
 
-    Symbols are upper-cased and de-duplicated.
+    Symbols are upper-cased and de-duplicated; terms without a gene are dropped and counted in the
+    warning.
+
+    Raises:
+        InputError: no term has a gene, or a term is given as one string instead of a list.
     """
-    members = {term: {symbol.strip().upper() for symbol in symbols}
-               for term, symbols in mapping.items()}
-    library = _build(name, members, "memory", "", None)
+    members: dict[str, set[str]] = {}
+    for term, symbols in mapping.items():
+        if isinstance(symbols, str):
+            raise InputError(
+                f"Term {term!r} of library {name} is one string; give a list of gene symbols."
+            )
+        members[term] = {symbol.strip().upper() for symbol in symbols if symbol.strip()}
+    kept = {term: symbols for term, symbols in members.items() if symbols}
+    if not kept:
+        raise InputError(f"Library {name} has no term with a gene; give at least one gene set.")
+    library = _build(name, kept, "memory", "", _dropped(len(members) - len(kept)))
     return replace(library, sha256=library.content_sha256)
+
+
+def _dropped(n_empty: int) -> str | None:
+    return f"{n_empty} term(s) without a gene were left out." if n_empty else None
 
 
 def genes_of_terms(libraries: Iterable[GeneSets], terms: Iterable[str]) -> set[str]:
@@ -184,9 +200,8 @@ def parse_gmt(content: bytes, name: str, source: str, where: str) -> GeneSets:
     kept = {term: symbols for term, symbols in members.items() if symbols}
     if not kept:
         raise InputError(f"{where} holds no term with a gene; replace the file.")
-    if n_empty := len(members) - len(kept):
-        said.insert(0, f"{n_empty} term(s) without a gene were left out.")
-    return _build(name, kept, source, hashlib.sha256(content).hexdigest(), " ".join(said) or None)
+    warning = " ".join(filter(None, (_dropped(len(members) - len(kept)), *said))) or None
+    return _build(name, kept, source, hashlib.sha256(content).hexdigest(), warning)
 
 
 @cache

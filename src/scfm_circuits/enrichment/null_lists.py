@@ -18,6 +18,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import ArrayLike
 
+from scfm_circuits import InputError
 from scfm_circuits.common.compiled import compiled
 from scfm_circuits.enrichment.significance import FloatArray, IntArray
 
@@ -56,12 +57,21 @@ def uniform_null(lengths: ArrayLike, genes: int, rng: np.random.Generator, draws
     near its nominal level, so this tests the machinery rather than the feature.
 
     Args:
-        lengths: list lengths, (n_lists,), none above `genes`.
+        lengths: list lengths, (n_lists,).
         genes: how many genes there are; ids are 0..genes-1.
         rng: source of randomness.
         draws: null lists for each length; the result has `draws` blocks of n_lists.
+
+    Raises:
+        InputError: a list is longer than there are genes.
     """
-    indptr = _indptr(np.tile(np.asarray(lengths, dtype=np.int64), draws))
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if lengths.size and (lengths.min() < 0 or lengths.max() > genes):
+        raise InputError(
+            f"Cannot draw a null list of {int(lengths.max())} distinct genes from {genes}; use the "
+            "same genes for the lists and for the null."
+        )
+    indptr = _indptr(np.tile(lengths, draws))
     one_bin = np.zeros(max(genes, 1), dtype=np.int64)
     # Which genes are replaced does not matter when all share one bin.
     return _resample(Ragged(indptr, np.zeros(indptr[-1], dtype=np.int64)), one_bin, rng)
@@ -80,8 +90,12 @@ def frequency_matched_null(lists: Ragged, gene_frequency: ArrayLike, n_bins: int
         n_bins: number of equally filled frequency bins within which genes are exchanged.
         rng: source of randomness.
         draws: null lists for each list; the result has `draws` blocks of n_lists.
+
+    Raises:
+        InputError: an id without a frequency, a repeated id, or no bins.
     """
     frequency = np.asarray(gene_frequency, dtype=np.float64)
+    _check_ids(lists, frequency.size, "gene")
     return _resample(_repeated(lists, draws), quantile_bins(frequency, n_bins), rng)
 
 
@@ -130,11 +144,17 @@ def token_families(pair_token: ArrayLike, pair_gene: ArrayLike, pair_count: Arra
         n_bins: bins of frequency, and of family size.
         contains: (n_tokens, n_genes) the families, if they hold genes beside those of the pairs;
             in these a token has no share.
+
+    Raises:
+        InputError: a pair twice, a token without a gene, or no bins.
     """
     token, gene = (np.asarray(values, dtype=np.int64) for values in (pair_token, pair_gene))
     count = np.asarray(pair_count, dtype=np.float64)
     sizes = np.bincount(token)
+    if (sizes == 0).any() or (count <= 0).any():
+        raise InputError("A token belongs to no gene; leave out tokens that stand in none.")
     order = np.argsort(token, kind="stable")
+    _check_ids(Ragged(_indptr(sizes), gene[order]), int(gene.max(initial=0)) + 1, "gene")
     frequency = np.bincount(token, weights=count)
     if contains is not None:
         own = sp.csr_matrix((count, (token, gene)), contains.shape)
@@ -202,7 +222,11 @@ def token_preserving_null(
         score: what becomes of that score: `count`, `rate` or `z`, as in `gene_lists.gene_scores`.
         least: counts below which a gene is not listed by rate or z.
         draws: null lists for each feature; the result has `draws` blocks of n_features.
+
+    Raises:
+        InputError: a token twice in a feature or outside the families.
     """
+    _check_ids(Ragged(features.indptr, features.tokens), families.cell.size, "token")
     own = _repeated(Ragged(features.indptr, features.tokens), draws)
     tokens = _resample(own, families.cell, rng)
     wanted = np.tile(np.asarray(lengths, dtype=np.int64), draws)
@@ -231,8 +255,20 @@ def _repeated(lists: Ragged, draws: int) -> Ragged:
     return Ragged(_indptr(np.tile(np.diff(indptr), draws)), np.tile(ids, draws))
 
 
+def _check_ids(lists: Ragged, n_items: int, noun: str) -> None:
+    if lists.ids.size and (lists.ids.min() < 0 or lists.ids.max() >= n_items):
+        raise InputError(
+            f"The lists name a {noun} outside 0..{n_items - 1}; give a frequency for every {noun}."
+        )
+    keys = np.repeat(np.arange(lists.lengths.size), lists.lengths) * n_items + lists.ids
+    if np.unique(keys).size < keys.size:
+        raise InputError(f"A list names the same {noun} twice; pass each {noun} once per list.")
+
+
 def quantile_bins(values: FloatArray, n_bins: int) -> IntArray:
     """Bin of each value, 0..n_bins-1, about equally filled; equal values share a bin."""
+    if n_bins < 1:
+        raise InputError(f"The number of bins is {n_bins}; use at least 1.")
     if not values.size:
         return np.zeros(0, dtype=np.int64)
     inner = np.quantile(values, np.linspace(0, 1, n_bins + 1)[1:-1])

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
+from scfm_circuits import InputError
 from scfm_circuits.enrichment import kernels
 from scfm_circuits.enrichment.background import Background, Encoded, Family
 from scfm_circuits.enrichment.gene_sets import GeneSets
@@ -70,7 +71,9 @@ def over_representation(
         InputError: a background that cannot hold a list, or as `prepare_background` and
             `encode_lists`.
     """
-    encoded, universe = checked_lists(lists, library, background)
+    if not 0 < alpha < 1:
+        raise InputError(f"alpha is {alpha}; use a level between 0 and 1, such as 0.05.")
+    encoded, universe = checked_lists(lists, library, background, family)
     n = encoded.n_query.size
     result = OverRepresentation(encoded.n_query, np.zeros(n, np.int64), np.zeros(n, np.int64),
                                 np.ones(n), np.ones(n), np.full(n, -1, np.int64))

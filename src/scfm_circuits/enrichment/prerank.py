@@ -67,8 +67,14 @@ def prerank_table(
         NES, highest first. A library with no term within the limits has no row.
 
     Raises:
-        InputError: a ranking that is no more than `min_size` genes long, or has equal scores only.
+        InputError: limits that make no sense, a ranking that is no more than `min_size` genes long,
+            that has equal scores only or one that is no number, or an entry that is no symbol.
     """
+    if not 1 <= min_size <= max_size:
+        raise InputError(f"Term sizes from {min_size} to {max_size} make no sense; give 1 or more, "
+                         "the smaller first.")
+    if permutations < 1:
+        raise InputError(f"The number of permutations is {permutations}; use at least 1.")
     # All rankings are checked before the first minutes go into one.
     ordered = {label: _ordered(label, scores, min_size, seed)
                for label, scores in rankings.items()}
@@ -97,7 +103,12 @@ def prerank_called(table: pd.DataFrame, labels: Collection[Hashable], fdr: float
     """Whether any term of any library leans to the top of a ranking with FDR < fdr, by label.
 
     labels: of all rankings asked about; one without a row in the table is not called.
+
+    Raises:
+        InputError: a level that is not between 0 and 1.
     """
+    if not 0 < fdr < 1:
+        raise InputError(f"The FDR is {fdr}; use a level between 0 and 1, such as 0.05.")
     called = set(table.loc[(table["FDR"] < fdr) & (table["NES"] > 0), "ranking"])
     return pd.Series([label in called for label in labels], index=list(labels), dtype=bool)
 
@@ -109,8 +120,14 @@ def _ordered(label: Hashable, scores: Scores, min_size: int, seed: int) -> list[
     """
     highest: dict[str, float] = {}
     for symbol, score in scores.items():
-        name = str(symbol).upper()
-        highest[name] = max(float(score), highest.get(name, -math.inf))
+        if not isinstance(symbol, str) or not symbol.strip():
+            raise InputError(f"Ranking {label!r:.60}: {symbol!r:.60} is not a gene symbol; remove "
+                             "missing values and empty entries.")
+        name, value = symbol.strip().upper(), float(score)
+        if not math.isfinite(value):
+            raise InputError(f"Ranking {label!r:.60}: the score of {name[:60]} is {value}; give "
+                             "each gene a number, 0 where the feature is silent.")
+        highest[name] = max(value, highest.get(name, -math.inf))
     if len(highest) <= min_size:
         raise InputError(f"Ranking {label!r:.60} has {len(highest)} genes, too few for terms of "
                          f"{min_size}; pass all genes of the corpus, silent ones with score 0.")

@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from scfm_circuits import InputError
+
 IntArray = NDArray[np.integer[Any]]
 
 FloatArray = NDArray[np.floating[Any]]
@@ -24,8 +26,13 @@ def empirical_p(observed: ArrayLike, null: ArrayLike) -> FloatArray:
     Args:
         observed: smallest p (or q) of each feature, (n_features,), or a single value, ().
         null: the same of its null lists, (n_features, n_null), or (n_null,) to share them.
+
+    Raises:
+        InputError: there is no null value.
     """
     draws = np.asarray(null, dtype=np.float64)
+    if draws.shape[-1:] in {(), (0,)}:
+        raise InputError("An empirical p-value needs at least one null list; raise their number.")
     below = draws <= np.asarray(observed, dtype=np.float64)[..., np.newaxis]
     return (1 + below.sum(axis=-1)) / (1 + draws.shape[-1])
 

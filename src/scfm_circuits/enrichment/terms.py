@@ -88,9 +88,13 @@ def top_terms(
         k: rows per list at most; None for every term hit.
 
     Raises:
-        InputError: as `over_representation`.
+        InputError: k below 1, or as `over_representation`.
     """
-    encoded, universe = checked_lists(lists, library, background)
+    if odds not in ("gseapy", "enrichr"):
+        raise InputError(f"The odds ratio is {odds!r}; use 'gseapy' or 'enrichr'.")
+    if k is not None and k < 1:
+        raise InputError(f"The number of terms per list is {k}; use at least 1.")
+    encoded, universe = checked_lists(lists, library, background, family)
     found = [_scored(encoded, i, universe, family, k) for i in range(encoded.n_query.size)]
     table = _columns(found, universe, odds)
     table["Genes"] = [_shared(_genes(encoded, i), term, library)
@@ -117,10 +121,14 @@ def term_fdr(
         library, background, family: see `term_table`.
 
     Raises:
-        InputError: as `over_representation`.
+        InputError: the library has no such term, or as `over_representation`.
     """
+    if term not in library.terms:
+        raise InputError(
+            f"{library.name} has no term {term[:80]!r}; give a term's name as the library has it."
+        )
     wanted = library.terms.index(term)
-    encoded, universe = checked_lists(lists, library, background)
+    encoded, universe = checked_lists(lists, library, background, family)
     q = np.ones(encoded.n_query.size)
     for i in range(q.size):
         hits = _scored(encoded, i, universe, family)
@@ -132,15 +140,23 @@ def checked_lists(
     lists: Sequence[Collection[str]] | Encoded,
     library: GeneSets,
     background: int | Collection[str] | Background | None,
+    family: Family,
 ) -> tuple[Encoded, Background]:
-    """The lists encoded, and their background, after the check that every test needs.
+    """The lists encoded, and their background, after the checks that every test needs.
 
     Raises:
-        InputError: a list longer than the background, or as `prepare_background` and
-            `encode_lists`.
+        InputError: an unknown family, lists of another background, a list longer than the
+            background, or as `prepare_background` and `encode_lists`.
     """
+    if family not in ("hit", "all"):
+        raise InputError(f"The BH family is {family!r}; use 'hit' or 'all'.")
     universe = prepare_background(library, background)
     encoded = lists if isinstance(lists, Encoded) else encode_lists(lists, library, universe)
+    if isinstance(lists, Encoded) and not universe.known[encoded.ids].all():
+        raise InputError(
+            f"The lists were encoded with another background than the {universe.total:,} genes "
+            "given here; encode them again."
+        )
     longest = int(encoded.n_query.max(initial=0))
     if longest > universe.total:
         raise InputError(

@@ -102,7 +102,7 @@ def case_nulls(
         term: the library's name of the paper's term.
         genes: the circuit's genes; the first is the anchor that two of the nulls keep.
         prompt: the genes of the prompt.
-        draws: lists per null, 1 at least; `genes` themselves are one list.
+        draws: lists per null; `genes` themselves are one list.
         seed: the same seed gives the same lists, and the same ones to both BH families.
 
     Returns:
@@ -110,7 +110,12 @@ def case_nulls(
         random): kind, list (in words), called (which term), rule, bh_family, background_genes,
         draws, n_called, percent, and low and high of its 95 % Wilson interval in percent (missing
         for the circuit's genes themselves, where nothing is drawn).
+
+    Raises:
+        InputError: no draws, fewer genes to draw from than a list has, or as `term_fdr`.
     """
+    if draws < 1:
+        raise InputError(f"The number of draws is {draws}; use at least 1.")
     rows = []
     for setting in settings:
         universe, family = setting.universe, setting.rule.family
@@ -182,9 +187,16 @@ def _encoded(
 
 def null_row(table: pd.DataFrame, kind: str, rule: str = "enrichr", family: str = "hit"
              ) -> pd.Series:
-    """The row of `case_nulls` of one kind of list, under one rule and BH family."""
-    return table[(table["kind"] == kind) & (table["rule"] == rule)
-                 & (table["bh_family"] == family)].iloc[0]
+    """The row of `case_nulls` of one kind of list, under one rule and BH family.
+
+    Raises:
+        InputError: the table has no such row.
+    """
+    rows = table[(table["kind"] == kind) & (table["rule"] == rule)
+                 & (table["bh_family"] == family)]
+    if rows.empty:
+        raise InputError(f"The nulls have no list {kind!r} under {rule!r}, BH over {family!r}.")
+    return rows.iloc[0]
 
 
 def in_words(row: pd.Series) -> str:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers import MadeUp, model_for, tiny_corpus, tiny_profile, tiny_transcoders
 
+from scfm_circuits import InputError
 from scfm_circuits.enrichment.controls import layer_counts, planted_features
 from scfm_circuits.enrichment.controls.planted_features import planted_statistics
 from scfm_circuits.enrichment.controls.tables import verdict_table
@@ -39,6 +40,8 @@ def test_a_planted_feature_lists_its_terms_genes(profile, monkeypatch):
     monkeypatch.setattr(planted_features, "MIN_GENES", 30)
     nothing, empty = planted_statistics(statistics, corpus, [library], profile)
     assert empty.empty and nothing.counts[0].shape[0] == 0 and nothing.fired.shape == (2, 0)
+    with pytest.raises(InputError, match="purity"):
+        planted_statistics(statistics, corpus, [library], profile, purity=0)
 
 
 def made_up(rng, n_genes, n_features):

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.common.profile import Profile
 from scfm_circuits.common.randomness import generator
@@ -30,7 +31,12 @@ def planted_statistics(statistics: FeatureStatistics, corpus: Corpus,
     genes once. purity: share of the feature's genes that are the term's; the others are drawn from
     the rest of the corpus. The table has a row per feature: library, term, n_genes (of the term, in
     the corpus); no rows if no term has that many genes, or none of them makes a live feature.
+
+    Raises:
+        InputError: a purity that is no share.
     """
+    if not 0 < purity <= 1:
+        raise InputError(f"The purity is {purity}; give a share above 0 and up to 1.")
     occurring = corpus.occurring
     found = _terms_within(libraries, {corpus.symbols[gene].upper(): int(gene)
                                       for gene in occurring})

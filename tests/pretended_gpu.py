@@ -133,6 +133,8 @@ class _Factories(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("to", "cuda") and isinstance(args[0], Tensor):
             return self._moved(func, args, kwargs)
+        if name in ("matmul", "__matmul__") and args[0].ndim == 1 and args[1].ndim > 1:
+            return (args[0][None] @ args[1]).squeeze(-2)  # else it is squeezed in place, unseen
         if name == "one_hot" and isinstance(args[0], OnGpu):  # makes a tensor that it does not tell
             return _outer(func(*tree_map(_inner, tuple(args)), **kwargs))
         wanted = kwargs.get("device")

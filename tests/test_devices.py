@@ -165,6 +165,9 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses() -> None:
         there[torch.tensor([1])] = 0.0
         torch.testing.assert_close(there.cpu(), torch.tensor([[0.0, 2, 4], [0, 0, 0]]))
         assert torch.equal(host.copy_(there), there.cpu()) and float(there[0, 1]) == 2
+        # A vector's product ends in a tensor that is squeezed in place.
+        product = (there[0] @ there.T).view(2) @ torch.ones(2, device=device)
+        assert float(product) == float(there.cpu()[0] @ there.cpu().T @ torch.ones(2))
         # Gradients go through another precision, and back.
         added = torch.zeros_like(there, requires_grad=True)
         [gradient] = torch.autograd.grad((there + added).to(torch.float64).square().sum(), added)

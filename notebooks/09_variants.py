@@ -100,8 +100,8 @@ shown = {"label": "kind", "l1_coefficient": "penalty", "l0": "L0", "fvu": "FVU",
          "loss_increase": "loss +, one layer", "loss_increase_all": "loss +, all layers",
          "live_table4": "live (Table 4)", "seconds_ratio": "time of a step"}
 chapter.show(table, columns=shown, digits=2, caption=f"Means over layers on "
-            f"{compared.cells} held-out cells, evenly spaced; live features of all layers; time relative to the "
-            "reference's")
+            f"{compared.cells} held-out cells, evenly spaced; live features of all layers; "
+            "time relative to the reference's")
 
 # %%
 shares = {"label": "kind"}

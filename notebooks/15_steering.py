@@ -317,8 +317,9 @@ for key, number in {"f1": response["f1"], "low": response["lower_95"], "high": r
 # For {glue:text}`concepts.response` the best feature reaches an F1 of {glue:text}`concepts.f1`
 # ({glue:text}`concepts.low` to {glue:text}`concepts.high`), the best rival ({glue:text}`concepts.rival`)
 # {glue:text}`concepts.rival_f1`, and saying yes everywhere {glue:text}`concepts.always`. Features are
-# ahead of *every* rival, by an interval over cells, for {glue:text}`concepts.ahead` of
-# {glue:text}`concepts.all` concepts, and behind one at least for {glue:text}`concepts.behind`.
+# ahead of *every* rival, by intervals over cells and in every draw of candidates, for
+# {glue:text}`concepts.ahead` of {glue:text}`concepts.all` concepts, and behind one at least for
+# {glue:text}`concepts.behind`.
 
 # %% tags=["fold:Every concept and how units are read"]
 chapter.show(table[table["units"] != concepts.EVERY].pivot_table(index=["concept", "always_yes"], columns="units", values="f1", sort=False)

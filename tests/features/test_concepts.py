@@ -121,6 +121,25 @@ def test_cuts_lie_between_values_at_rising_levels(values: np.ndarray) -> None:
             assert at <= cut and (above > cut).all()
 
 
+@given(st.integers(0, 99), st.sampled_from([(4, 4), (1, 4), (4, 1)]))
+def test_the_interval_of_what_features_have_more_holds_that_of_every_draw(seed: int,
+                                                                          draws: Any) -> None:
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, 2, 20)
+    features, scored = (np.stack([(said := rng.integers(0, 2, (n, 20))) * truth, said,
+                                  np.broadcast_to(truth, (n, 20))], axis=1) for n in draws)
+    drawn = rng.multinomial(20, np.full(20, 1 / 20), 50)
+    chosen = [module.Choice("", "", "", 0, 0, 0, 0, 0.0, 0.5)]
+    row = module._row(chosen, scored, features, drawn)
+    alone = [module._row(chosen, scored[i : i + 1] if draws[1] > 1 else scored,
+                         features[i : i + 1] if draws[0] > 1 else features, drawn)
+             for i in range(4)]
+    for name, bound in (("lower", min), ("upper", max)):
+        key = f"difference_{name}_95"
+        assert row[key] == pytest.approx(bound(one[key] for one in alone))
+    assert row["difference"] == pytest.approx(np.mean([one["difference"] for one in alone]))
+
+
 def test_all_kinds_offer_as_many_candidates_and_held_out_cells_choose_nothing(
         parts: Any, few: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     corpus, statistics = parts[2:]

@@ -301,8 +301,8 @@ class ConceptScores(NamedTuple):
     table: pd.DataFrame
     """concept, of (`CELL`, `TOKEN`), units (kind), candidates, f1 with lower_95 and upper_95 (over
     held-out cells; mean over draws), lowest and highest (over draws), training_f1, difference (what
-    the features have more) with its interval, layer and unit (of the first draw), always_yes (the
-    F1 of saying yes to everything, by the training cells)."""
+    the features have more) with an interval that holds those of every draw, layer and unit (of the
+    first draw), always_yes (the F1 of saying yes to everything, by the training cells)."""
     training_cells: int
     held_out_cells: int
 
@@ -349,19 +349,18 @@ def concept_scores(model: "GPTNeoXForCausalLM", transcoders: Transcoders, corpus
 def _row(chosen: list[Choice], scored: np.ndarray, features: np.ndarray, drawn: np.ndarray
          ) -> dict[str, Any]:
     """The score of one kind for one concept; scored, features: (n_draws, 3, n_cells)."""
-    def mean(means: np.ndarray) -> np.ndarray:
-        return f1_of(means).mean(axis=0)
-
     each = f1_of(scored.mean(axis=2, keepdims=True))[:, 0]
-    value, low, high = _interval(scored, drawn, lambda means: mean(means))
-    both = np.concatenate([features, scored])
-    ahead = _interval(both, drawn, lambda means: mean(means[: len(features)])
-                      - mean(means[len(features):]))
+    value, low, high = _interval(scored, drawn, lambda means: f1_of(means).mean(axis=0))
+    # Draws can be further apart than cells tell: what is ahead has to be so in each of them.
+    pairs = np.broadcast_arrays(features, scored)
+    ahead = np.array([_interval(np.stack(pair), drawn, lambda means: np.subtract(*f1_of(means)))
+                      for pair in zip(*pairs, strict=True)])
     return {"f1": value, "lower_95": low, "upper_95": high, "lowest": each.min(),
             "highest": each.max(), "training_f1": float(np.mean([one.training_f1
                                                                  for one in chosen])),
-            "difference": ahead[0], "difference_lower_95": ahead[1],
-            "difference_upper_95": ahead[2], "layer": chosen[0].layer, "unit": chosen[0].unit}
+            "difference": ahead[:, 0].mean(), "difference_lower_95": ahead[:, 1].min(),
+            "difference_upper_95": ahead[:, 2].max(), "layer": chosen[0].layer,
+            "unit": chosen[0].unit}
 
 
 def _interval(values: np.ndarray, drawn: np.ndarray, statistic: Any) -> tuple[float, float, float]:

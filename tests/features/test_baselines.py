@@ -315,6 +315,18 @@ def test_an_untrained_encoder_fires_as_often_as_the_trained_features(model, corp
         assert np.median(untrained.frequency[layer]) == pytest.approx(np.median(live), abs=0.12)
 
 
+def test_directions_are_fitted_to_training_cells_of_the_whole_file(model, corpus, profile,
+                                                                  monkeypatch):
+    """A file's first cells are often of one sample."""
+    read = []
+    monkeypatch.setattr(baselines_module, "batches", lambda model, cells, *more: read.append(
+        cells.tolist()) or batches(model, cells, *more))
+    few = profile.model_copy(update={"forward_cells": 3})
+    baselines_module._some_inputs(model, corpus, few)
+    training = np.flatnonzero(~corpus.held_out)
+    assert read == [[training[0], training[(len(training) - 1) // 2], training[-1]]]
+
+
 def test_untrained_features_are_counted_once(model, corpus, profile, statistics, worked):
     first = untrained_statistics(model, statistics, corpus, profile, n_features=10)
     again = untrained_statistics(model, statistics, corpus, profile, n_features=10)
@@ -356,7 +368,7 @@ def test_directions_fire_as_often_as_the_trained_features(kind, model, corpus, p
 def test_a_neurons_feature_fires_where_the_neuron_is_most_active(model, corpus, profile,
                                                                  statistics):
     encoder = direction_encoder("MLP neurons", model, statistics, corpus, profile)
-    some = np.flatnonzero(~corpus.held_out)[: profile.forward_cells]
+    some = corpus.training_cells(profile.forward_cells)
     _, tokens, mask = next(batches(corpus, some, len(some), torch.device("cpu")))
     neurons = []
     with hooked([mlps(model)[1].act.register_forward_hook(
@@ -374,7 +386,7 @@ def test_a_neurons_feature_fires_where_the_neuron_is_most_active(model, corpus, 
 
 def test_principal_components_are_those_of_scikit_learn(model, corpus, profile, statistics):
     encoder = direction_encoder("principal components", model, statistics, corpus, profile)
-    some = np.flatnonzero(~corpus.held_out)[: profile.forward_cells]
+    some = corpus.training_cells(profile.forward_cells)
     _, tokens, mask = next(batches(corpus, some, len(some), torch.device("cpu")))
     inputs = mlp_sites(model, tokens, mask).inputs
     d_model = inputs.shape[-1]

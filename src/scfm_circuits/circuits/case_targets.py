@@ -104,8 +104,8 @@ class TargetElsewhere(NamedTuple):
 def target_elsewhere(model: "PreTrainedModel", transcoders: Transcoders, corpus: "Corpus",
                      profile: "Profile", layer: int, feature: int, most: int = 200
                      ) -> TargetElsewhere:
-    """Read the first `most` held-out cells where the profile reads its case."""
-    cells = np.flatnonzero(corpus.held_out)[:most]
+    """Read held-out cells, `most` at most, evenly spaced, where the profile reads its case."""
+    cells = corpus.held_out_cells(most)
     same = strongest_at_end(model, transcoders, corpus, cells, layer, profile.case_position,
                             profile.forward_cells) == feature
     return TargetElsewhere(float(same.mean()), len(np.unique(corpus.labels[cells])),

@@ -153,8 +153,9 @@ def untrained_encoder(model: "PreTrainedModel", statistics: FeatureStatistics, c
 
 
 def _some_inputs(model: "PreTrainedModel", corpus: Corpus, profile: "Profile") -> Tensor:
-    """(n_layers, n_tokens, d_model) what the MLPs read in the first training cells."""
-    some = np.flatnonzero(~corpus.held_out)[: profile.forward_cells]
+    """(n_layers, n_tokens, d_model) what the MLPs read in training cells of the whole file, as many
+    as are read at once."""
+    some = corpus.training_cells(profile.forward_cells)
     _, tokens, mask = next(iter(batches(corpus, some, len(some), device_of(model))))
     return mlp_sites(model, tokens, mask).inputs
 

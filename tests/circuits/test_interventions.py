@@ -358,6 +358,11 @@ def test_where_a_token_has_no_other_feature_the_layer_gives_one(frozen):
     assert all(f.layer == 0 and f.position != 4 and f.position <= 8 for f in drawn)
 
 
+def test_an_unknown_place_to_draw_from_is_refused(frozen):
+    with pytest.raises(InputError, match="`token` or `layer`"):
+        matched_features(frozen, [], TARGET, np.random.default_rng(0), within="cell")
+
+
 def test_compare_gives_shares_means_and_ranges(model, frozen):
     generator = torch.Generator().manual_seed(0)
     means = Means(torch.rand(3, 4, 24, generator=generator, dtype=torch.float64),

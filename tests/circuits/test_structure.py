@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import permutation_test
 
+from scfm_circuits import InputError
 from scfm_circuits.circuits.attribution import contributions, feature_direction
 from scfm_circuits.circuits.circuit import Circuit, Edge, Expansion, Node
 from scfm_circuits.circuits.frozen import freeze
@@ -253,6 +254,11 @@ def test_groups_without_pairs_of_both_sorts_are_left_out():
     some = overlap_test(overlap, list("aabbc"), strata=[0, 0, 1, 1, 1])
     assert (some.n_within, some.n_between, some.within) == (1, 2, 0)
     assert some.p == 1
+
+
+def test_labels_that_do_not_fit_are_refused():
+    with pytest.raises(InputError, match="do not fit"):
+        overlap_test(np.eye(3), ["a", "b"])
 
 
 def test_pairs_and_shared_features():

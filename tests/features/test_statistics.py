@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
+from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.tokens import token_texts
 from scfm_circuits.circuits.frozen import freeze
@@ -365,6 +366,12 @@ def test_contexts_are_the_strongest_activations(corpus, statistics, z):
 
 def test_a_silent_feature_has_no_context(statistics, corpus):
     assert feature_contexts(statistics, corpus, 0, np.array([0]), 4) == [[]]
+
+
+def test_more_contexts_than_were_kept_are_refused(statistics, corpus):
+    assert len(feature_contexts(statistics, corpus, 1, np.arange(N_FEATURES), 5)) == N_FEATURES
+    with pytest.raises(InputError, match=r"6 contexts .* 5 were kept.*contexts_per_feature"):
+        feature_contexts(statistics, corpus, 1, np.array([0]), 6)
 
 
 # --- the stored statistics -----------------------------------------------------------------------

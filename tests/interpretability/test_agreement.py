@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
+from scfm_circuits import InputError
 from scfm_circuits.interpretability.agreement import (
     POOLED,
     agreement_table,
@@ -106,6 +107,9 @@ def test_simulated_studies_of_that_size_have_the_power():
 def test_rates_that_cannot_be_separated():
     table = separation_table(0.35, {"half": 0.5, "same": 0.35})
     assert table["cards_of_each"].isna().tolist() == [False, True]
+    for pair in ((0.35, 0.35), (0.2, 1.2), (math.nan, 0.5)):
+        with pytest.raises(InputError, match="separates"):
+            cards_to_separate(*pair)
 
 
 def test_a_studys_ratings_stand_below_the_papers_own():

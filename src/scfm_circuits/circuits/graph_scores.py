@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
 
+from scfm_circuits import InputError
 from scfm_circuits.circuits.frozen import Frozen
 from scfm_circuits.circuits.graph import (
     AttributionGraph,
@@ -110,6 +111,9 @@ def prune(graph: AttributionGraph, node_share: float = 0.8, edge_share: float = 
     Targets and tokens always stay. Features without an edge in or out, and errors without one out,
     go. The edges taken away are added to `dropped`, so each row still adds up.
     """
+    for name, share in (("node_share", node_share), ("edge_share", edge_share)):
+        if not 0 <= share <= 1:
+            raise InputError(f"`{name}` is {share}; it must lie between 0 and 1.")
     always = graph.of_kind("embedding") | (graph.weights > 0)
     feature = graph.of_kind("feature")
     found = influence(graph)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scfm_circuits import InputError
 from scfm_circuits.circuits.attribution import Reading, through_attention
 from scfm_circuits.circuits.direct_effects import direct_effects, sources_of
 from scfm_circuits.circuits.frozen import Frozen
@@ -305,6 +306,8 @@ def matched_features(frozen: Frozen, features: Sequence[FeatureAt], target: Feat
     they have the fewest equals. Drawn features stand in the order of those they stand for; one for
     which nothing is left is missing.
     """
+    if within not in ("token", "layer"):
+        raise InputError(f"`within` is {within!r}; use `token` or `layer`.")
     end, norms = target.position + 1, frozen.transcoders.W_dec.norm(dim=-1)
     # Per layer the active features that may be drawn: (n, 2) positions and indices, log sizes.
     pools: dict[int, tuple[np.ndarray, np.ndarray]] = {}

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse.csgraph import connected_components
 
+from scfm_circuits import InputError
 from scfm_circuits.circuits.attribution import Contributions
 from scfm_circuits.circuits.circuit import Circuit, Node
 from scfm_circuits.circuits.interventions import FeatureAt
@@ -226,6 +227,9 @@ def overlap_test(overlap: np.ndarray, labels: Sequence[Hashable], *,
     """
     n = len(labels)
     groups = list(strata) if strata is not None else [0] * n
+    if overlap.shape != (n, n) or len(groups) != n:
+        raise InputError(f"{n} labels and {len(groups)} strata do not fit an overlap of shape "
+                         f"{overlap.shape}.")
     code = pd.factorize(pd.Series(list(labels), dtype=object))[0]
     group = pd.factorize(pd.Series(groups, dtype=object))[0]
     first, second = np.triu_indices(n, 1)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from scfm_circuits import InputError
 from scfm_circuits.cells.corpus import Corpus
 from scfm_circuits.cells.tokens import token_texts
 from scfm_circuits.common.randomness import generator
@@ -104,9 +105,13 @@ def feature_contexts(statistics: FeatureStatistics, corpus: Corpus, layer: int,
                      features: np.ndarray, n: int, window: int = 6) -> list[list[Context]]:
     """The n strongest activations of each feature, at most one per cell, strongest first.
 
-    Of equal activations those in lower cells come first. n: at most as many as were kept when the
-    features were counted. window: tokens shown on either side.
+    Of equal activations those in lower cells come first. window: tokens shown on either side.
+    Raises InputError if fewer than n were kept when the features were counted.
     """
+    kept = statistics.context_cell.shape[2]
+    if n > kept:
+        raise InputError(f"{n} contexts of each feature are asked for, but {kept} were kept; raise "
+                         "`contexts_per_feature` in the profile.")
     cells, positions, activations = (one[layer][features, :n].tolist() for one in (
         statistics.context_cell, statistics.context_position, statistics.context_activation))
     return [[_context(corpus, window, *one) for one in zip(*feature, strict=True) if one[0] >= 0]

@@ -11,6 +11,7 @@ from statsmodels.stats.inter_rater import aggregate_raters, fleiss_kappa
 from statsmodels.stats.power import NormalIndPower
 from statsmodels.stats.proportion import proportion_effectsize
 
+from scfm_circuits import InputError
 from scfm_circuits.common.intervals import wilson_interval
 from scfm_circuits.interpretability.deck import FEATURE, SOURCES
 from scfm_circuits.interpretability.ratings import ANSWERS, card_verdicts
@@ -121,9 +122,14 @@ def _fleiss(common: pd.DataFrame) -> tuple[float, float]:
 def cards_to_separate(rate: float, other: float) -> int:
     """Cards of each of two kinds that a two-sided test at 5 % needs to tell their rates apart.
 
-    rate, other: two different shares. With a power of `POWER`; normal approximation with Cohen's
-    effect size h (statsmodels).
+    With a power of `POWER`; normal approximation with Cohen's effect size h (statsmodels).
+
+    Raises:
+        InputError: rates that are equal or no shares.
     """
+    if not (0 <= rate <= 1 and 0 <= other <= 1) or rate == other:
+        raise InputError(f"No number of cards separates the rates {rate:g} and {other:g}; give two "
+                         "different shares.")
     needed = NormalIndPower().solve_power(effect_size=abs(proportion_effectsize(rate, other)),
                                           power=POWER, alpha=0.05, alternative="two-sided")
     return max(2, math.ceil(float(needed)))

@@ -7,6 +7,7 @@ import torch
 from plain_layer import LOSSES, VARIANTS, PlainLayer, pairs, stack
 from torch import Tensor
 
+from scfm_circuits import InputError
 from scfm_circuits.transcoders.training.gradients import (
     Objective,
     adam_rows,
@@ -69,6 +70,11 @@ def test_the_two_losses_differ_by_d_times_the_norm_of_y(d):
     assert torch.allclose(
         transcoder_losses("equation4", 0.0, unit, estimate, z).reconstruction / one,
         torch.tensor(float(d), dtype=torch.float64))
+
+
+def test_an_unknown_loss():
+    with pytest.raises(InputError, match="known are normalized and equation4"):
+        transcoder_losses("mse", 1.0, *random_batch())
 
 
 # --- gradients and steps against a plain single layer --------------------------------------------

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from scfm_circuits import InputError
 from scfm_circuits.transcoders.activations import ACTIVATIONS
 from scfm_circuits.transcoders.transcoder import Variant
 
@@ -57,6 +58,12 @@ class Measures(NamedTuple):
     residual: Tensor
 
 
+def check_loss(name: str) -> None:
+    """InputError for a loss that is not known."""
+    if name not in ("normalized", "equation4"):
+        raise InputError(f"There is no loss {name!r}; known are normalized and equation4.")
+
+
 def token_weights(name: str, y: Tensor) -> Tensor | float:
     """What a token's squared error is multiplied by: (n_layers, n_tokens, 1), or 1."""
     if name == "equation4":
@@ -74,6 +81,7 @@ def transcoder_losses(name: str, l1_coefficient: float, y: Tensor, estimate: Ten
 
     y, estimate: (n_layers, n_tokens, d_model); z: (n_layers, n_tokens, n_features), nonnegative.
     """
+    check_loss(name)
     squared = (estimate - y).square().sum(dim=-1, keepdim=True) * token_weights(name, y)
     return Losses(squared.mean(dim=(1, 2)), l1_coefficient * z.sum(dim=-1).mean(dim=-1))
 

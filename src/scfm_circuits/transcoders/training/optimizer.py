@@ -26,6 +26,7 @@ from scfm_circuits.transcoders.training.gradients import (
     Measures,
     Objective,
     adam_rows,
+    check_loss,
     corrected,
     follow_threshold,
     gradients,
@@ -145,6 +146,7 @@ class Stepper:
     def __init__(self, transcoders: Transcoders, loss: str,
                  precision: torch.dtype | None = None, layers_at_once: int | None = None,
                  way: Way | None = None) -> None:
+        check_loss(loss)
         self.transcoders, self.loss = transcoders, loss
         # Detached, not `.data`: what changes a weight elsewhere is counted here too.
         self.trained = {name: parameter.detach()
